@@ -1,0 +1,333 @@
+"""
+Scenes into data: triples that train the world simulator, questions that train and test the policy.
+
+  python data.py triples      out/data/triples_{train,val,test}.jsonl      (context views, motion in words, target view)
+  python data.py questions    out/data/questions_{train,val,test}.jsonl    multiple choice over several views
+  python data.py mindcube     out/data/mindcube/                           test questions in MindCube's published layout
+
+Every stage that misses its data makes it (`ensure`). The scenes are the embedded rooms of lib/rooms.py. A row points
+at PNG files by paths relative to its JSONL file; files appear whole or not at all; the same seed gives the same files.
+
+Triples (paper §3.2, "spatially grounded training data"): a target view is kept if the context covers at least 85 %
+of it and one motion tells how the camera got there from a context view, its reference. The paper's context cameras
+stand at least 1 m and 30 degrees apart. Ours, in the small world, look around at one spot in ring order: four views,
+each one left turn of 90 degrees further (0 m, 30 degrees): this is what a small simulator learns in minutes.
+
+Questions have exact answers, in the categories of the benchmarks. Half of them need a view that was not given
+(`needs_view`); the given views answer the others. Seeds of the rooms make four disjoint sets: the simulator's
+training, the policy's training (a policy must not learn to trust memorised imaginations), validation and test.
+"""
+
+import argparse
+import json
+import os
+from functools import partial
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from lib.common import disk, fail, say
+from lib.geometry import Motion, coverage, dominant_motion, instruction, move_camera, phrase, pinhole, pose, warp
+from lib.rooms import EYE, random_room, render
+
+SIZE = 32                                             # pixels; the field of view is 90 degrees, so a ring of four tiles
+FIRST_ROOM = {"triples_train": 0, "questions_train": 1_000_000, "val": 2_000_000, "test": 3_000_000}
+MOTIONS = [Motion(f"turn {side}", amount) for side in ("left", "right") for amount in (45.0, 90.0, 135.0)] \
+    + [Motion("turn left", 180.0)] \
+    + [Motion(f"move {way}", amount) for way in ("left", "right", "forward", "backward") for amount in (0.5, 1.0)]
+TARGETS_PER_ROOM = 8
+MIN_COVERAGE = 0.85                                   # paper
+
+
+# ---- files ----------------------------------------------------------------------------------------------------
+
+def load_image(path):
+    """Any image file -> (H, W, 3) uint8. Stops with a sentence if it is missing, truncated or no image."""
+    try:
+        return np.array(Image.open(path).convert("RGB"))
+    except FileNotFoundError:
+        fail(f"the image {path} does not exist")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        fail(f"cannot read the image {path} ({error}); it may be truncated: fetch or make it again")
+
+
+def load_jsonl(path):
+    """Rows of a JSONL file as dicts, image paths made absolute. Stops with a sentence on a missing file or bad line."""
+    path, rows = Path(path), []
+    if not path.exists():
+        fail(f"{path} does not exist; `python data.py {path.name.split('_')[0]} --out {path.parent}` makes it")
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            fail(f"{path}, line {number} is not JSON; delete the file and make it again")
+        for key in ("context", "images", "target", "warp"):
+            if key in row:
+                row[key] = [str(path.parent / p) for p in row[key]] if isinstance(row[key], list) else str(path.parent / row[key])
+        rows.append(row)
+    return rows
+
+
+def save_jsonl(path, rows):
+    """Write all rows, or nothing."""
+    beside = path.with_suffix(".partial")
+    with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        beside.replace(path)
+
+
+def save_image(path, pixels):
+    """uint8 (H, W, 3 or 4) -> PNG, whole or not at all; a file that is there stays (the same seed gives the same)."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}.tmp")
+        Image.fromarray(pixels).save(beside, "png", compress_level=1)
+        beside.replace(path)
+
+
+def matrix(c2w):
+    """A pose as nested lists, for JSON."""
+    return np.round(c2w, 6).tolist()
+
+
+# ---- triples --------------------------------------------------------------------------------------------------
+
+def ring(rng):
+    """Four poses at one spot near the middle of the room, each one left turn of 90 degrees further."""
+    x, z, phase = *rng.uniform(-0.2, 0.2, 2), rng.uniform(0, 360)
+    return [pose(x, -EYE, z, phase - 90 * k) for k in range(4)]
+
+
+def room_triples(seed, out):
+    """All accepted triples of one room; they share one context and one reference, so training encodes it once."""
+    rng = np.random.default_rng([11, seed])
+    room, poses = random_room(seed), ring(rng)
+    reference = int(rng.integers(4))
+    motions = [MOTIONS[i] for i in rng.permutation(len(MOTIONS))[:TARGETS_PER_ROOM]]
+    targets = [move_camera(poses[reference], motion) for motion in motions]
+    views = render(room, np.stack(poses + targets), SIZE)
+    context = [(views["rgb"][k], views["depth"][k], poses[k]) for k in range(4)]
+    folder, rows = Path("rooms") / f"{seed:07d}", []
+    paths = [f"{folder}/{k + 1}.png" for k in range(4)]
+    for k, path in enumerate(paths):
+        save_image(out / path, views["rgb"][k])
+    for k, (motion, target) in enumerate(zip(motions, targets), 4):
+        warped, seen = warp(views["depth"][k], target, context, pinhole(SIZE))
+        covered = coverage(views["depth"][k], seen)
+        if covered < MIN_COVERAGE or dominant_motion(poses[reference], target) != motion:
+            continue
+        name = f"{folder}/{reference + 1}_{motion.kind.replace(' ', '_')}_{motion.amount:g}"
+        save_image(out / f"{name}.png", views["rgb"][k])
+        save_image(out / f"{name}_warp.png", np.concatenate([warped, 255 * seen[..., None].astype(np.uint8)], -1))
+        rows.append({"id": name.removeprefix("rooms/"), "scene": f"room_{seed}", "context": paths,
+                     "reference": reference + 1, "motion": {"kind": motion.kind, "amount": motion.amount},
+                     "instruction": instruction(motion, reference + 1), "target": f"{name}.png",
+                     "warp": f"{name}_warp.png", "coverage": round(covered, 4), "room": seed,
+                     "context_c2w": [matrix(p) for p in poses], "target_c2w": matrix(target)})
+    return rows
+
+
+# ---- questions ------------------------------------------------------------------------------------------------
+
+ASKS = {"largest": "which object looks largest?", "leftmost": "which object is furthest to the left?",
+        "rightmost": "which object is furthest to the right?", "left": "which object fills most of the left third?",
+        "centre": "which object fills most of the centre third?", "right": "which object fills most of the right third?"}
+CATEGORY = {"largest": "camera-object", "leftmost": "object-object", "rightmost": "object-object",
+            "left": "region", "centre": "region", "right": "region"}
+UNSEEN = [Motion(f"turn {side}", amount) for side in ("left", "right") for amount in (45.0, 135.0)] \
+    + [Motion(f"move {way}", 1.0) for way in ("left", "right", "forward", "backward")]
+RING_TURNS = [Motion("turn left", 90.0), Motion("turn right", 90.0), Motion("turn left", 180.0)]
+WALKS = ("left", "right", "forward", "backward")
+VISIBLE = 16                                          # pixels of 1,024: an object that counts as seen
+
+
+def facts(ids, things):
+    """What an instance map (H, W) shows, exactly: {ask: index of the object, None if ambiguous, -1 if there is none}.
+
+    largest: at least 1.3 times the pixels of the next.  leftmost, rightmost: centroids at least 3 of 32 columns
+    apart.  left, centre, right: most pixels of that third, at least 2 % of the view and 1.5 times the next.
+    """
+    width = ids.shape[1]
+    per_column = np.stack([(ids == i + 1).sum(0) for i in range(things)])               # (things, W)
+    scale = width**2 / 1024
+    pixels = per_column.sum(1)
+    seen = np.flatnonzero(pixels >= VISIBLE * scale)
+    if len(seen) == 0:
+        return {ask: -1 for ask in ASKS} | {"seen": []}
+
+    def winner(scores, margin):
+        order = seen[np.argsort(-scores[seen], kind="stable")]
+        return int(order[0]) if len(order) == 1 or margin(scores[order[0]], scores[order[1]]) else None
+
+    column = (per_column * np.arange(width)).sum(1) / np.maximum(pixels, 1) * 32 / width
+    found = {"largest": winner(pixels, lambda a, b: a >= 1.3 * b),
+             "leftmost": winner(-column, lambda a, b: a - b >= 3), "rightmost": winner(column, lambda a, b: a - b >= 3)}
+    cuts = [0, width // 3, width - width // 3, width]
+    for k, third in enumerate(("left", "centre", "right")):
+        inside = per_column[:, cuts[k]:cuts[k + 1]].sum(1)
+        best = winner(inside, lambda a, b: a >= 1.5 * b)
+        found[third] = -1 if inside.max() < 6 * scale else best if best is None or inside[best] >= 20 * scale else None
+    return found | {"seen": seen.tolist()}
+
+
+def choose(rng, letter, answer, others):
+    """Four lettered options, the answer at `letter` (0 to 3), the others in random order."""
+    options = [others[i] for i in rng.permutation(3)]
+    options.insert(letter, answer)
+    return [f"{name}. {option}" for name, option in zip("ABCD", options)]
+
+
+def object_options(rng, letter, room, answer, seen):
+    """The answer among three other objects of the room: up to two that the asked view shows as well, then others."""
+    others = [i for i in rng.permutation(len(room.things)).tolist() if i != answer]
+    visible = [i for i in others if i in seen][:2]
+    picked = visible + [i for i in others if i not in visible][:3 - len(visible)]
+    return choose(rng, letter, room.things[answer].name, [room.things[i].name for i in picked])
+
+
+def room_questions(seed, out, per_kind=2):
+    """Questions about one room: `per_kind` that need an unseen view, and as many that the given views answer.
+
+    Of those that the given views answer, one in six asks for the camera's own way between two views at different
+    places (camera-camera), one in six for a turn that ends at a given view (rotation), the others about one image.
+    """
+    rng = np.random.default_rng([13, seed])
+    room, poses = random_room(seed), ring(rng)
+    views = render(room, np.stack(poses), SIZE)
+    given = [facts(ids, len(room.things)) for ids in views["ids"]]
+    paths = [f"rooms/{seed:07d}/{k + 1}.png" for k in range(4)]
+    for path, rgb in zip(paths, views["rgb"]):
+        save_image(out / path, rgb)
+    rows, letters = [], rng.permutation(2 * per_kind) % 4            # each letter as often as any other, in every room
+
+    def add(text, options, category, needs_view, images, scene_poses, motion=None, ask=None, shown_by=None):
+        rows.append({"id": f"room_{seed}_{len(rows)}", "bench": "rooms", "images": images, "question": text,
+                     "options": options, "answer": "ABCD"[letters[len(rows)]], "category": category, "kind": "mca", "needs_view": needs_view,
+                     "scene": {"room": seed, "poses": [matrix(p) for p in scene_poses]}, "motion": motion,
+                     "ask": ask, "shown_by": shown_by})
+
+    for _ in range(per_kind):                         # an unseen view; the reference image itself would answer wrong
+        for _ in range(40):
+            k, motion, ask = int(rng.integers(4)), UNSEEN[rng.integers(len(UNSEEN))], draw_ask(rng)
+            target = facts(render(room, move_camera(poses[k], motion), SIZE, supersample=1)["ids"][0], len(room.things))
+            if usable(target, ask) and target[ask] != given[k][ask] and given[k][ask] is not None:
+                text = f"Start from Image-{k + 1} and {phrase(motion)}. Then {ASKS[ask]}"
+                options = object_options(rng, letters[len(rows)], room, target[ask], target["seen"])
+                command = {"image": k + 1, "kind": motion.kind, "amount": motion.amount}
+                add(text, options, CATEGORY[ask], True, paths, poses, command, ask)
+                break
+    for _ in range(per_kind):
+        form = rng.choice(["image", "rotation", "camera"], p=[4 / 6, 1 / 6, 1 / 6])
+        if form == "camera":
+            way, k = WALKS[rng.integers(4)], int(rng.integers(4))
+            walked = move_camera(poses[k], Motion(f"move {way}", 1.0))
+            name = f"rooms/{seed:07d}/walk_{k + 1}_{way}.png"
+            save_image(out / name, render(room, walked, SIZE)["rgb"][0])
+            say = {w: f"it moved {'to the ' if w in ('left', 'right') else ''}{w}" for w in WALKS}
+            options = choose(rng, letters[len(rows)], say[way], [say[w] for w in WALKS if w != way])
+            add("How did the camera get from Image-1 to Image-2?", options, "camera-camera", False,
+                [paths[k], name], [poses[k], walked])
+            continue
+        for _ in range(40):
+            k, ask, turn = int(rng.integers(4)), draw_ask(rng), RING_TURNS[rng.integers(3)]
+            shown = (k + {"turn left": 1, "turn right": -1}[turn.kind] * int(turn.amount) // 90) % 4 if form == "rotation" else k
+            if usable(given[shown], ask):
+                start = f"Start from Image-{k + 1} and {phrase(turn)}. Then" if form == "rotation" else f"In Image-{k + 1},"
+                options = object_options(rng, letters[len(rows)], room, given[shown][ask], given[shown]["seen"])
+                command = {"image": k + 1, "kind": turn.kind, "amount": turn.amount} if form == "rotation" else None
+                add(f"{start} {ASKS[ask]}", options, "rotation" if form == "rotation" else CATEGORY[ask], False,
+                    paths, poses, command, ask, shown + 1)
+                break
+    return rows
+
+
+def draw_ask(rng):
+    """A third each for camera-object, object-object and region."""
+    return str(rng.choice(list(ASKS), p=[1 / 3, 1 / 6, 1 / 6, 1 / 9, 1 / 9, 1 / 9]))
+
+
+def usable(found, ask):
+    """A question is asked where its answer is clear, and a comparison only where there is something to compare."""
+    return found[ask] is not None and found[ask] >= 0 and (CATEGORY[ask] == "region" or len(found["seen"]) >= 2)
+
+
+# ---- building -------------------------------------------------------------------------------------------------
+
+def build(title, make, seeds, out, threads):
+    """Run `make(seed, out)` for every room on `threads` processes, in order -> all rows."""
+    with disk(out), Pool(threads) as pool:
+        per_room = list(tqdm(pool.imap(partial(make, out=out), seeds, chunksize=8), total=len(seeds), desc=title))
+    return [row for rows in per_room for row in rows]
+
+
+def make_triples(out, rooms=2000, held_out=96, threads=2):
+    """out/triples_{train,val,test}.jsonl, and a line that says how many targets the rule of the paper let through."""
+    out = Path(out)
+    for split, count, first in (("train", rooms, FIRST_ROOM["triples_train"]), ("val", held_out, FIRST_ROOM["val"]),
+                                ("test", held_out, FIRST_ROOM["test"])):
+        rows = build(f"triples, {split}", room_triples, range(first, first + count), out, threads)
+        save_jsonl(out / f"triples_{split}.jsonl", rows)
+        say(f"triples_{split}.jsonl: {len(rows)} of {count * TARGETS_PER_ROOM} targets accepted, "
+            f"{len(rows) / count:.1f} per room (the paper keeps 48 per scene)")
+
+
+def make_questions(out, rooms=1500, held_out=(100, 320), threads=2):
+    """out/questions_{train,val,test}.jsonl; four questions per room, half of them in need of an unseen view."""
+    out = Path(out)
+    for split, count, first in (("train", rooms, FIRST_ROOM["questions_train"]), ("val", held_out[0], FIRST_ROOM["val"]),
+                                ("test", held_out[1], FIRST_ROOM["test"])):
+        rows = build(f"questions, {split}", room_questions, range(first, first + count), out, threads)
+        save_jsonl(out / f"questions_{split}.jsonl", rows)
+        say(f"questions_{split}.jsonl: {len(rows)} questions, {sum(row['needs_view'] for row in rows)} need an unseen view")
+
+
+def make_mindcube(out, source):
+    """Test questions in the files that MindCube publishes: raw/MindCube_tinybench.jsonl and other_all_image/.
+
+    The setting is part of the id (MindCube's own rule): one spot is `rotation`, two places are `around`.
+    """
+    out, rows = Path(out), []
+    for row in load_jsonl(source):
+        setting = "around" if row["category"] == "camera-camera" else "rotation"
+        images = [f"other_all_image/{setting}/{row['id']}/{k}.png" for k in range(1, len(row["images"]) + 1)]
+        for image, path in zip(images, row["images"]):
+            save_image(out / image, load_image(path))
+        rows.append({"id": f"{setting}_{row['id']}", "category": [row["category"]], "type": setting, "meta_info": [],
+                     "question": " ".join([row["question"], *row["options"]]), "images": images, "gt_answer": row["answer"]})
+    save_jsonl(out / "raw" / "MindCube_tinybench.jsonl", rows)
+    say(f"{out}/raw/MindCube_tinybench.jsonl: {len(rows)} questions in MindCube's layout")
+
+
+def ensure(folder, threads=2):
+    """Make whatever of the default data is missing in `folder`, and return the folder as a Path."""
+    folder = Path(folder)
+    if not (folder / "triples_test.jsonl").exists():
+        make_triples(folder, threads=threads)
+    if not (folder / "questions_test.jsonl").exists():
+        make_questions(folder, threads=threads)
+    return folder
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=["triples", "questions", "mindcube"], help="what to make")
+    p.add_argument("--out", default="out/data", help="folder of the files")
+    p.add_argument("--rooms", type=int, help="rooms to train on (default 2000 for triples, 1500 for questions)")
+    p.add_argument("--threads", type=int, default=2, help="processes")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.what == "mindcube":
+        return make_mindcube(Path(args.out) / "mindcube", Path(args.out) / "questions_test.jsonl")
+    rooms = {"rooms": args.rooms} if args.rooms else {}
+    (make_triples if args.what == "triples" else make_questions)(args.out, threads=args.threads, **rooms)
+
+
+if __name__ == "__main__":
+    main()

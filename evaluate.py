@@ -1,0 +1,423 @@
+"""
+How well a policy answers, in which mode, with which simulator; and how true the simulator is.
+
+  python evaluate.py --bench rooms                                held-out rooms: direct, forced and agentic, one table
+  python evaluate.py --bench rooms --mode agentic --simulator tuned untuned truth
+  python evaluate.py --bench mindcube --data path/to/data         MindCube (lib/benchmarks.py says what to fetch)
+  python evaluate.py --bench wm                                   pose and content consistency of the simulator itself
+
+In: the newest policy of out/ (phase2, phase1, sft; then out/demo/), out/wm, out/data.
+Out, in out/eval/<bench>/: results.json, predictions.jsonl (a killed run continues from it), dialogues/, report.html.
+
+Modes: direct has no tool; forced must imagine before it answers; agentic is free to. Decoding is greedy. A question
+whose images cannot be read is counted as wrong and reported, a duplicate id is asked again and reported: nothing leaves
+the denominator but a question without a gold answer. Intervals are 95 % bootstrap intervals over rooms, since questions
+about one room are not independent.
+"""
+
+import argparse
+import json
+import re
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import data
+from lib import common, consistency, report, simulators
+from lib.benchmarks import LISTED_ONLY, load_mindcube, open_image, score
+from lib.geometry import Motion, Query, instruction
+from policy import Policy, Trajectory, newest, rollout
+
+MODES = ("direct", "forced", "agentic")
+STRATA = {"needs_view": True, "answerable": False}
+SAVED_DIALOGUES = 4             # per mode and simulator: the questions of the first room
+RESAMPLES = 2000
+
+
+# ---- asking ---------------------------------------------------------------------------------------------------------
+
+def keyed(questions):
+    """[(key, question)]: the key is the id, and "id#2" for the second question that carries it."""
+    seen, pairs = Counter(), []
+    for question in questions:
+        seen[question["id"]] += 1
+        number = seen[question["id"]]
+        pairs.append((question["id"] if number == 1 else f"{question['id']}#{number}", question))
+    return pairs
+
+
+def evaluate_policy(policy, questions, simulator=None, mode="agentic", name="tuned", seed=0, batch=64,
+                    max_new_tokens=256, done=(), on_batch=None):
+    """Ask every question once, greedily, in one mode -> records, in the order of the questions.
+
+    simulator   anything with imagine(queries), or None; unused in mode "direct". `name` is what the records call it
+    batch       dialogues at once: memory and speed only
+    done        keys (see `keyed`) that need not be asked; on_batch(records, trajectories) is told of every batch
+    returns     [{"key", "mode", "simulator", "answer": letter read or None, "gold", "correct", "calls", "turns", …}]
+    """
+    simulator, name = (None, "none") if mode == "direct" else (simulator, name)
+    waiting, records = [pair for pair in keyed(questions) if pair[0] not in set(done)], []
+    for start in tqdm(range(0, len(waiting), batch), desc=f"{mode}, {name}", unit="batch", disable=not waiting):
+        part, clock = waiting[start:start + batch], time.time()
+        loaded = [load_images(question) for _, question in part]
+        asked = [{**question, "images": images} for (_, question), (images, error) in zip(part, loaded) if not error]
+        trajectories = iter(rollout(policy, asked, simulator, mode, temperature=0, seed=seed, rows=batch,
+                                    max_new_tokens=max_new_tokens) if asked else [])
+        told = [None if error else next(trajectories) for _, error in loaded]
+        seconds = round((time.time() - clock) / len(part), 4)
+        new = [record_of(key, question, trajectory, error, {"mode": mode, "simulator": name, "seconds": seconds})
+               for (key, question), trajectory, (_, error) in zip(part, told, loaded)]
+        records += new
+        if on_batch:
+            on_batch(new, told)
+    return records
+
+
+def load_images(question):
+    """-> (arrays (H, W, 3) uint8, None), or (None, what is wrong) if an image is missing or broken."""
+    try:
+        return [image if isinstance(image, np.ndarray) else np.asarray(open_image(image, question["bench"]))
+                for image in question["images"]], None
+    except (OSError, SyntaxError) as error:
+        return None, f"image: {error}"
+
+
+def record_of(key, question, trajectory, error, more):
+    """One line of predictions.jsonl; a question that could not be asked (trajectory None) is a wrong answer."""
+    t = trajectory or Trajectory(question, more["mode"])
+    text = (t.answer or "") if question["bench"] == "rooms" else (t.turns or [""])[-1]
+    letter, correct = score(question["bench"], question, text)
+    return {"key": key, **more, "category": question["category"], "needs_view": question["needs_view"],
+            "scene": (question.get("scene") or {}).get("room", key), "answer": letter, "said": t.answer,
+            "gold": question["answer"], "correct": correct, "valid_calls": t.valid_calls,
+            "invalid_calls": t.invalid_calls, "unreadable": t.unreadable, "truncated": t.truncated,
+            "calls": [call for call in t.provenance if call], "turns": t.turns, "error": error,
+            "missing_images": question.get("missing_images", 0)}
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+def interval(values, clusters=None, seed=0):
+    """95 % bootstrap interval of a mean, drawing whole clusters (rooms) -> [low, high]."""
+    values = np.asarray(values, float)
+    names = np.arange(len(values)) if clusters is None else [str(cluster) for cluster in clusters]
+    _, member = np.unique(names, return_inverse=True)
+    sums, counts = np.bincount(member, values), np.bincount(member)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    return np.quantile(means, [0.025, 0.975]).round(4).tolist()
+
+
+def brief(records):
+    """{"accuracy", "ci95", "call_rate", "n"}; call_rate is the share of questions with at least one valid call."""
+    correct = [record["correct"] for record in records]
+    return {"accuracy": float(np.mean(correct)), "ci95": interval(correct, [record["scene"] for record in records]),
+            "call_rate": float(np.mean([record["valid_calls"] > 0 for record in records])), "n": len(records)}
+
+
+def summarise(records, direct=None, truth=None):
+    """Everything the table shows of one mode with one simulator.
+
+    direct   records of the same questions in mode direct: over_use, the share of questions on which the policy called
+             though it is right without
+    truth    and also records under forced use of the true view: under_use, the share on which it did not call though it
+             is wrong without and right with the true view
+    """
+    records = sorted(records, key=lambda record: record["key"])
+    gold = [record for record in records if record["gold"] is not None]
+    counted = [record for record in gold if record["category"] not in LISTED_ONLY]
+    if not counted:
+        raise ValueError("no question has a gold answer: there is nothing to summarise")
+    total = {key: sum(record[key] for record in counted) / len(counted)
+             for key in ("valid_calls", "invalid_calls", "unreadable", "truncated", "seconds")}
+    summary = brief(counted) | total | {
+        "by_category": {c: brief([record for record in gold if record["category"] == c])
+                        for c in sorted({record["category"] for record in gold})},
+        "by_need": {title: brief(part) for title, need in STRATA.items()
+                    if (part := [record for record in counted if record["needs_view"] is need])},
+        "letters": dict(sorted(Counter(record["answer"] or "none" for record in counted).items())),
+        "counts": {"no answer read": sum(record["answer"] is None for record in counted),
+                   "image unreadable (counted as wrong)": sum(record["error"] is not None for record in counted),
+                   "asked without a missing image": sum(record["missing_images"] > 0 for record in counted),
+                   "duplicate id": sum("#" in record["key"] for record in records),
+                   "no gold answer (left out)": len(records) - len(gold)}}
+    called = {record["key"]: record["valid_calls"] > 0 for record in counted}
+    if direct:
+        alone = {record["key"]: record["correct"] for record in direct}
+        summary["over_use"] = float(np.mean([called[key] and alone[key] == 1 for key in called]))
+    if direct and truth:
+        shown = {record["key"]: record["correct"] for record in truth}
+        missed = [not called[key] and alone[key] < 1 and shown[key] == 1 for key in called]
+        summary["under_use"] = float(np.mean(missed))
+    return summary
+
+
+def paired_bootstrap(records_a, records_b):
+    """Accuracy of a minus accuracy of b on the same questions -> {"difference", "ci95", "n"}.
+
+    Raises ValueError if the two were not asked the same questions.
+    """
+    a, b = ({record["key"]: record for record in records} for records in (records_a, records_b))
+    if a.keys() != b.keys() or not a:
+        raise ValueError(f"a paired comparison needs the same questions: {len(a.keys() ^ b.keys())} stand in one list")
+    gain = [a[key]["correct"] - b[key]["correct"] for key in a]
+    return {"difference": float(np.mean(gain)), "ci95": interval(gain, [a[key]["scene"] for key in a]), "n": len(gain)}
+
+
+def chance(questions):
+    """Expected accuracy of a blind guess: the mean of 1 / number of options."""
+    options = [len(q["options"]) for q in questions if q["answer"] is not None and q["options"]]
+    return float(np.mean([1 / n for n in options])) if options else None
+
+
+def text_features(question):
+    """What the text tells of each option, a list of strings per option: letter, words, and these given the question."""
+    template = re.sub(r"\d+(\.\d+)?", "#", question["question"])
+    texts = [option.split(". ", 1)[1] for option in question["options"]]
+    words = [(text.split()[0], text.split()[-1]) for text in texts]             # in rooms: colour and kind
+    rows = []
+    for place, (text, own) in enumerate(zip(texts, words)):
+        alike = [sum(word in other for other in words) for word in own]
+        facts = ["ABCDEF"[place], text, *own, f"alike {alike}", f"rank {sorted(texts).index(text)}"]
+        rows.append(facts + [f"{given} | {fact}" for given in (template, question["question"]) for fact in facts])
+    return rows
+
+
+def text_only_chance(questions_train, questions_test, epochs=12):
+    """The best accuracy that the text alone allows, of several blind rules fitted on the training questions.
+
+    The rules: the commonest letter; the commonest letter given the question; the option that was the answer most often
+    when offered, given the question or its template; a linear model of all `text_features`. Near 1 / number of options
+    if no question gives itself away (the best of several is a little above).
+    """
+    train, test = (([text_features(q) for q in part], ["ABCDEF".index(q["answer"]) for q in part])
+                   for part in (questions_train, questions_test))
+    offered, right = Counter(), Counter()
+    for rows, gold in zip(*train):
+        for place, row in enumerate(rows):
+            offered.update(row)
+            right.update(row if place == gold else ())
+
+    def share(feature):                                     # how often an option with this feature was the answer
+        return (right[feature] + 1) / (offered[feature] + 4)
+    width = len(train[0][0][0]) // 3                        # features alone, given the template, given the question
+    rules = [lambda row, k=k: share(row[k]) for k in (0, width, 2 * width, 1, width + 1, 2 * width + 1)]
+    index = {feature: i for i, feature in enumerate(offered)}
+    weights = np.zeros(len(index) + 1)                      # the last one is every unknown feature: never learned
+    coded = [[np.array([[index.get(feature, -1) for feature in row] for row in rows]) for rows in part[0]]
+             for part in (train, test)]                     # (options, features) per question
+    for epoch in range(epochs):                             # conditional logit by stochastic gradient descent
+        for q in np.random.default_rng(epoch).permutation(len(coded[0])):
+            rows = coded[0][q]
+            odds = np.exp(weights[rows].sum(1) - weights[rows].sum(1).max())
+            slope = (np.arange(len(rows)) == train[1][q]) - odds / odds.sum()
+            np.add.at(weights, rows, 0.05 / (1 + epoch) * slope[:, None])
+            weights[-1] = 0
+    guesses = [[int(np.argmax([rule(row) for row in rows])) for rows in test[0]] for rule in rules]
+    guesses.append([int(weights[rows].sum(1).argmax()) for rows in coded[1]])
+    return max(float(np.mean(np.array(guess) == test[1])) for guess in guesses)
+
+
+# ---- the simulator itself -------------------------------------------------------------------------------------------
+
+def load_triples(path, limit=None):
+    """Rows of triples_*.jsonl with context, target and warp as arrays; files are read once."""
+    rows, images = data.load_jsonl(path)[:limit], {}
+
+    def read(place, kind="RGB"):
+        if place not in images:
+            images[place] = np.array(Image.open(place).convert(kind))
+        return images[place]
+    try:
+        return [{**row, "context": [read(place) for place in row["context"]], "target": read(row["target"]),
+                 "warp": read(row["warp"], "RGBA")} for row in rows]
+    except OSError as error:
+        common.fail(f"A picture of {path} cannot be read ({error}). Remove {path} and make it again: "
+                    f"python data.py triples")
+
+
+def imagine_targets(simulator, rows, folder=None, batch=64, title="imagine"):
+    """The view that the simulator gives for every triple; kept in `folder` so that a killed run continues."""
+    views = []
+    for start in tqdm(range(0, len(rows), batch), desc=title, unit="batch"):
+        part = rows[start:start + batch]
+        kept = [folder and Path(folder) / f"{row['id'].replace('/', '_')}.png" for row in part]
+        queries = [Query(row["context"], row["reference"], instruction(Motion(**row["motion"]), row["reference"]),
+                         common.stable_seed("wm", row["id"]), {"room": row["room"], "poses": row["context_c2w"]})
+                   for row, place in zip(part, kept) if not (place and place.exists())]
+        new = iter(simulator.imagine(queries) if queries else [])
+        for row, place in zip(part, kept):
+            if place and place.exists():
+                view = np.array(Image.open(place))
+            else:
+                view = np.asarray(next(new))
+                if place:
+                    data.save_image(place, view)
+            if view.shape != row["target"].shape:
+                view = np.asarray(Image.fromarray(view).resize(row["target"].shape[1::-1], Image.BICUBIC))
+            views.append(view)
+    return views
+
+
+def print_consistency(results):
+    """A table of pose and content: simulators, trivial baselines, oracles."""
+    print(f"\n{'':32}{'pose':>7}{'moves':>8}{'turns':>8}{'content':>9}{'f1':>7}{'order':>7}{'thirds':>8}")
+    for title in ("simulators", "baselines", "oracles"):
+        for name, s in results[title].items():
+            moves, turns = (s.get(family, {}).get("pose", float("nan")) for family in ("moves", "turns"))
+            print(f"{name:32}{s['pose']:7.3f}{moves:8.3f}{turns:8.3f}{s['content']:9.3f}{s['f1']:7.3f}"
+                  f"{s['order']:7.3f}{s['thirds']:8.3f}")
+
+
+def main_wm(args, device):
+    """--bench wm."""
+    out, source = Path(args.out), Path(args.data or default_data("triples_test.jsonl"))
+    rows = load_triples(source / "triples_test.jsonl", args.limit)
+    views = {}
+    for name in [name for name in args.simulator if name != "none"]:
+        kept = out / "views" / f"{common.stable_seed(fingerprint(name, args.wm)):016x}"
+        views[name] = imagine_targets(simulators.load(name, device, args.wm), rows, kept, args.batch, name)
+    results = consistency.compare(rows, views)
+    print_consistency(results)
+    first = next(iter(results["simulators"].values()), {})
+    results = {"bench": "wm", **first, **results, "n": len(rows)}
+    common.write_json(out / "results.json", results)
+    some = slice(None, None, max(1, len(rows) // 8))
+    sheet = report.contact_sheet(rows[some], {name: seen[some] for name, seen in views.items()})
+    report.write(out / "report.html", "Pose and content consistency of the simulator", wm=results, sheet=sheet)
+    common.say(f"\n{len(rows)} triples; {out}/results.json, {out}/report.html")
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+def default_data(file):
+    """The folder of out/ or out/demo/ that holds `file`; made in out/data if there is none."""
+    places = [folder for folder in (Path("out/data"), Path("out/demo/data")) if (folder / file).exists()]
+    return places[0] if places else data.ensure("out/data")
+
+
+def fingerprint(name, wm=None):
+    """What tells one simulator (or policy folder) from another, or from the same folder trained anew."""
+    place = simulators.find(name, wm) or name
+    return f"{place}@{max((int(file.stat().st_mtime) for file in Path(place).glob('*.safetensors')), default=0)}"
+
+
+def load_questions(args):
+    """-> (questions, training questions or None) of the bench."""
+    if args.bench == "mindcube":
+        places = [args.data] if args.data else ["out/data/mindcube", "out/demo/data/mindcube", "data"]
+        return load_mindcube(next((place for place in places if Path(place).exists()), places[0]))[:args.limit], None
+    folder = Path(args.data or default_data("questions_test.jsonl"))
+    train, test = folder / "questions_train.jsonl", data.load_jsonl(folder / "questions_test.jsonl")[:args.limit]
+    return test, data.load_jsonl(train) if train.exists() else None
+
+
+def print_table(runs, blind):
+    """The table: a row per part of the questions, a column per mode and simulator."""
+    width, titles = 26, [mode if mode == "direct" else f"{mode}, {name}" for mode, name in runs]
+    print("\n" + " " * 24 + "".join(f"{title:>{width}}" for title in titles))
+
+    def shown(part):
+        low, high = part["ci95"] if part else (0, 0)
+        return f"{part['accuracy']:.3f} [{low:.2f} {high:.2f}] {part['call_rate']:4.0%}" if part else "-"
+    summaries = list(runs.values())
+    parts = [("all", summaries)]
+    for group in ("by_need", "by_category"):
+        parts += [(part, [s[group].get(part) for s in summaries]) for part in summaries[0][group]]
+    for title, cells in parts:
+        print(f"{title[:16]:16} n {cells[0]['n']:5}" + "".join(f"{shown(cell):>{width}}" for cell in cells))
+    for key in ("valid_calls", "invalid_calls", "seconds", "over_use", "under_use"):
+        if any(key in s for s in summaries):
+            cells = [f"{s[key]:.3f}" if key in s else "-" for s in summaries]
+            print(f"{key:24}" + "".join(f"{cell:>{width}}" for cell in cells))
+    print("accuracy [95 % interval] share of questions with a call;  chance: " +
+          ", ".join(f"{key} {value:.3f}" for key, value in blind.items() if value is not None))
+    for (mode, name), s in runs.items():
+        said = ", ".join(f"{key}: {n}" for key, n in s["counts"].items() if n)
+        print(f"{mode}, {name}: {said}" if said else "", end="\n" if said else "")
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--bench", choices=("rooms", "mindcube", "wm"), default="rooms")
+    p.add_argument("--mode", choices=(*MODES, "all"), default="all")
+    p.add_argument("--policy", help="folder or hub id (default: the first of phase2, phase1, sft in out/, out/demo/)")
+    p.add_argument("--simulator", nargs="+", default=["tuned"],
+                   help=f"one or more of {', '.join(simulators.NAMES)}, or the folder or hub id of a world model")
+    p.add_argument("--wm", help="folder or hub id of the tuned simulator (default: out/wm, then out/demo/wm)")
+    p.add_argument("--data", help="rooms, wm: folder of questions_test.jsonl, triples_test.jsonl (default: out/data); "
+                   "mindcube: the unzipped data folder or a JSONL file of its raw/ (default: out/data/mindcube, data)")
+    p.add_argument("--limit", type=int, help="only the first N questions or triples")
+    p.add_argument("--out", help="default: out/eval/<bench>")
+    p.add_argument("--max-new-tokens", type=int, default=256, help="per turn of the policy")
+    p.add_argument("--seed", type=int, default=0, help="of the simulator's noise (decoding is greedy)")
+    p.add_argument("--batch", type=int, default=64, help="questions at once: memory and speed only")
+    p.add_argument("--threads", type=int, help="CPU threads")
+    args = p.parse_args(argv)
+    args.out = args.out or f"out/eval/{args.bench}"
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = common.setup(args.threads).device
+    if args.bench == "wm":
+        return main_wm(args, device)
+    out, modes = Path(args.out), MODES if args.mode == "all" else (args.mode,)
+    questions, training = load_questions(args)
+    if any(name in simulators.NEEDS_ROOM for name in args.simulator) and not all(q.get("scene") for q in questions):
+        common.fail(f"--simulator {' '.join(args.simulator)} works in rooms only: --bench {args.bench} has no depth.")
+    path = args.policy or newest(("phase2", "phase1", "sft")) or common.fail(
+        "There is no policy in out/ yet. Train one with: python train_sft.py   (or name one with --policy)")
+    policy = Policy.load(path, device)
+    common.say(f"{args.bench}: {len(questions)} questions, policy {path} on {device}")
+
+    file, identity = out / "predictions.jsonl", fingerprint(str(path))
+    kept = [row for row in common.read_log(file) if row["policy"] == identity and row["seed"] == args.seed]
+    common.write_text(file, "".join(json.dumps(row) + "\n" for row in kept))           # others were of another policy
+    keys, records = [key for key, _ in keyed(questions)], {}
+    for mode, name in [(mode, name) for mode in modes for name in (args.simulator if mode != "direct" else ["none"])]:
+        weights = "none" if mode == "direct" else fingerprint(name, args.wm)
+        simulator = None if mode == "direct" else simulators.load(name, device, args.wm)
+        mine = {"policy": identity, "weights": weights, "seed": args.seed}
+        before = {row["key"]: row for row in kept if (row["mode"], row["weights"]) == (mode, weights)}
+        before = {key: before[key] for key in keys if key in before}
+
+        def keep(new, trajectories):
+            with common.disk(file), open(file, "a") as lines:
+                lines.writelines(json.dumps({**record, **mine}) + "\n" for record in new)
+            for record, trajectory in zip(new, trajectories):
+                if mode != "direct" and trajectory and record["key"] in keys[:SAVED_DIALOGUES]:
+                    trajectory.save(out / "dialogues" / f"{mode}_{Path(name).name}_{keys.index(record['key'])}")
+        try:
+            new = evaluate_policy(policy, questions, simulator, mode, name, args.seed, args.batch,
+                                  args.max_new_tokens, before, keep)
+        except KeyboardInterrupt:
+            common.say(f"Stopped. The answers so far are in {file}; the same command goes on from there.")
+            raise SystemExit(130) from None
+        records[mode, name] = [*before.values(), *new]
+
+    direct, truth = records.get(("direct", "none")), records.get(("forced", "truth"))
+    runs = {run: summarise(rows, None if run[0] == "direct" else direct, truth) for run, rows in records.items()}
+    blind = {"guessing": chance(questions), "text_only": training and text_only_chance(training, questions)}
+    print_table(runs, blind)
+    first = {mode: summary for (mode, name), summary in runs.items() if name in ("none", args.simulator[0])}
+    results = {"bench": args.bench, "policy": str(path), "n": len(questions), "chance": blind["guessing"],
+               "text_only_chance": blind["text_only"], "modes": first,
+               "simulators": {name: {m: s for (m, n), s in runs.items() if n == name} for _, name in runs}}
+    if direct and args.simulator[0] != "none" and "agentic" in first:
+        results["agentic_minus_direct"] = paired_bootstrap(records["agentic", args.simulator[0]], direct)
+    common.write_json(out / "results.json", results)
+    folders = sorted((out / "dialogues").glob("*")) if (out / "dialogues").exists() else []
+    report.write(out / "report.html", f"{args.bench}: {path}", results, logs=report.find_logs(Path(path).parent),
+                 dialogues=[(folder.name, Trajectory.load(folder)) for folder in folders])
+    common.say(f"{out}/results.json, {out}/predictions.jsonl, {out}/report.html")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,491 @@
+"""
+What every stage shares: process start, random streams, FSDP2 by hand, checkpoints, the metric log, Ctrl-C.
+
+One process on a laptop uses no torch.distributed at all. Under torchrun (gloo on CPU, NCCL on GPUs) the same calls work
+over all ranks. Three rules make one rank and many give the same numbers:
+  - gradients are *summed* over ranks, and a loss is a local sum divided by a *global* count (`global_sum`);
+  - every random draw comes from `generator(seed, purpose, step, index, ...)`: the step is all a resumed run restores;
+  - a file is written beside its place and renamed when complete, so a killed run never leaves half a checkpoint.
+
+A stage's folder: the model at its top, `training/` (what resumes an interrupted run), `log.jsonl`, `args.json`,
+pictures, and `done.json` as the last file written. The same command continues an unfinished run; on a finished one it
+says so.
+"""
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+
+
+# ---------------------------------------------------------------- processes
+
+class World(NamedTuple):
+    """This process among the others: `rank` of `size`, `local_rank` on its machine, and the device it computes on."""
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+
+def setup(threads=None):
+    """Start this process, alone or as one of torchrun's, and return its World.
+
+    threads   CPU threads of this process; None keeps torch's choice, or 1 among several processes of torchrun
+    On a GPU there is always a process group, of one if need be: FSDP's mixed precision (bf16 arithmetic, fp32 weights
+    in the optimiser) then works on one GPU as on many.
+    """
+    rank, size, local_rank = (int(os.environ.get(key, default)) for key, default in
+                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    if threads or size > 1:
+        torch.set_num_threads(threads or 1)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        elif cuda:
+            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    return World(rank, size, local_rank, device)
+
+
+def is_main():
+    """True on rank 0: the one process that prints and writes files."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(*words):
+    """Print a line, on rank 0 only, without tearing a progress bar apart."""
+    if is_main():
+        tqdm.write(" ".join(str(word) for word in words))
+
+
+def fail(sentence):
+    """Stop with a sentence: what came in, what was needed, what to type next."""
+    raise SystemExit(sentence)
+
+
+def progress(steps, start=0, title=""):
+    """A progress bar over `range(start, steps)`, silent on every rank but 0."""
+    return tqdm(range(start, steps), initial=start, total=steps, desc=title, disable=not is_main(), dynamic_ncols=True)
+
+
+def progress_over(items, title=""):
+    """A progress bar over a list, silent on every rank but 0."""
+    return tqdm(items, desc=title, disable=not is_main(), dynamic_ncols=True)
+
+
+def wait_for_all():
+    """Let every rank reach this line (files that rank 0 wrote are then there for all)."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def global_sum(x):
+    """Sum over ranks. A number comes back as a float, a tensor as a new tensor of the same shape and type."""
+    if not isinstance(x, torch.Tensor):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return global_sum(torch.tensor(x, dtype=torch.float64, device=device)).item()
+    total = x.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
+
+
+def global_max(x):
+    """The largest of a number over all ranks, as a float."""
+    value = torch.tensor(float(x), dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    if dist.is_initialized():
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.item()
+
+
+def total(values):
+    """Numbers -> (sum, count), as `global_means` takes them."""
+    return float(sum(values)), len(values)
+
+
+def global_means(totals):
+    """{key: (sum, count) on this rank} -> {key: mean over all ranks}; a key that counted nothing is left out.
+
+    A sum over a count, never a mean of means: ranks may have counted different numbers.
+    """
+    sums = torch.tensor(list(totals.values()), dtype=torch.float64)                         # (keys, 2)
+    sums = global_sum(sums.cuda() if torch.cuda.is_available() else sums).tolist()
+    return {key: number / count for key, (number, count) in zip(totals, sums) if count}
+
+
+# ---------------------------------------------------------------- random streams and schedules
+
+def stable_seed(*keys):
+    """A 63-bit integer that depends on the keys alone: ("rollout", 0, 12) gives the same one on every machine."""
+    digest = hashlib.sha256(json.dumps(keys).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(*keys):
+    """A CPU torch.Generator for the keys, such as (seed, purpose, step, index): no use of one stream moves another."""
+    return torch.Generator().manual_seed(stable_seed(*keys))
+
+
+def cosine(step, steps, warmup=0, floor=0.0):
+    """Learning-rate factor: a linear rise to 1 over `warmup` steps, then a cosine down to `floor` at `steps`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+# ---------------------------------------------------------------- sharding
+
+def shard(model, blocks, world, ignored=()):
+    """Shard each block, then the root (FSDP2). Does nothing where there is no process group.
+
+    blocks    the modules gathered one at a time, such as the decoder layers; everything else belongs to the root
+    ignored   parameters left whole on every rank: a frozen vision tower has no gradient to share, and left whole it
+              needs no collective, so ranks may see different numbers of images
+    Gradients are summed: the loss is already divided by the global count. Without the last line gloo refuses to reduce.
+    On GPUs: bf16 arithmetic, fp32 weights, fp32 gradient sums; inputs are left as they come (rotary angles and
+    diffusion times lose too much in bf16). Across machines the mesh shards inside each and replicates between them.
+    """
+    if not dist.is_initialized():
+        return model
+    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    shape, names = (((world.size,), ("shard",)) if per_machine >= world.size else
+                    ((world.size // per_machine, per_machine), ("replicate", "shard")))
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    dtype = torch.bfloat16 if world.device.type == "cuda" else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    ignored = set(ignored)
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """Hold the whole model on every rank, for rollouts: ranks may then run different numbers of forward passes."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield model
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not model, recurse=False)
+
+
+def clip_gradients(parameters, max_norm):
+    """Scale the gradients down to a global norm of at most `max_norm`; return the norm before, as a float."""
+    norm = torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def whole(named):
+    """Gather sharded tensors: an iterable of (name, tensor) -> {name: whole CPU copy} on rank 0, {} on the others.
+
+    Every rank must call it with the same names in the same order.
+    """
+    tensors = {}
+    for name, tensor in named:
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if is_main():
+            tensors[name] = full.detach().to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def training_tensors(model, optimizer):
+    """The trainable parameters and the optimiser's moments, whole, as `restore_training` takes them (a collective)."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    moments = [(f"optimizer.{key}.{name}", value) for name, p in trainable
+               for key, value in sorted(optimizer.state[p].items())]
+    return whole([(f"model.{name}", p) for name, p in trainable] + moments)
+
+
+def restore_training(model, optimizer, tensors):
+    """Put back what `training_tensors` gathered, sharding each tensor like its parameter."""
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if f"model.{name}" not in tensors:
+            fail(f"The checkpoint has no tensor model.{name}: it belongs to another model. Give another --out.")
+        with torch.no_grad():
+            p.copy_(like(tensors[f"model.{name}"], p))
+        for key in ("step", "exp_avg", "exp_avg_sq"):                               # AdamW's state
+            value = tensors.get(f"optimizer.{key}.{name}")
+            if value is not None:
+                optimizer.state[p][key] = value.clone() if key == "step" else like(value, p)
+
+
+def like(tensor, parameter):
+    """The tensor on the parameter's device, in its type, sharded as it is."""
+    tensor = tensor.to(parameter.device, parameter.dtype, copy=True)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor
+
+
+# ---------------------------------------------------------------- files
+
+def write_text(path, text):
+    """Write a text file whole: beside its place, then renamed. Folders above it are made."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".partial")
+    with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text)
+        os.replace(beside, path)
+
+
+def write_json(path, value):
+    """Write a JSON file whole."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def disk(path):
+    """Turn a full disk into a sentence. safetensors reports it as its own error, so the text counts, not the class."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            fail(f"The disk is full: {path} could not be written. What was saved before is untouched; free some space "
+                 f"and run the same command again, it continues.")
+        raise
+
+
+@contextlib.contextmanager
+def written_whole(folder):
+    """`with written_whole(out) as part: model.save(part)`: the files appear in `folder` when all are complete."""
+    folder = Path(folder)
+    part = folder / ".partial"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with disk(folder):
+            part.mkdir(parents=True)
+            yield part
+            for file in sorted(part.iterdir()):
+                os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def save_state(folder, step, tensors, state):
+    """Save folder/step_000012/{tensors.safetensors, state.json}; the older checkpoint goes when this one is complete.
+
+    step      steps done so far: the step a resumed run begins with
+    tensors   {name: CPU tensor}, as `training_tensors` or `whole` give it (ranks other than 0 write nothing)
+    state     what else the loop must know, JSON
+    """
+    folder = Path(folder)
+    if is_main():
+        place, beside = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            with disk(place):
+                beside.mkdir(parents=True)
+                save_file(tensors, beside / "tensors.safetensors")
+                (beside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n")
+                shutil.rmtree(place, ignore_errors=True)
+                os.replace(beside, place)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        for other in folder.iterdir():
+            if other != place:
+                shutil.rmtree(other, ignore_errors=True)
+    wait_for_all()
+
+
+def load_state(folder):
+    """The newest complete checkpoint of `folder` as (step, tensors, state), or None where there is none."""
+    places = sorted(p for p in Path(folder).glob("step_*") if p.suffix != ".partial")
+    if not places:
+        return None
+    try:
+        state = json.loads((places[-1] / "state.json").read_text())
+        return state.pop("step"), load_file(places[-1] / "tensors.safetensors"), state
+    except Exception as error:                      # safetensors, JSON and the file system each have their own class
+        fail(f"The checkpoint {places[-1]} cannot be read ({error}). Remove it and run the same command again: "
+             f"it starts from {'the checkpoint before it' if len(places) > 1 else 'the beginning'}.")
+
+
+class MetricLog:
+    """`log.jsonl`: one JSON line per step, {"step": 12, "reward": 0.8, ...}. A resumed run writes its steps anew.
+
+    path   the file; lines of `resume_step` and later, and a line cut off by a kill, are dropped when it is opened
+    """
+
+    def __init__(self, path, resume_step=0):
+        self.path = Path(path)
+        if not is_main():
+            return
+        kept = [row for row in read_log(self.path) if row["step"] < resume_step]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, step, **metrics):
+        """Append one line; numbers keep six digits, and what is not a finite number becomes null."""
+        if not is_main():
+            return
+        with disk(self.path), open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **{key: readable(value) for key, value in metrics.items()}}) + "\n")
+
+
+def read_log(path):
+    """The rows of a `log.jsonl`, oldest first; a last line cut off by a kill is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def readable(value):
+    """A number as a log shows it: six digits, None for nan and infinity; anything else (strings, lists) as it is."""
+    if isinstance(value, (torch.Tensor, np.generic)):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return {key: readable(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+
+# ---------------------------------------------------------------- a stage's beginning and end
+
+def parse_with_preset(parser, presets, argv=None):
+    """Parse flags whose defaults come from `--preset`: a preset is a dict {flag: default}; what the user types wins."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for p in (first, parser):
+        p.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="defaults of other flags")
+    preset = presets[first.parse_known_args(argv)[0].preset]
+    unknown = set(preset) - {action.dest for action in parser._actions}
+    if unknown:
+        raise ValueError(f"the preset names flags that do not exist: {sorted(unknown)}")
+    parser.set_defaults(**preset)
+    return parser.parse_args(argv)
+
+
+def begin(title, args, neutral=(), needs=()):
+    """Say what runs, and look at args.out: finished already, begun with other flags, or free to go.
+
+    neutral   flags that never change the numbers (threads, micro-batch): they may differ when a run goes on
+    needs     (path, command that makes it) of every input
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    say(f"{title}: {args.preset} preset on {device}" + (f" x {processes}" if processes > 1 else "") +
+        ("" if args.preset == "astra" else "; the paper's run is --preset astra"))
+    out, flags = Path(args.out), {key: value for key, value in vars(args).items() if key not in neutral}
+    done = json.loads((out / "done.json").read_text()) if (out / "done.json").exists() else None
+    if done or (out / "training").exists():
+        try:
+            before = json.loads((out / "args.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            fail(f"{out} holds a run whose args.json cannot be read. Remove {out} or give another --out.")
+        changed = [f"--{key.replace('_', '-')} {before.get(key)} (now {value})" for key, value in flags.items()
+                   if before.get(key) != value]
+        if changed:
+            fail(f"{out} holds a run with {', '.join(changed)}. Give another --out, or remove {out} to start over.")
+    if done:
+        say(f"{out} is finished ({done['steps']} steps, {done['seconds']:.0f} s). Remove it to train again.")
+        raise SystemExit(0)
+    for path, command in needs:
+        need(path, command)
+    if is_main():
+        write_json(out / "args.json", flags)
+
+
+def need(path, command):
+    """The path of an input, or a sentence that says which command makes it. A hub id such as Qwen/Qwen3-VL passes."""
+    here = Path(path)
+    if not here.exists() and (str(path).startswith(("out/", ".", "/", "~")) or str(path).count("/") != 1):
+        fail(f"{path} is missing. `{command}` makes it.")
+    if (here / "args.json").exists() and not (here / "done.json").exists():
+        fail(f"{path} is not finished. Run `{command}` again: it continues where it stopped.")
+    return path
+
+
+def finish(folder, steps, clock):
+    """Write done.json, the last file of a stage, and drop the training state that only an interrupted run needs."""
+    spent = clock.read()
+    if is_main():
+        write_json(Path(folder) / "done.json", {**spent, "steps": steps})
+        shutil.rmtree(Path(folder) / "training", ignore_errors=True)
+    say(f"{folder} is complete: {steps} steps, {spent['seconds']:.0f} s, {spent['cpu_seconds']:.0f} CPU-s.")
+    wait_for_all()
+
+
+class Clock:
+    """Wall and CPU seconds of a stage (all ranks together), carried over interruptions through its saved `read()`."""
+
+    def __init__(self, before=None):
+        self.before = before or {"seconds": 0.0, "cpu_seconds": 0.0}
+        self.start, self.cpu_start = time.time(), time.process_time()
+
+    def read(self):
+        """{"seconds", "cpu_seconds"} so far (a collective)."""
+        return {"seconds": round(self.before["seconds"] + time.time() - self.start, 2),
+                "cpu_seconds": round(self.before["cpu_seconds"] + global_sum(time.process_time() - self.cpu_start), 2)}
+
+
+class Stopwatch(dict):
+    """Seconds per part of a step: `with seconds("update"): ...` adds to seconds["update"]."""
+
+    @contextlib.contextmanager
+    def __call__(self, part):
+        start = time.perf_counter()
+        yield
+        self[part] = self.get(part, 0.0) + time.perf_counter() - start
+
+
+class Interrupt:
+    """`with Interrupt() as stop:` Ctrl-C or SIGTERM only raises a flag, so that the loop can end its step and save.
+
+    A second Ctrl-C stops at once, without saving.
+    """
+
+    def __enter__(self):
+        self.flag = False
+        self.handlers = {sig: signal.signal(sig, self.raised) for sig in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for sig, handler in self.handlers.items():
+            signal.signal(sig, handler)
+
+    def raised(self, sig, frame):
+        """Signal handler: remember; on the second Ctrl-C give up at once."""
+        if self.flag and sig == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.flag = True
+        say("Stopping after this step, then saving (Ctrl-C again: at once, without saving).")
+
+    def requested(self):
+        """True if any rank was asked to stop (a collective: call it once per step on every rank)."""
+        return global_sum(float(self.flag)) > 0
+
+    def leave(self, step):
+        """Say how to go on, and exit with 130, so that a Makefile stops too."""
+        say(f"Stopped after step {step}; saved. The same command goes on from there.")
+        raise SystemExit(130)

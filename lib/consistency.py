@@ -1,0 +1,233 @@
+"""
+How true an imagined view is: to the commanded pose, and to the contents of the room.
+
+Pose, by analysis by synthesis. The room is rendered from a fine grid of poses around the reference; the render nearest
+to the view in pixel space, refined, is where the view was taken from; what it shows of its own depth is never asked.
+Within the threshold: a turn or look whose rotation is off by at most 10 degrees; a move whose direction is off by at
+most 20 degrees and whose length by at most 0.25 m or 30 % (the paper compares the same two and prints no threshold).
+
+Content, by colours: no two things of a room share one, so a colour is an instance. Compared with the true view:
+  objects   F1 of the objects seen
+  order     share of the true view's pairs that stand in the same left-right order (an object that is missing: wrong)
+  thirds    share of the left, centre and right thirds whose dominant object is the true one
+Content is the mean of the three.
+"""
+
+import numpy as np
+
+from lib.geometry import DEGREES_PER_METER, Motion, decompose, move_camera, pose
+from lib.rooms import COLOURS, random_room, render
+from lib.simulators import fill_holes
+
+LENGTH, SHARE, DIRECTION, ROTATION = 0.25, 0.30, 20.0, 10.0         # metres, of the commanded length, degrees, degrees
+SCALE = np.array([1, 1, 1, DEGREES_PER_METER, DEGREES_PER_METER])   # (dx, dy, dz, yaw, pitch) in comparable units
+
+
+# ---- pose -----------------------------------------------------------------------------------------------------------
+
+def delta_of(motion):
+    """The relative pose (5,) that a motion commands: dx, dy, dz in metres, yaw, pitch in degrees."""
+    return decompose(np.eye(4), move_camera(np.eye(4), motion))[:5]
+
+
+def motion_grid():
+    """Every motion kind over its range, as relative poses (G, 5); the pose of the reference itself is one of them."""
+    rows = [np.zeros(5)]
+    along, upwards = np.arange(-15, 16) * 0.1, np.arange(-5, 6) * 0.1           # metres
+    yaw, pitch = np.arange(-35, 37) * 5.0, np.arange(-9, 10) * 5.0              # degrees
+    for component, amounts in enumerate((along, upwards, along, yaw, pitch)):
+        for amount in amounts[np.abs(amounts) > 1e-9]:
+            rows.append(np.eye(5)[component] * amount)
+    return np.array(rows)
+
+
+def look(room, reference, deltas, size, supersample=1):
+    """Render from relative poses (n, 5) -> pixels (n, H * W * 3) in [0, 1], float32."""
+    poses = np.stack([reference @ pose(*delta) for delta in deltas])
+    parts = [render(room, poses[i:i + 16], size, supersample=supersample)["rgb"] for i in range(0, len(poses), 16)]
+    return np.concatenate(parts).reshape(len(poses), -1).astype(np.float32) / 255
+
+
+def distance(a, b):
+    """Mean squared pixel difference of every pair: (n, P), (m, P) -> (n, m)."""
+    return ((a**2).mean(1)[:, None] + (b**2).mean(1) - 2 / a.shape[1] * (a @ b.T)).clip(0)
+
+
+def recover(room, reference, views, rounds=4, size=32):
+    """Where views were taken from: (n, H, W, 3) uint8 -> relative poses (n, 5) to `reference`, and pixel errors (n,).
+
+    The nearest of the grid; then in each round a step of h to and fro in each of the five components, and the
+    Gauss-Newton step that these ten renders imply; the best of all stays, and h is halved.
+    """
+    pixels = views.reshape(len(views), -1).astype(np.float32) / 255
+    grid = motion_grid()
+    errors = distance(pixels, look(room, reference, grid, size))                            # (n, G)
+    found, error = grid[errors.argmin(1)], errors.min(1)
+    steps = np.concatenate([np.eye(5), -np.eye(5)]) * SCALE                                 # (10, 5)
+    for turn in range(rounds):
+        h, supersample = 0.2 * 0.5**turn, 1 if turn < 2 else 2        # metres, or 30 times as many degrees
+        near = found[:, None] + h * steps                                                   # (n, 10, 5)
+        looks = look(room, reference, near.reshape(-1, 5), size, supersample).reshape(len(views), 10, -1)
+        middle, slope = looks.mean(1), (looks[:, :5] - looks[:, 5:]) / (2 * h)              # (n, P), (n, 5, P)
+        normal = slope @ slope.transpose(0, 2, 1) + 1e-3 * np.eye(5)                        # (n, 5, 5)
+        jump = np.linalg.solve(normal, slope @ (pixels - middle)[..., None])[..., 0].clip(-2 * h, 2 * h) * SCALE
+        jumped = found + jump
+        tried = np.concatenate([near, jumped[:, None]], 1)                                  # (n, 11, 5)
+        looks = np.concatenate([looks, look(room, reference, jumped, size, supersample)[:, None]], 1)
+        errors = ((looks - pixels[:, None]) ** 2).mean(2)                                   # (n, 11)
+        best, rows = errors.argmin(1), np.arange(len(views))
+        better = errors[rows, best] < error
+        found = np.where(better[:, None], tried[rows, best], found)
+        error = np.where(better, errors[rows, best], error)
+    return found, error
+
+
+def angle(a, b):
+    """Degrees between two vectors; 180 where one of them has no length."""
+    lengths = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(np.degrees(np.arccos(np.clip(a @ b / lengths, -1, 1)))) if lengths > 1e-9 else 180.0
+
+
+def pose_error(commanded, recovered):
+    """Compare two relative poses (5,) -> {"family", "within", and metres, direction (degrees) or degrees}."""
+    if np.abs(commanded[:3]).max() > 0:
+        (want, got), length = (commanded[:3], recovered[:3]), np.linalg.norm(commanded[:3])
+        direction, gap = angle(want, got), abs(np.linalg.norm(got) - length)
+        return {"family": "moves", "meters": float(np.linalg.norm(got - want)), "direction": direction,
+                "within": bool(direction <= DIRECTION and gap <= max(LENGTH, SHARE * length))}
+    relative = pose(0, 0, 0, *commanded[3:])[:3, :3].T @ pose(0, 0, 0, *recovered[3:])[:3, :3]
+    degrees = float(np.degrees(np.arccos(np.clip((np.trace(relative) - 1) / 2, -1, 1))))
+    return {"family": "turns", "degrees": degrees, "within": degrees <= ROTATION}
+
+
+# ---- content --------------------------------------------------------------------------------------------------------
+
+SHADES = np.linspace(0.7, 1.0, 4)
+PALETTE = np.array([np.array(rgb) * shade for rgb in COLOURS.values() for shade in SHADES], np.float32)     # (8 * 4, 3)
+SATURATED = 0.30 * 255      # walls and floors stay below, furniture above
+STRONG, WEAK = 16, 8        # of 1,024 pixels: surely seen; perhaps seen (neither a hit nor a miss below STRONG)
+
+
+def classify(views):
+    """Views (n, H, W, 3) uint8 -> number of the colour of COLOURS (n, H, W), -1 where a pixel shows no object."""
+    x = views.reshape(-1, 3).astype(np.float32)
+    found = np.full(len(x), -1)
+    vivid = np.flatnonzero(x.max(1) - x.min(1) > SATURATED)
+    found[vivid] = ((PALETTE**2).sum(1) - 2 * x[vivid] @ PALETTE.T).argmin(1) // len(SHADES)
+    return found.reshape(views.shape[:3])
+
+
+def describe(views):
+    """What views show: pixels of 1,024 per colour (n, 8), mean column in [0, 1] (n, 8), dominant in each third (n, 3).
+
+    A third is dominated by the colour with most pixels in it, if these are 2 % of the view; else -1.
+    """
+    classes, width = classify(views), views.shape[2]
+    columns = (classes[..., None] == np.arange(len(COLOURS))).sum(1)                        # (n, W, 8)
+    scale, count = 1024 / (views.shape[1] * width), columns.sum(1)
+    middle = (columns * (np.arange(width)[:, None] + 0.5)).sum(1) / np.maximum(count, 1) / width
+    thirds = [columns[:, part].sum(1) * scale for part in np.array_split(np.arange(width), 3)]
+    dominant = np.stack([np.where(part.max(1) >= 0.02 * 1024, part.argmax(1), -1) for part in thirds], 1)
+    return count * scale, middle, dominant
+
+
+def content_scores(views, true):
+    """Compare views (n, H, W, 3) with the true ones -> {"precision", "recall", "f1", "order", "thirds", "content"}.
+
+    Counted over all views together; a part that the true views give no occasion for is nan and leaves the mean.
+    """
+    (count, middle, dominant), (true_count, true_middle, true_dominant) = describe(views), describe(true)
+    seen, truly = count >= STRONG, true_count >= STRONG
+    precision = share((true_count >= WEAK)[seen])
+    recall = share((count >= WEAK)[truly])
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
+    apart = true_middle[:, :, None] - true_middle[:, None, :] > 3 / 32        # (n, 8, 8): the first stands to the right
+    pairs = apart & truly[:, :, None] & truly[:, None, :]
+    both = (count >= WEAK)[:, :, None] & (count >= WEAK)[:, None, :]
+    order = share((both & (middle[:, :, None] > middle[:, None, :]))[pairs])
+    thirds = share((dominant == true_dominant)[true_dominant >= 0])
+    parts = {"precision": precision, "recall": recall, "f1": f1, "order": order, "thirds": thirds}
+    return parts | {"content": float(np.nanmean([f1, order, thirds]))}
+
+
+def share(hits):
+    """The mean of booleans; 0 for none at all would be a verdict, so nan."""
+    return float(hits.mean()) if hits.size else float("nan")
+
+
+# ---- both, over triples ---------------------------------------------------------------------------------------------
+
+def recover_all(rows, *lists):
+    """`recover` for several lists of views (one view per row each) -> per list (n, 5), aligned with rows.
+
+    The grid of a reference is rendered once, and a picture that occurs twice in one room (a copied reference) is looked
+    at once.
+    """
+    places = {}
+    for r, row in enumerate(rows):
+        places.setdefault((row["room"], row["reference"], str(row["context_c2w"])), []).append(r)
+    found = [np.zeros((len(rows), 5)) for _ in lists]
+    for (seed, reference, _), members in places.items():
+        reference_c2w = np.array(rows[members[0]]["context_c2w"][reference - 1])
+        distinct = {views[r].tobytes(): views[r] for views in lists for r in members}
+        size = next(iter(distinct.values())).shape[0]
+        poses, _ = recover(random_room(seed), reference_c2w, np.stack(list(distinct.values())), size=size)
+        by_picture = dict(zip(distinct, poses))
+        for views, out in zip(lists, found):
+            for r in members:
+                out[r] = by_picture[views[r].tobytes()]
+    return found
+
+
+def consistency(rows, views, recovered=None):
+    """Score one view per triple.
+
+    rows       of triples_*.jsonl, their "target" as an array;  views: (H, W, 3) uint8 each
+    recovered  (n, 5) of `recover_all`, if it is known
+    returns    {"pose": share within the thresholds, "content", "n", "moves": {…}, "turns": {…}, parts of content}
+    """
+    recovered = recover_all(rows, views)[0] if recovered is None else recovered
+    errors = [pose_error(delta_of(Motion(**row["motion"])), delta) for row, delta in zip(rows, recovered)]
+    views, true = np.stack(views), np.stack([row["target"] for row in rows])
+    result = {"pose": float(np.mean([error["within"] for error in errors])), **content_scores(views, true),
+              "n": len(rows)}
+    for family in ("moves", "turns"):
+        members = [i for i, error in enumerate(errors) if error["family"] == family]
+        if members:
+            medians = {f"median_{key}": float(np.median([errors[i][key] for i in members]))
+                       for key in ("meters", "direction", "degrees") if key in errors[members[0]]}
+            result[family] = {"pose": float(np.mean([errors[i]["within"] for i in members])), **medians,
+                              "content": content_scores(views[members], true[members])["content"], "n": len(members)}
+    return result
+
+
+def trivial_views(rows):
+    """What needs no model, {name: views}: copy of the reference, mean of the context, nearest context view by pose."""
+    def nearest(row):
+        target = move_camera(np.array(row["context_c2w"][row["reference"] - 1]), Motion(**row["motion"]))
+        gaps = [np.abs(decompose(np.array(c2w), target)[:5] / SCALE).sum() for c2w in row["context_c2w"]]
+        return row["context"][int(np.argmin(gaps))]
+    return {"copy of the reference": [row["context"][row["reference"] - 1] for row in rows],
+            "mean image": [np.mean(row["context"], 0).astype(np.uint8) for row in rows],
+            "nearest context view": [nearest(row) for row in rows]}
+
+
+def oracle_views(rows):
+    """What only the room itself can give, {name: views}: context warped by the target's depth and pose; true render.
+
+    The warp's holes take the nearest colour. No bar: a simulator need not beat them.
+    """
+    warped = [fill_holes(row["warp"][..., :3], row["warp"][..., 3] > 0) for row in rows]
+    true = [render(random_room(row["room"]), row["target_c2w"], len(row["target"]))["rgb"][0] for row in rows]
+    return {"warp with true depth and pose": warped, "true render": true}
+
+
+def compare(rows, views):
+    """Score {name: one view per row} beside what is trivial and what is perfect.
+
+    returns {"simulators": {name: scores}, "baselines": {name: scores}, "oracles": {name: scores}}, see `consistency`
+    """
+    groups = {"simulators": views, "baselines": trivial_views(rows), "oracles": oracle_views(rows)}
+    lists = [seen for group in groups.values() for seen in group.values()]
+    scores = iter([consistency(rows, seen, found) for seen, found in zip(lists, recover_all(rows, *lists))])
+    return {title: {name: next(scores) for name in group} for title, group in groups.items()}

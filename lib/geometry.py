@@ -1,0 +1,201 @@
+"""
+Cameras, and the ten motions that the policy may command.
+
+  axes      OpenCV: x right, y down, z forward, metres; c2w (4, 4) maps camera to world
+  pinhole   a point (x, y, z) of the camera falls on pixel (fx x/z + cx, fy y/z + cy); pixel centres are at +0.5
+  motion    one kind and one amount, along or about the axes of the reference camera
+  words     "Base on the viewpoint of Image-2, move 1.5 meters to the left."  (the paper's wording of a move; it
+            conditions the published checkpoint. The paper prints no turn: those phrases are ours.)
+"""
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+# kind -> (phrase, unit, which component of (dx, dy, dz, yaw, pitch), sign)
+TABLE = {
+    "move left": ("move {} meters to the left", "meters", 0, -1.0),
+    "move right": ("move {} meters to the right", "meters", 0, +1.0),
+    "move up": ("move {} meters up", "meters", 1, -1.0),
+    "move down": ("move {} meters down", "meters", 1, +1.0),
+    "move forward": ("move {} meters forward", "meters", 2, +1.0),
+    "move backward": ("move {} meters backward", "meters", 2, -1.0),
+    "turn left": ("turn left {} degrees", "degrees", 3, -1.0),
+    "turn right": ("turn right {} degrees", "degrees", 3, +1.0),
+    "look up": ("look up {} degrees", "degrees", 4, +1.0),
+    "look down": ("look down {} degrees", "degrees", 4, -1.0),
+}
+KINDS = tuple(TABLE)
+DEGREES_PER_METER = 30.0  # design: components are compared at 1 m = 30 degrees
+
+
+@dataclass(frozen=True)
+class Motion:
+    """One camera motion: a kind of `KINDS` and an amount > 0 in its unit (metres or degrees)."""
+
+    kind: str
+    amount: float
+
+    def __post_init__(self):
+        if self.kind not in TABLE:
+            raise ValueError(f"unknown motion {self.kind!r}; the motions are: {', '.join(KINDS)}")
+        if not (0 < self.amount < float("inf")):
+            raise ValueError(f"the amount of '{self.kind}' must be a positive number, not {self.amount}")
+
+    @property
+    def unit(self):
+        return TABLE[self.kind][1]
+
+
+class Query(NamedTuple):
+    """One order to a simulator. A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`."""
+
+    images: list            # (H, W, 3) uint8 each: all images so far, imagined ones included
+    reference: int          # 1-based number of the image the motion starts from
+    instruction: str        # `instruction(motion, reference)`
+    seed: int               # of the simulator's noise
+    scene: dict | None = None  # rooms only: {"room": seed, "poses": one 4x4 list per image}
+
+
+# ---- words ----------------------------------------------------------------------------------------------------
+
+def phrase(motion):
+    """Motion -> words: "move 1.5 meters to the left", "turn left 30 degrees". `read_phrase` is its exact inverse."""
+    return TABLE[motion.kind][0].format(repr(float(motion.amount)).removesuffix(".0"))
+
+
+_NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+_PATTERNS = {kind: re.compile(row[0].format(_NUMBER)) for kind, row in TABLE.items()}
+
+
+def read_phrase(text):
+    """Words -> Motion. Raises ValueError with the list of phrases if `text` is none of them."""
+    for kind, pattern in _PATTERNS.items():
+        if match := pattern.fullmatch(text.strip().removesuffix(".")):
+            return Motion(kind, float(match[1]))
+    known = "; ".join(row[0].format("<number>") for row in TABLE.values())
+    raise ValueError(f"cannot read the motion {text!r}; write one of: {known}")
+
+
+def instruction(motion, reference):
+    """The sentence that conditions the simulator (paper, Fig. 2)."""
+    return f"Base on the viewpoint of Image-{reference}, {phrase(motion)}."
+
+
+def read_instruction(text):
+    """The inverse of `instruction`: sentence -> (reference, Motion)."""
+    match = re.fullmatch(r"Base on the viewpoint of Image-(\d+), (.*)\.", text.strip())
+    if not match:
+        raise ValueError(f"cannot read the instruction {text!r}; it reads 'Base on the viewpoint of Image-2, …'")
+    return int(match[1]), read_phrase(match[2])
+
+
+# ---- poses ----------------------------------------------------------------------------------------------------
+
+def rotation(yaw=0.0, pitch=0.0):
+    """Camera rotation (3, 3): yaw > 0 turns right, then pitch > 0 looks up; degrees."""
+    a, b = np.radians(yaw), np.radians(pitch)
+    turn = np.array([[np.cos(a), 0, np.sin(a)], [0, 1, 0], [-np.sin(a), 0, np.cos(a)]])
+    look = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
+    return turn @ look
+
+
+def pose(x, y, z, yaw=0.0, pitch=0.0):
+    """c2w (4, 4) of a camera at (x, y, z) metres with yaw and pitch in degrees."""
+    c2w = np.eye(4)
+    c2w[:3, :3], c2w[:3, 3] = rotation(yaw, pitch), (x, y, z)
+    return c2w
+
+
+def move_camera(c2w, motion):
+    """The pose after `motion`, told in the axes of the camera itself."""
+    _, _, component, sign = TABLE[motion.kind]
+    delta = np.zeros(5)
+    delta[component] = sign * motion.amount
+    return c2w @ pose(*delta)
+
+
+def decompose(source, target):
+    """The relative pose as (dx, dy, dz, yaw, pitch, roll): metres and degrees in the source camera's axes."""
+    relative = np.linalg.inv(source) @ target
+    right, forward = relative[:3, 0], relative[:3, 2]
+    yaw = np.degrees(np.arctan2(forward[0], forward[2]))
+    pitch = np.degrees(np.arctan2(-forward[1], np.hypot(forward[0], forward[2])))
+    flat = rotation(yaw, pitch).T @ right                       # what is left of the rotation is roll
+    return np.array([*relative[:3, 3], yaw, pitch, np.degrees(np.arctan2(flat[1], flat[0]))])
+
+
+def dominant_motion(source, target, slack=0.15, share=0.20):
+    """The one motion that tells how the camera went from `source` to `target`, or None if no single one does.
+
+    Components are compared at 1 m = 30 degrees. None if another component (roll counts) exceeds
+    max(slack, share * dominant), since the words would not be true (design §3; the paper takes the dominant one).
+    Amounts are rounded to 0.1 m and 5 degrees; one that rounds to zero gives None.
+    """
+    delta = decompose(source, target)
+    size = np.abs(delta) / np.array([1, 1, 1, *[DEGREES_PER_METER] * 3])
+    main = int(size[:5].argmax())
+    if np.delete(size, main).max() > max(slack, share * size[main]):
+        return None
+    step = 0.1 if main < 3 else 5.0
+    amount = round(round(abs(delta[main]) / step) * step, 1)
+    kinds = [kind for kind, row in TABLE.items() if row[2] == main and row[3] == np.sign(delta[main])]
+    return Motion(kinds[0], amount) if amount > 0 else None
+
+
+# ---- pixels and points ----------------------------------------------------------------------------------------
+
+def pinhole(size, fov=90.0):
+    """Intrinsics (3, 3) of a square image of `size` pixels with a field of view of `fov` degrees."""
+    focal = 0.5 * size / np.tan(np.radians(fov) / 2)
+    return np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1.0]])
+
+
+def unproject(depth, intrinsics, c2w):
+    """Depth along z (H, W) in metres -> world points (H, W, 3)."""
+    rows, columns = np.mgrid[: depth.shape[0], : depth.shape[1]] + 0.5
+    x = (columns - intrinsics[0, 2]) / intrinsics[0, 0]
+    y = (rows - intrinsics[1, 2]) / intrinsics[1, 1]
+    return (np.stack([x, y, np.ones_like(x)], -1) * depth[..., None]) @ c2w[:3, :3].T + c2w[:3, 3]
+
+
+def project(points, intrinsics, c2w):
+    """World points (..., 3) -> (column, row) in pixels (..., 2) and depth along z (...)."""
+    camera = (points - c2w[:3, 3]) @ c2w[:3, :3]
+    z = camera[..., 2]
+    safe = np.where(np.abs(z) < 1e-9, 1e-9, z)[..., None]
+    return camera[..., :2] / safe * intrinsics[[0, 1], [0, 1]] + intrinsics[:2, 2], z
+
+
+def warp(target_depth, target_c2w, context, intrinsics, tolerance=0.05):
+    """What the context views know of the target view: the inverse warp by the target's depth.
+
+    target_depth (H, W) metres, 0 = invalid;  context: list of (rgb uint8 (h, w, 3), depth (h, w), c2w);
+    one `intrinsics` for all. A context view sees a target pixel if its point falls inside the image, in front of the
+    camera, and one of the four pixels around it has that depth, within `tolerance` (metres, and the same share of
+    the depth). The view whose depth agrees best gives the colour.
+    returns rgb (H, W, 3) uint8, black where unseen, and seen (H, W) bool.
+    """
+    points = unproject(target_depth, intrinsics, target_c2w)
+    best = np.full(target_depth.shape, np.inf)
+    colour = np.zeros((*target_depth.shape, 3), np.uint8)
+    for rgb, depth, c2w in context:
+        (height, width), (pixel, z) = depth.shape, project(points, intrinsics, c2w)
+        inside = (z > 1e-6) & (pixel >= 0).all(-1) & (pixel[..., 0] < width) & (pixel[..., 1] < height)
+        for corner in ((-0.5, -0.5), (-0.5, 0.5), (0.5, -0.5), (0.5, 0.5)):
+            column = np.clip(np.floor(pixel[..., 0] + corner[0]), 0, width - 1).astype(int)
+            row = np.clip(np.floor(pixel[..., 1] + corner[1]), 0, height - 1).astype(int)
+            there = depth[row, column]
+            error = np.where(inside & (there > 0), np.abs(there - z) / (1 + z), np.inf)   # metres near, a share far
+            better = error < np.minimum(best, tolerance)
+            best, colour = np.where(better, error, best), np.where(better[..., None], rgb[row, column], colour)
+    seen = np.isfinite(best) & (target_depth > 0)
+    return np.where(seen[..., None], colour, 0).astype(np.uint8), seen
+
+
+def coverage(target_depth, seen):
+    """Share of the valid target pixels that some context view sees (paper: accepted if >= 0.85)."""
+    valid = target_depth > 0
+    return float(seen[valid].mean()) if valid.any() else 0.0

@@ -1,0 +1,157 @@
+"""
+Writing many dialogues at once: one KV cache that lives across turns.
+
+Row b of the cache is dialogue b: token i of the dialogue stands in slot i, nothing stands between. So dialogues of
+different lengths can grow together, nothing is ever encoded twice, and one rule is the whole mask:
+
+    a token in slot s sees the slots 0 .. s of its row
+
+A batch is right-padded; what padding writes lies beyond the row's end, where nobody looks until the next token
+overwrites it. The rows that are writing stand first, a finished row changes places with the last of them, so a step
+works on a prefix of the cache and no cache is copied. The cache always lacks the last token of a dialogue: feeding it
+gives the distribution of the next one.
+"""
+
+import torch
+
+
+class RowCache:
+    """Keys and values of all rows and layers; what transformers' attention layers call `past_key_values`."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.layers = []        # per layer (2, rows, kv heads, capacity, head dim): keys and values
+        self.slots = None       # (n, m) where the next forward pass writes, n <= rows
+        self.seen = 0           # how many slots that pass attends to
+
+    def aim(self, slots):
+        self.slots, self.seen = slots, int(slots.max()) + 1
+
+    def update(self, keys, values, layer, *_, **__):
+        """Write keys and values (n, kv heads, m, head dim) of one layer; return all those of the n rows so far."""
+        n, heads, _, width = keys.shape
+        if layer == len(self.layers):
+            self.layers.append(keys.new_zeros(2, self.rows, heads, 0, width))
+        store = self.layers[layer]
+        if self.seen > store.shape[3]:                                      # room for 64 more tokens at a time
+            room = keys.new_zeros(2, self.rows, heads, self.seen + 64 - store.shape[3], width)
+            store = self.layers[layer] = torch.cat([store, room], 3)
+        place = self.slots[:, None, :, None].expand_as(keys)
+        store[0, :n].scatter_(2, place, keys)
+        store[1, :n].scatter_(2, place, values)
+        return store[0, :n, :, : self.seen], store[1, :n, :, : self.seen]
+
+    def repeat(self, times):
+        """Each row becomes `times` neighbouring rows: a question's prompt, shared by its group."""
+        self.rows *= times
+        self.layers = [store.repeat_interleave(times, 1) for store in self.layers]
+
+    def swap(self, i, j):
+        for store in self.layers:
+            store[:, [i, j]] = store[:, [j, i]]
+
+
+class Writer:
+    """Samples turns for a fixed list of dialogues.
+
+    dialogues   (Q * group_size) Trajectories, question-major; those of a group are equal so far
+    The writer reads their `ids`, `positions` and `features`, and never changes them.
+    """
+
+    def __init__(self, policy, dialogues, group_size=1):
+        self.policy, self.dialogues = policy, dialogues
+        self.cache = RowCache(len(dialogues) // group_size)
+        self.filled = [0] * len(dialogues)                  # tokens of dialogue d in the cache
+        self.images = [0] * len(dialogues)                  # images of dialogue d in the cache
+        self.order = list(range(0, len(dialogues), group_size))     # which dialogue stands in which row
+        self.feed(len(self.order))                          # every prompt once
+        self.cache.repeat(group_size)
+        self.order = list(range(len(dialogues)))
+        heads = [d - d % group_size for d in self.order]
+        self.filled, self.images = [self.filled[h] for h in heads], [self.images[h] for h in heads]
+
+    def forward(self, ids, slots, positions, features=None):
+        """ids, slots (n, m) and positions (3, n, m) of the first n rows -> logits (n, vocabulary) after column m."""
+        device = self.policy.device
+        ids, slots, positions = ids.to(device), slots.to(device), positions.to(device)
+        self.cache.aim(slots)
+        mask = torch.arange(self.cache.seen, device=device) <= slots[:, None, :, None]          # (n, 1, m, seen)
+        return self.policy.forward(ids, positions, mask, features=features, cache=self.cache, keep=1)[:, -1]
+
+    def feed(self, n):
+        """Bring the cache of the first n rows up to date, to all tokens but the last."""
+        new = [(d, self.dialogues[d], self.filled[d]) for d in self.order[:n]]
+        longest = max(len(dialogue.ids) - 1 - start for _, dialogue, start in new)
+        if longest <= 0:
+            return
+        ids = torch.full((n, longest), self.policy.tokenizer.pad_token_id)
+        positions = torch.zeros(3, n, longest, dtype=torch.long)
+        features = []
+        for row, (d, dialogue, start) in enumerate(new):
+            piece = dialogue.ids[start:-1]
+            ids[row, : len(piece)] = torch.tensor(piece)
+            positions[:, row, : len(piece)] = torch.tensor(dialogue.positions[start:-1]).T
+            features += dialogue.features[self.images[d]:]
+            self.filled[d], self.images[d] = start + len(piece), len(dialogue.features)
+        slots = torch.tensor([start for *_, start in new])[:, None] + torch.arange(longest)
+        self.forward(ids, slots, positions, torch.cat(features, 1) if features else None)
+
+    def write(self, members, uniforms, temperature, limit):
+        """Let some dialogues write one turn each.
+
+        members    which dialogues; uniforms (dialogues, limit) in [0, 1), float64: what each row's sampling draws
+        limit      tokens per turn
+        returns    per member (ids, logprobs): the tokens as sampled, <|im_end|> last unless the limit cut the turn
+        """
+        self.bring_forward(members)
+        self.feed(len(members))
+        ids, logprobs = {d: [] for d in members}, {d: [] for d in members}
+        last = {d: (self.dialogues[d].ids[-1], self.dialogues[d].positions[-1][0]) for d in members}
+        stop, n = self.policy.tokenizer.eos_token_id, len(members)
+        for step in range(limit):
+            now = self.order[:n]
+            tokens, places = torch.tensor([last[d] for d in now]).T                             # (n,), (n,)
+            slots = torch.tensor([self.filled[d] for d in now])
+            logits = self.forward(tokens[:, None], slots[:, None], places.expand(3, -1)[..., None])
+            sampled = [x.tolist() for x in sample(logits, uniforms[now, step], temperature)]
+            for row, (d, token, logprob) in reversed(list(enumerate(zip(now, *sampled)))):
+                ids[d].append(token)
+                logprobs[d].append(logprob)
+                self.filled[d] += 1
+                last[d] = (token, last[d][1] + 1)
+                if token == stop:                                           # the row leaves the batch
+                    n -= 1
+                    self.swap(row, n)
+            if n == 0:
+                break
+        return [(ids[d], logprobs[d]) for d in members]
+
+    def bring_forward(self, members):
+        """Let the rows of `members` stand first, in any order."""
+        wanted, n = set(members), len(members)
+        free = [row for row in range(n) if self.order[row] not in wanted]
+        for row in range(n, len(self.order)):
+            if self.order[row] in wanted:
+                self.swap(free.pop(), row)
+
+    def swap(self, i, j):
+        if i != j:
+            self.cache.swap(i, j)
+            self.order[i], self.order[j] = self.order[j], self.order[i]
+
+
+def sample(logits, uniforms, temperature):
+    """Draw a token per row by inverting the cumulative distribution at a uniform number.
+
+    logits (n, V) float32, uniforms (n,) in [0, 1); temperature 0 takes the most likely token
+    returns tokens (n,) and their log-probabilities (n,) (of the distribution drawn from; temperature 1 if greedy)
+    One uniform per token and stream per row: what a row samples does not depend on its neighbours in the batch.
+    """
+    logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)
+    if temperature == 0:
+        tokens = logprobs.argmax(-1)
+    else:
+        cumulative = logprobs.double().exp().cumsum(-1)
+        aim = uniforms.to(cumulative.device) * cumulative[:, -1]
+        tokens = torch.searchsorted(cumulative, aim[:, None], right=True)[:, 0]     # right: never a token of mass zero
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]

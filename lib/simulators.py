@@ -1,0 +1,107 @@
+"""
+The simulators that need no training, and the one place where a simulator is chosen by name.
+
+A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`. By name:
+
+  tuned         the trained Astra-WM: out/wm, or out/demo/wm
+  untuned       its twin, trained as long on shuffled sentences, a generic generator: out/wm-untuned
+  reprojection  the given views as a point cloud, looked at from the commanded pose (rooms only: it needs depth)
+  truth         the true renderer (rooms only)
+  none          no simulator: a call is answered by a sentence
+  anything else is the folder or hub id of a world model
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from lib.common import fail
+from lib.geometry import move_camera, pinhole, project, read_instruction, unproject
+from lib.rooms import TrueRenderer, random_room, render
+
+NAMES = ("tuned", "untuned", "reprojection", "truth", "none")
+NEEDS_ROOM = ("reprojection", "truth")
+FOLDERS = {"tuned": "wm", "untuned": "wm-untuned"}
+COMMANDS = {"tuned": "python train_wm.py", "untuned": "python train_wm.py --shuffle-instructions --out out/wm-untuned"}
+
+
+def find(name, wm=None):
+    """The world-model folder or hub id behind a simulator's name; None for those that have no weights.
+
+    wm   the folder of "tuned", if it is not the default
+    Ends the program with a sentence that says which command makes what is missing.
+    """
+    if name in NEEDS_ROOM or name == "none":
+        return None
+    if name == "tuned" and wm:
+        return str(wm)
+    if name not in FOLDERS:
+        return str(name)
+    places = [Path(root) / FOLDERS[name] for root in ("out", "out/demo")]
+    found = [place for place in places if (place / "config.json").exists()]
+    return str(found[0]) if found else fail(f"There is no simulator in {places[0]} yet. `{COMMANDS[name]}` makes it.")
+
+
+def load(name, device="cpu", wm=None):
+    """The simulator called `name` (see the top of this file), ready to imagine; None for "none"."""
+    if name in NEEDS_ROOM or name == "none":
+        return {"truth": TrueRenderer, "reprojection": Reprojection, "none": lambda: None}[name]()
+    from world_model import WorldModel
+    try:
+        return WorldModel.load(find(name, wm), device)
+    except (OSError, ValueError) as error:
+        fail(f"The simulator {find(name, wm)} cannot be read: {error}")
+
+
+class Reprojection:
+    """Training-free: every pixel of a given view is a small square in space, painted into the commanded view.
+
+    Depth belongs to given views alone (an imagined one adds no points, though a motion may start from it). In rooms it
+    is rendered at the pose of the view; an image counts as given if it shows what stands at its pose.
+    """
+
+    def imagine(self, queries):
+        """list of Query with `scene` -> list of (H, W, 3) uint8."""
+        return [self._imagine(query) for query in queries]
+
+    def _imagine(self, query):
+        if query.scene is None:
+            raise ValueError("reprojection works in rooms only: this question carries no depth and no poses")
+        reference, motion = read_instruction(query.instruction)
+        poses, size = np.array(query.scene["poses"]), query.images[0].shape[0]
+        true = render(random_room(query.scene["room"]), poses, size)
+        given = [k for k, image in enumerate(query.images) if np.abs(image - true["rgb"][k].astype(float)).mean() < 1]
+        clouds = [points(query.images[k], true["depth"][k], poses[k]) for k in given]
+        view, seen = splat(*map(np.concatenate, zip(*clouds)), move_camera(poses[reference - 1], motion), size)
+        return fill_holes(view, seen)
+
+
+def points(rgb, depth, c2w, fine=3):
+    """A view as coloured points: each pixel becomes fine² of them -> world points (n, 3), colours (n, 3) uint8."""
+    rgb, depth = (x.repeat(fine, 0).repeat(fine, 1) for x in (rgb, depth))
+    where = unproject(depth, pinhole(len(depth)), c2w)
+    return where[depth > 0], rgb[depth > 0]
+
+
+def splat(where, colours, c2w, size):
+    """Paint points into a view of `size` pixels, the nearest on top -> rgb (H, W, 3) uint8, seen (H, W) bool."""
+    pixel, z = project(where, pinhole(size), c2w)
+    column, row = np.floor(pixel).astype(int).T
+    kept = np.flatnonzero((z > 0.05) & (column >= 0) & (column < size) & (row >= 0) & (row < size))
+    kept = kept[np.argsort(-z[kept], kind="stable")]                        # far to near: the last one written stays
+    view, seen = np.zeros((size, size, 3), np.uint8), np.zeros((size, size), bool)
+    view[row[kept], column[kept]], seen[row[kept], column[kept]] = colours[kept], True
+    return view, seen
+
+
+def fill_holes(view, seen):
+    """Let pixels that nobody saw take the colour of the nearest one that was (in steps up, down, left, right)."""
+    view, seen = view.copy(), seen.copy()
+    while seen.any() and not seen.all():
+        before, known = view.copy(), seen.copy()
+        for axis, step in ((1, 1), (1, -1), (0, 1), (0, -1)):
+            there = np.roll(known, step, axis)
+            there[(slice(None),) * axis + (0 if step == 1 else -1,)] = False       # np.roll wraps round: undo
+            take = there & ~seen
+            view[take], seen[take] = np.roll(before, step, axis)[take], True
+    return view

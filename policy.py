@@ -1,0 +1,333 @@
+"""
+Astra-VL, the policy: a Qwen3-VL that thinks, may ask a world model for a view, looks at it, and answers.
+
+    python policy.py --images a.png b.png --ask "Which object is behind you?" --options "red box" "blue ball"
+
+prints the dialogue and saves the imagined views. Tiny and published checkpoints are the same class. Three things are
+here: Policy (weights, tokenizer, image preparation, one forward pass), `rollout` (questions -> sampled dialogues) and
+`token_logprobs` (dialogues -> what training needs). What a dialogue is, word by word, stands in lib/dialogue.py; how
+turns are written for many dialogues at once, in lib/rollout.py.
+"""
+
+import argparse
+import functools
+import json
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.utils import cached_file
+
+from lib.common import fail, generator, stable_seed
+from lib.dialogue import NO_SIMULATOR, NOTE, PAD, PHRASES, Trajectory, load_image, parse_turn, prompt_text  # noqa: F401
+from lib.rollout import Writer
+from lib.tokenizer import tiny_tokenizer
+
+# ---- weights, tokens, pixels ----------------------------------------------------------------------------------------
+
+class Policy:
+    """A Qwen3-VL with its tokenizer and image preparation; `tiny`, `load` and `save` are the ways in and out.
+
+    model       transformers' Qwen3VLForConditionalGeneration; its vision tower is `vision`
+    images      preprocessor_config.json: patch_size, merge_size, size (limits of the area in pixels)
+    banned      (vocabulary,) bool: special tokens a policy must not write, so that it cannot promise an image
+    """
+
+    def __init__(self, model, tokenizer, images):
+        self.model, self.tokenizer, self.images = model, tokenizer, images
+        self.vision = model.model.visual
+        self.device = model.lm_head.weight.device
+        self.banned = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
+        self.banned[: len(tokenizer)] = False                       # rows beyond the tokenizer pad the embedding
+        self.banned[[i for i, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
+        self.banned[tokenizer.eos_token_id] = False
+        self.banned = self.banned.to(self.device)
+        self.pad_id = model.config.image_token_id
+        self.tokens = functools.lru_cache(20_000)(lambda text: tokenizer.encode(text, add_special_tokens=False))
+
+    @classmethod
+    def tiny(cls, seed=0, width=128, depth=4, heads=4, kv_heads=2, mlp=384, vision_width=128, vision_depth=2,
+             patch=4, merge=2, side=32):
+        """Random weights, 1.9 M of them; an image of side² pixels becomes (side / patch / merge)² = 16 tokens."""
+        tokenizer = tiny_tokenizer(PHRASES)
+        names = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in (
+            ("image", PAD), ("video", "<|video_pad|>"),
+            ("vision_start", "<|vision_start|>"), ("vision_end", "<|vision_end|>"))}
+        head = width // heads
+        config = Qwen3VLConfig(
+            text_config=dict(
+                vocab_size=len(tokenizer), hidden_size=width, intermediate_size=mlp, num_hidden_layers=depth,
+                num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head, tie_word_embeddings=True,
+                max_position_embeddings=4096, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id, rope_parameters=dict(
+                    rope_type="default", rope_theta=5e6, mrope_interleaved=True,
+                    mrope_section=[head // 2 - 2 * (head // 8), head // 8, head // 8])),    # time, row, column
+            vision_config=dict(
+                depth=vision_depth, hidden_size=vision_width, intermediate_size=3 * vision_width, num_heads=4,
+                patch_size=patch, spatial_merge_size=merge, temporal_patch_size=2, out_hidden_size=width,
+                num_position_embeddings=(side // patch) ** 2, deepstack_visual_indexes=[0]),
+            tie_word_embeddings=True, **names)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = Qwen3VLForConditionalGeneration(config).eval()
+        images = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": patch, "merge_size": merge,
+                  "temporal_patch_size": 2, "size": {"shortest_edge": side * side, "longest_edge": side * side},
+                  "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        return cls(model, tokenizer, images)
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype="auto"):
+        """Read a checkpoint: a folder that `save` wrote, or any Qwen3-VL by folder or hub id.
+
+        The hub id of the paper's base is Qwen/Qwen3-VL-8B-Instruct; dtype "auto" is the checkpoint's own. Ends the
+        program with a sentence if there is no checkpoint or it cannot be read.
+        """
+        try:
+            images = json.loads(Path(cached_file(path, "preprocessor_config.json")).read_text())
+            model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype).to(device).eval()
+            return cls(model, AutoTokenizer.from_pretrained(path), images)
+        except Exception as error:              # the file system, JSON, safetensors and the hub each have their own
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            fail(f"No policy could be read from {path}: {reason} A tiny one is made by: python train_sft.py")
+
+    def save(self, folder, state_dict=None):
+        """Write weights, tokenizer and image preparation in the public layout.
+
+        state_dict   the whole weights, gathered, if the model itself is sharded
+        """
+        self.model.save_pretrained(folder, state_dict=state_dict)
+        self.tokenizer.save_pretrained(folder)
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(self.images, indent=1) + "\n")
+
+    def grid(self, image):
+        """Rows and columns of language tokens an image (H, W, 3) becomes: Qwen's rounding, area within the limits."""
+        height, width = image.shape[:2]
+        unit = self.images["patch_size"] * self.images["merge_size"]
+        low, high = self.images["size"]["shortest_edge"], self.images["size"]["longest_edge"]       # areas, in pixels
+        if max(height, width) > 200 * min(height, width):
+            raise ValueError(f"an image of {width} x {height} pixels is too narrow: the limit is 1 : 200")
+        rows, columns = round(height / unit), round(width / unit)
+        if rows * columns * unit**2 > high:
+            shrink = math.sqrt(height * width / high)
+            rows, columns = math.floor(height / shrink / unit), math.floor(width / shrink / unit)
+        elif rows * columns * unit**2 < low:
+            grow = math.sqrt(low / (height * width))
+            rows, columns = math.ceil(height * grow / unit), math.ceil(width * grow / unit)
+        return max(1, rows), max(1, columns)
+
+    def pixels(self, images):
+        """Cut images into patches as Qwen does: those of one merged token are neighbours, a still lasts two frames.
+
+        images    (H, W, 3) uint8 each, of any size
+        returns   patches (N, 3 * 2 * patch²) float32 in [-1, 1]; grids (images, 3): 1, rows, columns of patches
+        """
+        patch, merge = self.images["patch_size"], self.images["merge_size"]
+        patches, grids = [], []
+        for image in images:
+            rows, columns = self.grid(image)
+            size = (columns * merge * patch, rows * merge * patch)
+            if image.shape[1::-1] != size:
+                image = np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC))
+            x = image.reshape(rows, merge, patch, columns, merge, patch, 3)
+            x = x.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]   # row, column, merge, merge, 3, 1, patch, patch
+            patches.append(np.repeat(x, 2, axis=5).reshape(rows * columns * merge**2, -1))
+            grids.append((1, rows * merge, columns * merge))
+        patches = torch.from_numpy(np.concatenate(patches)).to(self.device)
+        return patches.float() / 127.5 - 1, torch.tensor(grids, device=self.device)
+
+    @torch.no_grad()
+    def encode(self, images, at_once=64):
+        """What the frozen tower makes of images: per image (1 + deepstack levels, tokens, width). Each array once."""
+        distinct = list({id(image): image for image in images}.values())
+        found = {}
+        for start in range(0, len(distinct), at_once):
+            part = distinct[start: start + at_once]
+            patches, grids = self.pixels(part)
+            out = self.vision(patches.to(self.vision.dtype), grid_thw=grids)
+            levels = torch.stack([out.pooler_output, *out.deepstack_features])      # (1 + levels, tokens, width)
+            sizes = (grids.prod(1) // self.images["merge_size"] ** 2).tolist()
+            found |= {id(image): x for image, x in zip(part, levels.split(sizes, 1))}
+        return [found[id(image)] for image in images]
+
+    def forward(self, ids, positions, mask, features=None, pixels=None, grids=None, cache=None, keep=0):
+        """One pass over ids (B, L) with M-RoPE positions (3, B, L) -> logits (B, kept, vocabulary), float32.
+
+        mask      (B, L) 1 = token, 0 = padding, or (B, 1, L, keys) bool, True = may look
+        features  (1 + levels, image tokens, width): all images of the batch in row order; or
+        pixels    and grids: the same images as patches, for training the tower
+        keep      logits of the last `keep` columns, or of the columns a tensor lists; 0 = all
+        """
+        vision = None if features is None else {"image": SimpleNamespace(
+            pooler_output=(features[0],), deepstack_features=[(level,) for level in features[1:]])}
+        logits = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, mm_encoder_outputs=vision,
+                            pixel_values=pixels, image_grid_thw=grids, past_key_values=cache,
+                            use_cache=cache is not None, logits_to_keep=keep).logits
+        return logits.float().masked_fill(self.banned, -1e9)                    # exp gives exactly 0
+
+
+# ---- sampling dialogues ---------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def rollout(policy, questions, simulator=None, mode="agentic", group_size=1, temperature=1.0, seed=0, max_rounds=3,
+            max_turns=10, max_new_tokens=64, rows=64):
+    """Let the policy hold `group_size` dialogues per question; returns Trajectories, question-major.
+
+    questions        rows of out/data/questions_*.jsonl; "images" are paths or arrays
+    simulator        anything with imagine(list of Query) -> list of views; None: calls are told that there is none
+    temperature      1 samples from the policy itself, 0 is greedy
+    max_rounds       views per dialogue; max_turns, max_new_tokens (per turn): more ends the dialogue as truncated
+    rows             dialogues written together: memory and speed only. Each draws from its own stream, given by
+                     (seed, question id, number in the group), so what it samples does not depend on the others.
+    """
+    was_training = policy.model.training
+    policy.model.eval()                                 # checkpointing in training mode would drop the cache silently
+    finished, step = [], max(1, rows // group_size)
+    for start in range(0, len(questions), step):
+        prompts = [Trajectory.start(policy, question, [load_image(i) for i in question["images"]], mode, max_rounds)
+                   for question in questions[start: start + step]]
+        encode_images(policy, prompts)
+        dialogues = [prompt.fork() for prompt in prompts for _ in range(group_size)]
+        streams = [(seed, dialogue.question.get("id", dialogue.question["question"]), d % group_size)
+                   for d, dialogue in enumerate(dialogues)]
+        uniforms = torch.stack([torch.rand(max_turns, max_new_tokens, dtype=torch.float64,
+                                           generator=generator("rollout", *stream)) for stream in streams])
+        writer = Writer(policy, dialogues, group_size)
+        for turn in range(max_turns):
+            members = [d for d, dialogue in enumerate(dialogues) if not dialogue.done]
+            if not members:
+                break
+            written = writer.write(members, uniforms[:, turn], temperature, max_new_tokens)
+            for d, (ids, logprobs) in zip(members, written):
+                dialogues[d].say(policy, ids, logprobs)
+                dialogues[d].truncated |= turn + 1 == max_turns and dialogues[d].answer is None
+            reply(policy, simulator, [(dialogues[d], stable_seed("imagine", *streams[d], turn))
+                                      for d in members if not dialogues[d].done])
+        finished += dialogues
+    policy.model.train(was_training)
+    return finished
+
+
+def reply(policy, simulator, waiting):
+    """Give every waiting dialogue its observation; all views of a turn are imagined in one batch.
+
+    waiting   (Trajectory, seed of the simulator) pairs
+    """
+    calling = [(dialogue, seed) for dialogue, seed in waiting if dialogue.call and simulator]
+    views = iter(simulator.imagine([dialogue.query(seed) for dialogue, seed in calling]) if calling else ())
+    for dialogue, _ in waiting:
+        if dialogue.call and simulator:
+            dialogue.observe(policy, image=next(views))
+        else:
+            dialogue.observe(policy, NO_SIMULATOR if dialogue.call else None)
+    encode_images(policy, [dialogue for dialogue, _ in waiting])
+
+
+def encode_images(policy, trajectories):
+    """Fill in the `features` that are missing. Only while the tower is frozen: they would be stale after an update."""
+    encoded = iter(policy.encode([image for t in trajectories for image in t.images[len(t.features):]]))
+    for trajectory in trajectories:
+        trajectory.features += [next(encoded) for _ in trajectory.images[len(trajectory.features):]]
+
+
+# ---- log-probabilities for training ---------------------------------------------------------------------------------
+
+def collate(policy, trajectories, pixels=False):
+    """Trajectories -> one right-padded batch (B rows, L tokens) for `token_logprobs`.
+
+    returns   ids, mask (1 = token), loss_mask, logprobs (the rollout's) (B, L); positions (3, B, L); and the images in
+              row order as `features` (1 + levels, tokens, width) of the frozen tower, each distinct array encoded once,
+              or with pixels=True as `pixels` and `grids`, through which gradients reach the tower
+    """
+    size = (len(trajectories), max(len(t.ids) for t in trajectories))
+    ids, positions = torch.full(size, policy.tokenizer.pad_token_id), torch.zeros(*size, 3, dtype=torch.long)
+    mask, loss_mask, logprobs = torch.zeros(size, dtype=torch.long), torch.zeros(size), torch.zeros(size)
+    for row, t in enumerate(trajectories):
+        n = len(t.ids)
+        ids[row, :n], positions[row, :n] = torch.tensor(t.ids), torch.tensor(t.positions)
+        mask[row, :n], loss_mask[row, :n], logprobs[row, :n] = 1, torch.tensor(t.loss_mask), torch.tensor(t.logprobs)
+    batch = {"ids": ids, "positions": positions.permute(2, 0, 1), "mask": mask, "loss_mask": loss_mask,
+             "logprobs": logprobs}
+    batch = {key: value.to(policy.device) for key, value in batch.items()}
+    images = [image for t in trajectories for image in t.images]
+    if pixels and images:
+        batch["pixels"], batch["grids"] = policy.pixels(images)
+    elif images:
+        encoded = iter(policy.encode([image for t in trajectories for image in t.images[len(t.features):]]))
+        batch["features"] = torch.cat([feature for t in trajectories for feature in
+                                       (*t.features, *(next(encoded) for _ in t.images[len(t.features):]))], 1)
+    return batch
+
+
+def token_logprobs(policy, batch, temperature=1.0):
+    """Log-probability and entropy of what the policy wrote, under the distribution `rollout` samples from.
+
+    returns   (B, L - 1) each: column t is about token t + 1; 0 where that token is not the policy's. Differentiable.
+    The language head runs only on columns where some row has a token of the policy.
+    """
+    wrote = batch["loss_mask"][:, 1:] > 0                                                   # (B, L - 1)
+    columns = wrote.any(0).nonzero()[:, 0]                                                  # (K,)
+    logits = policy.forward(*(batch[key] for key in ("ids", "positions", "mask")), batch.get("features"),
+                            batch.get("pixels"), batch.get("grids"), keep=columns)          # (B, K, vocabulary)
+    logprobs = torch.log_softmax(logits / temperature, -1)
+    chosen = logprobs.gather(-1, batch["ids"][:, 1:][:, columns, None])[..., 0]             # (B, K)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    spread = [torch.zeros(wrote.shape, device=logits.device).index_copy(1, columns, x) for x in (chosen, entropy)]
+    return tuple(x.where(wrote, x.new_zeros(())) for x in spread)
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+def newest(stages):
+    """The first of out/<stage> and then of out/demo/<stage> that holds a model, or None."""
+    folders = [Path(root) / stage for root in ("out", "out/demo") for stage in stages]
+    return next((folder for folder in folders if (folder / "config.json").exists()), None)
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--images", nargs="+", required=True, help="the given views, in order: Image-1, Image-2, ...")
+    p.add_argument("--ask", required=True, help="the question")
+    p.add_argument("--options", nargs="*", default=[], help="answers to choose from; they are lettered A, B, C, ...")
+    p.add_argument("--model", help="policy folder or hub id (default: the last stage trained, in out/ or out/demo/)")
+    p.add_argument("--wm", help="world model folder or hub id (default: out/wm or out/demo/wm)")
+    p.add_argument("--mode", choices=list(NOTE), default="agentic", help="direct: no tool; forced: must imagine first")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
+    p.add_argument("--max-new-tokens", type=int, default=256, help="per turn")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", default="out/ask", help="imagined views and the dialogue are saved here")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = [text if re.match(r"[A-Z]\. ", text) else f"{chr(65 + i)}. {text}" for i, text in enumerate(args.options)]
+    question = {"question": args.ask, "options": options, "images": [load_image(path) for path in args.images]}
+    model = args.model or newest(("phase2", "phase1", "sft")) or fail(
+        "There is no policy in out/ yet. Train one with: python train_sft.py   (or name one with --model)")
+    simulator = None
+    try:
+        if args.mode != "direct":
+            from world_model import WorldModel
+            wm = args.wm or newest(("wm",)) or fail(
+                "There is no world model in out/ yet. Train one with: python train_wm.py   (or ask with --mode direct)")
+            simulator = WorldModel.load(wm, device, torch.bfloat16 if device == "cuda" else torch.float32)
+        trajectory, = rollout(Policy.load(model, device), [question], simulator, args.mode, temperature=args.temperature,
+                              seed=args.seed, max_new_tokens=args.max_new_tokens)
+    except (OSError, ValueError) as error:
+        fail(str(error))
+    for kind, content in trajectory.lines():
+        print(content if kind == "text" else " ".join(f"[Image-{number}]" for number in content))
+    trajectory.save(args.out)
+    trajectory.draw(Path(args.out) / "dialogue.png")
+    print(f"{'No answer.' if trajectory.answer is None else f'Answer: {trajectory.answer}.'} "
+          f"Imagined views: {trajectory.valid_calls}. Pictures: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""
+Every reward, as pure functions of what a rollout did.
+
+Astra rewards rollout i of question g in two phases (the weights are the paper's):
+
+  phase 1, exploration and tool acquisition   r = e + lambda_fmt f + lambda_use min(n_tool, c)
+  phase 2, selective imagination              r = (phase 1) + alpha max(0, D_i) - beta max(0, -D_i)
+                                              D_i = e_i - e_g^direct
+
+  e          exact match of the answer, 0 or 1
+  f          format: every turn is well formed and the episode ends in an answer, 0 or 1
+  n_tool     valid simulator calls; c = 1 means that the first call earns the bonus and further ones nothing
+  D_i        tool-induced gain: what imagining changed against answering the same question directly
+
+Ours, where the paper is silent: e_g^direct is the mean exact match of a few no-tool rollouts of the same question by
+the current policy, and D_i = 0 for a rollout that used no tool, since no tool induced anything.
+"""
+
+import torch
+
+LAMBDA_FMT = 0.5        # lambda_fmt
+LAMBDA_USE = 0.02       # lambda_use
+CALL_CAP = 1            # c
+ALPHA = 0.1             # gain of imagining where answering directly fails
+BETA = 0.03             # price of imagining where answering directly succeeds
+
+
+def exact_match(answer, gold):
+    """1.0 if the answer names the gold option, else 0.0.
+
+    answer   what stood between <answer> and </answer>, or None: "B", "b", "B." and "B. red box" all name option B
+    gold     the option letter, or for other kinds of question the whole answer, compared without case and outer spaces
+    """
+    if answer is None:
+        return 0.0
+    answer, gold = answer.strip().lower(), gold.strip().lower()
+    if len(gold) == 1 and gold.isalpha():
+        return float(answer == gold or answer.startswith((gold + ".", gold + ")")))
+    return float(answer == gold)
+
+
+def format_reward(trajectory):
+    """f: 1.0 if every turn of the trajectory is well formed and it ends in an answer, else 0.0."""
+    return float(trajectory.well_formed and trajectory.answer is not None)
+
+
+def phase1_reward(match, form, n_tool):
+    """r = e + lambda_fmt f + lambda_use min(n_tool, c): learn the protocol and try the simulator."""
+    return match + LAMBDA_FMT * form + LAMBDA_USE * min(n_tool, CALL_CAP)
+
+
+def tool_gain(match, n_tool, match_direct):
+    """D_i = e_i - e_g^direct in [-1, 1]; 0 for a rollout without a valid call (ours)."""
+    return match - match_direct if n_tool > 0 else 0.0
+
+
+def phase2_reward(match, form, n_tool, match_direct):
+    """Phase 1 plus alpha max(0, D) - beta max(0, -D): imagine where it helps.
+
+    The paper's overview figure prints the last term without its inner minus; the formula in its text is this one.
+    """
+    gain = tool_gain(match, n_tool, match_direct)
+    return phase1_reward(match, form, n_tool) + ALPHA * max(0.0, gain) - BETA * max(0.0, -gain)
+
+
+def group_advantages(rewards, group_size, divide_by_std=True, eps=1e-6):
+    """Compare each rollout with the other rollouts of the same question (GRPO).
+
+    rewards         (Q * G,), question-major: the G rollouts of one question are neighbours
+    divide_by_std   divide by the group's standard deviation (over G - 1) plus eps. This makes a bonus of 0.02 as loud
+                    as a right answer wherever all answers of a group agree; without it A is just the difference
+    returns         (Q * G,) float32; mean zero in each group, exactly zero where all rewards of a group are equal
+    raises          ValueError if the rewards do not fill whole groups of at least two
+    """
+    rewards = torch.as_tensor(rewards, dtype=torch.float64)
+    if group_size < 2 or rewards.numel() % group_size:
+        raise ValueError(f"{rewards.numel()} rewards do not fill groups of {group_size}: every question needs the same "
+                         f"number of rollouts, two or more.")
+    groups = rewards.view(-1, group_size)                                               # (Q, G)
+    advantages = groups - groups.mean(dim=1, keepdim=True)
+    if divide_by_std:
+        advantages = advantages / (groups.std(dim=1, keepdim=True) + eps)               # ddof 1
+    advantages = advantages * varied(rewards, group_size)[:, None]
+    return advantages.flatten().float()
+
+
+def varied(rewards, group_size, tolerance=1e-9):
+    """(Q,) bool: groups with something to learn from, i.e. whose rewards are not all equal (up to rounding of sums)."""
+    groups = torch.as_tensor(rewards, dtype=torch.float64).view(-1, group_size)
+    return groups.amax(dim=1) - groups.amin(dim=1) > tolerance

@@ -1,0 +1,169 @@
+"""The measuring instrument, measured: true views near the ceiling, and every known error costs what it should."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lib.consistency import (angle, classify, compare, consistency, content_scores, delta_of, describe, pose_error, recover,
+                             recover_all)
+from lib.geometry import Motion, Query, instruction, move_camera, pose
+from lib.rooms import COLOURS, EYE, random_room, render
+from lib.simulators import Reprojection, fill_holes, find, load, points, splat
+
+MOTIONS = [Motion("turn left", 45.0), Motion("turn right", 135.0), Motion("move left", 1.0), Motion("move forward", 0.5),
+           Motion("look up", 20.0)]
+ROOMS = range(5_000_000, 5_000_006)
+
+
+def triples():
+    rows = []
+    for seed in ROOMS:
+        room, context = random_room(seed), [pose(0.1, -EYE, -0.1, 17.0 - 90 * k) for k in range(4)]
+        images = render(room, np.stack(context))["rgb"]
+        for motion in MOTIONS:
+            target = move_camera(context[1], motion)
+            view = render(room, target)["rgb"][0]
+            rows.append({"id": f"{seed}/{motion.kind}", "room": seed, "reference": 2, "context": list(images), "target": view,
+                         "motion": {"kind": motion.kind, "amount": motion.amount}, "target_c2w": target.tolist(),
+                         "context_c2w": [c2w.tolist() for c2w in context],
+                         "warp": np.dstack([view, np.full((32, 32), 255, np.uint8)])})
+    return rows
+
+
+ROWS = triples()
+
+
+def test_true_renders_are_perfect_and_the_trivial_ones_are_not():
+    result = compare(ROWS, {"true": [row["target"] for row in ROWS]})
+    for perfect in (result["simulators"]["true"], *result["oracles"].values()):
+        assert perfect["pose"] == 1 and perfect["content"] == pytest.approx(1)
+    assert result["simulators"]["true"]["moves"]["median_meters"] < 0.05
+    assert result["simulators"]["true"]["turns"]["median_degrees"] < 1
+    for name, trivial in result["baselines"].items():
+        assert trivial["pose"] < 0.3 and trivial["content"] < 0.8, name
+    assert result["baselines"]["mean image"]["content"] < 0.2
+
+
+def test_pose_falls_step_by_step_as_the_camera_is_off():
+    shares = []
+    for off in (0, 4, 8, 13, 20):
+        views = [render(random_room(row["room"]), np.array(row["target_c2w"]) @ pose(0, 0, 0, off))["rgb"][0] for row in ROWS]
+        turns = consistency(ROWS, views)["turns"]
+        assert turns["median_degrees"] == pytest.approx(off, abs=1.5)
+        shares.append(turns["pose"])
+    assert shares[:3] == [1, 1, 1] and max(shares[3:]) < 0.1
+
+
+def test_content_falls_step_by_step_as_things_go_missing_or_change_colour():
+    true, missing, painted = np.stack([row["target"] for row in ROWS]), [], []
+    for row in ROWS:
+        room = random_room(row["room"])
+        pixels = np.bincount(render(room, row["target_c2w"])["ids"].ravel(), minlength=len(room.things) + 1)[1:]
+        largest, spare = room.things[pixels.argmax()], set(COLOURS) - {thing.colour for thing in room.things}
+        kept = tuple(thing for thing in room.things if thing is not largest)
+        for views, things in ((missing, kept), (painted, (*kept, replace(largest, colour=min(spare))))):
+            views.append(render(replace(room, things=things), row["target_c2w"])["rgb"][0])
+    for wrong in (missing, painted):                        # in a third of the views, in two thirds, in all
+        runs = [content_scores(np.stack(wrong[:k] + list(true[k:])), true) for k in (0, 10, 20, 30)]
+        assert runs[0]["content"] == 1 and runs[-1]["content"] < 0.4
+        for key in ("recall", "f1", "order", "thirds", "content"):
+            assert all(a[key] > b[key] + 0.05 for a, b in zip(runs, runs[1:])), key
+    assert content_scores(np.stack(missing), true)["precision"] > 0.9 > content_scores(np.stack(painted), true)["precision"]
+
+
+def test_a_mirrored_view_keeps_its_objects_and_loses_their_order():
+    true = np.stack([row["target"] for row in ROWS])
+    mirrored = content_scores(true[:, :, ::-1], true)
+    assert mirrored["f1"] == 1 and mirrored["order"] == 0 and mirrored["thirds"] < 0.6
+
+
+def test_refinement_finds_poses_between_the_grid_points():
+    room, reference = random_room(5_000_001), pose(0.1, -EYE, -0.1, 17.0)
+    deltas = np.array([[0.83, 0, 0.12, 0, 0], [0, 0, 0, -62.3, 1.7], [0.04, 0.03, -0.66, 3, 0]])
+    views = np.stack([render(room, reference @ pose(*delta))["rgb"][0] for delta in deltas])
+    found, _ = recover(room, reference, views)
+    assert np.abs(found - deltas)[:, :3].max() < 0.15 and np.abs(found - deltas)[:, 3:].max() < 3
+
+
+def test_thresholds_of_a_pose():
+    left, turn = delta_of(Motion("move left", 1.0)), delta_of(Motion("turn right", 90.0))
+    for delta, within in (([-1, 0, 0, 0, 0], True), ([-1.29, 0, 0, 0, 0], True), ([-1.31, 0, 0, 0, 0], False),
+                          ([-0.95, 0, 0.3, 0, 0], True), ([-0.9, 0, 0.4, 0, 0], False), ([1, 0, 0, 0, 0], False),
+                          ([0, 0, 0, 0, 0], False)):
+        assert pose_error(left, np.array(delta, float))["within"] is within, delta
+    for delta, within in (([0, 0, 0, 99, 0], True), ([0, 0, 0, 101, 0], False), ([0, 0, 0, 90, 11], False),
+                          ([0, 0, 0, -90, 0], False)):
+        assert pose_error(turn, np.array(delta, float))["within"] is within, delta
+    assert pose_error(delta_of(Motion("turn left", 180.0)), np.array([0, 0, 0, 175.0, 0]))["within"]
+    assert angle(np.zeros(3), np.ones(3)) == 180
+
+
+def test_equal_pictures_of_two_rooms_are_not_confused():
+    grey = np.full((32, 32, 3), 90, np.uint8)
+    alone = [recover_all([row], [grey])[0][0] for row in (ROWS[0], ROWS[-1])]
+    np.testing.assert_allclose(recover_all([ROWS[0], ROWS[-1]], [grey, grey])[0], alone)
+
+
+def test_colours_agree_with_instance_ids():
+    """Where the whole pixel belongs to one thing, its colour is read right; walls and floors show none."""
+    names = list(COLOURS)
+    for seed in ROOMS:
+        room = random_room(seed)
+        view = render(room, pose(0, -EYE, 0, 40), supersample=1)
+        classes, ids = classify(view["rgb"])[0], view["ids"][0]
+        want = np.array([-1] + [names.index(thing.colour) for thing in room.things])[ids]
+        assert (classes == want).all()
+
+
+def test_describe_does_not_depend_on_the_size_of_a_view():
+    room = random_room(5_000_002)
+    small, large = (describe(render(room, pose(0, -EYE, 0, 40), size)["rgb"]) for size in (32, 96))
+    np.testing.assert_allclose(small[0], large[0], atol=12)
+    np.testing.assert_array_equal(small[2], large[2])
+
+
+# ---- training-free simulators ---------------------------------------------------------------------------------------
+
+def query(row, motion, images=None, poses=None):
+    motion = Motion(**row["motion"]) if motion is None else motion
+    return Query(images or row["context"], 2, instruction(motion, 2), 0,
+                 {"room": row["room"], "poses": poses or row["context_c2w"]})
+
+
+def test_reprojection_shows_the_commanded_view():
+    rows = [row for row in ROWS if "look" not in row["motion"]["kind"]]
+    result = consistency(rows, Reprojection().imagine([query(row, None) for row in rows]))
+    assert result["pose"] == 1 and result["content"] > 0.95
+
+
+def test_reprojection_takes_no_depth_from_an_imagined_view():
+    """An imagined view at a commanded pose adds no points, however wrong it is; a motion may still start from it."""
+    row, grey = ROWS[0], np.full((32, 32, 3), 90, np.uint8)
+    elsewhere = move_camera(np.array(row["context_c2w"][1]), Motion("move right", 1.0)).tolist()
+    plain, more = Reprojection().imagine([query(row, None), query(row, None, [*row["context"], grey],
+                                                                    [*row["context_c2w"], elsewhere])])
+    np.testing.assert_array_equal(plain, more)
+    with pytest.raises(ValueError, match="no depth"):
+        Reprojection().imagine([Query(row["context"], 2, "Base on the viewpoint of Image-2, move 1 meters forward.", 0)])
+
+
+def test_splat_keeps_the_nearest_and_holes_take_the_nearest_colour():
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+    view, seen = splat(np.array([[0.1, 0.1, 2.0], [0.05, 0.05, 1.0], [0.1, 0.1, -1.0]]), colours, np.eye(4), 4)
+    assert seen.sum() == 1 and view[2, 2].tolist() == [0, 255, 0]
+    assert (fill_holes(view, seen) == [0, 255, 0]).all()
+    black = np.zeros((4, 4, 3), np.uint8)
+    assert (fill_holes(black, np.zeros((4, 4), bool)) == 0).all()
+    where, rgb = points(view, np.array([[1.0, 0, 0, 0]] * 4), np.eye(4), fine=2)
+    assert where.shape == (16, 3) and rgb.shape == (16, 3)
+
+
+def test_simulators_by_name(tmp_path, monkeypatch):
+    assert load("none") is None and load("truth").imagine([query(ROWS[0], None)])[0].shape == (32, 32, 3)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="train_wm.py"):
+        find("tuned")
+    (tmp_path / "out/demo/wm").mkdir(parents=True)
+    (tmp_path / "out/demo/wm/config.json").write_text("{}")
+    assert find("tuned") == "out/demo/wm" and find("tuned", "elsewhere") == "elsewhere" and find("my/model") == "my/model"

@@ -1,0 +1,120 @@
+"""Cameras, motions and words: pytest tests/test_geometry.py"""
+
+import numpy as np
+import pytest
+
+from lib.geometry import (KINDS, Motion, coverage, decompose, dominant_motion, instruction, move_camera, phrase, pinhole,
+                          pose, project, read_instruction, read_phrase, unproject, warp)
+from lib.rooms import EYE, random_room, render
+
+AMOUNTS = {"meters": [0.1 * k for k in range(1, 101)], "degrees": [5.0 * k for k in range(1, 73)]}
+
+
+def test_words_and_motions_round_trip_over_the_whole_grid():
+    for kind in KINDS:
+        for amount in [*AMOUNTS[Motion(kind, 1.0).unit], 1 / 3, 1e-7, 123456.789]:
+            motion = Motion(kind, amount)
+            assert read_phrase(phrase(motion)) == motion
+            for reference in (1, 12):
+                assert read_instruction(instruction(motion, reference)) == (reference, motion)
+
+
+def test_the_papers_sentence():
+    assert instruction(Motion("move left", 1.5), 2) == "Base on the viewpoint of Image-2, move 1.5 meters to the left."
+
+
+@pytest.mark.parametrize("text", ["turn left", "turn left some degrees", "move 1 meters to the moon", "", "turn left -5 degrees"])
+def test_unreadable_motions_are_refused_with_the_list_of_phrases(text):
+    with pytest.raises(ValueError, match="turn left <number> degrees"):
+        read_phrase(text)
+
+
+@pytest.mark.parametrize("kind, amount", [("fly", 1.0), ("move left", 0.0), ("move left", float("nan")), ("turn left", float("inf"))])
+def test_impossible_motions_are_refused(kind, amount):
+    with pytest.raises(ValueError):
+        Motion(kind, amount)
+
+
+def test_directions_are_those_of_the_words():
+    """From the identity pose (x right, y down, z forward) every motion leads where its name says."""
+    where = {"move left": (-1, 0, 0), "move right": (1, 0, 0), "move up": (0, -1, 0), "move down": (0, 1, 0),
+             "move forward": (0, 0, 1), "move backward": (0, 0, -1)}
+    for kind, expected in where.items():
+        np.testing.assert_allclose(move_camera(np.eye(4), Motion(kind, 1.0))[:3, 3], expected, atol=1e-12)
+    looks = {"turn left": (-1, 0, 0), "turn right": (1, 0, 0), "look up": (0, -1, 0), "look down": (0, 1, 0)}
+    for kind, expected in looks.items():
+        np.testing.assert_allclose(move_camera(np.eye(4), Motion(kind, 90.0))[:3, 2], expected, atol=1e-12)
+
+
+def test_dominant_motion_finds_the_commanded_one_and_refuses_a_mixture():
+    start = pose(0.3, -1.2, 0.5, yaw=37)
+    for kind in KINDS:
+        for amount in (0.5, 1.7) if Motion(kind, 1.0).unit == "meters" else (15.0, 85.0):
+            motion = Motion(kind, amount)
+            assert dominant_motion(start, move_camera(start, motion)) == motion
+    both = move_camera(move_camera(start, Motion("move left", 1.0)), Motion("turn left", 25.0))
+    assert dominant_motion(start, both) is None
+    slight = move_camera(move_camera(start, Motion("move left", 1.0)), Motion("turn left", 4.0))     # 4 degrees = 0.13 m
+    assert dominant_motion(start, slight) == Motion("move left", 1.0)
+
+
+def test_decompose_tells_translation_in_the_axes_of_the_source():
+    start = pose(1.0, -1.0, 2.0, yaw=90)                    # looks along +x
+    np.testing.assert_allclose(decompose(start, pose(3.0, -1.0, 2.0, yaw=120)), [0, 0, 2, 30, 0, 0], atol=1e-9)
+
+
+def test_unproject_and_project_are_inverse():
+    depth = np.random.default_rng(0).uniform(0.5, 4, (6, 6))
+    camera, intrinsics = pose(0.2, -1.1, 0.4, 33, 12), pinhole(6)
+    pixel, z = project(unproject(depth, intrinsics, camera), intrinsics, camera)
+    rows, columns = np.mgrid[:6, :6] + 0.5
+    np.testing.assert_allclose(pixel, np.stack([columns, rows], -1), atol=1e-9)
+    np.testing.assert_allclose(z, depth, atol=1e-9)
+
+
+def test_depth_and_pose_reproject_to_sub_pixel():
+    """The depth of one view, seen from another, lands on a surface of that depth: on smooth parts within 1 %."""
+    room, a = random_room(5), pose(0, -EYE, 0, 20)
+    b = move_camera(a, Motion("move right", 0.4))
+    views = render(room, np.stack([a, b]), size=64, supersample=1)
+    pixel, z = project(unproject(views["depth"][0], pinhole(64), a), pinhole(64), b)
+    inside = (z > 0) & (pixel > 1).all(-1) & (pixel < 63).all(-1)
+    column, row = np.floor(pixel[inside].T).astype(int)
+    offset = pixel[inside] - np.stack([column, row], -1) - 0.5
+    inverse = 1 / views["depth"][1]                         # linear in the image on every plane: interpolate it
+    slope = np.stack(np.gradient(inverse)[::-1], -1)[row, column]
+    there = 1 / (inverse[row, column] + (slope * offset).sum(-1))
+    error = np.abs(there / z[inside] - 1)
+    assert np.median(error) < 1e-3 and (error < 0.01).mean() > 0.85
+
+
+def test_coverage_against_brute_force():
+    """Cast a ray from each context eye to each target point: seen if nothing is in between and it falls in the image."""
+    room, size = random_room(3), 24
+    context = [pose(0, -EYE, 0, yaw) for yaw in (0, 180)]
+    target = move_camera(context[0], Motion("move right", 1.0))
+    views = render(room, np.stack([*context, target]), size, supersample=1)
+    points = unproject(views["depth"][2], pinhole(size), target)
+    seen = np.zeros((size, size), bool)
+    for camera in context:
+        pixel, z = project(points, pinhole(size), camera)
+        for r, c in np.argwhere((z > 0) & (pixel >= 0).all(-1) & (pixel < size).all(-1)):
+            eye = camera[:3, 3]
+            toward = points[r, c] - eye                     # a camera that looks straight at the point: its depth is the range
+            side = np.cross([0, 1, 0], toward)
+            axes = np.stack([side / np.linalg.norm(side), np.cross(toward, side) / np.linalg.norm(np.cross(toward, side)),
+                             toward / np.linalg.norm(toward)], 1)
+            c2w = np.eye(4)
+            c2w[:3, :3], c2w[:3, 3] = axes, eye
+            reached = render(room, c2w, 1, supersample=1)["depth"][0, 0, 0]
+            seen[r, c] |= reached > np.linalg.norm(toward) - 0.02
+    _, found = warp(views["depth"][2], target, [(v, d, p) for v, d, p in zip(views["rgb"], views["depth"], context)], pinhole(size))
+    assert 0.2 < seen.mean() < 0.95                          # the case has both kinds of pixels
+    assert (found == seen).mean() > 0.95                     # they differ only along edges, where a pixel is half seen
+    assert abs(coverage(views["depth"][2], found) - coverage(views["depth"][2], seen)) < 0.04
+
+
+def test_coverage_ignores_invalid_depth():
+    depth = np.array([[0.0, 1.0], [1.0, 1.0]])
+    assert coverage(depth, np.array([[False, True], [True, False]])) == pytest.approx(2 / 3)
+    assert coverage(np.zeros((2, 2)), np.zeros((2, 2), bool)) == 0

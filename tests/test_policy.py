@@ -1,0 +1,477 @@
+"""The policy: what it may write, what it is told, and that cached, batched and replayed dialogues are the same."""
+
+import json
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import policy as policy_file
+from lib.dialogue import (AMOUNT, ARGUMENTS, CALL_FIRST, ENOUGH, IMAGE_NUMBER, MOTIONS, NO_SIMULATOR, NO_SUCH_TOOL,
+                          NO_TOOL, NOT_JSON, UNREADABLE)
+from lib.geometry import Motion, move_camera
+from lib.rollout import Writer, sample
+from policy import Policy, Trajectory, collate, encode_images, parse_turn, prompt_text, rollout, token_logprobs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    """A random policy whose larger weights make its choices sharp, so that a wrong position or mask shows."""
+    policy = Policy.tiny(seed=0)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2)
+    return policy
+
+
+def picture(seed, height=32, width=32):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def question(number, images=2):
+    return {"id": f"q{number}", "question": f"Question {number}: turn left 45 degrees. Which object?",
+            "options": ["A. red box", "B. blue ball"][: 1 + number % 2], "answer": "A",
+            "images": [picture(10 * number + i) for i in range(images)]}
+
+
+class Mirror:
+    """A simulator that returns its reference image, mirrored; it remembers what it was asked."""
+
+    def __init__(self):
+        self.batches = []
+
+    def imagine(self, queries):
+        self.batches.append(queries)
+        return [query.images[query.reference - 1][:, ::-1].copy() for query in queries]
+
+
+CALL = '<think>look</think><tool_call>{"name": "imagine", "arguments": %s}</tool_call>'
+LOOK = CALL % '{"image": 2, "motion": "turn left", "amount": 45}'
+ANSWER = "<think>red</think><answer> A </answer>"
+
+
+class Scripted:
+    """Stands in for lib.rollout's Writer: dialogue d writes its scripted turns, whatever the prompt."""
+
+    script = {}
+
+    def __init__(self, policy, dialogues, group_size):
+        self.policy, self.dialogues = policy, dialogues
+
+    def write(self, members, uniforms, temperature, limit):
+        turns = [self.script[d][len(self.dialogues[d].turns)] for d in members]
+        ids = [self.policy.tokens(turn + "<|im_end|>")[:limit] for turn in turns]
+        return [(row, [-1.0] * len(row)) for row in ids]
+
+
+@pytest.fixture
+def act(policy, monkeypatch):
+    """act(turns of dialogue 0, turns of dialogue 1, ..., mode=..., ...) -> (trajectories, simulator)"""
+    def play(*scripts, simulator=None, **options):
+        monkeypatch.setattr(policy_file, "Writer", Scripted)
+        monkeypatch.setattr(Scripted, "script", dict(enumerate(scripts)))
+        return rollout(policy, [question(d) for d in range(len(scripts))], simulator, **options)
+    return play
+
+
+# ---- images and weights ---------------------------------------------------------------------------------------------
+
+def test_patches_are_those_of_the_library(policy):
+    """Our patches against transformers' own PIL image processor, at the published sizes."""
+    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    images = {"patch_size": 16, "merge_size": 2, "size": {"shortest_edge": 65536, "longest_edge": 16777216}}
+    real = Policy(policy.model, policy.tokenizer, images)
+    theirs = module.Qwen2VLImageProcessorPil(patch_size=16, temporal_patch_size=2, merge_size=2, size=images["size"],
+                                             image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    for height, width in ((480, 640), (100, 100), (33, 500)):
+        image = picture(1, height, width)
+        want = theirs(images=[image], return_tensors="pt")
+        patches, grids = real.pixels([image])
+        assert grids.tolist() == want["image_grid_thw"].tolist()
+        torch.testing.assert_close(patches, want["pixel_values"].float(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("height, width, tokens", [(480, 640, 300), (256, 256, 64), (100, 100, 64), (1080, 1920, 2040)])
+def test_token_count_of_published_sizes(policy, height, width, tokens):
+    images = {"patch_size": 16, "merge_size": 2, "size": {"shortest_edge": 65536, "longest_edge": 16777216}}
+    rows, columns = Policy(policy.model, policy.tokenizer, images).grid(np.zeros((height, width, 3), np.uint8))
+    assert rows * columns == tokens
+
+
+def test_tiny_image_is_sixteen_tokens_and_larger_images_are_shrunk(policy):
+    assert policy.grid(picture(0)) == policy.grid(picture(0, 64, 64)) == (4, 4)
+    assert np.prod(policy.grid(picture(0, 100, 60))) <= 16
+    with pytest.raises(ValueError, match="too narrow"):
+        policy.grid(picture(0, 2, 500))
+
+
+def test_merge_of_four_gives_four_tokens_per_image():
+    small = Policy.tiny(merge=4)
+    trajectory = Trajectory.start(small, question(0), [picture(0)], "agentic")
+    assert trajectory.ids.count(small.pad_id) == 4
+    assert token_logprobs(small, collate(small, [say(small, trajectory, ANSWER)]))[0].isfinite().all()
+
+
+def test_saved_and_loaded_policy_is_the_same(policy, tmp_path):
+    policy.save(tmp_path)
+    loaded = Policy.load(tmp_path)
+    a, b = (rollout(p, [question(1)], Mirror(), seed=3, max_turns=2, max_new_tokens=12)[0] for p in (policy, loaded))
+    assert a.ids == b.ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-5) and loaded.images == policy.images
+    theirs = loaded.model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in policy.model.state_dict().items())
+
+
+def test_missing_or_broken_checkpoint_is_a_sentence(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(SystemExit, match="No policy could be read from .*python train_sft.py"):
+            Policy.load(path)
+
+
+# ---- prompt and tokens ----------------------------------------------------------------------------------------------
+
+def test_prompt_is_qwens_layout(policy):
+    text = prompt_text(question(1), "agentic", 2)
+    assert text.startswith("<|im_start|>system\n# Tools\n") and text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    tool = json.loads(text.split("<tools>\n")[1].split("\n</tools>")[0])
+    arguments = tool["function"]["parameters"]["properties"]
+    assert tool["function"]["name"] == "imagine" and len(arguments["motion"]["enum"]) == 10
+    assert "Image-2: <|vision_start|><|image_pad|><|vision_end|>" in text and "\nA. red box\nB. blue ball" in text
+    direct = prompt_text(question(1), "direct", 2)
+    assert "tool" not in direct and "imagine" not in direct
+    assert CALL_FIRST in prompt_text(question(1), "forced", 2)
+    with pytest.raises(ValueError, match="unknown mode 'wild'"):
+        prompt_text(question(1), "wild", 2)
+    with pytest.raises(ValueError, match="must not contain"):
+        Trajectory.start(policy, {"question": "What is <|image_pad|>?"}, [picture(0)], "direct")
+
+
+def test_pieces_are_tokenised_as_the_whole_text_would_be(policy):
+    trajectory = full_dialogue(policy)
+    text = policy.tokenizer.decode(trajectory.ids)
+    assert policy.tokenizer.encode(text) == trajectory.ids
+
+
+def test_four_small_images_make_a_short_prompt(policy):
+    overhead = 4 * (16 + 3) + len(policy.tokens(question(0)["question"])) + 4          # and one option
+    assert len(Trajectory.start(policy, question(0), question(0, 4)["images"], "agentic").ids) - overhead <= 14
+
+
+def say(policy, trajectory, text):
+    trajectory.say(policy, text)
+    return trajectory
+
+
+def full_dialogue(policy, images=None):
+    """Two given images, a bad call, a good call, a view, an answer."""
+    trajectory = Trajectory.start(policy, question(1), images or question(1)["images"], "agentic")
+    trajectory.say(policy, CALL % '{"image": 9, "motion": "turn left", "amount": 45}')
+    trajectory.observe(policy)
+    trajectory.say(policy, LOOK)
+    trajectory.observe(policy, image=picture(99))
+    trajectory.say(policy, ANSWER)
+    return trajectory
+
+
+def test_positions_are_the_librarys(policy):
+    """M-RoPE positions of ragged rows with images of several shapes, against get_rope_index."""
+    wide = Policy(policy.model, policy.tokenizer, policy.images | {"size": {"shortest_edge": 64, "longest_edge": 4096}})
+    rows = [full_dialogue(wide, [picture(0, 32, 32), picture(1, 16, 48)]),
+            full_dialogue(wide, [picture(2, 64, 24)] * 2),
+            Trajectory.start(wide, question(2), [], "direct")]
+    batch = collate(wide, rows, pixels=True)
+    want, _ = policy.model.model.get_rope_index(batch["ids"], (batch["ids"] == policy.pad_id).int(), batch["grids"],
+                                                attention_mask=batch["mask"])
+    assert torch.equal(batch["positions"], want)
+
+
+def test_loss_mask_covers_the_policys_tokens_and_nothing_else(policy):
+    trajectory = full_dialogue(policy)
+    wrote = [i for i, m in zip(trajectory.ids, trajectory.loss_mask) if m]
+    assert policy.tokenizer.decode(wrote) == "".join(turn + "<|im_end|>" for turn in trajectory.turns)
+    rest = policy.tokenizer.decode([i for i, m in zip(trajectory.ids, trajectory.loss_mask) if not m])
+    prompt = prompt_text(question(1), "agentic", 2)
+    around = "\n<|im_start|>user\n<tool_response>\n{}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    observations = [around.format(text) for text in (
+        "There is no such image. The images so far are Image-1 to Image-2.",
+        "Imagined from Image-2, turn left 45 degrees. Image-3: <|vision_start|><|image_pad|><|vision_end|>")]
+    assert rest == (prompt + "".join(observations)).replace("<|image_pad|>", 16 * "<|image_pad|>")
+    assert len(trajectory.ids) == len(trajectory.loss_mask) == len(trajectory.logprobs) == len(trajectory.positions)
+
+
+# ---- parser ---------------------------------------------------------------------------------------------------------
+
+def test_good_turns():
+    assert parse_turn(LOOK).call == {"image": 2, "motion": "turn left", "amount": 45.0}
+    assert parse_turn(ANSWER) == ("red", None, "A", None)
+    spread = ('<think>\na\n</think>\n\n<tool_call>\n{"name": "imagine", '
+              '"arguments": {"image": 1, "motion": "move up", "amount": 1e-1}}\n</tool_call>\n')
+    assert parse_turn(spread).call == {"image": 1, "motion": "move up", "amount": 0.1}
+
+
+@pytest.mark.parametrize("text, error", [
+    ("", UNREADABLE), ("B", UNREADABLE), ("<answer>B</answer>", UNREADABLE), ("<think>x</think>B", UNREADABLE),
+    ("<think>x</think><answer></answer>", UNREADABLE), (ANSWER + ANSWER, UNREADABLE), (LOOK + ANSWER, UNREADABLE),
+    ("<think>a<think>b</think><answer>B</answer>", UNREADABLE), (ANSWER + " I am sure.", UNREADABLE),
+    ("<think>x</think><answer>A</answer><answer>B</answer>", UNREADABLE),
+    ("<think>x</think><tool_call>imagine(2)</tool_call>", NOT_JSON), (CALL % "[1, 2]", NOT_JSON),
+    (CALL % "{", NOT_JSON),
+    ("<think>x</think><tool_call>[]</tool_call>", NOT_JSON), ("<think>x</think><tool_call>{}</tool_call>", NOT_JSON),
+    ("<think>x</think><tool_call>" + "[" * 100_000 + "</tool_call>", NOT_JSON),
+    (LOOK.replace("imagine", "zoom"), NO_SUCH_TOOL),
+    (CALL % '{"image": 2, "motion": "turn left"}', ARGUMENTS),
+    (CALL % '{"image": 2, "motion": "turn left", "amount": 45, "speed": 1}', ARGUMENTS),
+    (CALL % '{"image": "2", "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
+    (CALL % '{"image": true, "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
+    (CALL % '{"image": 2.5, "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
+    (CALL % '{"image": 2, "motion": "fly", "amount": 45}', MOTIONS),
+    (CALL % '{"image": 2, "motion": ["turn left"], "amount": 45}', MOTIONS),
+    *[(CALL % f'{{"image": 2, "motion": "move left", "amount": {bad}}}', AMOUNT)
+      for bad in ("null", '"1.5"', "NaN", "Infinity", "-1", "0", "10000", "1e999", "1" + "0" * 400, "true", "[1]")],
+])
+def test_bad_turns_get_a_sentence(text, error):
+    turn = parse_turn(text)
+    assert turn.error == error and turn.call is None and turn.answer is None
+
+
+# ---- the rules of a dialogue ----------------------------------------------------------------------------------------
+
+def test_a_bad_call_costs_a_turn_and_is_counted(act):
+    images = "The images so far are Image-1 to Image-2."
+    for bad, told in (('{"image": 5, "motion": "turn left", "amount": 45}', images),
+                      ('{"image": 0, "motion": "turn left", "amount": 45}', images),
+                      ('{"image": 1, "motion": "move up", "amount": 10000}', AMOUNT)):
+        simulator = Mirror()
+        trajectory, = act([CALL % bad, LOOK, ANSWER], simulator=simulator)
+        assert told in trajectory.replies[0][0] and trajectory.answer == "A"
+        assert (trajectory.valid_calls, trajectory.invalid_calls, trajectory.well_formed) == (1, 1, False)
+
+
+def test_smuggled_image_token_stays_outside(act, policy):
+    """JSON escapes can spell <|image_pad|>; repeated in an observation it would shift every image of the batch."""
+    call = CALL % r'{"image": 1, "motion": "\u003c|image_pad|\u003e", "amount": 1}'
+    trajectory, = act([call, ANSWER], simulator=Mirror())
+    assert trajectory.ids.count(policy.pad_id) == 32
+    assert token_logprobs(policy, collate(policy, [trajectory]))[0].isfinite().all()
+
+
+def test_views_of_a_turn_are_imagined_in_one_batch(act):
+    simulator = Mirror()
+    again = LOOK.replace('"image": 2', '"image": 3')
+    one, two, three = act([LOOK, again, ANSWER], [ANSWER], [LOOK, ANSWER], simulator=simulator)
+    assert [len(batch) for batch in simulator.batches] == [2, 1]
+    assert simulator.batches[1][0].reference == 3 and len(simulator.batches[1][0].images) == 3
+    assert simulator.batches[0][0].instruction == "Base on the viewpoint of Image-2, turn left 45 degrees."
+    assert np.array_equal(one.images[3], one.images[1]) and one.provenance[2]["image"] == 2 and not two.valid_calls
+    seeds = [query.seed for batch in simulator.batches for query in batch]
+    assert len(set(seeds)) == 3
+    assert one.well_formed and two.well_formed and three.well_formed
+
+
+def test_fourth_view_is_refused(act):
+    trajectory, = act([LOOK] * 4 + [ANSWER], simulator=Mirror())
+    assert (trajectory.valid_calls, trajectory.invalid_calls, len(trajectory.images)) == (3, 1, 5)
+    assert trajectory.replies[3] == (ENOUGH, None) and trajectory.answer == "A"
+
+
+def test_modes(act):
+    direct, = act([LOOK, ANSWER], mode="direct", simulator=Mirror())
+    assert direct.replies == [(NO_TOOL, None)] and not direct.valid_calls and not direct.well_formed
+    forced, = act([ANSWER, LOOK, ANSWER], mode="forced", simulator=Mirror())
+    assert forced.replies[0][0] == CALL_FIRST.strip() and forced.valid_calls == 1 and forced.answer == "A"
+    alone, = act([LOOK, ANSWER], mode="agentic", simulator=None)
+    assert alone.replies == [(NO_SIMULATOR, None)] and alone.valid_calls == 1 and len(alone.images) == 2
+
+
+def test_running_out_of_tokens_or_turns_ends_the_dialogue(act):
+    cut, = act([LOOK], max_new_tokens=4, simulator=Mirror())
+    assert cut.truncated and cut.answer is None and not cut.well_formed and sum(cut.loss_mask) == 4
+    chatter, = act([LOOK.replace("}}", "")] * 10, simulator=Mirror())
+    assert chatter.truncated and len(chatter.turns) == 10 and chatter.invalid_calls == 10 and len(chatter.replies) == 9
+    late, = act(["hm"] * 9 + [ANSWER], simulator=Mirror())
+    assert not late.truncated and late.answer == "A" and not late.well_formed
+
+
+def test_rooms_are_told_where_every_image_was_taken(policy):
+    poses = [np.eye(4).tolist(), move_camera(np.eye(4), Motion("turn right", 90.0)).tolist()]
+    asked = question(1) | {"scene": {"room": 7, "poses": poses}}
+    trajectory = Trajectory.start(policy, asked, asked["images"], "agentic")
+    trajectory.say(policy, LOOK)
+    trajectory.observe(policy, image=picture(5))
+    trajectory.say(policy, CALL % '{"image": 3, "motion": "move forward", "amount": 2}')
+    scene = trajectory.query(seed=0).scene
+    middle = move_camera(np.array(poses[1]), Motion("turn left", 45.0))
+    assert scene["room"] == 7 and scene["poses"][:2] == poses and len(poses) == 2
+    np.testing.assert_allclose(scene["poses"][2], middle)
+
+
+def test_saved_and_loaded_dialogue_is_the_same(policy, tmp_path):
+    trajectory = full_dialogue(policy)
+    trajectory.save(tmp_path)
+    loaded = Trajectory.load(tmp_path)
+    for f in fields(Trajectory):
+        if f.name not in ("images", "features", "question", "replies"):
+            assert getattr(loaded, f.name) == getattr(trajectory, f.name), f.name
+    assert all(np.array_equal(a, b) for a, b in zip(loaded.images, trajectory.images)) and len(loaded.images) == 3
+    a, b = (token_logprobs(policy, collate(policy, [t]))[0] for t in (trajectory, loaded))
+    assert torch.equal(a, b) and list(loaded.lines()) == list(trajectory.lines())
+    loaded.draw(tmp_path / "dialogue.png")
+    assert (tmp_path / "dialogue.png").stat().st_size > 1000
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+def test_sampling_inverts_the_distribution():
+    logits = torch.tensor([0.2, 0.5, 0.3]).log().repeat(5, 1)
+    tokens, logprobs = sample(logits, torch.tensor([0.0, 0.19, 0.21, 0.69, 0.9999999], dtype=torch.float64), 1.0)
+    assert tokens.tolist() == [0, 0, 1, 1, 2]
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.2, 0.2, 0.5, 0.5, 0.3]))
+    assert sample(logits, torch.zeros(5), 0)[0].tolist() == [1] * 5
+
+
+@torch.no_grad()
+def chatter(policy, questions, views=2, tokens=14, **options):
+    """Rollouts whose every turn is answered by an image: random policies never call, but all caches must grow."""
+    original = Trajectory.say
+
+    def say_and_look(self, policy, turn, logprobs=None):
+        turn, logprobs = list(turn), list(logprobs)
+        if turn[-1] != policy.tokenizer.eos_token_id:                       # a random policy seldom ends a turn itself
+            turn[-1] = policy.tokenizer.eos_token_id
+        original(self, policy, turn, logprobs)
+        if len(self.turns) <= views and sum(turn) % 3:                 # rows see different things at the same time
+            self.call, self.reply = {"image": 1, "motion": "turn left", "amount": 5.0}, "Imagined from Image-1. "
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trajectory, "say", say_and_look)
+        return rollout(policy, questions, Mirror(), max_turns=views + 1, max_new_tokens=tokens, **options)
+
+
+def test_cached_rollouts_equal_a_full_pass(policy):
+    """Log-probs written down while sampling with a cache, new images in mid-dialogue, groups, rows leaving early."""
+    trajectories = chatter(policy, [question(0), question(1, images=3), question(2, images=1)], group_size=3, seed=1)
+    assert len({len(t.images) for t in trajectories}) > 2 and len({len(t.ids) for t in trajectories}) > 3
+    batch = collate(policy, trajectories)
+    for pixels in (False, True):
+        with torch.no_grad():
+            logprobs, entropy = token_logprobs(policy, collate(policy, trajectories, pixels=pixels))
+        wrote = batch["loss_mask"][:, 1:] > 0
+        end = batch["ids"][:, 1:] == policy.tokenizer.eos_token_id          # the helper above forces some of these
+        torch.testing.assert_close(logprobs[wrote & ~end], batch["logprobs"][:, 1:][wrote & ~end], rtol=0, atol=1e-4)
+        assert not logprobs[~wrote].any() and not entropy[~wrote].any() and (entropy[wrote] > 0).all()
+
+
+def test_every_cached_logit_equals_a_full_pass(policy):
+    """The writer's own logits along a dialogue with a new image, against one uncached forward over all of it."""
+    whole = full_dialogue(policy)
+    encode_images(policy, [whole])
+    with torch.no_grad():
+        batch = collate(policy, [whole])
+        want = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"])[0]
+        start = whole.loss_mask.index(1)
+        growing = whole.fork()
+        growing.ids, growing.positions = whole.ids[:start], whole.positions[:start]
+        growing.features = whole.features[:2]
+        writer = Writer(policy, [growing])
+        for t in range(start, len(whole.ids)):
+            if whole.ids[t] == policy.pad_id:
+                continue                                    # an image reaches the cache together with the text after it
+            growing.ids, growing.positions = whole.ids[: t + 1], whole.positions[: t + 1]
+            growing.features = whole.features[: growing.ids.count(policy.pad_id) // 16]
+            writer.feed(1)
+            token, place = torch.tensor([[whole.ids[t]]]), torch.tensor(whole.positions[t])[:, None, None]
+            got = writer.forward(token, torch.tensor([[t]]), place)[0]
+            torch.testing.assert_close(got, want[t], rtol=0, atol=1e-4)
+        assert writer.images == [3]
+
+
+def test_rollouts_do_not_depend_on_the_batch(policy):
+    """Same seed, same rollouts: whatever the order of questions, their company, and how many rows run together."""
+    questions = [question(n, images=1 + n % 3) for n in range(4)]
+    together = chatter(policy, questions, group_size=2, seed=5)
+    want = {t.question["id"] + str(i % 2): t.ids for i, t in enumerate(together)}
+    assert len(set(map(tuple, want.values()))) == 8
+    for chosen, rows in ((questions[::-1], 64), (questions[1:3], 2), (questions, 5)):
+        got = chatter(policy, chosen, group_size=2, seed=5, rows=rows)
+        for i, t in enumerate(got):
+            assert t.ids == want[t.question["id"] + str(i % 2)]
+    other = chatter(policy, questions, group_size=2, seed=6)
+    assert all(t.ids != want[t.question["id"] + str(i % 2)] for i, t in enumerate(other))
+
+
+def test_greedy_rollouts_repeat_and_ignore_the_seed(policy):
+    a, b = (chatter(policy, [question(1)], temperature=0, seed=seed)[0].ids for seed in (1, 2))
+    assert a == b
+
+
+def test_banned_tokens_are_never_sampled_and_have_no_probability(policy):
+    special = {policy.tokenizer.convert_tokens_to_ids(token) for token in policy.tokenizer.all_special_tokens}
+    banned = set(policy.banned.nonzero()[:, 0].tolist())
+    assert banned == special - {policy.tokenizer.eos_token_id} and policy.pad_id in banned
+    trajectories = rollout(policy, [question(n) for n in range(4)], group_size=8, temperature=8.0, max_turns=1)
+    wrote = [i for t in trajectories for i, m in zip(t.ids, t.loss_mask) if m]
+    assert len(wrote) > 300 and not banned & set(wrote)
+    batch = collate(policy, trajectories[:2])
+    with torch.no_grad():
+        logits = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"])
+        assert not logits.softmax(-1)[..., policy.banned].any()
+        logprobs, _ = token_logprobs(policy, batch, temperature=8.0)
+    wrote = batch["loss_mask"][:, 1:] > 0
+    torch.testing.assert_close(logprobs[wrote], batch["logprobs"][:, 1:][wrote], rtol=0, atol=1e-4)
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+def test_gradients_reach_the_tower_through_pixels_and_stop_at_features(policy):
+    trajectory = full_dialogue(policy)
+    for pixels in (True, False):
+        policy.model.zero_grad()
+        logprobs, _ = token_logprobs(policy, collate(policy, [trajectory], pixels=pixels))
+        logprobs.sum().backward()
+        assert any(p.grad is not None and p.grad.any() for p in policy.vision.parameters()) == pixels
+        assert all(p.grad.isfinite().all() for p in policy.model.model.language_model.parameters())
+    policy.model.zero_grad()
+
+
+def test_padding_and_company_do_not_change_logprobs(policy):
+    rows = [full_dialogue(policy), say(policy, Trajectory.start(policy, question(3), [], "direct"), ANSWER),
+            say(policy, Trajectory.start(policy, question(4), [picture(1)], "forced"), LOOK)]
+    with torch.no_grad():
+        together, _ = token_logprobs(policy, collate(policy, rows))
+        for row, trajectory in zip(together, rows):
+            alone, _ = token_logprobs(policy, collate(policy, [trajectory]))
+            torch.testing.assert_close(row[: alone.shape[1]], alone[0], rtol=0, atol=1e-5)
+
+
+def test_rollout_leaves_the_training_mode_as_it_was(policy):
+    policy.model.train()
+    rollout(policy, [question(0)], max_turns=1, max_new_tokens=2)
+    assert policy.model.training
+    policy.model.eval()
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+def test_command_line_prints_a_dialogue_and_saves_it(policy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture(0)).save("a.png")
+    arguments = ["--images", "a.png", "--ask", "Which?", "--mode", "direct", "--max-new-tokens", "8"]
+    with pytest.raises(SystemExit, match="python train_sft.py"):
+        policy_file.main(arguments)
+    policy.save("out/demo/sft")
+    policy_file.main([*arguments, "--options", "red box", "blue ball"])
+    printed = capsys.readouterr().out
+    assert "[Image-1]\nWhich?\nA. red box\nB. blue ball\nPolicy: " in printed and "out/ask" in printed
+    assert (tmp_path / "out/ask/dialogue.png").exists() and (tmp_path / "out/ask/image_1.png").exists()
+    (tmp_path / "broken.png").write_text("no image")
+    with pytest.raises(SystemExit, match="broken.png cannot be read"):
+        policy_file.main(["--images", "broken.png", *arguments[2:]])

@@ -1,0 +1,58 @@
+"""The tiny tokenizer: any text survives, phrases are single tokens, special tokens are Qwen's."""
+
+import re
+
+import pytest
+from transformers import AutoTokenizer
+
+from lib.geometry import KINDS, Motion, instruction
+from lib.tokenizer import SPECIAL, TAGS, WORDS, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.mark.parametrize("text", ["", "turn left 45 degrees", "reduce  two\n\n spaces\t", "é 漢字 🙂 \x00", "<think",
+                                  "</answer>", "a<|im_end|>\nb",
+                                  '{"name": "imagine", "arguments": {"image": 12, "motion": "'])
+def test_any_text_is_decoded_exactly(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_vocabulary_stays_small_and_words_are_single_tokens(tokenizer):
+    assert len(tokenizer) < 600
+    for word in (*SPECIAL, *TAGS, *WORDS):
+        assert len(tokenizer.encode(word)) == 1, word
+
+
+def test_every_motion_of_the_grid_takes_few_tokens(tokenizer):
+    """Base on the viewpoint of | Image-2 | , | turn left | 45 | degrees | ."""
+    for kind in KINDS:
+        for amount in ([0.1 * n for n in range(1, 31)] if kind.startswith("move") else range(5, 185, 5)):
+            text = instruction(Motion(kind, round(amount, 1)), 2)
+            ids = tokenizer.encode(text)
+            assert len(ids) <= 8 and tokenizer.decode(ids) == text, text
+
+
+def test_special_tokens_are_skipped_and_tags_are_not(tokenizer):
+    ids = tokenizer.encode("<|im_start|>user\n<think>x</think><|vision_start|><|image_pad|><|vision_end|><|im_end|>")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "user\n<think>x</think>"
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == ("<|im_end|>", "<|endoftext|>", None)
+
+
+def test_saved_and_loaded_tokenizer_is_the_same(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = "<|im_start|>assistant\n<think> red  é</think><answer>B</answer><|im_end|>"
+    assert loaded.encode(text) == tokenizer.encode(text) and loaded.decode(loaded.encode(text)) == text
+    assert loaded.get_vocab() == tokenizer.get_vocab() and loaded.eos_token_id == tokenizer.eos_token_id
+
+
+def test_further_phrases_become_tokens_and_keep_the_ids_of_the_others(tokenizer):
+    longer = tiny_tokenizer(["A fixed sentence with <answer></answer> inside."])
+    assert len(longer.encode("A fixed sentence with <answer></answer> inside.")) == 1
+    for text in ("turn left 45", "<answer>"):
+        assert longer.encode(text) == tokenizer.encode(text)
+    assert all(re.fullmatch(r"<\|.*\|>", token) for token in longer.all_special_tokens)

@@ -1,0 +1,420 @@
+"""Astra-WM: the fast paths against a plain twin, the checkpoint layout, the sampler. `pytest tests/test_world_model.py`"""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import world_model
+from lib import bagel_files
+from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, Settings, initialise
+from lib.bagel_files import FluxLatents, PixelLatents, patchify, resized, to_diffusers, unpatchify
+from lib.geometry import Query
+from world_model import WorldModel, clean, guided, sample, select_context, velocity
+
+SMALL = Config(width=32, layers=3, heads=4, kv_heads=2, mlp=48, vocabulary=40, eps=1e-6, rope_base=1e6, vit_width=16,
+               vit_layers=2, vit_heads=2, vit_mlp=32, vit_patch=4, vit_grid=6, latent_grid=5, latent_numbers=12,
+               settings=Settings())
+
+
+def random_network(config=SMALL, seed=0):
+    """A network in which every weight matters (llm2vae starts at zero otherwise)."""
+    torch.manual_seed(seed)
+    network = Bagel(config)
+    initialise(network)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    network.markers = (38, 39)
+    return network
+
+
+def small_pack(contexts=2, seed=1):
+    """Two images of different sizes per context, three targets for the first context, two for the second ..."""
+    g = torch.Generator().manual_seed(seed)
+    images = [(torch.randn(contexts, 3, 4, 6, generator=g), torch.randn(contexts, 3, 8, 12, generator=g)),
+              (torch.randn(contexts, 3, 6, 4, generator=g), torch.randn(contexts, 3, 16, 8, generator=g))]
+    owner = torch.tensor([0, 0, 0, 1, 1])[: 5 if contexts == 2 else 3]
+    ids = torch.randint(0, 38, (len(owner), 6), generator=g)
+    lengths = torch.tensor([4, 6, 3, 5, 6])[: len(owner)]
+    x, t = torch.randn(len(owner), 6, 12, generator=g), torch.rand(len(owner), generator=g)
+    return images, owner, ids, lengths, x, t, (2, 3)
+
+
+# ---------------------------------------------------------------- the plain twin: one packed sequence, one dense mask
+
+def dense_prediction(network, images, ids, lengths, x, t, grid):
+    """All targets of one context in one packed sequence, in the true order, masked by BAGEL's rule (bagel.md, section 3).
+
+    images: (latent (1, ...), pixels (1, ...)) of one context; ids, x, t: its targets. Returns the predictions (T, n, C).
+    """
+    c, tokens = network.config, []          # (embedding, expert, position, split, mode, branch)
+
+    def add(embeddings, expert, positions, split, mode, branch):
+        tokens.extend((e, expert, p, split, mode, branch) for e, p in zip(embeddings, positions))
+
+    def image(latents, position, split, mode, branch):
+        start, end = network.embed_markers(1)[0]
+        add([start], "", [position], split, mode, branch)
+        add(latents, GEN, [position] * len(latents), split, mode, branch)
+        add([end], "", [position], split, mode, branch)
+
+    for i, (latent, pixels) in enumerate(images):
+        start, end = network.embed_markers(1)[0]
+        image(network.embed_latent(patchify(latent, LATENT_PATCH), torch.zeros(1),
+                                   (latent.shape[2] // 2, latent.shape[3] // 2))[0], 2 * i, f"vae {i}", "full", 0)
+        features = network.embed_vit(pixels)[0]
+        add([start, *features, end], "", [2 * i + 1] * (len(features) + 2), f"vit {i}", "full", 0)
+    for row in range(len(x)):
+        first, n = 2 * len(images), int(lengths[row])
+        add(network.embed_text(ids[row, :n]), "", range(first, first + n), f"text {row}", "causal", row + 1)
+        latents = network.embed_latent(x[row:row + 1], t[row:row + 1], grid)[0]
+        image(latents, first + n, f"target {row}", "noise", row + 1)
+
+    def sees(i, j):
+        (_, _, _, split_i, _, branch_i), (_, _, _, split_j, mode_j, branch_j) = tokens[i], tokens[j]
+        same = split_i == split_j
+        return (branch_j in (0, branch_i) and (j <= i or (same and mode_j != "causal")) and not (mode_j == "noise" and not same))
+
+    mask = torch.tensor([[sees(i, j) for j in range(len(tokens))] for i in range(len(tokens))])
+    h = torch.stack([token[0] for token in tokens])
+    gen = torch.tensor([token[1] == GEN for token in tokens])
+    positions = torch.tensor([token[2] for token in tokens])
+    d = c.width // c.heads
+    angle = positions[:, None] * c.rope_base ** (-torch.arange(0, d, 2) / d)
+    cos, sin = torch.cat([angle, angle], -1).cos()[:, None], torch.cat([angle, angle], -1).sin()[:, None]
+
+    def by_expert(module, name, values):
+        return torch.where(gen.view(-1, *[1] * (values.dim() - 1)), getattr(module, name + GEN)(values), getattr(module, name)(values))
+
+    def turned(v):                                                                  # (N, heads, d)
+        return v * cos + torch.cat([-v[..., d // 2:], v[..., : d // 2]], -1) * sin
+
+    for layer in network.language_model["model"]["layers"]:
+        y, a = by_expert(layer, "input_layernorm", h), layer.self_attn
+        q, k, v = (by_expert(a, f"{name}_proj", y).unflatten(-1, (-1, d)) for name in "qkv")
+        q, k = turned(by_expert(a, "q_norm", q)), turned(by_expert(a, "k_norm", k))
+        k, v = (u.repeat_interleave(c.heads // c.kv_heads, 1) for u in (k, v))
+        scores = torch.einsum("ihd,jhd->hij", q, k) / d**0.5
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        y = torch.einsum("hij,jhd->ihd", weights, v).flatten(1)
+        h = h + torch.where(gen[:, None], a.o_proj_moe_gen(y), a.o_proj(y))
+        h = h + by_expert(layer, "mlp", by_expert(layer, "post_attention_layernorm", h))
+    out = network.llm2vae(network.language_model["model"]["norm" + GEN](h))
+    targets = torch.tensor([token[4] == "noise" for token in tokens]) & gen
+    return out[targets].view(len(x), -1, c.latent_numbers)
+
+
+def test_training_forward_equals_one_dense_packed_sequence():
+    network = random_network()
+    images, owner, ids, lengths, x, t, grid = small_pack()
+    fast = network(images, owner, ids, lengths, x, t, grid)
+    slow = torch.cat([dense_prediction(network, [(z[b:b + 1], p[b:b + 1]) for z, p in images],
+                                       ids[owner == b], lengths[owner == b], x[owner == b], t[owner == b], grid)
+                      for b in range(2)])
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+    weights = [p for p in network.parameters() if p.requires_grad]
+    gradients = [torch.autograd.grad(out.square().sum(), weights, allow_unused=True) for out in (fast, slow)]
+    for a, b in zip(*gradients):
+        if a is not None or b is not None:
+            torch.testing.assert_close(torch.zeros_like(b) if a is None else a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_cached_sampling_step_equals_training_forward():
+    network = random_network()
+    images, owner, ids, lengths, x, t, grid = small_pack(contexts=1)
+    with torch.no_grad():
+        want = network(images, owner, ids, lengths, x, t, grid)
+        for row in range(len(x)):
+            n = int(lengths[row])
+            context = network.read_images(images)
+            past = context.then(network.read_text(ids[row:row + 1, :n], lengths[row:row + 1], context))
+            layout = network.layout(past.next[:, None].expand(-1, 2 + x.shape[1]), past)
+            assert layout[1] is None, "one query behind its own context needs no mask"
+            markers, gen = network.embed_target(x[row:row + 1], t[row:row + 1], grid, None)
+            got = network.output(network.run(markers, gen, layout, past, needed="gen")[1])
+            torch.testing.assert_close(got[0], want[row], rtol=1e-5, atol=1e-5)
+
+
+def test_targets_do_not_see_each_other_and_text_is_causal():
+    network = random_network()
+    images, owner, ids, lengths, x, t, grid = small_pack(contexts=1)
+    with torch.no_grad():
+        before = network(images, owner, ids, lengths, x, t, grid)
+        x2 = x.clone()
+        x2[0] += 1
+        after = network(images, owner, ids, lengths, x2, t, grid)
+        torch.testing.assert_close(after[1:], before[1:], rtol=0, atol=0)
+        changed = ids.clone()
+        changed[1, 4] = (changed[1, 4] + 1) % 38
+        a, b = (network.read_text(i, lengths).layers[-1][0] for i in (ids, changed))
+        torch.testing.assert_close(a[1, :, :4], b[1, :, :4], rtol=0, atol=0)
+        assert not torch.allclose(a[1, :, 4:], b[1, :, 4:])
+
+
+def test_dropped_segments_and_sentences_are_seen_by_nobody():
+    network = random_network()
+    images, owner, ids, lengths, x, t, grid = small_pack(contexts=1)
+    keep, none = torch.tensor([[True, False, True, True]]), torch.zeros_like(lengths)
+    with torch.no_grad():
+        other = [(images[0][0], images[0][1] + 1), images[1]]                        # another picture for the dropped ViT segment
+        torch.testing.assert_close(network(images, owner, ids, none, x, t, grid, keep=keep),
+                                   network(other, owner, (ids + 1) % 38, none, x, t, grid, keep=keep), rtol=0, atol=1e-6)
+        assert not torch.allclose(network(images, owner, ids, lengths, x, t, grid),
+                                  network(other, owner, ids, lengths, x, t, grid))
+
+
+# ---------------------------------------------------------------- the sampler
+
+@pytest.mark.parametrize("renorm", ["text_channel", "channel", "global"])
+def test_guided_sampling_equals_three_separate_branches(renorm):
+    """One forward pass for all branches, against each branch run alone from its own context."""
+    network = random_network()
+    images, _, ids, lengths, _, _, grid = small_pack(contexts=1)
+    ids, lengths = ids[:1, :4], lengths[:1]
+    settings = dataclasses.replace(SMALL.settings, steps=3, text_scale=4.0, image_scale=2.0, renorm=renorm, interval=(0.5, 1.0))
+    noise = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(3))
+    got = sample(network, images, ids, lengths, noise, grid, settings)
+
+    def v(past, x, t):
+        markers, gen = network.embed_target(x, torch.tensor([t]), grid, None)
+        return network.output(network.run(markers, gen, network.layout(past.next[:, None].expand(-1, 8), past), past)[1])
+
+    with torch.no_grad():
+        context = network.read_images(images)
+        full = context.then(network.read_text(ids, lengths, context))
+        x, times = noise, [1.0, 6 / 7, 3 / 5, 0.0]                                   # 3 tau / (1 + 2 tau) at tau = 1, 2/3, 1/3, 0
+        for t, after in zip(times, times[1:]):
+            w = v(full, x, t)
+            if t > 0.5:
+                p, u = w, v(context, x, t) + 4 * (w - v(context, x, t))
+                if renorm == "text_channel":
+                    u = u * (p.norm(dim=-1, keepdim=True) / u.norm(dim=-1, keepdim=True)).clamp(max=1)
+                alone = v(network.read_text(ids, lengths), x, t)
+                w = alone + 2 * (u - alone)
+                if renorm == "channel":
+                    w = w * (p.norm(dim=-1, keepdim=True) / w.norm(dim=-1, keepdim=True)).clamp(max=1)
+                if renorm == "global":
+                    w = w * (p.norm() / w.norm()).clamp(max=1)
+            x = x - (t - after) * w
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_of_scale_one_is_off():
+    v = torch.randn(2, 5, 12)
+    assert guided(v, settings=SMALL.settings) is v
+
+
+def test_velocity_and_clean_latent_are_two_views_of_one_output():
+    x0, eps, t = torch.randn(3, 4, 5), torch.randn(3, 4, 5), torch.tensor([0.2, 0.7, 1.0])
+    x = (1 - t[:, None, None]) * x0 + t[:, None, None] * eps
+    torch.testing.assert_close(velocity(x0, x, t, "x0"), eps - x0, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(clean(eps - x0, x, t, "velocity"), x0, rtol=1e-4, atol=1e-4)
+
+
+def tiny(seed=0, **changes):
+    model = WorldModel.tiny(seed, **changes)
+    with torch.no_grad():
+        model.network.llm2vae.weight.normal_(std=0.05)
+    return model
+
+
+def queries(count=5):
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(6)]
+    motions = ["turn left 45 degrees", "move 1.5 meters to the left", "move 1 meters forward", "look up 10 degrees", "turn right 90 degrees"]
+    return [Query(images[: 2 + i], 1 + i % 2, f"Base on the viewpoint of Image-{1 + i % 2}, {motions[i]}.", seed=10 + i) for i in range(count)]
+
+
+def test_a_query_gives_the_same_view_alone_and_in_a_mixed_batch():
+    model = tiny()
+    together = model.imagine(queries() + queries()[::-1])
+    for query, a, b in zip(queries(), together, together[::-1]):
+        alone = model.imagine([query])[0].astype(int)
+        assert alone.shape == (32, 32, 3) and np.abs(alone - a).max() <= 1 and np.abs(alone - b).max() <= 1
+    other = model.imagine([queries()[0]._replace(seed=99)])[0]
+    assert np.abs(other.astype(int) - together[0]).max() > 1
+
+
+def test_reference_first_turns_the_ring_and_renumbers_the_sentence():
+    images = ["a", "b", "c", "d"]
+    assert tiny().arranged(images, 3, "Base on the viewpoint of Image-3, look up 10 degrees.") == (
+        ["c", "d", "a", "b"], 1, "Base on the viewpoint of Image-1, look up 10 degrees.")
+    assert tiny(reference_first=False).arranged([*images, "e"], 5, "of Image-5, go") == (["b", "c", "d", "e"], 4, "of Image-4, go")
+
+
+def test_select_context_keeps_the_reference_and_its_neighbours():
+    assert select_context([0] * 4, 2) == ([0, 1, 2, 3], 2)
+    assert select_context([0] * 9, 6) == ([3, 4, 5, 6], 3)
+    assert select_context([0] * 9, 9, max_context=2) == ([7, 8], 2)
+    with pytest.raises(ValueError, match="no Image-3: the images are numbered 1 to 2"):
+        select_context([0, 0], 3)
+
+
+# ---------------------------------------------------------------- checkpoint files
+
+def test_save_and_load_give_the_same_model(tmp_path):
+    model = tiny()
+    model.save(tmp_path)
+    again = WorldModel.load(tmp_path)
+    assert again.settings == model.settings and again.network.config == model.network.config
+    for (name, a), (other, b) in zip(model.network.state_dict().items(), again.network.state_dict().items()):
+        assert name == other and torch.equal(a, b)
+    for a, b in zip(model.imagine(queries()), again.imagine(queries())):
+        assert np.array_equal(a, b)
+
+
+def released_config():
+    llm = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+           "intermediate_size": 18944, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    vit = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14,
+           "image_size": 980}
+    return Config.read(llm, vit, {}, vocabulary=152064, latent_grid=64, latent_numbers=64)
+
+
+def test_true_size_has_the_released_checkpoint_s_keys():
+    with torch.device("meta"):
+        state = Bagel(released_config()).state_dict()
+    assert len(state) == 1223 and sum(value.numel() for value in state.values()) == 14_607_260_128
+    for key, shape in {"language_model.model.embed_tokens.weight": (152064, 3584), "language_model.lm_head.weight": (152064, 3584),
+                       "language_model.model.layers.27.self_attn.k_proj_moe_gen.bias": (512,),
+                       "language_model.model.layers.0.self_attn.q_norm.weight": (128,),
+                       "language_model.model.layers.0.mlp_moe_gen.down_proj.weight": (3584, 18944),
+                       "language_model.model.norm_moe_gen.weight": (3584,), "time_embedder.mlp.0.weight": (3584, 256),
+                       "vae2llm.weight": (3584, 64), "llm2vae.bias": (64,), "latent_pos_embed.pos_embed": (4096, 3584),
+                       "vit_pos_embed.pos_embed": (4900, 3584), "connector.fc1.weight": (3584, 1152),
+                       "vit_model.vision_model.embeddings.patch_embedding.weight": (1152, 588),
+                       "vit_model.vision_model.encoder.layers.25.self_attn.out_proj.weight": (1152, 1152),
+                       "vit_model.vision_model.post_layernorm.weight": (1152,)}.items():
+        assert tuple(state[key].shape) == shape, key
+
+
+def flux_shapes(channels, multipliers, latent):
+    """Names and shapes of ae.safetensors, from the description in bagel.md (section 2)."""
+    widths, shapes = [channels * m for m in multipliers], {}
+
+    def conv(name, out, inside, size):
+        shapes.update({f"{name}.weight": (out, inside, size, size), f"{name}.bias": (out,)})
+
+    def norm(name, width):
+        shapes.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
+
+    def block(name, inside, out):
+        norm(f"{name}.norm1", inside), conv(f"{name}.conv1", out, inside, 3), norm(f"{name}.norm2", out), conv(f"{name}.conv2", out, out, 3)
+        if inside != out:
+            conv(f"{name}.nin_shortcut", out, inside, 1)
+
+    def middle(name, width):
+        block(f"{name}.block_1", width, width), block(f"{name}.block_2", width, width), norm(f"{name}.attn_1.norm", width)
+        for part in ("q", "k", "v", "proj_out"):
+            conv(f"{name}.attn_1.{part}", width, width, 1)
+
+    inside, levels = channels, len(widths)
+    conv("encoder.conv_in", channels, 3, 3)
+    for i, width in enumerate(widths):
+        for j in range(2):
+            block(f"encoder.down.{i}.block.{j}", inside if j == 0 else width, width)
+        inside = width
+        if i < levels - 1:
+            conv(f"encoder.down.{i}.downsample.conv", width, width, 3)
+    middle("encoder.mid", inside), norm("encoder.norm_out", inside), conv("encoder.conv_out", 2 * latent, inside, 3)
+    conv("decoder.conv_in", inside, latent, 3), middle("decoder.mid", inside)
+    for i in reversed(range(levels)):
+        for j in range(3):
+            block(f"decoder.up.{i}.block.{j}", inside if j == 0 else widths[i], widths[i])
+        inside = widths[i]
+        if i > 0:
+            conv(f"decoder.up.{i}.upsample.conv", inside, inside, 3)
+    norm("decoder.norm_out", inside), conv("decoder.conv_out", 3, inside, 3)
+    return shapes
+
+
+def test_flux_autoencoder_keys_fit_diffusers():
+    from diffusers import AutoencoderKL
+    shapes = flux_shapes(128, (1, 2, 4, 4), 16)
+    assert len(shapes) == 244 and sum(int(np.prod(shape)) for shape in shapes.values()) == 83_819_683
+    with torch.device("meta"):
+        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, use_quant_conv=False,
+                            use_post_quant_conv=False, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+    assert {to_diffusers(key, 4) for key in shapes} == set(vae.state_dict())
+
+
+def test_flux_autoencoder_has_the_two_calls(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    flux = FluxLatents({key: 0.05 * torch.randn(shape, generator=g) for key, shape in flux_shapes(32, (1, 1, 2, 2), 16).items()})
+    pixels = torch.randn(2, 3, 32, 48, generator=g)
+    latent = flux.encode(pixels, torch.zeros(()))
+    assert latent.shape == (2, 16, 4, 6) and flux.decode(latent).shape == pixels.shape
+    assert not torch.equal(latent, flux.encode(pixels, torch.randn(latent.shape, generator=g))), "the posterior is sampled"
+    flux.save(tmp_path)
+    again = FluxLatents(bagel_files.load_file(tmp_path / "ae.safetensors"))
+    assert torch.equal(latent, again.encode(pixels, torch.zeros(())))
+
+
+def test_broken_and_missing_checkpoints_are_sentences(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train_wm.py"):
+        WorldModel.load(tmp_path / "nothing")
+    tiny().save(tmp_path)
+    whole = (tmp_path / "ema.safetensors").read_bytes()
+    (tmp_path / "ema.safetensors").write_bytes(whole[:5000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        WorldModel.load(tmp_path)
+    (tmp_path / "ema.safetensors").write_bytes(whole)
+    vit = json.loads((tmp_path / "vit_config.json").read_text())
+    (tmp_path / "vit_config.json").write_text(json.dumps(vit | {"num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match="does not fit its json files"):
+        WorldModel.load(tmp_path)
+
+
+# ---------------------------------------------------------------- small formulas
+
+def test_resize_rule():
+    vae, vit = (1024, 512, 16), (980, 224, 14)
+    for (w, h), want_vae, want_vit in [((1920, 1080), (1024, 576), (980, 546)), ((512, 512), (512, 512), (518, 518)),
+                                       ((64, 100), (512, 800), (224, 350)), ((1300, 256), (1024, 208), (980, 196)),
+                                       ((640, 490), (672, 512), (644, 490))]:
+        assert resized(w, h, vae) == want_vae and resized(w, h, vit) == want_vit
+    assert resized(32, 32, (32, 32, 8)) == (32, 32)
+
+
+def test_patchify_order_and_inverse():
+    x = torch.randn(2, 5, 4, 6)
+    tokens = patchify(x, 2)
+    assert tokens.shape == (2, 6, 20)
+    assert tokens[1, 1 * 3 + 2, (1 * 2 + 0) * 5 + 3] == x[1, 3, 2 * 1 + 1, 2 * 2 + 0]        # token (1, 2), row 1, column 0, channel 3
+    torch.testing.assert_close(unpatchify(tokens, 2, 2, 3), x, rtol=0, atol=0)
+    pixels = torch.randn(2, 3, 32, 32)
+    latent = PixelLatents().encode(pixels)
+    assert latent.shape == (2, 48, 8, 8) and torch.equal(PixelLatents().decode(latent), pixels)
+
+
+def test_position_table_and_time_embedding():
+    network = random_network()
+    table = network.latent_pos_embed(2, 3)                                          # rows 0..1, columns 0..2 of a grid of 5
+    w = 10_000.0 ** (-np.arange(8) / 8)
+    want = np.concatenate([np.sin(2 * w), np.cos(2 * w), np.sin(1 * w), np.cos(1 * w)])      # row 1, column 2: column first
+    np.testing.assert_allclose(table[1 * 3 + 2], want, atol=1e-6)
+    t, m = torch.tensor([0.0, 0.3]), network.time_embedder.mlp
+    f = torch.exp(-np.log(10_000) * torch.arange(128) / 128)
+    wave = torch.cat([torch.cos(t[:, None] * f), torch.sin(t[:, None] * f)], -1)
+    torch.testing.assert_close(network.time_embedder(t), m[2](F.silu(m[0](wave))), rtol=1e-5, atol=1e-5)
+
+
+def test_command_line_says_what_is_missing_and_draws_a_view(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(f"{name}.png")
+    command = ["--images", "a.png", "b.png", "--reference", "2", "--motion", "turn left 30 degrees"]
+    with pytest.raises(SystemExit, match="train_wm.py"):
+        world_model.main(command)
+    tiny().save("out/wm")
+    world_model.main(command)
+    assert Image.open("view.png").size == (32, 32) and "turn left 30 degrees" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no Image-7"):
+        world_model.main([*command[:4], "7", *command[5:]])
+    with pytest.raises(SystemExit, match="jump"):
+        world_model.main([*command[:-1], "jump twice"])

@@ -1,0 +1,260 @@
+"""
+Astra-WM, the world simulator: context views and a camera motion in words -> the view from there.
+
+The network is BAGEL (lib/bagel.py). One sequence holds everything; each context image stands in it twice, as clean VAE
+latents (what it looks like) and as ViT features (what it shows):
+
+  [VAE 1][ViT 1][VAE 2][ViT 2] ... [Base on the viewpoint of Image-2, turn left 30 degrees.][noisy latents of the view]
+
+It is trained by flow matching: x_t = (1 - t) x0 + t eps, v = eps - x0, and t = 1 is pure noise. It imagines by Euler steps
+from t = 1 to t = 0, the context read once into a cache, guided away from "no sentence" and from "no images".
+
+  python world_model.py --images a.png b.png --reference 2 --motion "turn left 30 degrees" --out view.png
+"""
+
+import argparse
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lib import bagel_files
+from lib.bagel import LATENT_PATCH, Bagel, Config, Settings, initialise, stacked, token_grid
+from lib.bagel_files import resize, to_images, to_pixels, unpatchify
+from lib.geometry import Query, instruction, read_phrase
+
+TINY = Settings(prediction="x0", motion_to_target=True, reference_first=True, latent="pixels", vae_limits=(32, 32, 8),
+                vit_limits=(32, 32, 16), steps=4, shift=1.0, text_scale=1.0, image_scale=1.0)
+
+
+# ---------------------------------------------------------------- the sampler
+
+def velocity(output, x, t, prediction):
+    """The network's output at (x_t, t) as a velocity. output, x (R, n, C); t (R,) above 0; prediction: see Settings."""
+    return output if prediction == "velocity" else (x - output) / t[:, None, None]
+
+
+def clean(output, x, t, prediction):
+    """The network's output at (x_t, t) as the clean latent it implies, x0 = x_t - t v."""
+    return output if prediction == "x0" else x - t[:, None, None] * output
+
+
+@torch.no_grad()
+def sample(network, images, ids, lengths, noise, grid, settings):
+    """Imagine one view per row.
+
+    images   the rows' context, as in `Bagel.read_images`; [] for none      ids, lengths   as in `Bagel.read_text`
+    noise    (R, n, C) in token order, grid (h, w)                          settings       Settings: steps, shift, guidance
+    returns  (R, n, C) clean latents
+    """
+    s, size = settings, len(noise)
+    context = network.read_images(images) if images else None
+    text, motion = network.read_text(ids, lengths, context), network.embed_motion(ids, lengths)
+    full = text if context is None else context.then(text)
+    branches, motions = [full], [motion]
+    if s.text_scale > 1:                        # "no sentence": the same keys, but the sentence is seen by nobody
+        unsaid = text.hidden() if context is None else context.then(text.hidden(context.next))
+        branches, motions = branches + [unsaid], motions + [network.no_motion(motion)]
+    if s.text_scale > 1 and s.image_scale > 1 and context is not None:  # "no images": the sentence alone, from position 0
+        branches, motions = branches + [context.hidden().then(network.read_text(ids, lengths))], motions + [motion]
+
+    past, rows = stacked(branches), len(branches) * size
+    motion = None if motion is None else torch.cat(motions)
+    layout = network.layout(past.next[:, None].expand(-1, 2 + noise.shape[1]), past)
+    tau = np.linspace(1, 0, s.steps + 1, dtype=np.float32)
+    times, x = (s.shift * tau / (1 + (s.shift - 1) * tau)).tolist(), noise
+    for t, t_next in zip(times, times[1:]):
+        t_rows, x_rows = torch.full((rows,), t, device=x.device), x.repeat(len(branches), 1, 1)
+        markers, gen = network.embed_target(x_rows, t_rows, grid, motion)
+        _, gen, _ = network.run(markers, gen, layout, past, needed="gen")
+        v = velocity(network.output(gen), x_rows, t_rows, network.config.settings.prediction).split(size)
+        x = x - (t - t_next) * (guided(*v, settings=s) if s.interval[0] < t <= s.interval[1] else v[0])
+    return x
+
+
+def guided(v, no_text=None, no_image=None, settings=None):
+    """Classifier-free guidance by the sentence and by the images; velocities (B, n, C); a missing branch guides nothing.
+
+    The guided velocity is shrunk to the length of the plain one, never stretched: per token, or ("global") over the image.
+    """
+    if no_text is None:
+        return v
+    a, b, s = settings.text_scale, settings.image_scale, settings
+
+    def shrunk(like, w, axes):
+        ratio = like.norm(dim=axes, keepdim=True) / (w.norm(dim=axes, keepdim=True) + 1e-8)
+        return w * ratio.clamp(s.renorm_min, 1.0)
+
+    u = no_text + a * (v - no_text)
+    if s.renorm == "text_channel":
+        u = shrunk(v, u, -1)
+    w = u if no_image is None else no_image + b * (u - no_image)
+    return w if s.renorm == "text_channel" else shrunk(v, w, {"channel": -1, "global": (-2, -1)}[s.renorm])
+
+
+# ---------------------------------------------------------------- the simulator
+
+def select_context(images, reference, max_context=4):
+    """Which images the simulator sees when there are many: the reference and its nearest neighbours in the list.
+
+    returns (indices, reference): 0-based indices in list order (the earlier of two equally near), and the 1-based number
+    of the reference among them. Raises ValueError if there is no such image.
+    """
+    if not 1 <= reference <= len(images):
+        raise ValueError(f"there is no Image-{reference}: the images are numbered 1 to {len(images)}")
+    nearest = sorted(range(len(images)), key=lambda i: (abs(i + 1 - reference), i))[:max_context]
+    return sorted(nearest), 1 + sorted(nearest).index(reference - 1)
+
+
+class WorldModel:
+    """A simulator: the network, its autoencoder and its tokenizer. `imagine` is the whole interface to the other stages."""
+
+    def __init__(self, network, autoencoder, tokenizer, llm, vit):
+        self.network, self.autoencoder, self.tokenizer = network, autoencoder, tokenizer
+        self.settings, self.llm, self.vit = network.config.settings, llm, vit
+        names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+        self.bos, self.eos, *network.markers = tokenizer.convert_tokens_to_ids(names)
+        self.words = functools.lru_cache(10_000)(
+            lambda text: [self.bos, *tokenizer(text, add_special_tokens=False)["input_ids"], self.eos])
+
+    @property
+    def device(self):
+        return self.network.vae2llm.weight.device
+
+    @classmethod
+    def tiny(cls, seed=0, **changes):
+        """A model of about 2 M parameters for 32 x 32 pictures, random weights; `changes` are fields of Settings."""
+        from lib.tokenizer import tiny_tokenizer
+        tokenizer, settings = tiny_tokenizer(), dataclasses.replace(TINY, **changes)
+        llm = {"model_type": "qwen2", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+               "num_key_value_heads": 2, "intermediate_size": 352, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+               "vocab_size": len(tokenizer), "hidden_act": "silu", "tie_word_embeddings": False}
+        vit = {"model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+               "num_attention_heads": 2, "patch_size": 16, "image_size": 32}
+        config = Config.read(llm, vit, dataclasses.asdict(settings), len(tokenizer), latent_grid=4, latent_numbers=192)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = Bagel(config)
+            initialise(network)
+        return cls(network, bagel_files.PixelLatents(), tokenizer, llm, vit)
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype=torch.float32):
+        """From a folder in the public BAGEL layout, or a Hugging Face id. Raises with a sentence if it is not one."""
+        folder = bagel_files.find(path)
+        llm, vit = (bagel_files.read_json(folder / f"{name}_config.json") for name in ("llm", "vit"))
+        ours = bagel_files.read_json(folder / "config.json", missing={}).get("astra", {})
+        shapes = bagel_files.shapes(folder / bagel_files.NETWORK)
+        config = Config.read(llm, vit, {key: tuple(v) if isinstance(v, list) else v for key, v in ours.items()},
+                             vocabulary=shapes["language_model.model.embed_tokens.weight"][0],
+                             latent_grid=round(shapes["latent_pos_embed.pos_embed"][0] ** 0.5),
+                             latent_numbers=shapes["vae2llm.weight"][1])
+        with torch.device("meta"):
+            network = Bagel(config)
+        bagel_files.load_network(network, folder / bagel_files.NETWORK, device, dtype)
+        autoencoder = bagel_files.PixelLatents() if config.settings.latent == "pixels" else \
+            bagel_files.FluxLatents(load_file(folder / bagel_files.AUTOENCODER)).to(device)
+        return cls(network, autoencoder, bagel_files.load_tokenizer(folder), llm, vit)
+
+    def save(self, folder, tensors=None):
+        """Write the public layout; `tensors` replaces the network's state dict (an average, or one gathered by FSDP)."""
+        bagel_files.save_folder(folder, self.network.state_dict() if tensors is None else tensors, self.llm, self.vit,
+                                dataclasses.asdict(self.settings), self.tokenizer, self.autoencoder)
+
+    def texts(self, sentences):
+        """Sentences -> ids (R, L) right-padded, on the device, <|im_start|> and <|im_end|> included; lengths (R,) on the CPU."""
+        rows = [self.words(sentence) for sentence in sentences]
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.tensor([row + [self.eos] * (max(map(len, rows)) - len(row)) for row in rows])
+        return ids.to(self.device), lengths
+
+    def encode(self, images, streams):
+        """Pictures of one size (R, H, W, 3) uint8 -> latents (R, c, h', w'); the autoencoder's noise from R generators."""
+        pixels, noise = to_pixels(images).to(self.device), None
+        if self.autoencoder.random:
+            shape = (self.autoencoder.channels, *(side // self.autoencoder.cell for side in pixels.shape[-2:]))
+            noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(self.device)
+        return self.autoencoder.encode(pixels, noise)
+
+    def see(self, images, streams):
+        """R images of one size, as the VAE takes them -> the pair (latents, ViT pixels) that `Bagel.read_images` reads."""
+        vit = to_pixels(np.stack([resize(image, self.settings.vit_limits) for image in images]))
+        return self.encode(np.stack(images), streams), vit.to(self.device)
+
+    def arranged(self, images, reference, sentence, max_context=4):
+        """A query as the network is shown it -> (images, reference, sentence): selected, in its order, renumbered."""
+        indices, reference = select_context(images, reference, max_context)
+        images = [images[i] for i in indices]
+        if self.settings.reference_first:
+            images, reference = images[reference - 1:] + images[:reference - 1], 1
+        return images, reference, re.sub(r"Image-\d+", f"Image-{reference}", sentence, count=1)
+
+    @torch.no_grad()
+    def imagine(self, queries, max_context=4, batch=64, **changes):
+        """Imagine the view that each query commands (lib/geometry.Query): list -> list of (H, W, 3) uint8.
+
+        The view has the size of the reference image as the VAE sees it. A query draws its noise from its own seed, so
+        it gives the same view alone or among others. `changes` are fields of Settings: steps, text_scale, ...
+        Raises ValueError for a reference that does not exist.
+        """
+        settings, groups = dataclasses.replace(self.settings, **changes), {}
+        for place, query in enumerate(queries):
+            images, reference, sentence = self.arranged(query.images, query.reference, query.instruction, max_context)
+            images = [resize(np.asarray(image), settings.vae_limits) for image in images]
+            shape = (reference, *(image.shape for image in images))
+            groups.setdefault(shape, []).append((place, query.seed, images, sentence))
+        views = [None] * len(queries)
+        for (reference, *_), group in groups.items():
+            for start in range(0, len(group), batch):
+                places, *rows = zip(*group[start:start + batch])
+                for place, view in zip(places, self._imagine_alike(reference, *rows, settings)):
+                    views[place] = view
+        return views
+
+    def _imagine_alike(self, reference, seeds, images, sentences, settings):
+        """`imagine` for rows whose images have the same number and sizes."""
+        streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+        context = [self.see(place, streams) for place in zip(*images)]   # first images of all rows, second ...
+        grid = token_grid(context[reference - 1][0])
+        noise = torch.stack([torch.randn(grid[0] * grid[1], self.network.config.latent_numbers, generator=stream)
+                             for stream in streams]).to(self.device)
+        x = sample(self.network, context, *self.texts(sentences), noise, grid, settings)
+        return to_images(self.autoencoder.decode(unpatchify(x, LATENT_PATCH, *grid)))
+
+
+# ---------------------------------------------------------------- command line
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--images", nargs="+", required=True, help="context views, numbered from 1; a ring in left-turn order for tiny")
+    p.add_argument("--reference", type=int, default=1, help="number of the image that the motion starts from")
+    p.add_argument("--motion", required=True, help='such as "turn left 30 degrees" or "move 1.5 meters forward"')
+    p.add_argument("--out", default="view.png")
+    p.add_argument("--model", help="folder or Hugging Face id; default: the newer of out/wm and out/demo/wm")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--steps", type=int, help="network evaluations; default: the checkpoint's")
+    args = p.parse_args(argv)
+    places = [place for place in (Path("out/wm"), Path("out/demo/wm")) if (place / bagel_files.NETWORK).exists()]
+    if not args.model and not places:
+        raise SystemExit("There is no world model yet. `python train_wm.py` trains a tiny one in minutes (out/wm); or give --model.")
+    path = args.model or max(places, key=lambda place: (place / bagel_files.NETWORK).stat().st_mtime)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        sentence = instruction(read_phrase(args.motion), args.reference)
+        images = [np.asarray(Image.open(image).convert("RGB")) for image in args.images]
+        model = WorldModel.load(path, device, torch.bfloat16 if device == "cuda" else torch.float32)
+        changes = {} if args.steps is None else {"steps": args.steps}
+        view = model.imagine([Query(images, args.reference, sentence, args.seed)], **changes)[0]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{error}") from error
+    Image.fromarray(view).save(args.out)
+    print(f"{sentence} -> {args.out} ({view.shape[1]} x {view.shape[0]}, {path})")
+
+
+if __name__ == "__main__":
+    main()
