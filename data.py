@@ -182,11 +182,15 @@ def choose(rng, letter, answer, others):
 
 
 def object_options(rng, letter, room, answer, seen):
-    """The answer among three other objects of the room: up to two that the asked view shows as well, then others."""
+    """The answer among three other objects of the room: up to two that the asked view shows as well, then others.
+
+    Objects are called by their colour alone: the kind tells the size (a cabinet is more often the largest than a
+    ball), and the question would be half answered by its text.
+    """
     others = [i for i in rng.permutation(len(room.things)).tolist() if i != answer]
     visible = [i for i in others if i in seen][:2]
     picked = visible + [i for i in others if i not in visible][:3 - len(visible)]
-    return choose(rng, letter, room.things[answer].name, [room.things[i].name for i in picked])
+    return choose(rng, letter, room.things[answer].colour, [room.things[i].colour for i in picked])
 
 
 def room_questions(seed, out, per_kind=2):

@@ -18,6 +18,7 @@ about one room are not independent.
 import argparse
 import json
 import re
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -92,12 +93,18 @@ def record_of(key, question, trajectory, error, more):
     t = trajectory or Trajectory(question, more["mode"])
     text = (t.answer or "") if question["bench"] == "rooms" else (t.turns or [""])[-1]
     letter, correct = score(question["bench"], question, text)
-    return {"key": key, **more, "category": question["category"], "needs_view": question["needs_view"],
+    return {"key": key, "digest": digest(question), **more,
+            "category": question["category"], "needs_view": question["needs_view"],
             "scene": (question.get("scene") or {}).get("room", key), "answer": letter, "said": t.answer,
             "gold": question["answer"], "correct": correct, "valid_calls": t.valid_calls,
             "invalid_calls": t.invalid_calls, "unreadable": t.unreadable, "truncated": t.truncated,
             "calls": [call for call in t.provenance if call], "turns": t.turns, "error": error,
             "missing_images": question.get("missing_images", 0)}
+
+
+def digest(question):
+    """A number that changes with the words of a question: an old answer to other words is no answer."""
+    return common.stable_seed(question["question"], question["options"], question["answer"])
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -377,23 +384,26 @@ def main(argv=None):
     policy = Policy.load(path, device)
     common.say(f"{args.bench}: {len(questions)} questions, policy {path} on {device}")
 
-    file, identity = out / "predictions.jsonl", fingerprint(str(path))
-    kept = [row for row in common.read_log(file) if row["policy"] == identity and row["seed"] == args.seed]
+    file, pairs, records = out / "predictions.jsonl", keyed(questions), {}
+    run = {"policy": fingerprint(str(path)), "seed": args.seed, "max_new_tokens": args.max_new_tokens}
+    kept = [row for row in common.read_log(file) if run.items() <= row.items()]
     common.write_text(file, "".join(json.dumps(row) + "\n" for row in kept))           # others were of another policy
-    keys, records = [key for key, _ in keyed(questions)], {}
+    if not kept:
+        shutil.rmtree(out / "dialogues", ignore_errors=True)
     for mode, name in [(mode, name) for mode in modes for name in (args.simulator if mode != "direct" else ["none"])]:
         weights = "none" if mode == "direct" else fingerprint(name, args.wm)
         simulator = None if mode == "direct" else simulators.load(name, device, args.wm)
-        mine = {"policy": identity, "weights": weights, "seed": args.seed}
-        before = {row["key"]: row for row in kept if (row["mode"], row["weights"]) == (mode, weights)}
-        before = {key: before[key] for key in keys if key in before}
+        same = [row for row in kept if (row["mode"], row["weights"]) == (mode, weights)]
+        answered = {(row["key"], row["digest"]): row for row in same}
+        before = {key: answered[key, digest(q)] for key, q in pairs if (key, digest(q)) in answered}
 
         def keep(new, trajectories):
             with common.disk(file), open(file, "a") as lines:
-                lines.writelines(json.dumps({**record, **mine}) + "\n" for record in new)
+                lines.writelines(json.dumps({**record, **run, "weights": weights}) + "\n" for record in new)
+            first = [key for key, _ in pairs[:SAVED_DIALOGUES if mode != "direct" else 0]]
             for record, trajectory in zip(new, trajectories):
-                if mode != "direct" and trajectory and record["key"] in keys[:SAVED_DIALOGUES]:
-                    trajectory.save(out / "dialogues" / f"{mode}_{Path(name).name}_{keys.index(record['key'])}")
+                if trajectory and record["key"] in first:
+                    trajectory.save(out / "dialogues" / f"{mode}_{Path(name).name}_{first.index(record['key']) + 1}")
         try:
             new = evaluate_policy(policy, questions, simulator, mode, name, args.seed, args.batch,
                                   args.max_new_tokens, before, keep)
@@ -411,7 +421,11 @@ def main(argv=None):
                "text_only_chance": blind["text_only"], "modes": first,
                "simulators": {name: {m: s for (m, n), s in runs.items() if n == name} for _, name in runs}}
     if direct and args.simulator[0] != "none" and "agentic" in first:
-        results["agentic_minus_direct"] = paired_bootstrap(records["agentic", args.simulator[0]], direct)
+        pair = records["agentic", args.simulator[0]], direct
+        results["agentic_minus_direct"] = {"all": paired_bootstrap(*pair)}
+        for title, need in STRATA.items():
+            parts = [[record for record in rows if record["needs_view"] is need] for rows in pair]
+            results["agentic_minus_direct"] |= {title: paired_bootstrap(*parts)} if parts[0] else {}
     common.write_json(out / "results.json", results)
     folders = sorted((out / "dialogues").glob("*")) if (out / "dialogues").exists() else []
     report.write(out / "report.html", f"{args.bench}: {path}", results, logs=report.find_logs(Path(path).parent),

@@ -109,7 +109,7 @@ def answer_parts(lesson, where, first=1.0):
     if question["category"] == "camera-camera":
         thought = [("The camera:", first), (f" {option}", COLOUR)]
     else:
-        thought = [(where, first), (SAY[question["ask"]], 1), (f" {option.split()[0]}", COLOUR)]
+        thought = [(where, first), (SAY[question["ask"]], 1), (f" {option}", COLOUR)]
     return [("<think>", 1), *thought, (", so", 1), (f" {question['answer']}", LETTER), ("</think>", 1), ("<answer>", 1),
             (question["answer"], LETTER), ("</answer>", 1), ("<|im_end|>", 1)]
 
@@ -174,8 +174,7 @@ def scripted_loss(policy, batch):
     """
     weights = batch["logprobs"][:, 1:]                                                      # (B, L - 1)
     columns = (weights > 0).any(0).nonzero()[:, 0]                                          # (K,)
-    logits = policy.forward(*(batch[key] for key in ("ids", "positions", "mask")), pixels=batch["pixels"],
-                            grids=batch["grids"], keep=columns)                             # (B, K, vocabulary)
+    logits = policy.forward(*(batch[key] for key in ("ids", "positions", "mask")), batch["features"], keep=columns)                                 # (B, K, vocabulary)
     targets, weights = batch["ids"][:, 1:][:, columns], weights[:, columns]                 # (B, K)
     nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
     hits, right = {}, logits.argmax(-1) == targets

@@ -7,20 +7,24 @@ import pytest
 from PIL import Image
 
 import rewards
-from lib.benchmarks import load_mindcube, mindcube_extract, mindcube_image, mindcube_setting, open_image, score, split_options
+from lib.benchmarks import (load_mindcube, mindcube_extract, mindcube_image, mindcube_setting, open_image, score,
+                            split_options)
 
 OFFICIAL = [    # a reply, the letter that MindCube's code reads
     ("<answer>D. Mirror</answer>", "D"), ("B. Red stool is hidden; final: D", "B"), ("See the PC. It stands left", "C"),
     ("<Answer>The answer is B</Answer>", "B"), ("d) mirror", None), ("Option F. none", None), ("[D]", "D"),
     (r"\boxed{D}", "D"), ('"D"', "D"), ("**D** (the mirror)", "D"), ("A\nB\nC", "A"),
     # the table for all benches
-    ("B. Red stool", "B"), ("(B)", "B"), ("B)", "B"), ("**B**", "B"), ("<Answer>B</Answer>", "B"), ("<answer>B</answer>", "B"),
-    (r"\boxed{B}", "B"), ("Answer: B", "B"), ("b", None), ("the answer is B because it turns", "B"), ("Not A but B", "A"),
+    ("B. Red stool", "B"), ("(B)", "B"), ("B)", "B"), ("**B**", "B"), ("<Answer>B</Answer>", "B"),
+    ("<answer>B</answer>", "B"), (r"\boxed{B}", "B"), ("Answer: B", "B"), ("b", None),
+    ("the answer is B because it turns", "B"), ("Not A but B", "A"),
     # traps: a thought decides over the answer, a remark overrides it, articles and capitals are read as letters
     ("<think>It is not A. at all</think><answer>D</answer>", "A"), ("<answer>C</answer> or D.", "D"),
-    ("The answer is Dark", "D"), ("A mirror stands there, so D it is", "A"), ("", None), ("   ", None), ("I cannot tell", None),
+    ("The answer is Dark", "D"), ("A mirror stands there, so D it is", "A"), ("", None), ("   ", None),
+    ("I cannot tell", None),
     # rule 2 looks inside the first <Answer> only, and the last hit of the first pattern counts
-    ("<Answer>the answer is C, no, the answer is D</Answer> A", "D"), ("<Answer>A or B", "B"), ("<Answer>none</Answer> C", "C"),
+    ("<Answer>the answer is C, no, the answer is D</Answer> A", "D"), ("<Answer>A or B", "B"),
+    ("<Answer>none</Answer> C", "C"),
     # rule 3 in its order: quotation marks before "Answer", "Answer" before "answer is"
     ('it says "B" but Answer: C', "B"), ("Answer C then my answer is D", "C"), ("my answer is E, he said", "E"),
 ]
@@ -66,13 +70,14 @@ def test_options_leave_the_question_without_changing_a_word():
     assert stem.endswith("the lamp?") and options == ["A. Crate", "B. Stool", "C. Plant", "D. Bin"]
     for plain in ("What is it?", "Is plan A. better than plan B?", "Who is C. Smith? B. me", ""):
         assert split_options(plain) == (plain, [])
-    assert split_options("He has vitamin A. What is it? A. Tea B. Milk") == ("He has vitamin A. What is it?", ["A. Tea", "B. Milk"])
+    assert split_options("Vitamin A. is what? A. Tea B. Milk") == ("Vitamin A. is what?", ["A. Tea", "B. Milk"])
 
 
 def fixture(folder):
     records = [
         {"id": "among_group901_q0_1_2", "category": ["perpendicular", "PP", "static", "self"], "type": "0_frame",
-         "meta_info": [["lamp", "crate"], ["face", None]], "question": "What is behind the lamp? A. Crate B. Stool C. Plant",
+         "meta_info": [["lamp", "crate"], ["face", None]],
+         "question": "What is behind the lamp? A. Crate B. Stool C. Plant",
          "images": ["other_all_image/among/group901/front_001.jpg", "other_all_image/among/group901/left_001.jpg"],
          "gt_answer": "C"},
         {"id": "rotation_group902_q1_3", "category": [], "type": "two_view_clockwise", "meta_info": [],
@@ -92,7 +97,8 @@ def test_mindcube_records_become_questions(tmp_path):
     first, second = load_mindcube(tmp_path)
     assert (first["category"], first["answer"], first["missing_images"], len(first["images"])) == ("among", "C", 1, 1)
     assert " ".join([first["question"], *first["options"]]) == records[0]["question"]
-    assert (second["category"], second["answer"], second["images"], second["missing_images"]) == ("rotation", None, [], 1)
+    assert (second["category"], second["answer"]) == ("rotation", None)
+    assert (second["images"], second["missing_images"]) == ([], 1)
     image = open_image(first["images"][0], "mindcube")
     assert image.mode == "RGB" and image.width * image.height <= 480 * 480
     assert load_mindcube(tmp_path / "raw" / "MindCube_tinybench.jsonl") == [first, second]

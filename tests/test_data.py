@@ -73,7 +73,7 @@ def test_answers_are_true_and_an_unseen_view_is_needed(made):
         camera = poses[row["shown_by"] - 1] if row["shown_by"] else \
             move_camera(poses[row["motion"]["image"] - 1], Motion(row["motion"]["kind"], row["motion"]["amount"]))
         room, found = true_facts(row, camera)
-        assert room.things[found[row["ask"]]].name == answer
+        assert room.things[found[row["ask"]]].colour == answer
         if row["needs_view"]:
             assert found[row["ask"]] != true_facts(row, poses[row["motion"]["image"] - 1])[1][row["ask"]]
         if row["category"] == "rotation":                    # the turn ends exactly where the given image stands

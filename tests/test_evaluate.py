@@ -1,0 +1,234 @@
+"""The loop over questions, its denominators, its intervals, and what it leaves on disk. No trained model is needed."""
+
+import json
+
+import numpy as np
+import pytest
+
+import data
+import evaluate
+from evaluate import (brief, chance, evaluate_policy, interval, keyed, main, paired_bootstrap, parse_args, score,
+                      summarise, text_only_chance)
+from lib.rooms import TrueRenderer
+from policy import Policy, Trajectory
+
+
+def question(number, answer="B", need=True, **more):
+    return {"id": f"q{number}", "bench": "rooms", "images": [np.zeros((32, 32, 3), np.uint8)],
+            "question": "Which object?", "options": ["A. red box", "B. blue ball", "C. pink table", "D. cyan box"],
+            "answer": answer, "kind": "mca", "category": "region" if number % 2 else "camera-object",
+            "needs_view": need, "scene": None, **more}
+
+
+def scripted(monkeypatch, says, asked=None):
+    """Let `evaluate` meet a policy that gives answer says(question, mode) after a call per needs_view question."""
+    def rollout(policy, questions, simulator, mode, **flags):
+        if asked is not None:
+            asked.append([q["id"] for q in questions])
+        return [Trajectory(q, mode, answer=says(q, mode), turns=[f"<think></think><answer>{says(q, mode)}</answer>"],
+                           valid_calls=int(mode != "direct" and bool(q["needs_view"]))) for q in questions]
+    monkeypatch.setattr(evaluate, "rollout", rollout)
+
+
+def record(key, correct, called=False, need=True, scene=None, **more):
+    return {"key": key, "category": "region", "needs_view": need, "scene": scene or key, "answer": "B", "gold": "B",
+            "correct": float(correct), "valid_calls": int(called), "invalid_calls": 0, "unreadable": 0,
+            "truncated": False, "seconds": 0.5, "error": None, "missing_images": 0, **more}
+
+
+# ---- asking ---------------------------------------------------------------------------------------------------------
+
+def test_every_question_counts_even_broken_and_duplicate_ones(monkeypatch, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    questions = [question(0), question(1), question(1), question(2, images=[str(tmp_path / "missing.png")]),
+                 question(3, images=[str(broken)]), question(4, answer=None)]
+    scripted(monkeypatch, lambda q, mode: "B")
+    records = evaluate_policy(None, questions, mode="agentic", batch=4)
+    summary = summarise(records)
+    assert [r["key"] for r in records] == ["q0", "q1", "q1#2", "q2", "q3", "q4"]
+    assert summary["n"] == 5 and summary["accuracy"] == pytest.approx(3 / 5)
+    assert summary["counts"] == {"no answer read": 2, "image unreadable (counted as wrong)": 2, "duplicate id": 1,
+                                 "asked without a missing image": 0, "no gold answer (left out)": 1}
+
+
+def test_what_is_scored_is_the_answer_in_rooms_and_the_whole_turn_elsewhere(monkeypatch):
+    rooms, mindcube = question(0), question(0, bench="mindcube")
+    turn = "<think>not A. at all</think><answer>B</answer>"
+    monkeypatch.setattr(evaluate, "rollout", lambda policy, questions, *_, **__: [
+        Trajectory(q, "direct", answer="B", turns=[turn]) for q in questions])
+    assert [evaluate_policy(None, [q], mode="direct")[0]["correct"] for q in (rooms, mindcube)] == [1, 0]
+    monkeypatch.setattr(evaluate, "rollout", lambda policy, questions, *_, **__: [
+        Trajectory(q, "direct", truncated=True, turns=["<answer>B</answer> and on"]) for q in questions])
+    assert evaluate_policy(None, [rooms], mode="direct")[0]["correct"] == 0
+    assert score("mindcube", rooms, "<answer>B</answer>") == ("B", 1.0)
+
+
+def test_done_questions_are_not_asked_again_and_batches_are_told(monkeypatch):
+    asked, told, questions = [], [], [question(i) for i in range(5)]
+    scripted(monkeypatch, lambda q, mode: "B", asked)
+    evaluate_policy(None, questions, batch=2, done=("q1",), on_batch=lambda new, dialogues: told.append(len(new)))
+    assert asked == [["q0", "q2"], ["q3", "q4"]] and told == [2, 2]
+
+
+def test_direct_mode_gets_no_simulator(monkeypatch):
+    met = []
+    monkeypatch.setattr(evaluate, "rollout", lambda policy, questions, simulator, mode, **__: met.append(simulator) or [
+        Trajectory(q, mode, answer="B", turns=["x"]) for q in questions])
+    for mode in ("direct", "forced"):
+        record = evaluate_policy(None, [question(0)], TrueRenderer(), mode, "truth")[0]
+        assert record["simulator"] == ("none" if mode == "direct" else "truth")
+    assert met[0] is None and isinstance(met[1], TrueRenderer)
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+def test_interval_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = [low <= 0.4 <= high for low, high in (interval(rng.random(200) < 0.4, seed=i) for i in range(200))]
+    assert 0.90 <= np.mean(hits) <= 0.99
+
+
+def test_interval_knows_that_questions_about_one_room_are_not_independent():
+    values = np.repeat(np.random.default_rng(0).random(100) < 0.5, 4)
+    alone, rooms = interval(values), interval(values, np.repeat(np.arange(100), 4))
+    assert np.diff(rooms)[0] == pytest.approx(2 * np.diff(alone)[0], rel=0.15)        # sqrt(4)
+    assert interval([1, 1, 1]) == [1, 1]
+
+
+def test_summary_by_need_and_category():
+    records = [record("a", 1, True), record("b", 0, True, category="rotation"), record("c", 1, False, need=False),
+               record("d", 1, False, need=None, category="translation")]
+    summary = summarise(records)
+    assert (summary["n"], summary["accuracy"], summary["call_rate"]) == (3, pytest.approx(2 / 3), pytest.approx(2 / 3))
+    strata = {title: (part["n"], part["accuracy"]) for title, part in summary["by_need"].items()}
+    assert strata == {"needs_view": (2, 0.5), "answerable": (1, 1.0)}
+    assert list(summary["by_category"]) == ["region", "rotation", "translation"]          # listed, not counted
+    assert summary["letters"] == {"B": 3}
+    with pytest.raises(ValueError, match="nothing to summarise"):
+        summarise([])
+
+
+def test_over_use_and_under_use():
+    agentic = [record("a", 1, True), record("b", 1, True), record("c", 0, False), record("d", 0, False)]
+    direct = [record("a", 1), record("b", 0), record("c", 0), record("d", 0)]
+    truth = [record("a", 1, True), record("b", 1, True), record("c", 1, True), record("d", 0, True)]
+    summary = summarise(agentic, direct, truth)
+    assert summary["over_use"] == 0.25              # a: it is right without a view
+    assert summary["under_use"] == 0.25             # c: the view would have helped
+    assert "over_use" not in summarise(agentic) and "under_use" not in summarise(agentic, direct)
+
+
+def test_paired_bootstrap_is_sharper_than_two_intervals_and_refuses_other_questions():
+    rng = np.random.default_rng(0)
+    hard = rng.random(400)
+    a, b = ([record(str(i), h < bar) for i, h in enumerate(hard)] for bar in (0.6, 0.5))
+    result = paired_bootstrap(a, list(reversed(b)))
+    assert result["difference"] == pytest.approx(brief(a)["accuracy"] - brief(b)["accuracy"]) and result["ci95"][0] > 0
+    assert np.diff(result["ci95"])[0] < 0.7 * np.diff(brief(a)["ci95"])[0]
+    assert paired_bootstrap(a, a)["ci95"] == [0, 0]
+    with pytest.raises(ValueError, match="same questions"):
+        paired_bootstrap(a, b[1:])
+
+
+def blind_questions(count, seed, leak=None):
+    rng, rows = np.random.default_rng(seed), []
+    for i in range(count):
+        names = [f"{c} {k}" for c, k in zip(rng.permutation(["red", "blue", "pink", "cyan", "green"])[:4],
+                                            rng.choice(["box", "ball", "table"], 4))]
+        place = int(rng.integers(4))
+        if leak == "letter":
+            place = int(rng.choice(4, p=[0.55, 0.15, 0.15, 0.15]))
+        if leak == "kind":
+            place = next((k for k, name in enumerate(names) if "box" in name), place)
+        if leak == "alone":                     # three options of one kind, and the answer is of another
+            names = [f"{name.split()[0]} {'ball' if k == place else 'box'}" for k, name in enumerate(names)]
+        rows.append(question(i, "ABCD"[place], options=[f"{letter}. {name}" for letter, name in zip("ABCD", names)],
+                             question=f"Turn left {rng.integers(9)} degrees. Which object?"))
+    return rows
+
+
+@pytest.mark.parametrize("leak, low, high", [(None, 0.18, 0.32), ("letter", 0.48, 0.65), ("kind", 0.7, 1),
+                                             ("alone", 0.9, 1)])
+def test_text_only_chance_is_at_chance_unless_the_text_gives_the_answer_away(leak, low, high):
+    assert low <= text_only_chance(blind_questions(500, 0, leak), blind_questions(400, 1, leak)) <= high
+
+
+def test_chance_is_the_mean_over_option_counts():
+    assert chance([question(0), {**question(1), "options": ["A. x", "B. y"]}, question(2, answer=None)]) == 0.375
+    assert chance([{**question(0), "options": []}]) is None
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the data of a few rooms and an untrained policy."""
+    root = tmp_path_factory.mktemp("evaluate")
+    rows = [row for seed in (5_000_000, 5_000_001) for row in data.room_questions(seed, root / "data")]
+    data.save_jsonl(root / "data" / "questions_test.jsonl", rows)
+    data.save_jsonl(root / "data" / "triples_test.jsonl", data.room_triples(5_000_000, root / "data"))
+    data.make_mindcube(root / "data" / "mindcube", root / "data" / "questions_test.jsonl")
+    Policy.tiny().save(root / "policy")
+    return root
+
+
+def arguments(root, bench, *more):
+    folder = "data/mindcube" if bench == "mindcube" else "data"
+    return ["--bench", bench, "--policy", str(root / "policy"), "--data", str(root / folder), "--max-new-tokens", "3",
+            "--simulator", "truth" if bench != "mindcube" else "none", "--out", str(root / "eval" / bench), *more]
+
+
+def test_rooms_from_end_to_end_and_a_killed_run_continues(place, monkeypatch, capsys):
+    main(arguments(place, "rooms"))
+    out = place / "eval" / "rooms"
+    results = json.loads((out / "results.json").read_text())
+    lines = (out / "predictions.jsonl").read_text().splitlines()
+    n = len(data.load_jsonl(place / "data" / "questions_test.jsonl"))
+    assert list(results["modes"]) == ["direct", "forced", "agentic"] and len(lines) == 3 * n
+    for summary in results["modes"].values():
+        assert {"accuracy", "ci95", "call_rate", "n", "by_need", "by_category"} <= set(summary) and summary["n"] == n
+    assert "needs_view" in capsys.readouterr().out
+    html = (out / "report.html").read_text()
+    assert "data:image/png;base64," in html and "http" not in html.replace("http-equiv", "") and "Image-4" in html
+
+    torn = lines[:n + 2] + [lines[n + 2][:20]]                                # killed while writing a line
+    (out / "predictions.jsonl").write_text("\n".join(torn))
+    asked, real = [], evaluate.rollout
+    monkeypatch.setattr(evaluate, "rollout", lambda policy, questions, *a, **k: asked.extend(questions) or real(
+        policy, questions, *a, **k))
+    main(arguments(place, "rooms"))
+    assert len(asked) == 2 * n - 2
+    again = json.loads((out / "results.json").read_text())
+    for mode in again["modes"]:
+        assert again["modes"][mode]["accuracy"] == results["modes"][mode]["accuracy"]
+
+
+def test_mindcube_layout_from_end_to_end(place):
+    main(arguments(place, "mindcube", "--mode", "direct"))
+    results = json.loads((place / "eval" / "mindcube" / "results.json").read_text())
+    assert set(results["modes"]["direct"]["by_category"]) <= {"rotation", "around"} and results["chance"] == 0.25
+    with pytest.raises(SystemExit, match="works in rooms only"):
+        main([*arguments(place, "mindcube"), "--simulator", "truth"])
+
+
+def test_wm_from_end_to_end(place):
+    main(arguments(place, "wm"))
+    results = json.loads((place / "eval" / "wm" / "results.json").read_text())
+    assert results["pose"] == 1 and results["content"] == 1 and set(results["baselines"]) >= {"mean image"}
+    assert "data:image/png;base64," in (place / "eval" / "wm" / "report.html").read_text()
+
+
+def test_missing_stages_are_told_in_a_sentence(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="train_sft.py"):
+        main(["--data", str(place / "data")])
+    with pytest.raises(SystemExit, match="train_wm.py"):
+        main(["--data", str(place / "data"), "--policy", str(place / "policy"), "--mode", "forced"])
+    with pytest.raises(SystemExit, match="MLL-Lab/MindCube"):
+        main(["--bench", "mindcube"])
+
+
+def test_helpers_of_the_command_line():
+    assert parse_args([]).out == "out/eval/rooms" and parse_args(["--bench", "wm"]).mode == "all"
+    assert [key for key, _ in keyed([question(0), question(0), question(0)])] == ["q0", "q0#2", "q0#3"]
