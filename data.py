@@ -64,7 +64,7 @@ def load_jsonl(path):
             row = json.loads(line)
         except json.JSONDecodeError:
             fail(f"{path}, line {number} is not JSON; delete the file and make it again")
-        for key in ("context", "images", "target", "warp"):
+        for key in ("context", "images", "target", "warp", "view"):
             if key in row:
                 row[key] = [str(path.parent / p) for p in row[key]] if isinstance(row[key], list) else str(path.parent / row[key])
         rows.append(row)
@@ -181,72 +181,86 @@ def choose(rng, letter, answer, others):
     return [f"{name}. {option}" for name, option in zip("ABCD", options)]
 
 
-def object_options(rng, letter, room, answer, seen):
-    """The answer among three other objects of the room: up to two that the asked view shows as well, then others.
+def distractors(rng, room, found, ask):
+    """Three other objects of the room: up to two that the asked view shows as well, then others.
 
     Objects are called by their colour alone: the kind tells the size (a cabinet is more often the largest than a
     ball), and the question would be half answered by its text.
     """
-    others = [i for i in rng.permutation(len(room.things)).tolist() if i != answer]
-    visible = [i for i in others if i in seen][:2]
-    picked = visible + [i for i in others if i not in visible][:3 - len(visible)]
-    return choose(rng, letter, room.things[answer].colour, [room.things[i].colour for i in picked])
+    others = [i for i in rng.permutation(len(room.things)).tolist() if i != found[ask]]
+    visible = [i for i in others if i in found["seen"]][:2]
+    return [room.things[i].colour for i in (visible + [i for i in others if i not in visible])[:3]]
 
 
 def room_questions(seed, out, per_kind=2):
     """Questions about one room: `per_kind` that need an unseen view, and as many that the given views answer.
 
-    Of those that the given views answer, one in six asks for the camera's own way between two views at different
-    places (camera-camera), one in six for a turn that ends at a given view (rotation), the others about one image.
+    Of the latter, one in six asks for the camera's way between two views at different places (camera-camera), one
+    in six for a turn that ends at a given view (rotation), the others about one image. Beside the published fields a
+    row holds what only a room can know, for the cold start and for diagnosis, never shown to a policy in a question:
+    `view`, the true view that `command` leads to, and `shows`, the facts of every image and last of that view.
     """
     rng = np.random.default_rng([13, seed])
     room, poses = random_room(seed), ring(rng)
     views = render(room, np.stack(poses), SIZE)
     given = [facts(ids, len(room.things)) for ids in views["ids"]]
-    paths = [f"rooms/{seed:07d}/{k + 1}.png" for k in range(4)]
-    for path, rgb in zip(paths, views["rgb"]):
-        save_image(out / path, rgb)
     rows, letters = [], rng.permutation(2 * per_kind) % 4            # each letter as often as any other, in every room
-
-    def add(text, options, category, needs_view, images, scene_poses, motion=None, ask=None, shown_by=None):
-        rows.append({"id": f"room_{seed}_{len(rows)}", "bench": "rooms", "images": images, "question": text,
-                     "options": options, "answer": "ABCD"[letters[len(rows)]], "category": category, "kind": "mca", "needs_view": needs_view,
-                     "scene": {"room": seed, "poses": [matrix(p) for p in scene_poses]}, "motion": motion,
-                     "ask": ask, "shown_by": shown_by})
-
-    for _ in range(per_kind):                         # an unseen view; the reference image itself would answer wrong
-        for _ in range(40):
-            k, motion, ask = int(rng.integers(4)), UNSEEN[rng.integers(len(UNSEEN))], draw_ask(rng)
-            target = facts(render(room, move_camera(poses[k], motion), SIZE, supersample=1)["ids"][0], len(room.things))
-            if usable(target, ask) and target[ask] != given[k][ask] and given[k][ask] is not None:
-                text = f"Start from Image-{k + 1} and {phrase(motion)}. Then {ASKS[ask]}"
-                options = object_options(rng, letters[len(rows)], room, target[ask], target["seen"])
-                command = {"image": k + 1, "kind": motion.kind, "amount": motion.amount}
-                add(text, options, CATEGORY[ask], True, paths, poses, command, ask)
-                break
-    for _ in range(per_kind):
-        form = rng.choice(["image", "rotation", "camera"], p=[4 / 6, 1 / 6, 1 / 6])
-        if form == "camera":
-            way, k = WALKS[rng.integers(4)], int(rng.integers(4))
-            walked = move_camera(poses[k], Motion(f"move {way}", 1.0))
-            name = f"rooms/{seed:07d}/walk_{k + 1}_{way}.png"
-            save_image(out / name, render(room, walked, SIZE)["rgb"][0])
-            say = {w: f"it moved {'to the ' if w in ('left', 'right') else ''}{w}" for w in WALKS}
-            options = choose(rng, letters[len(rows)], say[way], [say[w] for w in WALKS if w != way])
-            add("How did the camera get from Image-1 to Image-2?", options, "camera-camera", False,
-                [paths[k], name], [poses[k], walked])
+    for i in range(2 * per_kind):
+        form = "unseen" if i < per_kind else rng.choice(["image", "rotation", "camera"], p=[4 / 6, 1 / 6, 1 / 6])
+        draft = (camera_question if form == "camera" else object_question)(rng, room, poses, given, form)
+        if draft is None:                             # a bare room: nothing clear to ask
             continue
-        for _ in range(40):
-            k, ask, turn = int(rng.integers(4)), draw_ask(rng), RING_TURNS[rng.integers(3)]
-            shown = (k + {"turn left": 1, "turn right": -1}[turn.kind] * int(turn.amount) // 90) % 4 if form == "rotation" else k
-            if usable(given[shown], ask):
-                start = f"Start from Image-{k + 1} and {phrase(turn)}. Then" if form == "rotation" else f"In Image-{k + 1},"
-                options = object_options(rng, letters[len(rows)], room, given[shown][ask], given[shown]["seen"])
-                command = {"image": k + 1, "kind": turn.kind, "amount": turn.amount} if form == "rotation" else None
-                add(f"{start} {ASKS[ask]}", options, "rotation" if form == "rotation" else CATEGORY[ask], False,
-                    paths, poses, command, ask, shown + 1)
-                break
+        motion, cameras = draft["motion"], draft.pop("cameras", poses)
+        command = motion or {"image": draft["shown_by"] or 1, "kind": "turn left", "amount": 45.0}
+        target = move_camera(cameras[command["image"] - 1], Motion(command["kind"], command["amount"]))
+        truth = render(room, np.stack([*cameras, target]), SIZE)
+        images = [f"rooms/{seed:07d}/q{i}_{k + 1}.png" if form == "camera" else f"rooms/{seed:07d}/{k + 1}.png"
+                  for k in range(len(cameras))]
+        view = f"rooms/{seed:07d}/q{i}_view.png"
+        for path, rgb in zip([*images, view], truth["rgb"]):
+            save_image(out / path, rgb)
+        answer, others = draft.pop("answer"), draft.pop("others")
+        rows.append({"id": f"room_{seed}_{i}", "bench": "rooms", "images": images, **draft, "kind": "mca",
+                     "options": choose(rng, letters[i], answer, others), "answer": "ABCD"[letters[i]],
+                     "scene": {"room": seed, "poses": [matrix(camera) for camera in cameras]}, "command": command,
+                     "view": view, "shows": [named(facts(ids, len(room.things)), room) for ids in truth["ids"]]})
     return rows
+
+
+def object_question(rng, room, poses, given, form):
+    """A question about objects: "unseen" (after a motion that leads to a view not given), "rotation" or "image"."""
+    for _ in range(40):
+        k, ask = int(rng.integers(4)), draw_ask(rng)
+        motion = {"unseen": UNSEEN, "rotation": RING_TURNS, "image": [None]}[form]
+        motion, shown = motion[rng.integers(len(motion))], None
+        if form == "unseen":                          # clear, and other than the reference image itself would say
+            there = facts(render(room, move_camera(poses[k], motion), SIZE, supersample=1)["ids"][0], len(room.things))
+            if given[k][ask] is None or there[ask] == given[k][ask]:
+                continue
+        else:
+            turns = 0 if form == "image" else int(motion.amount) // 90 * (1 if motion.kind == "turn left" else -1)
+            shown = (k + turns) % 4
+            there = given[shown]
+        if usable(there, ask):
+            start = f"Start from Image-{k + 1} and {phrase(motion)}. Then" if motion else f"In Image-{k + 1},"
+            return {"question": f"{start} {ASKS[ask]}", "category": "rotation" if form == "rotation" else CATEGORY[ask],
+                    "needs_view": form == "unseen", "ask": ask, "shown_by": None if shown is None else shown + 1,
+                    "motion": motion and {"image": k + 1, "kind": motion.kind, "amount": motion.amount},
+                    "answer": room.things[there[ask]].colour, "others": distractors(rng, room, there, ask)}
+
+
+def camera_question(rng, room, poses, given, form):
+    """Two views that look the same way from places 1 m apart: which way did the camera go?"""
+    way, k = WALKS[rng.integers(4)], int(rng.integers(4))
+    say = {w: f"it moved {'to the ' if w in ('left', 'right') else ''}{w}" for w in WALKS}
+    return {"question": "How did the camera get from Image-1 to Image-2?", "category": "camera-camera", "needs_view": False,
+            "ask": None, "shown_by": None, "motion": None, "answer": say[way], "others": [say[w] for w in WALKS if w != way],
+            "cameras": [poses[k], move_camera(poses[k], Motion(f"move {way}", 1.0))]}
+
+
+def named(found, room):
+    """Facts with objects called by their colour: {ask: "red", "none", or None where it is unclear}."""
+    return {ask: None if found[ask] is None else "none" if found[ask] < 0 else room.things[found[ask]].colour for ask in ASKS}
 
 
 def draw_ask(rng):

@@ -4,10 +4,10 @@ Astra-WM, the world simulator: context views and a camera motion in words -> the
 The network is BAGEL (lib/bagel.py). One sequence holds everything; each context image stands in it twice, as clean VAE
 latents (what it looks like) and as ViT features (what it shows):
 
-  [VAE 1][ViT 1][VAE 2][ViT 2] ... [Base on the viewpoint of Image-2, turn left 30 degrees.][noisy latents of the view]
+  [VAE 1][ViT 1][VAE 2][ViT 2] ... [Base on the viewpoint of Image-2, turn left 30 degrees.][noisy latents]
 
-It is trained by flow matching: x_t = (1 - t) x0 + t eps, v = eps - x0, and t = 1 is pure noise. It imagines by Euler steps
-from t = 1 to t = 0, the context read once into a cache, guided away from "no sentence" and from "no images".
+It is trained by flow matching: x_t = (1 - t) x0 + t eps, v = eps - x0, t = 1 is pure noise (train_wm.py). It imagines
+by Euler steps from t = 1 to t = 0, the context read once into a cache, guided away from "no sentence" and "no images".
 
   python world_model.py --images a.png b.png --reference 2 --motion "turn left 30 degrees" --out view.png
 """
@@ -22,14 +22,15 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from lib import bagel_files
-from lib.bagel import LATENT_PATCH, Bagel, Config, Settings, initialise, stacked, token_grid
+from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, PositionTable, Settings, stacked, token_grid
 from lib.bagel_files import resize, to_images, to_pixels, unpatchify
 from lib.geometry import Query, instruction, read_phrase
 
-TINY = Settings(prediction="x0", motion_to_target=True, reference_first=True, latent="pixels", vae_limits=(32, 32, 8),
-                vit_limits=(32, 32, 16), steps=4, shift=1.0, text_scale=1.0, image_scale=1.0)
+TINY = Settings(prediction="x0", motion_to_target=True, reference_first=True, learned_places=True, latent="pixels",
+                vae_limits=(32, 32, 8), vit_limits=(32, 32, 16), steps=4, shift=1.0, text_scale=1.0, image_scale=1.0)
 
 
 # ---------------------------------------------------------------- the sampler
@@ -48,9 +49,10 @@ def clean(output, x, t, prediction):
 def sample(network, images, ids, lengths, noise, grid, settings):
     """Imagine one view per row.
 
-    images   the rows' context, as in `Bagel.read_images`; [] for none      ids, lengths   as in `Bagel.read_text`
-    noise    (R, n, C) in token order, grid (h, w)                          settings       Settings: steps, shift, guidance
-    returns  (R, n, C) clean latents
+    images   the rows' context, as in `Bagel.read_images`; [] for none
+    ids, lengths   the rows' sentences, as in `Bagel.read_text`
+    noise    (R, n, C) in token order, grid (h, w)
+    returns  (R, n, C) clean latents after settings.steps Euler steps
     """
     s, size = settings, len(noise)
     context = network.read_images(images) if images else None
@@ -60,7 +62,8 @@ def sample(network, images, ids, lengths, noise, grid, settings):
     if s.text_scale > 1:                        # "no sentence": the same keys, but the sentence is seen by nobody
         unsaid = text.hidden() if context is None else context.then(text.hidden(context.next))
         branches, motions = branches + [unsaid], motions + [network.no_motion(motion)]
-    if s.text_scale > 1 and s.image_scale > 1 and context is not None:  # "no images": the sentence alone, from position 0
+    if s.text_scale > 1 and s.image_scale > 1 and context is not None:
+        # "no images": the sentence alone, from position 0
         branches, motions = branches + [context.hidden().then(network.read_text(ids, lengths))], motions + [motion]
 
     past, rows = stacked(branches), len(branches) * size
@@ -78,9 +81,10 @@ def sample(network, images, ids, lengths, noise, grid, settings):
 
 
 def guided(v, no_text=None, no_image=None, settings=None):
-    """Classifier-free guidance by the sentence and by the images; velocities (B, n, C); a missing branch guides nothing.
+    """Classifier-free guidance by the sentence and by the images; v of each branch (B, n, C), None = no such branch.
 
-    The guided velocity is shrunk to the length of the plain one, never stretched: per token, or ("global") over the image.
+    u = v_T + a (v - v_T),  w = v_I + b (u - v_I);  what is longer than v is shrunk to its length: u, token by token
+    ("text_channel"), w, token by token ("channel"), or w as a whole ("global").
     """
     if no_text is None:
         return v
@@ -102,8 +106,8 @@ def guided(v, no_text=None, no_image=None, settings=None):
 def select_context(images, reference, max_context=4):
     """Which images the simulator sees when there are many: the reference and its nearest neighbours in the list.
 
-    returns (indices, reference): 0-based indices in list order (the earlier of two equally near), and the 1-based number
-    of the reference among them. Raises ValueError if there is no such image.
+    returns (indices, reference): 0-based indices in list order (of two equally near the earlier), and the 1-based
+    number of the reference among them. Raises ValueError if there is no such image.
     """
     if not 1 <= reference <= len(images):
         raise ValueError(f"there is no Image-{reference}: the images are numbered 1 to {len(images)}")
@@ -112,7 +116,7 @@ def select_context(images, reference, max_context=4):
 
 
 class WorldModel:
-    """A simulator: the network, its autoencoder and its tokenizer. `imagine` is the whole interface to the other stages."""
+    """A simulator: the network, its autoencoder and its tokenizer. To the other stages it is `imagine`, no more."""
 
     def __init__(self, network, autoencoder, tokenizer, llm, vit):
         self.network, self.autoencoder, self.tokenizer = network, autoencoder, tokenizer
@@ -162,19 +166,19 @@ class WorldModel:
         return cls(network, autoencoder, bagel_files.load_tokenizer(folder), llm, vit)
 
     def save(self, folder, tensors=None):
-        """Write the public layout; `tensors` replaces the network's state dict (an average, or one gathered by FSDP)."""
+        """Write the public layout; `tensors` stands in for the network's state dict (an average, gathered by FSDP)."""
         bagel_files.save_folder(folder, self.network.state_dict() if tensors is None else tensors, self.llm, self.vit,
                                 dataclasses.asdict(self.settings), self.tokenizer, self.autoencoder)
 
     def texts(self, sentences):
-        """Sentences -> ids (R, L) right-padded, on the device, <|im_start|> and <|im_end|> included; lengths (R,) on the CPU."""
+        """Sentences between <|im_start|> and <|im_end|> -> ids (R, L), right-padded; lengths (R,) on the CPU."""
         rows = [self.words(sentence) for sentence in sentences]
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.tensor([row + [self.eos] * (max(map(len, rows)) - len(row)) for row in rows])
         return ids.to(self.device), lengths
 
     def encode(self, images, streams):
-        """Pictures of one size (R, H, W, 3) uint8 -> latents (R, c, h', w'); the autoencoder's noise from R generators."""
+        """Pictures of one size (R, H, W, 3) uint8 -> latents (R, c, 2 h, 2 w); R generators draw the posterior."""
         pixels, noise = to_pixels(images).to(self.device), None
         if self.autoencoder.random:
             shape = (self.autoencoder.channels, *(side // self.autoencoder.cell for side in pixels.shape[-2:]))
@@ -182,7 +186,7 @@ class WorldModel:
         return self.autoencoder.encode(pixels, noise)
 
     def see(self, images, streams):
-        """R images of one size, as the VAE takes them -> the pair (latents, ViT pixels) that `Bagel.read_images` reads."""
+        """R images of one size, as the VAE takes them -> (latents, ViT pixels), as `Bagel.read_images` reads them."""
         vit = to_pixels(np.stack([resize(image, self.settings.vit_limits) for image in images]))
         return self.encode(np.stack(images), streams), vit.to(self.device)
 
@@ -219,7 +223,7 @@ class WorldModel:
     def _imagine_alike(self, reference, seeds, images, sentences, settings):
         """`imagine` for rows whose images have the same number and sizes."""
         streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-        context = [self.see(place, streams) for place in zip(*images)]   # first images of all rows, second ...
+        context = [self.see(place, streams) for place in zip(*images)]              # image 1 of all rows, image 2 ...
         grid = token_grid(context[reference - 1][0])
         noise = torch.stack([torch.randn(grid[0] * grid[1], self.network.config.latent_numbers, generator=stream)
                              for stream in streams]).to(self.device)
@@ -227,11 +231,38 @@ class WorldModel:
         return to_images(self.autoencoder.decode(unpatchify(x, LATENT_PATCH, *grid)))
 
 
+def initialise(network):
+    """Random weights for a network that starts from nothing (BAGEL itself started from Qwen2.5 and SigLIP).
+
+    Which picture, which place in it, and which motion must be told apart in the first few hundred steps, or the model
+    learns average rooms only: learned places are drawn at scale 1, words at 0.5 (a language model's usual 0.02 drowns),
+    and what the pixels bring is scaled down. What is added to the residual stream starts smaller, llm2vae at zero, and
+    each generation expert as a copy of the understanding expert, as in BAGEL.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=1.0 if name == "image_number" else 0.5)
+        elif isinstance(module, PositionTable) and isinstance(module.pos_embed, nn.Parameter):
+            nn.init.normal_(module.pos_embed)
+        elif isinstance(module, nn.Linear):
+            into_stream = name.endswith(("o_proj", "down_proj", "out_proj", "fc2"))
+            scale = (2 * network.config.layers) ** -0.5 if into_stream else 0.3 if name == "vae2llm" else 1.0
+            nn.init.normal_(module.weight, std=scale * module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.zeros_(network.llm2vae.weight)
+    weights = dict(network.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if GEN in name:
+                weight.copy_(weights[name.replace(GEN, "")])
+
+
 # ---------------------------------------------------------------- command line
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--images", nargs="+", required=True, help="context views, numbered from 1; a ring in left-turn order for tiny")
+    p.add_argument("--images", nargs="+", required=True, help="context views in order (tiny: a ring of left turns)")
     p.add_argument("--reference", type=int, default=1, help="number of the image that the motion starts from")
     p.add_argument("--motion", required=True, help='such as "turn left 30 degrees" or "move 1.5 meters forward"')
     p.add_argument("--out", default="view.png")
@@ -241,7 +272,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     places = [place for place in (Path("out/wm"), Path("out/demo/wm")) if (place / bagel_files.NETWORK).exists()]
     if not args.model and not places:
-        raise SystemExit("There is no world model yet. `python train_wm.py` trains a tiny one in minutes (out/wm); or give --model.")
+        raise SystemExit("There is no world model yet. `python train_wm.py` trains one in out/wm; or give --model.")
     path = args.model or max(places, key=lambda place: (place / bagel_files.NETWORK).stat().st_mtime)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -7,19 +7,20 @@ tokens, so that each expert works on one plain tensor; where a token stands in t
 alone, and so is what it sees: a query sees the keys whose position is not larger than its own.
 
   segment          tokens                          experts             RoPE positions
-  text             <|im_start|> words <|im_end|>   und                 one each, consecutive      (hence causal)
-  ViT image        start, features, end            und                 one for all of them        (hence bidirectional)
+  text             <|im_start|> words <|im_end|>   und                 one each, consecutive      (causal)
+  ViT image        start, features, end            und                 one for all of them        (bidirectional)
   VAE image, t = 0 start, latents, end             und, gen..., und    one for all of them
-  target, noisy    start, latents, end             und, gen..., und    the last one of all        (seen by itself only)
+  target, noisy    start, latents, end             und, gen..., und    the last one of all        (seen by itself)
 
-Shapes: B contexts, R rows (a row = one target of one context), N = U + G tokens, K keys in a cache, H width, d head width;
-grid (h, w) latent tokens of an image, n = h w; C numbers per latent token. Positions and lengths live on the CPU, so that
-masks are decided without waiting for the device.
+Shapes: B contexts, R rows (a row = one target of one context), N = U + G tokens, K keys in a cache, H width, d head
+width; grid (h, w) latent tokens of an image, n = h w; C numbers per latent token. Positions and lengths live on the
+CPU, so that masks are decided without waiting for the device.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from dataclasses import dataclass
 from torch import nn
 
 from lib.bagel_files import patchify
@@ -27,28 +28,32 @@ from lib.bagel_files import patchify
 GEN = "_moe_gen"                # what the generation expert's modules are called after the understanding expert's
 HIDDEN = 2**30                  # the position of a key that no query may see
 LATENT_PATCH = 2                # latent cells per token and side
+MAX_IMAGES = 8                  # context images that Settings.learned_places can number
 
 
 @dataclass(frozen=True)
 class Settings:
     """What `config.json` holds under "astra": departures from BAGEL (all off by default) and the sampler's defaults."""
 
-    # "velocity", or "x0": the network's output is the clean latent and v = (x_t - x0) / t. With tokens of 192 numbers and
-    # width 128, an output that must carry the noise cannot; the tiny model learns nothing in minutes without this.
+    # "velocity", or "x0": the network's output is the clean latent and v = (x_t - x0) / t. A velocity carries noise,
+    # and width 128 cannot carry the 192 noisy numbers of a tiny token: without this nothing is learned in minutes.
     prediction: str = "velocity"
-    # Add the sentence's word embeddings, summed and through one linear layer, to the target tokens. Attention finds the
-    # words too, but only after many more images than minutes allow (motion2llm is the one weight BAGEL does not have).
+    # Add the sentence's word embeddings, summed and through one linear layer (motion2llm), to the target tokens.
+    # Attention finds the words too, but only after many more images than minutes allow.
     motion_to_target: bool = False
     # Turn the ring of context images until the reference comes first, and call it Image-1 in the sentence: the model
     # need not learn to look a number up. Ring order is kept: [ref, ref + 1, ..., wrapping].
     reference_first: bool = False
+    # Places inside a picture, and the number of a context image, as learned embeddings of scale 1. BAGEL has smooth
+    # sin-cos tables for the one and only RoPE for the other; random embeddings are told apart from the first step.
+    learned_places: bool = False
     latent: str = "flux"                            # "flux", or "pixels": no autoencoder (lib/bagel_files.PixelLatents)
     vae_limits: tuple = (1024, 512, 16)             # (max_side, min_side, stride) of the pictures, pixels
     vit_limits: tuple = (980, 224, 14)
     # the sampler; BAGEL's numbers for editing
     steps: int = 49                                 # network evaluations ("50 timesteps" in the original)
     shift: float = 3.0                              # > 1 spends more of them near noise
-    text_scale: float = 4.0                         # guidance away from "no sentence"; 1 = off, and image_scale is then off too
+    text_scale: float = 4.0                         # guidance away from "no sentence"; 1 = no guidance at all
     image_scale: float = 2.0                        # guidance away from "no images"; 1 = off
     renorm: str = "text_channel"                    # "text_channel", "channel" or "global"
     renorm_min: float = 0.0
@@ -83,7 +88,7 @@ class Config:
         return cls(width=llm["hidden_size"], layers=llm["num_hidden_layers"], heads=llm["num_attention_heads"],
                    kv_heads=llm["num_key_value_heads"], mlp=llm["intermediate_size"], vocabulary=vocabulary,
                    eps=llm["rms_norm_eps"], rope_base=llm.get("rope_theta", 1e6), vit_width=vit["hidden_size"],
-                   vit_layers=vit["num_hidden_layers"] - 1,         # BAGEL reads the last but one layer and drops the last
+                   vit_layers=vit["num_hidden_layers"] - 1,         # BAGEL drops the last one
                    vit_heads=vit["num_attention_heads"], vit_mlp=vit["intermediate_size"], vit_patch=vit["patch_size"],
                    vit_grid=vit["image_size"] // vit["patch_size"], latent_grid=latent_grid,
                    latent_numbers=latent_numbers, settings=Settings(**astra))
@@ -139,16 +144,20 @@ class TimeEmbedder(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """Fixed sin-cos table (grid * grid, H): row r * grid + c holds [s(c), s(r)], s(x) = [sin(x w_k), cos(x w_k)]."""
+    """Fixed sin-cos table (grid * grid, H): row r * grid + c holds [s(c), s(r)], s(x) = [sin(x w_k), cos(x w_k)].
 
-    def __init__(self, grid, width):
+    learned   a table of that shape that is trained (Settings.learned_places)
+    """
+
+    def __init__(self, grid, width, learned):
         super().__init__()
         w = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
         angle = torch.arange(grid, dtype=torch.float64)[:, None] * w
         s = torch.cat([angle.sin(), angle.cos()], -1)                                        # (grid, H / 2)
         table = torch.cat([s[None].expand(grid, -1, -1), s[:, None].expand(-1, grid, -1)], -1)
         self.grid = grid
-        self.register_buffer("pos_embed", table.reshape(grid * grid, width).float())
+        table = table.reshape(grid * grid, width).float()
+        self.pos_embed = nn.Parameter(table) if learned else nn.Buffer(table)
 
     def forward(self, rows, columns):
         """(rows * columns, H): the top left corner of the table; it is not stretched to the picture."""
@@ -175,7 +184,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """SigLIP without its last layer: pixels (B, 3, rows * patch, columns * patch) -> features (B, rows * columns, width)."""
+    """SigLIP without its last layer: pixels (B, 3, h * patch, w * patch) -> features (B, h * w, width), row-major."""
 
     def __init__(self, c):
         super().__init__()
@@ -188,7 +197,8 @@ class VisionTransformer(nn.Module):
     def forward(self, pixels):
         rows, columns = pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch
         ids = torch.arange(self.grid**2, device=pixels.device).view(self.grid, self.grid)[:rows, :columns].flatten()
-        x = self.embeddings["patch_embedding"](patchify(pixels, self.patch)) + self.embeddings["position_embedding"](ids)
+        x = self.embeddings["patch_embedding"](patchify(pixels, self.patch))
+        x = x + self.embeddings["position_embedding"](ids)
         for layer in self.encoder["layers"]:
             x = layer(x)
         return self.post_layernorm(x)
@@ -236,7 +246,7 @@ class Layer(nn.Module):
     def forward(self, und, gen, rope, mask, past, needed="all"):
         """Tokens ordered by expert, und (B, U, H) first, then gen (B, G, H) -> (und, gen, key, value).
 
-        rope    (cos, sin) of the U + G tokens;   mask (B, 1, U + G, K + U + G) added to the scores, or None: all see all
+        rope    (cos, sin) of the U + G tokens;   mask (B, 1, N, K + N) added to the scores, or None: all see all
         past    (key, value) each (B, kv_heads, K, d) of what stands before, or None
         needed  tokens whose result is used: "all", "gen" or "none" (keys and values only). In the last layer the others
                 need no query and no MLP; they come back as they are.
@@ -275,7 +285,8 @@ class Cache:
     def rows(self, index):
         """The cache of rows `index` (R,), repeats allowed: several targets share one context."""
         here = index.to(self.layers[0][0].device)
-        return Cache([(k.index_select(0, here), v.index_select(0, here)) for k, v in self.layers], self.positions[index], self.next[index])
+        layers = [(k.index_select(0, here), v.index_select(0, here)) for k, v in self.layers]
+        return Cache(layers, self.positions[index], self.next[index])
 
     def then(self, other):
         """This cache followed by `other`, which was computed after it."""
@@ -284,7 +295,8 @@ class Cache:
 
     def hidden(self, next=None):
         """The same keys, seen by nobody; what follows stands at position `next` (default 0)."""
-        return Cache(self.layers, torch.full_like(self.positions, HIDDEN), torch.zeros_like(self.next) if next is None else next)
+        next = torch.zeros_like(self.next) if next is None else next
+        return Cache(self.layers, torch.full_like(self.positions, HIDDEN), next)
 
 
 def stacked(caches):
@@ -298,9 +310,9 @@ def stacked(caches):
 class Bagel(nn.Module):
     """The network of the checkpoint, its modules named as the checkpoint's keys.
 
-    Who sees whom, in one line: a key is seen by a query if its RoPE position is not larger. All tokens of an image segment
-    share one position and the words of a text have one each, so images are bidirectional inside, text is causal, and both
-    see all that stands before. A noisy target has the last position: nothing sees it but itself.
+    Who sees whom, in one line: a query sees a key whose RoPE position is not larger. All tokens of an image segment
+    share one position and the words of a text have one each, so images are bidirectional inside, text is causal, and
+    both see all that stands before. A noisy target has the last position: nothing sees it but itself.
     """
 
     def __init__(self, c):
@@ -311,16 +323,18 @@ class Bagel(nn.Module):
                 "embed_tokens": nn.Embedding(c.vocabulary, c.width),
                 "layers": nn.ModuleList(Layer(c) for _ in range(c.layers)),
                 "norm": RMSNorm(c.width, c.eps), "norm" + GEN: RMSNorm(c.width, c.eps)}),
-            "lm_head": nn.Linear(c.width, c.vocabulary, bias=False)})   # BAGEL can also write text; a simulator never does
+            "lm_head": nn.Linear(c.width, c.vocabulary, bias=False)})   # BAGEL can write; a simulator never does
         self.vit_model = nn.ModuleDict({"vision_model": VisionTransformer(c)})
         self.connector = GeluMLP(c.vit_width, c.width, c.width)
-        self.vit_pos_embed = PositionTable(c.vit_grid, c.width)
-        self.latent_pos_embed = PositionTable(c.latent_grid, c.width)
+        self.vit_pos_embed = PositionTable(c.vit_grid, c.width, c.settings.learned_places)
+        self.latent_pos_embed = PositionTable(c.latent_grid, c.width, c.settings.learned_places)
         self.time_embedder = TimeEmbedder(c.width)
         self.vae2llm, self.llm2vae = nn.Linear(c.latent_numbers, c.width), nn.Linear(c.width, c.latent_numbers)
         if c.settings.motion_to_target:
             self.motion2llm = nn.Linear(c.width, c.width)
-        self.markers = (0, 1)       # ids of <|vision_start|> and <|vision_end|>; WorldModel sets them from its tokenizer
+        if c.settings.learned_places:
+            self.image_number = nn.Embedding(MAX_IMAGES, c.width)
+        self.markers = (0, 1)           # ids of <|vision_start|>, <|vision_end|>; WorldModel asks its tokenizer
 
     @property
     def blocks(self):
@@ -353,7 +367,7 @@ class Bagel(nn.Module):
         return self.embed_markers(len(x)), gen if motion is None else gen + motion[:, None].to(gen.dtype)
 
     def embed_motion(self, ids, lengths):
-        """The sentence in one vector (R, H): its words summed, without <|im_start|>, <|im_end|> and padding; or None."""
+        """The sentence in one vector (R, H), its words summed without <|im_start|> and <|im_end|>; or None."""
         if not self.config.settings.motion_to_target:
             return None
         place = torch.arange(ids.shape[1])
@@ -369,7 +383,7 @@ class Bagel(nn.Module):
     def layout(self, positions, past=None):
         """(rope, mask) of tokens at RoPE `positions` (B, N), a CPU tensor, behind a cache: everything the layers need.
 
-        The mask is (B, 1, N, K + N), added to the attention scores, or None where all see all. It is decided on the CPU.
+        The mask is (B, 1, N, K + N), added to the attention scores, or None where all see all.
         """
         seen = positions if past is None else torch.cat([past.positions, positions], 1)
         mask = seen[:, None, None, :] <= positions[:, None, :, None]
@@ -382,7 +396,7 @@ class Bagel(nn.Module):
         return (angle.cos().to(dtype), angle.sin().to(dtype)), mask
 
     def run(self, und, gen, layout, past=None, needed="all"):
-        """Through all layers -> (und, gen, [(key, value) of every layer]); results that are not `needed` are undefined."""
+        """Through all layers -> (und, gen, [(key, value) of each]); of und and gen only what is `needed` is right."""
         (rope, mask), layers, pairs = layout, self.language_model["model"]["layers"], []
         for i, layer in enumerate(layers):
             und, gen, key, value = layer(und, gen, rope, mask, None if past is None else past.layers[i],
@@ -397,7 +411,7 @@ class Bagel(nn.Module):
     # ---- what stands before the target: caches
 
     def read_images(self, images, past=None, keep=None):
-        """Context images, a list of I pairs (latent (B, c, 2 h, 2 w), ViT pixels (B, 3, H, W)) -> their Cache, behind `past`.
+        """Context images, I pairs (latent (B, c, 2 h, 2 w), ViT pixels (B, 3, H, W)) -> their Cache, behind `past`.
 
         The first takes positions 0 (VAE) and 1 (ViT), the next 2 and 3, ... counted from where `past` ends. Sizes may
         differ from image to image, not from row to row.
@@ -406,9 +420,10 @@ class Bagel(nn.Module):
         batch, zero = len(images[0][0]), torch.zeros(1, device=self.vae2llm.weight.device)
         und, gen, und_positions, gen_positions = [], [], [], []
         for i, (latent, pixels) in enumerate(images):
-            grid, vit, marker = token_grid(latent), self.embed_vit(pixels), self.embed_markers(batch)
+            number = self.image_number.weight[i] if self.config.settings.learned_places else 0
+            grid, vit, marker = token_grid(latent), self.embed_vit(pixels) + number, self.embed_markers(batch)
             und += [marker, marker[:, :1], vit, marker[:, 1:]]
-            gen += [self.embed_latent(patchify(latent, LATENT_PATCH), zero, grid)]
+            gen += [self.embed_latent(patchify(latent, LATENT_PATCH), zero, grid) + number]
             und_positions += [2 * i] * 2 + [2 * i + 1] * (vit.shape[1] + 2)
             gen_positions += [2 * i] * (grid[0] * grid[1])
         start = torch.zeros(batch, dtype=torch.long) if past is None else past.next
@@ -416,7 +431,8 @@ class Bagel(nn.Module):
         positions = start[:, None] + segment
         if keep is not None:
             positions = torch.where(keep[:, segment], positions, HIDDEN)
-        _, _, pairs = self.run(torch.cat(und, 1), torch.cat(gen, 1), self.layout(positions, past), past, needed="none")
+        layout = self.layout(positions, past)
+        _, _, pairs = self.run(torch.cat(und, 1), torch.cat(gen, 1), layout, past, needed="none")
         return Cache(pairs, positions, start + 2 * len(images))
 
     def text_positions(self, lengths, size, start):
@@ -439,7 +455,7 @@ class Bagel(nn.Module):
         images, keep   as in `read_images`, B contexts;   owner (R,) CPU: the context of each row
         ids, lengths   the sentence of each row, as in `read_text`; length 0 = no sentence (condition dropout)
         x              (R, n, C) noisy latents of the targets at times t (R,), grid (h, w)
-        other          (ids, lengths) of other sentences: then a second prediction comes back, under them, without gradient
+        other          (ids, lengths) of other sentences: a second prediction comes back, under them, without gradient
         """
         past = self.read_images(images, keep=keep).rows(owner)
         output = self.branch(past, ids, lengths, x, t, grid)
@@ -461,27 +477,3 @@ class Bagel(nn.Module):
 def token_grid(latent):
     """(h, w): the latent tokens of a latent (B, c, 2 h, 2 w)."""
     return latent.shape[-2] // LATENT_PATCH, latent.shape[-1] // LATENT_PATCH
-
-
-def initialise(network):
-    """Random weights for a network trained from nothing (BAGEL itself starts from Qwen2.5 and SigLIP).
-
-    Words and ViT positions are drawn at scale 0.5: at the usual 0.02 they drown beside the pictures for the few thousand
-    steps a tiny run has. Results that go into the residual stream start smaller, llm2vae at zero, and each generation
-    expert as a copy of the understanding expert, as in BAGEL.
-    """
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.5)
-        elif isinstance(module, nn.Linear):
-            residual = name.endswith(("o_proj", "down_proj", "out_proj", "fc2"))
-            depth = (2 * network.config.layers) ** -0.5 if residual else 1.0
-            nn.init.normal_(module.weight, std=depth * module.in_features**-0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    nn.init.zeros_(network.llm2vae.weight)
-    weights = dict(network.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            if GEN in name:
-                weight.copy_(weights[name.replace(GEN, "")])

@@ -7,7 +7,7 @@ The files of a BAGEL checkpoint, and the way pictures go in and out of it.
   config.json          ours, under "astra": picture limits, latent kind and departures; without it: plain BAGEL
   tokenizer files      Qwen2's
 
-  picture --resize--> pixels in [-1, 1] --autoencoder.encode--> latent --denoised--> latent --autoencoder.decode--> picture
+  picture --resize--> pixels in [-1, 1] --encode--> latent                    latent --decode--> pixels --> picture
 """
 
 import json
@@ -52,12 +52,14 @@ def resize(image, limits):
     """(H, W, 3) uint8 -> the same picture at the size of `resized`, bicubic as in the original."""
     height, width = image.shape[:2]
     size = resized(width, height, limits)
-    return image if size == (width, height) else np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    if size == (width, height):
+        return image
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC))
 
 
 def to_pixels(images):
-    """uint8 (..., H, W, 3), array or tensor, 0 to 255 -> float32 (..., 3, H, W) in [-1, 1]."""
-    return (torch.as_tensor(np.array(images) if not torch.is_tensor(images) else images).movedim(-1, -3) / 255 - 0.5) / 0.5
+    """uint8 array (..., H, W, 3) -> float32 tensor (..., 3, H, W) in [-1, 1]."""
+    return (torch.from_numpy(np.array(images)).movedim(-1, -3) / 255 - 0.5) / 0.5
 
 
 def to_images(pixels):
@@ -66,7 +68,7 @@ def to_images(pixels):
 
 
 def patchify(x, size):
-    """(B, C, H, W) -> tokens (B, H/size * W/size, size * size * C): row-major; inside a token (row, column, channel)."""
+    """(B, C, H, W) -> tokens (B, H/size * W/size, size * size * C); row-major, in a token (row, column, channel)."""
     batch, channels, height, width = x.shape
     x = x.reshape(batch, channels, height // size, size, width // size, size)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, size * size * channels)
@@ -152,10 +154,10 @@ def to_diffusers(key, levels):
 
     decoder.up.3.block.0.norm1.weight -> decoder.up_blocks.0.resnets.0.norm1.weight     (level 3 of 4 runs first)
     """
-    key = re.sub(r"encoder\.down\.(\d+)\.block", r"encoder.down_blocks.\1.resnets", key)
-    key = re.sub(r"encoder\.down\.(\d+)\.downsample", r"encoder.down_blocks.\1.downsamplers.0", key)
-    key = re.sub(r"decoder\.up\.(\d+)\.block", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.resnets", key)
-    key = re.sub(r"decoder\.up\.(\d+)\.upsample", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.upsamplers.0", key)
+    key = re.sub(r"encoder\.down\.", "encoder.down_blocks.", key)
+    key = re.sub(r"decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}", key)
+    key = re.sub(r"(_blocks\.\d+)\.block\.", r"\1.resnets.", key)
+    key = re.sub(r"\.(down|up)sample\.conv", r".\1samplers.0.conv", key)
     key = re.sub(r"mid\.block_(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}", key)
     for old, new in (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
         key = key.replace(f"mid.attn_1.{old}.", f"mid_block.attentions.0.{new}.")
@@ -196,10 +198,11 @@ def shapes(path):
 
 
 def load_network(network, path, device, dtype):
-    """Fill a network that was built on the meta device from a safetensors file; every key must be there, none left over."""
+    """Fill a network built on the meta device from a safetensors file: every key must be there, none left over."""
     wanted, there = network.state_dict(), shapes(path)
     wrong = [f"{key} {tuple(value.shape)} (file: {there.get(key, 'missing')})" for key, value in wanted.items()
-             if there.get(key) != tuple(value.shape)] + [f"{key} (not a part of BAGEL)" for key in there if key not in wanted]
+             if there.get(key) != tuple(value.shape)]
+    wrong += [f"{key} (not a part of BAGEL)" for key in there if key not in wanted]
     if wrong:
         raise ValueError(f"{path} does not fit its json files: {'; '.join(wrong[:4])}"
                          + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))

@@ -44,9 +44,8 @@ WORDS = (
     *(f"which object fills most of the {third} third?" for third in ("left", "centre", "right")),
     *(f" it moved {way}" for way in ("to the left", "to the right", "forward", "backward")),
     " A", " B", " C", " D", "A.", "B.", "C.", "D.", "\nA.", "\nB.", "\nC.", "\nD.",
-    "I need to see it.", "The new view: ", "The camera:", ", so",
-    *(f"the {what} is" for what in ("largest", "leftmost", "rightmost")),
-    *(f"{where} is" for where in ("on the left", "in the centre", "on the right")),
+    "I need to see it.", ", so", "The camera:", " the new view:", *(f" Image-{n}:" for n in range(1, 10)),
+    "largest in", "furthest left in", "furthest right in", "left third of", "centre third of", "right third of",
 )
 
 

@@ -97,7 +97,7 @@ def test_patches_are_those_of_the_library(policy):
     for height, width in ((480, 640), (100, 100), (33, 500)):
         image = picture(1, height, width)
         want = theirs(images=[image], return_tensors="pt")
-        patches, grids = real.pixels([image])
+        patches, grids = real.pixels([(1, image)])
         assert grids.tolist() == want["image_grid_thw"].tolist()
         torch.testing.assert_close(patches, want["pixel_values"].float(), rtol=0, atol=1e-5)
 
@@ -109,17 +109,17 @@ def test_token_count_of_published_sizes(policy, height, width, tokens):
     assert rows * columns == tokens
 
 
-def test_tiny_image_is_sixteen_tokens_and_larger_images_are_shrunk(policy):
-    assert policy.grid(picture(0)) == policy.grid(picture(0, 64, 64)) == (4, 4)
-    assert np.prod(policy.grid(picture(0, 100, 60))) <= 16
+def test_tiny_image_is_four_tokens_and_larger_images_are_shrunk(policy):
+    assert policy.grid(picture(0)) == policy.grid(picture(0, 64, 64)) == (2, 2)
+    assert np.prod(policy.grid(picture(0, 100, 60))) <= 4
     with pytest.raises(ValueError, match="too narrow"):
         policy.grid(picture(0, 2, 500))
 
 
-def test_merge_of_four_gives_four_tokens_per_image():
-    small = Policy.tiny(merge=4)
+def test_smaller_patches_give_more_tokens_per_image():
+    small = Policy.tiny(patch=4)
     trajectory = Trajectory.start(small, question(0), [picture(0)], "agentic")
-    assert trajectory.ids.count(small.pad_id) == 4
+    assert trajectory.ids.count(small.pad_id) == 16
     assert token_logprobs(small, collate(small, [say(small, trajectory, ANSWER)]))[0].isfinite().all()
 
 
@@ -189,8 +189,8 @@ def test_positions_are_the_librarys(policy):
     rows = [full_dialogue(wide, [picture(0, 32, 32), picture(1, 16, 48)]),
             full_dialogue(wide, [picture(2, 64, 24)] * 2),
             Trajectory.start(wide, question(2), [], "direct")]
-    batch = collate(wide, rows, pixels=True)
-    want, _ = policy.model.model.get_rope_index(batch["ids"], (batch["ids"] == policy.pad_id).int(), batch["grids"],
+    batch, (_, grids) = collate(wide, rows), wide.pixels([(1, image) for row in rows for image in row.images])
+    want, _ = policy.model.model.get_rope_index(batch["ids"], (batch["ids"] == policy.pad_id).int(), grids,
                                                 attention_mask=batch["mask"])
     assert torch.equal(batch["positions"], want)
 
@@ -205,7 +205,7 @@ def test_loss_mask_covers_the_policys_tokens_and_nothing_else(policy):
     observations = [around.format(text) for text in (
         "There is no such image. The images so far are Image-1 to Image-2.",
         "Imagined from Image-2, turn left 45 degrees. Image-3: <|vision_start|><|image_pad|><|vision_end|>")]
-    assert rest == (prompt + "".join(observations)).replace("<|image_pad|>", 16 * "<|image_pad|>")
+    assert rest == (prompt + "".join(observations)).replace("<|image_pad|>", 4 * "<|image_pad|>")
     assert len(trajectory.ids) == len(trajectory.loss_mask) == len(trajectory.logprobs) == len(trajectory.positions)
 
 
@@ -261,7 +261,7 @@ def test_smuggled_image_token_stays_outside(act, policy):
     """JSON escapes can spell <|image_pad|>; repeated in an observation it would shift every image of the batch."""
     call = CALL % r'{"image": 1, "motion": "\u003c|image_pad|\u003e", "amount": 1}'
     trajectory, = act([call, ANSWER], simulator=Mirror())
-    assert trajectory.ids.count(policy.pad_id) == 32
+    assert trajectory.ids.count(policy.pad_id) == 8
     assert token_logprobs(policy, collate(policy, [trajectory]))[0].isfinite().all()
 
 
@@ -361,13 +361,12 @@ def test_cached_rollouts_equal_a_full_pass(policy):
     trajectories = chatter(policy, [question(0), question(1, images=3), question(2, images=1)], group_size=3, seed=1)
     assert len({len(t.images) for t in trajectories}) > 2 and len({len(t.ids) for t in trajectories}) > 3
     batch = collate(policy, trajectories)
-    for pixels in (False, True):
-        with torch.no_grad():
-            logprobs, entropy = token_logprobs(policy, collate(policy, trajectories, pixels=pixels))
-        wrote = batch["loss_mask"][:, 1:] > 0
-        end = batch["ids"][:, 1:] == policy.tokenizer.eos_token_id          # the helper above forces some of these
-        torch.testing.assert_close(logprobs[wrote & ~end], batch["logprobs"][:, 1:][wrote & ~end], rtol=0, atol=1e-4)
-        assert not logprobs[~wrote].any() and not entropy[~wrote].any() and (entropy[wrote] > 0).all()
+    with torch.no_grad():
+        logprobs, entropy = token_logprobs(policy, batch)
+    wrote = batch["loss_mask"][:, 1:] > 0
+    end = batch["ids"][:, 1:] == policy.tokenizer.eos_token_id              # the helper above forces some of these
+    torch.testing.assert_close(logprobs[wrote & ~end], batch["logprobs"][:, 1:][wrote & ~end], rtol=0, atol=1e-4)
+    assert not logprobs[~wrote].any() and not entropy[~wrote].any() and (entropy[wrote] > 0).all()
 
 
 def test_every_cached_logit_equals_a_full_pass(policy):
@@ -386,7 +385,7 @@ def test_every_cached_logit_equals_a_full_pass(policy):
             if whole.ids[t] == policy.pad_id:
                 continue                                    # an image reaches the cache together with the text after it
             growing.ids, growing.positions = whole.ids[: t + 1], whole.positions[: t + 1]
-            growing.features = whole.features[: growing.ids.count(policy.pad_id) // 16]
+            growing.features = whole.features[: growing.ids.count(policy.pad_id) // 4]
             writer.feed(1)
             token, place = torch.tensor([[whole.ids[t]]]), torch.tensor(whole.positions[t])[:, None, None]
             got = writer.forward(token, torch.tensor([[t]]), place)[0]
@@ -431,15 +430,22 @@ def test_banned_tokens_are_never_sampled_and_have_no_probability(policy):
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
-def test_gradients_reach_the_tower_through_pixels_and_stop_at_features(policy):
-    trajectory = full_dialogue(policy)
-    for pixels in (True, False):
-        policy.model.zero_grad()
-        logprobs, _ = token_logprobs(policy, collate(policy, [trajectory], pixels=pixels))
-        logprobs.sum().backward()
-        assert any(p.grad is not None and p.grad.any() for p in policy.vision.parameters()) == pixels
-        assert all(p.grad.isfinite().all() for p in policy.model.model.language_model.parameters())
+def test_gradients_stop_at_the_frozen_tower(policy):
     policy.model.zero_grad()
+    logprobs, _ = token_logprobs(policy, collate(policy, [full_dialogue(policy)]))
+    logprobs.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in policy.vision.parameters())
+    assert all(p.grad.isfinite().all() for p in policy.model.model.language_model.parameters())
+    policy.model.zero_grad()
+
+
+def test_the_stamp_counts_and_leaves_the_image_alone(policy):
+    image = picture(0)
+    before = image.copy()
+    first, third = policy.encode([(1, image), (3, image)])
+    assert (image == before).all() and not torch.equal(first, third)
+    plain = Policy(policy.model, policy.tokenizer, policy.images | {"stamped": False})
+    assert torch.equal(*plain.encode([(1, image), (3, image)]))
 
 
 def test_padding_and_company_do_not_change_logprobs(policy):

@@ -1,4 +1,4 @@
-"""Astra-WM: the fast paths against a plain twin, the checkpoint layout, the sampler. `pytest tests/test_world_model.py`"""
+"""Astra-WM: fast paths against a plain twin, the checkpoint layout, the sampler. `pytest tests/test_world_model.py`"""
 
 import dataclasses
 import json
@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 
 import world_model
-from lib import bagel_files
-from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, Settings, initialise
+from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, Settings
 from lib.bagel_files import FluxLatents, PixelLatents, patchify, resized, to_diffusers, unpatchify
 from lib.geometry import Query
-from world_model import WorldModel, clean, guided, sample, select_context, velocity
+from world_model import WorldModel, clean, guided, initialise, sample, select_context, velocity
 
 SMALL = Config(width=32, layers=3, heads=4, kv_heads=2, mlp=48, vocabulary=40, eps=1e-6, rope_base=1e6, vit_width=16,
                vit_layers=2, vit_heads=2, vit_mlp=32, vit_patch=4, vit_grid=6, latent_grid=5, latent_numbers=12,
@@ -34,7 +34,7 @@ def random_network(config=SMALL, seed=0):
 
 
 def small_pack(contexts=2, seed=1):
-    """Two images of different sizes per context, three targets for the first context, two for the second ..."""
+    """Two images of different sizes per context; three targets for the first context, two for the second."""
     g = torch.Generator().manual_seed(seed)
     images = [(torch.randn(contexts, 3, 4, 6, generator=g), torch.randn(contexts, 3, 8, 12, generator=g)),
               (torch.randn(contexts, 3, 6, 4, generator=g), torch.randn(contexts, 3, 16, 8, generator=g))]
@@ -48,9 +48,9 @@ def small_pack(contexts=2, seed=1):
 # ---------------------------------------------------------------- the plain twin: one packed sequence, one dense mask
 
 def dense_prediction(network, images, ids, lengths, x, t, grid):
-    """All targets of one context in one packed sequence, in the true order, masked by BAGEL's rule (bagel.md, section 3).
+    """All targets of one context in one packed sequence, in the true order, masked by the original's rule.
 
-    images: (latent (1, ...), pixels (1, ...)) of one context; ids, x, t: its targets. Returns the predictions (T, n, C).
+    images: (latent (1, ...), pixels (1, ...)) of one context; ids, x, t: its targets. Returns predictions (T, n, C).
     """
     c, tokens = network.config, []          # (embedding, expert, position, split, mode, branch)
 
@@ -78,7 +78,8 @@ def dense_prediction(network, images, ids, lengths, x, t, grid):
     def sees(i, j):
         (_, _, _, split_i, _, branch_i), (_, _, _, split_j, mode_j, branch_j) = tokens[i], tokens[j]
         same = split_i == split_j
-        return (branch_j in (0, branch_i) and (j <= i or (same and mode_j != "causal")) and not (mode_j == "noise" and not same))
+        before = j <= i or (same and mode_j != "causal")
+        return branch_j in (0, branch_i) and before and not (mode_j == "noise" and not same)
 
     mask = torch.tensor([[sees(i, j) for j in range(len(tokens))] for i in range(len(tokens))])
     h = torch.stack([token[0] for token in tokens])
@@ -89,7 +90,8 @@ def dense_prediction(network, images, ids, lengths, x, t, grid):
     cos, sin = torch.cat([angle, angle], -1).cos()[:, None], torch.cat([angle, angle], -1).sin()[:, None]
 
     def by_expert(module, name, values):
-        return torch.where(gen.view(-1, *[1] * (values.dim() - 1)), getattr(module, name + GEN)(values), getattr(module, name)(values))
+        return torch.where(gen.view(-1, *[1] * (values.dim() - 1)),
+                           getattr(module, name + GEN)(values), getattr(module, name)(values))
 
     def turned(v):                                                                  # (N, heads, d)
         return v * cos + torch.cat([-v[..., d // 2:], v[..., : d // 2]], -1) * sin
@@ -161,9 +163,10 @@ def test_dropped_segments_and_sentences_are_seen_by_nobody():
     images, owner, ids, lengths, x, t, grid = small_pack(contexts=1)
     keep, none = torch.tensor([[True, False, True, True]]), torch.zeros_like(lengths)
     with torch.no_grad():
-        other = [(images[0][0], images[0][1] + 1), images[1]]                        # another picture for the dropped ViT segment
-        torch.testing.assert_close(network(images, owner, ids, none, x, t, grid, keep=keep),
-                                   network(other, owner, (ids + 1) % 38, none, x, t, grid, keep=keep), rtol=0, atol=1e-6)
+        other = [(images[0][0], images[0][1] + 1), images[1]]                   # another picture, but only for the ViT
+        a = network(images, owner, ids, none, x, t, grid, keep=keep)
+        b = network(other, owner, (ids + 1) % 38, none, x, t, grid, keep=keep)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
         assert not torch.allclose(network(images, owner, ids, lengths, x, t, grid),
                                   network(other, owner, ids, lengths, x, t, grid))
 
@@ -176,18 +179,20 @@ def test_guided_sampling_equals_three_separate_branches(renorm):
     network = random_network()
     images, _, ids, lengths, _, _, grid = small_pack(contexts=1)
     ids, lengths = ids[:1, :4], lengths[:1]
-    settings = dataclasses.replace(SMALL.settings, steps=3, text_scale=4.0, image_scale=2.0, renorm=renorm, interval=(0.5, 1.0))
+    settings = dataclasses.replace(SMALL.settings, steps=3, text_scale=4.0, image_scale=2.0, renorm=renorm,
+                                   interval=(0.5, 1.0))
     noise = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(3))
     got = sample(network, images, ids, lengths, noise, grid, settings)
 
     def v(past, x, t):
         markers, gen = network.embed_target(x, torch.tensor([t]), grid, None)
-        return network.output(network.run(markers, gen, network.layout(past.next[:, None].expand(-1, 8), past), past)[1])
+        layout = network.layout(past.next[:, None].expand(-1, 8), past)
+        return network.output(network.run(markers, gen, layout, past)[1])
 
     with torch.no_grad():
         context = network.read_images(images)
         full = context.then(network.read_text(ids, lengths, context))
-        x, times = noise, [1.0, 6 / 7, 3 / 5, 0.0]                                   # 3 tau / (1 + 2 tau) at tau = 1, 2/3, 1/3, 0
+        x, times = noise, [1.0, 6 / 7, 3 / 5, 0.0]                      # 3 tau / (1 + 2 tau) at tau = 1, 2/3, 1/3, 0
         for t, after in zip(times, times[1:]):
             w = v(full, x, t)
             if t > 0.5:
@@ -226,8 +231,10 @@ def tiny(seed=0, **changes):
 def queries(count=5):
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(6)]
-    motions = ["turn left 45 degrees", "move 1.5 meters to the left", "move 1 meters forward", "look up 10 degrees", "turn right 90 degrees"]
-    return [Query(images[: 2 + i], 1 + i % 2, f"Base on the viewpoint of Image-{1 + i % 2}, {motions[i]}.", seed=10 + i) for i in range(count)]
+    motions = ["turn left 45 degrees", "move 1.5 meters to the left", "move 1 meters forward", "look up 10 degrees",
+               "turn right 90 degrees"]
+    return [Query(images[: 2 + i], 1 + i % 2, f"Base on the viewpoint of Image-{1 + i % 2}, {motions[i]}.", seed=10 + i)
+            for i in range(count)]
 
 
 def test_a_query_gives_the_same_view_alone_and_in_a_mixed_batch():
@@ -244,7 +251,8 @@ def test_reference_first_turns_the_ring_and_renumbers_the_sentence():
     images = ["a", "b", "c", "d"]
     assert tiny().arranged(images, 3, "Base on the viewpoint of Image-3, look up 10 degrees.") == (
         ["c", "d", "a", "b"], 1, "Base on the viewpoint of Image-1, look up 10 degrees.")
-    assert tiny(reference_first=False).arranged([*images, "e"], 5, "of Image-5, go") == (["b", "c", "d", "e"], 4, "of Image-4, go")
+    assert tiny(reference_first=False).arranged([*images, "e"], 5, "of Image-5, go") == (
+        ["b", "c", "d", "e"], 4, "of Image-4, go")
 
 
 def test_select_context_keeps_the_reference_and_its_neighbours():
@@ -262,8 +270,8 @@ def test_save_and_load_give_the_same_model(tmp_path):
     model.save(tmp_path)
     again = WorldModel.load(tmp_path)
     assert again.settings == model.settings and again.network.config == model.network.config
-    for (name, a), (other, b) in zip(model.network.state_dict().items(), again.network.state_dict().items()):
-        assert name == other and torch.equal(a, b)
+    ours, theirs = model.network.state_dict(), again.network.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     for a, b in zip(model.imagine(queries()), again.imagine(queries())):
         assert np.array_equal(a, b)
 
@@ -271,8 +279,8 @@ def test_save_and_load_give_the_same_model(tmp_path):
 def released_config():
     llm = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
            "intermediate_size": 18944, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
-    vit = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14,
-           "image_size": 980}
+    vit = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27,
+           "patch_size": 14, "image_size": 980}
     return Config.read(llm, vit, {}, vocabulary=152064, latent_grid=64, latent_numbers=64)
 
 
@@ -280,7 +288,8 @@ def test_true_size_has_the_released_checkpoint_s_keys():
     with torch.device("meta"):
         state = Bagel(released_config()).state_dict()
     assert len(state) == 1223 and sum(value.numel() for value in state.values()) == 14_607_260_128
-    for key, shape in {"language_model.model.embed_tokens.weight": (152064, 3584), "language_model.lm_head.weight": (152064, 3584),
+    for key, shape in {"language_model.model.embed_tokens.weight": (152064, 3584),
+                       "language_model.lm_head.weight": (152064, 3584),
                        "language_model.model.layers.27.self_attn.k_proj_moe_gen.bias": (512,),
                        "language_model.model.layers.0.self_attn.q_norm.weight": (128,),
                        "language_model.model.layers.0.mlp_moe_gen.down_proj.weight": (3584, 18944),
@@ -304,12 +313,14 @@ def flux_shapes(channels, multipliers, latent):
         shapes.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
 
     def block(name, inside, out):
-        norm(f"{name}.norm1", inside), conv(f"{name}.conv1", out, inside, 3), norm(f"{name}.norm2", out), conv(f"{name}.conv2", out, out, 3)
+        norm(f"{name}.norm1", inside), conv(f"{name}.conv1", out, inside, 3)
+        norm(f"{name}.norm2", out), conv(f"{name}.conv2", out, out, 3)
         if inside != out:
             conv(f"{name}.nin_shortcut", out, inside, 1)
 
     def middle(name, width):
-        block(f"{name}.block_1", width, width), block(f"{name}.block_2", width, width), norm(f"{name}.attn_1.norm", width)
+        block(f"{name}.block_1", width, width), block(f"{name}.block_2", width, width)
+        norm(f"{name}.attn_1.norm", width)
         for part in ("q", "k", "v", "proj_out"):
             conv(f"{name}.attn_1.{part}", width, width, 1)
 
@@ -338,20 +349,23 @@ def test_flux_autoencoder_keys_fit_diffusers():
     shapes = flux_shapes(128, (1, 2, 4, 4), 16)
     assert len(shapes) == 244 and sum(int(np.prod(shape)) for shape in shapes.values()) == 83_819_683
     with torch.device("meta"):
-        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, use_quant_conv=False,
-                            use_post_quant_conv=False, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
+                            use_quant_conv=False, use_post_quant_conv=False,
+                            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
     assert {to_diffusers(key, 4) for key in shapes} == set(vae.state_dict())
 
 
 def test_flux_autoencoder_has_the_two_calls(tmp_path):
     g = torch.Generator().manual_seed(0)
-    flux = FluxLatents({key: 0.05 * torch.randn(shape, generator=g) for key, shape in flux_shapes(32, (1, 1, 2, 2), 16).items()})
+    flux = FluxLatents({key: 0.05 * torch.randn(shape, generator=g)
+                        for key, shape in flux_shapes(32, (1, 1, 2, 2), 16).items()})
     pixels = torch.randn(2, 3, 32, 48, generator=g)
     latent = flux.encode(pixels, torch.zeros(()))
     assert latent.shape == (2, 16, 4, 6) and flux.decode(latent).shape == pixels.shape
-    assert not torch.equal(latent, flux.encode(pixels, torch.randn(latent.shape, generator=g))), "the posterior is sampled"
+    sampled = flux.encode(pixels, torch.randn(latent.shape, generator=g))
+    assert not torch.equal(latent, sampled), "the posterior is sampled"
     flux.save(tmp_path)
-    again = FluxLatents(bagel_files.load_file(tmp_path / "ae.safetensors"))
+    again = FluxLatents(load_file(tmp_path / "ae.safetensors"))
     assert torch.equal(latent, again.encode(pixels, torch.zeros(())))
 
 
@@ -385,7 +399,7 @@ def test_patchify_order_and_inverse():
     x = torch.randn(2, 5, 4, 6)
     tokens = patchify(x, 2)
     assert tokens.shape == (2, 6, 20)
-    assert tokens[1, 1 * 3 + 2, (1 * 2 + 0) * 5 + 3] == x[1, 3, 2 * 1 + 1, 2 * 2 + 0]        # token (1, 2), row 1, column 0, channel 3
+    assert tokens[1, 1 * 3 + 2, (1 * 2 + 0) * 5 + 3] == x[1, 3, 2 * 1 + 1, 2 * 2 + 0]   # token (1, 2): row 1, column 0
     torch.testing.assert_close(unpatchify(tokens, 2, 2, 3), x, rtol=0, atol=0)
     pixels = torch.randn(2, 3, 32, 32)
     latent = PixelLatents().encode(pixels)
@@ -394,9 +408,9 @@ def test_patchify_order_and_inverse():
 
 def test_position_table_and_time_embedding():
     network = random_network()
-    table = network.latent_pos_embed(2, 3)                                          # rows 0..1, columns 0..2 of a grid of 5
+    table = network.latent_pos_embed(2, 3)                              # rows 0..1, columns 0..2, of a grid of 5
     w = 10_000.0 ** (-np.arange(8) / 8)
-    want = np.concatenate([np.sin(2 * w), np.cos(2 * w), np.sin(1 * w), np.cos(1 * w)])      # row 1, column 2: column first
+    want = np.concatenate([np.sin(2 * w), np.cos(2 * w), np.sin(1 * w), np.cos(1 * w)])     # row 1, column 2
     np.testing.assert_allclose(table[1 * 3 + 2], want, atol=1e-6)
     t, m = torch.tensor([0.0, 0.3]), network.time_embedder.mlp
     f = torch.exp(-np.log(10_000) * torch.arange(128) / 128)
