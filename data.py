@@ -4,6 +4,7 @@ Scenes into data: triples that train the world simulator, questions that train a
   python data.py triples      out/data/triples_{train,val,test}.jsonl      (context views, motion in words, target view)
   python data.py questions    out/data/questions_{train,val,test}.jsonl    multiple choice over several views
   python data.py mindcube     out/data/mindcube/                           test questions in MindCube's published layout
+  python data.py              whatever of the three is missing
 
 Every stage that misses its data makes it (`ensure`). The scenes are the embedded rooms of lib/rooms.py. A row points
 at PNG files by paths relative to its JSONL file; files appear whole or not at all; the same seed gives the same files.
@@ -327,12 +328,14 @@ def ensure(folder, threads=2):
         make_triples(folder, threads=threads)
     if not (folder / "questions_test.jsonl").exists():
         make_questions(folder, threads=threads)
+    if not (folder / "mindcube" / "raw").exists():
+        make_mindcube(folder / "mindcube", folder / "questions_test.jsonl")
     return folder
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["triples", "questions", "mindcube"], help="what to make")
+    p.add_argument("what", nargs="?", choices=["triples", "questions", "mindcube"], help="what to make (default: what is missing)")
     p.add_argument("--out", default="out/data", help="folder of the files")
     p.add_argument("--rooms", type=int, help="rooms to train on (default 2000 for triples, 1500 for questions)")
     p.add_argument("--threads", type=int, default=2, help="processes")
@@ -341,6 +344,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.what is None:
+        return ensure(args.out, args.threads)
     if args.what == "mindcube":
         return make_mindcube(Path(args.out) / "mindcube", Path(args.out) / "questions_test.jsonl")
     rooms = {"rooms": args.rooms} if args.rooms else {}

@@ -1,0 +1,21 @@
+# make demo   the whole loop on two CPU cores        make test   the tests
+# Both make a virtual environment from requirements.txt first.
+PYTHON ?= python3
+VENV ?= .venv
+export PYTHONUNBUFFERED = 1
+
+.PHONY: demo test clean
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python demo.py
+
+test: $(VENV)/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q tests
+
+clean:
+	rm -rf out $(VENV)
