@@ -38,7 +38,7 @@ SIZE = 32                                             # pixels; the field of vie
 FIRST_ROOM = {"triples_train": 0, "questions_train": 1_000_000, "val": 2_000_000, "test": 3_000_000}
 MOTIONS = [Motion(f"turn {side}", amount) for side in ("left", "right") for amount in (45.0, 90.0, 135.0)] \
     + [Motion("turn left", 180.0)] \
-    + [Motion(f"move {way}", amount) for way in ("left", "right", "forward", "backward") for amount in (0.5, 1.0)]
+    + [Motion(f"move {way}", amount) for way in ("left", "right", "forward") for amount in (0.5, 1.0)]      # a step back shows too much unseen
 TARGETS_PER_ROOM = 8
 MIN_COVERAGE = 0.85                                   # paper
 
@@ -82,12 +82,11 @@ def save_jsonl(path, rows):
 
 
 def save_image(path, pixels):
-    """uint8 (H, W, 3 or 4) -> PNG, whole or not at all; a file that is there stays (the same seed gives the same)."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
-        Image.fromarray(pixels).save(beside, "png", compress_level=1)
-        beside.replace(path)
+    """uint8 (H, W, 3 or 4) -> PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    Image.fromarray(pixels).save(beside, "png", compress_level=1)
+    beside.replace(path)
 
 
 def matrix(c2w):
@@ -140,7 +139,7 @@ ASKS = {"largest": "which object looks largest?", "leftmost": "which object is f
 CATEGORY = {"largest": "camera-object", "leftmost": "object-object", "rightmost": "object-object",
             "left": "region", "centre": "region", "right": "region"}
 UNSEEN = [Motion(f"turn {side}", amount) for side in ("left", "right") for amount in (45.0, 135.0)] \
-    + [Motion(f"move {way}", 1.0) for way in ("left", "right", "forward", "backward")]
+    + [Motion(f"move {way}", 1.0) for way in ("left", "right", "forward")]
 RING_TURNS = [Motion("turn left", 90.0), Motion("turn right", 90.0), Motion("turn left", 180.0)]
 WALKS = ("left", "right", "forward", "backward")
 VISIBLE = 16                                          # pixels of 1,024: an object that counts as seen

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import data
 from lib import common, consistency, report, simulators
-from lib.benchmarks import LISTED_ONLY, load_mindcube, open_image, score
+from lib.benchmarks import LISTED_ONLY, load_mindcube, open_image, option_letter, score
 from lib.geometry import Motion, Query, instruction
 from policy import Policy, Trajectory, newest, rollout
 
@@ -96,7 +96,8 @@ def record_of(key, question, trajectory, error, more):
     return {"key": key, "digest": digest(question), **more,
             "category": question["category"], "needs_view": question["needs_view"],
             "scene": (question.get("scene") or {}).get("room", key), "answer": letter, "said": t.answer,
-            "gold": question["answer"], "correct": correct, "valid_calls": t.valid_calls,
+            "gold": question["answer"], "correct": correct,
+            "lenient": float(option_letter(t.answer or "", question["options"] or ()) == question["answer"]), "valid_calls": t.valid_calls,
             "invalid_calls": t.invalid_calls, "unreadable": t.unreadable, "truncated": t.truncated,
             "calls": [call for call in t.provenance if call], "turns": t.turns, "error": error,
             "missing_images": question.get("missing_images", 0)}
@@ -141,7 +142,7 @@ def summarise(records, direct=None, truth=None):
     if not counted:
         raise ValueError("no question has a gold answer: there is nothing to summarise")
     total = {key: sum(record[key] for record in counted) / len(counted)
-             for key in ("valid_calls", "invalid_calls", "unreadable", "truncated", "seconds")}
+             for key in ("lenient", "valid_calls", "invalid_calls", "unreadable", "truncated", "seconds")}
     summary = brief(counted) | total | {
         "by_category": {c: brief([record for record in gold if record["category"] == c])
                         for c in sorted({record["category"] for record in gold})},
@@ -338,7 +339,7 @@ def print_table(runs, blind):
         parts += [(part, [s[group].get(part) for s in summaries]) for part in summaries[0][group]]
     for title, cells in parts:
         print(f"{title[:16]:16} n {cells[0]['n']:5}" + "".join(f"{shown(cell):>{width}}" for cell in cells))
-    for key in ("valid_calls", "invalid_calls", "seconds", "over_use", "under_use"):
+    for key in ("lenient", "valid_calls", "invalid_calls", "seconds", "over_use", "under_use"):
         if any(key in s for s in summaries):
             cells = [f"{s[key]:.3f}" if key in s else "-" for s in summaries]
             print(f"{key:24}" + "".join(f"{cell:>{width}}" for cell in cells))

@@ -18,6 +18,8 @@ the current policy, and D_i = 0 for a rollout that used no tool, since no tool i
 
 import torch
 
+from lib.benchmarks import option_letter
+
 LAMBDA_FMT = 0.5        # lambda_fmt
 LAMBDA_USE = 0.02       # lambda_use
 CALL_CAP = 1            # c
@@ -25,18 +27,19 @@ ALPHA = 0.1             # gain of imagining where answering directly fails
 BETA = 0.03             # price of imagining where answering directly succeeds
 
 
-def exact_match(answer, gold):
-    """1.0 if the answer names the gold option, else 0.0.
+def exact_match(answer, question):
+    """e: 1.0 if the answer names the right option, else 0.0.
 
-    answer   what stood between <answer> and </answer>, or None: "B", "b", "B." and "B. red box" all name option B
-    gold     the option letter, or for other kinds of question the whole answer, compared without case and outer spaces
+    answer     what stood between <answer> and </answer>, or None: "B", "b", "B." and "B. red box" all name option B,
+               and so do its words alone ("red box")
+    question   {"answer": gold letter, "options": ["A. …", …]}; without options the whole answers are compared, case
+               and outer spaces aside
     """
     if answer is None:
         return 0.0
-    answer, gold = answer.strip().lower(), gold.strip().lower()
-    if len(gold) == 1 and gold.isalpha():
-        return float(answer == gold or answer.startswith((gold + ".", gold + ")")))
-    return float(answer == gold)
+    if question.get("options"):
+        return float(option_letter(answer, question["options"]) == question["answer"])
+    return float(answer.strip().lower() == question["answer"].strip().lower())
 
 
 def format_reward(trajectory):

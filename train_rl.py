@@ -174,7 +174,7 @@ def dialogues(policy, questions, simulator, mode, args, group=1, temperature=0.0
 
 def score(trajectory, phase, match_direct=None):
     """Reward a rollout by the formula of the phase."""
-    match = rewards.exact_match(trajectory.answer, trajectory.question["answer"])
+    match = rewards.exact_match(trajectory.answer, trajectory.question)
     form, n_tool = rewards.format_reward(trajectory), trajectory.valid_calls
     reward = (rewards.phase1_reward(match, form, n_tool) if phase == 1 else
               rewards.phase2_reward(match, form, n_tool, match_direct))
@@ -183,7 +183,7 @@ def score(trajectory, phase, match_direct=None):
 
 def mean_match(trajectories, group):
     """Mean exact match of each group of `group` neighbours: e_direct per question."""
-    matches = [rewards.exact_match(t.answer, t.question["answer"]) for t in trajectories]
+    matches = [rewards.exact_match(t.answer, t.question) for t in trajectories]
     return [sum(matches[i:i + group]) / group for i in range(0, len(matches), group)]
 
 

@@ -12,19 +12,19 @@ is frozen, as in the paper, and the language model learns from scripted dialogue
   loss = sum_j w_j (-log p(token_j)) / sum_j w_j      over the tokens that the policy writes in the scripts
 
   look     "largest in Image-3: red. left third of Image-1: none. …": perception, in the layout of real dialogues
-  direct   <think>largest in Image-3: red, so B</think><answer>B</answer>, with and without the tool in the prompt;
+  direct   <think>largest in Image-3: red</think><answer> red</answer>, with and without the tool in the prompt;
            where the view is not given it has to guess what "the new view" would show
   tool     the call, the imagined view as the next image (here the true one), then reading it and answering
   slip     a tool script that first calls with an impossible image, is told so, and repairs the call
 
 There are as many tool scripts as direct ones. But whether to call is a choice that reinforcement learning is to find:
 where both are open the first word of a tool script counts little (DECISION), so that the cold start ends with few
-calls, and slips leave some of those invalid. Tokens that carry the facts (colours, letters) count more.
-Out: the policy, log.jsonl (per step: loss, accuracy of the scripted colours and letters), done.json.
+calls, and slips leave some of those invalid. Tokens that carry a fact count more. The answer is the option's words:
+to turn a word into its letter is one more look-up that a small transformer does not learn in minutes.
+Out: the policy, log.jsonl (per step: loss, share of facts that are right), done.json.
 """
 
 import argparse
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +39,15 @@ from lib.dialogue import Trajectory
 from lib.rooms import COLOURS
 from policy import Policy, collate
 
-COLOUR, LETTER, DECISION = 3.0, 6.0, 0.2              # weights of tokens; every other scripted token counts 1
+FACT, DECISION = 4.0, 0.2                             # weights of tokens; every other scripted token counts 1
 SAY = {"largest": "largest in", "leftmost": "furthest left in", "rightmost": "furthest right in",
        "left": "left third of", "centre": "centre third of", "right": "right third of"}
 NAMES = [*COLOURS, "none"]                            # what a fact can say
-LESSONS = {                                           # share of each kind of script: at first, and after 40 % of the run
-    "all": {"look": (0.85, 0.15), "direct": (0.07, 0.40), "tool": (0.07, 0.36), "slip": (0.01, 0.09)},
-    "direct": {"look": (0.15, 0.15), "direct": (0.85, 0.85)},
+LESSONS = {                                           # share of each kind of script: at first, and when it is mixed
+    "all": {"look": (1.0, 0.25), "direct": (0.0, 0.40), "tool": (0.0, 0.27), "slip": (0.0, 0.08)},
+    "direct": {"look": (0.25, 0.25), "direct": (0.75, 0.75)},
 }
+MIXING = (0.3, 0.5)                                   # the shares change between these points of the run
 PRESETS = {"tiny": dict(see_steps=350, steps=700, batch=32, micro_batch=8, lr=1.5e-3, warmup=20, lr_floor=0.03, save_every=50)}
 
 
@@ -76,8 +77,20 @@ class Lesson:
 
     def __init__(self, question):
         self.question, self.shows, self.command = question, question["shows"], question["command"]
-        self.images, self.view = [load_image(path) for path in question["images"]], load_image(question["view"])
+        self.images = [load_image(path) for path in question["images"]]
+        self.view = soften(load_image(question["view"]), np.random.default_rng(question["scene"]["room"]))
         self.features = {}                            # of the frozen tower, by (number, image)
+
+
+def soften(image, rng):
+    """Blur and grain of a random strength, about as a small simulator draws: a view that is imagined is never sharp."""
+    soft, rounds = image.astype(np.float32), int(rng.integers(0, 5))
+    for _ in range(rounds):
+        padded = np.pad(soft, ((1, 1), (1, 1), (0, 0)), mode="edge")
+        soft = (padded[:-2] + 2 * padded[1:-1] + padded[2:])[:, 1:-1] / 4
+        padded = np.pad(soft, ((0, 0), (1, 1), (0, 0)), mode="edge")
+        soft = (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) / 4
+    return np.clip(soft + rng.normal(0, 2 * rounds, soft.shape) + 0.5, 0, 255).astype(np.uint8)
 
 
 # ---------------------------------------------------------------- first the tower learns to see
@@ -128,16 +141,16 @@ def look_parts(rng, shows, count=12):
     for _ in range(count):
         k, ask = int(rng.integers(len(shows))), str(rng.choice(list(ASKS)))
         if shows[k][ask] is not None:
-            parts += [(SAY[ask], 0), (f" Image-{k + 1}:", 0), (f" {shows[k][ask]}", COLOUR), (". ", 0)]
+            parts += [(SAY[ask], 0), (f" Image-{k + 1}:", 0), (f" {shows[k][ask]}", FACT), (". ", 0)]
     return parts
 
 
 def answer_parts(question, where, first=1.0):
-    """The thought that names the view and what it shows, then the letter; `first` weighs the choice not to call."""
-    option = question["options"]["ABCD".index(question["answer"])].split(maxsplit=1)[1]
+    """The thought that names the view and what it shows, then the answer; `first` weighs the choice not to call."""
+    words = question["options"]["ABCD".index(question["answer"])].split(". ")[1]
     thought = ([("The camera:", first)] if question["ask"] is None else [(SAY[question["ask"]], first), (where, 1)])
-    return [("<think>", 1), *thought, (f" {option}", COLOUR), (", so", 1), (f" {question['answer']}", LETTER),
-            ("</think>", 1), ("<answer>", 1), (question["answer"], LETTER), ("</answer>", 1), ("<|im_end|>", 1)]
+    return [("<think>", 1), *thought, (f" {words}", FACT), ("</think>", 1), ("<answer>", 1), (f" {words}", 1),
+            ("</answer>", 1), ("<|im_end|>", 1)]
 
 
 def call_parts(command, first=1.0):
@@ -164,7 +177,7 @@ def script(policy, lesson, kind, rng):
     if kind == "direct":
         say(answer_parts(question, " the new view:" if question["needs_view"] else f" Image-{question['shown_by']}:"))
     elif kind == "look" and mode == "direct":
-        say(look_parts(rng, lesson.shows[:given]))
+        say(look_parts(rng, lesson.shows[:given], question["options"]))
     else:
         if kind == "slip":
             say(call_parts(lesson.command | {"image": int(rng.integers(given + 1, 10))}, choice))
@@ -172,7 +185,7 @@ def script(policy, lesson, kind, rng):
         say(call_parts(lesson.command, {"tool": choice, "slip": 1.0, "look": 0.0}[kind]))
         dialogue.observe(policy, image=lesson.view)
         number = given + 1 if question["motion"] else question["shown_by"]
-        say(look_parts(rng, lesson.shows) if kind == "look" else answer_parts(question, f" Image-{number}:"))
+        say(look_parts(rng, lesson.shows, question["options"]) if kind == "look" else answer_parts(question, f" Image-{number}:"))
     dialogue.features = [lesson.features[pair] for pair in enumerate(map(id, dialogue.images), 1)]
     return dialogue
 
@@ -183,25 +196,23 @@ def scripted_loss(policy, batch):
     """Weighted negative log-likelihood of the scripts.
 
     batch     from `collate`; its `logprobs` slot holds the weights (B, L)
-    returns   sum of w (-log p): divide by the sum of w of the whole update, all ranks; and what was hit, found by its
-              weight: {"colour": right, "colours": all, "letter": right, "letters": all}
+    returns   sum of w (-log p): divide by the sum of w of the whole update, all ranks; and how many of the facts (the
+              tokens that weigh FACT) were right, and how many there were
     """
     weights = batch["logprobs"][:, 1:]                                                      # (B, L - 1)
     columns = (weights > 0).any(0).nonzero()[:, 0]                                          # (K,)
     logits = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"], keep=columns)
     targets, weights = batch["ids"][:, 1:][:, columns], weights[:, columns]                 # (B, K)
     nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
-    hits, right = {}, logits.argmax(-1) == targets
-    for name, weight in (("colour", COLOUR), ("letter", LETTER)):
-        hits |= {name: (right & (weights == weight)).sum().item(), f"{name}s": (weights == weight).sum().item()}
-    return (weights * nll).sum(), hits
+    facts = weights == FACT
+    return (weights * nll).sum(), ((logits.argmax(-1) == targets) & facts).sum().item(), facts.sum().item()
 
 
 # ---------------------------------------------------------------- the loop
 
 def batches_of_step(policy, lessons, args, step, world):
     """This rank's share of the scripts of one step, in micro-batches; they depend on (seed, step, place) alone."""
-    done = min(1, step / args.steps / 0.4)
+    done = min(1, max(0, (step / args.steps - MIXING[0]) / (MIXING[1] - MIXING[0])))
     shares = {kind: early + (late - early) * done for kind, (early, late) in LESSONS[args.lessons].items()}
     dialogues = []
     for place in range(world.rank, args.batch, world.size):
@@ -254,17 +265,16 @@ def main(argv=None):
             rate = args.lr * common.cosine(step, args.steps, args.warmup, args.lr_floor)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            batches, sums = batches_of_step(policy, lessons, args, step, world), Counter()
+            batches, sums = batches_of_step(policy, lessons, args, step, world), np.zeros(3)
             total = common.global_sum(float(sum(batch["logprobs"].sum() for batch in batches)))     # weights, all ranks
             for batch in batches:
-                loss, hits = scripted_loss(policy, batch)
+                loss, right, facts = scripted_loss(policy, batch)
                 (loss / total).backward()                                       # a local sum over a global count
-                sums.update({"loss": loss.item(), **hits})
+                sums += loss.item(), right, facts
             norm = common.clip_gradients(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            means = common.global_means({"loss": (sums["loss"], total / world.size), **{
-                name: (sums[name], sums[f"{name}s"]) for name in ("colour", "letter")}})
+            means = common.global_means({"loss": (sums[0], total / world.size), "facts": (sums[1], sums[2])})
             log.write(step, **means, grad_norm=norm, lr=rate)
             bar.set_postfix({key: f"{value:.2f}" for key, value in means.items()})
             stopping = stop.requested()

@@ -36,7 +36,7 @@ from lib.geometry import Motion, Query, instruction, phrase
 from world_model import WorldModel, clean
 
 PRESETS = {
-    # Many small updates: at 14,000 targets, 500 of 28 reached pose .7 to .8 where 250 of 55 were at .3 (mse .035, .048).
+    # Many small updates: with 14,000 targets, 500 updates of 28 reached pose .7 to .8, 250 of 55 reached .3.
     "tiny": dict(data="out/data", out="out/wm", init=None, steps=2000, contexts=4, micro_contexts=4, lr=2e-3,
                  floor=0.03, warmup=60, weight_decay=0.01, shift=4.5, drop_text=0.0, drop_vit=0.0, drop_vae=0.0,
                  augment=True, images_in_memory=None, look_every=250, save_every=250),
@@ -240,7 +240,8 @@ def draw_sheet(path, sheet, side=96):
     """A picture with one line per imagined view: context | motion in words | imagined | true."""
     step, words_at, count = side + 4, (side + 4) * len(sheet[0][0]), len(sheet)
     page = Image.new("RGB", (words_at + 200 + 2 * step, 16 + step * count), "white")
-    for x, title in ((4, "context"), (words_at + 8, "motion"), (words_at + 200, "imagined"), (words_at + 200 + step, "true")):
+    titles = {4: "context", words_at + 8: "motion", words_at + 200: "imagined", words_at + 200 + step: "true"}
+    for x, title in titles.items():
         ImageDraw.Draw(page).text((x, 2), title, "black")
     for i, (context, words, made, true) in enumerate(sheet):
         ImageDraw.Draw(page).text((words_at + 8, 16 + i * step + side // 2 - 6), words, "black")
@@ -288,7 +289,7 @@ def parse_args(argv=None):
     p.add_argument("--warp-weight", type=float, default=0.0, help="view consistency: agreement with the warped context")
     p.add_argument("--pose-weight", type=float, default=0.0, help="view consistency: true sentence before another")
     p.add_argument("--pose-every", type=int, default=4, help="steps between those with the pose term")
-    p.add_argument("--pose-times", type=float, nargs=2, default=[0.7, 0.95], help="t between which the pose term counts")
+    p.add_argument("--pose-times", type=float, nargs=2, default=[0.7, 0.95], help="t at which the pose term counts")
     p.add_argument("--shuffle-instructions", action="store_true", help="the untuned control: motions of other targets")
     # speed, memory and what is shown only
     p.add_argument("--micro-contexts", type=int, help="contexts per forward pass and rank")

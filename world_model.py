@@ -118,9 +118,10 @@ def select_context(images, reference, max_context=4):
 class WorldModel:
     """A simulator: the network, its autoencoder and its tokenizer. To the other stages it is `imagine`, no more."""
 
-    def __init__(self, network, autoencoder, tokenizer, llm, vit):
+    def __init__(self, network, autoencoder, tokenizer, files):
+        """files: {"llm_config", "vit_config", "config"}, the contents of these json files, to be written back."""
         self.network, self.autoencoder, self.tokenizer = network, autoencoder, tokenizer
-        self.settings, self.llm, self.vit = network.config.settings, llm, vit
+        self.settings, self.files = network.config.settings, files
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
         self.bos, self.eos, *network.markers = tokenizer.convert_tokens_to_ids(names)
         self.words = functools.lru_cache(10_000)(
@@ -145,16 +146,17 @@ class WorldModel:
             torch.manual_seed(seed)
             network = Bagel(config)
             initialise(network)
-        return cls(network, bagel_files.PixelLatents(), tokenizer, llm, vit)
+        files = {"llm_config": llm, "vit_config": vit, "config": {"astra": dataclasses.asdict(settings)}}
+        return cls(network, bagel_files.PixelLatents(), tokenizer, files)
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32):
         """From a folder in the public BAGEL layout, or a Hugging Face id. Raises with a sentence if it is not one."""
         folder = bagel_files.find(path)
         llm, vit = (bagel_files.read_json(folder / f"{name}_config.json") for name in ("llm", "vit"))
-        ours = bagel_files.read_json(folder / "config.json", missing={}).get("astra", {})
+        ours = bagel_files.read_json(folder / "config.json", missing={})
         shapes = bagel_files.shapes(folder / bagel_files.NETWORK)
-        config = Config.read(llm, vit, {key: tuple(v) if isinstance(v, list) else v for key, v in ours.items()},
+        config = Config.read(llm, vit, ours.get("astra", {}),
                              vocabulary=shapes["language_model.model.embed_tokens.weight"][0],
                              latent_grid=round(shapes["latent_pos_embed.pos_embed"][0] ** 0.5),
                              latent_numbers=shapes["vae2llm.weight"][1])
@@ -163,12 +165,13 @@ class WorldModel:
         bagel_files.load_network(network, folder / bagel_files.NETWORK, device, dtype)
         autoencoder = bagel_files.PixelLatents() if config.settings.latent == "pixels" else \
             bagel_files.FluxLatents(load_file(folder / bagel_files.AUTOENCODER)).to(device)
-        return cls(network, autoencoder, bagel_files.load_tokenizer(folder), llm, vit)
+        return cls(network, autoencoder, bagel_files.load_tokenizer(folder),
+                   {"llm_config": llm, "vit_config": vit, "config": ours})
 
     def save(self, folder, tensors=None):
         """Write the public layout; `tensors` stands in for the network's state dict (an average, gathered by FSDP)."""
-        bagel_files.save_folder(folder, self.network.state_dict() if tensors is None else tensors, self.llm, self.vit,
-                                dataclasses.asdict(self.settings), self.tokenizer, self.autoencoder)
+        bagel_files.save_folder(folder, self.network.state_dict() if tensors is None else tensors, self.files,
+                                self.tokenizer, self.autoencoder)
 
     def texts(self, sentences):
         """Sentences between <|im_start|> and <|im_end|> -> ids (R, L), right-padded; lengths (R,) on the CPU."""

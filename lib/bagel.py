@@ -91,7 +91,8 @@ class Config:
                    vit_layers=vit["num_hidden_layers"] - 1,         # BAGEL drops the last one
                    vit_heads=vit["num_attention_heads"], vit_mlp=vit["intermediate_size"], vit_patch=vit["patch_size"],
                    vit_grid=vit["image_size"] // vit["patch_size"], latent_grid=latent_grid,
-                   latent_numbers=latent_numbers, settings=Settings(**astra))
+                   latent_numbers=latent_numbers,
+                   settings=Settings(**{key: tuple(v) if isinstance(v, list) else v for key, v in astra.items()}))
 
 
 # ---------------------------------------------------------------- parts

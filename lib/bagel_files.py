@@ -210,24 +210,19 @@ def load_network(network, path, device, dtype):
     network.load_state_dict({key: value.to(dtype) for key, value in tensors.items()}, assign=True)
 
 
-def save_folder(folder, tensors, llm, vit, ours, tokenizer, autoencoder):
-    """Write a checkpoint in the public layout; `ours` (a dict) goes to config.json under "astra".
-
-    A save_pretrained tokenizer brings its own files. Raises nothing but the file system's own errors.
-    """
+def save_folder(folder, tensors, files, tokenizer, autoencoder):
+    """Write a checkpoint in the public layout; `files`: the contents of {"llm_config", "vit_config", "config"}.json."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, folder / NETWORK)
-    for name, content in (("llm_config", llm), ("vit_config", vit), ("config", {"model_type": "bagel", "astra": ours})):
+    for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     tokenizer.save_pretrained(folder)
     autoencoder.save(folder)
 
 
 def load_tokenizer(folder):
-    """The Qwen2 tokenizer of a checkpoint; the four markers that BAGEL needs are looked up in it by name."""
+    """The tokenizer of a checkpoint: Qwen2's, or the tiny one; BAGEL's four markers are looked up in it by name."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    folder = Path(folder)
-    kind = read_json(folder / "tokenizer_config.json").get("tokenizer_class", "")
-    loader = PreTrainedTokenizerFast if "Fast" in kind and (folder / "tokenizer.json").exists() else AutoTokenizer
-    return loader.from_pretrained(folder)
+    whole = (Path(folder) / "tokenizer.json").exists()              # else vocab.json and merges.txt
+    return (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(folder)

@@ -35,17 +35,21 @@ def score(bench, question, text):
     """
     if bench not in READERS:
         raise ValueError(f"there is no bench called {bench!r}; there are: {', '.join(READERS)}")
-    letter = READERS[bench](text or "")
+    letter = READERS[bench](text or "", question)
     return letter, float(letter is not None and letter == question["answer"])
 
 
-def rooms_letter(text):
-    """The letter of "B", "b", "B." or "B. red box"; None for anything else."""
+def option_letter(text, options):
+    """The letter of the option that an answer names: "B", "b", "B.", "B. red box" or its words, "red box"; else None."""
+    for option in options:
+        letter, words = option.split(". ", 1)
+        if text.strip().lower() == words.lower():
+            return letter
     found = re.fullmatch(r"\s*([A-Za-z])(?:[.)].*)?\s*", text, re.DOTALL)
     return found[1].upper() if found else None
 
 
-def mindcube_letter(text):
+def mindcube_letter(text, question=None):
     """MindCube's extraction of A to E, upper case: the first rule that finds anything decides; None if none does."""
     text = " ".join(text.split()) or NO_RESPONSE        # blanks rule: what is on disk has no line breaks
     return mindcube_extract(text)
@@ -73,7 +77,7 @@ def mindcube_extract(text):
     return None
 
 
-READERS = {"rooms": rooms_letter, "mindcube": mindcube_letter}
+READERS = {"rooms": lambda text, question: option_letter(text, question.get("options", ())), "mindcube": mindcube_letter}
 
 
 # ---- MindCube's files -----------------------------------------------------------------------------------------------

@@ -42,10 +42,10 @@ TOOLS = ("# Tools\n\nYou may call one or more functions to assist with the user 
          "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
          '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
          "</tool_call>")
-NOTE = {"direct": "\nThink in <think></think>, then give the answer (the letter, if there are options) in "
+NOTE = {"direct": "\nThink in <think></think>, then give the answer (an option, if there are any) in "
                   "<answer></answer>.",
         "agentic": "\nIn every turn think in <think></think>, then either call imagine to see a view that is missing, "
-                   "or give the answer (the letter, if there are options) in <answer></answer>."}
+                   "or give the answer (an option, if there are any) in <answer></answer>."}
 CALL_FIRST = " Call imagine at least once before you answer."
 NOTE["forced"] = NOTE["agentic"] + CALL_FIRST
 

@@ -198,16 +198,15 @@ def dialogue(title, trajectory):
     """A Trajectory as HTML: context, question, turns, each imagined view beside the true one."""
     question, true = trajectory.question, true_views(trajectory)
     given = [n for n, call in enumerate(trajectory.provenance, 1) if call is None]
-    imagined = iter(n for n, call in enumerate(trajectory.provenance, 1) if call is not None)
     parts = [f"<h3>{escape(title)}</h3>", *(picture(trajectory.images[n - 1], caption=f"Image-{n}") for n in given),
              "<p>" + "<br>".join(map(escape, [question["question"], *(question.get("options") or ())])) + "</p>"]
-    for turn, reply in zip(trajectory.turns, [*trajectory.replies, None]):
+    for turn, (reply, number) in zip(trajectory.turns, [*trajectory.replies, (None, None)]):
         parts.append(f'<div class="turn">{escape(turn)}</div>')
         if reply is not None:
             parts.append(f'<div class="turn reply">{escape(reply)}</div>')
-        if reply and reply.startswith("Imagined from") and (n := next(imagined, None)):
-            parts.append(picture(trajectory.images[n - 1], caption=f"Image-{n}, imagined"))
-            parts += [picture(true[n], caption="the true view")] if n in true else []
+        if number:
+            parts.append(picture(trajectory.images[number - 1], caption=f"Image-{number}, imagined"))
+            parts += [picture(true[number], caption="the true view")] if number in true else []
     verdict = "no answer" if trajectory.answer is None else f"answered {trajectory.answer}"
     gold = f"; true answer {question['answer']}" if question.get("answer") else ""
     return f"<article>{''.join(parts)}<p><b>{escape(verdict + gold)}</b></p></article>"

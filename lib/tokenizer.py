@@ -44,7 +44,7 @@ WORDS = (
     *(f"which object fills most of the {third} third?" for third in ("left", "centre", "right")),
     *(f" it moved {way}" for way in ("to the left", "to the right", "forward", "backward")),
     " A", " B", " C", " D", "A.", "B.", "C.", "D.", "\nA.", "\nB.", "\nC.", "\nD.",
-    "I need to see it.", ", so", "The camera:", " the new view:", *(f" Image-{n}:" for n in range(1, 10)),
+    "I need to see it.", "The camera:", " the new view:", *(f" Image-{n}:" for n in range(1, 10)),
     "largest in", "furthest left in", "furthest right in", "left third of", "centre third of", "right third of",
 )
 

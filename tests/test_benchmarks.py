@@ -43,8 +43,9 @@ def test_line_breaks_matter_before_the_blanks_rule_only():
 
 def test_rooms_verdict_is_the_reward():
     for text in ("B", "b", " B ", "B.", "B. red box", "b) red box", "Bx", "red box", "", None, "BB", "C", "A. B."):
-        assert score("rooms", {"answer": "B"}, text)[1] == rewards.exact_match(text, "B"), text
-    assert score("rooms", {"answer": "B"}, "c. blue box") == ("C", 0.0)
+        question = {"answer": "B", "options": ["A. blue box", "B. red box"]}
+        assert score("rooms", question, text)[1] == rewards.exact_match(text, question), text
+    assert score("rooms", question, "c. blue box") == ("C", 0.0) and score("rooms", question, "red box") == ("B", 1.0)
     with pytest.raises(ValueError, match="no bench called"):
         score("nope", {"answer": "B"}, "B")
 

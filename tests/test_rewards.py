@@ -9,12 +9,19 @@ import torch
 import rewards
 
 
+OPTIONS = ["A. blue ball", "B. red box", "C. a"]
+
+
 @pytest.mark.parametrize("answer, gold, match", [
-    ("B", "B", 1), (" b ", "B", 1), ("B. red box", "B", 1), ("B) red box", "B", 1),
-    ("A", "B", 0), (None, "B", 0), ("", "B", 0),
-    ("Blue", "B", 0), ("A or B", "B", 0), ("B or A", "B", 0), ("3", "3", 1), ("30", "3", 0), ("Left", "left", 1)])
-def test_exact_match(answer, gold, match):
-    assert rewards.exact_match(answer, gold) == match
+    ("B", "B", 1), (" b ", "B", 1), ("B. red box", "B", 1), ("B) red box", "B", 1), ("Red box", "B", 1), ("a", "C", 1),
+    ("A", "B", 0), (None, "B", 0), ("", "B", 0), ("blue ball", "B", 0), ("box", "B", 0), ("A or B", "B", 0)])
+def test_exact_match_of_options(answer, gold, match):
+    assert rewards.exact_match(answer, {"answer": gold, "options": OPTIONS}) == match
+
+
+@pytest.mark.parametrize("answer, gold, match", [("3", "3", 1), ("30", "3", 0), (" Left", "left", 1), (None, "3", 0)])
+def test_exact_match_of_free_answers(answer, gold, match):
+    assert rewards.exact_match(answer, {"answer": gold}) == match
 
 
 def test_format_needs_well_formed_turns_and_an_answer():
