@@ -71,7 +71,7 @@ class Running:
         if rows and (self.folder / "args.json").exists():
             self.bar.total = json.loads((self.folder / "args.json").read_text())["steps"]
             self.bar.n = rows[-1]["step"]
-            told = {key: f"{rows[-1][key]:.2f}" for key in ("flow", "loss", "colour", "letter", "match", "call_rate")
+            told = {key: f"{rows[-1][key]:.2f}" for key in ("loss_flow", "pose", "loss", "facts", "match", "call_rate")
                     if isinstance(rows[-1].get(key), float)}
             self.bar.set_postfix(told, refresh=False)
         self.bar.refresh()
@@ -157,10 +157,14 @@ def show(results, out):
           f"{out}/phase2/curves.png")
 
 
-def main(argv=None):
+def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="out/demo", help="folder of the demonstration")
-    out = Path(p.parse_args(argv).out)
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    out = Path(parse_args(argv).out)
     print("tiny preset, two processes on CPU: simulator, cold start, two phases of RL, evaluation; the paper's run is --preset astra")
     seconds = run_stages(out)
     results = collect(out, seconds)

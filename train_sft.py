@@ -177,7 +177,7 @@ def script(policy, lesson, kind, rng):
     if kind == "direct":
         say(answer_parts(question, " the new view:" if question["needs_view"] else f" Image-{question['shown_by']}:"))
     elif kind == "look" and mode == "direct":
-        say(look_parts(rng, lesson.shows[:given], question["options"]))
+        say(look_parts(rng, lesson.shows[:given]))
     else:
         if kind == "slip":
             say(call_parts(lesson.command | {"image": int(rng.integers(given + 1, 10))}, choice))
@@ -185,7 +185,7 @@ def script(policy, lesson, kind, rng):
         say(call_parts(lesson.command, {"tool": choice, "slip": 1.0, "look": 0.0}[kind]))
         dialogue.observe(policy, image=lesson.view)
         number = given + 1 if question["motion"] else question["shown_by"]
-        say(look_parts(rng, lesson.shows, question["options"]) if kind == "look" else answer_parts(question, f" Image-{number}:"))
+        say(look_parts(rng, lesson.shows) if kind == "look" else answer_parts(question, f" Image-{number}:"))
     dialogue.features = [lesson.features[pair] for pair in enumerate(map(id, dialogue.images), 1)]
     return dialogue
 

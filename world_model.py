@@ -263,7 +263,7 @@ def initialise(network):
 
 # ---------------------------------------------------------------- command line
 
-def main(argv=None):
+def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--images", nargs="+", required=True, help="context views in order (tiny: a ring of left turns)")
     p.add_argument("--reference", type=int, default=1, help="number of the image that the motion starts from")
@@ -272,7 +272,11 @@ def main(argv=None):
     p.add_argument("--model", help="folder or Hugging Face id; default: the newer of out/wm and out/demo/wm")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--steps", type=int, help="network evaluations; default: the checkpoint's")
-    args = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     places = [place for place in (Path("out/wm"), Path("out/demo/wm")) if (place / bagel_files.NETWORK).exists()]
     if not args.model and not places:
         raise SystemExit("There is no world model yet. `python train_wm.py` trains one in out/wm; or give --model.")

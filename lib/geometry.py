@@ -122,6 +122,7 @@ def decompose(source, target):
     relative = np.linalg.inv(source) @ target
     right, forward = relative[:3, 0], relative[:3, 2]
     yaw = np.degrees(np.arctan2(forward[0], forward[2]))
+    yaw = yaw - 360 if yaw > 180 - 1e-6 else yaw                # half a turn is told as one to the left
     pitch = np.degrees(np.arctan2(-forward[1], np.hypot(forward[0], forward[2])))
     flat = rotation(yaw, pitch).T @ right                       # what is left of the rotation is roll
     return np.array([*relative[:3, 3], yaw, pitch, np.degrees(np.arctan2(flat[1], flat[0]))])

@@ -26,7 +26,7 @@ figcaption{font-size:12px;color:#666}img.view{width:112px;image-rendering:pixela
 .turn{font-family:ui-monospace,monospace;font-size:13px;white-space:pre-wrap}.reply{color:#777}
 article{border-left:3px solid #ddd;padding-left:1em;margin:2em 0}"""
 CURVES = ("reward", "match", "call_rate_needs_view", "call_rate_answerable", "invalid_calls", "gain", "entropy", "loss",
-          "flow", "pose", "colours", "letters")    # of these a log shows the ones it has, and its "eval"
+          "loss_flow", "pose", "mse", "facts")    # of these a log shows the ones it has, and its "eval"
 
 
 # ---- pieces of a page -----------------------------------------------------------------------------------------------

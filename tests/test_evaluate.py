@@ -32,7 +32,8 @@ def scripted(monkeypatch, says, asked=None):
 
 def record(key, correct, called=False, need=True, scene=None, **more):
     return {"key": key, "category": "region", "needs_view": need, "scene": scene or key, "answer": "B", "gold": "B",
-            "correct": float(correct), "valid_calls": int(called), "invalid_calls": 0, "unreadable": 0,
+            "correct": float(correct), "lenient": float(correct), "valid_calls": int(called), "invalid_calls": 0,
+            "unreadable": 0,
             "truncated": False, "seconds": 0.5, "error": None, "missing_images": 0, **more}
 
 

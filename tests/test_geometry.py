@@ -52,6 +52,7 @@ def test_dominant_motion_finds_the_commanded_one_and_refuses_a_mixture():
         for amount in (0.5, 1.7) if Motion(kind, 1.0).unit == "meters" else (15.0, 85.0):
             motion = Motion(kind, amount)
             assert dominant_motion(start, move_camera(start, motion)) == motion
+    assert dominant_motion(start, move_camera(start, Motion("turn right", 180.0))) == Motion("turn left", 180.0)
     both = move_camera(move_camera(start, Motion("move left", 1.0)), Motion("turn left", 25.0))
     assert dominant_motion(start, both) is None
     slight = move_camera(move_camera(start, Motion("move left", 1.0)), Motion("turn left", 4.0))     # 4 degrees = 0.13 m
