@@ -22,6 +22,7 @@ training, the policy's training (a policy must not learn to trust memorised imag
 import argparse
 import json
 import os
+import signal
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
@@ -30,7 +31,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from lib.common import disk, fail, say
+from lib.common import disk, fail, run, say
 from lib.geometry import Motion, coverage, dominant_motion, instruction, move_camera, phrase, pinhole, pose, warp
 from lib.rooms import EYE, random_room, render
 
@@ -111,7 +112,7 @@ def room_triples(seed, out):
     targets = [move_camera(poses[reference], motion) for motion in motions]
     views = render(room, np.stack(poses + targets), SIZE)
     context = [(views["rgb"][k], views["depth"][k], poses[k]) for k in range(4)]
-    folder, rows = Path("rooms") / f"{seed:07d}", []
+    folder, rows = Path("triples") / f"{seed:07d}", []
     paths = [f"{folder}/{k + 1}.png" for k in range(4)]
     for k, path in enumerate(paths):
         save_image(out / path, views["rgb"][k])
@@ -123,7 +124,7 @@ def room_triples(seed, out):
         name = f"{folder}/{reference + 1}_{motion.kind.replace(' ', '_')}_{motion.amount:g}"
         save_image(out / f"{name}.png", views["rgb"][k])
         save_image(out / f"{name}_warp.png", np.concatenate([warped, 255 * seen[..., None].astype(np.uint8)], -1))
-        rows.append({"id": name.removeprefix("rooms/"), "scene": f"room_{seed}", "context": paths,
+        rows.append({"id": name.removeprefix("triples/"), "scene": f"room_{seed}", "context": paths,
                      "reference": reference + 1, "motion": {"kind": motion.kind, "amount": motion.amount},
                      "instruction": instruction(motion, reference + 1), "target": f"{name}.png",
                      "warp": f"{name}_warp.png", "coverage": round(covered, 4), "room": seed,
@@ -214,9 +215,9 @@ def room_questions(seed, out, per_kind=2):
         command = motion or {"image": draft["shown_by"] or 1, "kind": "turn left", "amount": 45.0}
         target = move_camera(cameras[command["image"] - 1], Motion(command["kind"], command["amount"]))
         truth = render(room, np.stack([*cameras, target]), SIZE)
-        images = [f"rooms/{seed:07d}/q{i}_{k + 1}.png" if form == "camera" else f"rooms/{seed:07d}/{k + 1}.png"
+        images = [f"questions/{seed:07d}/q{i}_{k + 1}.png" if form == "camera" else f"questions/{seed:07d}/{k + 1}.png"
                   for k in range(len(cameras))]
-        view = f"rooms/{seed:07d}/q{i}_view.png"
+        view = f"questions/{seed:07d}/q{i}_view.png"
         for path, rgb in zip([*images, view], truth["rgb"]):
             save_image(out / path, rgb)
         answer, others = draft.pop("answer"), draft.pop("others")
@@ -277,7 +278,7 @@ def usable(found, ask):
 
 def build(title, make, seeds, out, threads):
     """Run `make(seed, out)` for every room on `threads` processes, in order -> all rows."""
-    with disk(out), Pool(threads) as pool:
+    with disk(out), Pool(threads, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         per_room = list(tqdm(pool.imap(partial(make, out=out), seeds, chunksize=8), total=len(seeds), desc=title))
     return [row for rows in per_room for row in rows]
 
@@ -327,7 +328,7 @@ def ensure(folder, threads=2):
         make_triples(folder, threads=threads)
     if not (folder / "questions_test.jsonl").exists():
         make_questions(folder, threads=threads)
-    if not (folder / "mindcube" / "raw").exists():
+    if not (folder / "mindcube" / "raw" / "MindCube_tinybench.jsonl").exists():
         make_mindcube(folder / "mindcube", folder / "questions_test.jsonl")
     return folder
 
@@ -352,4 +353,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

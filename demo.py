@@ -62,7 +62,7 @@ class Running:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-u", *stage.command.format(out=out).split(), "--threads", "1" if stage.name != "data" else "2"]
         self.process = subprocess.Popen(command, stdout=open(self.log, "w"), stderr=subprocess.STDOUT,
-                                        env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "2"})
+                                        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
         self.bar, self.start = tqdm(desc=f"{stage.name:11}", position=place, leave=False, dynamic_ncols=True), time.time()
 
     def show(self):
@@ -80,6 +80,7 @@ class Running:
 def run_stages(out):
     """Run every stage when its needs are met, two at once -> {stage: wall seconds of this run}. Exits if one fails."""
     waiting, running, seconds = list(STAGES), [], {}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
             for stage in [s for s in waiting if all(need in seconds for need in s.needs)][:2 - len(running)]:
@@ -98,7 +99,8 @@ def run_stages(out):
                     seconds[job.stage.name] = time.time() - job.start
                     common.say(f"{job.stage.name:11} done, {seconds[job.stage.name]:6.0f} s")
     except (KeyboardInterrupt, RuntimeError) as error:
-        for job in running:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)          # a second Ctrl-C must not tear the saving apart
+        for job in running:                                   # each has a session of its own: this is its only signal
             job.process.send_signal(signal.SIGINT)
         for job in running:
             job.process.wait()

@@ -6,7 +6,7 @@ How well a policy answers, in which mode, with which simulator; and how true the
   python evaluate.py --bench mindcube --data path/to/data         MindCube (lib/benchmarks.py says what to fetch)
   python evaluate.py --bench wm                                   pose and content consistency of the simulator itself
 
-In: the newest policy of out/ (phase2, phase1, sft; then out/demo/), out/wm, out/data.
+In: the newest policy and simulator of out/ and out/demo/, out/data or out/demo/data.
 Out, in out/eval/<bench>/: results.json, predictions.jsonl (a killed run continues from it), dialogues/, report.html.
 
 Modes: direct has no tool; forced must imagine before it answers; agentic is free to. Decoding is greedy. A question
@@ -16,6 +16,7 @@ about one room are not independent.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -32,7 +33,8 @@ import data
 from lib import common, consistency, report, simulators
 from lib.benchmarks import LISTED_ONLY, load_mindcube, open_image, option_letter, score
 from lib.geometry import Motion, Query, instruction
-from policy import Policy, Trajectory, newest, rollout
+from lib.dialogue import Trajectory
+from policy import Policy, rollout
 
 MODES = ("direct", "forced", "agentic")
 STRATA = {"needs_view": True, "answerable": False}
@@ -249,12 +251,17 @@ def load_triples(path, limit=None):
                     f"python data.py triples")
 
 
+def fingers(row):
+    """A number that changes with the pictures a simulator is shown: an old view of other pictures is no view."""
+    return common.stable_seed([hashlib.sha256(image.tobytes()).hexdigest() for image in row["context"]])
+
+
 def imagine_targets(simulator, rows, folder=None, batch=64, title="imagine"):
     """The view that the simulator gives for every triple; kept in `folder` so that a killed run continues."""
     views = []
     for start in tqdm(range(0, len(rows), batch), desc=title, unit="batch"):
         part = rows[start:start + batch]
-        kept = [folder and Path(folder) / f"{row['id'].replace('/', '_')}.png" for row in part]
+        kept = [folder and Path(folder) / f"{row['id'].replace('/', '_')}_{fingers(row):016x}.png" for row in part]
         queries = [Query(row["context"], row["reference"], instruction(Motion(**row["motion"]), row["reference"]),
                          common.stable_seed("wm", row["id"]), {"room": row["room"], "poses": row["context_c2w"]})
                    for row, place in zip(part, kept) if not (place and place.exists())]
@@ -318,8 +325,10 @@ def fingerprint(name, wm=None):
 def load_questions(args):
     """-> (questions, training questions or None) of the bench."""
     if args.bench == "mindcube":
-        places = [args.data] if args.data else ["out/data/mindcube", "out/demo/data/mindcube", "data"]
-        return load_mindcube(next((place for place in places if Path(place).exists()), places[0]))[:args.limit], None
+        places = [args.data] if args.data else ["data/raw", "out/data/mindcube", "out/demo/data/mindcube"]
+        place = next((place for place in places if Path(place).exists()), "data").removesuffix("/raw")
+        common.say(f"MindCube's files of {place}")
+        return load_mindcube(place)[:args.limit], None
     folder = Path(args.data or default_data("questions_test.jsonl"))
     train, test = folder / "questions_train.jsonl", data.load_jsonl(folder / "questions_test.jsonl")[:args.limit]
     return test, data.load_jsonl(train) if train.exists() else None
@@ -380,7 +389,7 @@ def main(argv=None):
     questions, training = load_questions(args)
     if any(name in simulators.NEEDS_ROOM for name in args.simulator) and not all(q.get("scene") for q in questions):
         common.fail(f"--simulator {' '.join(args.simulator)} works in rooms only: --bench {args.bench} has no depth.")
-    path = args.policy or newest(("phase2", "phase1", "sft")) or common.fail(
+    path = args.policy or common.newest(("phase2", "phase1", "sft")) or common.fail(
         "There is no policy in out/ yet. Train one with: python train_sft.py   (or name one with --policy)")
     policy = Policy.load(path, device)
     common.say(f"{args.bench}: {len(questions)} questions, policy {path} on {device}")
@@ -435,4 +444,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

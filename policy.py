@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +24,8 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import cached_file
 
-from lib.common import fail, generator, stable_seed
-from lib.dialogue import NO_SIMULATOR, NOTE, PAD, PHRASES, Trajectory, load_image, parse_turn, prompt_text  # noqa: F401
+from lib.common import fail, generator, newest, run, stable_seed
+from lib.dialogue import NO_SIMULATOR, NOTE, PAD, PHRASES, Trajectory, load_image
 from lib.rollout import Writer
 from lib.tokenizer import tiny_tokenizer
 
@@ -52,7 +53,7 @@ class Policy:
 
     @classmethod
     def tiny(cls, seed=0, width=128, depth=4, heads=4, kv_heads=2, mlp=384, vision_width=128, vision_depth=2,
-             patch=8, merge=2, side=32):
+             patch=8, merge=2, side=32, device="cpu"):
         """Random weights, 1.9 M of them; an image of side² pixels becomes (side / patch / merge)² = 4 tokens."""
         tokenizer = tiny_tokenizer(PHRASES)
         names = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in (
@@ -74,7 +75,7 @@ class Policy:
             tie_word_embeddings=True, **names)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = Qwen3VLForConditionalGeneration(config).eval()
+            model = Qwen3VLForConditionalGeneration(config).to(device).eval()
         images = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": patch, "merge_size": merge,
                   "temporal_patch_size": 2, "size": {"shortest_edge": side * side, "longest_edge": side * side},
                   "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "stamped": True}
@@ -294,12 +295,6 @@ def token_logprobs(policy, batch, temperature=1.0):
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
-def newest(stages):
-    """The first of out/<stage> and then of out/demo/<stage> that holds a model, or None."""
-    folders = [Path(root) / stage for root in ("out", "out/demo") for stage in stages]
-    return next((folder for folder in folders if (folder / "config.json").exists()), None)
-
-
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--images", nargs="+", required=True, help="the given views, in order: Image-1, Image-2, ...")
@@ -335,6 +330,7 @@ def main(argv=None):
         fail(str(error))
     for kind, content in trajectory.lines():
         print(content if kind == "text" else " ".join(f"[Image-{number}]" for number in content))
+    shutil.rmtree(args.out, ignore_errors=True)                 # the pictures of another dialogue
     trajectory.save(args.out)
     trajectory.draw(Path(args.out) / "dialogue.png")
     print(f"{'No answer.' if trajectory.answer is None else f'Answer: {trajectory.answer}.'} "
@@ -342,4 +338,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

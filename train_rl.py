@@ -81,7 +81,7 @@ def parse_args(argv=None):
     # in and out
     p.add_argument("--policy", help="the start; default: phase 1 out/sft (astra: Qwen/Qwen3-VL-8B-Instruct, as in the "
                    "paper), phase 2 out/phase1")
-    p.add_argument("--wm", default="out/wm", help="the tuned simulator")
+    p.add_argument("--wm", help="the tuned simulator (default: the newest of out/wm and out/demo/wm)")
     p.add_argument("--simulator", choices=("tuned", "truth", "none"), default="tuned",
                    help="Astra-WM; the true renderer (rooms only); or none: calls are told so")
     p.add_argument("--data", default="out/data", help="folder of questions_train.jsonl and questions_val.jsonl")
@@ -110,8 +110,9 @@ def parse_args(argv=None):
     p.add_argument("--save-every", type=int, help="steps between checkpoints")
     p.add_argument("--threads", type=int, help="CPU threads per process")
     args = common.parse_with_preset(p, PRESETS, argv)
-    start = "Qwen/Qwen3-VL-8B-Instruct" if args.preset == "astra" else "out/sft"
-    args.policy = args.policy or (start if args.phase == 1 else "out/phase1")
+    start = "Qwen/Qwen3-VL-8B-Instruct" if args.preset == "astra" else str(common.newest(("sft",)) or "out/sft")
+    args.policy = args.policy or (start if args.phase == 1 else str(common.newest(("phase1",)) or "out/phase1"))
+    args.wm = args.wm or str(common.newest(("wm",)) or "out/wm")
     args.out = args.out or f"out/phase{args.phase}"
     if args.questions % args.minibatches:
         p.error(f"--questions {args.questions} does not split into --minibatches {args.minibatches} of equal size")
@@ -316,6 +317,7 @@ def evaluate(policy, questions, simulator, args, world, folder):
         trajectories = dialogues(policy, questions[world.rank::world.size], simulator, mode, args)
         rows = [score(trajectory, phase=1) for trajectory in trajectories]
         table[mode] = common.global_means({**by_need("accuracy", rows, lambda row: row.match),
+                                    "format": total([row.form for row in rows]),
                                     **by_need("call_rate", rows, lambda row: row.trajectory.valid_calls > 0)})
         if mode == "agentic" and common.is_main():
             with common.disk(folder):
@@ -416,7 +418,7 @@ def main(argv=None):
     """The stage: sample, imagine, score, advantage, logprob, update, and again."""
     args = parse_args(argv)
     needs = [(args.policy, "python train_sft.py" if args.phase == 1 else "python train_rl.py --phase 1"),
-             *((Path(args.data) / f"questions_{part}.jsonl", "python data.py questions") for part in ("train", "val")),
+             *((Path(args.data) / f"questions_{part}.jsonl", f"python data.py --out {args.data}") for part in ("train", "val")),
              *([(args.wm, "python train_wm.py")] if args.simulator == "tuned" else [])]
     common.begin(f"train_rl --phase {args.phase}", args, NEUTRAL, needs)
     world, out = common.setup(args.threads), Path(args.out)
@@ -491,4 +493,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

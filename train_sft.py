@@ -17,9 +17,9 @@ is frozen, as in the paper, and the language model learns from scripted dialogue
   tool     the call, the imagined view as the next image (here the true one), then reading it and answering
   slip     a tool script that first calls with an impossible image, is told so, and repairs the call
 
-There are as many tool scripts as direct ones. But whether to call is a choice that reinforcement learning is to find:
-where both are open the first word of a tool script counts little (DECISION), so that the cold start ends with few
-calls, and slips leave some of those invalid. Tokens that carry a fact count more. The answer is the option's words:
+There are as many tool scripts (slips included) as direct ones, all about questions that name a motion. But whether to call is a choice
+that reinforcement learning is to find: where both are open the first word of a tool script counts little (DECISION), so
+that the cold start ends with few calls, and slips leave some of those invalid. Tokens that carry a fact count more. The answer is the option's words:
 to turn a word into its letter is one more look-up that a small transformer does not learn in minutes.
 Out: the policy, log.jsonl (per step: loss, share of facts that are right), done.json.
 """
@@ -39,12 +39,12 @@ from lib.dialogue import Trajectory
 from lib.rooms import COLOURS
 from policy import Policy, collate
 
-FACT, DECISION = 4.0, 0.2                             # weights of tokens; every other scripted token counts 1
+FACT, NAMED, DECISION = 4.0, 3.0, 0.2                 # weights of tokens; every other scripted token counts 1
 SAY = {"largest": "largest in", "leftmost": "furthest left in", "rightmost": "furthest right in",
        "left": "left third of", "centre": "centre third of", "right": "right third of"}
 NAMES = [*COLOURS, "none"]                            # what a fact can say
 LESSONS = {                                           # share of each kind of script: at first, and when it is mixed
-    "all": {"look": (1.0, 0.25), "direct": (0.0, 0.40), "tool": (0.0, 0.27), "slip": (0.0, 0.08)},
+    "all": {"look": (1.0, 0.20), "direct": (0.0, 0.40), "tool": (0.0, 0.30), "slip": (0.0, 0.10)},
     "direct": {"look": (0.25, 0.25), "direct": (0.75, 0.75)},
 }
 MIXING = (0.3, 0.5)                                   # the shares change between these points of the run
@@ -107,7 +107,7 @@ def teach_to_see(policy, lessons, args):
                 for lesson in lessons for image, show in zip([*lesson.images, lesson.view], lesson.shows)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
-        facts, number = nn.Linear(width, len(ASKS) * len(NAMES)), nn.Linear(width, 9)
+        facts, number = (nn.Linear(width, n).to(policy.device) for n in (len(ASKS) * len(NAMES), 9))
     optimizer = torch.optim.AdamW([*tower.parameters(), *facts.parameters(), *number.parameters()], lr=2e-3,
                                   betas=(0.9, 0.95), weight_decay=0.01)
     for step in (bar := common.progress(args.see_steps, 0, "learning to see")):
@@ -119,9 +119,10 @@ def teach_to_see(policy, lessons, args):
         patches, grids = policy.pixels([(int(n), image) for n, (image, _) in zip(numbers, drawn)])
         tokens = tower(patches, grid_thw=grids).pooler_output.view(batch, -1, width)             # (B, tokens, width)
         said = facts(tokens.mean(1)).view(batch, len(ASKS), len(NAMES))
-        true = torch.tensor([labels for _, labels in drawn])                                     # (B, asks)
-        which = torch.from_numpy(numbers - 1)[:, None].expand(tokens.shape[:2])
-        loss = F.cross_entropy(said.flatten(0, 1), true.flatten()) + F.cross_entropy(number(tokens).flatten(0, 1), which.flatten())
+        true = torch.tensor([labels for _, labels in drawn], device=policy.device)               # (B, asks)
+        which = torch.from_numpy(numbers - 1).to(policy.device)[:, None].expand(tokens.shape[:2])
+        loss = (F.cross_entropy(said.flatten(0, 1), true.flatten())
+                + F.cross_entropy(number(tokens).flatten(0, 1), which.flatten()))
         loss.backward()
         nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
         optimizer.step()
@@ -148,7 +149,7 @@ def look_parts(rng, shows, count=12):
 def answer_parts(question, where, first=1.0):
     """The thought that names the view and what it shows, then the answer; `first` weighs the choice not to call."""
     words = question["options"]["ABCD".index(question["answer"])].split(". ")[1]
-    thought = ([("The camera:", first)] if question["ask"] is None else [(SAY[question["ask"]], first), (where, 1)])
+    thought = ([("The camera:", first)] if question["ask"] is None else [(SAY[question["ask"]], first), (where, NAMED)])
     return [("<think>", 1), *thought, (f" {words}", FACT), ("</think>", 1), ("<answer>", 1), (f" {words}", 1),
             ("</answer>", 1), ("<|im_end|>", 1)]
 
@@ -161,11 +162,13 @@ def call_parts(command, first=1.0):
             ("<|im_end|>", 1)]
 
 
-def script(policy, lesson, kind, rng):
-    """Write one dialogue of the given kind -> Trajectory whose `logprobs` slot holds the weights of its tokens."""
+def script(policy, lesson, kind, rng, calling=True):
+    """Write one dialogue of the given kind -> Trajectory whose `logprobs` slot holds the weights of its tokens.
+
+    calling   whether a look may include a call and its view (not for the baseline that never imagines)
+    """
     question, given = lesson.question, len(lesson.images)
-    with_tool = kind in ("tool", "slip") or rng.random() < 0.5
-    mode = "forced" if kind in ("tool", "slip") and rng.random() < 0.5 else "agentic" if with_tool else "direct"
+    mode = str(rng.choice(["forced", "agentic"] if kind in ("tool", "slip") else ["direct", "agentic"]))
     dialogue = Trajectory.start(policy, question, lesson.images, mode)
 
     def say(parts):
@@ -176,7 +179,7 @@ def script(policy, lesson, kind, rng):
     choice = 1.0 if mode == "forced" else DECISION
     if kind == "direct":
         say(answer_parts(question, " the new view:" if question["needs_view"] else f" Image-{question['shown_by']}:"))
-    elif kind == "look" and mode == "direct":
+    elif kind == "look" and (mode == "direct" or not calling):
         say(look_parts(rng, lesson.shows[:given]))
     else:
         if kind == "slip":
@@ -184,8 +187,7 @@ def script(policy, lesson, kind, rng):
             dialogue.observe(policy)
         say(call_parts(lesson.command, {"tool": choice, "slip": 1.0, "look": 0.0}[kind]))
         dialogue.observe(policy, image=lesson.view)
-        number = given + 1 if question["motion"] else question["shown_by"]
-        say(look_parts(rng, lesson.shows) if kind == "look" else answer_parts(question, f" Image-{number}:"))
+        say(look_parts(rng, lesson.shows) if kind == "look" else answer_parts(question, f" Image-{given + 1}:"))
     dialogue.features = [lesson.features[pair] for pair in enumerate(map(id, dialogue.images), 1)]
     return dialogue
 
@@ -214,11 +216,12 @@ def batches_of_step(policy, lessons, args, step, world):
     """This rank's share of the scripts of one step, in micro-batches; they depend on (seed, step, place) alone."""
     done = min(1, max(0, (step / args.steps - MIXING[0]) / (MIXING[1] - MIXING[0])))
     shares = {kind: early + (late - early) * done for kind, (early, late) in LESSONS[args.lessons].items()}
-    dialogues = []
+    dialogues, moving = [], [lesson for lesson in lessons if lesson.question["motion"]]
     for place in range(world.rank, args.batch, world.size):
         rng = np.random.default_rng(common.stable_seed(args.seed, "script", step, place))
         kind = str(rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
-        dialogues.append(script(policy, lessons[rng.integers(len(lessons))], kind, rng))
+        known = moving if kind in ("tool", "slip") else lessons
+        dialogues.append(script(policy, known[rng.integers(len(known))], kind, rng, calling="tool" in shares))
     dialogues.sort(key=lambda dialogue: len(dialogue.ids))              # neighbours of like length: little padding
     return [collate(policy, dialogues[i:i + args.micro_batch]) for i in range(0, len(dialogues), args.micro_batch)]
 
@@ -228,13 +231,13 @@ def open_policy(args, lessons, world):
     if args.start:
         policy = Policy.load(common.need(args.start, "python train_sft.py"), world.device, torch.float32)
     else:
-        policy, taught = Policy.tiny(args.seed), Path(args.out) / "tower"
+        policy, taught = Policy.tiny(args.seed, device=world.device), Path(args.out) / "training" / "tower.safetensors"
         if common.is_main() and not taught.exists():
             teach_to_see(policy, lessons, args)
-            with common.written_whole(taught) as part:
-                save_file(policy.vision.state_dict(), part / "model.safetensors")
+            with common.written_whole(taught.parent) as part:
+                save_file(policy.vision.state_dict(), part / taught.name)
         common.wait_for_all()
-        policy.vision.load_state_dict(load_file(taught / "model.safetensors"))
+        policy.vision.load_state_dict(load_file(taught))
     policy.vision.requires_grad_(False)
     for lesson in lessons:
         pairs = [*enumerate(lesson.images, 1), (len(lesson.images) + 1, lesson.view)]
@@ -246,6 +249,8 @@ def main(argv=None):
     args = parse_args(argv)
     common.begin("train_sft", args, neutral=("threads", "save_every", "micro_batch"))
     world, out = common.setup(args.threads), Path(args.out)
+    if args.batch % world.size:
+        common.fail(f"--batch {args.batch} cannot be shared evenly by {world.size} processes; take a multiple of it.")
     if common.is_main():
         ensure(args.data)
     common.wait_for_all()
@@ -291,4 +296,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -286,7 +286,7 @@ def parse_args(argv=None):
     p.add_argument("--drop-vae", type=float, help="condition dropout: VAE segments of context images")
     p.add_argument("--augment", action=argparse.BooleanOptionalAction, help="mirrored rooms and permuted colours")
     p.add_argument("--seen-weight", type=float, default=0.0, help="view consistency: more where context sees")
-    p.add_argument("--warp-weight", type=float, default=0.0, help="view consistency: agreement with the warped context")
+    p.add_argument("--warp-weight", type=float, default=0.5, help="view consistency: agreement with the warped context")
     p.add_argument("--pose-weight", type=float, default=0.0, help="view consistency: true sentence before another")
     p.add_argument("--pose-every", type=int, default=4, help="steps between those with the pose term")
     p.add_argument("--pose-times", type=float, nargs=2, default=[0.7, 0.95], help="t at which the pose term counts")
@@ -371,7 +371,7 @@ def main(argv=None):
             log.write(step, **metrics, lr=optimizer.param_groups[0]["lr"])
             bar.set_postfix(flow=f"{metrics['loss_flow']:.4f}")
             leaving = stop.requested()
-            if leaving or (done % args.save_every == 0 and done < args.steps):
+            if leaving or done % args.save_every == 0 or done == args.steps:
                 save(done)
             if leaving:
                 stop.leave(done)
@@ -385,4 +385,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

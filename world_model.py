@@ -27,6 +27,7 @@ from torch import nn
 from lib import bagel_files
 from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, PositionTable, Settings, stacked, token_grid
 from lib.bagel_files import resize, to_images, to_pixels, unpatchify
+from lib.common import fail, newest, run
 from lib.geometry import Query, instruction, read_phrase
 
 TINY = Settings(prediction="x0", motion_to_target=True, reference_first=True, learned_places=True, latent="pixels",
@@ -277,10 +278,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    places = [place for place in (Path("out/wm"), Path("out/demo/wm")) if (place / bagel_files.NETWORK).exists()]
-    if not args.model and not places:
-        raise SystemExit("There is no world model yet. `python train_wm.py` trains one in out/wm; or give --model.")
-    path = args.model or max(places, key=lambda place: (place / bagel_files.NETWORK).stat().st_mtime)
+    path = args.model or newest(("wm",)) or fail(
+        "There is no world model yet. `python train_wm.py` trains one in out/wm; or give --model.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         sentence = instruction(read_phrase(args.motion), args.reference)
@@ -288,11 +287,12 @@ def main(argv=None):
         model = WorldModel.load(path, device, torch.bfloat16 if device == "cuda" else torch.float32)
         changes = {} if args.steps is None else {"steps": args.steps}
         view = model.imagine([Query(images, args.reference, sentence, args.seed)], **changes)[0]
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(view).save(args.out)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{error}") from error
-    Image.fromarray(view).save(args.out)
     print(f"{sentence} -> {args.out} ({view.shape[1]} x {view.shape[0]}, {path})")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -378,6 +378,7 @@ def parse_with_preset(parser, presets, argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for p in (first, parser):
         p.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="defaults of other flags")
+    parser.allow_abbrev = False
     preset = presets[first.parse_known_args(argv)[0].preset]
     unknown = set(preset) - {action.dest for action in parser._actions}
     if unknown:
@@ -434,6 +435,23 @@ def finish(folder, steps, clock):
         shutil.rmtree(Path(folder) / "training", ignore_errors=True)
     say(f"{folder} is complete: {steps} steps, {spent['seconds']:.0f} s, {spent['cpu_seconds']:.0f} CPU-s.")
     wait_for_all()
+
+
+def newest(stages, file="config.json"):
+    """The folder of out/<stage> or out/demo/<stage> whose `file` was written last, or None if there is none."""
+    files = [Path(root) / stage / file for root in ("out", "out/demo") for stage in stages]
+    files = [path for path in files if path.exists()]
+    return max(files, key=lambda path: path.stat().st_mtime).parent if files else None
+
+
+def run(main):
+    """Run a stage's `main`; an interrupt or a full disk outside its loop ends in a sentence, not in a traceback."""
+    try:
+        with disk("what the stage was writing"):
+            main()
+    except KeyboardInterrupt:
+        say("Stopped. The same command goes on from what was saved.")
+        raise SystemExit(130) from None
 
 
 class Clock:

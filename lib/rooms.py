@@ -201,12 +201,14 @@ class TrueRenderer:
     """The oracle simulator: it knows the room and renders the commanded view. Same call as the trained simulator."""
 
     def imagine(self, queries):
-        """list of Query with `scene` -> list of (H, W, 3) uint8."""
+        """list of Query with `scene` -> list of (H, W, 3) uint8. A camera that is sent through a wall stops before it."""
         views = []
         for query in queries:
             if query.scene is None:
                 raise ValueError("the true renderer works in rooms only: this question carries no scene")
             reference, motion = read_instruction(query.instruction)
-            target = move_camera(np.array(query.scene["poses"][reference - 1]), motion)
-            views.append(render(random_room(query.scene["room"]), target, size=query.images[0].shape[0])["rgb"][0])
+            target, room = move_camera(np.array(query.scene["poses"][reference - 1]), motion), random_room(query.scene["room"])
+            half = np.array([room.width / 2, 0, room.length / 2]) - 0.1
+            target[:3, 3] = np.clip(target[:3, 3], [-half[0], 0.1 - room.height, -half[2]], [half[0], -0.1, half[2]])
+            views.append(render(room, target, size=query.images[0].shape[0])["rgb"][0])
         return views

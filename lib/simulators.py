@@ -11,11 +11,9 @@ A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`
   anything else is the folder or hub id of a world model
 """
 
-from pathlib import Path
-
 import numpy as np
 
-from lib.common import fail
+from lib.common import fail, newest
 from lib.geometry import move_camera, pinhole, project, read_instruction, unproject
 from lib.rooms import TrueRenderer, random_room, render
 
@@ -37,9 +35,8 @@ def find(name, wm=None):
         return str(wm)
     if name not in FOLDERS:
         return str(name)
-    places = [Path(root) / FOLDERS[name] for root in ("out", "out/demo")]
-    found = [place for place in places if (place / "config.json").exists()]
-    return str(found[0]) if found else fail(f"There is no simulator in {places[0]} yet. `{COMMANDS[name]}` makes it.")
+    found = newest((FOLDERS[name],))
+    return str(found) if found else fail(f"There is no simulator in out/{FOLDERS[name]} yet. `{COMMANDS[name]}` makes it.")
 
 
 def load(name, device="cpu", wm=None):

@@ -113,7 +113,7 @@ def test_mindcube_layout(made, tmp_path):
 
 def test_bad_files_stop_with_a_sentence(made, tmp_path):
     broken = tmp_path / "broken.png"
-    source = next((made / "rooms").rglob("1.png"))
+    source = next((made / "questions").rglob("1.png"))
     broken.write_bytes(source.read_bytes()[:200])
     with pytest.raises(SystemExit, match="truncated"):
         data.load_image(broken)

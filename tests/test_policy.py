@@ -10,10 +10,10 @@ from PIL import Image
 
 import policy as policy_file
 from lib.dialogue import (AMOUNT, ARGUMENTS, CALL_FIRST, ENOUGH, IMAGE_NUMBER, MOTIONS, NO_SIMULATOR, NO_SUCH_TOOL,
-                          NO_TOOL, NOT_JSON, UNREADABLE)
+                          NO_TOOL, NOT_JSON, UNREADABLE, Trajectory, parse_turn, prompt_text)
 from lib.geometry import Motion, move_camera
 from lib.rollout import Writer, sample
-from policy import Policy, Trajectory, collate, encode_images, parse_turn, prompt_text, rollout, token_logprobs
+from policy import Policy, collate, encode_images, rollout, token_logprobs
 
 
 @pytest.fixture(scope="module", autouse=True)
