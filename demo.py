@@ -45,7 +45,7 @@ STAGES = (
           "phase1"),
     Stage("phase2", ("phase1",), "train_rl.py --phase 2 --data {out}/data --wm {out}/wm --policy {out}/phase1 --out {out}/phase2",
           "phase2"),
-    Stage("direct", ("sft",), "train_sft.py --lessons direct --start {out}/sft --data {out}/data --out {out}/direct", "direct"),
+    Stage("direct", ("sft",), "train_sft.py --lessons direct --steps 1800 --start {out}/sft --data {out}/data --out {out}/direct", "direct"),
     Stage("eval_wm", ("wm",), "evaluate.py --bench wm --limit 300 --data {out}/data --wm {out}/wm --out {out}/eval/wm", "eval/wm"),
     Stage("eval_direct", ("direct",), "evaluate.py --mode direct --policy {out}/direct --data {out}/data --out {out}/eval/direct",
           "eval/direct"),

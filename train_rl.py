@@ -65,12 +65,13 @@ LOG = {  # log.jsonl: one line per step; means over all rollouts of the step, on
 }
 
 PRESETS = {
-    "tiny": dict(questions=8, group=8, steps=40, minibatches=2, lr=6e-5, warmup=2, lr_floor=0.1, kl=0.0,
-                 max_new_tokens=64, eval_every=10, eval_questions=64, micro_batch=32, save_every=10),
+    "tiny": dict(questions=8, group=8, minibatches=2, lr=6e-5, warmup=2, lr_floor=0.1, kl=0.0,
+                 max_new_tokens=64, eval_questions=200, micro_batch=32, save_every=6),
     "astra": dict(questions=128, group=8, steps=200, minibatches=2, lr=1e-6, warmup=10, lr_floor=1.0,
                   max_new_tokens=4096, eval_every=10, eval_questions=256, micro_batch=1, save_every=10,
                   gradient_checkpointing=True),
 }
+TINY_LENGTH = {1: dict(steps=12, eval_every=4), 2: dict(steps=60, eval_every=12)}     # calling is learned in a few steps
 NEUTRAL = ("threads", "micro_batch", "save_every", "gradient_checkpointing")
 
 
@@ -110,6 +111,9 @@ def parse_args(argv=None):
     p.add_argument("--save-every", type=int, help="steps between checkpoints")
     p.add_argument("--threads", type=int, help="CPU threads per process")
     args = common.parse_with_preset(p, PRESETS, argv)
+    for key, value in TINY_LENGTH[args.phase].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
     start = "Qwen/Qwen3-VL-8B-Instruct" if args.preset == "astra" else str(common.newest(("sft",)) or "out/sft")
     args.policy = args.policy or (start if args.phase == 1 else str(common.newest(("phase1",)) or "out/phase1"))
     args.wm = args.wm or str(common.newest(("wm",)) or "out/wm")
