@@ -39,7 +39,8 @@ SIZE = 32                                             # pixels; the field of vie
 FIRST_ROOM = {"triples_train": 0, "questions_train": 1_000_000, "val": 2_000_000, "test": 3_000_000}
 MOTIONS = [Motion(f"turn {side}", amount) for side in ("left", "right") for amount in (45.0, 90.0, 135.0)] \
     + [Motion("turn left", 180.0)] \
-    + [Motion(f"move {way}", amount) for way in ("left", "right", "forward") for amount in (0.5, 1.0)]      # a step back shows too much unseen
+    + [Motion(f"move {way}", amount) for way in ("left", "right", "forward") for amount in (0.5, 1.0)]
+# No step back: it shows what no view of the ring saw, and coverage refuses every one.
 TARGETS_PER_ROOM = 8
 MIN_COVERAGE = 0.85                                   # paper
 
@@ -68,7 +69,9 @@ def load_jsonl(path):
             fail(f"{path}, line {number} is not JSON; delete the file and make it again")
         for key in ("context", "images", "target", "warp", "view"):
             if key in row:
-                row[key] = [str(path.parent / p) for p in row[key]] if isinstance(row[key], list) else str(path.parent / row[key])
+                paths = row[key] if isinstance(row[key], list) else [row[key]]
+                paths = [str(path.parent / p) for p in paths]
+                row[key] = paths if isinstance(row[key], list) else paths[0]
         rows.append(row)
     return rows
 
@@ -136,7 +139,8 @@ def room_triples(seed, out):
 
 ASKS = {"largest": "which object looks largest?", "leftmost": "which object is furthest to the left?",
         "rightmost": "which object is furthest to the right?", "left": "which object fills most of the left third?",
-        "centre": "which object fills most of the centre third?", "right": "which object fills most of the right third?"}
+        "centre": "which object fills most of the centre third?",
+        "right": "which object fills most of the right third?"}
 CATEGORY = {"largest": "camera-object", "leftmost": "object-object", "rightmost": "object-object",
             "left": "region", "centre": "region", "right": "region"}
 UNSEEN = [Motion(f"turn {side}", amount) for side in ("left", "right") for amount in (45.0, 135.0)] \
@@ -208,15 +212,15 @@ def room_questions(seed, out, per_kind=2):
     rows, letters = [], rng.permutation(2 * per_kind) % 4            # each letter as often as any other, in every room
     for i in range(2 * per_kind):
         form = "unseen" if i < per_kind else rng.choice(["image", "rotation", "camera"], p=[4 / 6, 1 / 6, 1 / 6])
-        draft = (camera_question if form == "camera" else object_question)(rng, room, poses, given, form)
+        draft = camera_question(rng, poses) if form == "camera" else object_question(rng, room, poses, given, form)
         if draft is None:                             # a bare room: nothing clear to ask
             continue
         motion, cameras = draft["motion"], draft.pop("cameras", poses)
         command = motion or {"image": draft["shown_by"] or 1, "kind": "turn left", "amount": 45.0}
         target = move_camera(cameras[command["image"] - 1], Motion(command["kind"], command["amount"]))
         truth = render(room, np.stack([*cameras, target]), SIZE)
-        images = [f"questions/{seed:07d}/q{i}_{k + 1}.png" if form == "camera" else f"questions/{seed:07d}/{k + 1}.png"
-                  for k in range(len(cameras))]
+        own = f"q{i}_" if form == "camera" else ""        # the four views of the ring are shared by its questions
+        images = [f"questions/{seed:07d}/{own}{k + 1}.png" for k in range(len(cameras))]
         view = f"questions/{seed:07d}/q{i}_view.png"
         for path, rgb in zip([*images, view], truth["rgb"]):
             save_image(out / path, rgb)
@@ -250,18 +254,20 @@ def object_question(rng, room, poses, given, form):
                     "answer": room.things[there[ask]].colour, "others": distractors(rng, room, there, ask)}
 
 
-def camera_question(rng, room, poses, given, form):
+def camera_question(rng, poses):
     """Two views that look the same way from places 1 m apart: which way did the camera go?"""
     way, k = WALKS[rng.integers(4)], int(rng.integers(4))
     say = {w: f"it moved {'to the ' if w in ('left', 'right') else ''}{w}" for w in WALKS}
-    return {"question": "How did the camera get from Image-1 to Image-2?", "category": "camera-camera", "needs_view": False,
-            "ask": None, "shown_by": None, "motion": None, "answer": say[way], "others": [say[w] for w in WALKS if w != way],
+    return {"question": "How did the camera get from Image-1 to Image-2?", "category": "camera-camera",
+            "needs_view": False, "ask": None, "shown_by": None, "motion": None,
+            "answer": say[way], "others": [say[w] for w in WALKS if w != way],
             "cameras": [poses[k], move_camera(poses[k], Motion(f"move {way}", 1.0))]}
 
 
 def named(found, room):
     """Facts with objects called by their colour: {ask: "red", "none", or None where it is unclear}."""
-    return {ask: None if found[ask] is None else "none" if found[ask] < 0 else room.things[found[ask]].colour for ask in ASKS}
+    colours = {i: thing.colour for i, thing in enumerate(room.things)} | {-1: "none", None: None}
+    return {ask: colours[found[ask]] for ask in ASKS}
 
 
 def draw_ask(rng):
@@ -297,11 +303,12 @@ def make_triples(out, rooms=2000, held_out=96, threads=2):
 def make_questions(out, rooms=1500, held_out=(100, 320), threads=2):
     """out/questions_{train,val,test}.jsonl; four questions per room, half of them in need of an unseen view."""
     out = Path(out)
-    for split, count, first in (("train", rooms, FIRST_ROOM["questions_train"]), ("val", held_out[0], FIRST_ROOM["val"]),
-                                ("test", held_out[1], FIRST_ROOM["test"])):
+    for split, count, first in (("train", rooms, FIRST_ROOM["questions_train"]),
+                                ("val", held_out[0], FIRST_ROOM["val"]), ("test", held_out[1], FIRST_ROOM["test"])):
         rows = build(f"questions, {split}", room_questions, range(first, first + count), out, threads)
         save_jsonl(out / f"questions_{split}.jsonl", rows)
-        say(f"questions_{split}.jsonl: {len(rows)} questions, {sum(row['needs_view'] for row in rows)} need an unseen view")
+        unseen = sum(row["needs_view"] for row in rows)
+        say(f"questions_{split}.jsonl: {len(rows)} questions, {unseen} need an unseen view")
 
 
 def make_mindcube(out, source):
@@ -316,7 +323,8 @@ def make_mindcube(out, source):
         for image, path in zip(images, row["images"]):
             save_image(out / image, load_image(path))
         rows.append({"id": f"{setting}_{row['id']}", "category": [row["category"]], "type": setting, "meta_info": [],
-                     "question": " ".join([row["question"], *row["options"]]), "images": images, "gt_answer": row["answer"]})
+                     "question": " ".join([row["question"], *row["options"]]), "images": images,
+                     "gt_answer": row["answer"]})
     save_jsonl(out / "raw" / "MindCube_tinybench.jsonl", rows)
     say(f"{out}/raw/MindCube_tinybench.jsonl: {len(rows)} questions in MindCube's layout")
 
@@ -335,7 +343,8 @@ def ensure(folder, threads=2):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="?", choices=["triples", "questions", "mindcube"], help="what to make (default: what is missing)")
+    p.add_argument("what", nargs="?", choices=["triples", "questions", "mindcube"],
+                   help="what to make (default: whatever of the three is missing)")
     p.add_argument("--out", default="out/data", help="folder of the files")
     p.add_argument("--rooms", type=int, help="rooms to train on (default 2000 for triples, 1500 for questions)")
     p.add_argument("--threads", type=int, default=2, help="processes")

@@ -25,7 +25,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -99,7 +98,8 @@ def record_of(key, question, trajectory, error, more):
             "category": question["category"], "needs_view": question["needs_view"],
             "scene": (question.get("scene") or {}).get("room", key), "answer": letter, "said": t.answer,
             "gold": question["answer"], "correct": correct,
-            "lenient": float(option_letter(t.answer or "", question["options"] or ()) == question["answer"]), "valid_calls": t.valid_calls,
+            "lenient": float(option_letter(t.answer or "", question["options"] or ()) == question["answer"]),
+            "valid_calls": t.valid_calls,
             "invalid_calls": t.invalid_calls, "unreadable": t.unreadable, "truncated": t.truncated,
             "calls": [call for call in t.provenance if call], "turns": t.turns, "error": error,
             "missing_images": question.get("missing_images", 0)}

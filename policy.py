@@ -247,7 +247,8 @@ def reply(policy, simulator, waiting):
 
 def encode_images(policy, trajectories):
     """Fill in the `features` that are missing: the tower is frozen, so what it made of an image stays true."""
-    encoded = iter(policy.encode([pair for t in trajectories for pair in list(enumerate(t.images, 1))[len(t.features):]]))
+    missing = [pair for t in trajectories for pair in list(enumerate(t.images, 1))[len(t.features):]]
+    encoded = iter(policy.encode(missing))
     for t in trajectories:
         t.features += [next(encoded) for _ in t.images[len(t.features):]]
 
@@ -324,8 +325,9 @@ def main(argv=None):
             wm = args.wm or newest(("wm",)) or fail(
                 "There is no world model in out/ yet. Train one with: python train_wm.py   (or ask with --mode direct)")
             simulator = WorldModel.load(wm, device, torch.bfloat16 if device == "cuda" else torch.float32)
-        trajectory, = rollout(Policy.load(model, device), [question], simulator, args.mode, temperature=args.temperature,
-                              seed=args.seed, max_new_tokens=args.max_new_tokens)
+        policy = Policy.load(model, device)
+        trajectory, = rollout(policy, [question], simulator, args.mode, temperature=args.temperature, seed=args.seed,
+                              max_new_tokens=args.max_new_tokens)
     except (OSError, ValueError) as error:
         fail(str(error))
     for kind, content in trajectory.lines():

@@ -71,7 +71,7 @@ PRESETS = {
                   max_new_tokens=4096, eval_every=10, eval_questions=256, micro_batch=1, save_every=10,
                   gradient_checkpointing=True),
 }
-TINY_LENGTH = {1: dict(steps=12, eval_every=4), 2: dict(steps=60, eval_every=12)}     # calling is learned in a few steps
+TINY_LENGTH = {1: dict(steps=12, eval_every=4), 2: dict(steps=60, eval_every=12)}   # calling is learned in a few steps
 NEUTRAL = ("threads", "micro_batch", "save_every", "gradient_checkpointing")
 
 
@@ -421,14 +421,15 @@ def save_policy(policy, out):
 def main(argv=None):
     """The stage: sample, imagine, score, advantage, logprob, update, and again."""
     args = parse_args(argv)
+    files = [Path(args.data) / f"questions_{part}.jsonl" for part in ("train", "val")]
     needs = [(args.policy, "python train_sft.py" if args.phase == 1 else "python train_rl.py --phase 1"),
-             *((Path(args.data) / f"questions_{part}.jsonl", f"python data.py --out {args.data}") for part in ("train", "val")),
+             *((file, f"python data.py --out {args.data}") for file in files),
              *([(args.wm, "python train_wm.py")] if args.simulator == "tuned" else [])]
     common.begin(f"train_rl --phase {args.phase}", args, NEUTRAL, needs)
     world, out = common.setup(args.threads), Path(args.out)
     policy, simulator = open_policy(args, world), open_simulator(args, world)
     start_policy = None if args.kl is None else open_policy(args, world)
-    train, held_out = (load_jsonl(Path(args.data) / f"questions_{part}.jsonl") for part in ("train", "val"))
+    train, held_out = map(load_jsonl, files)
     held_out = questions_of_step(held_out, min(args.eval_questions, len(held_out)), step=0, seed=0)
     if args.questions < world.size:
         common.fail(f"--questions {args.questions} leaves some of {world.size} ranks without a question.")

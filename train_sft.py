@@ -17,10 +17,11 @@ is frozen, as in the paper, and the language model learns from scripted dialogue
   tool     the call, the imagined view as the next image (here the true one), then reading it and answering
   slip     a tool script that first calls with an impossible image, is told so, and repairs the call
 
-There are as many tool scripts (slips included) as direct ones, all about questions that name a motion. But whether to call is a choice
-that reinforcement learning is to find: where both are open the first word of a tool script counts little (DECISION), so
-that the cold start ends with few calls, and slips leave some of those invalid. Tokens that carry a fact count more. The answer is the option's words:
-to turn a word into its letter is one more look-up that a small transformer does not learn in minutes.
+There are as many tool scripts (slips included) as direct ones, all about questions that name a motion. But whether to
+call is a choice that reinforcement learning is to find: where both are open the first word of a tool script counts
+little (DECISION), so that the cold start ends with few calls, and slips leave some of those invalid. Tokens that carry
+a fact count more. The answer is the option's words: to turn a word into its letter is one more look-up that a small
+transformer does not learn in minutes.
 Out: the policy, log.jsonl (per step: loss, share of facts that are right), done.json.
 """
 
@@ -48,16 +49,18 @@ LESSONS = {                                           # share of each kind of sc
     "direct": {"look": (0.25, 0.25), "direct": (0.75, 0.75)},
 }
 MIXING = (0.3, 0.5)                                   # the shares change between these points of the run
-PRESETS = {"tiny": dict(see_steps=350, steps=700, batch=32, micro_batch=8, lr=1.5e-3, warmup=20, lr_floor=0.03, save_every=50)}
+PRESETS = {"tiny": dict(see_steps=350, steps=700, batch=32, lr=1.5e-3, warmup=20, lr_floor=0.03, micro_batch=8,
+                        save_every=50)}
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="out/data", help="folder of questions_train.jsonl; made if missing")
     p.add_argument("--out", default="out/sft", help="folder of the policy")
-    p.add_argument("--start", help="policy to start from (default: random weights, and a tower that learns to see first)")
+    p.add_argument("--start", help="policy to start from (default: random weights; the tower learns to see first)")
     # these change the numbers
-    p.add_argument("--lessons", choices=list(LESSONS), default="all", help="all: a tool user; direct: the baseline that never imagines")
+    p.add_argument("--lessons", choices=list(LESSONS), default="all",
+                   help="all: a tool user; direct: the baseline that never imagines")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--see-steps", type=int, help="updates of the vision tower, 128 images each")
     p.add_argument("--steps", type=int, help="updates of the language model")
@@ -174,7 +177,8 @@ def script(policy, lesson, kind, rng, calling=True):
     def say(parts):
         """Add a turn; the weights travel in the place of the rollout's log-probs."""
         tokens = [(policy.tokens(text), weight) for text, weight in parts]
-        dialogue.say(policy, [i for ids, _ in tokens for i in ids], [float(weight) for ids, weight in tokens for _ in ids])
+        weights = [float(weight) for ids, weight in tokens for _ in ids]
+        dialogue.say(policy, [i for ids, _ in tokens for i in ids], weights)
 
     choice = 1.0 if mode == "forced" else DECISION
     if kind == "direct":
@@ -227,7 +231,7 @@ def batches_of_step(policy, lessons, args, step, world):
 
 
 def open_policy(args, lessons, world):
-    """The policy with a frozen tower that sees: of --start, or a new one, taught (kept in `tower`, for a resumed run)."""
+    """The policy with a frozen tower that sees: of --start, or a new one, taught (and kept for a resumed run)."""
     if args.start:
         policy = Policy.load(common.need(args.start, "python train_sft.py"), world.device, torch.float32)
     else:
@@ -258,7 +262,8 @@ def main(argv=None):
     first, tensors, state = common.load_state(out / "training") or (0, None, {})
     log, clock = common.MetricLog(out / "log.jsonl", first), common.Clock(state.get("clock"))
     policy = open_policy(args, lessons, world)
-    model = common.shard(policy.model, policy.model.model.language_model.layers, world, ignored=policy.vision.parameters())
+    blocks = policy.model.model.language_model.layers
+    model = common.shard(policy.model, blocks, world, ignored=policy.vision.parameters())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, betas=(0.9, 0.95),
                                   weight_decay=0.01)
     if tensors:
@@ -284,7 +289,8 @@ def main(argv=None):
             bar.set_postfix({key: f"{value:.2f}" for key, value in means.items()})
             stopping = stop.requested()
             if stopping or (step + 1) % args.save_every == 0:
-                common.save_state(out / "training", step + 1, common.training_tensors(model, optimizer), {"clock": clock.read()})
+                common.save_state(out / "training", step + 1, common.training_tensors(model, optimizer),
+                                  {"clock": clock.read()})
             if stopping:
                 stop.leave(step + 1)
 

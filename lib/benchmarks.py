@@ -40,7 +40,7 @@ def score(bench, question, text):
 
 
 def option_letter(text, options):
-    """The letter of the option that an answer names: "B", "b", "B.", "B. red box" or its words, "red box"; else None."""
+    """The letter of the option that an answer names, or None: "B", "b", "B.", "B. red box" or its words, "red box"."""
     for option in options:
         letter, words = option.split(". ", 1)
         if text.strip().lower() == words.lower():
@@ -77,7 +77,8 @@ def mindcube_extract(text):
     return None
 
 
-READERS = {"rooms": lambda text, question: option_letter(text, question.get("options", ())), "mindcube": mindcube_letter}
+READERS = {"rooms": lambda text, question: option_letter(text, question.get("options", ())),
+           "mindcube": mindcube_letter}
 
 
 # ---- MindCube's files -----------------------------------------------------------------------------------------------

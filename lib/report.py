@@ -160,7 +160,7 @@ def find_logs(root):
 
 
 def contact_sheet(rows, views, side=96):
-    """Triples (rows with arrays) and {simulator: a view per row} -> a picture: context | motion | imagined … | true."""
+    """Triples (rows of arrays) and {simulator: a view per row} -> a picture: context | motion | imagined … | true."""
     font, gap, words = ImageFont.load_default(12), 6, 150
     left = [k * (side + gap) for k in range(4)]
     right = [left[-1] + side + gap + words + k * (side + gap) for k in range(len(views) + 1)]

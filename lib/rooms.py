@@ -44,7 +44,8 @@ class Thing:
     def solids(self):
         """The convex solids it is made of: (shape, half-width, bottom, top), heights in metres above the floor."""
         if self.kind == "table":
-            return [("box", self.half, 0.75 * self.height, self.height), ("box", 0.45 * self.half, 0.0, 0.75 * self.height)]
+            under = 0.75 * self.height
+            return [("box", self.half, under, self.height), ("box", 0.45 * self.half, 0.0, under)]
         shape = {"cabinet": "box", "barrel": "cylinder", "ball": "sphere"}[self.kind]
         return [(shape, self.half, 0.0, 2 * self.half if shape == "sphere" else self.height)]
 
@@ -80,7 +81,8 @@ def random_room(seed, things=6, free_radius=1.6):
         to_wall = np.min((np.array([width, length]) / 2 - half - 0.05) / np.maximum(np.abs(direction), 1e-9))
         near = min(free_radius + half, to_wall)
         x, z = direction * rng.uniform(near, max(near, min(to_wall, 3.0)))
-        placed.append(Thing(str(rng.choice(KINDS)), str(colour), float(x), float(z), float(rng.uniform(0, 90)), half, tall))
+        kind, yaw = str(rng.choice(KINDS)), float(rng.uniform(0, 90))
+        placed.append(Thing(kind, str(colour), float(x), float(z), yaw, half, tall))
     return Room(width, length, rng.uniform(2.6, 3.0), tuple(rng.permutation(len(WALLS))[:4].tolist()),
                 int(rng.integers(len(FLOORS))), int(rng.integers(len(CEILINGS))), tuple(placed))
 
@@ -111,7 +113,7 @@ def _may_hit(solid, thing, eyes, directions, length):
     radius2 = (2 if shape == "box" else 1) * half**2 + (top - bottom) ** 2 / 4
     centre = np.array([thing.x, -(top + bottom) / 2, thing.z], np.float32) - eyes                  # (V, 3)
     reach = np.sqrt(np.maximum((centre**2).sum(1) - radius2, 0))
-    reach[reach == 0] = -np.inf                                                                    # an eye inside the ball
+    reach[reach == 0] = -np.inf                                                                # an eye inside the ball
     return np.flatnonzero((centre[:, None] @ directions)[:, 0] >= length * reach[:, None])
 
 
@@ -201,13 +203,14 @@ class TrueRenderer:
     """The oracle simulator: it knows the room and renders the commanded view. Same call as the trained simulator."""
 
     def imagine(self, queries):
-        """list of Query with `scene` -> list of (H, W, 3) uint8. A camera that is sent through a wall stops before it."""
+        """list of Query with `scene` -> list of (H, W, 3) uint8. A camera sent through a wall stops before it."""
         views = []
         for query in queries:
             if query.scene is None:
                 raise ValueError("the true renderer works in rooms only: this question carries no scene")
             reference, motion = read_instruction(query.instruction)
-            target, room = move_camera(np.array(query.scene["poses"][reference - 1]), motion), random_room(query.scene["room"])
+            room, start = random_room(query.scene["room"]), np.array(query.scene["poses"][reference - 1])
+            target = move_camera(start, motion)
             half = np.array([room.width / 2, 0, room.length / 2]) - 0.1
             target[:3, 3] = np.clip(target[:3, 3], [-half[0], 0.1 - room.height, -half[2]], [half[0], -0.1, half[2]])
             views.append(render(room, target, size=query.images[0].shape[0])["rgb"][0])

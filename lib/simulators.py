@@ -36,7 +36,8 @@ def find(name, wm=None):
     if name not in FOLDERS:
         return str(name)
     found = newest((FOLDERS[name],))
-    return str(found) if found else fail(f"There is no simulator in out/{FOLDERS[name]} yet. `{COMMANDS[name]}` makes it.")
+    return str(found) if found else fail(
+        f"There is no simulator in out/{FOLDERS[name]} yet. `{COMMANDS[name]}` makes it.")
 
 
 def load(name, device="cpu", wm=None):
