@@ -65,7 +65,7 @@ LOG = {  # log.jsonl: one line per step; means over all rollouts of the step, on
 }
 
 PRESETS = {
-    "tiny": dict(questions=8, group=8, minibatches=2, lr=6e-5, warmup=2, lr_floor=0.1, kl=0.0,
+    "tiny": dict(questions=16, group=8, minibatches=2, lr=6e-5, warmup=2, lr_floor=0.1, kl=0.0,
                  max_new_tokens=64, eval_questions=200, micro_batch=32, save_every=6),
     "astra": dict(questions=128, group=8, steps=200, minibatches=2, lr=1e-6, warmup=10, lr_floor=1.0,
                   max_new_tokens=4096, eval_every=10, eval_questions=256, micro_batch=1, save_every=10,

@@ -19,8 +19,8 @@ is frozen, as in the paper, and the language model learns from scripted dialogue
 
 There are as many tool scripts (slips included) as direct ones, all about questions that name a motion. But whether to
 call is a choice that reinforcement learning is to find: where both are open the first word of a tool script counts
-little (DECISION), so that the cold start ends with few calls, and slips leave some of those invalid. Tokens that carry
-a fact count more. The answer is the option's words: to turn a word into its letter is one more look-up that a small
+little (DECISION), so that the cold start ends with few calls, and slips leave some of those invalid. Tokens that name
+what is asked (NAMED) or carry a fact (FACT) count more. The answer is the option's words: to turn a word into its letter is one more look-up that a small
 transformer does not learn in minutes.
 Out: the policy, log.jsonl (per step: loss, share of facts that are right), done.json.
 """
@@ -40,7 +40,7 @@ from lib.dialogue import Trajectory
 from lib.rooms import COLOURS
 from policy import Policy, collate
 
-FACT, NAMED, DECISION = 4.0, 3.0, 0.2                 # weights of tokens; every other scripted token counts 1
+FACT, NAMED, DECISION = 4.0, 3.0, 0.6                 # weights of tokens; every other scripted token counts 1
 SAY = {"largest": "largest in", "leftmost": "furthest left in", "rightmost": "furthest right in",
        "left": "left third of", "centre": "centre third of", "right": "right third of"}
 NAMES = [*COLOURS, "none"]                            # what a fact can say
@@ -49,7 +49,7 @@ LESSONS = {                                           # share of each kind of sc
     "direct": {"look": (0.25, 0.25), "direct": (0.75, 0.75)},
 }
 MIXING = (0.3, 0.5)                                   # the shares change between these points of the run
-PRESETS = {"tiny": dict(see_steps=350, steps=700, batch=32, lr=1.5e-3, warmup=20, lr_floor=0.03, micro_batch=8,
+PRESETS = {"tiny": dict(see_steps=350, steps=800, batch=32, lr=1.5e-3, warmup=20, lr_floor=0.03, micro_batch=8,
                         save_every=50)}
 
 
@@ -149,10 +149,10 @@ def look_parts(rng, shows, count=12):
     return parts
 
 
-def answer_parts(question, where, first=1.0):
-    """The thought that names the view and what it shows, then the answer; `first` weighs the choice not to call."""
+def answer_parts(question, where):
+    """The thought that names what is asked, of which view, and what it shows; then the answer."""
     words = question["options"]["ABCD".index(question["answer"])].split(". ")[1]
-    thought = ([("The camera:", first)] if question["ask"] is None else [(SAY[question["ask"]], first), (where, NAMED)])
+    thought = [("The camera:", NAMED)] if question["ask"] is None else [(SAY[question["ask"]], NAMED), (where, NAMED)]
     return [("<think>", 1), *thought, (f" {words}", FACT), ("</think>", 1), ("<answer>", 1), (f" {words}", 1),
             ("</answer>", 1), ("<|im_end|>", 1)]
 

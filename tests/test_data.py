@@ -21,6 +21,16 @@ def made(tmp_path_factory):
     return out
 
 
+def test_every_file_shows_what_its_row_says(made):
+    """Triples and questions of a held-out room stand at different spots: neither may overwrite the other's pictures."""
+    for name, images, poses in (("triples_test", "context", lambda row: row["context_c2w"]),
+                                ("questions_test", "images", lambda row: row["scene"]["poses"])):
+        for row in data.load_jsonl(made / f"{name}.jsonl"):
+            room = random_room(row["room"] if "room" in row else row["scene"]["room"])
+            for path, view in zip(row[images], render(room, np.array(poses(row)))["rgb"]):
+                assert np.abs(data.load_image(path).astype(int) - view).max() <= 1
+
+
 def test_a_triple_is_what_its_words_say(made):
     rows = data.load_jsonl(made / "triples_train.jsonl")
     assert len(rows) > 20
