@@ -21,18 +21,17 @@ training, the policy's training (a policy must not learn to trust memorised imag
 
 import argparse
 import json
-import os
 import signal
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from lib.common import disk, fail, run, say
 from lib.geometry import Motion, coverage, dominant_motion, instruction, move_camera, phrase, pinhole, pose, warp
+from lib.pictures import load_image, save_image
 from lib.rooms import EYE, random_room, render
 
 SIZE = 32                                             # pixels; the field of view is 90 degrees, so a ring of four tiles
@@ -46,16 +45,6 @@ MIN_COVERAGE = 0.85                                   # paper
 
 
 # ---- files ----------------------------------------------------------------------------------------------------
-
-def load_image(path):
-    """Any image file -> (H, W, 3) uint8. Stops with a sentence if it is missing, truncated or no image."""
-    try:
-        return np.array(Image.open(path).convert("RGB"))
-    except FileNotFoundError:
-        fail(f"the image {path} does not exist")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        fail(f"cannot read the image {path} ({error}); it may be truncated: fetch or make it again")
-
 
 def load_jsonl(path):
     """Rows of a JSONL file as dicts, image paths made absolute. Stops with a sentence on a missing file or bad line."""
@@ -83,14 +72,6 @@ def save_jsonl(path, rows):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
         beside.replace(path)
-
-
-def save_image(path, pixels):
-    """uint8 (H, W, 3 or 4) -> PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    Image.fromarray(pixels).save(beside, "png", compress_level=1)
-    beside.replace(path)
 
 
 def matrix(c2w):

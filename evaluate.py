@@ -32,6 +32,7 @@ import data
 from lib import common, consistency, report, simulators
 from lib.benchmarks import LISTED_ONLY, load_mindcube, open_image, option_letter, score
 from lib.geometry import Motion, Query, instruction
+from lib.pictures import save_image
 from lib.dialogue import Trajectory
 from policy import Policy, rollout
 
@@ -272,7 +273,7 @@ def imagine_targets(simulator, rows, folder=None, batch=64, title="imagine"):
             else:
                 view = np.asarray(next(new))
                 if place:
-                    data.save_image(place, view)
+                    save_image(place, view)
             if view.shape != row["target"].shape:
                 view = np.asarray(Image.fromarray(view).resize(row["target"].shape[1::-1], Image.BICUBIC))
             views.append(view)

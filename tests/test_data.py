@@ -8,6 +8,7 @@ import pytest
 
 import data
 from lib.geometry import Motion, dominant_motion, instruction, move_camera
+from lib.pictures import load_image
 from lib.rooms import random_room, render
 
 ROOMS = 24
@@ -28,7 +29,7 @@ def test_every_file_shows_what_its_row_says(made):
         for row in data.load_jsonl(made / f"{name}.jsonl"):
             room = random_room(row["room"] if "room" in row else row["scene"]["room"])
             for path, view in zip(row[images], render(room, np.array(poses(row)))["rgb"]):
-                assert np.abs(data.load_image(path).astype(int) - view).max() <= 1
+                assert np.abs(load_image(path).astype(int) - view).max() <= 1
 
 
 def test_a_triple_is_what_its_words_say(made):
@@ -39,7 +40,7 @@ def test_a_triple_is_what_its_words_say(made):
         motion = Motion(**row["motion"])
         assert dominant_motion(context[row["reference"] - 1], target) == motion and row["coverage"] >= 0.85
         assert row["instruction"] == instruction(motion, row["reference"])
-        assert np.abs(data.load_image(row["target"]).astype(int) - render(random_room(row["room"]), target)["rgb"][0]).max() <= 1
+        assert np.abs(load_image(row["target"]).astype(int) - render(random_room(row["room"]), target)["rgb"][0]).max() <= 1
 
 
 def test_the_warp_shows_the_target_where_the_context_sees_it(made):
@@ -48,7 +49,7 @@ def test_the_warp_shows_the_target_where_the_context_sees_it(made):
     warped = np.array(Image.open(row["warp"]))
     seen = warped[..., 3] > 127
     assert seen.mean() >= 0.8
-    error = np.abs(warped[..., :3].astype(int) - data.load_image(row["target"])).mean(-1)[seen]
+    error = np.abs(warped[..., :3].astype(int) - load_image(row["target"])).mean(-1)[seen]
     assert np.median(error) < 8
 
 
@@ -126,7 +127,7 @@ def test_bad_files_stop_with_a_sentence(made, tmp_path):
     source = next((made / "questions").rglob("1.png"))
     broken.write_bytes(source.read_bytes()[:200])
     with pytest.raises(SystemExit, match="truncated"):
-        data.load_image(broken)
+        load_image(broken)
     with pytest.raises(SystemExit, match="python data.py questions"):
         data.load_jsonl(tmp_path / "questions_train.jsonl")
     (tmp_path / "questions_train.jsonl").write_text('{"id": 1}\n{"id"')

@@ -1,0 +1,28 @@
+"""Pictures in and out: (H, W, 3) uint8 arrays in memory, PNG files that are whole or not there."""
+
+import os
+
+import numpy as np
+from PIL import Image
+
+from lib.common import fail
+
+
+def load_image(image):
+    """Any image file (or an array, which passes) -> (H, W, 3) uint8. Stops with a sentence if it cannot be read."""
+    if isinstance(image, np.ndarray):
+        return image
+    try:
+        return np.array(Image.open(image).convert("RGB"))
+    except FileNotFoundError:
+        fail(f"The image {image} does not exist.")
+    except (OSError, SyntaxError) as error:             # Pillow's words for a truncated file or no image at all
+        fail(f"The image {image} cannot be read ({error}); it may be truncated: fetch or make it again.")
+
+
+def save_image(path, pixels):
+    """uint8 (H, W, 3 or 4) -> PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    Image.fromarray(pixels).save(beside, "png", compress_level=1)
+    beside.replace(path)
