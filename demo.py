@@ -156,10 +156,10 @@ def show(results, out):
     """Print the table and write report.html."""
     def cell(part):
         return f"{part['accuracy']:.3f} [{part['ci95'][0]:.2f} {part['ci95'][1]:.2f}] calls {part['call_rate']:4.0%}"
-    print(f"\n{'':14}{'all questions':28}{'an unseen view is needed':28}{'the given views answer':28}")
+    print(f"\n{'':14}{'all questions':34}{'an unseen view is needed':34}{'the given views answer':34}")
     for mode, summary in results["modes"].items():
         parts = [summary, summary["by_need"]["needs_view"], summary["by_need"]["answerable"]]
-        print(f"{mode:14}" + "".join(f"{cell(part):28}" for part in parts))
+        print(f"{mode:14}" + "".join(f"{cell(part):34}" for part in parts))
     print(f"accuracy [95 % interval], share of questions with a call; {results['modes']['direct']['n']} questions "
           f"about rooms never trained on;\nchance {results['chance']:.2f}, the best guess from the text alone "
           f"{results['text_only_chance']:.2f}")
@@ -169,10 +169,10 @@ def show(results, out):
     spent = [sum(results["cpu_seconds"][name] for name in names) for names in (IMAGINING, ANSWERING)]
     print(f"CPU seconds after the same cold start: {spent[0]:.0f} to imagine, {spent[1]:.0f} for direct_only")
 
-    print(f"\n{'simulator':32}{'pose':>6}{'content':>9}")
+    print(f"\n{'simulator':40}{'pose':>6}{'content':>9}")
     oracles = {f"oracle: {name}": scores for name, scores in results["wm"]["oracles"].items()}
     for name, scores in ({"Astra-WM": results["wm"]} | results["wm"]["baselines"] | oracles).items():
-        print(f"{name:32}{scores['pose']:6.2f}{scores['content']:9.2f}")
+        print(f"{name:40}{scores['pose']:6.2f}{scores['content']:9.2f}")
     print("\nseconds: " + ", ".join(f"{name} {spent:.0f}" for name, spent in results["seconds"].items()))
 
     from lib.dialogue import Trajectory

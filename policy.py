@@ -22,13 +22,15 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from lib.common import fail, generator, newest, run, stable_seed
 from lib.dialogue import NO_SIMULATOR, NOTE, PAD, PHRASES, Trajectory
 from lib.pictures import load_image
 from lib.rollout import Writer
 from lib.tokenizer import tiny_tokenizer
+
+logging.disable_progress_bar()                  # of loading and saving: seconds at most, and our own bars stand around it
 
 # ---- weights, tokens, pixels ----------------------------------------------------------------------------------------
 
