@@ -85,7 +85,7 @@ def parse_args(argv=None):
     p.add_argument("--wm", help="the tuned simulator (default: the newest of out/wm and out/demo/wm)")
     p.add_argument("--simulator", choices=("tuned", "truth", "none"), default="tuned",
                    help="Astra-WM; the true renderer (rooms only); or none: calls are told so")
-    p.add_argument("--data", default="out/data", help="folder of questions_train.jsonl and questions_val.jsonl")
+    p.add_argument("--data", help="folder of questions_{train,val}.jsonl (default: the newest of out/data, out/demo/data)")
     p.add_argument("--out", help="default: out/phase1 or out/phase2")
     # these change the numbers
     p.add_argument("--seed", type=int, default=0)
@@ -116,6 +116,7 @@ def parse_args(argv=None):
             setattr(args, key, value)
     start = "Qwen/Qwen3-VL-8B-Instruct" if args.preset == "astra" else str(common.newest(("sft",)) or "out/sft")
     args.policy = args.policy or (start if args.phase == 1 else str(common.newest(("phase1",)) or "out/phase1"))
+    args.data = args.data or str(common.newest(("data",), "questions_train.jsonl") or "out/data")
     args.wm = args.wm or str(common.newest(("wm",)) or "out/wm")
     args.out = args.out or f"out/phase{args.phase}"
     if args.questions % args.minibatches:
