@@ -85,7 +85,7 @@ def parse_args(argv=None):
     p.add_argument("--wm", help="the tuned simulator (default: the newest of out/wm and out/demo/wm)")
     p.add_argument("--simulator", choices=("tuned", "truth", "none"), default="tuned",
                    help="Astra-WM; the true renderer (rooms only); or none: calls are told so")
-    p.add_argument("--data", help="folder of questions_{train,val}.jsonl (default: the newest of out/data, out/demo/data)")
+    p.add_argument("--data", help="folder of questions_{train,val}.jsonl (default: out/data or out/demo/data)")
     p.add_argument("--out", help="default: out/phase1 or out/phase2")
     # these change the numbers
     p.add_argument("--seed", type=int, default=0)

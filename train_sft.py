@@ -20,8 +20,8 @@ is frozen, as in the paper, and the language model learns from scripted dialogue
 There are as many tool scripts (slips included) as direct ones, all about questions that name a motion. But whether to
 call is a choice that reinforcement learning is to find: where both are open the first word of a tool script counts
 little (DECISION), so that the cold start ends with few calls, and slips leave some of those invalid. Tokens that name
-what is asked (NAMED) or carry a fact (FACT) count more. The answer is the option's words: to turn a word into its letter is one more look-up that a small
-transformer does not learn in minutes.
+what is asked (NAMED) or carry a fact (FACT) count more. The answer is the option's words: to turn a word into its
+letter is one more look-up that a small transformer does not learn in minutes.
 Out: the policy, log.jsonl (per step: loss, share of facts that are right), done.json.
 """
 
