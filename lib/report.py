@@ -121,7 +121,7 @@ def categories_figure(results):
         axes.set_xticks(places, names)
         axes.set_ylim(0, 1)
         axes.set_ylabel("accuracy")
-        axes.legend(frameon=False, ncols=4)
+        axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         return fig
     return figure(draw)
 
