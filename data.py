@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lib.common import disk, fail, run, say
+from lib.common import disk, fail, run, say, write_text
 from lib.geometry import Motion, coverage, dominant_motion, instruction, move_camera, phrase, pinhole, pose, warp
 from lib.pictures import load_image, save_image
 from lib.rooms import EYE, random_room, render
@@ -67,11 +67,7 @@ def load_jsonl(path):
 
 def save_jsonl(path, rows):
     """Write all rows, or nothing."""
-    beside = path.with_suffix(".partial")
-    with disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        beside.replace(path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def matrix(c2w):

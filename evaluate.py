@@ -361,6 +361,7 @@ def print_table(runs, blind):
 
 
 def parse_args(argv=None):
+    """The command line's flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--bench", choices=("rooms", "mindcube", "wm"), default="rooms")
     p.add_argument("--mode", choices=(*MODES, "all"), default="all")
@@ -382,6 +383,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Ask (or go on asking) every question in every mode, then summarise."""
     args = parse_args(argv)
     device = common.setup(args.threads).device
     if args.bench == "wm":

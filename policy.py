@@ -300,6 +300,7 @@ def token_logprobs(policy, batch, temperature=1.0):
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
+    """The command line's flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--images", nargs="+", required=True, help="the given views, in order: Image-1, Image-2, ...")
     p.add_argument("--ask", required=True, help="the question")
@@ -315,6 +316,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Ask one question and show the dialogue."""
     args = parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = [text if re.match(r"[A-Z]\. ", text) else f"{chr(65 + i)}. {text}" for i, text in enumerate(args.options)]

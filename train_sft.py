@@ -55,6 +55,7 @@ PRESETS = {"tiny": dict(see_steps=350, steps=800, batch=32, lr=1.5e-3, warmup=20
 
 
 def parse_args(argv=None):
+    """The command line's flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="out/data", help="folder of questions_train.jsonl; made if missing")
     p.add_argument("--out", default="out/sft", help="folder of the policy")
@@ -250,6 +251,7 @@ def open_policy(args, lessons, world):
 
 
 def main(argv=None):
+    """The stage: the tower learns to see, then the language model learns from scripts."""
     args = parse_args(argv)
     common.begin("train_sft", args, neutral=("threads", "save_every", "micro_batch"))
     world, out = common.setup(args.threads), Path(args.out)

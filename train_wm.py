@@ -266,6 +266,7 @@ def averaged(parameters, average):
 # ---------------------------------------------------------------- the run
 
 def parse_args(argv=None):
+    """The command line's flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", help="folder with triples_{train,val}.jsonl")
     p.add_argument("--out", help="folder of the run and of the finished model")
@@ -313,6 +314,7 @@ def load_data(args, world):
 
 
 def main(argv=None):
+    """The stage: batches, losses, a step, the moving average, a look now and then."""
     args = parse_args(argv)
     common.begin("train_wm", args, neutral=NEUTRAL)
     world = common.setup(args.threads)

@@ -265,6 +265,7 @@ def initialise(network):
 # ---------------------------------------------------------------- command line
 
 def parse_args(argv=None):
+    """The command line's flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--images", nargs="+", required=True, help="context views in order (tiny: a ring of left turns)")
     p.add_argument("--reference", type=int, default=1, help="number of the image that the motion starts from")
@@ -277,6 +278,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Imagine one view and save it."""
     args = parse_args(argv)
     path = args.model or newest(("wm",)) or fail(
         "There is no world model yet. `python train_wm.py` trains one in out/wm; or give --model.")

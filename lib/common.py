@@ -89,11 +89,6 @@ def progress(steps, start=0, title=""):
     return tqdm(range(start, steps), initial=start, total=steps, desc=title, disable=not is_main(), dynamic_ncols=True)
 
 
-def progress_over(items, title=""):
-    """A progress bar over a list, silent on every rank but 0."""
-    return tqdm(items, desc=title, disable=not is_main(), dynamic_ncols=True)
-
-
 def wait_for_all():
     """Let every rank reach this line (files that rank 0 wrote are then there for all)."""
     if dist.is_initialized():
