@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import functools
 import math
+import os
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -27,34 +28,37 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 
 import data
 from lib import common
 from lib.bagel import LATENT_PATCH, token_grid
 from lib.bagel_files import patchify, resize, to_pixels
 from lib.geometry import Motion, Query, instruction, phrase
+from lib.packing import Latent, Pack, Text, View, pack
 from world_model import WorldModel, clean
 
 PRESETS = {
     # Many small updates: with 14,000 targets, 500 updates of 28 reached pose .7 to .8, 250 of 55 reached .3.
-    "tiny": dict(data="out/data", out="out/wm", init=None, steps=2000, contexts=4, micro_contexts=4, lr=2e-3,
+    "tiny": dict(data="out/data", out="out/wm", init=None, steps=2000, contexts=4, targets=8, micro_contexts=4, lr=2e-3,
                  floor=0.03, warmup=60, weight_decay=0.01, shift=4.5, drop_text=0.0, drop_vit=0.0, drop_vae=0.0,
-                 augment=True, images_in_memory=None, look_every=250, save_every=250),
+                 augment=True, latents=None, recompute=False, images_in_memory=None, look_every=250, save_every=250),
     # The paper gives model and data; these are BAGEL's values for fine-tuning and editing.
     "astra": dict(data="data/scans", out="out/wm-astra", init="ByteDance-Seed/BAGEL-7B-MoT", steps=20_000, contexts=64,
-                  micro_contexts=1, lr=2e-5, floor=1.0, warmup=500, weight_decay=0.0, shift=4.0, drop_text=0.1,
-                  drop_vit=0.3, drop_vae=0.3, augment=False, images_in_memory=4_000, look_every=1_000, save_every=500),
+                  targets=8, micro_contexts=1, lr=2e-5, floor=1.0, warmup=500, weight_decay=0.0, shift=4.0, drop_text=0.1,
+                  drop_vit=0.3, drop_vae=0.3, augment=False, latents="data/latents", recompute=True, images_in_memory=4_000, look_every=1_000, save_every=500),
 }
-NEUTRAL = ("threads", "micro_contexts", "images_in_memory", "save_every")       # flags that never change the numbers
+NEUTRAL = ("threads", "micro_contexts", "latents", "recompute", "images_in_memory", "save_every")       # flags that never change the numbers
 MIRRORED = {"left": "right", "right": "left"}
 COLOURS = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
 
 
 # ---------------------------------------------------------------- batches
 
-def contexts_of(rows):
-    """Rows of triples -> lists of rows with one context and one reference, which training reads once for all."""
-    return [list(group) for _, group in groupby(rows, key=lambda row: (row["context"], row["reference"]))]
+def contexts_of(rows, most):
+    """Rows of triples -> lists of at most `most` rows with one context and one reference, which is read once for all."""
+    groups = [list(group) for _, group in groupby(rows, key=lambda row: (row["context"], row["reference"]))]
+    return [group[i:i + most] for group in groups for i in range(0, len(group), most)]
 
 
 def drawn(contexts, step, count, seed):
@@ -98,70 +102,128 @@ def example(rows, model, read, args, stream):
     if args.shuffle_instructions:
         sentences = [sentences[j] for j in torch.randperm(len(rows), generator=stream).tolist()]
     fit = functools.partial(resize, limits=model.settings.vae_limits)
-    seen = warps[..., 3:] > 127
-    drop = torch.tensor([args.drop_vae, args.drop_vit] * len(context))
+    seen = [alpha[..., 3] > 127 for alpha in warps]
+    paths = model.arranged(rows[0]["context"], reference, "")[0]
+    drop = torch.tensor([args.drop_vae, args.drop_vit] * len(paths))
     return dict(
         context=[fit(image) for image in model.arranged(context, reference, "")[0]],
-        sentences=[model.arranged(context, reference, sentence)[2] for sentence in sentences],
         targets=[fit(image) for image in targets],
-        filled=[fit(image) for image in np.where(seen, warps[..., :3], targets)],
-        seen=[fit(np.repeat(255 * alpha.astype(np.uint8), 3, -1))[..., 0] for alpha in seen],
-        keep=torch.rand(len(drop), generator=stream) >= drop,
-        said=torch.rand(len(rows), generator=stream) >= args.drop_text,
+        filled=[fit(np.where(s[..., None], warp[..., :3], target)) for s, warp, target in zip(seen, warps, targets)],
+        names=[*paths, *(row["target"] for row in rows), *(f"{row['warp']} on {row['target']}" for row in rows)],
+        sentences=[model.words(model.arranged(context, reference, sentence)[2]) for sentence in sentences],
+        seen=[fit(np.repeat(255 * s[..., None].astype(np.uint8), 3, -1))[..., 0] for s in seen],
+        keep=(torch.rand(len(drop), generator=stream) >= drop).tolist(),
+        said=(torch.rand(len(rows), generator=stream) >= args.drop_text).tolist(),
         t=torch.sigmoid(torch.randn(len(rows), generator=stream) + math.log(args.shift)),
         other=(torch.arange(len(rows)) + int(torch.randint(1, max(2, len(rows)), (), generator=stream))) % len(rows))
 
 
 class Batch(NamedTuple):
-    """R targets of B contexts: what the network is told (see `Bagel.forward`) and what it should say."""
+    """R targets of some contexts, in all N latent tokens: what the network reads and what it should say."""
 
-    images: list            # (latent, ViT pixels) per context image
-    keep: torch.Tensor      # (B, 2 I) bool, the segments that condition dropout leaves
-    owner: torch.Tensor     # (R,) which context
-    ids: torch.Tensor       # (R, L)
-    lengths: torch.Tensor   # (R,)
-    grid: tuple             # (h, w)
-    t: torch.Tensor         # (R,)
-    eps: torch.Tensor       # (R, n, C) noise
-    x0: torch.Tensor        # (R, n, C) the target
-    warp: torch.Tensor      # (R, n, C) the context warped into the target view; its holes show the target
-    seen: torch.Tensor      # (R, n) share of a token's pixels that some context view sees
-    other: torch.Tensor     # (R,) another row of the same context, or the row itself where there is no other
+    pack: Pack
+    pack_other: Pack        # the same with the sentence of another target under each; None where it is not asked for
+    x0: torch.Tensor        # (N, C) the targets
+    eps: torch.Tensor       # (N, C) their noise
+    warp: torch.Tensor      # (N, C) the context warped into the target view; its holes show the target
+    seen: torch.Tensor      # (N,) share of a token's pixels that some context view sees
+    t: torch.Tensor         # (N,)
+    target: torch.Tensor    # (N,) which of the R targets
+    other: torch.Tensor     # (N,) the same place in another target of its context, or itself where there is none
+
+
+class LatentFolder:
+    """What the frozen autoencoder says of each picture (posterior mean and log-variance), kept on disk as fp16.
+
+    Without it every epoch would encode every picture again; the draw from the posterior stays fresh.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def __call__(self, name, make):
+        """(mean, log_variance) of the picture called `name`; `make()` where it was never asked for."""
+        path = self.folder / f"{common.stable_seed(name):016x}.safetensors"
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            beside = path.with_suffix(f".{os.getpid()}")
+            save_file({key: x.half().cpu() for key, x in zip(("mean", "log_variance"), make())}, beside)
+            os.replace(beside, path)
+        tensors = load_file(path)
+        return tensors["mean"].float(), tensors["log_variance"].float()
+
+
+def encoded(part, model, kept, stream):
+    """The pictures of one `example` as latents (1, c, 2 h, 2 w) on the CPU: context and targets drawn, warps not."""
+    latents = []
+    drawn = len(part["context"]) + len(part["targets"])
+    for i, (name, image) in enumerate(zip(part["names"], part["context"] + part["targets"] + part["filled"])):
+        pixels = to_pixels(image[None]).to(model.device)
+        if not model.autoencoder.random:
+            latents.append(model.autoencoder.encode(pixels).cpu())
+            continue
+        moments = functools.partial(model.autoencoder.moments, pixels)
+        mean, log_variance = kept(name, moments) if kept else (x.cpu() for x in moments())
+        noise = torch.randn(mean.shape, generator=stream) if i < drawn else torch.zeros_like(mean)
+        latents.append(model.autoencoder.draw(mean, log_variance, noise))
+    return latents
+
+
+def sample_of(part, latents, eps, model, sentences):
+    """The segments of one context and its targets, each target a branch with its sentence (lib/packing.py)."""
+    segments, patch, images = [], model.network.config.vit_patch, len(part["context"])
+    tokens, grids = [patchify(z, LATENT_PATCH)[0] for z in latents], [token_grid(z) for z in latents]
+    for i, image in enumerate(part["context"]):
+        pixels = to_pixels(resize(image, model.settings.vit_limits)[None])
+        grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
+        segments += [Latent(tokens[i], grids[i], number=i, keep=part["keep"][2 * i]),
+                     View(patchify(pixels, patch)[0], grid, number=i, keep=part["keep"][2 * i + 1])]
+    for k, (ids, said, t, noise) in enumerate(zip(sentences, part["said"], part["t"], eps)):
+        segments += [Text(ids, group=k + 1, keep=said),
+                     Latent(tokens[images + k], grids[images + k], group=k + 1, t=t, noise=noise,
+                            said=ids[1:-1] if said else ())]
+    return segments
 
 
 @torch.no_grad()
-def collate(groups, model, read, args, step, first):
+def collate(groups, model, read, args, step, first, with_pose=False, kept=None):
     """Contexts with their targets -> Batch; context i of `groups` draws from the stream (seed, step, first + i).
 
-    Raises ValueError if pictures that stand in the same place differ in size: then --micro-contexts 1.
+    with_pose   also make `pack_other`;   kept: a LatentFolder, or None to encode every picture
     """
-    streams = [common.generator(args.seed, "batch", step, first + i) for i in range(len(groups))]
-    parts = [example(rows, model, read, args, stream) for rows, stream in zip(groups, streams)]
-    counts, device = [len(rows) for rows in groups], model.device
-    owner = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(counts))
+    samples, samples_other, rows = [], [], []
+    for i, group in enumerate(groups):
+        stream = common.generator(args.seed, "batch", step, first + i)
+        part = example(group, model, read, args, stream)
+        latents, count = encoded(part, model, kept, stream), len(part["targets"])
+        x0, warp = (torch.cat([patchify(z, LATENT_PATCH) for z in zs])                  # (T, n, C)
+                    for zs in (latents[-2 * count:-count], latents[-count:]))
+        eps = torch.randn(x0.shape, generator=stream)
+        seen = torch.from_numpy(np.stack(part["seen"])[:, None] / np.float32(255))
+        seen = patchify(seen, LATENT_PATCH * model.autoencoder.cell).mean(-1)           # (T, n)
+        if args.control:
+            seen = seen.flatten()[torch.randperm(seen.numel(), generator=stream)].view_as(seen)
+        before, n = sum(len(r[0]) * r[0].shape[1] for r in rows), x0.shape[1]
+        rows.append((x0, eps, warp, seen, part["t"][:, None].expand(-1, n),
+                     (sum(len(r[0]) for r in rows) + torch.arange(count))[:, None].expand(-1, n),
+                     before + part["other"][:, None] * n + torch.arange(n)))
+        samples.append(sample_of(part, latents, eps, model, part["sentences"]))
+        if with_pose:
+            samples_other.append(sample_of(part, latents, eps, model, [part["sentences"][j] for j in part["other"]]))
 
-    def rows_of(key):
-        return [row for part in parts for row in part[key]]
+    def packed(samples):
+        # Flex attention skips what sees nothing, so on a GPU all samples stand in one sequence, without padding.
+        sequences = [samples] if model.device.type == "cuda" else [[sample] for sample in samples]
+        return pack(sequences, model.network.markers, model.network.config).to(model.device) if samples else None
 
-    images = [model.see(place, streams) for place in zip(*(part["context"] for part in parts))]
-    ids, lengths = model.texts(rows_of("sentences"))
-    latent = model.encode(np.stack(rows_of("targets")), [streams[i] for i in owner])
-    x0 = patchify(latent, LATENT_PATCH)
-    eps = torch.cat([torch.randn(count, *x0.shape[1:], generator=stream) for count, stream in zip(counts, streams)])
-    warp = model.autoencoder.encode(to_pixels(np.stack(rows_of("filled"))).to(device), torch.zeros(()))
-    seen = torch.from_numpy(np.stack(rows_of("seen"))[:, None] / np.float32(255))
-    seen = patchify(seen, LATENT_PATCH * model.autoencoder.cell).mean(-1)
-    start = torch.tensor([0, *counts[:-1]]).cumsum(0)
-    return Batch(images, torch.stack([part["keep"] for part in parts]), owner, ids,
-                 torch.where(torch.stack(rows_of("said")), lengths, 0), token_grid(latent),
-                 torch.stack(rows_of("t")).to(device), eps.to(device), x0, patchify(warp, LATENT_PATCH),
-                 seen.to(device), torch.cat([start[i] + part["other"] for i, part in enumerate(parts)]))
+    flat = [torch.cat([part.flatten(0, 1) for part in parts]).to(model.device) for parts in zip(*rows)]
+    return Batch(packed(samples), packed(samples_other), *flat)
 
 
-# ---------------------------------------------------------------- losses, each (R, n): rows and latent tokens
+# ---------------------------------------------------------------- losses, each (N,): one number per latent token
 
 def flow_matching(output, x0, eps, prediction):
-    """Squared error of the network's output, mean over the C numbers of a token. All tensors (R, n, C).
+    """Squared error of the network's output, mean over the C numbers of a token. All tensors (N, C).
 
     "velocity": |v_hat - (eps - x0)|^2 (bagel.md);  "x0": |x0_hat - x0|^2, which weighs time t by t^2 beside the other.
     """
@@ -177,37 +239,39 @@ def content(x0_hat, x0, warp, seen, seen_weight, warp_weight):
     return seen * (seen_weight * (x0_hat - x0).square().mean(-1) + warp_weight * (x0_hat - warp).square().mean(-1))
 
 
-def pose(x0_hat, x0_other, x0, t, other, times, margin=0.5):
+def pose(x0_hat, x0_other, x0, t, target, other, times, margin=0.5):
     """Under the true sentence the view must lie nearer to the target than under another sentence, by a margin.
 
-    x0_other  the model's view under the sentence of row `other`, same context, same noise; no gradient flows into it
+    x0_other  the model's view under the sentence of another target, same context, same noise; without gradient
     times     (low, high): only low < t < high counts. Near 1 the views are still blurs; near 0 the noisy view itself
               gives the target away, whatever is said, and the margin could not be met
-    returns   max(0, d(x0_hat, x0) - d(x0_other, x0) + margin d(x0[other], x0)), d = mean squared distance; 0 outside
-              `times`, where a row has no other, and where the two sentences lead to the same view
+    target, other   (N,), see `Batch`
+    returns   max(0, d(x0_hat, x0) - d(x0_other, x0) + margin d(x0[other], x0)), d = mean squared distance of two views;
+              0 outside `times`, where a target has no other, and where the two sentences lead to the same view
     """
-    def distance(a, b):
-        return (a - b).square().mean((1, 2))
+    def distance(a, b):                                                                       # of each target: (R,)
+        return torch.zeros(len(count), device=x0.device).index_add(0, target, (a - b).square().mean(-1)) / count
 
+    count = torch.bincount(target)
     apart = distance(x0[other], x0)
     term = torch.relu(distance(x0_hat, x0) - distance(x0_other, x0).detach() + margin * apart)
-    return (term * ((t > times[0]) & (t < times[1]) & (apart > 1e-3)))[:, None].expand(x0.shape[:2])
+    return (term * (apart > 1e-3))[target] * ((t > times[0]) & (t < times[1]))
 
 
-def losses(network, batch, args, with_pose):
-    """One forward pass -> {"loss_flow", ...}: the parts of the loss, weighted, summed over rows and latent tokens."""
+def losses(network, batch, args):
+    """One forward pass -> {"loss_flow", ...}: the parts of the loss, weighted, summed over latent tokens."""
     prediction, b = network.config.settings.prediction, batch
-    x = (1 - b.t[:, None, None]) * b.x0 + b.t[:, None, None] * b.eps
-    other = (b.ids[b.other], b.lengths[b.other]) if with_pose else None
-    output = network(b.images, b.owner, b.ids, b.lengths, x, b.t, b.grid, keep=b.keep, other=other)
-    output, output_other = output if with_pose else (output, None)
-    x0_hat = clean(output, x, b.t, prediction)
+    x = (1 - b.t[:, None]) * b.x0 + b.t[:, None] * b.eps
+    output = network(b.pack)[b.pack.target]                                                   # (N, C)
+    x0_hat = clean(output, x, b.t[:, None], prediction)
     parts = {"loss_flow": flow_matching(output, b.x0, b.eps, prediction).sum()}
     if args.seen_weight or args.warp_weight:
         parts["loss_content"] = content(x0_hat, b.x0, b.warp, b.seen, args.seen_weight, args.warp_weight).sum()
-    if with_pose:
-        x0_other = clean(output_other, x, b.t, prediction)
-        parts["loss_pose"] = args.pose_weight * pose(x0_hat, x0_other, b.x0, b.t, b.other, args.pose_times).sum()
+    if b.pack_other is not None:
+        with torch.no_grad():
+            x0_other = clean(network(b.pack_other)[b.pack.target], x, b.t[:, None], prediction)
+        parts["loss_pose"] = args.pose_weight * pose(x0_hat, x0_other, b.x0, b.t, b.target, b.other,
+                                                     args.pose_times).sum()
     return parts
 
 
@@ -271,10 +335,12 @@ def parse_args(argv=None):
     p.add_argument("--data", help="folder with triples_{train,val}.jsonl")
     p.add_argument("--out", help="folder of the run and of the finished model")
     p.add_argument("--init", help="model to start from, a folder or Hugging Face id; tiny: random weights")
+    p.add_argument("--size", type=int, default=32, help="side of the views a random-weight model draws, pixels")
     p.add_argument("--seed", type=int, default=0)
     # these change the numbers
     p.add_argument("--steps", type=int, help="updates")
-    p.add_argument("--contexts", type=int, help="contexts per update, all ranks together; each brings all its targets")
+    p.add_argument("--contexts", type=int, help="contexts per update, all ranks together")
+    p.add_argument("--targets", type=int, help="targets that share one reading of their context, at most")
     p.add_argument("--lr", type=float, help="AdamW peak learning rate")
     p.add_argument("--floor", type=float, help="where the cosine ends, as a share of --lr; 1 = constant")
     p.add_argument("--warmup", type=int, help="steps of linear rise")
@@ -292,8 +358,11 @@ def parse_args(argv=None):
     p.add_argument("--pose-every", type=int, default=4, help="steps between those with the pose term")
     p.add_argument("--pose-times", type=float, nargs=2, default=[0.7, 0.95], help="t at which the pose term counts")
     p.add_argument("--shuffle-instructions", action="store_true", help="the untuned control: motions of other targets")
+    p.add_argument("--control", action="store_true", help="view consistency on random places instead of seen ones")
     # speed, memory and what is shown only
     p.add_argument("--micro-contexts", type=int, help="contexts per forward pass and rank")
+    p.add_argument("--latents", help="folder that keeps what the autoencoder says of each picture; default for tiny: none")
+    p.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="activation checkpointing of every layer")
     p.add_argument("--images-in-memory", type=int, help="pictures kept decoded; default for tiny: all")
     p.add_argument("--look-every", type=int, help="steps between views.png and pose on held-out rooms")
     p.add_argument("--save-every", type=int, help="steps between checkpoints")
@@ -306,7 +375,7 @@ def load_data(args, world):
     if args.preset == "tiny" and common.is_main():
         data.ensure(args.data)
     common.wait_for_all()
-    train, val = (contexts_of(data.load_jsonl(Path(args.data) / f"triples_{split}.jsonl"))
+    train, val = (contexts_of(data.load_jsonl(Path(args.data) / f"triples_{split}.jsonl"), args.targets)
                   for split in ("train", "val"))
     if args.contexts % world.size:
         common.fail(f"--contexts {args.contexts} cannot be shared evenly by {world.size} processes: take a multiple.")
@@ -321,8 +390,10 @@ def main(argv=None):
     out, training = Path(args.out), Path(args.out) / "training"
     train, val = load_data(args, world)
     read = functools.lru_cache(args.images_in_memory)(read_image)
-    model = WorldModel.load(args.init, world.device) if args.init else WorldModel.tiny(args.seed)
+    kept = LatentFolder(args.latents) if args.latents else None
+    model = WorldModel.load(args.init, world.device) if args.init else WorldModel.tiny(args.seed, args.size)
     model.network.to(world.device)
+    model.network.recompute = args.recompute
     network = common.shard(model.network, model.network.blocks, world)
     names, parameters = zip(*network.named_parameters())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
@@ -345,13 +416,13 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * common.cosine(step, args.steps, args.warmup, args.floor)
             first, groups = world.rank * share, drawn(train, step, args.contexts, args.seed)
-            batches = [collate(groups[i:min(i + args.micro_contexts, first + share)], model, read, args, step, i)
-                       for i in range(first, first + share, args.micro_contexts)]
-            tokens = common.global_sum(float(sum(b.seen.numel() for b in batches)))      # of this update, all ranks
             with_pose = args.pose_weight > 0 and step % args.pose_every == 0
+            batches = [collate(groups[i:min(i + args.micro_contexts, first + share)], model, read, args, step, i,
+                               with_pose, kept) for i in range(first, first + share, args.micro_contexts)]
+            tokens = common.global_sum(float(sum(len(b.x0) for b in batches)))           # of this update, all ranks
             metrics = {}
             for batch in batches:
-                parts = losses(network, batch, args, with_pose)
+                parts = losses(network, batch, args)
                 (sum(parts.values()) / tokens).backward()
                 metrics = {key: metrics.get(key, 0) + value.detach() for key, value in parts.items()}
             metrics = {key: common.global_sum(value).item() / tokens for key, value in metrics.items()}

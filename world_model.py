@@ -15,8 +15,11 @@ by Euler steps from t = 1 to t = 0, the context read once into a cache, guided a
 import argparse
 import dataclasses
 import functools
+import itertools
+import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,81 +28,157 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lib import bagel_files
-from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, PositionTable, Settings, stacked, token_grid
+from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, PositionTable, Settings, token_grid
 from lib.bagel_files import resize, to_images, to_pixels, unpatchify
 from lib.common import fail, newest, run
 from lib.geometry import Query, instruction, read_phrase
+from lib.packing import table_ids
 
 TINY = Settings(prediction="x0", motion_to_target=True, reference_first=True, learned_places=True, latent="pixels",
-                vae_limits=(32, 32, 8), vit_limits=(32, 32, 16), steps=4, shift=1.0, text_scale=1.0, image_scale=1.0)
+                steps=4, shift=1.0, text_scale=1.0, image_scale=1.0)
 
 
 # ---------------------------------------------------------------- the sampler
 
 def velocity(output, x, t, prediction):
-    """The network's output at (x_t, t) as a velocity. output, x (R, n, C); t (R,) above 0; prediction: see Settings."""
-    return output if prediction == "velocity" else (x - output) / t[:, None, None]
+    """The network's output at (x_t, t) as a velocity. output, x (R, n, C); t above 0; prediction: see Settings."""
+    return output if prediction == "velocity" else (x - output) / t
 
 
 def clean(output, x, t, prediction):
-    """The network's output at (x_t, t) as the clean latent it implies, x0 = x_t - t v."""
-    return output if prediction == "x0" else x - t[:, None, None] * output
+    """The network's output at (x_t, t) as the clean latent it implies, x0 = x_t - t v; t broadcasts to x."""
+    return output if prediction == "x0" else x - t * output
+
+
+class Words(NamedTuple):
+    """A text for R rows, as it stands in a context: ids (R, L), right-padded, and lengths (R,) on the CPU."""
+
+    ids: torch.Tensor
+    lengths: torch.Tensor
 
 
 @torch.no_grad()
-def sample(network, images, ids, lengths, noise, grid, settings):
+def sample(network, inputs, noise, grid, settings):
     """Imagine one view per row.
 
-    images   the rows' context, as in `Bagel.read_images`; [] for none
-    ids, lengths   the rows' sentences, as in `Bagel.read_text`
+    inputs   what stands before the target, in order: images (latent, ViT pixels) as in `Bagel.read_images`, and Words
     noise    (R, n, C) in token order, grid (h, w)
     returns  (R, n, C) clean latents after settings.steps Euler steps
     """
-    s, size = settings, len(noise)
-    context = network.read_images(images) if images else None
-    text, motion = network.read_text(ids, lengths, context), network.embed_motion(ids, lengths)
-    full = text if context is None else context.then(text)
-    branches, motions = [full], [motion]
-    if s.text_scale > 1:                        # "no sentence": the same keys, but the sentence is seen by nobody
-        unsaid = text.hidden() if context is None else context.then(text.hidden(context.next))
-        branches, motions = branches + [unsaid], motions + [network.no_motion(motion)]
-    if s.text_scale > 1 and s.image_scale > 1 and context is not None:
-        # "no images": the sentence alone, from position 0
-        branches, motions = branches + [context.hidden().then(network.read_text(ids, lengths))], motions + [motion]
-
-    past, rows = stacked(branches), len(branches) * size
-    motion = None if motion is None else torch.cat(motions)
-    layout = network.layout(past.next[:, None].expand(-1, 2 + noise.shape[1]), past)
+    s, rows = settings, len(noise)
+    branches, motions = guidance_branches(network, inputs, noise, s)
+    ropes = [network.rope(branch.next[:, None]) for branch in branches]
+    markers = network.embed_markers(rows)
     tau = np.linspace(1, 0, s.steps + 1, dtype=np.float32)
     times, x = (s.shift * tau / (1 + (s.shift - 1) * tau)).tolist(), noise
-    for t, t_next in zip(times, times[1:]):
-        t_rows, x_rows = torch.full((rows,), t, device=x.device), x.repeat(len(branches), 1, 1)
-        markers, gen = network.embed_target(x_rows, t_rows, grid, motion)
-        _, gen, _ = network.run(markers, gen, layout, past, needed="gen")
-        v = velocity(network.output(gen), x_rows, t_rows, network.config.settings.prediction).split(size)
-        x = x - (t - t_next) * (guided(*v, settings=s) if s.interval[0] < t <= s.interval[1] else v[0])
+    places = network.latent_pos_embed(table_ids(grid, network.config.latent_grid).to(x.device)).to(network.dtype)
+    each_time = network.time_embedder(torch.tensor(times, device=x.device))                  # (steps + 1, H)
+    series = [Taylor() for _ in branches]
+    for i, (t, t_next) in enumerate(zip(times, times[1:])):
+        guide = s.interval[0] < t <= s.interval[1]
+        used = range(len(branches) if guide else 1)
+        due = [k for k in used if not s.taylor or series[k].due()]
+        if due:                                     # every branch of every row in one pass
+            pick = lambda parts: torch.cat([parts[k] for k in due])                          # noqa: E731
+            hidden = network.denoise(x.repeat(len(due), 1, 1), each_time[i] + places + pick(motions),
+                                     markers.repeat(len(due), 1, 1), list(map(pick, zip(*ropes))),
+                                     [branches[k] for k in due]).chunk(len(due))
+            hidden = dict(zip(due, hidden))
+        if s.taylor:
+            hidden = {k: series[k].next(hidden.get(k) if k in due else None) for k in used}
+        v = [velocity(network.output(hidden[k]), x, t, network.config.settings.prediction) for k in used]
+        x = x - (t - t_next) * guided(v, s)
     return x
 
 
-def guided(v, no_text=None, no_image=None, settings=None):
-    """Classifier-free guidance by the sentence and by the images; v of each branch (B, n, C), None = no such branch.
+def guidance_branches(network, inputs, noise, settings):
+    """Read the inputs into memories -> what the target sees in each branch, and its motion vectors (R or 1, 1, H).
 
+    The first branch sees everything. "No sentence" sees the same memory up to the last text, and "no images" the texts
+    alone, from position 0. Without guidance by the sentence there is none at all, whatever the image scale (bagel.md).
+    """
+    rows, room = len(noise), noise.shape[1] + 2
+    texts = [part for part in inputs if isinstance(part, Words)]
+    motion = [network.embed_motion(*part)[:, None] for part in texts[-1:]] or [network.no_motion()]
+    memory = network.memory(rows, sum(map(network.length_of, inputs)), room)
+    length, next = read(network, memory, inputs)
+    if settings.text_scale <= 1:
+        return [memory.whole()], motion
+    branches, motions = [memory.whole(), memory.first(length, next)], [*motion, network.no_motion().expand_as(*motion)]
+    if settings.image_scale > 1 and len(texts) < len(inputs):
+        memory = network.memory(rows, sum(map(network.length_of, texts)), room)
+        read(network, memory, texts)
+        branches, motions = [*branches, memory.whole()], [*motions, *motion]
+    return branches, motions
+
+
+def read(network, memory, inputs):
+    """Inputs into a memory, neighbouring images in one pass -> (length, next) of the memory before the last text."""
+    before = memory.length, memory.next
+    for is_text, parts in itertools.groupby(inputs, key=lambda part: isinstance(part, Words)):
+        parts = list(parts)
+        if not is_text:
+            network.read_images(memory, parts)
+            before = memory.length, memory.next
+        for part in parts if is_text else ():
+            before = memory.length, memory.next
+            network.read_text(memory, *part)
+    return before
+
+
+def guided(v, settings):
+    """Classifier-free guidance by the sentence and by the images.
+
+    v   velocities (B, n, C) of the branches: everything; "no sentence"; "no images". With one alone there is none; with
+        two, either the image scale is 1 or there is no image and the third equals the first.
     u = v_T + a (v - v_T),  w = v_I + b (u - v_I);  what is longer than v is shrunk to its length: u, token by token
     ("text_channel"), w, token by token ("channel"), or w as a whole ("global").
     """
-    if no_text is None:
-        return v
-    a, b, s = settings.text_scale, settings.image_scale, settings
+    if len(v) == 1:
+        return v[0]
+    (full, no_text), no_image, s = v[:2], v[2] if len(v) == 3 else v[0], settings
+    a, b = s.text_scale, s.image_scale
 
-    def shrunk(like, w, axes):
-        ratio = like.norm(dim=axes, keepdim=True) / (w.norm(dim=axes, keepdim=True) + 1e-8)
+    def shrunk(w, axes):
+        ratio = full.norm(dim=axes, keepdim=True) / (w.norm(dim=axes, keepdim=True) + 1e-8)
         return w * ratio.clamp(s.renorm_min, 1.0)
 
-    u = no_text + a * (v - no_text)
+    u = no_text + a * (full - no_text)
     if s.renorm == "text_channel":
-        u = shrunk(v, u, -1)
-    w = u if no_image is None else no_image + b * (u - no_image)
-    return w if s.renorm == "text_channel" else shrunk(v, w, {"channel": -1, "global": (-2, -1)}[s.renorm])
+        u = shrunk(u, -1)
+    w = no_image + b * (u - no_image) if b > 1 else u
+    return w if s.renorm == "text_channel" else shrunk(w, {"channel": -1, "global": (-2, -1)}[s.renorm])
+
+
+class Taylor:
+    """TaylorSeer, an approximation (off by default): of a branch's last-layer output only one step in three is computed.
+
+    The first five steps are; after them, the steps between are extrapolated by a Taylor series whose derivatives are
+    finite differences of the computed ones. Counts the steps in which the branch is used.
+    """
+
+    first, every, orders = 5, 3, 6
+
+    def __init__(self):
+        self.step, self.computed, self.terms = -1, None, []
+
+    def due(self):
+        """Whether the next step must be computed."""
+        return self.step + 1 < self.first or (self.step + 1 - (self.first - 1)) % self.every == 0
+
+    def next(self, y=None):
+        """Take one step: y (R, n, H) as it was computed, or None to extrapolate; returns the step's y."""
+        self.step += 1
+        if y is None:
+            k = self.step - self.computed
+            return sum(term * k**i / math.factorial(i) for i, term in enumerate(self.terms))
+        if self.step >= self.first - 1:
+            terms = [y]
+            for before in self.terms[:self.orders]:
+                terms.append((terms[-1] - before) / (self.step - self.computed))
+            self.terms = terms
+        self.computed = self.step
+        return y
 
 
 # ---------------------------------------------------------------- the simulator
@@ -133,16 +212,17 @@ class WorldModel:
         return self.network.vae2llm.weight.device
 
     @classmethod
-    def tiny(cls, seed=0, **changes):
-        """A model of about 2 M parameters for 32 x 32 pictures, random weights; `changes` are fields of Settings."""
+    def tiny(cls, seed=0, size=32, **changes):
+        """About 2 M parameters for size x size pictures, random weights; `changes` are fields of Settings."""
         from lib.tokenizer import tiny_tokenizer
-        tokenizer, settings = tiny_tokenizer(), dataclasses.replace(TINY, **changes)
+        tokenizer, settings = tiny_tokenizer(), dataclasses.replace(TINY, vae_limits=(size, size, 8),
+                                                                    vit_limits=(size, size, 16), **changes)
         llm = {"model_type": "qwen2", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
                "num_key_value_heads": 2, "intermediate_size": 352, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
                "vocab_size": len(tokenizer), "hidden_act": "silu", "tie_word_embeddings": False}
         vit = {"model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-               "num_attention_heads": 2, "patch_size": 16, "image_size": 32}
-        config = Config.read(llm, vit, dataclasses.asdict(settings), len(tokenizer), latent_grid=4, latent_numbers=192)
+               "num_attention_heads": 2, "patch_size": 16, "image_size": size}
+        config = Config.read(llm, vit, dataclasses.asdict(settings), len(tokenizer), size // 8, latent_numbers=192)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = Bagel(config)
@@ -175,11 +255,11 @@ class WorldModel:
                                 self.tokenizer, self.autoencoder)
 
     def texts(self, sentences):
-        """Sentences between <|im_start|> and <|im_end|> -> ids (R, L), right-padded; lengths (R,) on the CPU."""
+        """Sentences between <|im_start|> and <|im_end|> -> Words of R rows."""
         rows = [self.words(sentence) for sentence in sentences]
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.tensor([row + [self.eos] * (max(map(len, rows)) - len(row)) for row in rows])
-        return ids.to(self.device), lengths
+        return Words(ids.to(self.device), lengths)
 
     def encode(self, images, streams):
         """Pictures of one size (R, H, W, 3) uint8 -> latents (R, c, 2 h, 2 w); R generators draw the posterior."""
@@ -231,7 +311,7 @@ class WorldModel:
         grid = token_grid(context[reference - 1][0])
         noise = torch.stack([torch.randn(grid[0] * grid[1], self.network.config.latent_numbers, generator=stream)
                              for stream in streams]).to(self.device)
-        x = sample(self.network, context, *self.texts(sentences), noise, grid, settings)
+        x = sample(self.network, [*context, self.texts(sentences)], noise, grid, settings)
         return to_images(self.autoencoder.decode(unpatchify(x, LATENT_PATCH, *grid)))
 
 

@@ -3,8 +3,8 @@ The network of BAGEL (arXiv 2505.14683), its modules named as the keys of the pu
 
 Two experts share every attention: "und" (text, ViT tokens, the markers around images) and "gen" (latents) have their
 own norms, projections and MLP. The tokens of a sequence are ordered by expert, U und tokens first and then G gen
-tokens, so that each expert works on one plain tensor; where a token stands in the sequence is told by its RoPE position
-alone, and so is what it sees: a query sees the keys whose position is not larger than its own.
+tokens, so that each expert works on one plain tensor; where a token stands in the sequence is told by numbers beside
+it (lib/packing.py), and so is what it sees.
 
   segment          tokens                          experts             RoPE positions
   text             <|im_start|> words <|im_end|>   und                 one each, consecutive      (causal)
@@ -12,21 +12,26 @@ alone, and so is what it sees: a query sees the keys whose position is not large
   VAE image, t = 0 start, latents, end             und, gen..., und    one for all of them
   target, noisy    start, latents, end             und, gen..., und    the last one of all        (seen by itself)
 
-Shapes: B contexts, R rows (a row = one target of one context), N = U + G tokens, K keys in a cache, H width, d head
-width; grid (h, w) latent tokens of an image, n = h w; C numbers per latent token. Positions and lengths live on the
-CPU, so that masks are decided without waiting for the device.
+Training reads whole packs (`Bagel.forward`). Inference reads the context once into a `Memory` and then lets the noisy
+target look at it in every step (`Bagel.denoise`).
+
+Shapes: B sequences, R rows (a row = one view to imagine), N = U + G tokens, K keys in a memory, H width, d head width;
+grid (h, w) latent tokens of an image, n = h w; C numbers per latent token. Positions live on the CPU, so that masks
+are decided without waiting for the device.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lib.bagel_files import patchify
+from lib.packing import HIDDEN, Tokens, attention, table_ids
 
 GEN = "_moe_gen"                # what the generation expert's modules are called after the understanding expert's
-HIDDEN = 2**30                  # the position of a key that no query may see
 LATENT_PATCH = 2                # latent cells per token and side
 MAX_IMAGES = 8                  # context images that Settings.learned_places can number
 
@@ -58,6 +63,7 @@ class Settings:
     renorm: str = "text_channel"                    # "text_channel", "channel" or "global"
     renorm_min: float = 0.0
     interval: tuple = (0.0, 1.0)                    # guide only while low < t <= high
+    taylor: bool = False                            # approximate: compute one step in three (world_model.Taylor)
 
 
 @dataclass(frozen=True)
@@ -160,9 +166,9 @@ class PositionTable(nn.Module):
         table = table.reshape(grid * grid, width).float()
         self.pos_embed = nn.Parameter(table) if learned else nn.Buffer(table)
 
-    def forward(self, rows, columns):
-        """(rows * columns, H): the top left corner of the table; it is not stretched to the picture."""
-        return self.pos_embed.view(self.grid, self.grid, -1)[:rows, :columns].flatten(0, 1)
+    def forward(self, ids):
+        """ids = row * grid + column, any shape (...) -> (..., H). The table is not stretched to the picture."""
+        return self.pos_embed[ids]
 
 
 class VisionLayer(nn.Module):
@@ -176,37 +182,37 @@ class VisionLayer(nn.Module):
                                         for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
         self.mlp = GeluMLP(c.vit_width, c.vit_mlp, c.vit_width)
 
-    def forward(self, x):
+    def forward(self, x, mask):
         y = self.layer_norm1(x)
         q, k, v = (self.self_attn[name](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for name in ("q_proj", "k_proj", "v_proj"))
-        x = x + self.self_attn["out_proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.self_attn["out_proj"](F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
         return x + self.mlp(self.layer_norm2(x))
 
 
 class VisionTransformer(nn.Module):
-    """SigLIP without its last layer: pixels (B, 3, h * patch, w * patch) -> features (B, h * w, width), row-major."""
+    """SigLIP without its last layer: the patches of images -> features, both row-major."""
 
     def __init__(self, c):
         super().__init__()
-        self.patch, self.grid = c.vit_patch, c.vit_grid
         self.embeddings = nn.ModuleDict({"patch_embedding": nn.Linear(3 * c.vit_patch**2, c.vit_width),
                                          "position_embedding": nn.Embedding(c.vit_grid**2, c.vit_width)})
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(VisionLayer(c) for _ in range(c.vit_layers))})
         self.post_layernorm = nn.LayerNorm(c.vit_width, eps=1e-6)
 
-    def forward(self, pixels):
-        rows, columns = pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch
-        ids = torch.arange(self.grid**2, device=pixels.device).view(self.grid, self.grid)[:rows, :columns].flatten()
-        x = self.embeddings["patch_embedding"](patchify(pixels, self.patch))
-        x = x + self.embeddings["position_embedding"](ids)
+    def forward(self, patches, ids, mask=None):
+        """patches (B, n, 3 * patch²), ids (n,) or (B, n) in the position table -> (B, n, width).
+
+        mask   (B, 1, 1, n) added to the scores: -inf hides padding; None where there is none
+        """
+        x = self.embeddings["patch_embedding"](patches) + self.embeddings["position_embedding"](ids)
         for layer in self.encoder["layers"]:
-            x = layer(x)
+            x = layer(x, mask)
         return self.post_layernorm(x)
 
 
 def rotate(x, rope):
-    """Rotary positions, "rotate half" layout: x (B, heads, N, d), rope = (cos, sin), each (B, 1, N, d)."""
+    """Rotary positions, "rotate half" layout: x (B, heads, N, d), rope = (cos, sin), each (B, 1, N or 1, d)."""
     a, b = x.chunk(2, -1)
     return x * rope[0] + torch.cat([-b, a], -1) * rope[1]
 
@@ -244,77 +250,113 @@ class Layer(nn.Module):
             self.add_module(f"input_layernorm{expert}", RMSNorm(c.width, c.eps))
             self.add_module(f"post_attention_layernorm{expert}", RMSNorm(c.width, c.eps))
 
-    def forward(self, und, gen, rope, mask, past, needed="all"):
-        """Tokens ordered by expert, und (B, U, H) first, then gen (B, G, H) -> (und, gen, key, value).
+    def forward(self, und, gen, rope, attend, needed="all"):
+        """Tokens ordered by expert, und (B, U, H) first, then gen (B, G, H) -> (und, gen).
 
-        rope    (cos, sin) of the U + G tokens;   mask (B, 1, N, K + N) added to the scores, or None: all see all
-        past    (key, value) each (B, kv_heads, K, d) of what stands before, or None
-        needed  tokens whose result is used: "all", "gen" or "none" (keys and values only). In the last layer the others
-                need no query and no MLP; they come back as they are.
-        key, value (B, kv_heads, U + G, d) of these tokens: the key after norm and rotation, as caches hold it.
+        rope     (cos, sin) of the U + G tokens
+        attend   (query, key, value), each (B, heads, U + G, d), the key after norm and rotation -> like query; decides
+                 who sees whom, and keeps keys and values where they are needed again
+        needed   tokens whose result is used: "all", "gen", or "none" (keys and values only): the last layer spares the
+                 others the MLP, and they come back as they are
         """
-        a, skip = self.self_attn, 0 if needed == "all" else und.shape[1]
+        a, split = self.self_attn, und.shape[1]
         u, g = self.input_layernorm(und), self.input_layernorm_moe_gen(gen)
         key, value = rotate(a.joined("k", u, g), rope), a.joined("v", u, g)
         if needed == "none":
-            return und, gen, key, value
-        query = rotate(a.joined("q", u[:, skip:], g), [part[:, :, skip:] for part in rope])
-        keys, values = (key, value) if past is None else (torch.cat(pair, 2) for pair in zip(past, (key, value)))
-        y = F.scaled_dot_product_attention(query, keys, values, None if mask is None else mask[:, :, skip:],
-                                           enable_gqa=keys.shape[1] != query.shape[1])
-        y = y.transpose(1, 2).flatten(2)                                                     # (B, N, heads * d)
-        gen = gen + a.o_proj_moe_gen(y[:, und.shape[1] - skip:])
+            attend(None, key, value)
+            return und, gen
+        y = attend(rotate(a.joined("q", u, g), rope), key, value).transpose(1, 2).flatten(2)      # (B, N, heads * d)
+        gen = gen + a.o_proj_moe_gen(y[:, split:])
         gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
         if needed == "all":
-            und = und + a.o_proj(y[:, :und.shape[1]])
+            und = und + a.o_proj(y[:, :split])
             und = und + self.mlp(self.post_attention_layernorm(und))
-        return und, gen, key, value
+        return und, gen
 
 
-@dataclass
-class Cache:
-    """Keys and values of a stretch of context, one (B, kv_heads, K, d) pair per layer.
+# ---------------------------------------------------------------- what has been read
 
-    positions  (B, K) RoPE position of every key, on the CPU; HIDDEN where a row has no such token
-    next       (B,) the position after it, on the CPU
+class Memory:
+    """Keys and values of a context that R rows have read: per layer one (R, kv_heads, capacity, d) pair, allocated once.
+
+      [ room of n + 2 | context, in the order it was read | room of n + 2 ]
+
+    Both rooms are for the noisy target, which writes its own keys anew in every step. Behind the context it sees all of
+    it; in front of it, it sees the first part: "no sentence" is the same memory up to another length, not a copy.
+    positions   (R, length) RoPE position of every token read, on the CPU; HIDDEN where a row has no such token
+    next        (R,) the position that follows, on the CPU
     """
 
-    layers: list
-    positions: torch.Tensor
-    next: torch.Tensor
+    def __init__(self, c, rows, capacity, room, like):
+        shape = (rows, c.kv_heads, capacity + 2 * room, c.width // c.heads)
+        self.keys, self.values = ([like.new_empty(shape) for _ in range(c.layers)] for _ in range(2))
+        self.room, self.positions = room, torch.zeros(rows, 0, dtype=torch.long)
+        self.next = torch.zeros(rows, dtype=torch.long)
 
-    def rows(self, index):
-        """The cache of rows `index` (R,), repeats allowed: several targets share one context."""
-        here = index.to(self.layers[0][0].device)
-        layers = [(k.index_select(0, here), v.index_select(0, here)) for k, v in self.layers]
-        return Cache(layers, self.positions[index], self.next[index])
+    @property
+    def length(self):
+        return self.positions.shape[1]
 
-    def then(self, other):
-        """This cache followed by `other`, which was computed after it."""
-        layers = [tuple(torch.cat(pair, 2) for pair in zip(a, b)) for a, b in zip(self.layers, other.layers)]
-        return Cache(layers, torch.cat([self.positions, other.positions], 1), other.next)
+    def extend(self, positions):
+        """Read tokens at `positions` (R, N), CPU: per layer a function that stores keys and values and attends."""
+        start, self.positions = self.room + self.length, torch.cat([self.positions, positions], 1)
+        stop, like = self.room + self.length, self.keys[0]
+        attend = attention(Tokens.plain(positions), Tokens.plain(self.positions), like.device, like.dtype)
 
-    def hidden(self, next=None):
-        """The same keys, seen by nobody; what follows stands at position `next` (default 0)."""
-        next = torch.zeros_like(self.next) if next is None else next
-        return Cache(self.layers, torch.full_like(self.positions, HIDDEN), next)
+        def reading(keys, values):
+            def read(q, k, v):
+                keys[:, :, start:stop], values[:, :, start:stop] = k, v
+                return None if q is None else attend(q, keys[:, :, self.room:stop], values[:, :, self.room:stop])
+            return read
+        return [reading(*pair) for pair in zip(self.keys, self.values)]
+
+    def whole(self):
+        """The Branch that sees everything read."""
+        stop = self.room + self.length
+        return self.branch(slice(self.room, stop + self.room), slice(stop, stop + self.room), self.positions, self.next)
+
+    def first(self, length, next):
+        """The Branch that sees the first `length` tokens, and stands at position `next` (R,)."""
+        return self.branch(slice(0, self.room + length), slice(0, self.room), self.positions[:, :length], next)
+
+    def branch(self, seen, room, positions, next):
+        """The Branch of slices `seen` and `room`; padding in `positions` is masked."""
+        mask = None
+        if (positions == HIDDEN).any():
+            gap = torch.zeros(len(positions), self.room, dtype=torch.bool)
+            parts = [positions == HIDDEN, gap] if room.start else [gap, positions == HIDDEN]
+            mask = torch.zeros(len(positions), 1, 1, seen.stop - seen.start)
+            mask = mask.masked_fill_(torch.cat(parts, 1)[:, None, None], -torch.inf).to(self.keys[0])
+        return Branch(self.keys, self.values, seen, room, mask, next)
 
 
-def stacked(caches):
-    """Caches of equal length below one another: (B, ...) each -> (len(caches) * B, ...)."""
-    layers = [tuple(torch.cat(part) for part in zip(*pairs)) for pairs in zip(*(cache.layers for cache in caches))]
-    return Cache(layers, torch.cat([c.positions for c in caches]), torch.cat([c.next for c in caches]))
+class Branch(NamedTuple):
+    """What one guidance branch of a noisy target sees of a Memory, and where in it the target keeps its own keys."""
+
+    keys: list              # of the Memory
+    values: list
+    seen: slice             # context and own room
+    room: slice
+    mask: torch.Tensor      # (R, 1, 1, K) added to the scores, or None
+    next: torch.Tensor      # (R,) the RoPE position of all tokens of the target, on the CPU
+
+    def attend(self, layer, q, k, v):
+        """Store the target's own k and v (R, kv_heads, N, d), then let q (R, heads, N, d) see all.
+
+        The heads that share a key are laid behind one another as more queries of one head: nothing is repeated.
+        """
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, self.room], values[:, :, self.room] = k, v
+        rows, heads, n, d = q.shape
+        y = F.scaled_dot_product_attention(q.reshape(rows, k.shape[1], -1, d), keys[:, :, self.seen],
+                                           values[:, :, self.seen], self.mask)
+        return y.view(rows, heads, n, d)
 
 
 # ---------------------------------------------------------------- the network
 
 class Bagel(nn.Module):
-    """The network of the checkpoint, its modules named as the checkpoint's keys.
-
-    Who sees whom, in one line: a query sees a key whose RoPE position is not larger. All tokens of an image segment
-    share one position and the words of a text have one each, so images are bidirectional inside, text is causal, and
-    both see all that stands before. A noisy target has the last position: nothing sees it but itself.
-    """
+    """The network of the checkpoint, its modules named as the checkpoint's keys."""
 
     def __init__(self, c):
         super().__init__()
@@ -336,11 +378,81 @@ class Bagel(nn.Module):
         if c.settings.learned_places:
             self.image_number = nn.Embedding(MAX_IMAGES, c.width)
         self.markers = (0, 1)           # ids of <|vision_start|>, <|vision_end|>; WorldModel asks its tokenizer
+        self.recompute = False          # training: forget what a layer computed, compute it again for the gradient
 
     @property
     def blocks(self):
         """The modules that FSDP gathers one at a time."""
         return [*self.language_model["model"]["layers"], *self.vit_model["vision_model"].encoder["layers"]]
+
+    @property
+    def dtype(self):
+        """What the arithmetic runs in. FSDP's bf16 copies of fp32 weights have it while a forward pass runs."""
+        return self.vae2llm.weight.dtype
+
+    @property
+    def device(self):
+        return self.vae2llm.weight.device
+
+    # ---- the layers
+
+    def rope(self, positions):
+        """RoPE positions (B, N) or (B, 1), on the CPU -> (cos, sin), each (B, 1, N, d); the angles are fp32."""
+        head = self.config.width // self.config.heads
+        frequencies = self.config.rope_base ** (-torch.arange(0, head, 2, device=self.device) / head)
+        angle = positions.to(self.device)[:, None, :, None] * frequencies
+        angle = torch.cat([angle, angle], -1)
+        return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+
+    def run(self, und, gen, rope, attends, needed):
+        """Through all layers, `attends` holding one function each -> (und, gen); only what is `needed` is right."""
+        layers = self.language_model["model"]["layers"]
+        for i, (layer, attend) in enumerate(zip(layers, attends)):
+            wanted = needed if i == len(layers) - 1 else "all"
+            if self.recompute and torch.is_grad_enabled():
+                und, gen = checkpoint(layer, und, gen, rope, attend, wanted, use_reentrant=False)
+            else:
+                und, gen = layer(und, gen, rope, attend, wanted)
+        return und, gen
+
+    def output(self, gen):
+        """The last layer's latent tokens -> the network's prediction (B, n, C)."""
+        return self.llm2vae(self.language_model["model"]["norm" + GEN](gen)).float()
+
+    def write(self, und):
+        """The last layer's und tokens -> logits of the next word (B, U, V)."""
+        return self.language_model["lm_head"](self.language_model["model"]["norm"](und)).float()
+
+    # ---- training: a whole pack at once
+
+    def forward(self, pack):
+        """lib/packing.Pack -> the network's prediction at every latent token (B, G, C); see `pack.target`."""
+        return self.output(self.hidden(pack, needed="gen")[1])
+
+    def hidden(self, pack, needed="all"):
+        """What the last layer gives for the tokens of a pack: und (B, U, H), gen (B, G, H)."""
+        und, gen = self.embed(pack)
+        attend = attention(pack.tokens, pack.tokens, self.device, self.dtype)
+        return self.run(und, gen, self.rope(pack.tokens.position), [attend] * self.config.layers, needed)
+
+    def embed(self, pack):
+        """The embeddings of a pack: und (B, U, H) and gen (B, G, H), with x_t = (1 - t) x0 + t eps (t = 0: clean)."""
+        t = pack.t[pack.image][..., None]                                                    # (B, G, 1)
+        x = (1 - t) * pack.latents + t * pack.noise
+        each = self.time_embedder(pack.t)                                                    # (I, H)
+        if self.config.settings.learned_places:
+            each = each + self.image_number(pack.numbers.clamp(min=0)) * (pack.numbers >= 0)[:, None]
+        if self.config.settings.motion_to_target:
+            words = (self.embed_text(pack.said) * pack.said_mask[..., None].to(self.dtype)).sum(1)
+            each = each + self.motion2llm(words) * (pack.numbers < 0)[:, None]
+        gen = self.vae2llm(x.to(self.dtype)) + each[pack.image] + self.latent_pos_embed(pack.latent_ids).to(self.dtype)
+        und, vit = self.embed_text(pack.ids), self.embed_vit(pack.patches, pack.patch_ids)
+        if self.config.settings.learned_places:
+            vit = vit + self.image_number(pack.patch_numbers)[:, None]
+        where = pack.patch_ids.flatten() >= 0
+        # A pack without any picture holds one of padding alone, so that every rank of FSDP runs the ViT once.
+        flat = und.flatten(0, 1).index_copy(0, pack.patch_places, vit.flatten(0, 1)[where]) + 0 * vit.mean()
+        return flat.view_as(und), gen
 
     # ---- embeddings: every kind of token -> (B, tokens, H)
 
@@ -349,130 +461,94 @@ class Bagel(nn.Module):
 
     def embed_markers(self, batch):
         """The two tokens around every image: (batch, 2, H)."""
-        return self.embed_text(torch.tensor(self.markers, device=self.vae2llm.weight.device)).expand(batch, -1, -1)
+        return self.embed_text(torch.tensor(self.markers, device=self.device)).expand(batch, -1, -1)
 
-    def embed_latent(self, tokens, t, grid):
-        """tokens (B, n, C), t (B,) or (1,), grid (h, w) with n = h w. Clean context images come with t = 0."""
-        tokens = self.vae2llm(tokens.to(self.vae2llm.weight.dtype))
-        return tokens + self.time_embedder(t)[:, None] + self.latent_pos_embed(*grid).to(tokens.dtype)
-
-    def embed_vit(self, pixels):
-        """pixels (B, 3, H, W) in [-1, 1] -> (B, tokens, H)."""
-        rows, columns = (side // self.config.vit_patch for side in pixels.shape[-2:])
-        tokens = self.connector(self.vit_model["vision_model"](pixels.to(self.vae2llm.weight.dtype)))
-        return tokens + self.vit_pos_embed(rows, columns).to(tokens.dtype)
-
-    def embed_target(self, x, t, grid, motion):
-        """Noisy latents x (R, n, C) at times t (R,) -> (markers (R, 2, H), latent tokens (R, n, H))."""
-        gen = self.embed_latent(x, t, grid)
-        return self.embed_markers(len(x)), gen if motion is None else gen + motion[:, None].to(gen.dtype)
+    def embed_vit(self, patches, ids):
+        """patches (B, n, 3 * patch²) of pictures in [-1, 1], ids (n,) or (B, n) in the tables, -1 = padding."""
+        mask = None if ids.dim() == 1 else torch.zeros(ids.shape, device=ids.device, dtype=self.dtype) \
+            .masked_fill_(ids < 0, -torch.finfo(self.dtype).max)[:, None, None]
+        ids = ids.clamp(min=0)
+        return self.connector(self.vit_model["vision_model"](patches.to(self.dtype), ids, mask)) \
+            + self.vit_pos_embed(ids).to(self.dtype)
 
     def embed_motion(self, ids, lengths):
-        """The sentence in one vector (R, H), its words summed without <|im_start|> and <|im_end|>; or None."""
+        """The sentence in one vector (R, H), its words summed without <|im_start|> and <|im_end|>."""
         if not self.config.settings.motion_to_target:
-            return None
+            return self.no_motion()[0]
         place = torch.arange(ids.shape[1])
         words = ((place > 0) & (place < lengths[:, None] - 1)).to(ids.device)
         return self.motion2llm((self.embed_text(ids) * words[..., None]).sum(1))
 
-    def no_motion(self, motion):
-        """What `embed_motion` gives for an empty sentence."""
-        return None if motion is None else self.motion2llm.bias.expand_as(motion)
+    def no_motion(self):
+        """What `embed_motion` gives for an empty sentence, (1, 1, H); zeros where the departure is off."""
+        here = self.vae2llm.bias.detach()
+        return self.motion2llm.bias[None, None] if self.config.settings.motion_to_target else torch.zeros_like(here)[None, None]
 
-    # ---- the layers
+    # ---- inference: the context once into a memory, then the target step by step
 
-    def layout(self, positions, past=None):
-        """(rope, mask) of tokens at RoPE `positions` (B, N), a CPU tensor, behind a cache: everything the layers need.
+    def memory(self, rows, capacity, room=0):
+        """An empty Memory for R rows that read `capacity` tokens, with `room` for a target on both sides."""
+        return Memory(self.config, rows, capacity, room, self.vae2llm.weight.detach())
 
-        The mask is (B, 1, N, K + N), added to the attention scores, or None where all see all.
+    def length_of(self, part):
+        """How many tokens an image (latent, ViT pixels) or a text (ids, lengths) takes in a memory."""
+        a, b = part
+        if a is not None and a.dim() == 2:
+            return a.shape[1]
+        sizes = ((a, LATENT_PATCH), (b, self.config.vit_patch))
+        return sum(x.shape[-2] // side * (x.shape[-1] // side) + 2 for x, side in sizes if x is not None)
+
+    def read_images(self, memory, images):
+        """Context images into a memory: a list of (latent (R, c, 2 h, 2 w), ViT pixels (R, 3, H, W)), either or None.
+
+        Each latent and each ViT image takes one position. Sizes may differ from image to image, not from row to row.
         """
-        seen = positions if past is None else torch.cat([past.positions, positions], 1)
-        mask = seen[:, None, None, :] <= positions[:, None, :, None]
-        device, dtype = self.vae2llm.weight.device, self.vae2llm.weight.dtype
-        mask = None if mask.all() else torch.where(mask, 0.0, -torch.inf).to(device, dtype)
-        head = self.config.width // self.config.heads
-        frequencies = self.config.rope_base ** (-torch.arange(0, head, 2, device=device) / head)
-        angle = positions.to(device)[:, None, :, None] * frequencies                         # (B, 1, N, d / 2)
-        angle = torch.cat([angle, angle], -1)
-        return (angle.cos().to(dtype), angle.sin().to(dtype)), mask
-
-    def run(self, und, gen, layout, past=None, needed="all"):
-        """Through all layers -> (und, gen, [(key, value) of each]); of und and gen only what is `needed` is right."""
-        (rope, mask), layers, pairs = layout, self.language_model["model"]["layers"], []
-        for i, layer in enumerate(layers):
-            und, gen, key, value = layer(und, gen, rope, mask, None if past is None else past.layers[i],
-                                         needed if i == len(layers) - 1 else "all")
-            pairs.append((key, value))
-        return und, gen, pairs
-
-    def output(self, gen):
-        """The last layer's latent tokens -> the network's prediction (R, n, C)."""
-        return self.llm2vae(self.language_model["model"]["norm" + GEN](gen)).float()
-
-    # ---- what stands before the target: caches
-
-    def read_images(self, images, past=None, keep=None):
-        """Context images, I pairs (latent (B, c, 2 h, 2 w), ViT pixels (B, 3, H, W)) -> their Cache, behind `past`.
-
-        The first takes positions 0 (VAE) and 1 (ViT), the next 2 and 3, ... counted from where `past` ends. Sizes may
-        differ from image to image, not from row to row.
-        keep    (B, 2 I) bool, on the CPU: segments that are False are seen by nobody (condition dropout), or None
-        """
-        batch, zero = len(images[0][0]), torch.zeros(1, device=self.vae2llm.weight.device)
-        und, gen, und_positions, gen_positions = [], [], [], []
+        rows, order, und, gen, und_order, gen_order = len(memory.next), 0, [], [], [], []
+        zero, marker = self.time_embedder(torch.zeros(1, device=self.device)), self.embed_markers(rows)
         for i, (latent, pixels) in enumerate(images):
             number = self.image_number.weight[i] if self.config.settings.learned_places else 0
-            grid, vit, marker = token_grid(latent), self.embed_vit(pixels) + number, self.embed_markers(batch)
-            und += [marker, marker[:, :1], vit, marker[:, 1:]]
-            gen += [self.embed_latent(patchify(latent, LATENT_PATCH), zero, grid) + number]
-            und_positions += [2 * i] * 2 + [2 * i + 1] * (vit.shape[1] + 2)
-            gen_positions += [2 * i] * (grid[0] * grid[1])
-        start = torch.zeros(batch, dtype=torch.long) if past is None else past.next
-        segment = torch.tensor(und_positions + gen_positions)
-        positions = start[:, None] + segment
-        if keep is not None:
-            positions = torch.where(keep[:, segment], positions, HIDDEN)
-        layout = self.layout(positions, past)
-        _, _, pairs = self.run(torch.cat(und, 1), torch.cat(gen, 1), layout, past, needed="none")
-        return Cache(pairs, positions, start + 2 * len(images))
+            if latent is not None:
+                grid = token_grid(latent)
+                ids = table_ids(grid, self.config.latent_grid).to(self.device)
+                tokens = self.vae2llm(patchify(latent, LATENT_PATCH).to(self.dtype))
+                gen.append(tokens + (zero + self.latent_pos_embed(ids).to(self.dtype) + number))
+                und.append(marker)
+                und_order, gen_order, order = und_order + [order] * 2, gen_order + [order] * len(ids), order + 1
+            if pixels is not None:
+                grid = [side // self.config.vit_patch for side in pixels.shape[-2:]]
+                ids = table_ids(grid, self.config.vit_grid).to(self.device)
+                und += [marker[:, :1], self.embed_vit(patchify(pixels, self.config.vit_patch), ids) + number,
+                        marker[:, 1:]]
+                und_order, order = und_order + [order] * (len(ids) + 2), order + 1
+        positions = memory.next[:, None] + torch.tensor(und_order + gen_order)
+        gen = torch.cat(gen, 1) if gen else marker[:, :0]
+        self.run(torch.cat(und, 1), gen, self.rope(positions), memory.extend(positions), needed="none")
+        memory.next = memory.next + order
 
-    def text_positions(self, lengths, size, start):
-        """RoPE positions (R, size) of texts of `lengths` (R,) that begin at `start` (R,); padding is HIDDEN."""
-        place = torch.arange(size)
-        return torch.where(place < lengths[:, None], start[:, None] + place, HIDDEN)
+    def read_text(self, memory, ids, lengths, needed="none"):
+        """Texts ids (R, L), right-padded, `lengths` (R,) on the CPU, into a memory; returns und (R, L, H) if needed."""
+        place = torch.arange(ids.shape[1])
+        positions = torch.where(place < lengths[:, None], memory.next[:, None] + place, HIDDEN)
+        und = self.embed_text(ids)
+        und, _ = self.run(und, und[:, :0], self.rope(positions), memory.extend(positions), needed)
+        memory.next = memory.next + lengths
+        return und
 
-    def read_text(self, ids, lengths, past=None):
-        """Texts ids (R, L), right-padded, `lengths` (R,) on the CPU -> the Cache of the text alone, behind `past`."""
-        start = torch.zeros_like(lengths) if past is None else past.next
-        positions, und = self.text_positions(lengths, ids.shape[1], start), self.embed_text(ids)
-        _, _, pairs = self.run(und, und[:, :0], self.layout(positions, past), past, needed="none")
-        return Cache(pairs, positions, start + lengths)
+    def denoise(self, x, extra, markers, rope, branches):
+        """The last layer's latent tokens (R * branches, n, H) for noisy latents x (R * branches, n, C), branch by branch.
 
-    # ---- training
-
-    def forward(self, images, owner, ids, lengths, x, t, grid, keep=None, other=None):
-        """One training pass: every context is read once and shared by its targets. Returns the prediction (R, n, C).
-
-        images, keep   as in `read_images`, B contexts;   owner (R,) CPU: the context of each row
-        ids, lengths   the sentence of each row, as in `read_text`; length 0 = no sentence (condition dropout)
-        x              (R, n, C) noisy latents of the targets at times t (R,), grid (h, w)
-        other          (ids, lengths) of other sentences: a second prediction comes back, under them, without gradient
+        extra     what is added to the embedded latents: time, place, motion; (R * branches or 1, n, H)
+        markers   (R * branches, 2, H);   rope: of one token per row;   branches: what each sees (`Branch`)
         """
-        past = self.read_images(images, keep=keep).rows(owner)
-        output = self.branch(past, ids, lengths, x, t, grid)
-        if other is None:
-            return output
-        with torch.no_grad():
-            return output, self.branch(past, *other, x, t, grid)
+        gen = self.vae2llm(x.to(self.dtype)) + extra
 
-    def branch(self, past, ids, lengths, x, t, grid):
-        """The rows' own part of `forward`: sentence and noisy target together, behind their contexts `past`."""
-        markers, gen = self.embed_target(x, t, grid, self.embed_motion(ids, lengths))
-        positions = torch.cat([self.text_positions(lengths, ids.shape[1], past.next),
-                               (past.next + lengths)[:, None].expand(-1, 2 + x.shape[1])], 1)
-        und = torch.cat([self.embed_text(ids), markers], 1)
-        _, gen, _ = self.run(und, gen, self.layout(positions, past), past, needed="gen")
-        return self.output(gen)
+        def attending(layer):
+            def attend(q, k, v):
+                parts = zip(branches, *(part.chunk(len(branches)) for part in (q, k, v)))
+                return torch.cat([branch.attend(layer, *part) for branch, *part in parts])
+            return attend
+        attends = [attending(layer) for layer in range(self.config.layers)]
+        return self.run(markers, gen, rope, attends, needed="gen")[1]
 
 
 def token_grid(latent):

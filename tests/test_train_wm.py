@@ -35,14 +35,14 @@ def flags(rooms, out, *more):
 
 def contexts(rooms, split="train"):
     """The contexts of a split, some with fewer targets than others."""
-    found = train_wm.contexts_of(data.load_jsonl(rooms / f"triples_{split}.jsonl"))
+    found = train_wm.contexts_of(data.load_jsonl(rooms / f"triples_{split}.jsonl"), most=8)
     return [group[i % 3:] for i, group in enumerate(found)]
 
 
-def batch_of(rooms, *more, groups=slice(None)):
+def batch_of(rooms, *more, groups=slice(None), with_pose=False):
     args = train_wm.parse_args(flags(rooms, "out", *more))
     model = WorldModel.tiny(0)
-    return args, model, train_wm.collate(contexts(rooms)[groups], model, train_wm.read_image, args, step=3, first=0)
+    return args, model, train_wm.collate(contexts(rooms)[groups], model, train_wm.read_image, args, 3, 0, with_pose)
 
 
 # ---------------------------------------------------------------- losses
@@ -60,27 +60,36 @@ def test_flow_matching_is_zero_at_the_truth_and_t_squared_apart():
 
 
 def test_pose_term_by_hand():
-    """Two rows of one context, one token of two numbers; each is the other's `other`."""
-    x0 = torch.tensor([[[0.0, 0.0]], [[2.0, 0.0]]])                                 # apart by (4 + 0) / 2 = 2
-    other, t = torch.tensor([1, 0]), torch.tensor([0.5, 0.5])
-    blind = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]], requires_grad=True)          # the same view whatever is said
-    term = train_wm.pose(blind, blind, x0, t, other, times=(0.3, 0.9), margin=0.5)
-    torch.testing.assert_close(term, torch.full((2, 1), 0.5 * 2.0))                 # as far from both views
+    """Two targets of one context, one token of two numbers each; each is the other's `other`."""
+    x0 = torch.tensor([[0.0, 0.0], [2.0, 0.0]])                                     # apart by (4 + 0) / 2 = 2
+    target, other, t = torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([0.5, 0.5])
+    blind = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)              # the same view whatever is said
+    term = train_wm.pose(blind, blind, x0, t, target, other, times=(0.3, 0.9), margin=0.5)
+    torch.testing.assert_close(term, torch.full((2,), 0.5 * 2.0))                   # as far from both views
     term.sum().backward()
     torch.testing.assert_close(blind.grad, (blind - x0).detach())                   # through the true sentence only
-    assert train_wm.pose(x0, x0[other], x0, t, other, times=(0.3, 0.9)).abs().max() == 0    # each sentence its view
-    assert train_wm.pose(blind, blind, x0, t, other, times=(0.5, 0.9)).abs().max() == 0      # t is not inside
-    same = x0[:1].expand(2, -1, -1)                                                 # one view with two names
-    assert train_wm.pose(blind, blind, same, t, other, times=(0.3, 0.9)).abs().max() == 0
-    alone = torch.tensor([0, 1])                                                    # no other target
-    assert train_wm.pose(blind, blind, x0, t, alone, times=(0.3, 0.9)).abs().max() == 0
+    zero = dict(x0_hat=x0, x0_other=x0[other], x0=x0, t=t, target=target, other=other, times=(0.3, 0.9))
+    assert train_wm.pose(**zero).abs().max() == 0                                   # each sentence its view
+    zero |= dict(x0_hat=blind, x0_other=blind)
+    assert train_wm.pose(**zero | {"times": (0.5, 0.9)}).abs().max() == 0           # t is not inside
+    assert train_wm.pose(**zero | {"x0": x0[:1].expand(2, -1)}).abs().max() == 0    # one view with two names
+    assert train_wm.pose(**zero | {"other": target}).abs().max() == 0               # no other target
+
+
+def test_pose_distance_is_a_mean_over_the_tokens_of_each_target():
+    """Targets of two and of one token: each token carries the term of its own target."""
+    x0, target = torch.zeros(3, 1), torch.tensor([0, 0, 1])
+    x0_hat, other = torch.tensor([[1.0], [3.0], [2.0]]), torch.tensor([2, 2, 1])
+    x0[2] = 1.0
+    term = train_wm.pose(x0_hat, torch.zeros(3, 1), x0, torch.full((3,), 0.5), target, other, (0.3, 0.9), margin=0.0)
+    torch.testing.assert_close(term, torch.tensor([5.0, 5.0, 0.0]))                 # (1 + 9) / 2 - 0;  1 - 1
 
 
 def test_content_term_counts_seen_cells_only():
-    x0_hat, x0, warp = torch.ones(1, 2, 4), torch.zeros(1, 2, 4), torch.full((1, 2, 4), 3.0)
-    seen = torch.tensor([[1.0, 0.0]])
+    x0_hat, x0, warp = torch.ones(2, 4), torch.zeros(2, 4), torch.full((2, 4), 3.0)
+    seen = torch.tensor([1.0, 0.0])
     term = train_wm.content(x0_hat, x0, warp, seen, seen_weight=0.5, warp_weight=0.25)
-    torch.testing.assert_close(term, torch.tensor([[0.5 * 1 + 0.25 * 4, 0.0]]))
+    torch.testing.assert_close(term, torch.tensor([0.5 * 1 + 0.25 * 4, 0.0]))
 
 
 # ---------------------------------------------------------------- batches
@@ -105,7 +114,7 @@ def test_mirrored_rooms_keep_their_ring():
 def test_warps_lie_on_the_target(rooms):
     """Where a context view sees the target, the warped context shows what the target shows."""
     _, _, batch = batch_of(rooms)
-    assert batch.x0.shape == batch.warp.shape == (*batch.seen.shape, 192) and batch.seen.mean() > 0.85
+    assert batch.x0.shape == batch.warp.shape == (len(batch.seen), 192) and batch.seen.mean() > 0.85
     shown = (batch.warp - batch.x0).square().mean()
     shifted = (batch.warp[batch.other] - batch.x0).square().mean()
     assert shown < 0.2 * shifted
@@ -116,40 +125,65 @@ def test_batches_do_not_depend_on_how_a_step_is_divided(rooms):
     groups = contexts(rooms)
     parts = [train_wm.collate(groups[i:i + 1], model, train_wm.read_image, args, step=3, first=i)
              for i in range(len(groups))]
-    for key in ("t", "eps", "x0", "warp", "seen", "keep"):
+    for key in ("t", "eps", "x0", "warp", "seen"):
         divided = torch.cat([getattr(part, key) for part in parts])
         torch.testing.assert_close(divided, getattr(whole, key), rtol=0, atol=0)
 
 
 def test_gradient_does_not_depend_on_micro_batches(rooms):
     """Contexts with unequal numbers of targets expose a mean of means."""
-    args, model, whole = batch_of(rooms)
+    args, model, whole = batch_of(rooms, with_pose=True)
     groups = contexts(rooms)
     assert len({len(group) for group in groups}) > 1
     with torch.no_grad():
         model.network.llm2vae.weight.normal_(std=0.05)
-    parts = [train_wm.collate(groups[i:i + 2], model, train_wm.read_image, args, step=3, first=i)
+    parts = [train_wm.collate(groups[i:i + 2], model, train_wm.read_image, args, 3, i, with_pose=True)
              for i in range(0, len(groups), 2)]
     gradients = []
     for batches in ([whole], parts):
         model.network.zero_grad()
         for batch in batches:
-            (sum(train_wm.losses(model.network, batch, args, with_pose=True).values()) / whole.seen.numel()).backward()
+            (sum(train_wm.losses(model.network, batch, args).values()) / len(whole.x0)).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.network.parameters() if p.grad is not None]))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def sentences(pack):
+    """The words of every text segment of a pack's branches, in order."""
+    group = pack.tokens.group[:, :pack.ids.shape[1]]
+    return [tuple(ids[g == k].tolist()) for ids, g in zip(pack.ids, group) for k in range(1, int(g.max()) + 1)]
 
 
 def test_shuffled_instructions_are_other_targets_words(rooms):
     _, model, true = batch_of(rooms, groups=slice(1))
     _, _, shuffled = batch_of(rooms, "--shuffle-instructions", groups=slice(1))
-    rows = [[tuple(row) for row in batch.ids.tolist()] for batch in (true, shuffled)]
+    rows = [sentences(batch.pack) for batch in (true, shuffled)]
     assert rows[0] != rows[1] and sorted(rows[0]) == sorted(rows[1])
 
 
+def test_the_pose_term_reads_another_targets_sentence_under_the_same_noise(rooms):
+    _, _, batch = batch_of(rooms, groups=slice(2), with_pose=True)
+    true, other = sentences(batch.pack), sentences(batch.pack_other)
+    first = [int((batch.target == k).nonzero()[0]) for k in range(len(true))]
+    assert other == [true[int(batch.target[batch.other[i]])] for i in first] and true != other
+    for key in ("latents", "noise", "t", "target"):
+        assert torch.equal(getattr(batch.pack, key), getattr(batch.pack_other, key))
+
+
 def test_condition_dropout_hides_sentences_and_segments(rooms):
-    _, _, batch = batch_of(rooms, "--drop-text", "0.5", "--drop-vae", "0.5", "--drop-vit", "1.0")
-    assert 0 < (batch.lengths == 0).float().mean() < 1
-    assert not batch.keep[:, 1::2].any() and 0 < batch.keep[:, 0::2].float().mean() < 1
+    _, model, batch = batch_of(rooms, "--drop-text", "0.5", "--drop-vae", "0.5", "--drop-vit", "1.0")
+    texts = [len(words) > 2 for words in sentences(batch.pack)]                     # two markers are always there
+    assert 0 < np.mean(texts) < 1
+    assert (batch.pack.patch_ids == -1).all()                                       # no ViT picture is left
+    contexts_left = (batch.pack.numbers >= 0).sum()
+    assert 0 < contexts_left < 4 * len(batch.pack.ids)
+
+
+def test_the_control_moves_the_weights_to_random_places(rooms):
+    _, _, batch = batch_of(rooms)
+    _, _, control = batch_of(rooms, "--control")
+    assert not torch.equal(batch.seen, control.seen)
+    torch.testing.assert_close(batch.seen.sort()[0], control.seen.sort()[0])
 
 
 def test_times_are_shifted_towards_noise(rooms):
