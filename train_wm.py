@@ -155,13 +155,11 @@ class LatentFolder:
 
 def encoded(part, model, kept, stream):
     """The pictures of one `example` as latents (1, c, 2 h, 2 w) on the CPU: context and targets drawn, warps not."""
-    latents = []
-    drawn = len(part["context"]) + len(part["targets"])
-    for i, (name, image) in enumerate(zip(part["names"], part["context"] + part["targets"] + part["filled"])):
+    images, latents, drawn = part["context"] + part["targets"] + part["filled"], [], len(part["names"]) - len(part["t"])
+    if not model.autoencoder.random:
+        return [model.autoencoder.encode(to_pixels(image[None])) for image in images]
+    for i, (name, image) in enumerate(zip(part["names"], images)):
         pixels = to_pixels(image[None]).to(model.device)
-        if not model.autoencoder.random:
-            latents.append(model.autoencoder.encode(pixels).cpu())
-            continue
         moments = functools.partial(model.autoencoder.moments, pixels)
         mean, log_variance = kept(name, moments) if kept else (x.cpu() for x in moments())
         noise = torch.randn(mean.shape, generator=stream) if i < drawn else torch.zeros_like(mean)

@@ -172,12 +172,11 @@ class Taylor:
         if y is None:
             k = self.step - self.computed
             return sum(term * k**i / math.factorial(i) for i, term in enumerate(self.terms))
+        terms = [y]
         if self.step >= self.first - 1:
-            terms = [y]
             for before in self.terms[:self.orders]:
                 terms.append((terms[-1] - before) / (self.step - self.computed))
-            self.terms = terms
-        self.computed = self.step
+        self.terms, self.computed = terms, self.step
         return y
 
 

@@ -168,31 +168,20 @@ class Pack(NamedTuple):
 
 
 class Sequence:
-    """One sequence in the making: its und and gen tokens, each with the four numbers of `Tokens`."""
+    """One sequence in the making; its und and gen tokens are rows (position, order, sample, group) of plain numbers."""
 
     def __init__(self):
-        self.und, self.gen = [], []             # (position, order, sample, group) rows, as tensors (n, 4)
-        self.length = 0                         # und tokens so far
-        self.ids, self.latents, self.noise, self.latent_ids, self.image, self.target = [], [], [], [], [], []
+        self.und, self.ids = [], []
+        self.gen, self.latents, self.noise, self.latent_ids, self.image, self.target = [], [], [], [], [], []
 
-    def add_und(self, ids, position, order, sample, group):
-        """Append und tokens; position and order are numbers, or lists as long as `ids`."""
-        rows = torch.zeros(len(ids), 4, dtype=torch.long)
-        for column, value in enumerate((position, order, sample, group)):
-            rows[:, column] = torch.tensor(value)
-        self.und.append(rows)
-        self.ids += ids
-        self.length += len(ids)
-
-    def add_gen(self, segment, columns, image, position, order, sample):
-        """Append the tokens of a latent picture; `columns`: positions per row of the table."""
-        row = torch.tensor([position, order, sample, segment.group])
-        self.gen.append(row.expand(len(segment.tokens), 4))
-        self.latents.append(segment.tokens)
-        self.noise.append(torch.zeros_like(segment.tokens) if segment.noise is None else segment.noise)
-        self.latent_ids.append(table_ids(segment.grid, columns))
-        self.image.append(torch.full((len(segment.tokens),), image))
-        self.target.append(torch.full((len(segment.tokens),), segment.noise is not None))
+    def add_gen(self, s, rows, image, columns):
+        """Append the tokens of Latent `s`, the picture number `image`; `columns`: those of the position table."""
+        self.gen += rows
+        self.latents.append(s.tokens)
+        self.noise.append(torch.zeros_like(s.tokens) if s.noise is None else s.noise)
+        self.latent_ids.append(table_ids(s.grid, columns))
+        self.image += [image] * len(rows)
+        self.target += [s.noise is not None] * len(rows)
 
 
 def table_ids(grid, columns):
@@ -213,25 +202,27 @@ def pack(sequences, markers, config):
             positions, order = {0: 0}, 0                    # the next RoPE position of each group
             for s in segments:
                 position = positions.setdefault(s.group, positions[0])
+                row = (position, order, number, s.group)
                 if isinstance(s, Text):
                     if s.keep:
-                        n = len(s.ids)
-                        out.add_und(s.ids, list(range(position, position + n)), list(range(order, order + n)),
-                                    number, s.group)
-                        positions[s.group], order = position + n, order + n
+                        out.ids += s.ids
+                        out.und += [(position + i, order + i, number, s.group) for i in range(len(s.ids))]
+                        positions[s.group], order = position + len(s.ids), order + len(s.ids)
                     continue
                 positions[s.group] = position + 1
                 if not s.keep:
                     continue
-                start, end = [markers[0]], [markers[1]]
                 if isinstance(s, View):
-                    places.append((len(made), out.length + 1))
+                    places.append((len(made), len(out.ids) + 1))
                     views.append(s)
-                    out.add_und(start + [0] * len(s.patches) + end, position, order, number, s.group)
+                    between = [0] * len(s.patches)
                 else:
-                    out.add_und(start + end, position, order, number, s.group)
-                    out.add_gen(s, config.latent_grid, len(pictures), position, order, number)
+                    out.add_gen(s, [row] * len(s.tokens), len(pictures), config.latent_grid)
                     pictures.append(s)
+                    between = []
+                ids = [markers[0], *between, markers[1]]
+                out.ids += ids
+                out.und += [row] * len(ids)
                 order += 1
         made.append(out)
     return assembled(made, views, places, pictures, config)
@@ -243,13 +234,11 @@ def assembled(made, views, places, pictures, config):
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
 
     def numbers(lists):
-        nothing = torch.tensor([[0, HIDDEN, -1, 0]])        # padding: sees padding, is seen by padding
-        rows = [torch.cat(rows) if rows else nothing[:0] for rows in lists]
-        longest = max(map(len, rows))
-        return torch.stack([torch.cat([r, nothing.expand(longest - len(r), 4)]) for r in rows])
+        longest, nothing = max(map(len, lists)), (0, HIDDEN, -1, 0)         # padding sees padding, is seen by padding
+        return torch.tensor([rows + [nothing] * (longest - len(rows)) for rows in lists])
 
     tokens = torch.cat([numbers([s.und for s in made]), numbers([s.gen for s in made])], 1)      # (B, U + G, 4)
-    width = max(s.length for s in made)
+    width = max(len(s.ids) for s in made)
     where = [row * width + first + torch.arange(len(v.patches)) for (row, first), v in zip(places, views)]
     words = [torch.tensor(p.said, dtype=torch.long) for p in pictures]
     words = padded([w if len(w) else torch.zeros(1, dtype=torch.long) for w in words])
@@ -262,7 +251,7 @@ def assembled(made, views, places, pictures, config):
         torch.tensor([v.number for v in views] or [0]),
         torch.cat(where) if views else torch.zeros(0, dtype=torch.long),
         padded([torch.cat(s.latents) for s in made]), padded([torch.cat(s.noise) for s in made]),
-        padded([torch.cat(s.latent_ids) for s in made]), padded([torch.cat(s.image) for s in made]),
+        padded([torch.cat(s.latent_ids) for s in made]), padded([torch.tensor(s.image) for s in made]),
         torch.tensor([float(p.t) for p in pictures]), torch.tensor([-1 if p.noise is not None else p.number
                                                                      for p in pictures]),
-        words, spoken.float(), padded([torch.cat(s.target) for s in made], False))
+        words, spoken.float(), padded([torch.tensor(s.target) for s in made], False))

@@ -291,6 +291,42 @@ def test_guided_sampling_equals_three_separate_branches(renorm):
     torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
 
 
+def test_a_denoising_step_compiles_whole():
+    """No graph break: nothing in the step waits for the device or looks at a tensor's values."""
+    network = random_network()
+    images, _, ids, lengths, _, _, grid = small_pack(contexts=1)
+    settings = dataclasses.replace(SMALL.settings, steps=2, text_scale=4.0, image_scale=2.0)
+    noise = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(3))
+    inputs = [*images, Words(ids[:1, :4], lengths[:1])]
+    want = sample(network, inputs, noise, grid, settings)
+    network.denoise = torch.compile(network.denoise, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(sample(network, inputs, noise, grid, settings), want, rtol=1e-5, atol=1e-5)
+
+
+def test_without_an_image_the_third_branch_is_the_first():
+    """BAGEL runs "no images" for text-to-image too, where it equals "everything": the effective text scale grows."""
+    network = random_network()
+    words = Words(torch.tensor([[1, 2, 3, 4]]), torch.tensor([4]))
+    noise = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(3))
+    plain = dataclasses.replace(SMALL.settings, steps=1, shift=1.0, renorm="global", renorm_min=1.0)
+    views = [sample(network, [words], noise, (2, 3), dataclasses.replace(plain, text_scale=a, image_scale=b))
+             for a, b in ((4.0, 1.5), (4.0 + 0.5 * 3.0, 1.0), (4.0, 1.0))]
+    torch.testing.assert_close(views[0], views[1], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(views[0], views[2], atol=1e-3)
+
+
+def test_taylor_series_of_a_line_is_exact_once_two_values_are_known():
+    """Divided differences of equally spaced values reproduce a line at once, and the schedule is 0..4, 7, 10, ..."""
+    series, computed = world_model.Taylor(), []
+    for step in range(14):
+        due = series.due()
+        computed += [step] * due
+        got = series.next(torch.tensor([2.0 + 3.0 * step]) if due else None)
+        if step >= 7:                               # from here two computed values give the slope
+            torch.testing.assert_close(got, torch.tensor([2.0 + 3.0 * step]))
+    assert computed == [0, 1, 2, 3, 4, 7, 10, 13]
+
+
 def test_guidance_of_scale_one_is_off():
     v = torch.randn(2, 5, 12)
     assert guided([v], SMALL.settings) is v
