@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 import rewards
 from data import load_jsonl
-from lib import common
+from lib import checkpoints, common
 from lib.common import total
 from policy import Policy, Trajectory, collate, rollout, token_logprobs
 
@@ -413,7 +413,7 @@ def questions_of_step(questions, count, step, seed):
 
 def save_policy(policy, out):
     """The policy in its public layout, gathered from all ranks."""
-    weights = common.whole(policy.model.named_parameters())
+    weights = checkpoints.whole(policy.model.named_parameters())
     if common.is_main():
         with common.written_whole(out) as part:
             policy.save(part, weights)
@@ -436,9 +436,9 @@ def main(argv=None):
         common.fail(f"--questions {args.questions} leaves some of {world.size} ranks without a question.")
     learning = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=args.lr, betas=BETAS, weight_decay=0.0)
-    first, tensors, state = common.load_state(out / "training") or (0, None, {})
-    if tensors:
-        common.restore_training(policy.model, optimizer, tensors)
+    tensors = checkpoints.training_tensors(policy.model, optimizer)
+    first, state = checkpoints.load_state(out / "training", tensors) or (0, {})
+    if first:
         common.say(f"going on after step {first} of {args.steps}")
     log, clock = common.MetricLog(out / "log.jsonl", first), common.Clock(state.get("clock"))
 
@@ -485,8 +485,7 @@ def main(argv=None):
             bar.set_postfix({key: f"{means[key]:.2f}" for key in ("reward", "match", "call_rate")})
             stopping = stop.requested()
             if stopping or (step + 1) % args.save_every == 0:
-                common.save_state(out / "training", step + 1, common.training_tensors(policy.model, optimizer),
-                                  {"clock": clock.read()})
+                checkpoints.save_state(out / "training", step + 1, tensors, {"clock": clock.read()})
             if stopping:
                 stop.leave(step + 1)
 

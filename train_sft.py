@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from data import ASKS, ensure, load_jsonl
-from lib import common
+from lib import checkpoints, common
 from lib.dialogue import Trajectory
 from lib.pictures import load_image
 from lib.rooms import COLOURS
@@ -261,15 +261,15 @@ def main(argv=None):
         ensure(args.data)
     common.wait_for_all()
     lessons = [Lesson(question) for question in load_jsonl(Path(args.data) / "questions_train.jsonl")]
-    first, tensors, state = common.load_state(out / "training") or (0, None, {})
-    log, clock = common.MetricLog(out / "log.jsonl", first), common.Clock(state.get("clock"))
+    clock = common.Clock()
     policy = open_policy(args, lessons, world)
     blocks = policy.model.model.language_model.layers
     model = common.shard(policy.model, blocks, world, ignored=policy.vision.parameters())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, betas=(0.9, 0.95),
                                   weight_decay=0.01)
-    if tensors:
-        common.restore_training(model, optimizer, tensors)
+    tensors = checkpoints.training_tensors(model, optimizer)
+    first, state = checkpoints.load_state(out / "training", tensors) or (0, {})
+    log, clock.before = common.MetricLog(out / "log.jsonl", first), state.get("clock", clock.before)
     model.train()
 
     with common.Interrupt() as stop:
@@ -291,12 +291,11 @@ def main(argv=None):
             bar.set_postfix({key: f"{value:.2f}" for key, value in means.items()})
             stopping = stop.requested()
             if stopping or (step + 1) % args.save_every == 0:
-                common.save_state(out / "training", step + 1, common.training_tensors(model, optimizer),
-                                  {"clock": clock.read()})
+                checkpoints.save_state(out / "training", step + 1, tensors, {"clock": clock.read()})
             if stopping:
                 stop.leave(step + 1)
 
-    weights = common.whole(model.named_parameters())
+    weights = checkpoints.whole(model.named_parameters())
     if common.is_main():
         with common.written_whole(out) as part:
             policy.save(part, weights)

@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 import data
-from lib import common
+from lib import checkpoints, common, lora
 from lib.bagel import LATENT_PATCH, token_grid
 from lib.bagel_files import patchify, resize, to_pixels
 from lib.geometry import Motion, Query, instruction, phrase
@@ -357,6 +357,7 @@ def parse_args(argv=None):
     p.add_argument("--pose-times", type=float, nargs=2, default=[0.7, 0.95], help="t at which the pose term counts")
     p.add_argument("--shuffle-instructions", action="store_true", help="the untuned control: motions of other targets")
     p.add_argument("--control", action="store_true", help="view consistency on random places instead of seen ones")
+    p.add_argument("--lora", type=int, default=0, help="train adapters of this rank beside frozen weights; 0: all")
     # speed, memory and what is shown only
     p.add_argument("--micro-contexts", type=int, help="contexts per forward pass and rank")
     p.add_argument("--latents", help="folder that keeps what the autoencoder says of each picture; default for tiny: none")
@@ -389,24 +390,29 @@ def main(argv=None):
     train, val = load_data(args, world)
     read = functools.lru_cache(args.images_in_memory)(read_image)
     kept = LatentFolder(args.latents) if args.latents else None
-    model = WorldModel.load(args.init, world.device) if args.init else WorldModel.tiny(args.seed, args.size)
-    model.network.to(world.device)
-    model.network.recompute = args.recompute
-    network = common.shard(model.network, model.network.blocks, world)
-    names, parameters = zip(*network.named_parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
-    average, start, clock = [p.detach().clone() for p in parameters], 0, common.Clock()
-    if saved := common.load_state(training):
-        start, tensors, state = saved
-        common.restore_training(network, optimizer, tensors)
-        average = [common.like(tensors[f"average.{name}"], p) for name, p in zip(names, parameters)]
-        clock = common.Clock(state["clock"])
-    log, share = common.MetricLog(out / "log.jsonl", start), args.contexts // world.size
 
-    def save(step):
-        tensors = common.training_tensors(network, optimizer)
-        tensors |= common.whole((f"average.{name}", mean) for name, mean in zip(names, average))
-        common.save_state(training, step, tensors, {"clock": clock.read()})
+    def prepare(network):
+        """Adapters, recomputation, sharding: of --init before its tensors are read."""
+        network.recompute = args.recompute
+        adapters = lora.add_lora(network, args.lora, 2 * args.lora, lora.LANGUAGE_LAYERS, args.seed,
+                                 world.device) if args.lora else ()
+        common.shard(network, network.blocks, world, ignored=adapters)
+
+    if args.init:
+        dtype = torch.bfloat16 if args.lora and world.device.type == "cuda" else torch.float32      # of what is frozen
+        model = WorldModel.load(args.init, world.device, dtype, prepare)
+    else:
+        model = WorldModel.tiny(args.seed, args.size)
+        prepare(model.network.to(world.device))
+    network = model.network
+    names, parameters = zip(*((name, p) for name, p in network.named_parameters() if p.requires_grad))
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    average = [p.detach().clone() for p in parameters]
+    tensors = checkpoints.training_tensors(network, optimizer)
+    tensors |= {f"average.{name}": mean for name, mean in zip(names, average)}
+    start, state = checkpoints.load_state(training, tensors) or (0, {})
+    clock = common.Clock(state.get("clock"))
+    log, share = common.MetricLog(out / "log.jsonl", start), args.contexts // world.size
 
     with common.Interrupt() as stop:
         bar = common.progress(args.steps, start, "world model")
@@ -424,6 +430,7 @@ def main(argv=None):
                 (sum(parts.values()) / tokens).backward()
                 metrics = {key: metrics.get(key, 0) + value.detach() for key, value in parts.items()}
             metrics = {key: common.global_sum(value).item() / tokens for key, value in metrics.items()}
+            common.sum_gradients(parameters)
             metrics["grad"] = common.clip_gradients(parameters, args.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -443,15 +450,12 @@ def main(argv=None):
             bar.set_postfix(flow=f"{metrics['loss_flow']:.4f}")
             leaving = stop.requested()
             if leaving or done % args.save_every == 0 or done == args.steps:
-                save(done)
+                checkpoints.save_state(training, done, tensors, {"clock": clock.read()})
             if leaving:
                 stop.leave(done)
 
-    own = dict(zip(names, average))
-    tensors = common.whole((name, own.get(name, value)) for name, value in network.state_dict().items())
-    if common.is_main():
-        with common.written_whole(out) as part:
-            model.save(part, tensors)
+    with averaged(parameters, average), common.written_whole(out) as part:
+        model.save(part, lora.merged(network))
     common.finish(out, args.steps, clock)
 
 

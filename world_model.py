@@ -30,6 +30,7 @@ from torch import nn
 from lib import bagel_files
 from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, PositionTable, Settings, token_grid
 from lib.bagel_files import resize, to_images, to_pixels, unpatchify
+from lib.checkpoints import contents
 from lib.common import fail, newest, run
 from lib.geometry import Query, instruction, read_phrase
 from lib.packing import table_ids
@@ -69,13 +70,14 @@ def sample(network, inputs, noise, grid, settings):
     branches, motions = guidance_branches(network, inputs, noise, s)
     ropes = [network.rope(branch.next[:, None]) for branch in branches]
     markers = network.embed_markers(rows)
-    tau = np.linspace(1, 0, s.steps + 1, dtype=np.float32)
+    tau = torch.linspace(1, 0, s.steps + 1)
     times, x = (s.shift * tau / (1 + (s.shift - 1) * tau)).tolist(), noise
+    low, high = torch.tensor(s.interval, dtype=torch.float32).tolist()      # a step may lie on an end of the interval
     places = network.latent_pos_embed(table_ids(grid, network.config.latent_grid).to(x.device)).to(network.dtype)
     each_time = network.time_embedder(torch.tensor(times, device=x.device))                  # (steps + 1, H)
     series = [Taylor() for _ in branches]
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
-        guide = s.interval[0] < t <= s.interval[1]
+        guide = low < t <= high
         used = range(len(branches) if guide else 1)
         due = [k for k in used if not s.taylor or series[k].due()]
         if due:                                     # every branch of every row in one pass
@@ -92,19 +94,20 @@ def sample(network, inputs, noise, grid, settings):
 
 
 def guidance_branches(network, inputs, noise, settings):
-    """Read the inputs into memories -> what the target sees in each branch, and its motion vectors (R or 1, 1, H).
+    """Read the inputs into memories -> what the target sees in each branch, and its motion vectors (R, 1, H).
 
     The first branch sees everything. "No sentence" sees the same memory up to the last text, and "no images" the texts
     alone, from position 0. Without guidance by the sentence there is none at all, whatever the image scale (bagel.md).
     """
     rows, room = len(noise), noise.shape[1] + 2
     texts = [part for part in inputs if isinstance(part, Words)]
-    motion = [network.embed_motion(*part)[:, None] for part in texts[-1:]] or [network.no_motion()]
+    silence = network.no_motion().expand(rows, -1, -1)
+    motion = [network.embed_motion(*part)[:, None].expand(rows, -1, -1) for part in texts[-1:]] or [silence]
     memory = network.memory(rows, sum(map(network.length_of, inputs)), room)
     length, next = read(network, memory, inputs)
     if settings.text_scale <= 1:
         return [memory.whole()], motion
-    branches, motions = [memory.whole(), memory.first(length, next)], [*motion, network.no_motion().expand_as(*motion)]
+    branches, motions = [memory.whole(), memory.first(length, next)], [*motion, silence]
     if settings.image_scale > 1 and len(texts) < len(inputs):
         memory = network.memory(rows, sum(map(network.length_of, texts)), room)
         read(network, memory, texts)
@@ -197,10 +200,13 @@ def select_context(images, reference, max_context=4):
 class WorldModel:
     """A simulator: the network, its autoencoder and its tokenizer. To the other stages it is `imagine`, no more."""
 
-    def __init__(self, network, autoencoder, tokenizer, files):
-        """files: {"llm_config", "vit_config", "config"}, the contents of these json files, to be written back."""
-        self.network, self.autoencoder, self.tokenizer = network, autoencoder, tokenizer
-        self.settings, self.files = network.config.settings, files
+    def __init__(self, network, autoencoder, tokenizer, files, layout=None):
+        """What is to be written back: files, the contents of {"llm_config", "vit_config", "config"}.json, and layout, a
+        meta tensor of the shape and type of each one in ema.safetensors; None: as the network has them.
+        """
+        self.network, self.autoencoder, self.tokenizer, self.files = network, autoencoder, tokenizer, files
+        self.layout = layout or {name: value.to("meta") for name, value in network.state_dict().items()}
+        self.settings = network.config.settings
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
         self.bos, self.eos, *network.markers = tokenizer.convert_tokens_to_ids(names)
         self.words = functools.lru_cache(10_000)(
@@ -230,28 +236,39 @@ class WorldModel:
         return cls(network, bagel_files.PixelLatents(), tokenizer, files)
 
     @classmethod
-    def load(cls, path, device="cpu", dtype=torch.float32):
-        """From a folder in the public BAGEL layout, or a Hugging Face id. Raises with a sentence if it is not one."""
+    def load(cls, path, device="cpu", dtype=torch.float32, prepare=None):
+        """From a folder in the public BAGEL layout, or a Hugging Face id. Raises with a sentence if it is not one.
+
+        prepare   called with the network while it is still on the meta device (adapters, sharding): each rank then
+                  reads its own rows only
+        """
         folder = bagel_files.find(path)
         llm, vit = (bagel_files.read_json(folder / f"{name}_config.json") for name in ("llm", "vit"))
         ours = bagel_files.read_json(folder / "config.json", missing={})
-        shapes = bagel_files.shapes(folder / bagel_files.NETWORK)
-        config = Config.read(llm, vit, ours.get("astra", {}),
-                             vocabulary=shapes["language_model.model.embed_tokens.weight"][0],
-                             latent_grid=round(shapes["latent_pos_embed.pos_embed"][0] ** 0.5),
-                             latent_numbers=shapes["vae2llm.weight"][1])
+        file = folder / bagel_files.NETWORK
+        layout, sizes = contents(file), ("language_model.model.embed_tokens.weight", "latent_pos_embed.pos_embed",
+                                         "vae2llm.weight")
+        bagel_files.complain(f"{file} is not a BAGEL", [f"{key} (missing)" for key in sizes if key not in layout])
+        words, places, latents = (layout[key].shape for key in sizes)
+        config = Config.read(llm, vit, ours.get("astra", {}), vocabulary=words[0], latent_grid=round(places[0] ** 0.5),
+                             latent_numbers=latents[1])
         with torch.device("meta"):
             network = Bagel(config)
-        bagel_files.load_network(network, folder / bagel_files.NETWORK, device, dtype)
+        if prepare:
+            prepare(network)
+        bagel_files.load_network(network, file, device, dtype)
         autoencoder = bagel_files.PixelLatents() if config.settings.latent == "pixels" else \
             bagel_files.FluxLatents(load_file(folder / bagel_files.AUTOENCODER)).to(device)
         return cls(network, autoencoder, bagel_files.load_tokenizer(folder),
-                   {"llm_config": llm, "vit_config": vit, "config": ours})
+                   {"llm_config": llm, "vit_config": vit, "config": ours}, layout)
 
-    def save(self, folder, tensors=None):
-        """Write the public layout; `tensors` stands in for the network's state dict (an average, gathered by FSDP)."""
-        bagel_files.save_folder(folder, self.network.state_dict() if tensors is None else tensors, self.files,
-                                self.tokenizer, self.autoencoder)
+    def save(self, folder, named=None):
+        """Write the public layout, in the types it came in. Called on every rank; rank 0 writes.
+
+        named   (name, tensor) pairs that stand in for the network's own, such as lora.merged(network); maybe sharded
+        """
+        bagel_files.write_folder(folder, self.network.state_dict().items() if named is None else named, self.layout,
+                                 self.files, self.tokenizer, self.autoencoder)
 
     def texts(self, sentences):
         """Sentences between <|im_start|> and <|im_end|> -> Words of R rows."""

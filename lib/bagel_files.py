@@ -19,9 +19,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+
+from lib.checkpoints import contents, share, write_file, write_whole
+from lib.common import is_main
 
 NETWORK, AUTOENCODER = "ema.safetensors", "ae.safetensors"
+UNFIT = f"{AUTOENCODER} is not a FLUX autoencoder"
 MAX_PIXELS = 14 * 14 * 9 * 1024
 
 
@@ -110,31 +114,49 @@ class FluxLatents:
     scale, shift = 0.3611, 0.1159
 
     def __init__(self, tensors):
-        """tensors: the state dict of ae.safetensors, in FLUX's names; the sizes are read from the shapes."""
-        from diffusers import AutoencoderKL
-        levels = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("encoder.down."))
-        blocks = 1 + max(int(key.split(".")[4]) for key in tensors if key.startswith("encoder.down.0.block."))
-        self.channels = len(tensors["encoder.conv_out.weight"]) // 2
-        self.vae = AutoencoderKL(
-            block_out_channels=[len(tensors[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(levels)],
-            layers_per_block=blocks, latent_channels=self.channels, norm_num_groups=32,
-            down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
-            use_quant_conv=False, use_post_quant_conv=False)
-        self.vae.load_state_dict({to_diffusers(key, levels): value.float().reshape(value.shape[:2]) if
-                                  ".attn_1." in key and value.dim() == 4 else value.float()
-                                  for key, value in tensors.items()}, strict=True)
-        self.vae.requires_grad_(False).eval()
-        self.tensors = tensors
+        """tensors: the state dict of ae.safetensors, in FLUX's names; the sizes are read from the shapes.
 
-    def encode(self, pixels, noise=None):
-        """pixels (B, 3, H, W) in [-1, 1] -> latent (B, C, H/8, W/8), drawn from the posterior as BAGEL does.
+        fp32 tensors are used as they are, not copied. Raises ValueError naming what is missing, unknown or misshapen.
+        """
+        from diffusers import AutoencoderKL
+        self.levels = len({key.split(".")[2] for key in tensors if key.startswith("encoder.down.")})
+        blocks = len({key.split(".")[4] for key in tensors if key.startswith("encoder.down.0.block.")})
+        sizes = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(max(1, self.levels))]
+        sizes.append("encoder.conv_out.weight")
+        complain(UNFIT, [f"{key} (missing)" for key in sizes if key not in tensors])
+        *widths, numbers = (len(tensors[key]) for key in sizes)
+        self.channels = numbers // 2
+        with torch.device("meta"):
+            self.vae = AutoencoderKL(
+                block_out_channels=widths, layers_per_block=blocks, latent_channels=self.channels, norm_num_groups=32,
+                down_block_types=["DownEncoderBlock2D"] * self.levels, use_quant_conv=False, use_post_quant_conv=False,
+                up_block_types=["UpDecoderBlock2D"] * self.levels)
+        self.names = {key: to_flux(key, self.levels) for key in self.vae.state_dict()}
+        # FLUX's attention is made of 1 x 1 convolutions, (out, in, 1, 1), diffusers' of linear layers, (out, in).
+        wanted = {self.names[key]: (*value.shape, 1, 1) if ".attentions." in key and value.dim() == 2 else value.shape
+                  for key, value in self.vae.state_dict().items()}
+        complain(UNFIT, misfits(wanted, tensors, "it"))
+        self.vae.load_state_dict({key: tensors[self.names[key]].float().view(value.shape)
+                                  for key, value in self.vae.state_dict().items()}, assign=True)
+        self.vae.requires_grad_(False).eval()
+        self.layout = {key: value.to("meta") for key, value in tensors.items()}
+
+    def moments(self, pixels):
+        """pixels (B, 3, H, W) in [-1, 1] -> mean and log variance of the posterior, (B, C, H/8, W/8) each."""
+        with torch.no_grad():
+            return self.vae.encoder(pixels.float()).chunk(2, 1)
+
+    def draw(self, mean, log_variance, noise=None):
+        """The moments of a posterior (B, C, h, w) -> a latent drawn from it, as BAGEL does.
 
         noise   standard normal of the latent's shape; None draws it from torch's own generator
         """
-        with torch.no_grad():
-            mean, log_variance = self.vae.encoder(pixels.float()).chunk(2, 1)
         noise = torch.randn_like(mean) if noise is None else noise.to(mean)
         return self.scale * (mean + torch.exp(0.5 * log_variance) * noise - self.shift)
+
+    def encode(self, pixels, noise=None):
+        """pixels (B, 3, H, W) in [-1, 1] -> latent (B, C, H/8, W/8); noise as in `draw`."""
+        return self.draw(*self.moments(pixels), noise)
 
     def decode(self, latent):
         """latent (B, C, h, w) -> pixels (B, 3, 8 h, 8 w), about [-1, 1]."""
@@ -145,23 +167,23 @@ class FluxLatents:
         return self
 
     def save(self, folder):
-        """Write ae.safetensors as it came."""
-        save_file(self.tensors, Path(folder) / AUTOENCODER)
+        """Write ae.safetensors, every tensor as it came."""
+        state = self.vae.state_dict()
+        named = ((name, state[key].view(self.layout[name].shape)) for key, name in self.names.items())
+        write_file(Path(folder) / AUTOENCODER, named, self.layout)
 
 
-def to_diffusers(key, levels):
-    """A key of ae.safetensors in FLUX's names -> the name diffusers gives it, e.g.
+def to_flux(key, levels):
+    """A key of diffusers' AutoencoderKL -> its name in ae.safetensors, FLUX's own, e.g.
 
-    decoder.up.3.block.0.norm1.weight -> decoder.up_blocks.0.resnets.0.norm1.weight     (level 3 of 4 runs first)
+    decoder.up_blocks.0.resnets.0.norm1.weight -> decoder.up.3.block.0.norm1.weight     (level 3 of 4 runs first)
     """
-    key = re.sub(r"encoder\.down\.", "encoder.down_blocks.", key)
-    key = re.sub(r"decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}", key)
-    key = re.sub(r"(_blocks\.\d+)\.block\.", r"\1.resnets.", key)
-    key = re.sub(r"\.(down|up)sample\.conv", r".\1samplers.0.conv", key)
-    key = re.sub(r"mid\.block_(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}", key)
-    for old, new in (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
-        key = key.replace(f"mid.attn_1.{old}.", f"mid_block.attentions.0.{new}.")
-    return key.replace("nin_shortcut", "conv_shortcut").replace("norm_out", "conv_norm_out")
+    key = key.replace("encoder.down_blocks.", "encoder.down.").replace("samplers.0.conv", "sample.conv")
+    key = re.sub(r"decoder\.up_blocks\.(\d+)", lambda m: f"decoder.up.{levels - 1 - int(m[1])}", key)
+    key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key).replace("resnets", "block")
+    for old, new in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+        key = key.replace(f"mid_block.attentions.0.{old}.", f"mid.attn_1.{new}.")
+    return key.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
 
 
 # ---------------------------------------------------------------- folders
@@ -188,37 +210,57 @@ def read_json(path, missing=None):
                          f"vit_config.json.") from error
 
 
-def shapes(path):
-    """{name: shape} of a safetensors file, without reading the tensors."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    except Exception as error:                                  # safetensors has its own error class for a cut-off file
-        raise ValueError(f"The checkpoint file {path} cannot be read ({error}). Fetch or train it again.") from error
+def misfits(wanted, there, whole):
+    """What keeps a file from fitting, as phrases: {name: shape} wanted for `whole`, {name: tensor} there."""
+    found = {key: tuple(there[key].shape) if key in there else "missing" for key in wanted}
+    return ([f"{key} {tuple(shape)} (file: {found[key]})" for key, shape in wanted.items() if found[key] != shape]
+            + [f"{key} (not a part of {whole})" for key in there if key not in wanted])
+
+
+def complain(sentence, wrong):
+    """Raise ValueError with the sentence and the first few phrases of `wrong`, if there are any."""
+    if wrong:
+        raise ValueError(f"{sentence}: {'; '.join(wrong[:4])}"
+                         + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
 
 
 def load_network(network, path, device, dtype):
-    """Fill a network built on the meta device from a safetensors file: every key must be there, none left over."""
-    wanted, there = network.state_dict(), shapes(path)
-    wrong = [f"{key} {tuple(value.shape)} (file: {there.get(key, 'missing')})" for key, value in wanted.items()
-             if there.get(key) != tuple(value.shape)]
-    wrong += [f"{key} (not a part of BAGEL)" for key in there if key not in wanted]
-    if wrong:
-        raise ValueError(f"{path} does not fit its json files: {'; '.join(wrong[:4])}"
-                         + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
-    tensors = load_file(path, device=str(device))
-    network.load_state_dict({key: value.to(dtype) for key, value in tensors.items()}, assign=True)
+    """Fill what is on the meta device in a network from a safetensors file, tensor by tensor, straight to its place.
+
+    Of a network that is sharded already (common.shard) each rank reads its own rows only; buffers are whole on every
+    rank. On the CPU a tensor that has the type already is the mapped file itself: nothing is read until it is used,
+    and what is written into it stays in this process. Raises ValueError naming what is missing, left over or misshapen.
+    """
+    state = network.state_dict()
+    wanted, there = {key: value for key, value in state.items() if value.is_meta}, contents(path)
+    shapes = {key: value.shape for key, value in wanted.items()}
+    complain(f"{path} does not fit its json files", misfits(shapes, there, "BAGEL"))
+    tensors = {}
+    with safe_open(path, "pt") as file:
+        for key, value in wanted.items():
+            first, mine = share(value)
+            # to the device first: the file's type is seldom the larger one
+            tensor = file.get_slice(key)[first:first + len(mine)].to(device).to(dtype)
+            tensors[key] = tensor if mine is value else DTensor.from_local(
+                tensor, value.device_mesh, value.placements, shape=value.shape, stride=value.stride())
+    network.load_state_dict(tensors, assign=True, strict=len(tensors) == len(state))
 
 
-def save_folder(folder, tensors, files, tokenizer, autoencoder):
-    """Write a checkpoint in the public layout; `files`: the contents of {"llm_config", "vit_config", "config"}.json."""
+def write_folder(folder, named, like, files, tokenizer, autoencoder):
+    """Write a checkpoint in the public layout. Called on every rank; rank 0 writes.
+
+    named, like   the network: (name, tensor) pairs, maybe sharded, and {name: tensor of its shape and type in the file}
+    files         the contents of {"llm_config", "vit_config", "config"}.json
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, folder / NETWORK)
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    tokenizer.save_pretrained(folder)
-    autoencoder.save(folder)
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / NETWORK, named, like)
+    if is_main():
+        for name, content in files.items():
+            (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        tokenizer.save_pretrained(folder)
+        autoencoder.save(folder)
 
 
 def load_tokenizer(folder):

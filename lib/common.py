@@ -1,5 +1,5 @@
 """
-What every stage shares: process start, random streams, FSDP2 by hand, checkpoints, the metric log, Ctrl-C.
+What every stage shares: process start, random streams, FSDP2 by hand, whole files, the metric log, Ctrl-C.
 
 One process on a laptop uses no torch.distributed at all. Under torchrun (gloo on CPU, NCCL on GPUs) the same calls work
 over all ranks. Three rules make one rank and many give the same numbers:
@@ -28,10 +28,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 
@@ -193,54 +192,22 @@ def gathered(model):
             unit.set_reshard_after_forward(unit is not model, recurse=False)
 
 
+def sum_gradients(parameters):
+    """Sum over ranks the gradients of parameters that are whole on every rank, which FSDP leaves alone (`ignored`)."""
+    parameters = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+    if not dist.is_initialized() or not parameters:
+        return
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad          # all ranks sum, whatever they have seen
+    flat = global_sum(torch.cat([p.grad.flatten() for p in parameters]))    # one collective, not one for each
+    for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad.copy_(gradient.view_as(p))
+
+
 def clip_gradients(parameters, max_norm):
     """Scale the gradients down to a global norm of at most `max_norm`; return the norm before, as a float."""
     norm = torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-
-
-def whole(named):
-    """Gather sharded tensors: an iterable of (name, tensor) -> {name: whole CPU copy} on rank 0, {} on the others.
-
-    Every rank must call it with the same names in the same order.
-    """
-    tensors = {}
-    for name, tensor in named:
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if is_main():
-            tensors[name] = full.detach().to("cpu", copy=True).contiguous()
-    return tensors
-
-
-def training_tensors(model, optimizer):
-    """The trainable parameters and the optimiser's moments, whole, as `restore_training` takes them (a collective)."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    moments = [(f"optimizer.{key}.{name}", value) for name, p in trainable
-               for key, value in sorted(optimizer.state[p].items())]
-    return whole([(f"model.{name}", p) for name, p in trainable] + moments)
-
-
-def restore_training(model, optimizer, tensors):
-    """Put back what `training_tensors` gathered, sharding each tensor like its parameter."""
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if f"model.{name}" not in tensors:
-            fail(f"The checkpoint has no tensor model.{name}: it belongs to another model. Give another --out.")
-        with torch.no_grad():
-            p.copy_(like(tensors[f"model.{name}"], p))
-        for key in ("step", "exp_avg", "exp_avg_sq"):                               # AdamW's state
-            value = tensors.get(f"optimizer.{key}.{name}")
-            if value is not None:
-                optimizer.state[p][key] = value.clone() if key == "step" else like(value, p)
-
-
-def like(tensor, parameter):
-    """The tensor on the parameter's device, in its type, sharded as it is."""
-    tensor = tensor.to(parameter.device, parameter.dtype, copy=True)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-    return tensor
 
 
 # ---------------------------------------------------------------- files
@@ -274,9 +241,15 @@ def disk(path):
 
 @contextlib.contextmanager
 def written_whole(folder):
-    """`with written_whole(out) as part: model.save(part)`: the files appear in `folder` when all are complete."""
+    """`with written_whole(out) as part: model.save(part)`: the files appear in `folder` when all are complete.
+
+    On rank 0, which writes; the others only learn the name, so that a save may gather tensors from them.
+    """
     folder = Path(folder)
     part = folder / ".partial"
+    if not is_main():
+        yield part
+        return
     shutil.rmtree(part, ignore_errors=True)
     try:
         with disk(folder):
@@ -286,45 +259,6 @@ def written_whole(folder):
                 os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def save_state(folder, step, tensors, state):
-    """Save folder/step_000012/{tensors.safetensors, state.json}; the older checkpoint goes when this one is complete.
-
-    step      steps done so far: the step a resumed run begins with
-    tensors   {name: CPU tensor}, as `training_tensors` or `whole` give it (ranks other than 0 write nothing)
-    state     what else the loop must know, JSON
-    """
-    folder = Path(folder)
-    if is_main():
-        place, beside = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
-        shutil.rmtree(beside, ignore_errors=True)
-        try:
-            with disk(place):
-                beside.mkdir(parents=True)
-                save_file(tensors, beside / "tensors.safetensors")
-                (beside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n")
-                shutil.rmtree(place, ignore_errors=True)
-                os.replace(beside, place)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-        for other in folder.iterdir():
-            if other != place:
-                shutil.rmtree(other, ignore_errors=True)
-    wait_for_all()
-
-
-def load_state(folder):
-    """The newest complete checkpoint of `folder` as (step, tensors, state), or None where there is none."""
-    places = sorted(p for p in Path(folder).glob("step_*") if p.suffix != ".partial")
-    if not places:
-        return None
-    try:
-        state = json.loads((places[-1] / "state.json").read_text())
-        return state.pop("step"), load_file(places[-1] / "tensors.safetensors"), state
-    except Exception as error:                      # safetensors, JSON and the file system each have their own class
-        fail(f"The checkpoint {places[-1]} cannot be read ({error}). Remove it and run the same command again: "
-             f"it starts from {'the checkpoint before it' if len(places) > 1 else 'the beginning'}.")
 
 
 class MetricLog:

@@ -1,107 +1,51 @@
-"""pytest tests/test_common.py: processes, checkpoints and the log.  CPU, about 15 s."""
+"""pytest tests/test_common.py: processes, a stage's folder and the log.  CPU, about 10 s."""
 
 import argparse
-import errno
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from lib import common
-
-ROOT = Path(__file__).parent.parent
-
-# Two steps of a small module on this rank's share of 5 rows, then a checkpoint written and read back.
-STEPS = """
-import sys, torch
-from lib import common
-
-out = sys.argv[1]
-world = common.setup(threads=1)
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
-common.shard(model, [model[0]], world)
-optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-x = torch.randn(5, 6, generator=common.generator("x"))[world.rank::world.size]
-n = common.global_sum(float(len(x)))
-for step in range(2):
-    optimizer.zero_grad()
-    (model(x).square().sum() / n).backward()
-    gradients = common.whole([(name, p.grad) for name, p in model.named_parameters()])
-    norm = common.clip_gradients(model.parameters(), 0.5)
-    optimizer.step()
-with common.gathered(model), torch.no_grad():
-    for _ in range(1 + world.rank):                                     # ranks may differ in their number of passes
-        model(x)
-before = common.training_tensors(model, optimizer)
-common.save_state(out + ".state", 2, before, {})
-common.restore_training(model, optimizer, common.load_state(out + ".state")[1])
-after = common.training_tensors(model, optimizer)
-if common.is_main():
-    assert len(before) == 16 and all(torch.equal(before[name], after[name]) for name in before)
-    torch.save({"n": n, "norm": norm, "gradients": gradients}, out)
-"""
+from lib import checkpoints, common
+from ranks import on_ranks
 
 
-def on_ranks(ranks, script, out):
-    """Run the script on gloo ranks (0: a plain process) and return what its rank 0 saved."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *torchrun, str(script), str(out)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return torch.load(out)
+def two_steps(out):
+    """Two steps of a small module on this rank's share of 5 rows; saves what rank 0 saw in `out`."""
+    world = common.setup(threads=1)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    model.scale = torch.nn.Parameter(torch.ones(3))                                 # whole on every rank
+    common.shard(model, [model[0]], world, ignored=[model.scale])
+    sharded = [p for p in model.parameters() if p is not model.scale]
+    optimizer = torch.optim.AdamW(sharded, lr=0.1)
+    x = torch.randn(5, 6, generator=common.generator("x"))[world.rank::world.size]
+    n = common.global_sum(float(len(x)))
+    for step in range(2):
+        model.zero_grad()
+        ((model(x) * model.scale).square().sum() / n).backward()
+        common.sum_gradients(model.parameters())
+        gradients = checkpoints.whole([(name, p.grad) for name, p in model.named_parameters()])
+        norm = common.clip_gradients(sharded, 0.5)
+        optimizer.step()
+    with common.gathered(model), torch.no_grad():
+        for _ in range(1 + world.rank):                                 # ranks may differ in their number of passes
+            model(x)
+    if common.is_main():
+        torch.save({"n": n, "norm": norm, "gradients": gradients}, out)
 
 
 def test_two_ranks_give_the_gradient_of_one(tmp_path):
     """FSDP's default is a mean over ranks, which would give half; 3 rows on one rank and 2 on the other expose more."""
-    script = tmp_path / "steps.py"
-    script.write_text(STEPS)
-    one, two = on_ranks(0, script, tmp_path / "one.pt"), on_ranks(2, script, tmp_path / "two.pt")
-    assert one["n"] == two["n"] == 5
+    two_steps(tmp_path / "one.pt")
+    on_ranks(2, two_steps, tmp_path / "two.pt")
+    one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
+    assert one["n"] == two["n"] == 5 and len(one["gradients"]) == 5
     assert two["norm"] == pytest.approx(one["norm"], rel=1e-4)
     for name, gradient in one["gradients"].items():
         torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-4, atol=1e-5)
-
-
-def small_state(value):
-    return {"w": torch.full((3,), float(value))}
-
-
-def test_newest_checkpoint_replaces_the_older(tmp_path):
-    assert common.load_state(tmp_path / "training") is None
-    for step in (1, 2):
-        common.save_state(tmp_path / "training", step, small_state(step), {"note": step})
-    step, tensors, state = common.load_state(tmp_path / "training")
-    assert (step, state, tensors["w"].tolist()) == (2, {"note": 2}, [2.0] * 3)
-    assert [p.name for p in (tmp_path / "training").iterdir()] == ["step_000002"]
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
-                                   RuntimeError("Error while serializing: I/O error: No space left on device")])
-def test_full_disk_is_a_sentence_and_keeps_the_older_checkpoint(tmp_path, monkeypatch, error):
-    common.save_state(tmp_path, 1, small_state(1), {})
-
-    def full(tensors, path):
-        path.write_bytes(b"half a file")
-        raise error
-
-    monkeypatch.setattr(common, "save_file", full)
-    with pytest.raises(SystemExit, match="disk is full"):
-        common.save_state(tmp_path, 2, small_state(2), {})
-    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
-    assert common.load_state(tmp_path)[0] == 1
-
-
-def test_unreadable_checkpoint_names_the_folder(tmp_path):
-    common.save_state(tmp_path, 3, small_state(3), {})
-    (tmp_path / "step_000003" / "tensors.safetensors").write_bytes(b"not tensors")
-    with pytest.raises(SystemExit, match="step_000003 cannot be read.*Remove it"):
-        common.load_state(tmp_path)
 
 
 def test_written_whole_shows_all_files_or_none(tmp_path):
@@ -157,7 +101,7 @@ def arguments(out, **more):
 def test_same_command_continues_and_other_flags_are_refused(tmp_path, capsys):
     out = tmp_path / "stage"
     common.begin("stage", arguments(out), neutral=("threads",))
-    common.save_state(out / "training", 1, small_state(1), {})
+    (out / "training").mkdir()
     common.begin("stage", arguments(out, threads=2), neutral=("threads",))          # a neutral flag may change
     with pytest.raises(SystemExit, match="--lr 0.0001 .now 0.5."):
         common.begin("stage", arguments(out, lr=0.5), neutral=("threads",))

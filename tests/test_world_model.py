@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 
 import world_model
 from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, Settings
-from lib.bagel_files import FluxLatents, PixelLatents, patchify, resized, to_diffusers, unpatchify
+from lib.bagel_files import PixelLatents, patchify, resized, unpatchify
 from lib.geometry import Query
 from lib.packing import Latent, Text, View, dense_attention, flex_attention_for, pack, sight, table_ids
 from world_model import Words, WorldModel, clean, guided, initialise, sample, select_context, velocity
@@ -418,73 +417,6 @@ def test_true_size_has_the_released_checkpoint_s_keys():
                        "vit_model.vision_model.encoder.layers.25.self_attn.out_proj.weight": (1152, 1152),
                        "vit_model.vision_model.post_layernorm.weight": (1152,)}.items():
         assert tuple(state[key].shape) == shape, key
-
-
-def flux_shapes(channels, multipliers, latent):
-    """Names and shapes of ae.safetensors, from the description in bagel.md (section 2)."""
-    widths, shapes = [channels * m for m in multipliers], {}
-
-    def conv(name, out, inside, size):
-        shapes.update({f"{name}.weight": (out, inside, size, size), f"{name}.bias": (out,)})
-
-    def norm(name, width):
-        shapes.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
-
-    def block(name, inside, out):
-        norm(f"{name}.norm1", inside), conv(f"{name}.conv1", out, inside, 3)
-        norm(f"{name}.norm2", out), conv(f"{name}.conv2", out, out, 3)
-        if inside != out:
-            conv(f"{name}.nin_shortcut", out, inside, 1)
-
-    def middle(name, width):
-        block(f"{name}.block_1", width, width), block(f"{name}.block_2", width, width)
-        norm(f"{name}.attn_1.norm", width)
-        for part in ("q", "k", "v", "proj_out"):
-            conv(f"{name}.attn_1.{part}", width, width, 1)
-
-    inside, levels = channels, len(widths)
-    conv("encoder.conv_in", channels, 3, 3)
-    for i, width in enumerate(widths):
-        for j in range(2):
-            block(f"encoder.down.{i}.block.{j}", inside if j == 0 else width, width)
-        inside = width
-        if i < levels - 1:
-            conv(f"encoder.down.{i}.downsample.conv", width, width, 3)
-    middle("encoder.mid", inside), norm("encoder.norm_out", inside), conv("encoder.conv_out", 2 * latent, inside, 3)
-    conv("decoder.conv_in", inside, latent, 3), middle("decoder.mid", inside)
-    for i in reversed(range(levels)):
-        for j in range(3):
-            block(f"decoder.up.{i}.block.{j}", inside if j == 0 else widths[i], widths[i])
-        inside = widths[i]
-        if i > 0:
-            conv(f"decoder.up.{i}.upsample.conv", inside, inside, 3)
-    norm("decoder.norm_out", inside), conv("decoder.conv_out", 3, inside, 3)
-    return shapes
-
-
-def test_flux_autoencoder_keys_fit_diffusers():
-    from diffusers import AutoencoderKL
-    shapes = flux_shapes(128, (1, 2, 4, 4), 16)
-    assert len(shapes) == 244 and sum(int(np.prod(shape)) for shape in shapes.values()) == 83_819_683
-    with torch.device("meta"):
-        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
-                            use_quant_conv=False, use_post_quant_conv=False,
-                            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
-    assert {to_diffusers(key, 4) for key in shapes} == set(vae.state_dict())
-
-
-def test_flux_autoencoder_has_the_two_calls(tmp_path):
-    g = torch.Generator().manual_seed(0)
-    flux = FluxLatents({key: 0.05 * torch.randn(shape, generator=g)
-                        for key, shape in flux_shapes(32, (1, 1, 2, 2), 16).items()})
-    pixels = torch.randn(2, 3, 32, 48, generator=g)
-    latent = flux.encode(pixels, torch.zeros(()))
-    assert latent.shape == (2, 16, 4, 6) and flux.decode(latent).shape == pixels.shape
-    sampled = flux.encode(pixels, torch.randn(latent.shape, generator=g))
-    assert not torch.equal(latent, sampled), "the posterior is sampled"
-    flux.save(tmp_path)
-    again = FluxLatents(load_file(tmp_path / "ae.safetensors"))
-    assert torch.equal(latent, again.encode(pixels, torch.zeros(())))
 
 
 def test_broken_and_missing_checkpoints_are_sentences(tmp_path):

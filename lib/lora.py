@@ -1,0 +1,75 @@
+"""
+LoRA by hand (arXiv 2106.09685): the weights stay as they are, and small matrices beside them learn a correction.
+
+  y = W x + b + (alpha / r) B A x        A (r, in) random, B (out, r) zero at first; W (out, in), b frozen, of any type
+
+For one or two GPUs: gradients, AdamW's moments and the average then exist for about one weight in a hundred. The names
+of W and b stay those of the checkpoint, and `merged` gives the weights back in that layout.
+
+  adapters = add_lora(network, rank=16, alpha=32, names=LANGUAGE_LAYERS, seed=0, device=world.device)
+  common.shard(network, network.blocks, world, ignored=adapters)      # A and B are whole on every rank
+  loss.backward(); common.sum_gradients(adapters)                     # so their gradients are summed by hand
+"""
+
+import re
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lib.checkpoints import full
+from lib.common import generator
+
+# of BAGEL: queries, keys, values, outputs and the MLP, of both experts
+LANGUAGE_LAYERS = r"language_model\.model\.layers\..*\.(q|k|v|o|gate|up|down)_proj(_moe_gen)?"
+
+
+class LoraLinear(nn.Linear):
+    """A frozen nn.Linear with a low-rank correction that is trained in fp32 and computed in the type of x."""
+
+    def __init__(self, linear, rank, alpha, stream, device):
+        nn.Module.__init__(self)                            # nn.Linear's own would make a weight
+        self.in_features, self.out_features, self.scale = linear.in_features, linear.out_features, alpha / rank
+        self.weight, self.bias = linear.weight, linear.bias
+        a = (2 * torch.rand(rank, self.in_features, generator=stream) - 1) * self.in_features**-0.5
+        self.lora_a = nn.Parameter(a.to(device))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+
+    def forward(self, x):
+        low = F.linear(x, self.lora_a.to(x.dtype))                                              # (..., r)
+        return super().forward(x) + self.scale * F.linear(low, self.lora_b.to(x.dtype))
+
+    def merged_weight(self, weight):
+        """W + (alpha / r) B A of the whole W: added in fp32, in W's type."""
+        return (weight.float() + self.scale * self.lora_b @ self.lora_a).to(weight.dtype)
+
+
+def add_lora(network, rank, alpha, names, seed, device):
+    """Freeze the network and give the Linear modules whose name matches the regular expression `names` an A and a B.
+
+    The network may still be on the meta device (lib/bagel_files.load_network fills it later); A and B are made on
+    `device`, the same on every rank. Returns the list of the new parameters, all that is trained.
+    Raises ValueError if no module has such a name.
+    """
+    network.requires_grad_(False)
+    linears = {name: module for name, module in network.named_modules()
+               if isinstance(module, nn.Linear) and re.fullmatch(names, name)}
+    if not linears:
+        raise ValueError(f"LoRA has nothing to learn: no Linear of the network has a name like {names}")
+    for name, linear in linears.items():
+        network.set_submodule(name, LoraLinear(linear, rank, alpha, generator(seed, "lora", name), device))
+    return [p for p in network.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def merged(network):
+    """(name, tensor) of the network as if it had no LoRA, one by one: original names, corrections added to the weights.
+
+    On every rank: a sharded weight is gathered to be corrected. The network itself does not change.
+    """
+    for name, tensor in network.state_dict().items():
+        place, _, kind = name.rpartition(".")
+        if kind not in ("lora_a", "lora_b"):
+            module = network.get_submodule(place)
+            corrected = isinstance(module, LoraLinear) and kind == "weight"
+            yield name, module.merged_weight(full(tensor)) if corrected else tensor

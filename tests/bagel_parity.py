@@ -1,0 +1,548 @@
+"""
+Does our BAGEL compute what the original computes? Recordings of the original's tensors, reproduced one by one.
+
+  python tests/bagel_parity.py FOLDER
+
+FOLDER is a checkpoint in the public layout with recordings beside it: reference.json (sizes, and the options of every
+case), resize_table.json and a .safetensors file per case. It is loaded by the ordinary `WorldModel.load` and every file
+found is reproduced: resizing, encoders, packed training steps and their gradients, cached contexts, every step of an
+edit or of a picture from words, text. One line per case: each thing compared, its largest difference and the limit.
+Exit code 0: all passed; 1: some failed, or could not be read; 2: there is nothing here to compare with.
+
+Shapes: L tokens of a sequence, n latent tokens of a picture, C numbers each; "und" and "gen" as in lib/bagel.py.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import world_model  # noqa: E402
+from lib.bagel import GEN, LATENT_PATCH, token_grid  # noqa: E402
+from lib.bagel_files import (AUTOENCODER, NETWORK, patchify, resize, resized, to_images, to_pixels,  # noqa: E402
+                             unpatchify)
+from lib.packing import Latent, Text, View, pack, sight, table_ids  # noqa: E402
+from world_model import WorldModel, Words, read  # noqa: E402
+
+# From the original's inferencer.py (ByteDance-Seed/Bagel, Apache-2.0): its defaults, for the options that a case leaves
+# out, and what it says first when it is to think before it answers or draws.
+OPTIONS = {"cfg_text_scale": 3.0, "cfg_img_scale": 1.5, "cfg_interval": [0.4, 1.0], "timestep_shift": 3.0,
+           "num_timesteps": 50, "cfg_renorm_min": 0.0, "cfg_renorm_type": "global", "enable_taylorseer": False,
+           "think": False, "understanding_output": False, "max_think_token_n": 1000, "do_sample": False,
+           "text_temperature": 0.3, "image_shapes": None}
+PROMPT = ("You should first think about the {0} process in the mind and then {1}. \nThe {0} process is enclosed "
+          "within <think> </think> tags, i.e. <think> {0} process here </think> {2} here")
+TO_ANSWER = PROMPT.format("reasoning", "provide the user with the answer", "answer")
+TO_DRAW = PROMPT.format("planning", "generate the image", "image")
+
+
+# ---------------------------------------------------------------- one recording
+
+class Recording(dict):
+    """The tensors of one file; remembers which of them were asked for."""
+
+    def __init__(self, path):
+        super().__init__(load_file(path))
+        self.asked = set()
+
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def unread(self):
+        """The names of the tensors nobody asked for, their numbers left out."""
+        return ", ".join(sorted({re.sub(r"\d+", "*", key) for key in self if key not in self.asked}))
+
+
+class Case:
+    """One file beside its model and what reference.json tells, and what was found: {what: (difference, limit)}."""
+
+    def __init__(self, folder, name, model, reference, data):
+        self.folder, self.name, self.model, self.network = folder, name, model, model.network
+        self.reference, self.data, self.error = reference, data, None
+        self.found, self.remarks = {}, []
+        self.stride = reference["vae"]["downsample"] * reference["bagel"]["latent_patch_size"]   # pixels per token
+
+    @property
+    def told(self):
+        """What reference.json tells about this case."""
+        if self.name not in self.reference["cases"]:
+            raise ValueError("reference.json tells nothing about it")
+        return self.reference["cases"][self.name]
+
+    def other(self, name):
+        """Another case of the folder, to take inputs from."""
+        return Case(self.folder, name, self.model, self.reference, Recording(self.folder / f"{name}.safetensors"))
+
+    def compare(self, what, ours, theirs, limit=1e-4, scale=1.0):
+        """Note the largest difference, times `scale`. Limits 0 and 1 are for whole numbers (indices, grey levels)."""
+        ours, theirs = torch.as_tensor(ours), torch.as_tensor(theirs)
+        if ours.shape != theirs.shape:
+            raise ValueError(f"{what}: ours has the shape {tuple(ours.shape)}, the recording {tuple(theirs.shape)}")
+        distance = scale * (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0.0
+        distance = math.inf if math.isnan(distance) else distance
+        if limit in (0, 1) and distance < math.inf:
+            distance = round(distance)
+        self.found[what] = max(distance, self.found.get(what, (0, 0))[0]), limit
+
+    @property
+    def ok(self):
+        return not self.error and bool(self.found) and all(far <= limit for far, limit in self.found.values())
+
+    def __str__(self):
+        def short(number):
+            return f"{number:.1e}".replace(".0e", "e").replace("e-0", "e-") if 0 < number < 1 else f"{number:g}"
+        parts = [f"{what} {short(far)} ({short(limit)})" for what, (far, limit) in self.found.items()]
+        parts += [f"[{remark}]" for remark in self.remarks] + [self.error] * bool(self.error)
+        return "  ".join([f"{self.name:<20}", *parts, "ok" if self.ok else "FAILED"])
+
+
+# ---------------------------------------------------------------- pictures and encoders
+
+def resize_table(case):
+    """Rows of (transform, images in the sample, width, height -> new width, new height)."""
+    rows = [dict(zip(case.data["columns"], row)) for row in case.data["rows"]]
+    for row in rows:
+        *limits, most = case.data["settings"][row["transform"]]
+        size = resized(row["width"], row["height"], limits, most / row["img_num"])
+        case.compare(f"{len(rows)} sizes", size, [row["new_width"], row["new_height"]], 0)
+
+
+def transform(case):
+    """One picture -> the pixels of the autoencoder and of the ViT, in grey levels (Pillow's versions differ by one)."""
+    for name, limits in (("vae", case.model.settings.vae_limits), ("vit", case.model.settings.vit_limits)):
+        ours = to_pixels(resize(case.data["image"].numpy(), limits))
+        case.compare(f"{name} pixels", ours, case.data[name], 1, scale=127.5)
+
+
+def encoders(case):
+    """Pixels -> latent -> pixels, pixels -> ViT features -> tokens, times -> embeddings."""
+    data, network, coder = case.data, case.network, case.model.autoencoder
+    case.compare("moments", torch.cat(coder.moments(data["vae_pixels"]), 1), data["vae_moments"])
+    case.compare("latent", coder.encode(data["vae_pixels"], data["vae_eps"]), data["vae_latent"])
+    case.compare("decoded", coder.decode(data["vae_latent"]), data["vae_decoded"])
+    side, pixels = network.config.vit_patch, data["vit_pixels"][None]
+    patches = patchify(pixels, side)
+    ids = table_ids([length // side for length in pixels.shape[-2:]], network.config.vit_grid)
+    case.compare("patches", patches[0], data["vit_patches"])
+    case.compare("position ids", ids, data["vit_position_ids"], 0)
+    case.compare("features", network.vit_model["vision_model"](patches, ids)[0], data["vit_features"])
+    case.compare("ViT tokens", network.embed_vit(patches, ids)[0], data["vit_tokens"])
+    case.compare("times", network.time_embedder(data["times"]), data["time_embedding"])
+
+
+# ---------------------------------------------------------------- training
+
+def segments(case):
+    """A recorded pack, told by its indices -> (samples, order).
+
+    samples   for lib/packing.pack, one list of Text, View and Latent segments each; a noisy picture is a private group
+    order     (L,) where in the original's sequence our tokens stand: und tokens first, then gen
+    Where the case drops pictures, a gap in the positions is a dropped one.
+    """
+    told, data, special = case.told, case.data, case.reference["special_tokens"]
+    columns, positions = case.network.config.vit_grid, data["in.packed_position_ids"].tolist()
+    ids = dict(zip(data["in.packed_text_indexes"].tolist(), data["in.packed_text_ids"].tolist()))
+    ends = {special["eos_token_id"], special["end_of_image"]}
+    gaps = bool(told.get("dropout", {}).keys() & {"vae", "vit"})
+    is_vae, grids, latents = set(data["in.packed_vae_token_indexes"].tolist()), told["patchified_vae_latent_shapes"], 0
+    is_vit, views, pictures = set(), iter(()), zip(data["out.padded_latent"], grids)
+    if "in.packed_vit_tokens" in data:
+        is_vit, sizes = set(data["in.packed_vit_token_indexes"].tolist()), data["in.vit_token_seqlens"].tolist()
+        views = zip(data["in.packed_vit_tokens"].split(sizes), data["in.packed_vit_position_ids"].split(sizes))
+    samples, und, gen, at = [], [], [], 0
+    for length in told["sample_lens"]:
+        sample, position, stop = [], 0, min(at + length, told["sequence_length"])           # behind it: padding
+        while at < stop:
+            if gaps:
+                sample += [View(None, None, keep=False)] * (positions[at] - position)
+                position = positions[at]
+            end = next(i for i in range(at + 1, stop) if ids.get(i) in ends)
+            inside = list(range(at + 1, end))
+            if ids[at] == special["bos_token_id"]:
+                sample.append(Text([ids[i] for i in range(at, end + 1)]))
+                und, position = und + [at, *inside, end], position + end + 1 - at
+            elif inside[0] in is_vae:
+                latent, (rows, width) = next(pictures)
+                u = data["in.packed_timesteps"][latents].sigmoid().item()
+                t = told["timestep_shift"] * u / (1 + (told["timestep_shift"] - 1) * u)
+                noise = {"t": t, "noise": data["out.noise"][latents:latents + len(inside)], "group": len(sample) + 1}
+                tokens = patchify(latent[None, :, :rows * LATENT_PATCH, :width * LATENT_PATCH], LATENT_PATCH)[0]
+                sample.append(Latent(tokens, (rows, width), **(noise if t > 0 else {})))
+                und, gen, latents, position = und + [at, end], gen + inside, latents + len(inside), position + (t == 0)
+            elif inside[0] in is_vit:
+                patches, places = next(views)
+                sample.append(View(patches, (places.max().item() // columns + 1, places.max().item() % columns + 1)))
+                und, position = und + [at, *inside, end], position + 1
+            else:
+                raise ValueError(f"token {at} of the pack begins no segment")
+            at = end + 1
+        samples.append(sample)
+    return samples, torch.tensor(und + gen)
+
+
+def attention_of(told, data):
+    """(L, L) bool of what the original lets each token see, from its masks or from its splits; None if not recorded."""
+    masks = [data[f"in.nested_attention_mask.{i}"] == 0 for i in range(len(told["sample_lens"]))
+             if f"in.nested_attention_mask.{i}" in data]
+    if masks:
+        return torch.block_diag(*masks).bool()
+    if not {"split_lens", "attn_modes"} <= told.keys():
+        return None
+
+    def each(lengths):                                                      # which split, or sample, a token is in
+        return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[:told["sequence_length"]]
+    split, sample = each(told["split_lens"]), each(told["sample_lens"])
+    whole, noise = (torch.tensor([mode in modes for mode in told["attn_modes"]])[split]
+                    for modes in (("full", "noise"), ("noise",)))
+    same, before = split[:, None] == split, torch.arange(len(split))[:, None] >= torch.arange(len(split))
+    return (sample[:, None] == sample) & (before | same & whole) & ~(noise & ~same)
+
+
+def losses(case, batch, order):
+    """A pack -> squared errors (n, C) of its targets, cross entropies of its words, hidden states (L, H)."""
+    und, gen = case.network.hidden(batch)
+    mse = (case.network.output(gen)[batch.target] - (batch.noise - batch.latents)[batch.target]).square()
+    here = {place: i for i, place in enumerate(order.tolist())}
+    scored = [here[place] for place in case.data["in.ce_loss_indexes"].tolist()]
+    ce = F.cross_entropy(case.network.write(und)[0, scored], case.data["in.packed_label_ids"], reduction="none")
+    norms = case.network.language_model["model"]
+    return mse, ce, torch.cat([norms["norm"](und), norms["norm" + GEN](gen)], 1)[0]
+
+
+def cached_velocities(network, samples):
+    """The velocities of all targets of a pack (n, C), each by the forward of inference from what stands before it."""
+    c, found = network.config, []
+    for sample, i in [(sample, i) for sample in samples for i, s in enumerate(sample) if s.group]:
+        before, target = [s for s in sample[:i] if not s.group], sample[i]
+        size = sum(len(s[0]) + 2 for s in before if s.keep)
+        memory = network.memory(1, size, len(target.tokens) + 2)
+        for s in before:
+            if not s.keep:                                                                  # a dropped picture
+                memory.next = memory.next + 1
+            elif isinstance(s, Text):
+                network.read_text(memory, torch.tensor([s.ids]), torch.tensor([len(s.ids)]))
+            elif isinstance(s, View):
+                network.read_images(memory, [(None, unpatchify(s.patches[None], c.vit_patch, *s.grid))])
+            else:
+                network.read_images(memory, [(unpatchify(s.tokens[None], LATENT_PATCH, *s.grid), None)])
+        x, branch = (1 - target.t) * target.tokens + target.t * target.noise, memory.whole()
+        place = network.latent_pos_embed(table_ids(target.grid, c.latent_grid))
+        extra = network.time_embedder(torch.tensor([target.t])) + place
+        rope = network.rope(branch.next[:, None])
+        found.append(network.output(network.denoise(x[None], extra[None], network.embed_markers(1), rope, [branch]))[0])
+    return torch.cat(found)
+
+
+def training(case):
+    """A pack, from its latents on: who sees whom, hidden states, velocities, losses. And the latents from pixels."""
+    data, told, network = case.data, case.told, case.network
+    if "in.padded_images" in data:
+        latents_of_a_pack(case)
+    samples, order = segments(case)
+    batch, mask = pack([samples], network.markers, network.config), attention_of(told, data)
+    case.compare("positions", batch.tokens.position[0], data["in.packed_position_ids"][order], 0)
+    case.compare("positions", batch.latent_ids[0], data["in.packed_latent_position_ids"], 0)
+    if "in.packed_vit_position_ids" in data:
+        case.compare("positions", batch.patch_ids[batch.patch_ids >= 0], data["in.packed_vit_position_ids"], 0)
+    case.compare("targets", order[batch.ids.shape[1]:][batch.target[0]], data["in.mse_loss_indexes"], 0)
+    if mask is None:
+        case.remarks.append("no mask recorded")
+    else:
+        case.compare("mask", sight(batch.tokens, batch.tokens)[0], mask[order][:, order], 0)
+    mse, ce, hidden = losses(case, batch, order)
+    case.compare("hidden", hidden, data["out.hidden"][order])
+    case.compare("velocities", network(batch)[batch.target], data["out.velocity"])
+    case.compare("cached velocities", cached_velocities(network, samples), data["out.velocity"])
+    case.compare("losses", mse, data["out.mse"])
+    case.compare("losses", ce, data["out.ce"])
+    weights = data["in.ce_loss_weights"]
+    for name, mean in (("mse", mse.mean()), ("ce", ce.mean()), ("ce_reweighted", (ce * weights).sum() / weights.sum())):
+        case.compare("means", mean, told[name])
+
+
+def latents_of_a_pack(case):
+    """The pictures of a pack: each is one of the sources, resized; together, padded, they give the latents."""
+    data, limits = case.data, case.model.settings.vae_limits
+    sources = [to_pixels(resize(data[key].numpy(), limits)) for key in data if key.startswith("image.")]
+    for image, (rows, columns) in zip(data["in.padded_images"], case.told["patchified_vae_latent_shapes"]):
+        image = image[:, :rows * case.stride, :columns * case.stride]
+        alike = [source for source in sources if source.shape == image.shape] or [torch.full_like(image, math.nan)]
+        case.compare("pixels", min(alike, key=lambda source: (source - image).abs().max()), image, 1, scale=127.5)
+    ours = case.model.autoencoder.encode(data["in.padded_images"], data["out.vae_eps"])
+    case.compare("encoder", ours, data["out.padded_latent"])
+
+
+def gradients(case):
+    """The gradient of ce mean + mse mean, relative to each weight's largest entry, of the pack it is named after."""
+    names = [case.name.removesuffix("_grads"), "train_flex", "train_nested"]
+    there = [name for name in names if (case.folder / f"{name}.safetensors").exists()]
+    if not there:
+        raise ValueError("the pack whose gradients these are is not in the folder")
+    source = case.other(there[0])
+    samples, order = segments(source)
+    mse, ce, _ = losses(source, pack([samples], case.network.markers, case.network.config), order)
+    weights = dict(case.network.named_parameters())
+    ours = dict(zip(weights, torch.autograd.grad(ce.mean() + mse.mean(), weights.values())))
+    # A softmax ignores what is added to all its scores: of the ViT's k_proj.bias only rounding is recorded.
+    for key in [key for key in case.data if not re.match(r"vit_model\..*k_proj\.bias", key)]:
+        theirs = case.data[key]
+        case.compare("relative", ours[key], theirs, scale=1 / (theirs.abs().max().item() or 1.0))
+    case.remarks.append(f"{len(case.data)} of {len(weights)} weights, the pack of {source.name}")
+
+
+# ---------------------------------------------------------------- inference
+
+def options(case):
+    """All options of a case. Raises ValueError for one that would change the outcome in a way unknown here."""
+    o = OPTIONS | case.told.get("options", {})
+    unknown = [*(o.keys() - OPTIONS.keys()), *(["do_sample"] if o["do_sample"] else [])]
+    if unknown:
+        raise ValueError(f"options not understood: {', '.join(unknown)}")
+    return o
+
+
+def inputs(case, latents=True):
+    """The inputs of a case in order: images (latent or None, ViT pixels), and Words; first its prompt, if it thinks."""
+    parts, images, model, o = [], 0, case.model, options(case)
+    for item in [TO_ANSWER if o["understanding_output"] else TO_DRAW] * o["think"] + case.told["inputs"]:
+        if item != "IMAGE":
+            parts.append(model.texts([item]))
+            continue
+        image = resize(case.data[f"input_image.{images}"].numpy(), model.settings.vae_limits)
+        latent = model.autoencoder.encode(to_pixels(image)[None], case.data[f"vae_eps.{images}"]) if latents else None
+        parts.append((latent, to_pixels(resize(image, model.settings.vit_limits))[None]))
+        images += 1
+    return parts
+
+
+def contexts(network, parts, thought, room):
+    """Read what a case reads -> {"full", "no_text", "no_image"}: (Memory, length, next position).
+
+    A thought stands behind the rest in "full" alone; "no_text" is what "full" was before the last text of `parts`.
+    """
+    texts = [part for part in parts if isinstance(part, Words)]
+    full = network.memory(1, sum(map(network.length_of, [*parts, *thought])), room)
+    no_image = network.memory(1, sum(map(network.length_of, texts)), room)
+    no_text = read(network, full, parts)
+    read(network, full, thought)
+    read(network, no_image, texts)
+    return {"full": (full, full.length, full.next), "no_text": (full, *no_text),
+            "no_image": (no_image, no_image.length, no_image.next)}
+
+
+def reading_order(network, parts):
+    """Where in the original's sequence each token of a Memory stands: ours holds neighbouring images und before gen."""
+    order, at = [], 0
+    for is_text, group in itertools.groupby(parts, key=lambda part: isinstance(part, Words)):
+        und, gen = [], []
+        for part in group:
+            for i, segment in enumerate([part] if is_text else [(part[0], None), (None, part[1])]):
+                places = list(range(at, at + network.length_of(segment)))
+                is_latent = not is_text and i == 0
+                und += places[:1] + places[-1:] if is_latent else places
+                gen += places[1:-1] if is_latent else []
+                at += len(places)
+        order += und + gen
+    return order
+
+
+def compare_contexts(case, memories, parts):
+    """Lengths, positions, keys and values of the recorded contexts. parts: what "full" has read, in order."""
+    orders = [reading_order(case.network, parts)] * 2
+    for (name, (memory, length, next)), order in zip(memories.items(), [*orders, list(range(memories["no_image"][1]))]):
+        if f"context.{name}.kv_len" not in case.data:
+            continue
+        told = torch.cat([case.data[f"context.{name}.{key}"] for key in ("kv_len", "rope")])
+        case.compare("counts", [length, next.item()], told, 0)
+        for kind, kept in (("k", memory.keys), ("v", memory.values)):
+            for i, layer in enumerate(kept if length else ()):
+                ours = layer[0, :, memory.room:memory.room + length].transpose(0, 1)             # (L, kv_heads, d)
+                case.compare("caches", ours, case.data[f"context.{name}.{kind}.{i}"][order[:length]])
+
+
+def written(case, parts):
+    """Greedy text behind `parts`, compared with the recorded one -> the text without its markers."""
+    network, model, tokens, logits, limit = case.network, case.model, [], [], options(case)["max_think_token_n"]
+    memory = network.memory(1, sum(map(network.length_of, parts)) + limit)
+    read(network, memory, parts)
+    word = model.bos
+    while len(tokens) < limit and (word != model.eos or not tokens):
+        tokens.append(word)
+        logits.append(network.write(network.read_text(memory, torch.tensor([[word]]), torch.tensor([1]), "all"))[0, 0])
+        word = logits[-1].argmax().item()
+    case.compare("tokens", tokens, case.data["text_tokens"].flatten(), 0)
+    case.compare("logits", torch.stack(logits), case.data["text_logits"].flatten(0, -2))
+    text = model.tokenizer.decode(tokens).split("<|im_end|>")[0].split("<|im_start|>")[1]
+    if case.told.get("text_output"):
+        case.compare("text", text == case.told["text_output"][0], True, 0)
+    return text
+
+
+def understanding(case):
+    """Images, seen by the ViT alone, and a question -> an answer, greedily."""
+    written(case, inputs(case, latents=False))
+
+
+def watched_sample(network, parts, noise, grid, settings, branches):
+    """`world_model.sample` -> (its result (n, C), [(x, t, velocities of the branches, guided velocity)] of its steps).
+
+    branches   what the target sees, where that is not what `sample` would read by itself; else None
+    """
+    def watched(name, **instead):
+        return mock.patch.object(world_model, name, **(instead or {"wraps": getattr(world_model, name)}))
+
+    instead = {"return_value": (branches, [network.no_motion()] * len(branches))} if branches else {}
+    with watched("velocity") as velocity, watched("guided") as guided, watched("guidance_branches", **instead):
+        latent = world_model.sample(network, parts, noise, grid, settings)[0]
+    calls, steps = iter(velocity.call_args_list), []
+    for v in [call.args[0] for call in guided.call_args_list]:
+        _, x, t, _ = [next(calls) for _ in v][0].args
+        steps.append((x[0], t, [one[0] for one in v], world_model.guided(v, settings)[0]))
+    return latent, steps
+
+
+def generation(case):
+    """An edit, or a picture from words: its contexts, each step of the sampler, which runs by itself, and the image."""
+    data, network, o = case.data, case.network, options(case)
+    settings = dataclasses.replace(
+        case.model.settings, steps=o["num_timesteps"] - 1, shift=o["timestep_shift"], text_scale=o["cfg_text_scale"],
+        image_scale=o["cfg_img_scale"], renorm=o["cfg_renorm_type"], renorm_min=o["cfg_renorm_min"],
+        interval=tuple(o["cfg_interval"]), taylor=o["enable_taylorseer"])
+    grid, noise = [side // case.stride for side in data["image_shape"].tolist()], data["step.0.x"][None]
+    parts, branches = inputs(case), None
+    thought = [case.model.texts([written(case, parts)])] if o["think"] else []
+    memories = contexts(network, parts, thought, noise.shape[1] + 2)
+    compare_contexts(case, memories, [*parts, *thought])
+    if thought:                                             # `sample` does not think: it is given what it would read
+        (full, *_), (_, length, next), (no_image, *_) = memories.values()
+        branches = [full.whole(), full.first(length, next), no_image.whole()]
+        branches = branches[:1 if settings.text_scale <= 1 else 2 if settings.image_scale <= 1 else 3]
+    latent, steps = watched_sample(network, parts, noise, grid, settings, branches)
+    case.compare("counts", len(steps), len({key.split(".")[1] for key in data if key.startswith("step.")}), 0)
+    for i, (x, t, v, w) in enumerate(steps):
+        if len(v) == 2 and "IMAGE" not in case.told["inputs"]:              # without images the third is the first
+            v = [*v, v[0]]
+        case.compare("latents", [t], data[f"step.{i}.t"])
+        case.compare("latents", x, data[f"step.{i}.x"])
+        for name, ours in zip(("full", "no_text", "no_image"), v):
+            if f"step.{i}.v_{name}" in data:
+                case.compare("velocities", ours, data[f"step.{i}.v_{name}"])
+        case.compare("guided", w, data[f"step.{i}.v"])
+    case.compare("latents", latent, data["final_latent"])
+    if "image" in data:
+        image = to_images(case.model.autoencoder.decode(unpatchify(latent[None], LATENT_PATCH, *grid)))[0]
+        case.compare("image", torch.from_numpy(image), data["image"], 1)
+
+
+def versus(case):
+    """One context and (x_t, t) through the training and the cached forward: ours agree, and with the recorded ones.
+
+    The context is a pack, or the inputs of an edit; where the file tells neither, a pack beside it stands in.
+    """
+    if "in.packed_text_ids" in case.data:
+        return training(case)
+    told, network, patch = case.reference["cases"].get(case.name, {}), case.network, case.network.config.vit_patch
+    x, t = (next((case.data[key] for key in keys if key in case.data), None) for keys in (("x_t", "x"), ("t",)))
+    if "input_image.0" in case.data and "inputs" in told and x is not None and t is not None:
+        sample = []
+        for a, b in inputs(case):                                   # ids and lengths of Words, latent and pixels
+            images = [] if a.dim() == 2 else [
+                Latent(patchify(a, LATENT_PATCH)[0], token_grid(a)),
+                View(patchify(b, patch)[0], [side // patch for side in b.shape[-2:]])]
+            sample += images or [Text(a[0].tolist())]
+        grid = next(s.grid for s in reversed(sample) if isinstance(s, Latent) and len(s.tokens) == len(x))
+        samples = [[*sample, Latent(x, grid, group=1, t=t.item(), noise=x)]]                # x_t = x whatever t is
+    else:
+        packs = [path.stem for path in case.folder.glob("train_*.safetensors") if case.name != path.stem]
+        packs = [name for name in packs if name in case.reference["cases"]] or ["train_nested"]
+        samples, _ = segments(case.other(min(packs)))
+        case.remarks.append(f"its context is not understood: only our two forwards are compared, on {min(packs)}")
+    batch = pack([samples], network.markers, network.config)
+    trained, cached = network(batch)[batch.target], cached_velocities(network, samples)
+    case.compare("training against cached", trained, cached)
+    for key in [key for key in case.data if not case.remarks and case.data.get(key).shape == trained.shape]:
+        if key not in case.data.asked:
+            case.compare(key, trained, case.data[key])
+            case.compare(key, cached, case.data[key])
+
+
+# ---------------------------------------------------------------- the folder
+
+def opened(folder):
+    """A folder -> (model, reference.json's contents, the case files). Raises with a sentence if it is none."""
+    if not (folder / "reference.json").is_file():
+        raise ValueError(f"{folder} holds no reference.json: give a folder of recordings beside their checkpoint.")
+    reference = json.loads((folder / "reference.json").read_text())
+    files = [*folder.glob("*_table.json"), *sorted(folder.glob("*.safetensors"))]
+    files = [file for file in files if file.name not in (NETWORK, AUTOENCODER)]
+    if not files:
+        raise ValueError(f"{folder} holds a checkpoint, but no recordings.")
+    model = WorldModel.load(folder)
+    limits = {f"{kind}_limits": tuple(reference[f"{kind}_transform"]) for kind in ("vae", "vit")}
+    model.settings = dataclasses.replace(model.settings, **limits)
+    model.autoencoder.scale, model.autoencoder.shift = (reference["vae"][f"{key}_factor"] for key in ("scale", "shift"))
+    return model, reference, files
+
+
+def reproduction(name, data):
+    """Which function reproduces a file: told by its name, or by what it holds."""
+    kinds = {"rows": resize_table, "vit": transform, "vae_moments": encoders, "in.packed_text_ids": training,
+             "step.0.x": generation, "text_logits": understanding}
+    if name.startswith("train_versus"):
+        return versus
+    if name.endswith("_grads"):
+        return gradients
+    for key, reproduce in kinds.items():
+        if key in data:
+            return reproduce
+    raise ValueError(f"what it holds is not known here: {', '.join(list(data)[:5])}")
+
+
+def checked(file, model, reference):
+    """Reproduce one file -> its Case. One that cannot be read, or is not understood, has failed."""
+    case = Case(file.parent, file.stem, model, reference, {})
+    try:
+        case.data = Recording(file) if file.suffix == ".safetensors" else json.loads(file.read_text())
+        reproduce = reproduction(case.name, case.data)
+        with torch.set_grad_enabled(reproduce is gradients):
+            reproduce(case)
+        if isinstance(case.data, Recording) and case.data.unread():
+            case.remarks.append(f"not compared: {case.data.unread()}")
+    except Exception as error:                      # what a strange file causes is a finding, not the end of the run
+        case.error = " ".join(f"{type(error).__name__}: {error}".split())
+    return case
+
+
+def main(argv=None):
+    """Reproduce every recording of a folder; returns the exit code."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("folder", type=Path, help="recordings beside their checkpoint")
+    folder = p.parse_args(argv).folder
+    try:
+        model, reference, files = opened(folder)
+    except Exception as error:                                                  # each library has its own error class
+        print(error if isinstance(error, (OSError, ValueError)) else f"{folder}: {error!r}", file=sys.stderr)
+        return 2
+    failed = 0
+    for file in files:
+        case = checked(file, model, reference)
+        print(case, flush=True)
+        failed += not case.ok
+    print(f"{len(files) - failed} passed, {failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

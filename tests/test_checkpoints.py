@@ -1,0 +1,232 @@
+"""pytest tests/test_checkpoints.py: tensors on disk, and resuming on any number of ranks.  CPU, about 30 s."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lib import checkpoints, common
+from ranks import on_ranks
+
+ROOT = Path(__file__).parent.parent
+
+
+# ---------------------------------------------------------------- one file
+
+def some_tensors():
+    g = torch.Generator().manual_seed(0)
+    return {"b.weight": torch.randn(5, 3, generator=g), "a.weight": torch.randn(4, 2, 3, generator=g),
+            "half": torch.randn(7, generator=g).bfloat16(), "count": torch.tensor(3.0), "ids": torch.arange(3),
+            "flags": torch.tensor([True, False, True]), "bytes": torch.arange(5, dtype=torch.uint8),
+            "none": torch.zeros(0, 4), "naïve": torch.ones(2, dtype=torch.float64),
+            "turned": torch.randn(3, 5, generator=g).T}
+
+
+def test_file_is_safetensors_own_byte_for_byte(tmp_path):
+    tensors = some_tensors()
+    checkpoints.write_file(tmp_path / "ours", reversed(tensors.items()), tensors)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "theirs",
+              metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    read = load_file(tmp_path / "ours")
+    assert read.keys() == tensors.keys() and all(torch.equal(read[key], tensors[key]) for key in tensors)
+    for key, value in checkpoints.contents(tmp_path / "ours").items():
+        assert (value.shape, value.dtype) == (tensors[key].shape, tensors[key].dtype)
+
+
+def test_tensors_take_the_type_of_the_file(tmp_path):
+    like = {"w": torch.empty(3, 2, dtype=torch.bfloat16, device="meta")}
+    checkpoints.write_file(tmp_path / "file", [("w", torch.full((3, 2), 1 / 3))], like)
+    assert torch.equal(load_file(tmp_path / "file")["w"], torch.full((3, 2), 1 / 3).bfloat16())
+
+
+@pytest.mark.parametrize("named, sentence", [
+    ([("w", torch.zeros(2, 3))], r"cannot hold w \(2, 3\): its shape there is \(3, 2\)"),
+    ([("x", torch.zeros(3, 2))], r"cannot hold x \(3, 2\): there is no such tensor"),
+    ([("w", torch.zeros(3, 2))] * 2, r"cannot hold w \(3, 2\): it is there already"),
+    ([], "lacks w: 1 tensors not given")])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, named, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        checkpoints.write_file(tmp_path / "file", named, {"w": torch.zeros(3, 2)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_may_be_saved_over_the_file_that_it_is_a_map_of(tmp_path):
+    big = {"w": torch.randn(1000, 1000)}
+    save_file(big, tmp_path / "file")
+    mapped = load_file(tmp_path / "file")
+    checkpoints.write_file(tmp_path / "file", [("w", mapped["w"] + 1)], big)
+    assert torch.equal(mapped["w"], big["w"]) and torch.equal(load_file(tmp_path / "file")["w"], big["w"] + 1)
+
+
+def test_a_broken_file_is_a_sentence(tmp_path):
+    checkpoints.write_file(tmp_path / "file", some_tensors().items(), some_tensors())
+    (tmp_path / "file").write_bytes((tmp_path / "file").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="file cannot be read"):
+        checkpoints.contents(tmp_path / "file")
+
+
+# ---------------------------------------------------------------- what resumes a run
+
+def small_state(value):
+    return {"w": torch.full((3,), float(value)), "step": torch.tensor(float(value))}
+
+
+def test_newest_checkpoint_replaces_the_older(tmp_path):
+    tensors = small_state(0)
+    assert checkpoints.load_state(tmp_path / "training", tensors) is None
+    for step in (1, 2):
+        checkpoints.save_state(tmp_path / "training", step, small_state(step), {"note": step})
+    assert checkpoints.load_state(tmp_path / "training", tensors) == (2, {"note": 2})
+    assert tensors["w"].tolist() == [2.0] * 3 and tensors["step"].item() == 2
+    assert [p.name for p in (tmp_path / "training").iterdir()] == ["step_000002"]
+
+
+def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
+    (tmp_path / "tower.safetensors").touch()
+    for step in (1, 2):
+        checkpoints.save_state(tmp_path, step, small_state(step), {})
+    assert {p.name for p in tmp_path.iterdir()} == {"step_000002", "tower.safetensors"}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
+                                   RuntimeError("Error while serializing: I/O error: No space left on device")])
+def test_full_disk_is_a_sentence_and_keeps_the_older_checkpoint(tmp_path, monkeypatch, error):
+    checkpoints.save_state(tmp_path, 1, small_state(1), {})
+
+    def full(*paths):
+        raise error
+
+    monkeypatch.setattr(checkpoints.os, "replace", full)
+    with pytest.raises(SystemExit, match="disk is full"):
+        checkpoints.save_state(tmp_path, 2, small_state(2), {})
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+    assert checkpoints.load_state(tmp_path, small_state(0))[0] == 1
+
+
+def test_killed_save_keeps_the_older_checkpoint(tmp_path):
+    """SIGKILL between the tensors and the renaming; the next save clears away what the killed one left."""
+    code = ("import os, sys, torch\nfrom lib import checkpoints\n"
+            "checkpoints.save_state(sys.argv[1], 1, {'w': torch.ones(3)}, {})\n"
+            "rename = os.replace\n"
+            "checkpoints.os.replace = lambda a, b: rename(a, b) if 'rank' in str(b) else os.kill(os.getpid(), 9)\n"
+            "checkpoints.save_state(sys.argv[1], 2, {'w': torch.zeros(3)}, {})\n")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == -9
+    assert {p.name for p in tmp_path.iterdir()} == {"step_000001", "step_000002.partial"}
+    tensors = {"w": torch.zeros(3)}
+    assert checkpoints.load_state(tmp_path, tensors)[0] == 1 and tensors["w"].tolist() == [1.0] * 3
+    checkpoints.save_state(tmp_path, 3, tensors, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000003"]
+
+
+def test_unreadable_checkpoint_names_the_folder(tmp_path):
+    checkpoints.save_state(tmp_path, 3, small_state(3), {})
+    (tmp_path / "step_000003" / "rank_00000.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(SystemExit, match="step_000003 cannot be read.*Remove it"):
+        checkpoints.load_state(tmp_path, small_state(0))
+
+
+@pytest.mark.parametrize("tensors, sentence", [
+    ({"w": torch.zeros(4), "step": torch.zeros(())}, r"w \(4,\), saved \(3,\)"),
+    ({"w": torch.zeros(3)}, r"step \(unknown\), saved \(\)"),
+    (small_state(0) | {"v": torch.zeros(2)}, r"v \(2,\), saved nothing")])
+def test_checkpoint_of_another_model_is_refused(tmp_path, tensors, sentence):
+    checkpoints.save_state(tmp_path, 3, small_state(3), {})
+    with pytest.raises(SystemExit, match=f"does not fit this model: {sentence}.*Give another --out"):
+        checkpoints.load_state(tmp_path, tensors)
+
+
+def small_model(world):
+    """A module whose rows do not divide by 2 or 4, one of its parameters whole on every rank; fused AdamW."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    model.scale = torch.nn.Parameter(torch.ones(3))
+    model[2].weight.requires_grad_(False)
+    common.shard(model, [model[0]], world, ignored=[model.scale])
+    sharded = [p for p in model.parameters() if p.requires_grad and p is not model.scale]
+    groups = [{"params": sharded}, {"params": [model.scale]}]           # one fused step takes one kind of tensor
+    return model, torch.optim.AdamW(groups, lr=0.1, fused=True)
+
+
+def train(folder, first, last):
+    """Steps `first` to `last` from what `folder` holds; then saves there, and the whole tensors in folder/step_<last>.
+
+    Rank 0 alone brings data: the sum over ranks then is exact, and any number of ranks gives the same bits.
+    """
+    folder, first, last = Path(folder), int(first), int(last)
+    world = common.setup(threads=1)
+    model, optimizer = small_model(world)
+    tensors = checkpoints.training_tensors(model, optimizer)
+    assert (checkpoints.load_state(folder / "training", tensors) or (0, {})) == (first, {"note": 5} if first else {})
+    for step in range(first, last):
+        x = torch.randn(5, 6, generator=common.generator("x", step)) * (world.rank == 0)
+        ((model(x) * model.scale).square().sum() * (world.rank == 0)).backward()
+        common.sum_gradients(model.parameters())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    checkpoints.save_state(folder / "training", last, tensors, {"note": 5})
+    found = checkpoints.whole(tensors.items())
+    if common.is_main():
+        torch.save(found, folder / f"after_{last}.pt")
+
+
+def train_then_fill_the_disk(folder, first, last):
+    """`train`; then one of two ranks cannot write: both must end with a sentence, and neither wait for the other."""
+    train(folder, first, last)
+    world, write = common.setup(threads=1), checkpoints.write_file
+
+    def full(path, named, like):
+        if world.rank == 1:
+            common.fail("The disk is full")
+        write(path, named, like)
+
+    checkpoints.write_file = full
+    sentence = "The disk is full" if world.rank == 1 else "Another rank could not write"
+    with pytest.raises(SystemExit, match=sentence):
+        checkpoints.save_state(Path(folder) / "training", 9, {"w": torch.zeros(3)}, {})
+    assert [p.name for p in (Path(folder) / "training").iterdir()] == [f"step_{int(last):06d}"]
+
+
+def test_resumed_on_another_number_of_ranks_equals_an_unbroken_run(tmp_path):
+    """One process all the way, against 2 ranks then 1, and 1 then 2: the same bits in weights and moments."""
+    for run in ("unbroken", "narrower", "wider"):
+        (tmp_path / run).mkdir()
+    train(tmp_path / "unbroken", 0, 4)
+    on_ranks(2, train_then_fill_the_disk, tmp_path / "narrower", 0, 2)
+    saved = tmp_path / "narrower" / "training" / "step_000002"
+    assert json.loads((saved / "state.json").read_text()) == {"step": 2, "note": 5}
+    parts = [checkpoints.contents(saved / f"rank_0000{rank}.safetensors") for rank in range(2)]
+    assert [len(part["model.0.weight"]) for part in parts] == [4, 3]            # rows of the 7, not copies
+    assert "model.scale" in parts[0] and "model.scale" not in parts[1] and "model.2.weight" not in parts[0]
+    train(tmp_path / "narrower", 2, 4)
+    train(tmp_path / "wider", 0, 2)
+    on_ranks(2, train, tmp_path / "wider", 2, 4)
+    want = torch.load(tmp_path / "unbroken" / "after_4.pt")
+    assert len(want) == 4 * 4
+    for run in ("narrower", "wider"):
+        got = torch.load(tmp_path / run / "after_4.pt")
+        assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
+
+
+def write_from_ranks(folder):
+    """A sharded model written in bf16 by `write_whole`; no rank but the first touches the disk."""
+    world = common.setup(threads=1)
+    model, _ = small_model(world)
+    state = model.state_dict()
+    like = {key: torch.empty(value.shape, dtype=torch.bfloat16, device="meta") for key, value in state.items()}
+    with common.written_whole(folder) as part:
+        checkpoints.write_whole(part / "model.safetensors", state.items(), like)
+
+
+def test_sharded_model_is_written_as_one_file(tmp_path):
+    on_ranks(2, write_from_ranks, tmp_path / "out")
+    want, got = small_model(common.World(0, 1, 0, torch.device("cpu")))[0].state_dict(), \
+        load_file(tmp_path / "out" / "model.safetensors")
+    assert got.keys() == want.keys() and all(torch.equal(got[key], want[key].bfloat16()) for key in want)
