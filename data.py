@@ -5,14 +5,18 @@ Scenes into data: triples that train the world simulator, questions that train a
   python data.py questions    out/data/questions_{train,val,test}.jsonl    multiple choice over several views
   python data.py mindcube     out/data/mindcube/                           test questions in MindCube's published layout
   python data.py              whatever of the three is missing
+  python data.py triples --layout apart --size 64      out/data-apart-64/: other context cameras, larger pictures
 
 Every stage that misses its data makes it (`ensure`). The scenes are the embedded rooms of lib/rooms.py. A row points
 at PNG files by paths relative to its JSONL file; files appear whole or not at all; the same seed gives the same files.
 
 Triples (paper §3.2, "spatially grounded training data"): a target view is kept if the context covers at least 85 %
-of it and one motion tells how the camera got there from a context view, its reference. The paper's context cameras
-stand at least 1 m and 30 degrees apart. Ours, in the small world, look around at one spot in ring order: four views,
-each one left turn of 90 degrees further (0 m, 30 degrees): this is what a small simulator learns in minutes.
+of it and one motion tells how the camera got there from a context view, its reference. Where the context cameras stand:
+  ring       four views at one spot, each one left turn of 90 degrees further: what a small simulator learns in minutes
+  shuffled   the ring in random order: which view is next to which, only the pictures tell
+  six        six views at one spot, each one left turn of 60 degrees further
+  fine       the ring, with motions of every 15 degrees and 0.1 m instead of 13 motions in all
+  apart      the paper's rule: four cameras at least 1 m and 30 degrees apart; they look across the room, in no order
 
 Questions have exact answers, in the categories of the benchmarks. Half of them need a view that was not given
 (`needs_view`); the given views answer the others. Seeds of the rooms make four disjoint sets: the simulator's
@@ -21,6 +25,7 @@ training, the policy's training (a policy must not learn to trust memorised imag
 
 import argparse
 import json
+import re
 import signal
 from functools import partial
 from multiprocessing import Pool
@@ -39,9 +44,12 @@ FIRST_ROOM = {"triples_train": 0, "questions_train": 1_000_000, "val": 2_000_000
 MOTIONS = [Motion(f"turn {side}", amount) for side in ("left", "right") for amount in (45.0, 90.0, 135.0)] \
     + [Motion("turn left", 180.0)] \
     + [Motion(f"move {way}", amount) for way in ("left", "right", "forward") for amount in (0.5, 1.0)]
+FINE = [Motion(f"turn {side}", amount) for side in ("left", "right") for amount in np.arange(15.0, 180.0, 15.0).tolist()] \
+    + [Motion(f"move {way}", round(0.1 * i, 1)) for way in ("left", "right", "forward") for i in range(1, 13)]
 # No step back: it shows what no view of the ring saw, and coverage refuses every one.
 TARGETS_PER_ROOM = 8
-MIN_COVERAGE = 0.85                                   # paper
+MIN_COVERAGE, MIN_METERS, MIN_DEGREES = 0.85, 1.0, 30.0     # paper: of a target; between context cameras (layout apart)
+FREE = 1.3                                            # metres around the middle of a room where no furniture stands
 
 
 # ---- files ----------------------------------------------------------------------------------------------------
@@ -77,27 +85,58 @@ def matrix(c2w):
 
 # ---- triples --------------------------------------------------------------------------------------------------
 
-def ring(rng):
-    """Four poses at one spot near the middle of the room, each one left turn of 90 degrees further."""
+def ring(rng, views=4):
+    """Poses at one spot near the middle of the room, each one left turn of 360 / views degrees further."""
     x, z, phase = *rng.uniform(-0.2, 0.2, 2), rng.uniform(0, 360)
-    return [pose(x, -EYE, z, phase - 90 * k) for k in range(4)]
+    return [pose(x, -EYE, z, phase - 360 / views * k) for k in range(views)]
 
 
-def room_triples(seed, out):
-    """All accepted triples of one room; they share one context and one reference, so training encodes it once."""
+def shuffled(rng):
+    """The ring in random order."""
+    poses = ring(rng)
+    return [poses[i] for i in rng.permutation(4)]
+
+
+def apart(rng):
+    """Four poses by the paper's rule, MIN_METERS apart on the floor and MIN_DEGREES in yaw; drawn until it holds.
+
+    Each looks across the room, up to 25 degrees beside its middle: looking outwards they would hardly see a target.
+    """
+    one, other = np.triu_indices(4, 1)                # the six pairs
+    while True:
+        x, z = rng.uniform(-1.2, 1.2, (2, 4))
+        yaw = np.degrees(np.arctan2(-x, -z)) + rng.uniform(-25, 25, 4)
+        meters = np.hypot(x[one] - x[other], z[one] - z[other])
+        turns = np.abs((yaw[one] - yaw[other] + 180) % 360 - 180)
+        if np.hypot(x, z).max() <= 1.2 and meters.min() >= MIN_METERS and turns.min() >= MIN_DEGREES:
+            return [pose(x[k], -EYE, z[k], yaw[k]) for k in range(4)]
+
+
+LAYOUTS = {"ring": ring, "fine": ring, "shuffled": shuffled, "six": partial(ring, views=6), "apart": apart}
+
+
+def room_triples(seed, out, layout="ring", size=SIZE):
+    """All accepted triples of one room; they share one context and one reference, so training encodes it once.
+
+    layout   of LAYOUTS: where the context cameras stand;  size: of the pictures, in pixels
+    A target is refused where no camera can stand, where the context covers too little of it, and where the words would
+    not be true.
+    """
     rng = np.random.default_rng([11, seed])
-    room, poses = random_room(seed), ring(rng)
-    reference = int(rng.integers(4))
-    motions = [MOTIONS[i] for i in rng.permutation(len(MOTIONS))[:TARGETS_PER_ROOM]]
-    targets = [move_camera(poses[reference], motion) for motion in motions]
-    views = render(room, np.stack(poses + targets), SIZE)
-    context = [(views["rgb"][k], views["depth"][k], poses[k]) for k in range(4)]
+    room, poses = random_room(seed), LAYOUTS[layout](rng)
+    reference, given = int(rng.integers(len(poses))), len(poses)
+    motions = FINE if layout == "fine" else MOTIONS
+    motions = [motions[i] for i in rng.permutation(len(motions))[:TARGETS_PER_ROOM]]
+    ways = [(motion, move_camera(poses[reference], motion)) for motion in motions]
+    ways = [(motion, target) for motion, target in ways if stands_free(target)]
+    views = render(room, np.stack(poses + [target for _, target in ways]), size)
+    context = [(views["rgb"][k], views["depth"][k], poses[k]) for k in range(given)]
     folder, rows = Path("triples") / f"{seed:07d}", []
-    paths = [f"{folder}/{k + 1}.png" for k in range(4)]
+    paths = [f"{folder}/{k + 1}.png" for k in range(given)]
     for k, path in enumerate(paths):
         save_image(out / path, views["rgb"][k])
-    for k, (motion, target) in enumerate(zip(motions, targets), 4):
-        warped, seen = warp(views["depth"][k], target, context, pinhole(SIZE))
+    for k, (motion, target) in enumerate(ways, given):
+        warped, seen = warp(views["depth"][k], target, context, pinhole(size))
         covered = coverage(views["depth"][k], seen)
         if covered < MIN_COVERAGE or dominant_motion(poses[reference], target) != motion:
             continue
@@ -110,6 +149,11 @@ def room_triples(seed, out):
                      "warp": f"{name}_warp.png", "coverage": round(covered, 4), "room": seed,
                      "context_c2w": [matrix(p) for p in poses], "target_c2w": matrix(target)})
     return rows
+
+
+def stands_free(c2w):
+    """Whether a camera is in the middle of the room, where no furniture stands. From a ring every motion ends there."""
+    return np.hypot(*c2w[[0, 2], 3]) <= FREE
 
 
 # ---- questions ------------------------------------------------------------------------------------------------
@@ -266,14 +310,26 @@ def build(title, make, seeds, out, threads):
     return [row for rows in per_room for row in rows]
 
 
-def make_triples(out, rooms=2000, held_out=96, threads=2):
+def folder_of(layout="ring", size=SIZE):
+    """Where triples of a layout and size are kept: out/data, out/data-apart, out/data-64, out/data-apart-64."""
+    return "out/data" + (f"-{layout}" if layout != "ring" else "") + (f"-{size}" if size != SIZE else "")
+
+
+def layout_of(folder):
+    """The (layout, size) of a folder named by `folder_of`; ("ring", SIZE) for any other name."""
+    named = re.fullmatch(rf"data(?:-({'|'.join(LAYOUTS)}))?(?:-(\d+))?", Path(folder).name)
+    layout, size = named.groups() if named else (None, None)
+    return layout or "ring", int(size or SIZE)
+
+
+def make_triples(out, rooms=2000, held_out=96, threads=2, layout="ring", size=SIZE):
     """out/triples_{train,val,test}.jsonl, and a line that says how many targets the rule of the paper let through."""
-    out = Path(out)
+    out, make = Path(out), partial(room_triples, layout=layout, size=size)
     for split, count, first in (("train", rooms, FIRST_ROOM["triples_train"]), ("val", held_out, FIRST_ROOM["val"]),
                                 ("test", held_out, FIRST_ROOM["test"])):
-        rows = build(f"triples, {split}", room_triples, range(first, first + count), out, threads)
+        rows = build(f"triples, {split}", make, range(first, first + count), out, threads)
         save_jsonl(out / f"triples_{split}.jsonl", rows)
-        say(f"triples_{split}.jsonl: {len(rows)} of {count * TARGETS_PER_ROOM} targets accepted, "
+        say(f"triples_{split}.jsonl ({layout}, {size} px): {len(rows)} of {count * TARGETS_PER_ROOM} targets accepted, "
             f"{len(rows) / count:.1f} per room (the paper keeps 48 per scene)")
 
 
@@ -306,36 +362,45 @@ def make_mindcube(out, source):
     say(f"{out}/raw/MindCube_tinybench.jsonl: {len(rows)} questions in MindCube's layout")
 
 
-def ensure(folder, threads=2):
-    """Make whatever of the default data is missing in `folder`, and return the folder as a Path."""
-    folder = Path(folder)
-    if not (folder / "triples_test.jsonl").exists():
-        make_triples(folder, threads=threads)
-    if not (folder / "questions_test.jsonl").exists():
+def ensure(folder, what=("triples", "questions", "mindcube"), threads=2):
+    """Make what is missing of `what` in `folder`, and return the folder as a Path."""
+    folder, (layout, size) = Path(folder), layout_of(folder)
+    if "triples" in what and not (folder / "triples_test.jsonl").exists():
+        make_triples(folder, threads=threads, layout=layout, size=size)
+    if "questions" in what and not (folder / "questions_test.jsonl").exists():
         make_questions(folder, threads=threads)
-    if not (folder / "mindcube" / "raw" / "MindCube_tinybench.jsonl").exists():
+    if "mindcube" in what and not (folder / "mindcube" / "raw" / "MindCube_tinybench.jsonl").exists():
         make_mindcube(folder / "mindcube", folder / "questions_test.jsonl")
     return folder
 
 
 def parse_args(argv=None):
+    """The command line's flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", nargs="?", choices=["triples", "questions", "mindcube"],
                    help="what to make (default: whatever of the three is missing)")
-    p.add_argument("--out", default="out/data", help="folder of the files")
+    p.add_argument("--layout", choices=list(LAYOUTS), default="ring", help="triples: where the context cameras stand")
+    p.add_argument("--size", type=int, default=SIZE, help="triples: of the pictures, in pixels")
+    p.add_argument("--out", help="folder of the files (default: out/data, out/data-<layout>-<size> for other triples)")
     p.add_argument("--rooms", type=int, help="rooms to train on (default 2000 for triples, 1500 for questions)")
     p.add_argument("--threads", type=int, default=2, help="processes")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.what != "triples" and (args.layout, args.size) != ("ring", SIZE):
+        p.error("--layout and --size are of triples: python data.py triples --layout apart")
+    args.out = args.out or folder_of(args.layout, args.size)
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.what is None:
-        return ensure(args.out, args.threads)
+        return ensure(args.out, threads=args.threads)
     if args.what == "mindcube":
         return make_mindcube(Path(args.out) / "mindcube", Path(args.out) / "questions_test.jsonl")
     rooms = {"rooms": args.rooms} if args.rooms else {}
-    (make_triples if args.what == "triples" else make_questions)(args.out, threads=args.threads, **rooms)
+    if args.what == "triples":
+        return make_triples(args.out, threads=args.threads, layout=args.layout, size=args.size, **rooms)
+    make_questions(args.out, threads=args.threads, **rooms)
 
 
 if __name__ == "__main__":

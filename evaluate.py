@@ -4,10 +4,11 @@ How well a policy answers, in which mode, with which simulator; and how true the
   python evaluate.py --bench rooms                                held-out rooms: direct, forced and agentic, one table
   python evaluate.py --bench rooms --mode agentic --simulator tuned untuned truth
   python evaluate.py --bench mindcube --data path/to/data         MindCube (lib/benchmarks.py says what to fetch)
-  python evaluate.py --bench wm                                   pose and content consistency of the simulator itself
+  python evaluate.py --bench wm                                   the simulator itself: is the view the commanded one?
 
 In: the newest policy and simulator of out/ and out/demo/, out/data or out/demo/data.
-Out, in out/eval/<bench>/: results.json, predictions.jsonl (a killed run continues from it), dialogues/, report.html.
+Out, in out/eval/<bench>/: results.json, predictions.jsonl (a killed run continues from it), dialogues/, report.html;
+of --bench wm: results.json, report.html, views/ (what was imagined), dose.png (commanded against recovered motion).
 
 Modes: direct has no tool; forced must imagine before it answers; agentic is free to. Decoding is greedy. A question
 whose images cannot be read is counted as wrong and reported, a duplicate id is asked again and reported: nothing leaves
@@ -31,7 +32,7 @@ from tqdm import tqdm
 import data
 from lib import common, consistency, report, simulators
 from lib.benchmarks import LISTED_ONLY, load_mindcube, open_image, option_letter, score
-from lib.geometry import Motion, Query, instruction
+from lib.geometry import Motion, Query, instruction, move_camera
 from lib.pictures import save_image
 from lib.dialogue import Trajectory
 from policy import Policy, rollout
@@ -274,39 +275,83 @@ def imagine_targets(simulator, rows, folder=None, batch=64, title="imagine"):
                 view = np.asarray(next(new))
                 if place:
                     save_image(place, view)
-            if view.shape != row["target"].shape:
-                view = np.asarray(Image.fromarray(view).resize(row["target"].shape[1::-1], Image.BICUBIC))
+            shape = row["context"][row["reference"] - 1].shape                  # the target's shape as well
+            if view.shape != shape:
+                view = np.asarray(Image.fromarray(view).resize(shape[1::-1], Image.BICUBIC))
             views.append(view)
     return views
 
 
 def print_consistency(results):
     """A table of pose and content: simulators, trivial baselines, oracles."""
-    print(f"\n{'':32}{'pose':>7}{'moves':>8}{'turns':>8}{'content':>9}{'f1':>7}{'order':>7}{'thirds':>8}")
+    print(f"\n{'':32}{'pose':>7}{'moves':>8}{'turns':>8}{'content':>9}{'f1':>7}{'order':>7}{'thirds':>8}{'mse':>8}")
     for title in ("simulators", "baselines", "oracles"):
         for name, s in results[title].items():
             moves, turns = (s.get(family, {}).get("pose", float("nan")) for family in ("moves", "turns"))
             print(f"{name:32}{s['pose']:7.3f}{moves:8.3f}{turns:8.3f}{s['content']:9.3f}{s['f1']:7.3f}"
-                  f"{s['order']:7.3f}{s['thirds']:8.3f}")
+                  f"{s['order']:7.3f}{s['thirds']:8.3f}{s['mse']:8.4f}")
+
+
+def dose_rows(rows, rooms):
+    """One context of each of the first `rooms` rooms, under all motions of `consistency.DOSES` that end in free space.
+
+    rows of `load_triples` -> rows without a target
+    """
+    first, doses = {}, []
+    for row in rows:
+        first.setdefault(row["room"], row)
+    for row in list(first.values())[:rooms]:
+        start = np.array(row["context_c2w"][row["reference"] - 1])
+        doses += [{**{key: row[key] for key in ("room", "context", "reference", "context_c2w")},
+                   "id": f"dose/{row['room']}_{motion.kind}_{motion.amount:g}",
+                   "motion": {"kind": motion.kind, "amount": motion.amount}}
+                  for motion in consistency.DOSES if data.stands_free(move_camera(start, motion))]
+    return doses
+
+
+def print_doses(dose):
+    """Commanded against recovered motion, a line per simulator and kind."""
+    print("\ncommanded -> recovered, median over rooms (turns: degrees, moves: meters; * = an amount never trained on)")
+    for name, kinds in dose.items():
+        for kind, told in kinds.items():
+            digits = 0 if "turn" in kind else 2
+            points = "  ".join(f"{p['amount']:g}{'' if p['trained'] else '*'}->{p['median']:.{digits}f}"
+                               for p in told["points"])
+            parts = ", ".join(f"{title} {told[key]:.2f}" for title, key in (
+                ("trained on", "slope_trained"), ("new", "slope_new")) if told[key] is not None)
+            print(f"{Path(name).name[:16]:16} {kind:13} slope {told['slope']:5.2f} ({parts})  "
+                  f"r {told['correlation']:5.2f}   {points}")
 
 
 def main_wm(args, device):
     """--bench wm."""
     out, source = Path(args.out), Path(args.data or default_data("triples_test.jsonl"))
-    rows = load_triples(source / "triples_test.jsonl", args.limit)
-    views = {}
+    rows, views, dose = load_triples(source / "triples_test.jsonl", args.limit), {}, {}
+    doses = dose_rows(rows, args.dose_rooms)
     for name in [name for name in args.simulator if name != "none"]:
         kept = out / "views" / f"{common.stable_seed(fingerprint(name, args.wm)):016x}"
-        views[name] = imagine_targets(simulators.load(name, device, args.wm), rows, kept, args.batch, name)
+        simulator = simulators.load(name, device, args.wm)
+        views[name] = imagine_targets(simulator, rows, kept, args.batch, name)
+        if doses:
+            answers = imagine_targets(simulator, doses, kept, args.batch, f"{name}, doses")
+            recovered, = consistency.recover_all(doses, answers)
+            dose[name] = consistency.dose_response(doses, recovered, data.MOTIONS)
     results = consistency.compare(rows, views)
     print_consistency(results)
+    if dose:
+        print_doses(dose)
     first = next(iter(results["simulators"].values()), {})
-    results = {"bench": "wm", **first, **results, "n": len(rows)}
+    results = {"bench": "wm", **first, **results, "dose": dose, "n": len(rows)}
     common.write_json(out / "results.json", results)
     some = slice(None, None, max(1, len(rows) // 8))
     sheet = report.contact_sheet(rows[some], {name: seen[some] for name, seen in views.items()})
-    report.write(out / "report.html", "Pose and content consistency of the simulator", wm=results, sheet=sheet)
-    common.say(f"\n{len(rows)} triples; {out}/results.json, {out}/report.html")
+    curves = report.drawn(report.dose_curves(dose)) if dose else None           # None also without matplotlib
+    if curves:
+        curves.save(out / "dose.png")
+    report.write(out / "report.html", "Pose and content consistency of the simulator", wm=results, sheet=sheet,
+                 dose=curves)
+    drawings = f", {out}/dose.png" if curves else ""
+    common.say(f"\n{len(rows)} triples; {out}/results.json, {out}/report.html{drawings}")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -366,18 +411,22 @@ def parse_args(argv=None):
     p.add_argument("--bench", choices=("rooms", "mindcube", "wm"), default="rooms")
     p.add_argument("--mode", choices=(*MODES, "all"), default="all")
     p.add_argument("--policy", help="folder or hub id (default: the first of phase2, phase1, sft in out/, out/demo/)")
-    p.add_argument("--simulator", nargs="+", default=["tuned"],
-                   help=f"one or more of {', '.join(simulators.NAMES)}, or the folder or hub id of a world model")
+    p.add_argument("--simulator", nargs="+",
+                   help=f"one or more of {', '.join(simulators.NAMES)}, or the folder or hub id of a world model "
+                        "(default: tuned; for --bench wm also untuned, if it has been trained)")
     p.add_argument("--wm", help="folder or hub id of the tuned simulator (default: out/wm, then out/demo/wm)")
     p.add_argument("--data", help="rooms, wm: folder of questions_test.jsonl, triples_test.jsonl (default: out/data); "
                    "mindcube: the unzipped data folder or a JSONL file of its raw/ (default: out/data/mindcube, data)")
     p.add_argument("--limit", type=int, help="only the first N questions or triples")
+    p.add_argument("--dose-rooms", type=int, default=24, help="wm: rooms for commanded against recovered motion")
     p.add_argument("--out", help="default: out/eval/<bench>")
     p.add_argument("--max-new-tokens", type=int, default=256, help="per turn of the policy")
     p.add_argument("--seed", type=int, default=0, help="of the simulator's noise (decoding is greedy)")
     p.add_argument("--batch", type=int, default=64, help="questions at once: memory and speed only")
     p.add_argument("--threads", type=int, help="CPU threads")
     args = p.parse_args(argv)
+    twin = ["untuned"] if args.bench == "wm" and common.newest(("wm-untuned",)) else []
+    args.simulator = args.simulator or ["tuned", *twin]
     args.out = args.out or f"out/eval/{args.bench}"
     return args
 

@@ -372,7 +372,7 @@ def parse_args(argv=None):
 def load_data(args, world):
     """(training contexts, held-out contexts); rank 0 makes the rooms when the tiny preset misses them."""
     if args.preset == "tiny" and common.is_main():
-        data.ensure(args.data)
+        data.ensure(args.data, ["triples"])
     common.wait_for_all()
     train, val = (contexts_of(data.load_jsonl(Path(args.data) / f"triples_{split}.jsonl"), args.targets)
                   for split in ("train", "val"))
@@ -402,7 +402,7 @@ def main(argv=None):
         dtype = torch.bfloat16 if args.lora and world.device.type == "cuda" else torch.float32      # of what is frozen
         model = WorldModel.load(args.init, world.device, dtype, prepare)
     else:
-        model = WorldModel.tiny(args.seed, args.size)
+        model = WorldModel.tiny(args.seed, args.size, max_context=max(len(rows[0]["context"]) for rows in train))
         prepare(model.network.to(world.device))
     network = model.network
     names, parameters = zip(*((name, p) for name, p in network.named_parameters() if p.requires_grad))

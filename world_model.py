@@ -185,7 +185,7 @@ class Taylor:
 
 # ---------------------------------------------------------------- the simulator
 
-def select_context(images, reference, max_context=4):
+def select_context(images, reference, max_context):
     """Which images the simulator sees when there are many: the reference and its nearest neighbours in the list.
 
     returns (indices, reference): 0-based indices in list order (of two equally near the earlier), and the 1-based
@@ -290,16 +290,17 @@ class WorldModel:
         vit = to_pixels(np.stack([resize(image, self.settings.vit_limits) for image in images]))
         return self.encode(np.stack(images), streams), vit.to(self.device)
 
-    def arranged(self, images, reference, sentence, max_context=4):
+    def arranged(self, images, reference, sentence, settings=None):
         """A query as the network is shown it -> (images, reference, sentence): selected, in its order, renumbered."""
-        indices, reference = select_context(images, reference, max_context)
+        settings = settings or self.settings
+        indices, reference = select_context(images, reference, settings.max_context)
         images = [images[i] for i in indices]
-        if self.settings.reference_first:
+        if settings.reference_first:
             images, reference = images[reference - 1:] + images[:reference - 1], 1
         return images, reference, re.sub(r"Image-\d+", f"Image-{reference}", sentence, count=1)
 
     @torch.no_grad()
-    def imagine(self, queries, max_context=4, batch=64, **changes):
+    def imagine(self, queries, batch=64, **changes):
         """Imagine the view that each query commands (lib/geometry.Query): list -> list of (H, W, 3) uint8.
 
         The view has the size of the reference image as the VAE sees it. A query draws its noise from its own seed, so
@@ -308,7 +309,7 @@ class WorldModel:
         """
         settings, groups = dataclasses.replace(self.settings, **changes), {}
         for place, query in enumerate(queries):
-            images, reference, sentence = self.arranged(query.images, query.reference, query.instruction, max_context)
+            images, reference, sentence = self.arranged(query.images, query.reference, query.instruction, settings)
             images = [resize(np.asarray(image), settings.vae_limits) for image in images]
             shape = (reference, *(image.shape for image in images))
             groups.setdefault(shape, []).append((place, query.seed, images, sentence))

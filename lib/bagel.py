@@ -52,6 +52,7 @@ class Settings:
     # Places inside a picture, and the number of a context image, as learned embeddings of scale 1. BAGEL has smooth
     # sin-cos tables for the one and only RoPE for the other; random embeddings are told apart from the first step.
     learned_places: bool = False
+    max_context: int = 4                            # images shown at most: the reference and its nearest neighbours
     latent: str = "flux"                            # "flux", or "pixels": no autoencoder (lib/bagel_files.PixelLatents)
     vae_limits: tuple = (1024, 512, 16)             # (max_side, min_side, stride) of the pictures, pixels
     vit_limits: tuple = (980, 224, 14)
@@ -265,11 +266,11 @@ class Layer(nn.Module):
         if needed == "none":
             attend(None, key, value)
             return und, gen
-        y = attend(rotate(a.joined("q", u, g), rope), key, value).transpose(1, 2).flatten(2)      # (B, N, heads * d)
-        gen = gen + a.o_proj_moe_gen(y[:, split:])
+        y = attend(rotate(a.joined("q", u, g), rope), key, value).transpose(1, 2)             # (B, N, heads, d)
+        gen = gen + a.o_proj_moe_gen(y[:, split:].flatten(2))
         gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
         if needed == "all":
-            und = und + a.o_proj(y[:, :split])
+            und = und + a.o_proj(y[:, :split].flatten(2))
             und = und + self.mlp(self.post_attention_layernorm(und))
         return und, gen
 

@@ -11,11 +11,13 @@ Content, by colours: no two things of a room share one, so a colour is an instan
   order     share of the true view's pairs that stand in the same left-right order (an object that is missing: wrong)
   thirds    share of the left, centre and right thirds whose dominant object is the true one
 Content is the mean of the three.
+
+Dose: how far the camera went along the commanded axis, beside how far it was told to go, motion by motion.
 """
 
 import numpy as np
 
-from lib.geometry import DEGREES_PER_METER, Motion, decompose, move_camera, pose
+from lib.geometry import DEGREES_PER_METER, TABLE, Motion, decompose, move_camera, pose
 from lib.rooms import COLOURS, random_room, render
 from lib.simulators import fill_holes
 
@@ -100,6 +102,11 @@ def pose_error(commanded, recovered):
     return {"family": "turns", "degrees": degrees, "within": degrees <= ROTATION}
 
 
+def pose_errors(rows, recovered):
+    """`pose_error` of every row of triples, whose camera was recovered at (n, 5)."""
+    return [pose_error(delta_of(Motion(**row["motion"])), delta) for row, delta in zip(rows, recovered)]
+
+
 # ---- content --------------------------------------------------------------------------------------------------------
 
 SHADES = np.linspace(0.7, 1.0, 4)
@@ -131,28 +138,43 @@ def describe(views):
     return count * scale, middle, dominant
 
 
-def content_scores(views, true):
-    """Compare views (n, H, W, 3) with the true ones -> {"precision", "recall", "f1", "order", "thirds", "content"}.
+def content_counts(views, true):
+    """What there is to count in views (n, H, W, 3) beside the true ones -> (n, 8): four pairs of hits and cases.
 
-    Counted over all views together; a part that the true views give no occasion for is nan and leaves the mean.
+    precision   objects that a view shows: those that stand in the true view
+    recall      objects of the true view: those that the view shows
+    order       pairs of the true view, one to the right of the other: those in the same order
+    thirds      thirds of the true view with a dominant object: those with the same one
     """
     (count, middle, dominant), (true_count, true_middle, true_dominant) = describe(views), describe(true)
     seen, truly = count >= STRONG, true_count >= STRONG
-    precision = share((true_count >= WEAK)[seen])
-    recall = share((count >= WEAK)[truly])
-    f1 = 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
     apart = true_middle[:, :, None] - true_middle[:, None, :] > 3 / 32        # (n, 8, 8): the first stands to the right
     pairs = apart & truly[:, :, None] & truly[:, None, :]
     both = (count >= WEAK)[:, :, None] & (count >= WEAK)[:, None, :]
-    order = share((both & (middle[:, :, None] > middle[:, None, :]))[pairs])
-    thirds = share((dominant == true_dominant)[true_dominant >= 0])
-    parts = {"precision": precision, "recall": recall, "f1": f1, "order": order, "thirds": thirds}
-    return parts | {"content": float(np.nanmean([f1, order, thirds]))}
+    ordered = both & (middle[:, :, None] > middle[:, None, :])
+    cases = ((true_count >= WEAK, seen), (count >= WEAK, truly), (ordered, pairs),
+             (dominant == true_dominant, true_dominant >= 0))
+    counts = [part for hit, case in cases for part in (hit & case, case)]
+    return np.stack([part.reshape(len(views), -1).sum(1) for part in counts], 1)
 
 
-def share(hits):
-    """The mean of booleans; 0 for none at all would be a verdict, so nan."""
-    return float(hits.mean()) if hits.size else float("nan")
+def content_of(counts):
+    """Sums of `content_counts` (..., 8) -> {"precision", "recall", "f1", "order", "thirds", "content"}, each (...).
+
+    A part that the true views give no occasion for is nan and leaves the mean.
+    """
+    hits, cases = counts[..., ::2], counts[..., 1::2]
+    shares = np.divide(hits, cases, out=np.full(hits.shape, np.nan), where=cases > 0)
+    precision, recall, order, thirds = np.moveaxis(shares, -1, 0)
+    total = np.where(precision + recall > 0, precision + recall, np.inf)       # neither shown nor missed: 0
+    f1 = 2 * np.nan_to_num(precision * recall) / total
+    return {"precision": precision, "recall": recall, "f1": f1, "order": order, "thirds": thirds,
+            "content": np.nanmean([f1, order, thirds], 0)}
+
+
+def content_scores(views, true):
+    """`content_of` all views (n, H, W, 3) together, as numbers."""
+    return {key: float(value) for key, value in content_of(content_counts(views, true).sum(0)).items()}
 
 
 # ---- both, over triples ---------------------------------------------------------------------------------------------
@@ -179,25 +201,59 @@ def recover_all(rows, *lists):
     return found
 
 
+def per_view(rows, views, recovered):
+    """What single views are worth, in numbers to be summed: (n, 11), see `scores_of`.
+
+    rows, views, recovered (n, 5) as in `consistency`
+    Columns: 1; pose within the thresholds; squared error, pictures in [-1, 1]; the eight of `content_counts`.
+    """
+    views, true = np.stack(views), np.stack([row["target"] for row in rows])
+    squared = np.square((views.astype(np.float32) - true) / 127.5).mean((1, 2, 3))
+    within = [error["within"] for error in pose_errors(rows, recovered)]
+    return np.column_stack([np.ones(len(rows)), within, squared, content_counts(views, true)])
+
+
+def scores_of(sums):
+    """Sums over views (..., 11) of `per_view` -> {"pose", "mse", "content" and its parts}, each (...)."""
+    return {"pose": sums[..., 1] / sums[..., 0], "mse": sums[..., 2] / sums[..., 0], **content_of(sums[..., 3:])}
+
+
+def difference(values, others, rooms, resamples=2000):
+    """Pose, content and mse of one list of views minus those of another -> {key: (difference, low, high)}.
+
+    values, others   (n, 11) of `per_view`, over the same rows;  rooms: (n,), the room of each row
+    The 95 % interval draws whole rooms with replacement: views of one room are not independent.
+    """
+    _, member = np.unique(rooms, return_inverse=True)
+    count = member.max() + 1
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), resamples)   # how often each room
+    drawn = np.vstack([np.ones((1, count)), drawn])                                             # first: each once
+    own, other = (scores_of(drawn @ np.stack([np.bincount(member, column, count) for column in part.T], 1))
+                  for part in (values, others))
+    gaps = {key: own[key] - other[key] for key in ("pose", "content", "mse")}
+    return {key: (float(gap[0]), *np.nanquantile(gap[1:], [0.025, 0.975]).tolist()) for key, gap in gaps.items()}
+
+
 def consistency(rows, views, recovered=None):
     """Score one view per triple.
 
     rows       of triples_*.jsonl, their "target" as an array;  views: (H, W, 3) uint8 each
     recovered  (n, 5) of `recover_all`, if it is known
-    returns    {"pose": share within the thresholds, "content", "n", "moves": {…}, "turns": {…}, parts of content}
+    returns    {"pose": share within the thresholds, "mse": of pictures in [-1, 1], "content" and its parts, "n",
+                "moves": {…}, "turns": {…}}
     """
     recovered = recover_all(rows, views)[0] if recovered is None else recovered
-    errors = [pose_error(delta_of(Motion(**row["motion"])), delta) for row, delta in zip(rows, recovered)]
-    views, true = np.stack(views), np.stack([row["target"] for row in rows])
-    result = {"pose": float(np.mean([error["within"] for error in errors])), **content_scores(views, true),
-              "n": len(rows)}
+    errors, each = pose_errors(rows, recovered), per_view(rows, views, recovered)
+
+    def scores(members):
+        return {key: float(value) for key, value in scores_of(each[members].sum(0)).items()} | {"n": len(members)}
+    result = scores(range(len(rows)))
     for family in ("moves", "turns"):
         members = [i for i, error in enumerate(errors) if error["family"] == family]
         if members:
-            medians = {f"median_{key}": float(np.median([errors[i][key] for i in members]))
-                       for key in ("meters", "direction", "degrees") if key in errors[members[0]]}
-            result[family] = {"pose": float(np.mean([errors[i]["within"] for i in members])), **medians,
-                              "content": content_scores(views[members], true[members])["content"], "n": len(members)}
+            keys = [key for key in ("meters", "direction", "degrees") if key in errors[members[0]]]
+            result[family] = scores(members) | {f"median_{key}": float(np.median([errors[i][key] for i in members]))
+                                                for key in keys}
     return result
 
 
@@ -231,3 +287,53 @@ def compare(rows, views):
     lists = [seen for group in groups.values() for seen in group.values()]
     scores = iter([consistency(rows, seen, found) for seen, found in zip(lists, recover_all(rows, *lists))])
     return {title: {name: next(scores) for name in group} for title, group in groups.items()}
+
+
+# ---- dose and response ----------------------------------------------------------------------------------------------
+
+DOSES = [Motion(f"turn {side}", float(degrees)) for side in ("left", "right") for degrees in range(15, 181, 15)] \
+    + [Motion(f"move {way}", meters) for way in ("left", "right", "forward") for meters in (0.25, 0.5, 0.75, 1.0, 1.25)]
+
+
+def along(motion, recovered):
+    """How much of a relative pose (5,) lies along the commanded axis, in the motion's unit; below 0: the other way.
+
+    A turn lies in [-90, 270), whatever was commanded. Cut half a turn away from the command instead, a simulator that
+    turns at random would seem to follow it.
+    """
+    _, unit, component, sign = TABLE[motion.kind]
+    amount = sign * recovered[component]
+    return float((amount + 90) % 360 - 90 if unit == "degrees" else amount)
+
+
+def slope(commanded, got):
+    """Least-squares slope and correlation of recovered amounts (n,) on commanded ones; 0 where either never varies."""
+    x, y = commanded - commanded.mean(), got - got.mean()
+    return (float(x @ y / (x @ x)) if x.any() else 0.0,
+            float(x @ y / np.sqrt((x @ x) * (y @ y))) if x.any() and y.any() else 0.0)
+
+
+def dose_response(rows, recovered, trained):
+    """Commanded against recovered displacement, kind by kind.
+
+    rows       with "motion", recovered (n, 5) of `recover_all`;  trained: the Motions that training showed
+    returns    {kind: {"slope", "correlation": over all views, "slope_trained", "slope_new": over the amounts that
+                       training showed, over the others,
+                       "points": [{"amount", "trained", "median", "low", "high": quartiles, "within", "n"}]}}
+    """
+    kinds, commanded = (np.array([row["motion"][key] for row in rows]) for key in ("kind", "amount"))
+    got = np.array([along(Motion(**row["motion"]), delta) for row, delta in zip(rows, recovered)])
+    within, result = np.array([error["within"] for error in pose_errors(rows, recovered)]), {}
+    for kind in dict.fromkeys(kinds.tolist()):
+        points, mine = [], kinds == kind
+        known = np.isin(commanded, [motion.amount for motion in trained if motion.kind == kind])
+        for amount in np.unique(commanded[mine]).tolist():
+            here = mine & (commanded == amount)
+            low, median, high = np.quantile(got[here], [0.25, 0.5, 0.75]).tolist()
+            points.append({"amount": amount, "trained": bool(known[here].all()), "median": median, "low": low,
+                           "high": high, "within": float(within[here].mean()), "n": int(here.sum())})
+        all_views, *parts = (slope(commanded[part], got[part]) if part.any() else (None, None)
+                             for part in (mine, mine & known, mine & ~known))
+        result[kind] = {"slope": all_views[0], "correlation": all_views[1], "slope_trained": parts[0][0],
+                        "slope_new": parts[1][0], "points": points}
+    return result

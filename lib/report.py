@@ -3,7 +3,8 @@ One page to look at after a run: report.html, whole in itself (pictures inside, 
 
   table       accuracy, interval and calls: every part of the questions, every mode
   figures     accuracy by category and mode, and the curves of the stages' log.jsonl (a sentence without matplotlib)
-  simulator   pose and content beside the trivial baselines and the oracles; a sheet context | motion | imagined | true
+  simulator   pose and content beside the trivial baselines and the oracles; a sheet context | motion | imagined | true;
+              commanded against recovered motion
   dialogues   what the policy asked for, what it was shown, what it would have seen in the room itself
 """
 
@@ -77,7 +78,7 @@ def consistency_table(wm):
     """Pose and content of the simulators (of --bench wm's results.json, or that itself), baselines and oracles."""
     groups = {"simulators": wm.get("simulators") or {"simulator": wm}, "baselines": wm["baselines"],
               "oracles": wm["oracles"]}
-    keys, rows = ("pose", "content", "f1", "order", "thirds"), []
+    keys, rows = ("pose", "content", "f1", "order", "thirds", "mse"), []
     for title, group in groups.items():
         for name, scores in group.items():
             families = [scores.get(family, {}).get("pose") for family in ("moves", "turns")]
@@ -87,19 +88,25 @@ def consistency_table(wm):
 
 # ---- figures --------------------------------------------------------------------------------------------------------
 
-def figure(draw):
-    """`draw(pyplot)` -> HTML of the figure it returns, or a sentence where matplotlib is missing."""
+def drawn(draw):
+    """`draw(pyplot)` -> the figure it returns, as a PIL image; None where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
-        return "<p>No figure: matplotlib is not installed (<code>pip install matplotlib</code>).</p>"
+        return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    drawn = draw(pyplot)
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, dpi=110, bbox_inches="tight")
-    pyplot.close(drawn)
-    return picture(Image.open(buffer), "wide")
+    made, buffer = draw(pyplot), io.BytesIO()
+    made.savefig(buffer, dpi=110, bbox_inches="tight")
+    pyplot.close(made)
+    return Image.open(buffer)
+
+
+def figure(draw):
+    """`draw(pyplot)` -> HTML of the figure it returns, or a sentence where matplotlib is missing."""
+    image = drawn(draw)
+    return picture(image, "wide") if image else \
+        "<p>No figure: matplotlib is not installed (<code>pip install matplotlib</code>).</p>"
 
 
 def categories_figure(results):
@@ -154,6 +161,35 @@ def curves_figure(title, path):
     return f"<h3>{escape(title)}</h3>" + figure(draw)
 
 
+def dose_curves(dose):
+    """{simulator: `consistency.dose_response`} -> draw(pyplot): commanded against recovered, a panel per kind.
+
+    Medians and quartiles over rooms; filled where training showed that amount, hollow where it never did.
+    """
+    def draw(pyplot):
+        kinds = list(dict.fromkeys(kind for kinds in dose.values() for kind in kinds))
+        fig, axes = pyplot.subplots(1, len(kinds), figsize=(2.7 * len(kinds), 3), squeeze=False)
+        fig.set_layout_engine("constrained")
+        for axis, kind in zip(axes[0], kinds):
+            told = {name: kinds[kind] for name, kinds in dose.items() if kind in kinds}
+            end = max(point["amount"] for response in told.values() for point in response["points"])
+            axis.plot([0, end], [0, end], color="gray", lw=0.8, ls=":")
+            for k, (name, response) in enumerate(told.items()):
+                points, colour = response["points"], f"C{k}"
+                x, y, low, high = (np.array([p[key] for p in points]) for key in ("amount", "median", "low", "high"))
+                axis.errorbar(x, y, [y - low, high - y], color=colour, lw=0.8,
+                              label=f"{Path(name).name}: slope {response['slope']:.2f}")
+                axis.scatter(x, y, 22, [colour if p["trained"] else "white" for p in points], edgecolors=colour,
+                             zorder=3)
+            axis.set_title(f"{kind}, {'degrees' if 'turn' in kind else 'meters'}", fontsize=9)
+            axis.set_xlabel("commanded (filled: trained on)", fontsize=8)
+            axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+            axis.tick_params(labelsize=7)
+        axes[0, 0].set_ylabel("recovered", fontsize=8)
+        return fig
+    return draw
+
+
 def find_logs(root):
     """{stage: its log.jsonl} of the stages below `root`."""
     return {file.parent.name: file for file in sorted(Path(root).glob("*/log.jsonl"))}
@@ -162,7 +198,7 @@ def find_logs(root):
 def contact_sheet(rows, views, side=96):
     """Triples (rows of arrays) and {simulator: a view per row} -> a picture: context | motion | imagined … | true."""
     font, gap, words = ImageFont.load_default(12), 6, 150
-    left = [k * (side + gap) for k in range(4)]
+    left = [k * (side + gap) for k in range(len(rows[0]["context"]))]
     right = [left[-1] + side + gap + words + k * (side + gap) for k in range(len(views) + 1)]
     page = Image.new("RGB", (right[-1] + side, 20 + len(rows) * (side + gap)), "white")
     pen = ImageDraw.Draw(page)
@@ -212,11 +248,12 @@ def dialogue(title, trajectory):
     return f"<article>{''.join(parts)}<p><b>{escape(verdict + gold)}</b></p></article>"
 
 
-def write(path, title, results=None, wm=None, logs=None, sheet=None, dialogues=()):
+def write(path, title, results=None, wm=None, logs=None, sheet=None, dose=None, dialogues=()):
     """Write report.html; what is not given is left out.
 
     results    as results.json of a bench of questions;  wm: as results.json of --bench wm
     logs       {title: log.jsonl};  sheet: `contact_sheet`, an array or a file;  dialogues: (title, Trajectory) pairs
+    dose       `dose_curves` as a picture
     """
     body = [f"<h1>{escape(title)}</h1>"]
     if results:
@@ -224,6 +261,7 @@ def write(path, title, results=None, wm=None, logs=None, sheet=None, dialogues=(
     if wm or sheet is not None:
         body.append("<h2>The simulator</h2>")
         body += ([consistency_table(wm)] if wm else []) + ([picture(sheet, "wide")] if sheet is not None else [])
+        body += [picture(dose, "wide")] if dose else []
     if logs:
         body += ["<h2>Learning</h2>", *(curves_figure(name, log) for name, log in logs.items())]
     if dialogues:

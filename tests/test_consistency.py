@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lib.consistency import (angle, classify, compare, consistency, content_scores, delta_of, describe, pose_error,
-                             recover, recover_all)
+from lib.consistency import (DOSES, along, angle, classify, compare, consistency, content_scores, delta_of, describe,
+                             difference, dose_response, per_view, pose_error, recover, recover_all, scores_of)
 from lib.geometry import Motion, Query, instruction, move_camera, pose
 from lib.rooms import COLOURS, EYE, random_room, render
 from lib.simulators import Reprojection, fill_holes, find, load, points, splat
@@ -123,6 +123,78 @@ def test_describe_does_not_depend_on_the_size_of_a_view():
     small, large = (describe(render(room, pose(0, -EYE, 0, 40), size)["rgb"]) for size in (32, 96))
     np.testing.assert_allclose(small[0], large[0], atol=12)
     np.testing.assert_array_equal(small[2], large[2])
+
+
+# ---- differences and doses ------------------------------------------------------------------------------------------
+
+def test_scores_are_sums_over_single_views():
+    views = [row["context"][0] if i % 3 else row["target"] for i, row in enumerate(ROWS)]
+    found = recover_all(ROWS, views)[0]
+    result, each = consistency(ROWS, views, found), per_view(ROWS, views, found)
+    assert {key: pytest.approx(value) for key, value in scores_of(each.sum(0)).items()} == \
+        {key: result[key] for key in scores_of(each.sum(0))}
+    assert result["mse"] == pytest.approx(np.mean([np.square((a / 127.5 - 1) - (row["target"] / 127.5 - 1)).mean()
+                                                   for a, row in zip(views, ROWS)]), rel=1e-4)
+    assert result["content"] == content_scores(np.stack(views), np.stack([row["target"] for row in ROWS]))["content"]
+
+
+def views_of_rooms(share, rooms=60, each=6, spread=0.0, seed=0):
+    """(n, 11) as `per_view` gives it: in every room a share of about `share` is right in pose; content is all right."""
+    rng = np.random.default_rng(seed)
+    right = rng.random((rooms, each)) < share + spread * rng.choice([-1, 1], (rooms, 1))
+    return np.column_stack([np.ones(rooms * each), right.ravel(), np.full(rooms * each, 0.1),
+                            np.ones((rooms * each, 8))]), np.repeat(np.arange(rooms), each)
+
+
+def test_difference_and_its_interval():
+    (good, rooms), (bad, _) = views_of_rooms(0.9), views_of_rooms(0.5, seed=1)
+    gap, low, high = difference(good, bad, rooms)["pose"]
+    assert gap == pytest.approx(good[:, 1].mean() - bad[:, 1].mean()) and 0 < low < gap < high < 0.6
+    assert difference(good, good, rooms)["pose"] == (0, 0, 0) and difference(good, bad, rooms)["mse"] == (0, 0, 0)
+    spread, _ = views_of_rooms(0.5, spread=0.4)             # rooms that are right or wrong as a whole say less
+    width, narrow = (np.diff(difference(values, good, rooms)["pose"][1:]) for values in (spread, bad))
+    assert width > 1.3 * narrow
+
+
+def doses(of=lambda motion: motion, kinds=("turn left", "turn right", "move left", "move forward")):
+    """Rows of DOSES for one room, and the true views from where `of(motion)` leads; None: nowhere."""
+    room, context = random_room(5_000_003), [pose(0.1, -EYE, -0.1, 17.0 - 90 * k) for k in range(4)]
+    motions = [motion for motion in DOSES if motion.kind in kinds][::2]
+    rows = [{"room": 5_000_003, "reference": 1, "context_c2w": [c2w.tolist() for c2w in context],
+             "motion": {"kind": motion.kind, "amount": motion.amount}} for motion in motions]
+    poses = [move_camera(context[0], of(motion)) if of(motion) else context[0] for motion in motions]
+    return rows, list(render(room, np.stack(poses))["rgb"])
+
+
+def test_the_true_renderer_goes_as_far_as_it_is_told():
+    rows, views = doses()
+    for kind, told in dose_response(rows, recover_all(rows, views)[0], [Motion("turn left", 45.0)]).items():
+        assert told["slope"] == pytest.approx(1, abs=0.04) and told["correlation"] > 0.995, kind
+        for point in told["points"]:
+            assert point["within"] == 1 and point["n"] == 1
+            assert point["median"] == pytest.approx(point["amount"], abs=3 if "turn" in kind else 0.08)
+            assert point["trained"] == (kind == "turn left" and point["amount"] == 45)
+
+
+def test_a_camera_that_goes_half_the_way_or_not_at_all():
+    for share in (0.5, 0):
+        rows, views = doses(lambda motion: Motion(motion.kind, share * motion.amount) if share else None)
+        for kind, told in dose_response(rows, recover_all(rows, views)[0], DOSES).items():
+            assert told["slope"] == pytest.approx(share, abs=0.06), kind
+            assert told["slope_trained"] == told["slope"] and told["slope_new"] is None
+
+
+def test_turning_at_random_is_no_following():
+    """The range of a turn is the same for all commands; one centred on the command would give random turns slope 1."""
+    rng = np.random.default_rng(0)
+    rows = [{"motion": {"kind": "turn left", "amount": degrees}} for degrees in range(15, 181, 15)] * 60
+    random = np.zeros((len(rows), 5))
+    random[:, 3] = rng.uniform(-180, 180, len(rows))
+    told = dose_response(rows, random, [])["turn left"]
+    assert abs(told["slope"]) < 0.25 and abs(told["correlation"]) < 0.15
+    assert along(Motion("turn left", 180.0), np.array([0, 0, 0, 175.0, 0])) == pytest.approx(185)
+    assert along(Motion("turn right", 15.0), np.array([0, 0, 0, -30.0, 0])) == pytest.approx(-30)
+    assert along(Motion("move left", 1.0), np.array([-0.8, 0, 0.3, 0, 0])) == pytest.approx(0.8)
 
 
 # ---- training-free simulators ---------------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 import data
-from lib.geometry import Motion, dominant_motion, instruction, move_camera
+from lib.geometry import Motion, decompose, dominant_motion, instruction, move_camera
 from lib.pictures import load_image
 from lib.rooms import random_room, render
 
 ROOMS = 24
+RING_0 = ["3_move_right_1", "3_turn_left_135", "3_move_forward_1", "3_move_right_0.5", "3_move_left_1",
+          "3_turn_left_90", "3_move_forward_0.5", "3_turn_left_180"]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,104 @@ def test_the_warp_shows_the_target_where_the_context_sees_it(made):
     assert seen.mean() >= 0.8
     error = np.abs(warped[..., :3].astype(int) - load_image(row["target"])).mean(-1)[seen]
     assert np.median(error) < 8
+
+
+# ---- layouts --------------------------------------------------------------------------------------------------------
+
+def yaw_of(c2w):
+    return np.degrees(np.arctan2(c2w[0, 2], c2w[2, 2]))
+
+
+def test_cameras_apart_keep_the_papers_distances():
+    for seed in range(40):
+        poses = data.LAYOUTS["apart"](np.random.default_rng(seed))
+        for i in range(4):
+            for j in range(i):
+                turn = abs(yaw_of(poses[i]) - yaw_of(poses[j])) % 360
+                assert np.linalg.norm(poses[i][:3, 3] - poses[j][:3, 3]) >= 1 and min(turn, 360 - turn) >= 30
+        assert all(data.stands_free(c2w) for c2w in poses)
+
+
+def test_shuffled_is_the_ring_in_another_order_and_six_is_a_finer_ring():
+    orders = set()
+    for seed in range(40):
+        ring, shuffled, six = (data.LAYOUTS[name](np.random.default_rng(seed)) for name in ("ring", "shuffled", "six"))
+        order = tuple(next(i for i in range(4) if np.array_equal(ring[i], c2w)) for c2w in shuffled)
+        assert sorted(order) == [0, 1, 2, 3]
+        orders.add(order)
+        for views, step in ((ring, 90), (six, 60)):
+            turns = [decompose(a, b) for a, b in zip(views, views[1:] + views[:1])]
+            np.testing.assert_allclose(turns, [[0, 0, 0, -step, 0, 0]] * (360 // step), atol=1e-6)
+    assert len(orders) > 15                                              # of 24
+
+
+def covered_by_hand(row, size=32, fine=256):
+    """Share of the target's pixels whose point stands in the depth map (8 times finer) of some context camera."""
+    room, target = random_room(row["room"]), np.array(row["target_c2w"])
+    depth, seen = render(room, target, size)["depth"][0], np.zeros((size, size), bool)
+    side = (np.arange(size) + 0.5) / (size / 2) - 1                                  # 90 degrees: from -1 to 1 at z = 1
+    rays = np.stack([*np.meshgrid(side, side), np.ones((size, size))], -1)
+    points = (rays * depth[..., None]) @ target[:3, :3].T + target[:3, 3]
+    for c2w in np.array(row["context_c2w"]):
+        x, y, z = np.moveaxis((points - c2w[:3, 3]) @ c2w[:3, :3], -1, 0)
+        inside = (z > 0) & (abs(x) < z) & (abs(y) < z)
+        column, line = (np.clip((fine / 2 * (1 + w / np.where(z > 0, z, 1))).astype(int), 0, fine - 1) for w in (x, y))
+        there = render(room, c2w, fine, supersample=1)["depth"][0][line, column]
+        seen |= inside & (abs(there - z) < 0.05 * (1 + z))
+    return seen.mean()
+
+
+@pytest.mark.parametrize("layout", ["shuffled", "six", "apart"])
+def test_triples_of_a_layout_are_what_they_say(layout, tmp_path):
+    rows = [row for seed in range(3) for row in data.room_triples(seed, tmp_path, layout)]
+    assert len(rows) > 10 and {len(row["context"]) for row in rows} == {6 if layout == "six" else 4}
+    assert min(row["coverage"] for row in rows) >= 0.85
+    for row in rows[::4]:
+        poses, target, motion = [np.array(p) for p in row["context_c2w"]], np.array(row["target_c2w"]), row["motion"]
+        np.testing.assert_allclose(move_camera(poses[row["reference"] - 1], Motion(**motion)), target, atol=1e-5)
+        seen = render(random_room(row["room"]), np.stack([*poses, target]))["rgb"]
+        for path, view in zip([*row["context"], row["target"]], seen):
+            assert np.abs(load_image(tmp_path / path).astype(int) - view).max() <= 1
+        assert data.stands_free(target)
+        assert covered_by_hand(row) == pytest.approx(row["coverage"], abs=0.05)
+
+
+def test_a_refused_target_is_badly_seen(tmp_path, monkeypatch):
+    """Without the bar the same rooms give more triples, and those are the ones that the context does not cover."""
+    kept = {row["id"] for seed in range(3) for row in data.room_triples(seed, tmp_path, "apart")}
+    monkeypatch.setattr(data, "MIN_COVERAGE", 0.0)
+    every = [row for seed in range(3) for row in data.room_triples(seed, tmp_path, "apart")]
+    refused = [row for row in every if row["id"] not in kept]
+    assert refused and all(covered_by_hand(row) < 0.9 for row in refused)
+
+
+def test_larger_pictures_of_the_same_triples(tmp_path):
+    small, large = (data.room_triples(1, tmp_path / str(size), size=size) for size in (32, 64))
+    assert [(row["id"], row["target_c2w"]) for row in small] == [(row["id"], row["target_c2w"]) for row in large]
+    coarse, fine = (load_image(tmp_path / str(size) / small[0]["target"]).astype(int) for size in (32, 64))
+    assert fine.shape == (64, 64, 3)
+    assert np.abs(fine.reshape(32, 2, 32, 2, 3).mean((1, 3)) - coarse).mean() < 4
+
+
+def test_the_ring_stays_what_it_was(tmp_path):
+    """What models have been trained on: a layout more may not move the random draws of the first."""
+    rows = data.room_triples(0, tmp_path)
+    assert [row["id"].split("/")[1] for row in rows] == RING_0
+
+
+def test_folders_of_layouts(tmp_path, monkeypatch):
+    for layout in data.LAYOUTS:
+        for size in (32, 64):
+            assert data.layout_of(data.folder_of(layout, size)) == (layout, size)
+    assert data.layout_of("/x/mine") == data.layout_of("out/data") == ("ring", 32)
+    assert data.parse_args(["triples", "--layout", "apart", "--size", "64"]).out == "out/data-apart-64"
+    assert data.parse_args([]).out == "out/data"
+    with pytest.raises(SystemExit):
+        data.parse_args(["questions", "--layout", "six"])
+    made = []
+    monkeypatch.setattr(data, "make_triples", lambda folder, **more: made.append((folder.name, more)))
+    data.ensure(tmp_path / "data-six", ["triples"], threads=1)
+    assert made == [("data-six", {"threads": 1, "layout": "six", "size": 32})]
 
 
 def test_same_seed_same_files_whatever_the_number_of_processes(made, tmp_path):

@@ -4,11 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import data
 import evaluate
 from evaluate import (brief, chance, evaluate_policy, interval, keyed, main, paired_bootstrap, parse_args, score,
                       summarise, text_only_chance)
+from lib import consistency, report
+from lib.geometry import pose
 from lib.rooms import TrueRenderer
 from policy import Policy, Trajectory
 
@@ -213,11 +216,47 @@ def test_mindcube_layout_from_end_to_end(place):
         main([*arguments(place, "mindcube"), "--simulator", "truth"])
 
 
-def test_wm_from_end_to_end(place):
+def test_wm_from_end_to_end(place, capsys):
     main(arguments(place, "wm"))
     results = json.loads((place / "eval" / "wm" / "results.json").read_text())
     assert results["pose"] == 1 and results["content"] == 1 and set(results["baselines"]) >= {"mean image"}
+    assert results["mse"] == 0 < results["baselines"]["nearest context view"]["mse"]
     assert "data:image/png;base64," in (place / "eval" / "wm" / "report.html").read_text()
+    assert "turn left     slope  1.00" in capsys.readouterr().out
+    dose = results["dose"]["truth"]
+    assert set(dose) == {"turn left", "turn right", "move left", "move right", "move forward"}
+    assert all(told["slope"] == pytest.approx(1, abs=0.05) for told in dose.values())
+    assert {p["amount"] for p in dose["turn right"]["points"] if p["trained"]} == {45, 90, 135}
+    with Image.open(place / "eval" / "wm" / "dose.png") as picture:
+        assert picture.width > 5 * 150
+
+
+def test_doses_leave_out_what_ends_in_the_furniture(place):
+    rows = evaluate.load_triples(place / "data" / "triples_test.jsonl")
+    doses = evaluate.dose_rows(rows, 24)
+    assert len({row["id"] for row in doses}) == len(doses) <= len(consistency.DOSES)
+    middle = np.eye(4)
+    corner = {**rows[0], "reference": 1, "context_c2w": [pose(0, -1.3, 1.2).tolist()]}
+    assert len(evaluate.dose_rows([{**corner, "context_c2w": [middle.tolist()]}], 1)) == len(consistency.DOSES)
+    ways = [row["motion"]["kind"] for row in evaluate.dose_rows([corner], 1)]
+    assert "turn left" in ways and "move forward" not in ways and evaluate.dose_rows(rows, 0) == []
+
+
+def test_a_sheet_shows_every_context_view(place):
+    rows = evaluate.load_triples(place / "data" / "triples_test.jsonl")[:2]
+    views = {"truth": [row["target"] for row in rows]}
+    four, six = (report.contact_sheet([{**row, "context": row["context"] + more} for row in rows], views)
+                 for more in ([], rows[0]["context"][:2]))
+    assert six.width == four.width + 2 * (96 + 6)
+
+
+def test_the_untuned_twin_stands_beside_the_tuned_one_if_it_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_args(["--bench", "wm"]).simulator == ["tuned"]
+    (tmp_path / "out/wm-untuned").mkdir(parents=True)
+    (tmp_path / "out/wm-untuned/config.json").write_text("{}")
+    assert parse_args(["--bench", "wm"]).simulator == ["tuned", "untuned"] and parse_args([]).simulator == ["tuned"]
+    assert parse_args(["--bench", "wm", "--simulator", "truth"]).simulator == ["truth"]
 
 
 def test_missing_stages_are_told_in_a_sentence(place, tmp_path, monkeypatch):

@@ -373,11 +373,11 @@ def test_reference_first_turns_the_ring_and_renumbers_the_sentence():
 
 
 def test_select_context_keeps_the_reference_and_its_neighbours():
-    assert select_context([0] * 4, 2) == ([0, 1, 2, 3], 2)
-    assert select_context([0] * 9, 6) == ([3, 4, 5, 6], 3)
+    assert select_context([0] * 4, 2, 4) == ([0, 1, 2, 3], 2)
+    assert select_context([0] * 9, 6, 4) == ([3, 4, 5, 6], 3)
     assert select_context([0] * 9, 9, max_context=2) == ([7, 8], 2)
     with pytest.raises(ValueError, match="no Image-3: the images are numbered 1 to 2"):
-        select_context([0, 0], 3)
+        select_context([0, 0], 3, 4)
 
 
 # ---------------------------------------------------------------- checkpoint files

@@ -1,0 +1,201 @@
+"""
+What the simulator's evidence rests on: a list of runs, and the table of what came out (`make evidence`).
+
+  python evidence.py --list                          every row, its CPU-minutes, whether it is finished
+  python evidence.py                                 run what is missing, one after the other; stopped, it goes on
+  python evidence.py --only "ring-*" --seeds 0 1 2   some rows, three seeds of the training each
+
+A row trains the tiny simulator (train_wm.py, with flags of its own, as many steps as every other row) and imagines all
+test triples of its data: rooms that nothing was trained on. Rows of the same data answer the same queries with the same
+noise, so that their difference is paired. Beside them stand two rows that train nothing, a baseline and an oracle.
+
+Out, in out/evidence/: data/<data>/, <row>-s<seed>/{the model, views.npz (scores of every view), result.json}, table.md.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from evaluate import imagine_targets, load_triples
+from lib import common, consistency
+from world_model import WorldModel
+
+
+class Data(NamedTuple):
+    """A set of triples: flags of `data.py triples` and of train_wm.py, CPU-minutes of 1,000 steps and of a look."""
+    make: str
+    train: str
+    minutes: float
+    look: float             # imagining and scoring all test views
+
+
+class Run(NamedTuple):
+    """A row: its data, and either the flags that train its simulator or the name of views that need none."""
+    name: str
+    data: str
+    flags: str = ""
+    views: str = ""
+
+
+DATA = {                    # each takes about 2 CPU-minutes to make, that of 64px 8
+    "ring": Data("--layout ring", "", 3.7, 0.5),
+    "fine": Data("--layout fine", "", 3.7, 0.5),
+    "shuffled": Data("--layout shuffled", "", 3.7, 0.5),
+    "six": Data("--layout six", "", 4.6, 0.5),
+    "apart": Data("--layout apart", "", 3.2, 0.4),
+    "64px": Data("--size 64", "--size 64", 15.7, 2.0),
+    "rooms250": Data("--rooms 250", "", 3.7, 0.5),
+    "rooms1000": Data("--rooms 1000", "", 3.7, 0.5),
+}
+HARD = ("shuffled", "six", "apart", "64px")
+PLAIN, CONTENT, POSE = "--warp-weight 0", "--warp-weight 0.5", "--warp-weight 0 --pose-weight 1"
+RUNS = [
+    Run("ring-plain", "ring", PLAIN),
+    Run("ring-content", "ring", CONTENT),                                           # agreement with the warped context
+    Run("ring-content-control", "ring", f"{CONTENT} --control"),                    # … at random places
+    Run("ring-seen", "ring", f"{PLAIN} --seen-weight 0.5"),                         # more weight where the context sees
+    Run("ring-seen-control", "ring", f"{PLAIN} --seen-weight 0.5 --control"),       # … at random places
+    Run("ring-pose", "ring", POSE),                                                 # the true sentence before another
+    Run("ring-both", "ring", f"{CONTENT} --pose-weight 1"),
+    Run("ring-untuned", "ring", f"{PLAIN} --shuffle-instructions"),                 # the twin that learned no motion
+    Run("fine-plain", "fine", PLAIN),                                               # amounts of every size
+    Run("rooms250-plain", "rooms250", PLAIN),
+    Run("rooms1000-plain", "rooms1000", PLAIN),
+    *(Run(f"{data}-{term}", data, flags) for data in HARD
+      for term, flags in (("plain", PLAIN), ("content", CONTENT), ("pose", POSE))),
+    *(Run(f"{data}-{views.split()[0]}", data, views=views) for data in ("ring", *HARD)
+      for views in ("nearest context view", "warp with true depth and pose")),                  # a baseline, an oracle
+]
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+def minutes(run, steps):
+    """CPU-minutes that a row is expected to take, its data not counted; the pose term adds a pass to every 4th step."""
+    data = DATA[run.data]
+    return data.look + (0 if run.views else data.minutes * steps / 1000 * (1.08 if "--pose" in run.flags else 1))
+
+
+def call(*command):
+    """Run a stage on one CPU thread and wait for it. Ctrl-C reaches it through us, and it saves before it leaves."""
+    child = subprocess.Popen([sys.executable, *command], start_new_session=True,
+                             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        child.send_signal(signal.SIGINT)
+        child.wait()
+        raise
+    if code:
+        common.fail(f"`python {' '.join(command)}` ended with code {code}; what it said stands above.")
+
+
+def finish(run, seed, steps, out):
+    """Do what is missing of one row, result.json last; a finished row is left as it is."""
+    folder, data = out / f"{run.name}-s{seed}", out / "data" / run.data
+    setting = {"data": DATA[run.data].make, "flags": run.flags, "steps": 0 if run.views else steps}
+    if (folder / "result.json").exists():
+        before = json.loads((folder / "result.json").read_text())
+        if setting.items() <= before.items():
+            return
+        common.fail(f"{folder} was run with {({key: before.get(key) for key in setting})}, not with {setting}. "
+                    f"Remove it, or give another --out.")
+    common.say(f"{folder.name}: about {minutes(run, steps):.1f} CPU-minutes")
+    if not (data / "triples_test.jsonl").exists():
+        call("data.py", "triples", "--out", str(data), "--threads", "1", *DATA[run.data].make.split())
+    if not run.views:
+        call("train_wm.py", "--data", str(data), "--out", str(folder), "--steps", str(steps), "--seed", str(seed),
+             "--threads", "1", *DATA[run.data].train.split(), *run.flags.split())
+    spent = 0 if run.views else json.loads((folder / "done.json").read_text())["cpu_seconds"]
+    values = look(run, folder, data)
+    scores = common.readable({key: float(value) for key, value in consistency.scores_of(values.sum(0)).items()})
+    common.write_json(folder / "result.json", {**setting, **scores, "views": len(values), "cpu_seconds": spent})
+
+
+def look(run, folder, data):
+    """Score every test view -> `consistency.per_view` (n, 11); it stays in folder/views.npz, with ids and rooms."""
+    rows = load_triples(data / "triples_test.jsonl")
+    if run.views:
+        views = (consistency.trivial_views(rows) | consistency.oracle_views(rows))[run.views]
+    else:
+        views = imagine_targets(WorldModel.load(folder), rows, title=run.name)
+    values = consistency.per_view(rows, views, consistency.recover_all(rows, views)[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "views.npz", id=[row["id"] for row in rows], room=[row["room"] for row in rows], values=values)
+    return values
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+def finished(name, out):
+    """The finished seeds of a row -> ({seed: result}, views.npz with the mean of their values), or ({}, None)."""
+    files = sorted(out.glob(f"{name}-s*/result.json"))
+    results = {int(file.parent.name.rsplit("-s", 1)[1]): json.loads(file.read_text()) for file in files}
+    views = [dict(np.load(file.parent / "views.npz")) for file in files]
+    return results, views[0] | {"values": np.mean([part["values"] for part in views], 0)} if views else None
+
+
+def table(out):
+    """The lines of table.md: every finished row, and its difference from the plain row on the same test views."""
+    digits = {"steps": 0, "pose": 3, "content": 3, "mse": 4, "cpu_seconds": 0}
+    head = ["row", "seeds", *digits, "pose over plain", "content over plain", "mse over plain"]
+    lines = [head, ["---"] * len(head)]
+    for run in RUNS:
+        results, views = finished(run.name, out)
+        if not results:
+            continue
+        means = {key: np.mean([result[key] for result in results.values()]) for key in digits}
+        line = [run.name, " ".join(map(str, sorted(results))), *(f"{means[key]:.{digits[key]}f}" for key in digits)]
+        name = "ring-plain" if run.data.startswith("rooms") else f"{run.data}-plain"
+        plain = finished(name, out)[1] if run.name != name else None
+        if plain and not np.array_equal(views["id"], plain["id"]):
+            common.fail(f"{run.name} and {name} in {out} saw different test views. Remove the older and run it again.")
+        gaps = consistency.difference(views["values"], plain["values"], views["room"]) if plain else {}
+        line += ["{:+.{d}f} [{:+.{d}f} {:+.{d}f}]".format(*gap, d=digits[key]) for key, gap in gaps.items()]
+        lines.append(line + [""] * (len(head) - len(line)))
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def parse_args(argv=None):
+    """The command line's flags."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--only", nargs="+", default=["*"], help="names of rows, or patterns such as 'apart-*'")
+    p.add_argument("--steps", type=int, default=600, help="updates of every row that trains")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training")
+    p.add_argument("--out", default="out/evidence")
+    p.add_argument("--list", action="store_true", help="print the rows and their CPU-minutes, and run nothing")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    """Finish the rows one by one, then print the table of all that are finished."""
+    args = parse_args(argv)
+    out, named = Path(args.out), [run for run in RUNS if any(fnmatch(run.name, name) for name in args.only)]
+    if not named:
+        common.fail(f"No row is called {' or '.join(args.only)}. `python evidence.py --list` names them all.")
+    jobs = [(run, seed) for seed in args.seeds for run in named if not run.views or seed == args.seeds[0]]
+    if args.list:
+        left = [job for job in jobs if job[1] not in finished(job[0].name, out)[0]]
+        for run, seed in jobs:
+            print(f"{run.name}-s{seed}".ljust(26) + f"{minutes(run, args.steps):5.1f} CPU-min  "
+                  f"{'    ' if (run, seed) in left else 'done'}  {run.flags or run.views}")
+        return print(f"{sum(minutes(run, args.steps) for run, _ in left):.0f} CPU-minutes to go, the data not counted")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    common.setup(1)
+    for run, seed in jobs:
+        finish(run, seed, args.steps, out)
+    text = "\n".join(table(out)) + "\n"
+    common.write_text(out / "table.md", text)
+    print(f"{text}\nMeans over seeds; over plain: on the same views, [95 % interval over rooms]. {out}/table.md")
+
+
+if __name__ == "__main__":
+    common.run(main)
