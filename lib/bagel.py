@@ -20,7 +20,7 @@ grid (h, w) latent tokens of an image, n = h w; C numbers per latent token. Posi
 are decided without waiting for the device.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,13 @@ class Config:
 
     @classmethod
     def read(cls, llm, vit, astra, vocabulary, latent_grid, latent_numbers):
-        """From the json files' contents (dicts); the last three are read off tensors by `WorldModel.load`."""
+        """From the json files' contents (dicts); the last three are read off tensors by `WorldModel.load`.
+
+        Raises ValueError where "astra" holds what this code does not know, a departure it could only ignore.
+        """
+        if unknown := set(astra) - {field.name for field in fields(Settings)}:
+            raise ValueError(f"config.json asks for {', '.join(sorted(unknown))}, which this version of the code does not "
+                             f"know: it would compute something else.")
         return cls(width=llm["hidden_size"], layers=llm["num_hidden_layers"], heads=llm["num_attention_heads"],
                    kv_heads=llm["num_key_value_heads"], mlp=llm["intermediate_size"], vocabulary=vocabulary,
                    eps=llm["rms_norm_eps"], rope_base=llm.get("rope_theta", 1e6), vit_width=vit["hidden_size"],
@@ -124,7 +130,12 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        # Many tokens at once fall out of a CPU's cache between the two steps: in pieces of 4 MB, and in place, they stay.
+        pieces = x.flatten(0, -2).split(max(1, 2**20 // self.up_proj.out_features))
+        return torch.cat([self.down_proj(F.silu(self.gate_proj(piece), inplace=True).mul_(self.up_proj(piece)))
+                          for piece in pieces]).view_as(x)
 
 
 class GeluMLP(nn.Module):

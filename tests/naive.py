@@ -4,7 +4,8 @@ The straightforward way to imagine a view: BAGEL's inference as one would first 
 One query at a time. Its context is read segment by segment, each behind the keys and values of all before it; the
 context without the sentence is a copy, the one without the images is read anew. Each Euler step runs the network up to
 three times, one branch of guidance after the other, and each token goes to its expert by gather and scatter. It is the
-oracle of the tests and the opponent in `bench.py wm`: plain, but not slower than this way of working must be.
+oracle of the tests and the opponent in `bench.py wm`: plain, but not slower than this way of working must be. It knows
+no step caching (`Settings.taylor`): that is an approximation of what stands here.
 
 It shares with the fast sampler the weights (by the checkpoint's names), the settings and how a picture becomes a latent
 (`WorldModel.arranged`, `see`, `texts`), nothing of `Bagel`'s arithmetic, nor of `world_model.sample`.
@@ -78,7 +79,7 @@ def velocity(network, context, tokens, x, t):
 
 
 def guided(v, v_no_text, v_no_image, s):
-    """Guidance by the sentence, then by the images; the result is never longer than v (by token, or as a whole)."""
+    """Guidance by the sentence, then by the images; what is longer than v is shrunk to v's length (Settings.renorm)."""
     def shrunk(w, axes=-1):
         ratio = v.norm(dim=axes, keepdim=True) / (w.norm(dim=axes, keepdim=True) + 1e-8)
         return w * ratio.clamp(s.renorm_min, 1.0)
@@ -88,7 +89,11 @@ def guided(v, v_no_text, v_no_image, s):
         w = shrunk(w)
     if v_no_image is not None:
         w = v_no_image + s.image_scale * (w - v_no_image)
-    return {"text_channel": lambda: w, "channel": lambda: shrunk(w), "global": lambda: shrunk(w, (0, 1))}[s.renorm]()
+    if s.renorm == "channel":
+        w = shrunk(w)
+    if s.renorm == "global":
+        w = shrunk(w, (0, 1))
+    return w
 
 
 # ---------------------------------------------------------------- what stands before the noisy latents
@@ -126,9 +131,10 @@ def read_vae(network, context, clean, number):
 def read_vit(network, context, pixels, number):
     """Append the ViT's features of a picture (1, 3, H, W): all of them on one position too."""
     features = linear(network.connector.fc2, gelu(linear(network.connector.fc1, vit(network, pixels))))
-    features = features + places(network.vit_pos_embed, [side // network.config.vit_patch for side in pixels.shape[-2:]])
+    grid = [side // network.config.vit_patch for side in pixels.shape[-2:]]
+    features = features + places(network.vit_pos_embed, grid) + image_number(network, number)
     markers = embed_text(network, network.markers)
-    run(network, context, torch.cat([markers[:1], features + image_number(network, number), markers[1:]]), append=True)
+    run(network, context, torch.cat([markers[:1], features, markers[1:]]), append=True)
 
 
 # ---------------------------------------------------------------- the language model with two experts

@@ -1,4 +1,4 @@
-"""The fast sampler against the straightforward one of tests/naive.py; what bench.py counts. `pytest tests/test_bench.py`"""
+"""bench.py, and the fast sampler against the straightforward one of tests/naive.py. `pytest tests/test_bench.py`"""
 
 import json
 
@@ -27,7 +27,7 @@ def lively(**changes):
 
 
 def queries():
-    """Two to four images, two sizes among them (the tiny model sees 32 x 32 and 32 x 16 as they are)."""
+    """Two to four images, two sizes among them: the tiny model sees 32 x 32 and 32 x 16 pixels as they are."""
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (32, width, 3), dtype=np.uint8) for width in (32, 16, 32, 32)]
     motions = ["turn left 45 degrees", "move 1.5 meters to the left", "look up 10 degrees", "turn right 90 degrees"]
