@@ -13,11 +13,13 @@ Out, in out/evidence/: data/<data>/, <row>-s<seed>/{the model, views.npz (scores
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -38,11 +40,14 @@ class Data(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A row: its data, and either the flags that train its simulator or the name of views that need none."""
+    """A row: its data, and what its views come from: a simulator trained with these flags, views that need none, or
+    another row's simulator with other settings of the sampler."""
     name: str
     data: str
     flags: str = ""
     views: str = ""
+    of: str = ""            # the row whose simulator it is
+    sampler: dict = {}      # fields of lib/bagel.Settings
 
 
 DATA = {                    # each takes about 2 CPU-minutes to make, that of 64px 8
@@ -55,7 +60,7 @@ DATA = {                    # each takes about 2 CPU-minutes to make, that of 64
     "rooms250": Data("--rooms 250", "", 3.7, 0.5),
     "rooms1000": Data("--rooms 1000", "", 3.7, 0.5),
 }
-HARD = ("shuffled", "six", "apart", "64px")
+HARD = ("fine", "shuffled", "apart", "six", "64px")
 PLAIN, CONTENT, POSE = "--warp-weight 0", "--warp-weight 0.5", "--warp-weight 0 --pose-weight 1"
 RUNS = [
     Run("ring-plain", "ring", PLAIN),
@@ -66,7 +71,6 @@ RUNS = [
     Run("ring-pose", "ring", POSE),                                                 # the true sentence before another
     Run("ring-both", "ring", f"{CONTENT} --pose-weight 1"),
     Run("ring-untuned", "ring", f"{PLAIN} --shuffle-instructions"),                 # the twin that learned no motion
-    Run("fine-plain", "fine", PLAIN),                                               # amounts of every size
     Run("rooms250-plain", "rooms250", PLAIN),
     Run("rooms1000-plain", "rooms1000", PLAIN),
     *(Run(f"{data}-{term}", data, flags) for data in HARD
@@ -81,7 +85,8 @@ RUNS = [
 def minutes(run, steps):
     """CPU-minutes that a row is expected to take, its data not counted; the pose term adds a pass to every 4th step."""
     data = DATA[run.data]
-    return data.look + (0 if run.views else data.minutes * steps / 1000 * (1.08 if "--pose" in run.flags else 1))
+    trains, more = not (run.views or run.of), 1.08 if "--pose" in run.flags else 1
+    return data.look + (data.minutes * steps / 1000 * more if trains else 0)
 
 
 def call(*command):
@@ -101,7 +106,8 @@ def call(*command):
 def finish(run, seed, steps, out):
     """Do what is missing of one row, result.json last; a finished row is left as it is."""
     folder, data = out / f"{run.name}-s{seed}", out / "data" / run.data
-    setting = {"data": DATA[run.data].make, "flags": run.flags, "steps": 0 if run.views else steps}
+    trains = not (run.views or run.of)
+    setting = {"data": DATA[run.data].make, "flags": run.flags, "steps": steps if trains else 0}
     if (folder / "result.json").exists():
         before = json.loads((folder / "result.json").read_text())
         if setting.items() <= before.items():
@@ -111,22 +117,28 @@ def finish(run, seed, steps, out):
     common.say(f"{folder.name}: about {minutes(run, steps):.1f} CPU-minutes")
     if not (data / "triples_test.jsonl").exists():
         call("data.py", "triples", "--out", str(data), "--threads", "1", *DATA[run.data].make.split())
-    if not run.views:
+    if trains:
         call("train_wm.py", "--data", str(data), "--out", str(folder), "--steps", str(steps), "--seed", str(seed),
              "--threads", "1", *DATA[run.data].train.split(), *run.flags.split())
-    spent = 0 if run.views else json.loads((folder / "done.json").read_text())["cpu_seconds"]
-    values = look(run, folder, data)
+    start = time.process_time()
+    values = look(run, folder if trains else out / f"{run.of}-s{seed}", folder, data)
+    spent = json.loads((folder / "done.json").read_text())["cpu_seconds"] if trains else time.process_time() - start
     scores = common.readable({key: float(value) for key, value in consistency.scores_of(values.sum(0)).items()})
     common.write_json(folder / "result.json", {**setting, **scores, "views": len(values), "cpu_seconds": spent})
 
 
-def look(run, folder, data):
-    """Score every test view -> `consistency.per_view` (n, 11); it stays in folder/views.npz, with ids and rooms."""
+def look(run, source, folder, data):
+    """Score every test view of the simulator in `source` -> `consistency.per_view` (n, 11).
+
+    It stays in folder/views.npz, with ids and rooms.
+    """
     rows = load_triples(data / "triples_test.jsonl")
     if run.views:
         views = (consistency.trivial_views(rows) | consistency.oracle_views(rows))[run.views]
     else:
-        views = imagine_targets(WorldModel.load(folder), rows, title=run.name)
+        model = WorldModel.load(source)
+        model.settings = dataclasses.replace(model.settings, **run.sampler)
+        views = imagine_targets(model, rows, title=run.name)
     values = consistency.per_view(rows, views, consistency.recover_all(rows, views)[0])
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "views.npz", id=[row["id"] for row in rows], room=[row["room"] for row in rows], values=values)
@@ -181,12 +193,13 @@ def main(argv=None):
     out, named = Path(args.out), [run for run in RUNS if any(fnmatch(run.name, name) for name in args.only)]
     if not named:
         common.fail(f"No row is called {' or '.join(args.only)}. `python evidence.py --list` names them all.")
-    jobs = [(run, seed) for seed in args.seeds for run in named if not run.views or seed == args.seeds[0]]
+    jobs = [(run, seed) for seed in args.seeds for run in named if not (run.views or run.of) or seed == args.seeds[0]]
     if args.list:
         left = [job for job in jobs if job[1] not in finished(job[0].name, out)[0]]
         for run, seed in jobs:
             print(f"{run.name}-s{seed}".ljust(26) + f"{minutes(run, args.steps):5.1f} CPU-min  "
-                  f"{'    ' if (run, seed) in left else 'done'}  {run.flags or run.views}")
+                  f"{'    ' if (run, seed) in left else 'done'}  "
+                  f"{run.flags or run.views or f'{run.of}, {run.sampler}'}")
         return print(f"{sum(minutes(run, args.steps) for run, _ in left):.0f} CPU-minutes to go, the data not counted")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     common.setup(1)

@@ -132,8 +132,8 @@ class SwiGLU(nn.Module):
     def forward(self, x):
         if torch.is_grad_enabled() or x.device.type != "cpu":
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        # Many tokens at once fall out of a CPU's cache between the two steps: in pieces of 4 MB, and in place, they stay.
-        pieces = x.flatten(0, -2).split(max(1, 2**20 // self.up_proj.out_features))
+        # Many tokens at once fall out of a CPU's cache between the two steps: in pieces of 8 MB, and in place, they stay.
+        pieces = x.flatten(0, -2).split(max(1, 2**21 // self.up_proj.out_features))
         return torch.cat([self.down_proj(F.silu(self.gate_proj(piece), inplace=True).mul_(self.up_proj(piece)))
                           for piece in pieces]).view_as(x)
 

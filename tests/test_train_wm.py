@@ -1,6 +1,7 @@
 """Training of the world simulator: losses by hand, batches, resuming, ranks. `pytest tests/test_train_wm.py`"""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 import data
 import train_wm
-from lib import common
+from lib import common, lora
 from world_model import WorldModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,6 +225,20 @@ def test_two_ranks_train_the_model_of_one(rooms, tmp_path):
     a, b = (load_file(tmp_path / name / "ema.safetensors") for name in ("one", "two"))
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-5, msg=key)
+
+def test_adapters_train_beside_frozen_weights_and_are_merged_when_saved(rooms, tmp_path):
+    """--lora: from a checkpoint, in the same layout again; only what has an adapter has changed."""
+    model = WorldModel.tiny(0)
+    with torch.no_grad():
+        model.network.llm2vae.weight.normal_(std=0.05)                              # zero would stop every gradient
+    model.save(tmp_path / "base")
+    train_wm.main(flags(rooms, tmp_path / "lora", "--init", str(tmp_path / "base"), "--lora", "4", "--lr", "1e-2"))
+    before, after = (load_file(tmp_path / name / "ema.safetensors") for name in ("base", "lora"))
+    assert {key: value.shape for key, value in before.items()} == {key: value.shape for key, value in after.items()}
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed and all(re.fullmatch(lora.LANGUAGE_LAYERS + r"\.weight", key) for key in changed)
+    assert len(list((tmp_path / "lora").glob("*.safetensors"))) == 1
+    WorldModel.load(tmp_path / "lora")
 
 
 def test_training_lowers_the_loss(rooms, tmp_path):

@@ -1,0 +1,59 @@
+"""What only a GPU can show: compiled flex attention, compiled sampling, bf16 against fp32. `pytest -q -m gpu`"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lib.packing import dense_attention, flex_attention_for
+from tests.test_world_model import SMALL, Words, packed, random_network, small_pack
+from world_model import sample
+
+WIDE = dataclasses.replace(SMALL, width=128, mlp=192)          # 32 numbers per head: Triton wants 16 at least
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def near(a, b, share):
+    """The largest difference is at most `share` of the largest entry of b."""
+    assert (a.float().cpu() - b.float().cpu()).abs().max() <= share * b.float().abs().max().cpu()
+
+
+@pytest.mark.parametrize("dtype, share", [(torch.float32, 1e-2), (torch.bfloat16, 3e-2)])       # Triton rounds to TF32
+def test_compiled_flex_attention_equals_the_dense_mask(dtype, share):
+    tokens = packed(random_network(), *small_pack(), together=True).tokens.to("cuda")
+    n, g = tokens.order.shape[1], torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(1, heads, n, 64, generator=g).to("cuda", dtype).requires_grad_() for heads in (4, 2, 2))
+    gradients = []
+    for attend in (dense_attention(tokens, tokens, dtype), flex_attention_for(tokens, tokens)):
+        y = attend(q, k, v)
+        gradients.append([y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))])
+    for dense, flex in zip(*gradients):
+        near(flex, dense, share)
+
+
+def test_a_training_step_in_bf16_is_near_fp32_on_the_cpu():
+    """The velocities and every large gradient of a pack: flex attention and bf16 against SDPA and fp32."""
+    outcomes = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        network = random_network(WIDE).to(device, dtype)
+        pack = packed(network, *small_pack(), together=True).to(torch.device(device))
+        velocity = network(pack)[pack.target]
+        velocity.square().mean().backward()
+        outcomes.append([velocity, *(p.grad for p in network.parameters() if p.grad is not None)])
+    for fp32, bf16 in zip(*outcomes):
+        if fp32.abs().max() > 1e-3:
+            near(bf16, fp32, 0.15)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sampling_in_bf16_is_near_fp32_on_the_cpu(compiled):
+    images, _, ids, lengths, _, _, grid = small_pack(contexts=1)
+    settings = dataclasses.replace(SMALL.settings, steps=4, text_scale=2.0, image_scale=1.5)
+    noise, views = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(3)), []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        network = random_network(WIDE).to(device, dtype)
+        if compiled and device == "cuda":
+            network.denoise = torch.compile(network.denoise, fullgraph=True)
+        inputs = [*((z.to(device), p.to(device)) for z, p in images), Words(ids[:1, :4].to(device), lengths[:1])]
+        views.append(sample(network, inputs, noise.to(device), grid, settings))
+    near(views[1], views[0], 0.15)
