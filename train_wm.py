@@ -19,8 +19,10 @@ the true view of the commanded motion, among the true views of all motions comma
 import argparse
 import contextlib
 import functools
+import hashlib
 import math
 import os
+import uuid
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +34,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 from lib import checkpoints, common, lora
-from lib.bagel import LATENT_PATCH, token_grid
+from lib.bagel import LATENT_PATCH, MAX_IMAGES, token_grid
 from lib.bagel_files import patchify, resize, to_pixels
 from lib.geometry import Motion, Query, instruction, phrase
 from lib.packing import Latent, Pack, Text, View, pack
@@ -42,13 +44,16 @@ PRESETS = {
     # Many small updates: with 14,000 targets, 500 updates of 28 reached pose .7 to .8, 250 of 55 reached .3.
     "tiny": dict(data="out/data", out="out/wm", init=None, steps=2000, contexts=4, targets=8, micro_contexts=4, lr=2e-3,
                  floor=0.03, warmup=60, weight_decay=0.01, shift=4.5, drop_text=0.0, drop_vit=0.0, drop_vae=0.0,
-                 augment=True, latents=None, recompute=False, images_in_memory=None, look_every=250, save_every=250),
-    # The paper gives model and data; these are BAGEL's values for fine-tuning and editing.
-    "astra": dict(data="data/scans", out="out/wm-astra", init="ByteDance-Seed/BAGEL-7B-MoT", steps=20_000, contexts=64,
-                  targets=8, micro_contexts=1, lr=2e-5, floor=1.0, warmup=500, weight_decay=0.0, shift=4.0, drop_text=0.1,
-                  drop_vit=0.3, drop_vae=0.3, augment=False, latents="data/latents", recompute=True, images_in_memory=4_000, look_every=1_000, save_every=500),
+                 warp_weight=0.5, augment=True, latents=None, recompute=False, images_in_memory=None, look_every=250,
+                 look_contexts=16, save_every=250),
+    # The paper gives model and data. Learning rate, warm-up, shift and dropout are BAGEL's for fine-tuning and editing;
+    # the rest is ours: 64 targets an update, so that 17,000 updates are two epochs of the paper's 544,197.
+    "astra": dict(data="data/scans", out="out/wm-astra", init="ByteDance-Seed/BAGEL-7B-MoT", steps=17_000, contexts=8,
+                  targets=8, micro_contexts=1, lr=2e-5, floor=1.0, warmup=500, weight_decay=0.0, shift=4.0,
+                  drop_text=0.1, drop_vit=0.3, drop_vae=0.3, warp_weight=0.0, augment=False, latents="data/latents",
+                  recompute=True, images_in_memory=200, look_every=1_000, look_contexts=2, save_every=500),
 }
-NEUTRAL = ("threads", "micro_contexts", "latents", "recompute", "images_in_memory", "save_every")       # flags that never change the numbers
+NEUTRAL = ("threads", "micro_contexts", "recompute", "images_in_memory", "save_every", "look_every", "look_contexts")
 MIRRORED = {"left": "right", "right": "left"}
 COLOURS = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
 
@@ -81,9 +86,13 @@ def pictures(rows, read, augment, stream):
     augment   makes twelve rooms of one: a mirrored room (left and right change places in the words and along the ring)
               and permuted colour channels, drawn from `stream`
     """
-    context, reference = [read(path) for path in rows[0]["context"]], rows[0]["reference"]
+    context, reference = [read(path)[..., :3] for path in rows[0]["context"]], rows[0]["reference"]
     motions = [Motion(**row["motion"]) for row in rows]
-    targets, warps = (np.stack([read(row[key]) for row in rows]) for key in ("target", "warp"))
+    targets, warps = ([read(row[key]) for row in rows] for key in ("target", "warp"))
+    if len({image.shape[:2] for image in targets + warps}) > 1 or any(warp.shape[-1] != 4 for warp in warps):
+        common.fail(f"The targets of one context and their warps must have one size, and the warps an alpha channel: look "
+                    f"at {rows[0]['target']} and the pictures beside it.")
+    targets, warps = np.stack(targets)[..., :3], np.stack(warps)
     if augment:
         mirror, colours = (int(torch.randint(n, (), generator=stream)) for n in (2, len(COLOURS)))
         if mirror:
@@ -103,13 +112,12 @@ def example(rows, model, read, args, stream):
         sentences = [sentences[j] for j in torch.randperm(len(rows), generator=stream).tolist()]
     fit = functools.partial(resize, limits=model.settings.vae_limits)
     seen = [alpha[..., 3] > 127 for alpha in warps]
-    paths = model.arranged(rows[0]["context"], reference, "")[0]
-    drop = torch.tensor([args.drop_vae, args.drop_vit] * len(paths))
+    context_shown = model.arranged(context, reference, "")[0]
+    drop = torch.tensor([args.drop_vae, args.drop_vit] * len(context_shown))
     return dict(
-        context=[fit(image) for image in model.arranged(context, reference, "")[0]],
+        context=[fit(image) for image in context_shown],
         targets=[fit(image) for image in targets],
         filled=[fit(np.where(s[..., None], warp[..., :3], target)) for s, warp, target in zip(seen, warps, targets)],
-        names=[*paths, *(row["target"] for row in rows), *(f"{row['warp']} on {row['target']}" for row in rows)],
         sentences=[model.words(model.arranged(context, reference, sentence)[2]) for sentence in sentences],
         seen=[fit(np.repeat(255 * s[..., None].astype(np.uint8), 3, -1))[..., 0] for s in seen],
         keep=(torch.rand(len(drop), generator=stream) >= drop).tolist(),
@@ -135,18 +143,20 @@ class Batch(NamedTuple):
 class LatentFolder:
     """What the frozen autoencoder says of each picture (posterior mean and log-variance), kept on disk as fp16.
 
-    Without it every epoch would encode every picture again; the draw from the posterior stays fresh.
+    Without it every epoch would encode every picture again; the draw from the posterior stays fresh. A picture is known
+    by its contents, so one that was made anew or mirrored is another.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
 
-    def __call__(self, name, make):
-        """(mean, log_variance) of the picture called `name`; `make()` where it was never asked for."""
-        path = self.folder / f"{common.stable_seed(name):016x}.safetensors"
+    def __call__(self, image, make):
+        """(mean, log_variance) of a picture (H, W, 3) uint8; `make()` where it was never asked for."""
+        name = hashlib.sha256(image.tobytes() + str(image.shape).encode()).hexdigest()[:24]
+        path = self.folder / name[:2] / f"{name}.safetensors"
         if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(f".{os.getpid()}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_suffix(f".{uuid.uuid4().hex}")                   # two ranks may meet here
             save_file({key: x.half().cpu() for key, x in zip(("mean", "log_variance"), make())}, beside)
             os.replace(beside, path)
         tensors = load_file(path)
@@ -155,14 +165,13 @@ class LatentFolder:
 
 def encoded(part, model, kept, stream):
     """The pictures of one `example` as latents (1, c, 2 h, 2 w) on the CPU: context and targets drawn, warps not."""
-    images, latents, drawn = part["context"] + part["targets"] + part["filled"], [], len(part["names"]) - len(part["t"])
+    random, latents = part["context"] + part["targets"], []
     if not model.autoencoder.random:
-        return [model.autoencoder.encode(to_pixels(image[None])) for image in images]
-    for i, (name, image) in enumerate(zip(part["names"], images)):
-        pixels = to_pixels(image[None]).to(model.device)
-        moments = functools.partial(model.autoencoder.moments, pixels)
-        mean, log_variance = kept(name, moments) if kept else (x.cpu() for x in moments())
-        noise = torch.randn(mean.shape, generator=stream) if i < drawn else torch.zeros_like(mean)
+        return [model.autoencoder.encode(to_pixels(image[None])) for image in random + part["filled"]]
+    for i, image in enumerate(random + part["filled"]):
+        moments = functools.partial(model.autoencoder.moments, to_pixels(image[None]).to(model.device))
+        mean, log_variance = kept(image, moments) if kept else (x.cpu() for x in moments())
+        noise = torch.randn(mean.shape, generator=stream) if i < len(random) else torch.zeros_like(mean)
         latents.append(model.autoencoder.draw(mean, log_variance, noise))
     return latents
 
@@ -333,7 +342,7 @@ def parse_args(argv=None):
     p.add_argument("--data", help="folder with triples_{train,val}.jsonl")
     p.add_argument("--out", help="folder of the run and of the finished model")
     p.add_argument("--init", help="model to start from, a folder or Hugging Face id; tiny: random weights")
-    p.add_argument("--size", type=int, default=32, help="side of the views a random-weight model draws, pixels")
+    p.add_argument("--size", type=int, default=32, help="side of the views without --init, pixels; a multiple of 16")
     p.add_argument("--seed", type=int, default=0)
     # these change the numbers
     p.add_argument("--steps", type=int, help="updates")
@@ -351,34 +360,51 @@ def parse_args(argv=None):
     p.add_argument("--drop-vae", type=float, help="condition dropout: VAE segments of context images")
     p.add_argument("--augment", action=argparse.BooleanOptionalAction, help="mirrored rooms and permuted colours")
     p.add_argument("--seen-weight", type=float, default=0.0, help="view consistency: more where context sees")
-    p.add_argument("--warp-weight", type=float, default=0.5, help="view consistency: agreement with the warped context")
+    p.add_argument("--warp-weight", type=float, help="view consistency: agreement with the warped context")
     p.add_argument("--pose-weight", type=float, default=0.0, help="view consistency: true sentence before another")
     p.add_argument("--pose-every", type=int, default=4, help="steps between those with the pose term")
     p.add_argument("--pose-times", type=float, nargs=2, default=[0.7, 0.95], help="t at which the pose term counts")
     p.add_argument("--shuffle-instructions", action="store_true", help="the untuned control: motions of other targets")
     p.add_argument("--control", action="store_true", help="view consistency on random places instead of seen ones")
-    p.add_argument("--lora", type=int, default=0, help="train adapters of this rank beside frozen weights; 0: all")
+    p.add_argument("--lora", type=int, default=0, help="train adapters of this rank (alpha twice that) beside frozen weights")
     # speed, memory and what is shown only
     p.add_argument("--micro-contexts", type=int, help="contexts per forward pass and rank")
     p.add_argument("--latents", help="folder that keeps what the autoencoder says of each picture; default for tiny: none")
     p.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="activation checkpointing of every layer")
     p.add_argument("--images-in-memory", type=int, help="pictures kept decoded; default for tiny: all")
     p.add_argument("--look-every", type=int, help="steps between views.png and pose on held-out rooms")
+    p.add_argument("--look-contexts", type=int, help="held-out contexts to look at")
     p.add_argument("--save-every", type=int, help="steps between checkpoints")
     p.add_argument("--threads", type=int, default=1, help="CPU threads per process; small models gain little from more")
-    return common.parse_with_preset(p, PRESETS, argv)
+    args = common.parse_with_preset(p, PRESETS, argv)
+    for name in ("size", "steps", "contexts", "targets", "micro_contexts", "pose_every", "look_every", "look_contexts",
+                 "save_every"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be 1 or more")
+    if args.size % 16:
+        p.error(f"--size {args.size} is not a multiple of 16, the ViT's patch")
+    if args.lora and not args.init:
+        p.error("--lora trains adapters beside a model's weights: give --init. A random model has none worth keeping")
+    return args
 
 
 def load_data(args, world):
     """(training contexts, held-out contexts); rank 0 makes the rooms when the tiny preset misses them."""
-    if args.preset == "tiny" and common.is_main():
+    if args.preset == "tiny" and common.is_main() and not (Path(args.data) / "triples_train.jsonl").exists():
         data.ensure(args.data, ["triples"])
     common.wait_for_all()
-    train, val = (contexts_of(data.load_jsonl(Path(args.data) / f"triples_{split}.jsonl"), args.targets)
-                  for split in ("train", "val"))
+    splits = []
+    for split in ("train", "val"):
+        path = Path(args.data) / f"triples_{split}.jsonl"
+        rows = data.load_jsonl(path)
+        if not rows:
+            common.fail(f"{path} holds no triples.")
+        if lacks := {"context", "reference", "motion", "target", "warp"} - rows[0].keys():
+            common.fail(f"The rows of {path} lack {', '.join(sorted(lacks))}; data.py says what a triple holds.")
+        splits.append(contexts_of(rows, args.targets))
     if args.contexts % world.size:
         common.fail(f"--contexts {args.contexts} cannot be shared evenly by {world.size} processes: take a multiple.")
-    return train, val[:16]
+    return splits[0], splits[1][:args.look_contexts]
 
 
 def main(argv=None):
@@ -398,11 +424,14 @@ def main(argv=None):
                                  world.device) if args.lora else ()
         common.shard(network, network.blocks, world, ignored=adapters)
 
-    if args.init:
+    try:
         dtype = torch.bfloat16 if args.lora and world.device.type == "cuda" else torch.float32      # of what is frozen
-        model = WorldModel.load(args.init, world.device, dtype, prepare)
-    else:
-        model = WorldModel.tiny(args.seed, args.size, max_context=max(len(rows[0]["context"]) for rows in train))
+        model = WorldModel.load(args.init, world.device, dtype, prepare) if args.init else \
+            WorldModel.tiny(args.seed, args.size,
+                            max_context=min(MAX_IMAGES, max(len(rows[0]["context"]) for rows in train)))
+    except (OSError, ValueError) as error:
+        common.fail(f"--init {args.init}: {error}")
+    if not args.init:
         prepare(model.network.to(world.device))
     network = model.network
     names, parameters = zip(*((name, p) for name, p in network.named_parameters() if p.requires_grad))
@@ -437,7 +466,9 @@ def main(argv=None):
             decay = min(args.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
 
-            done = step + 1
+            done, leaving = step + 1, stop.requested()
+            if leaving or done % args.save_every == 0 or done == args.steps:
+                checkpoints.save_state(training, done, tensors, {"clock": clock.read()})
             if done % args.look_every == 0 or done == args.steps:
                 with averaged(parameters, average), common.gathered(network):
                     seen, sheet = look(model, val, read)
@@ -448,9 +479,6 @@ def main(argv=None):
                            f"mse {seen['mse']:.4f}, {clock.read()['cpu_seconds']:.0f} CPU-s")
             log.write(step, **metrics, lr=optimizer.param_groups[0]["lr"])
             bar.set_postfix(flow=f"{metrics['loss_flow']:.4f}")
-            leaving = stop.requested()
-            if leaving or done % args.save_every == 0 or done == args.steps:
-                checkpoints.save_state(training, done, tensors, {"clock": clock.read()})
             if leaving:
                 stop.leave(done)
 

@@ -37,6 +37,7 @@ from lib.packing import table_ids
 
 TINY = Settings(prediction="x0", motion_to_target=True, reference_first=True, learned_places=True, latent="pixels",
                 steps=4, shift=1.0, text_scale=1.0, image_scale=1.0)
+MAX_TOKENS = 200_000            # of all contexts that are imagined at once: 11 GB of BAGEL's keys and values
 
 
 # ---------------------------------------------------------------- the sampler
@@ -214,7 +215,7 @@ class WorldModel:
 
     @property
     def device(self):
-        return self.network.vae2llm.weight.device
+        return self.network.device
 
     @classmethod
     def tiny(cls, seed=0, size=32, **changes):
@@ -314,9 +315,11 @@ class WorldModel:
             shape = (reference, *(image.shape for image in images))
             groups.setdefault(shape, []).append((place, query.seed, images, sentence))
         views = [None] * len(queries)
-        for (reference, *_), group in groups.items():
-            for start in range(0, len(group), batch):
-                places, *rows = zip(*group[start:start + batch])
+        for (reference, *shapes), group in groups.items():
+            tokens = sum(height * width for height, width, _ in shapes) / 100       # VAE's and ViT's: one per 111 pixels
+            count = max(1, min(batch, int(MAX_TOKENS / tokens)))
+            for start in range(0, len(group), count):
+                places, *rows = zip(*group[start:start + count])
                 for place, view in zip(places, self._imagine_alike(reference, *rows, settings)):
                     views[place] = view
         return views

@@ -183,6 +183,13 @@ class PositionTable(nn.Module):
         return self.pos_embed[ids]
 
 
+def kept_or_recomputed(recompute, layer, *inputs):
+    """layer(*inputs); with `recompute` its insides are forgotten, and computed again when the gradient needs them."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False)
+    return layer(*inputs)
+
+
 class VisionLayer(nn.Module):
     """A SigLIP layer: LayerNorm, full attention within the image, gelu MLP."""
 
@@ -212,14 +219,14 @@ class VisionTransformer(nn.Module):
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(VisionLayer(c) for _ in range(c.vit_layers))})
         self.post_layernorm = nn.LayerNorm(c.vit_width, eps=1e-6)
 
-    def forward(self, patches, ids, mask=None):
+    def forward(self, patches, ids, mask=None, recompute=False):
         """patches (B, n, 3 * patch²), ids (n,) or (B, n) in the position table -> (B, n, width).
 
-        mask   (B, 1, 1, n) added to the scores: -inf hides padding; None where there is none
+        mask   (B, 1, 1, n) added to the scores: a large negative number hides padding; None where there is none
         """
         x = self.embeddings["patch_embedding"](patches) + self.embeddings["position_embedding"](ids)
         for layer in self.encoder["layers"]:
-            x = layer(x, mask)
+            x = kept_or_recomputed(recompute, layer, x, mask)
         return self.post_layernorm(x)
 
 
@@ -311,7 +318,7 @@ class Bagel(nn.Module):
         if c.settings.learned_places:
             self.image_number = nn.Embedding(MAX_IMAGES, c.width)
         self.markers = (0, 1)           # ids of <|vision_start|>, <|vision_end|>; WorldModel asks its tokenizer
-        self.recompute = False          # training: forget what a layer computed, compute it again for the gradient
+        self.recompute = False          # activation checkpointing of every layer, the ViT's too
 
     @property
     def blocks(self):
@@ -341,11 +348,8 @@ class Bagel(nn.Module):
         """Through all layers, `attends` holding one function each -> (und, gen); only what is `needed` is right."""
         layers = self.language_model["model"]["layers"]
         for i, (layer, attend) in enumerate(zip(layers, attends)):
-            wanted = needed if i == len(layers) - 1 else "all"
-            if self.recompute and torch.is_grad_enabled():
-                und, gen = checkpoint(layer, und, gen, rope, attend, wanted, use_reentrant=False)
-            else:
-                und, gen = layer(und, gen, rope, attend, wanted)
+            und, gen = kept_or_recomputed(self.recompute, layer, und, gen, rope, attend,
+                                          needed if i == len(layers) - 1 else "all")
         return und, gen
 
     def output(self, gen):
@@ -401,8 +405,8 @@ class Bagel(nn.Module):
         mask = None if ids.dim() == 1 else torch.zeros(ids.shape, device=ids.device, dtype=self.dtype) \
             .masked_fill_(ids < 0, -torch.finfo(self.dtype).max)[:, None, None]
         ids = ids.clamp(min=0)
-        return self.connector(self.vit_model["vision_model"](patches.to(self.dtype), ids, mask)) \
-            + self.vit_pos_embed(ids).to(self.dtype)
+        features = self.vit_model["vision_model"](patches.to(self.dtype), ids, mask, self.recompute)
+        return self.connector(features) + self.vit_pos_embed(ids).to(self.dtype)
 
     def embed_motion(self, ids, lengths):
         """The sentence in one vector (R, H), its words summed without <|im_start|> and <|im_end|>."""

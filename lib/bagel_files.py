@@ -1,7 +1,7 @@
 """
 The files of a BAGEL checkpoint, and the way pictures go in and out of it.
 
-  ema.safetensors      the network (1223 tensors in the released model), keys as `world_model.Bagel` names its modules
+  ema.safetensors      the network (1223 tensors in the released model), keys as `lib/bagel.Bagel` names its modules
   ae.safetensors       the FLUX autoencoder in its original names; here it runs in diffusers' AutoencoderKL
   llm_config.json      Qwen2 sizes              vit_config.json   SigLIP sizes (its last layer is not built)
   config.json          ours, under "astra": picture limits, latent kind and departures; without it: plain BAGEL
@@ -143,8 +143,8 @@ class FluxLatents:
 
     def moments(self, pixels):
         """pixels (B, 3, H, W) in [-1, 1] -> mean and log variance of the posterior, (B, C, H/8, W/8) each."""
-        with torch.no_grad():
-            return self.vae.encoder(pixels.float()).chunk(2, 1)
+        with torch.no_grad():                       # two pictures at a time: a large one takes gigabytes on the way
+            return torch.cat([self.vae.encoder(part) for part in pixels.float().split(2)]).chunk(2, 1)
 
     def draw(self, mean, log_variance, noise=None):
         """The moments of a posterior (B, C, h, w) -> a latent drawn from it, as BAGEL does.
@@ -160,7 +160,7 @@ class FluxLatents:
 
     def decode(self, latent):
         """latent (B, C, h, w) -> pixels (B, 3, 8 h, 8 w), about [-1, 1]."""
-        return self.vae.decoder(latent.float() / self.scale + self.shift)
+        return torch.cat([self.vae.decoder(part / self.scale + self.shift) for part in latent.float().split(2)])
 
     def to(self, device, dtype=None):
         self.vae.to(device)

@@ -17,6 +17,7 @@ This is the original's rule for its three attention modes (causal, full, noise; 
 may hold a sentence, so several targets share one context. Tokens are ordered by expert, "und" first, then "gen".
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -40,10 +41,6 @@ class Tokens(NamedTuple):
     def plain(cls, position):
         """One sample, nothing private, and the position is the order: a context as inference reads it."""
         return cls(position, position, torch.zeros_like(position), torch.zeros_like(position))
-
-    def then(self, other):
-        """These tokens and behind them the others."""
-        return Tokens(*(torch.cat(pair, 1) for pair in zip(self, other)))
 
     def to(self, device):
         return Tokens(*(part.to(device, non_blocking=True) for part in self))
@@ -81,27 +78,22 @@ def flex_attention_for(queries, keys, compiled=True):
     def rule(b, head, q, k):
         return sees(order[b, q], key_order[b, k], sample[b, q], key_sample[b, k], group[b, q], key_group[b, k])
 
-    blocks = create_block_mask(rule, len(order), None, order.shape[1], key_order.shape[1], order.device,
-                               **({"_compile": True} if compiled else {}))
-    kernel = compiled_flex() if compiled else flex_attention
+    make_blocks, kernel = (compiled_once(f) if compiled else f for f in (create_block_mask, flex_attention))
+    blocks = make_blocks(rule, len(order), None, order.shape[1], key_order.shape[1], device=order.device)
 
     def attend(q, k, v):
         return kernel(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
     return attend
 
 
-_compiled = []
-
-
-def compiled_flex():
-    """torch.compile of flex attention, once per process."""
-    if not _compiled:
-        _compiled.append(torch.compile(flex_attention, dynamic=True))
-    return _compiled[0]
+@functools.cache
+def compiled_once(function):
+    """torch.compile of a function, once per process, for any length."""
+    return torch.compile(function, dynamic=True)
 
 
 def attention(queries, keys, device, dtype):
-    """What `queries` see of `keys` (Tokens on the CPU) as a function (q, k, v) -> y.
+    """What `queries` see of `keys` (Tokens) as a function (q, k, v) -> y.
 
     q (B, heads, N, d), k and v (B, kv_heads, K, d), y like q. Flex attention on a GPU, a masked SDPA elsewhere.
     """
@@ -163,7 +155,7 @@ class Pack(NamedTuple):
     target: torch.Tensor        # (B, G) bool: a token that the loss is about
 
     def to(self, device):
-        """The pack on a device; `tokens` stay on the CPU, where masks and angles are decided."""
+        """The pack on a device; `tokens` stay on the CPU (FSDP may move them: masks and angles are then decided there)."""
         return Pack(self.tokens, *(part.to(device, non_blocking=True) for part in self[1:]))
 
 
