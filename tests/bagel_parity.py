@@ -525,11 +525,16 @@ def checked(file, model, reference):
     return case
 
 
-def main(argv=None):
-    """Reproduce every recording of a folder; returns the exit code."""
+def parse_args(argv=None):
+    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder", type=Path, help="recordings beside their checkpoint")
-    folder = p.parse_args(argv).folder
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    """Reproduce every recording of a folder; returns the exit code."""
+    folder = parse_args(argv).folder
     try:
         model, reference, files = opened(folder)
     except Exception as error:                                                  # each library has its own error class

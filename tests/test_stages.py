@@ -1,5 +1,6 @@
 """What every stage promises: it imports with the core packages alone, and the README's commands parse."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -31,7 +32,7 @@ def readme_commands():
 def test_readme_commands_parse(command):
     words = shlex.split(command)
     place = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    module = __import__(words[place].removesuffix(".py"))
+    module = importlib.import_module(words[place].removesuffix(".py").replace("/", "."))
     module.parse_args(words[place + 1:])
 
 
