@@ -44,7 +44,7 @@ FIRST_ROOM = {"triples_train": 0, "questions_train": 1_000_000, "val": 2_000_000
 MOTIONS = [Motion(f"turn {side}", amount) for side in ("left", "right") for amount in (45.0, 90.0, 135.0)] \
     + [Motion("turn left", 180.0)] \
     + [Motion(f"move {way}", amount) for way in ("left", "right", "forward") for amount in (0.5, 1.0)]
-FINE = [Motion(f"turn {side}", amount) for side in ("left", "right") for amount in np.arange(15.0, 180.0, 15.0).tolist()] \
+FINE = [Motion(f"turn {side}", 15.0 * i) for side in ("left", "right") for i in range(1, 12)] \
     + [Motion(f"move {way}", round(0.1 * i, 1)) for way in ("left", "right", "forward") for i in range(1, 13)]
 # No step back: it shows what no view of the ring saw, and coverage refuses every one.
 TARGETS_PER_ROOM = 8

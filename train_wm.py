@@ -38,6 +38,7 @@ from lib.bagel import LATENT_PATCH, MAX_IMAGES, token_grid
 from lib.bagel_files import patchify, resize, to_pixels
 from lib.geometry import Motion, Query, instruction, phrase
 from lib.packing import Latent, Pack, Text, View, pack
+from lib.pictures import on_white
 from world_model import WorldModel, clean
 
 PRESETS = {
@@ -61,7 +62,7 @@ COLOURS = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
 # ---------------------------------------------------------------- batches
 
 def contexts_of(rows, most):
-    """Rows of triples -> lists of at most `most` rows with one context and one reference, which is read once for all."""
+    """Rows of triples -> lists of at most `most` rows with one context and one reference, read once for all."""
     groups = [list(group) for _, group in groupby(rows, key=lambda row: (row["context"], row["reference"]))]
     return [group[i:i + most] for group in groups for i in range(0, len(group), most)]
 
@@ -86,13 +87,13 @@ def pictures(rows, read, augment, stream):
     augment   makes twelve rooms of one: a mirrored room (left and right change places in the words and along the ring)
               and permuted colour channels, drawn from `stream`
     """
-    context, reference = [read(path)[..., :3] for path in rows[0]["context"]], rows[0]["reference"]
+    context, reference = [on_white(read(path)) for path in rows[0]["context"]], rows[0]["reference"]
     motions = [Motion(**row["motion"]) for row in rows]
     targets, warps = ([read(row[key]) for row in rows] for key in ("target", "warp"))
     if len({image.shape[:2] for image in targets + warps}) > 1 or any(warp.shape[-1] != 4 for warp in warps):
-        common.fail(f"The targets of one context and their warps must have one size, and the warps an alpha channel: look "
-                    f"at {rows[0]['target']} and the pictures beside it.")
-    targets, warps = np.stack(targets)[..., :3], np.stack(warps)
+        common.fail(f"The targets of one context and their warps must have one size, and the warps an alpha channel: "
+                    f"look at {rows[0]['target']} and the pictures beside it.")
+    targets, warps = np.stack([on_white(target) for target in targets]), np.stack(warps)
     if augment:
         mirror, colours = (int(torch.randint(n, (), generator=stream)) for n in (2, len(COLOURS)))
         if mirror:
@@ -366,10 +367,10 @@ def parse_args(argv=None):
     p.add_argument("--pose-times", type=float, nargs=2, default=[0.7, 0.95], help="t at which the pose term counts")
     p.add_argument("--shuffle-instructions", action="store_true", help="the untuned control: motions of other targets")
     p.add_argument("--control", action="store_true", help="view consistency on random places instead of seen ones")
-    p.add_argument("--lora", type=int, default=0, help="train adapters of this rank (alpha twice that) beside frozen weights")
+    p.add_argument("--lora", type=int, default=0, help="train adapters of this rank (alpha twice that) beside --init")
     # speed, memory and what is shown only
     p.add_argument("--micro-contexts", type=int, help="contexts per forward pass and rank")
-    p.add_argument("--latents", help="folder that keeps what the autoencoder says of each picture; default for tiny: none")
+    p.add_argument("--latents", help="folder for what the autoencoder says of each picture; default for tiny: none")
     p.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="activation checkpointing of every layer")
     p.add_argument("--images-in-memory", type=int, help="pictures kept decoded; default for tiny: all")
     p.add_argument("--look-every", type=int, help="steps between views.png and pose on held-out rooms")

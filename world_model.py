@@ -34,9 +34,11 @@ from lib.checkpoints import contents
 from lib.common import fail, newest, run
 from lib.geometry import Query, instruction, read_phrase
 from lib.packing import table_ids
+from lib.pictures import load_image
 
 TINY = Settings(prediction="x0", motion_to_target=True, reference_first=True, learned_places=True, latent="pixels",
                 steps=4, shift=1.0, text_scale=1.0, image_scale=1.0)
+RENORMS = {"text_channel": -1, "channel": -1, "global": (-2, -1)}        # lengths that guidance keeps: over which axes
 MAX_TOKENS = 200_000            # of all contexts that are imagined at once: 11 GB of BAGEL's keys and values
 
 
@@ -68,6 +70,8 @@ def sample(network, inputs, noise, grid, settings):
     returns  (R, n, C) clean latents after settings.steps Euler steps
     """
     s, rows = settings, len(noise)
+    if s.renorm not in RENORMS:
+        raise ValueError(f"renorm {s.renorm!r} is none of {', '.join(RENORMS)}")
     branches, motions = guidance_branches(network, inputs, noise, s)
     ropes = [network.rope(branch.next[:, None]) for branch in branches]
     markers = network.embed_markers(rows)
@@ -149,13 +153,13 @@ def guided(v, settings):
 
     u = no_text + a * (full - no_text)
     if s.renorm == "text_channel":
-        u = shrunk(u, -1)
+        u = shrunk(u, RENORMS[s.renorm])
     w = no_image + b * (u - no_image) if b > 1 else u
-    return w if s.renorm == "text_channel" else shrunk(w, {"channel": -1, "global": (-2, -1)}[s.renorm])
+    return w if s.renorm == "text_channel" else shrunk(w, RENORMS[s.renorm])
 
 
 class Taylor:
-    """TaylorSeer, an approximation (off by default): of a branch's last-layer output only one step in three is computed.
+    """TaylorSeer, an approximation (off by default): of a branch's last layer one step in three is computed.
 
     The first five steps are; after them, the steps between are extrapolated by a Taylor series whose derivatives are
     finite differences of the computed ones. Counts the steps in which the branch is used.
@@ -316,7 +320,7 @@ class WorldModel:
             groups.setdefault(shape, []).append((place, query.seed, images, sentence))
         views = [None] * len(queries)
         for (reference, *shapes), group in groups.items():
-            tokens = sum(height * width for height, width, _ in shapes) / 100       # VAE's and ViT's: one per 111 pixels
+            tokens = sum(height * width for height, width, _ in shapes) / 100      # VAE's and ViT's: one per 111 pixels
             count = max(1, min(batch, int(MAX_TOKENS / tokens)))
             for start in range(0, len(group), count):
                 places, *rows = zip(*group[start:start + count])
@@ -385,7 +389,7 @@ def main(argv=None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         sentence = instruction(read_phrase(args.motion), args.reference)
-        images = [np.asarray(Image.open(image).convert("RGB")) for image in args.images]
+        images = [load_image(image) for image in args.images]
         model = WorldModel.load(path, device, torch.bfloat16 if device == "cuda" else torch.float32)
         changes = {} if args.steps is None else {"steps": args.steps}
         view = model.imagine([Query(images, args.reference, sentence, args.seed)], **changes)[0]

@@ -96,8 +96,8 @@ class Config:
         Raises ValueError where "astra" holds what this code does not know, a departure it could only ignore.
         """
         if unknown := set(astra) - {field.name for field in fields(Settings)}:
-            raise ValueError(f"config.json asks for {', '.join(sorted(unknown))}, which this version of the code does not "
-                             f"know: it would compute something else.")
+            raise ValueError(f"config.json asks for {', '.join(sorted(unknown))}, which this version of the code does "
+                             f"not know: it would compute something else.")
         return cls(width=llm["hidden_size"], layers=llm["num_hidden_layers"], heads=llm["num_attention_heads"],
                    kv_heads=llm["num_key_value_heads"], mlp=llm["intermediate_size"], vocabulary=vocabulary,
                    eps=llm["rms_norm_eps"], rope_base=llm.get("rope_theta", 1e6), vit_width=vit["hidden_size"],
@@ -123,6 +123,8 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): (..., width) -> (..., width)."""
+
     def __init__(self, width, hidden):
         super().__init__()
         self.gate_proj = nn.Linear(width, hidden, bias=False)
@@ -132,7 +134,7 @@ class SwiGLU(nn.Module):
     def forward(self, x):
         if torch.is_grad_enabled() or x.device.type != "cpu":
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        # Many tokens at once fall out of a CPU's cache between the two steps: in pieces of 8 MB, and in place, they stay.
+        # Many tokens fall out of a CPU's cache between the two steps; in pieces of 8 MB, and in place, they stay.
         pieces = x.flatten(0, -2).split(max(1, 2**21 // self.up_proj.out_features))
         return torch.cat([self.down_proj(F.silu(self.gate_proj(piece), inplace=True).mul_(self.up_proj(piece)))
                           for piece in pieces]).view_as(x)
@@ -418,8 +420,9 @@ class Bagel(nn.Module):
 
     def no_motion(self):
         """What `embed_motion` gives for an empty sentence, (1, 1, H); zeros where the departure is off."""
-        here = self.vae2llm.bias.detach()
-        return self.motion2llm.bias[None, None] if self.config.settings.motion_to_target else torch.zeros_like(here)[None, None]
+        if not self.config.settings.motion_to_target:
+            return torch.zeros_like(self.vae2llm.bias)[None, None]
+        return self.motion2llm.bias[None, None]
 
     # ---- inference: the context once into a memory, then the target step by step
 
@@ -472,7 +475,7 @@ class Bagel(nn.Module):
         return und
 
     def denoise(self, x, extra, markers, rope, branches):
-        """The last layer's latent tokens (R * branches, n, H) for noisy latents x (R * branches, n, C), branch by branch.
+        """The last layer's latent tokens (R * branches, n, H) for noisy latents x (R * branches, n, C), by branch.
 
         extra     what is added to the embedded latents: time, place, motion; (R * branches or 1, n, H)
         markers   (R * branches, 2, H);   rope: of one token per row;   branches: what each sees (`Branch`)

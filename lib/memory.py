@@ -14,7 +14,7 @@ from lib.packing import HIDDEN, Tokens, attention
 
 
 class Memory:
-    """Keys and values of a context that R rows have read: per layer one (R, kv_heads, capacity, d) pair, allocated once.
+    """Keys and values of a context that R rows have read: a (R, kv_heads, capacity, d) pair per layer, allocated once.
 
       [ room of n + 2 | context, in the order it was read | room of n + 2 ]
 

@@ -155,7 +155,7 @@ class Pack(NamedTuple):
     target: torch.Tensor        # (B, G) bool: a token that the loss is about
 
     def to(self, device):
-        """The pack on a device; `tokens` stay on the CPU (FSDP may move them: masks and angles are then decided there)."""
+        """The pack on a device; `tokens` stay on the CPU, unless FSDP moves them: masks are decided where they are."""
         return Pack(self.tokens, *(part.to(device, non_blocking=True) for part in self[1:]))
 
 

@@ -13,11 +13,20 @@ def load_image(image):
     if isinstance(image, np.ndarray):
         return image
     try:
-        return np.array(Image.open(image).convert("RGB"))
+        picture = Image.open(image)
+        return on_white(np.array(picture.convert("RGBA" if picture.has_transparency_data else "RGB")))
     except FileNotFoundError:
         fail(f"The image {image} does not exist.")
     except (OSError, SyntaxError) as error:             # Pillow's words for a truncated file or no image at all
         fail(f"The image {image} cannot be read ({error}); it may be truncated: fetch or make it again.")
+
+
+def on_white(pixels):
+    """(H, W, 3 or 4) uint8 -> (H, W, 3): what is transparent shows white paper, as BAGEL takes such pictures."""
+    if pixels.shape[-1] == 3:
+        return pixels
+    alpha = pixels[..., 3:] / 255
+    return np.round(pixels[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
 
 
 def save_image(path, pixels):

@@ -14,6 +14,7 @@ from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, Settings
 from lib.bagel_files import PixelLatents, patchify, resized, unpatchify
 from lib.geometry import Query
 from lib.packing import Latent, Text, View, dense_attention, flex_attention_for, pack, sight, table_ids
+from lib.pictures import load_image
 from world_model import Words, WorldModel, clean, guided, initialise, sample, select_context, velocity
 
 SMALL = Config(width=32, layers=3, heads=4, kv_heads=2, mlp=48, vocabulary=40, eps=1e-6, rope_base=1e6, vit_width=16,
@@ -272,7 +273,8 @@ def test_guided_sampling_equals_three_separate_branches(renorm):
         return velocity_behind(network, memory, x, t, grid)
 
     with torch.no_grad():
-        context, full, words = context_of(network, images), context_of(network, images, ids), context_of(network, (), ids)
+        context, full = context_of(network, images), context_of(network, images, ids)
+        words = context_of(network, (), ids)
         x, times = noise, [1.0, 6 / 7, 3 / 5, 0.0]                      # 3 tau / (1 + 2 tau) at tau = 1, 2/3, 1/3, 0
         for t, after in zip(times, times[1:]):
             w = v(full, x, t)
@@ -482,3 +484,13 @@ def test_command_line_says_what_is_missing_and_draws_a_view(tmp_path, monkeypatc
         world_model.main([*command[:4], "7", *command[5:]])
     with pytest.raises(SystemExit, match="jump"):
         world_model.main([*command[:-1], "jump twice"])
+
+
+def test_transparent_pictures_lie_on_white_and_unknown_guidance_is_a_sentence(tmp_path):
+    pixels = np.full((4, 4, 4), 100, np.uint8)
+    pixels[:, :2, 3], pixels[:, 2:, 3] = 0, 255
+    Image.fromarray(pixels).save(tmp_path / "half.png")
+    shown = load_image(tmp_path / "half.png")
+    assert (shown[:, :2] == 255).all() and (shown[:, 2:] == 100).all()
+    with pytest.raises(ValueError, match="'local' is none of text_channel"):
+        tiny().imagine(queries(1), renorm="local")
