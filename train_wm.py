@@ -118,7 +118,9 @@ def example(rows, model, read, args, stream):
     return dict(
         context=[fit(image) for image in context_shown],
         targets=[fit(image) for image in targets],
-        filled=[fit(np.where(s[..., None], warp[..., :3], target)) for s, warp, target in zip(seen, warps, targets)],
+        # without its term nobody reads the warp: the target then stands in for it and is not another picture to keep
+        filled=[fit(np.where(s[..., None], warp[..., :3], target) if args.warp_weight else target)
+                for s, warp, target in zip(seen, warps, targets)],
         sentences=[model.words(model.arranged(context, reference, sentence)[2]) for sentence in sentences],
         seen=[fit(np.repeat(255 * s[..., None].astype(np.uint8), 3, -1))[..., 0] for s in seen],
         keep=(torch.rand(len(drop), generator=stream) >= drop).tolist(),

@@ -100,7 +100,7 @@ class PixelLatents:
         """latent (B, 48, h, w) -> pixels (B, 3, 4 h, 4 w)."""
         return F.pixel_shuffle(latent, self.cell)
 
-    def to(self, device, dtype=None):
+    def to(self, device):
         return self
 
     def save(self, folder):
@@ -162,7 +162,7 @@ class FluxLatents:
         """latent (B, C, h, w) -> pixels (B, 3, 8 h, 8 w), about [-1, 1]."""
         return torch.cat([self.vae.decoder(part / self.scale + self.shift) for part in latent.float().split(2)])
 
-    def to(self, device, dtype=None):
+    def to(self, device):
         self.vae.to(device)
         return self
 
