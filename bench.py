@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from data import MOTIONS, ring
 from lib.bagel import Bagel, Config, Settings
 from lib.bagel_files import resized
-from lib.common import fail, run
+from lib.common import fail, keep_freed_memory, run
 from lib.geometry import Query, instruction
 from lib.rooms import random_room, render
 from lib.tokenizer import tiny_tokenizer
@@ -227,6 +227,7 @@ def where_time_goes(model, queries, **changes):
 def wm(args):
     """The world model: one table per question, then the JSON line."""
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     torch.manual_seed(0)
     print(json.dumps(wm_at_true_size(args) if args.preset == "astra" else wm_against_naive(args)))
 
