@@ -22,12 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import MOTIONS, ring
+from data import MOTIONS
 from lib.bagel import Bagel, Config, Settings
 from lib.bagel_files import resized
 from lib.common import fail, keep_freed_memory, run
 from lib.geometry import Query, instruction
-from lib.rooms import random_room, render
+from lib.rooms import random_room, render, ring
 from lib.tokenizer import tiny_tokenizer
 from tests import naive
 from world_model import WorldModel, initialise

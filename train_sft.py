@@ -34,10 +34,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from data import ASKS, ensure, load_jsonl
+from data import ensure, load_jsonl
 from lib import checkpoints, common
 from lib.dialogue import Trajectory
 from lib.pictures import load_image
+from lib.questions import ASKS
 from lib.rooms import COLOURS
 from policy import Policy, collate
 

@@ -109,6 +109,11 @@ def pose(x, y, z, yaw=0.0, pitch=0.0):
     return c2w
 
 
+def matrix(c2w):
+    """A pose as nested lists, for JSON."""
+    return np.round(c2w, 6).tolist()
+
+
 def move_camera(c2w, motion):
     """The pose after `motion`, told in the axes of the camera itself."""
     _, _, component, sign = TABLE[motion.kind]
@@ -118,32 +123,49 @@ def move_camera(c2w, motion):
 
 
 def decompose(source, target):
-    """The relative pose as (dx, dy, dz, yaw, pitch, roll): metres and degrees in the source camera's axes."""
-    relative = np.linalg.inv(source) @ target
-    right, forward = relative[:3, 0], relative[:3, 2]
-    yaw = np.degrees(np.arctan2(forward[0], forward[2]))
-    yaw = yaw - 360 if yaw > 180 - 1e-6 else yaw                # half a turn is told as one to the left
-    pitch = np.degrees(np.arctan2(-forward[1], np.hypot(forward[0], forward[2])))
-    flat = rotation(yaw, pitch).T @ right                       # what is left of the rotation is roll
-    return np.array([*relative[:3, 3], yaw, pitch, np.degrees(np.arctan2(flat[1], flat[0]))])
+    """The relative pose as (..., 6) dx, dy, dz, yaw, pitch, roll: metres and degrees in the source camera's axes.
 
-
-def dominant_motion(source, target, slack=0.15, share=0.20):
-    """The one motion that tells how the camera went from `source` to `target`, or None if no single one does.
-
-    Components are compared at 1 m = 30 degrees. None if another component (roll counts) exceeds
-    max(slack, share * dominant), since the words would not be true (design §3; the paper takes the dominant one).
-    Amounts are rounded to 0.1 m and 5 degrees; one that rounds to zero gives None.
+    source, target   (..., 4, 4); their leading shapes broadcast
     """
-    delta = decompose(source, target)
+    relative = np.linalg.inv(source) @ target
+    right, forward = relative[..., :3, 0], relative[..., :3, 2]
+    yaw = np.arctan2(forward[..., 0], forward[..., 2])
+    yaw = np.where(yaw > np.pi - 1e-8, yaw - 2 * np.pi, yaw)    # half a turn is told as one to the left
+    pitch = np.arctan2(-forward[..., 1], np.hypot(forward[..., 0], forward[..., 2]))
+    # what is left of the rotation is roll: `right` along the first two columns of rotation(yaw, pitch)
+    level = right[..., 0] * np.cos(yaw) - right[..., 2] * np.sin(yaw)
+    ahead = right[..., 0] * np.sin(yaw) + right[..., 2] * np.cos(yaw)
+    roll = np.arctan2(ahead * np.sin(pitch) + right[..., 1] * np.cos(pitch), level)
+    angles = np.degrees(np.stack([yaw, pitch, roll], -1))
+    return np.concatenate([relative[..., :3, 3], angles], -1)
+
+
+def dominant_component(delta, slack=0.15, share=0.20):
+    """Which one component tells a relative pose `delta` (..., 6) of `decompose` -> index (...), -1 where none does.
+
+    Components are compared at 1 m = 30 degrees. None does if another one (roll counts) exceeds
+    max(slack, share * dominant), since the words would not be true (design §3; the paper takes the dominant one).
+    """
     size = np.abs(delta) / np.array([1, 1, 1, *[DEGREES_PER_METER] * 3])
-    main = int(size[:5].argmax())
-    if np.delete(size, main).max() > max(slack, share * size[main]):
-        return None
+    main = size[..., :5].argmax(-1)
+    largest = np.take_along_axis(size, main[..., None], -1)
+    others = np.where(np.arange(6) == main[..., None], 0, size).max(-1)
+    return np.where(others > np.maximum(slack, share * largest[..., 0]), -1, main)
+
+
+def motion_of(delta, main):
+    """The Motion of component `main` of one relative pose (6,), rounded to 0.1 m or 5 degrees; None if that is zero."""
     step = 0.1 if main < 3 else 5.0
     amount = round(round(abs(delta[main]) / step) * step, 1)
     kinds = [kind for kind, row in TABLE.items() if row[2] == main and row[3] == np.sign(delta[main])]
     return Motion(kinds[0], amount) if amount > 0 else None
+
+
+def dominant_motion(source, target):
+    """The one motion that tells how the camera went from `source` to `target`, or None if no single one does."""
+    delta = decompose(source, target)
+    main = int(dominant_component(delta))
+    return None if main < 0 else motion_of(delta, main)
 
 
 # ---- pixels and points ----------------------------------------------------------------------------------------
@@ -170,28 +192,44 @@ def project(points, intrinsics, c2w):
     return camera[..., :2] / safe * intrinsics[[0, 1], [0, 1]] + intrinsics[:2, 2], z
 
 
+def visible(points, depth, intrinsics, c2w, tolerance=0.05):
+    """Does a view see these points? It does if a point falls inside the image, in front of the camera, and one of the
+    four pixels around it has its depth, within `tolerance` (metres, and the same share of the depth).
+
+    points (..., 3) world;  depth (h, w) metres, 0 = invalid;  intrinsics (3, 3);  c2w (4, 4)
+    returns error (...): how far the depth is off, inf where unseen; and the row and column (...) of that pixel.
+    """
+    (height, width), (pixel, z) = depth.shape, project(points, intrinsics, c2w)
+    inside = (z > 1e-6) & (pixel >= 0).all(-1) & (pixel[..., 0] < width) & (pixel[..., 1] < height)
+    best, rows, columns = np.full(z.shape, np.inf), np.zeros(z.shape, int), np.zeros(z.shape, int)
+    pixel, z = pixel[inside], z[inside]
+    error, where = np.full(z.shape, np.inf), np.zeros((2, *z.shape), int)
+    for corner in ((-0.5, -0.5), (-0.5, 0.5), (0.5, -0.5), (0.5, 0.5)):
+        column = np.clip(np.floor(pixel[..., 0] + corner[0]), 0, width - 1).astype(int)
+        row = np.clip(np.floor(pixel[..., 1] + corner[1]), 0, height - 1).astype(int)
+        there = depth[row, column]
+        off = np.where(there > 0, np.abs(there - z) / (1 + z), np.inf)                    # metres near, a share far
+        better = off < np.minimum(error, tolerance)
+        error, where = np.where(better, off, error), np.where(better, (row, column), where)
+    best[inside], rows[inside], columns[inside] = error, *where
+    return best, rows, columns
+
+
 def warp(target_depth, target_c2w, context, intrinsics, tolerance=0.05):
     """What the context views know of the target view: the inverse warp by the target's depth.
 
-    target_depth (H, W) metres, 0 = invalid;  context: list of (rgb uint8 (h, w, 3), depth (h, w), c2w);
-    one `intrinsics` for all. A context view sees a target pixel if its point falls inside the image, in front of the
-    camera, and one of the four pixels around it has that depth, within `tolerance` (metres, and the same share of
-    the depth). The view whose depth agrees best gives the colour.
+    target_depth (H, W) metres, 0 = invalid;  context: list of (rgb uint8 (h, w, 3), depth (h, w), c2w), or with its
+    own intrinsics behind them where they are not the target's. The view whose depth agrees best gives the colour
+    (see `visible`).
     returns rgb (H, W, 3) uint8, black where unseen, and seen (H, W) bool.
     """
     points = unproject(target_depth, intrinsics, target_c2w)
     best = np.full(target_depth.shape, np.inf)
     colour = np.zeros((*target_depth.shape, 3), np.uint8)
-    for rgb, depth, c2w in context:
-        (height, width), (pixel, z) = depth.shape, project(points, intrinsics, c2w)
-        inside = (z > 1e-6) & (pixel >= 0).all(-1) & (pixel[..., 0] < width) & (pixel[..., 1] < height)
-        for corner in ((-0.5, -0.5), (-0.5, 0.5), (0.5, -0.5), (0.5, 0.5)):
-            column = np.clip(np.floor(pixel[..., 0] + corner[0]), 0, width - 1).astype(int)
-            row = np.clip(np.floor(pixel[..., 1] + corner[1]), 0, height - 1).astype(int)
-            there = depth[row, column]
-            error = np.where(inside & (there > 0), np.abs(there - z) / (1 + z), np.inf)   # metres near, a share far
-            better = error < np.minimum(best, tolerance)
-            best, colour = np.where(better, error, best), np.where(better[..., None], rgb[row, column], colour)
+    for rgb, depth, c2w, *own in context:
+        error, row, column = visible(points, depth, own[0] if own else intrinsics, c2w, tolerance)
+        better = error < best
+        best, colour = np.where(better, error, best), np.where(better[..., None], rgb[row, column], colour)
     seen = np.isfinite(best) & (target_depth > 0)
     return np.where(seen[..., None], colour, 0).astype(np.uint8), seen
 

@@ -1,4 +1,4 @@
-"""Pictures in and out: (H, W, 3) uint8 arrays in memory, PNG files that are whole or not there."""
+"""Pictures in and out: (H, W, 3) uint8 arrays in memory, files that are whole or not there."""
 
 import os
 
@@ -30,8 +30,11 @@ def on_white(pixels):
 
 
 def save_image(path, pixels):
-    """uint8 (H, W, 3 or 4) -> PNG, whole or not at all."""
+    """uint8 (H, W, 3 or 4) -> PNG, or JPEG where the name ends in .jpg; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.tmp")
-    Image.fromarray(pixels).save(beside, "png", compress_level=1)
+    if path.suffix == ".jpg":
+        Image.fromarray(pixels).save(beside, "jpeg", quality=95, subsampling=0)
+    else:
+        Image.fromarray(pixels).save(beside, "png", compress_level=1)
     beside.replace(path)

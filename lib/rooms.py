@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.geometry import move_camera, pinhole, read_instruction
+from lib.geometry import move_camera, pinhole, pose, read_instruction
 
 COLOURS = {
     "red": (215, 25, 30), "green": (20, 150, 45), "blue": (35, 60, 225), "yellow": (240, 220, 20),
@@ -22,7 +22,8 @@ WALLS = np.array([(172, 160, 148), (150, 162, 172), (160, 172, 152), (178, 172, 
                   (186, 180, 176), (152, 140, 132)], np.float32)
 FLOORS = np.array([(120, 104, 88), (104, 100, 100), (132, 120, 100), (96, 104, 98)], np.float32)
 CEILINGS = np.array([(226, 224, 220), (214, 218, 222), (222, 214, 208)], np.float32)
-EYE = 1.3  # metres above the floor
+EYE = 1.3   # metres above the floor
+SIZE = 32   # pixels of the tiny world's pictures; the field of view is 90 degrees, so a ring of four tiles
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,12 @@ def render(room, c2w, size=32, fov=90.0, supersample=2):
         fine = _cast(room, c2w, size * supersample, fov, with_colour=True)[2]
         colour = fine.reshape(len(c2w), size, supersample, size, supersample, 3).mean((2, 4))
     return {"rgb": np.clip(colour + 0.5, 0, 255).astype(np.uint8), "depth": depth, "ids": ids}
+
+
+def ring(rng, views=4):
+    """Poses at one spot near the middle of the room, each one left turn of 360 / views degrees further."""
+    x, z, phase = *rng.uniform(-0.2, 0.2, 2), rng.uniform(0, 360)
+    return [pose(x, -EYE, z, phase - 360 / views * k) for k in range(views)]
 
 
 class TrueRenderer:

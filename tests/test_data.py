@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import data
+from lib import questions
 from lib.geometry import Motion, decompose, dominant_motion, instruction, move_camera
 from lib.pictures import load_image
 from lib.rooms import random_room, render
@@ -170,7 +171,7 @@ def test_rooms_of_the_four_sets_are_disjoint(made):
 
 def true_facts(row, camera):
     room = random_room(row["scene"]["room"])
-    return room, data.facts(render(room, camera)["ids"][0], len(room.things))
+    return room, questions.facts(render(room, camera)["ids"][0], len(room.things))
 
 
 def test_answers_are_true_and_an_unseen_view_is_needed(made):
@@ -208,11 +209,11 @@ def test_facts_of_a_picture_drawn_by_hand():
     """Thing 1: a 10 x 10 square at the left; thing 2: 5 x 5 at the right; the centre is empty."""
     ids = np.zeros((32, 32), int)
     ids[10:20, 0:10], ids[10:15, 26:31] = 1, 2
-    found = data.facts(ids, 3)
+    found = questions.facts(ids, 3)
     assert found == {"largest": 0, "leftmost": 0, "rightmost": 1, "left": 0, "centre": -1, "right": 1, "seen": [0, 1]}
     ids[10:20, 20:30] = 3                                    # as large as thing 1, two columns left of thing 2
-    assert data.facts(ids, 3)["largest"] is None
-    assert data.facts(np.zeros((32, 32), int), 3)["largest"] == -1
+    assert questions.facts(ids, 3)["largest"] is None
+    assert questions.facts(np.zeros((32, 32), int), 3)["largest"] == -1
 
 
 def test_mindcube_layout(made, tmp_path):
