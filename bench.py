@@ -4,6 +4,7 @@ Speed of the fast paths, as ratios to the straightforward way (tests/naive.py) i
   python bench.py wm                   the world model on two CPU cores: 10 minutes, with nothing else on the machine
   python bench.py wm --quick           the same at toy size, in seconds: shows that it runs, measures nothing
   python bench.py wm --preset astra --random-init     BAGEL's true shapes on one GPU: 5 minutes, no files needed
+  python bench.py data                 triples of a scan: seconds per scan, and how they grow with its frames: 3 minutes
 
 The two ways take turns (A B A B ...) on the same queries; their medians are compared, and so are their latents. Shares
 are of the best torch.mm rate over the layers' own shapes, measured in the same run, and count the arithmetic that is
@@ -15,7 +16,9 @@ import argparse
 import contextlib
 import json
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,10 +28,13 @@ import torch.nn.functional as F
 from data import MOTIONS
 from lib.bagel import Bagel, Config, Settings
 from lib.bagel_files import resized
-from lib.common import fail, keep_freed_memory, run
+from lib.common import fail, keep_freed_memory, run, write_json
 from lib.geometry import Query, instruction
+from lib.pictures import save_image
 from lib.rooms import random_room, render, ring
+from lib.scenes import read_scene, room_scene
 from lib.tokenizer import tiny_tokenizer
+from lib.triples import Rules, find_triples, write_triples
 from tests import naive
 from world_model import WorldModel, initialise
 
@@ -329,6 +335,45 @@ def true_shapes(device):
     return WorldModel(network, Squares(), tiny_tokenizer(), files={})
 
 
+# ---------------------------------------------------------------- bench.py data
+
+def data(args):
+    """Triples of one scan on one core: CPU-seconds by the number of frames that are looked at."""
+    size, counts = (64, (20, 40)) if args.quick else (512, (60, 120, 240))
+    scans, cores, rows = 11_292, 16, {}                                  # the paper's; cores of a workstation
+    with tempfile.TemporaryDirectory() as folder:
+        write_scan(Path(folder) / "scans" / "room", frames=counts[-1], size=size)
+        print(f"one room as a scan: {counts[-1]} frames of {size} x {size}, JPEG and 16-bit PNG; one core\n"
+              f"{'frames':>8}{'CPU s':>8}{'to find':>9}{'triples':>9}{'per s':>8}", flush=True)
+        for count in counts:
+            scene, rules = read_scene("folder", Path(folder) / "scans", "room"), Rules(frames=count, size=size)
+            start = time.process_time()
+            find_triples(scene, np.random.default_rng(0), rules)
+            found = time.process_time()
+            triples = len(write_triples(scene, Path(folder) / f"out{count}", 0, rules)[0])      # finds them once more
+            spent = time.process_time() - found
+            rows[count] = spent, triples
+            print(f"{count:8}{spent:8.1f}{found - start:9.1f}{triples:9}{triples / spent:8.2f}", flush=True)
+    seconds, triples = rows[counts[-1]]
+    hours = scans * seconds / cores / 3600
+    print(f"{scans:,} scans, the paper's, on {cores} cores: {hours:.1f} hours, {scans * triples:,} triples (paper: "
+          f"544,197)")
+    print(json.dumps({"bench": "data", "quick": args.quick, "triples_per_second_per_core": round(triples / seconds, 3),
+                      "cpu_seconds_per_scan": {count: round(row[0], 2) for count, row in rows.items()},
+                      "hours_for_the_papers_scans": round(hours, 2)}))
+
+
+def write_scan(folder, frames, size):
+    """A walk through a room in the layout of a plain folder (lib/scenes.py), pictures as JPEG."""
+    scene, rows = room_scene(0, frames, size), []
+    for frame in scene.frames:
+        save_image(folder / f"{frame.name}.jpg", frame.image())
+        save_image(folder / f"{frame.name}.png", (1000 * frame.depth()).round().astype(np.uint16))
+        rows.append({"image": f"{frame.name}.jpg", "depth": f"{frame.name}.png", "c2w": frame.c2w.tolist()})
+    write_json(folder / "scene.json", {"frames": rows, "intrinsics": scene.frames[0].intrinsics.tolist(),
+                                       "up": scene.up.tolist()})
+
+
 # ---------------------------------------------------------------- command line
 
 def parse_args(argv=None):
@@ -345,6 +390,9 @@ def parse_args(argv=None):
     w.add_argument("--repeats", type=int, default=3, help="runs of each kind (half as many of batch 8); medians count")
     w.add_argument("--threads", type=int, default=2, help="CPU threads")
     w.add_argument("--quick", action="store_true", help="tiny: 2 steps, one pair, 2 layers, 64 x 64 pictures")
+    d = what.add_parser("data", help="triples of scans", description="Triples of scans.")
+    d.set_defaults(bench=data, preset="tiny", steps=1)
+    d.add_argument("--quick", action="store_true", help="40 frames of 64 x 64 pixels")
     args = p.parse_args(argv)
     args.steps = args.steps or (2 if args.quick else 49 if args.preset == "astra" else 25)
     return args

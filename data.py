@@ -4,41 +4,63 @@ Scenes into data: triples that train the world simulator, questions that train a
   python data.py triples      out/data/triples_{train,val,test}.jsonl      (context views, motion in words, target view)
   python data.py questions    out/data/questions_{train,val,test}.jsonl    multiple choice over several views
   python data.py mindcube     out/data/mindcube/                           test questions in MindCube's published layout
-  python data.py              whatever of the three is missing
-  python data.py triples --layout apart --size 64      out/data-apart-64/: other context cameras, larger pictures
+  python data.py              whatever of the three is missing: rooms, the embedded world of lib/rooms.py
 
-Every stage that misses its data makes it (`ensure`). The scenes are the embedded rooms of lib/rooms.py. A row points
-at PNG files by paths relative to its JSONL file; files appear whole or not at all; the same seed gives the same files.
+  python data.py triples --layout apart --size 64               rooms: other context cameras, larger pictures
+  python data.py triples --dataset scannet --root DIR           scans: ScanNet, ScanNet++, Matterport3D, ARKitScenes,
+                                                                DL3DV or your own folder (lib/scenes.py)
+  python data.py depth --root DIR                               DL3DV alone: depth and a scale, which it does not have
+  python data.py quality                                        what the verification of triples catches and loses
+  python data.py heldout                                        200 triples of test scans of each dataset
+  python data.py corpus --corpus sensenova --root DIR           questions of a published corpus (lib/corpora.py)
+  python data.py mine --questions FILE --policy FOLDER          those that a policy hardly ever answers right
+
+A row points at its pictures by paths relative to its JSONL file; files appear whole or not at all; the same seed gives
+the same files, whatever the number of processes; an interrupted run over scans goes on where it was.
 
 Triples (paper §3.2, "spatially grounded training data"): a target view is kept if the context covers at least 85 %
-of it and one motion tells how the camera got there from a context view, its reference. Where the context cameras stand:
+of it and one motion tells how the camera got there from a context view, its reference. In scans lib/triples.py looks
+for them and verifies each. In rooms the context cameras stand in one of these layouts:
   ring       four views at one spot, each one left turn of 90 degrees further: what a small simulator learns in minutes
   shuffled   the ring in random order: which view is next to which, only the pictures tell
   six        six views at one spot, each one left turn of 60 degrees further
   fine       the ring, with motions of every 15 degrees and 0.1 m instead of 13 motions in all
   apart      the paper's rule: four cameras at least 1 m and 30 degrees apart; they look across the room, in no order
 
-Questions have exact answers, in the categories of the benchmarks. Half of them need a view that was not given
-(`needs_view`); the given views answer the others. Seeds of the rooms make four disjoint sets: the simulator's
-training, the policy's training (a policy must not learn to trust memorised imaginations), validation and test.
+Questions about rooms (lib/questions.py) have exact answers. Seeds of the rooms make four disjoint sets: the simulator's
+training, the policy's training (a policy must not learn to trust memorised imaginations), validation and test. Scans
+are split by place.
 """
 
 import argparse
+import contextlib
 import json
+import math
+import os
 import re
 import signal
+import time
 from functools import partial
+from itertools import zip_longest
 from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from lib.common import disk, fail, run, say, write_text
+from lib import quality
+from lib.common import disk, fail, run, say, stable_seed, write_json, write_text
+from lib.corpora import convert
 from lib.geometry import Motion, coverage, dominant_motion, instruction, matrix, move_camera, pinhole, pose, warp
 from lib.pictures import load_image, save_image
 from lib.questions import room_questions
 from lib.rooms import EYE, SIZE, random_room, render, ring
+from lib.scene_depth import DEPTH_MODEL, depth_network, estimate_depth
+from lib.scenes import READERS, read_scene, scene_ids
+from lib.triples import Rules, Summary, contact_sheet, write_triples
+from policy import Policy, rollout
+from rewards import exact_match
 
 FIRST_ROOM = {"triples_train": 0, "questions_train": 1_000_000, "val": 2_000_000, "test": 3_000_000}
 MOTIONS = [Motion(f"turn {side}", amount) for side in ("left", "right") for amount in (45.0, 90.0, 135.0)] \
@@ -48,6 +70,8 @@ FINE = [Motion(f"turn {side}", 15.0 * i) for side in ("left", "right") for i in 
     + [Motion(f"move {way}", round(0.1 * i, 1)) for way in ("left", "right", "forward") for i in range(1, 13)]
 # No step back: it shows what no view of the ring saw, and coverage refuses every one.
 TARGETS_PER_ROOM = 8
+SPLITS = ("train", "val", "test")
+SAMPLES = 12                                          # lines of a contact sheet
 MIN_COVERAGE, MIN_METERS, MIN_DEGREES = 0.85, 1.0, 30.0     # paper: of a target; between context cameras (layout apart)
 FREE = 1.3                                            # metres around the middle of a room where no furniture stands
 
@@ -145,6 +169,135 @@ def stands_free(c2w):
     return np.hypot(*c2w[[0, 2], 3]) <= FREE
 
 
+# ---- triples of scans ------------------------------------------------------------------------------------------------
+
+def place_of(dataset, id):
+    """The place that a scan shows; all scans of a place stand on one side of the split (ScanNet: scene0000_01)."""
+    return id.rsplit("_", 1)[0] if dataset == "scannet" else id
+
+
+def split_of(dataset, id, listed):
+    """"train", "val" or "test" of a scan: as `listed` {id: split} says, else drawn by the name of its place, 5 % for
+    tests and 2 % for validation."""
+    draw = stable_seed("split", dataset, place_of(dataset, id)) % 100
+    return listed.get(id) or ("test" if draw < 5 else "val" if draw < 7 else "train")
+
+
+def scan_triples(id, dataset, root, out, seed, rules):
+    """Make all triples of one scan -> the file of its report {"rows", "counts", "skipped", "note", "error", ...}.
+
+    A scan that was finished under the same rules is not done again. A broken one is reported by a sentence ("error")
+    and tried again by the next run.
+    """
+    file = Path(out) / "scans" / dataset / f"{id.replace('/', '_')}.json"
+    asked = {"dataset": dataset, "id": id, "seed": seed, "rules": rules._asdict()}
+    if file.exists():
+        report = json.loads(file.read_text())
+        if asked.items() <= report.items() and not report["error"]:
+            return file
+    start, report = time.process_time(), asked | {"rows": [], "counts": {}, "skipped": {}, "note": "", "error": ""}
+    try:
+        scene = read_scene(dataset, root, id)
+        rows, counts = write_triples(scene, Path(out), stable_seed(seed, dataset, id), rules)
+        report |= {"rows": rows, "counts": dict(counts), "skipped": dict(scene.skipped), "note": scene.note}
+    except ValueError as error:
+        report["error"] = str(error)
+    write_text(file, json.dumps(report | {"cpu_seconds": round(time.process_time() - start, 2)}))
+    return file
+
+
+def make_scans(dataset, root, out, workers=None, seed=0, rules=Rules(), lists=None, limit=None):
+    """out/triples_{train,val,test}.jsonl, scans/ (one report each), summary.json and sheet.jpg of one dataset.
+
+    workers   processes; None: all cores.   lists   {"val": file, "test": file} with ids, one per line
+    limit     scans at most, evenly spread over the dataset
+    Stops with a sentence if `root` holds no scan. Whatever the workers, the files are the same.
+    """
+    out, listed = Path(out), {}
+    for split, file in (lists or {}).items():
+        if not Path(file).exists():
+            fail(f"{file} does not exist; --{split} names a file with the ids of its scans, one per line.")
+        listed |= dict.fromkeys(Path(file).read_text().split(), split)
+    ids = scenes_of(dataset, root)
+    if limit and limit < len(ids):
+        ids = [ids[i] for i in np.linspace(0, len(ids) - 1, limit).astype(int)]
+    job = partial(scan_triples, dataset=dataset, root=str(root), out=str(out), seed=seed, rules=rules)
+    with disk(out), Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        files = list(tqdm(pool.imap(job, ids), total=len(ids), desc=f"triples of {dataset}", unit="scan"))
+    # one report in memory at a time: the paper's dataset has half a million rows
+    parts = {split: out / f"triples_{split}.jsonl.partial" for split in SPLITS}
+    total, samples = Summary(), []
+    with contextlib.ExitStack() as stack:
+        lines = {split: stack.enter_context(part.open("w")) for split, part in parts.items()}
+        for file in files:
+            report = json.loads(file.read_text())
+            split = split_of(dataset, report["id"], listed)
+            lines[split].writelines(json.dumps(row) + "\n" for row in report["rows"])
+            total.add(report, split)
+            samples += report["rows"][:1 + SAMPLES // len(files)]
+    for part in parts.values():
+        part.replace(part.with_suffix(""))
+    write_json(out / "summary.json", total.as_dict())
+    say(total.text())
+    if samples:
+        contact_sheet(out, samples, out / "sheet.jpg")
+        say(f"Look at {out}/sheet.jpg: the last column is the target with every other square taken from the context; "
+            f"where edges break at the squares, depth or poses are wrong.")
+
+
+def make_depth(root, model):
+    """Depth maps and a scale for every DL3DV scene below `root`; a broken scene is named, and the rest goes on."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    predict, refused = depth_network(model, device), 0
+    for id in tqdm(scenes_of("dl3dv", root), desc="depth", unit="scene"):
+        try:
+            info = estimate_depth(root, id, model, predict=predict)
+            sentence = info["refused"] or f"a unit of its poses is {info['scale']:.4g} m"
+        except ValueError as error:
+            info, sentence = {"refused": True}, error
+        refused += bool(info["refused"])
+        tqdm.write(f"{id}: {sentence}")
+    say(f"{refused} scenes have no depth with a scale; their motions cannot be told in metres.")
+
+
+def scenes_of(dataset, root):
+    """`scene_ids`, or the end of the program with its sentence."""
+    try:
+        return scene_ids(dataset, root)
+    except ValueError as error:
+        fail(error)
+
+
+def make_heldout(sources, out, per_dataset=200, seed=0):
+    """out/triples_test.jsonl: `per_dataset` triples of each source's test scans, evenly spread over scans and motions.
+
+    sources   folders of `make_scans`. The paper's evaluation set is 200 of each of five datasets. Refuses, by a
+    sentence, a source whose test scans also stand among those to train on, and one with too few.
+    """
+    chosen = []
+    for source in map(Path, sources):
+        train, test = (load_jsonl(source / f"triples_{split}.jsonl") for split in ("train", "test"))
+        place = lambda row: (row["dataset"], place_of(row["dataset"], row["scene"].split("/", 1)[1]))       # noqa: E731
+        if shared := {place(row) for row in train} & {place(row) for row in test}:
+            fail(f"{source}: {len(shared)} places stand on both sides of the split, such as {min(shared)[1]}. Make its "
+                 f"triples again.")
+        if len(test) < per_dataset:
+            fail(f"{source} has {len(test)} triples of test scans and {per_dataset} are asked for: read more scans, or "
+                 f"give --per-dataset {len(test)}.")
+        by_scan, rng = {}, np.random.default_rng([19, seed])
+        for i in rng.permutation(len(test)):
+            by_scan.setdefault(test[i]["scene"], []).append(test[i])
+        turns = [row for round_ in zip_longest(*by_scan.values()) for row in round_ if row]
+        chosen += turns[:per_dataset]
+    chosen.sort(key=lambda row: (row["scene"], row["context"], row["reference"]))
+    Path(out).mkdir(parents=True, exist_ok=True)
+    relative = lambda place: os.path.relpath(place, out)                                                    # noqa: E731
+    save_jsonl(Path(out) / "triples_test.jsonl",
+               [{**row, "context": list(map(relative, row["context"])), "target": relative(row["target"]),
+                 "warp": relative(row["warp"])} for row in chosen])
+    say(f"{out}/triples_test.jsonl: {len(chosen)} triples of {len({row['scene'] for row in chosen})} test scans")
+
+
 # ---- building -------------------------------------------------------------------------------------------------
 
 def build(title, make, seeds, out, threads):
@@ -188,6 +341,70 @@ def make_questions(out, rooms=1500, held_out=(100, 320), threads=2):
         say(f"questions_{split}.jsonl: {len(rows)} questions, {unseen} need an unseen view")
 
 
+# ---- questions for RL ------------------------------------------------------------------------------------------------
+
+def make_corpus(corpus, root, out):
+    """out/questions_train.jsonl: the questions of a published corpus (lib/corpora.py) that can be verified."""
+    out = Path(out)
+    rows, left_out = convert(corpus, root, out)
+    for row in rows:
+        row["images"] = [os.path.relpath(path, out) for path in row["images"]]
+    save_jsonl(out / "questions_train.jsonl", rows)
+    say("\n".join([f"{out}/questions_train.jsonl: {len(rows)} questions",
+                   *(f"  {count:8}  left out: {reason}" for reason, count in left_out.most_common())]))
+
+
+def mine(source, out, policy, samples=5, at_most=1, seed=0, batch=16):
+    """Keep the hard questions: those that a policy answers right at most `at_most` times in `samples` (paper: 1 in 5).
+
+    source   questions_train.jsonl;  policy   folder or hub id of the base policy, asked directly at temperature 1
+    Out: out/questions_{train,val}.jsonl, one in twenty for validation, each row with "mined"; answers.jsonl, from which
+    an interrupted run goes on. Such a set is for training alone: it was chosen by the answers of a model, and a guesser
+    would pass for hard as well; the share that a guesser would keep is printed beside.
+    """
+    source, out = Path(source), Path(out)
+    if "train" not in source.stem:
+        fail(f"{source} is not for training: only questions_train.jsonl may be mined, or the test would be chosen by "
+             f"what a model gets wrong.")
+    questions, log = load_jsonl(source), out / "answers.jsonl"
+    asked = {"policy": str(policy), "samples": samples, "seed": seed}
+    lines = log.read_text().splitlines() if log.exists() else []
+    told = [json.loads(line) for line in lines if line.endswith("}")]                 # the last one may be torn
+    right = {row["id"]: row["right"] for row in told if asked.items() <= row.items()}
+    waiting = [question for question in questions if question["id"] not in right]
+    out.mkdir(parents=True, exist_ok=True)
+    if waiting:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        policy = Policy.load(policy, device)
+    for start in tqdm(range(0, len(waiting), batch), desc="ask", unit="batch", disable=not waiting):
+        part = waiting[start:start + batch]
+        said = rollout(policy, part, None, "direct", group_size=samples, temperature=1.0, seed=seed,
+                       rows=batch * samples)
+        with disk(log), log.open("a") as file:
+            for k, question in enumerate(part):
+                answers = [t.answer for t in said[k * samples:(k + 1) * samples]]
+                right[question["id"]] = int(sum(exact_match(answer, question) for answer in answers))
+                file.write(json.dumps({"id": question["id"], "right": right[question["id"]], **asked}) + "\n")
+    kept = [question | {"mined": {"right": right[question["id"]], "of": samples}} for question in questions
+            if right[question["id"]] <= at_most]
+    for question in kept:
+        question["images"] = [os.path.relpath(path, out) for path in question["images"]]
+    held = [stable_seed("mined", question["id"]) % 20 == 0 for question in kept]
+    for split, side in (("train", False), ("val", True)):
+        save_jsonl(out / f"questions_{split}.jsonl", [q for q, is_held in zip(kept, held) if is_held == side])
+    guess = np.mean([guessers_share(len(question["options"]), samples, at_most) for question in questions])
+    rate = np.mean([right[question["id"]] for question in questions]) / samples
+    say(f"{len(kept)} of {len(questions)} questions kept ({len(kept) / len(questions):.1%}): at most {at_most} right "
+        f"in {samples}. The policy is right in {rate:.1%} of its answers; of a pure guesser's questions {guess:.1%} "
+        f"would be kept.")
+
+
+def guessers_share(options, samples, at_most):
+    """The chance that a blind guesser is right at most `at_most` times in `samples`; 1 where there are no options."""
+    p = 1 / options if options else 0.0
+    return sum(math.comb(samples, k) * p**k * (1 - p)**(samples - k) for k in range(at_most + 1))
+
+
 def make_mindcube(out, source):
     """Test questions in the files that MindCube publishes: raw/MindCube_tinybench.jsonl and other_all_image/.
 
@@ -221,30 +438,84 @@ def ensure(folder, what=("triples", "questions", "mindcube"), threads=2):
 def parse_args(argv=None):
     """The command line's flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="?", choices=["triples", "questions", "mindcube"],
-                   help="what to make (default: whatever of the three is missing)")
-    p.add_argument("--layout", choices=list(LAYOUTS), default="ring", help="triples: where the context cameras stand")
-    p.add_argument("--size", type=int, default=SIZE, help="triples: of the pictures, in pixels")
-    p.add_argument("--out", help="folder of the files (default: out/data, out/data-<layout>-<size> for other triples)")
-    p.add_argument("--rooms", type=int, help="rooms to train on (default 2000 for triples, 1500 for questions)")
-    p.add_argument("--threads", type=int, default=2, help="processes")
+    p.add_argument("what", nargs="?", choices=["triples", "questions", "mindcube", "depth", "quality", "heldout",
+                                               "corpus", "mine"],
+                   help="what to make (default: whatever of the first three is missing, of rooms)")
+    p.add_argument("--out", help="folder of the files (default: out/data, out/data-<layout>-<size> for other triples, "
+                                 "out/<dataset>, out/heldout)")
+    p.add_argument("--threads", type=int, help="processes (default: 2 for rooms, all cores for scans)")
+    p.add_argument("--size", type=int, help=f"of the pictures, in pixels (default: rooms {SIZE}; scans {Rules().size}, "
+                                            f"the longer side)")
+    p.add_argument("--seed", type=int, default=0, help="of the draws among a scan's triples")
+    rooms = p.add_argument_group("rooms")
+    rooms.add_argument("--layout", choices=list(LAYOUTS), default="ring", help="where the context cameras stand")
+    rooms.add_argument("--rooms", type=int, help="rooms to train on (default 2000 for triples, 1500 for questions)")
+    scans = p.add_argument_group("scans: python data.py triples --dataset scannet --root DIR")
+    scans.add_argument("--dataset", choices=list(READERS), help="lib/scenes.py tells the layout that each has on disk")
+    scans.add_argument("--root", help="folder of the dataset")
+    scans.add_argument("--val", help="file with the ids of scans for validation (default: 2 %% of places)")
+    scans.add_argument("--test", help="file with the ids of test scans, such as an official list (default: 5 %%)")
+    scans.add_argument("--limit", type=int, help="scans at most, evenly spread over the dataset")
+    scans.add_argument("--frames", type=int, default=Rules().frames, help="frames looked at per scan")
+    scans.add_argument("--contexts", type=int, default=Rules().contexts, help="contexts per scan")
+    scans.add_argument("--targets", type=int, default=Rules().targets, help="triples per context; the paper keeps 48 "
+                                                                            "triples per scan")
+    scans.add_argument("--coverage", type=float, default=MIN_COVERAGE, help="of a target, at least (paper: 0.85)")
+    scans.add_argument("--apart", type=float, nargs=2, default=(MIN_METERS, MIN_DEGREES), metavar=("M", "DEG"),
+                       help="between the cameras of a context, at least (paper: 1 m and 30 degrees)")
+    depth = p.add_argument_group("depth, for DL3DV: python data.py depth --root DIR")
+    depth.add_argument("--model", default=DEPTH_MODEL, help="transformers checkpoint that estimates depth in metres")
+    rl = p.add_argument_group("corpus and mine: questions for RL")
+    rl.add_argument("--corpus", choices=("sensenova", "vst"), help="corpus: which; --root is its folder")
+    rl.add_argument("--questions", help="mine: a questions_train.jsonl")
+    rl.add_argument("--policy", help="mine: folder or hub id of the base policy (paper: Qwen/Qwen3-VL-8B-Instruct)")
+    rl.add_argument("--samples", type=int, default=5, help="mine: answers per question (paper: 5)")
+    rl.add_argument("--at-most", type=int, default=1, help="mine: right answers of a question to keep (paper: 1)")
+    held = p.add_argument_group("heldout")
+    held.add_argument("--sources", nargs="+", help="folders of scans' triples (default: every out/<dataset>)")
+    held.add_argument("--per-dataset", type=int, default=200, help="triples of each (paper: 200 of five datasets)")
     args = p.parse_args(argv)
-    if args.what != "triples" and (args.layout, args.size) != ("ring", SIZE):
-        p.error("--layout and --size are of triples: python data.py triples --layout apart")
-    args.out = args.out or folder_of(args.layout, args.size)
+    if args.what != "triples" and (args.layout != "ring" or args.size or args.dataset):
+        p.error("--layout, --size and --dataset are of triples: python data.py triples --layout apart")
+    if bool(args.dataset or args.what in ("depth", "corpus")) != bool(args.root):
+        p.error("--root DIR goes with triples --dataset NAME, with depth and with corpus --corpus NAME")
+    if args.what == "corpus" and not args.corpus or args.what == "mine" and not (args.questions and args.policy):
+        p.error("corpus needs --corpus NAME --root DIR; mine needs --questions FILE --policy FOLDER")
+    rooms = folder_of(args.layout, args.size or SIZE)
+    default = {"heldout": "out/heldout", "corpus": f"out/{args.corpus}", "mine": "out/mined"}.get(args.what, rooms)
+    default = f"out/{args.dataset}" if args.dataset else default
+    args.out = args.out or default
     return args
 
 
 def main(argv=None):
+    """Make one kind of data, or whatever is missing."""
     args = parse_args(argv)
-    if args.what is None:
-        return ensure(args.out, threads=args.threads)
-    if args.what == "mindcube":
-        return make_mindcube(Path(args.out) / "mindcube", Path(args.out) / "questions_test.jsonl")
     rooms = {"rooms": args.rooms} if args.rooms else {}
-    if args.what == "triples":
-        return make_triples(args.out, threads=args.threads, layout=args.layout, size=args.size, **rooms)
-    make_questions(args.out, threads=args.threads, **rooms)
+    if args.what is None:
+        ensure(args.out, threads=args.threads or 2)
+    elif args.what == "mindcube":
+        make_mindcube(Path(args.out) / "mindcube", Path(args.out) / "questions_test.jsonl")
+    elif args.what == "questions":
+        make_questions(args.out, threads=args.threads or 2, **rooms)
+    elif args.what == "heldout":
+        make_heldout(args.sources or [f"out/{name}" for name in READERS if Path(f"out/{name}/summary.json").exists()],
+                     args.out, args.per_dataset, args.seed)
+    elif args.what == "depth":
+        make_depth(args.root, args.model)
+    elif args.what == "corpus":
+        make_corpus(args.corpus, args.root, args.out)
+    elif args.what == "mine":
+        mine(args.questions, args.out, args.policy, args.samples, args.at_most, args.seed)
+    elif args.what == "quality":
+        say("\n".join(quality.table(quality.study())))
+    elif args.dataset:
+        rules = Rules(args.coverage, *args.apart, frames=args.frames, contexts=args.contexts, targets=args.targets,
+                      size=args.size or Rules().size)
+        lists = {split: getattr(args, split) for split in ("val", "test") if getattr(args, split)}
+        make_scans(args.dataset, args.root, args.out, args.threads, args.seed, rules, lists, args.limit)
+    else:
+        make_triples(args.out, threads=args.threads or 2, layout=args.layout, size=args.size or SIZE, **rooms)
 
 
 if __name__ == "__main__":

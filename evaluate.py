@@ -31,10 +31,12 @@ from tqdm import tqdm
 
 import data
 from lib import common, consistency, report, simulators
-from lib.benchmarks import LISTED_ONLY, load_mindcube, open_image, option_letter, score
+from lib.benchmarks import (BENCHES, LISTED_ONLY, error_group, group_weights, groups, lenient, load, open_image, prompt,
+                            reply, score, weights)
+from lib.dialogue import Trajectory
 from lib.geometry import Motion, Query, instruction, move_camera
 from lib.pictures import save_image
-from lib.dialogue import Trajectory
+from lib.questions import text_only_chance
 from policy import Policy, rollout
 
 MODES = ("direct", "forced", "agentic")
@@ -69,7 +71,8 @@ def evaluate_policy(policy, questions, simulator=None, mode="agentic", name="tun
     for start in tqdm(range(0, len(waiting), batch), desc=f"{mode}, {name}", unit="batch", disable=not waiting):
         part, clock = waiting[start:start + batch], time.time()
         loaded = [load_images(question) for _, question in part]
-        asked = [{**question, "images": images} for (_, question), (images, error) in zip(part, loaded) if not error]
+        asked = [{**question, "images": images, "prompt": official_prompt(question, mode)}
+                 for (_, question), (images, error) in zip(part, loaded) if not error]
         trajectories = iter(rollout(policy, asked, simulator, mode, temperature=0, seed=seed, rows=batch,
                                     max_new_tokens=max_new_tokens) if asked else [])
         told = [None if error else next(trajectories) for _, error in loaded]
@@ -91,16 +94,27 @@ def load_images(question):
         return None, f"image: {error}"
 
 
+def official_prompt(question, mode):
+    """What the bench's own code asks (`prompt`), or None where the policy is asked in its own words (lib/dialogue.py).
+
+    MMSI-Video-Bench is always asked word for word, and a mode with a tool adds the tool's schema alone. Three others
+    are asked so in direct mode: "reply with the letter only" and a call do not go together. MindCube asks for the same
+    <think> and <answer> as our own prompt.
+    """
+    always, direct = ("mmsi_video",), ("mmsi", "sat", "vsi")
+    return prompt(question) if question["bench"] in (*always, *(direct if mode == "direct" else ())) else None
+
+
 def record_of(key, question, trajectory, error, more):
     """One line of predictions.jsonl; a question that could not be asked (trajectory None) is a wrong answer."""
-    t = trajectory or Trajectory(question, more["mode"])
-    text = (t.answer or "") if question["bench"] == "rooms" else (t.turns or [""])[-1]
-    letter, correct = score(question["bench"], question, text)
-    return {"key": key, "digest": digest(question), **more,
-            "category": question["category"], "needs_view": question["needs_view"],
-            "scene": (question.get("scene") or {}).get("room", key), "answer": letter, "said": t.answer,
-            "gold": question["answer"], "correct": correct,
-            "lenient": float(option_letter(t.answer or "", question["options"] or ()) == question["answer"]),
+    t, bench = trajectory or Trajectory(question, more["mode"]), question["bench"]
+    turn = (t.answer or "") if bench == "rooms" else (t.turns or [""])[-1]
+    read, correct = score(bench, question, turn if bench == "rooms" else reply(bench, turn))
+    return {"key": key, "digest": digest(question), **more, "bench": bench, "kind": question["kind"],
+            "category": question["category"], "groups": groups(question), "error_group": error_group(question),
+            "needs_view": question["needs_view"],
+            "scene": (question.get("scene") or {}).get("room", question.get("cluster", key)), "answer": read,
+            "said": t.answer, "gold": question["answer"], "correct": correct, "lenient": lenient(question, turn)[1],
             "valid_calls": t.valid_calls,
             "invalid_calls": t.invalid_calls, "unreadable": t.unreadable, "truncated": t.truncated,
             "calls": [call for call in t.provenance if call], "turns": t.turns, "error": error,
@@ -114,21 +128,28 @@ def digest(question):
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
-def interval(values, clusters=None, seed=0):
-    """95 % bootstrap interval of a mean, drawing whole clusters (rooms) -> [low, high]."""
+def interval(values, clusters=None, counted=None, seed=0):
+    """95 % bootstrap interval of a mean, drawing whole clusters (rooms, videos) -> [low, high].
+
+    counted   (n,) what each value counts in the mean; None: all the same
+    """
     values = np.asarray(values, float)
+    counted = np.ones(len(values)) if counted is None else counted
     names = np.arange(len(values)) if clusters is None else [str(cluster) for cluster in clusters]
     _, member = np.unique(names, return_inverse=True)
-    sums, counts = np.bincount(member, values), np.bincount(member)
+    sums, counts = np.bincount(member, values * counted), np.bincount(member, counted)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     return np.quantile(means, [0.025, 0.975]).round(4).tolist()
 
 
-def brief(records):
-    """{"accuracy", "ci95", "call_rate", "n"}; call_rate is the share of questions with at least one valid call."""
-    correct = [record["correct"] for record in records]
-    return {"accuracy": float(np.mean(correct)), "ci95": interval(correct, [record["scene"] for record in records]),
+def brief(records, counted=None):
+    """{"accuracy", "ci95", "call_rate", "n"}; call_rate is the share of questions with at least one valid call.
+
+    counted   (n,) what each record counts in the accuracy (lib/benchmarks.weights); None: all the same
+    """
+    correct, scenes = ([record[key] for record in records] for key in ("correct", "scene"))
+    return {"accuracy": float(np.average(correct, weights=counted)), "ci95": interval(correct, scenes, counted),
             "call_rate": float(np.mean([record["valid_calls"] > 0 for record in records])), "n": len(records)}
 
 
@@ -147,17 +168,24 @@ def summarise(records, direct=None, truth=None):
         raise ValueError("no question has a gold answer: there is nothing to summarise")
     total = {key: sum(record[key] for record in counted) / len(counted)
              for key in ("lenient", "valid_calls", "invalid_calls", "unreadable", "truncated", "seconds")}
-    summary = brief(counted) | total | {
-        "by_category": {c: brief([record for record in gold if record["category"] == c])
-                        for c in sorted({record["category"] for record in gold})},
+    bench, categories = counted[0]["bench"], [record["category"] for record in counted]
+    summary = brief(counted, weights(bench, categories)) | total | {
+        "by_category": {c: brief([record for record in gold if c in record["groups"]])
+                        for c in sorted({group for record in gold for group in record["groups"]})},
         "by_need": {title: brief(part) for title, need in STRATA.items()
                     if (part := [record for record in counted if record["needs_view"] is need])},
-        "letters": dict(sorted(Counter(record["answer"] or "none" for record in counted).items())),
+        "letters": dict(sorted(Counter(record["answer"] or "none" for record in counted
+                                       if record["kind"] == "mca").items())),
         "counts": {"no answer read": sum(record["answer"] is None for record in counted),
                    "image unreadable (counted as wrong)": sum(record["error"] is not None for record in counted),
                    "asked without a missing image": sum(record["missing_images"] > 0 for record in counted),
                    "duplicate id": sum("#" in record["key"] for record in records),
                    "no gold answer (left out)": len(records) - len(gold)}}
+    if bench == "sat":                                          # some tables print this one beside the official one
+        summary["mean_of_groups"] = float(group_weights(categories) @ [record["correct"] for record in counted])
+    failures = Counter(record["error_group"] for record in counted if record["error_group"] and not record["correct"])
+    if failures:                                                # MMSI-Video: the four error groups of its abstract
+        summary["failures"] = dict(failures.most_common())
     called = {record["key"]: record["valid_calls"] > 0 for record in counted}
     if direct:
         alone = {record["key"]: record["correct"] for record in direct}
@@ -185,54 +213,6 @@ def chance(questions):
     """Expected accuracy of a blind guess: the mean of 1 / number of options."""
     options = [len(q["options"]) for q in questions if q["answer"] is not None and q["options"]]
     return float(np.mean([1 / n for n in options])) if options else None
-
-
-def text_features(question):
-    """What the text tells of each option, a list of strings per option: letter, words, and these given the question."""
-    template = re.sub(r"\d+(\.\d+)?", "#", question["question"])
-    texts = [option.split(". ", 1)[1] for option in question["options"]]
-    words = [(text.split()[0], text.split()[-1]) for text in texts]             # in rooms: colour and kind
-    rows = []
-    for place, (text, own) in enumerate(zip(texts, words)):
-        alike = [sum(word in other for other in words) for word in own]
-        facts = ["ABCDEF"[place], text, *own, f"alike {alike}", f"rank {sorted(texts).index(text)}"]
-        rows.append(facts + [f"{given} | {fact}" for given in (template, question["question"]) for fact in facts])
-    return rows
-
-
-def text_only_chance(questions_train, questions_test, epochs=12):
-    """The best accuracy that the text alone allows, of several blind rules fitted on the training questions.
-
-    The rules: the commonest letter; the commonest letter given the question; the option that was the answer most often
-    when offered, given the question or its template; a linear model of all `text_features`. Near 1 / number of options
-    if no question gives itself away (the best of several is a little above).
-    """
-    train, test = (([text_features(q) for q in part], ["ABCDEF".index(q["answer"]) for q in part])
-                   for part in (questions_train, questions_test))
-    offered, right = Counter(), Counter()
-    for rows, gold in zip(*train):
-        for place, row in enumerate(rows):
-            offered.update(row)
-            right.update(row if place == gold else ())
-
-    def share(feature):                                     # how often an option with this feature was the answer
-        return (right[feature] + 1) / (offered[feature] + 4)
-    width = len(train[0][0][0]) // 3                        # features alone, given the template, given the question
-    rules = [lambda row, k=k: share(row[k]) for k in (0, width, 2 * width, 1, width + 1, 2 * width + 1)]
-    index = {feature: i for i, feature in enumerate(offered)}
-    weights = np.zeros(len(index) + 1)                      # the last one is every unknown feature: never learned
-    coded = [[np.array([[index.get(feature, -1) for feature in row] for row in rows]) for rows in part[0]]
-             for part in (train, test)]                     # (options, features) per question
-    for epoch in range(epochs):                             # conditional logit by stochastic gradient descent
-        for q in np.random.default_rng(epoch).permutation(len(coded[0])):
-            rows = coded[0][q]
-            odds = np.exp(weights[rows].sum(1) - weights[rows].sum(1).max())
-            slope = (np.arange(len(rows)) == train[1][q]) - odds / odds.sum()
-            np.add.at(weights, rows, 0.05 / (1 + epoch) * slope[:, None])
-            weights[-1] = 0
-    guesses = [[int(np.argmax([rule(row) for row in rows])) for rows in test[0]] for rule in rules]
-    guesses.append([int(weights[rows].sum(1).argmax()) for rows in coded[1]])
-    return max(float(np.mean(np.array(guess) == test[1])) for guess in guesses)
 
 
 # ---- the simulator itself -------------------------------------------------------------------------------------------
@@ -370,13 +350,17 @@ def fingerprint(name, wm=None):
 
 def load_questions(args):
     """-> (questions, training questions or None) of the bench."""
-    if args.bench == "mindcube":
-        places = [args.data] if args.data else ["data/raw", "out/data/mindcube", "out/demo/data/mindcube"]
-        place = next((place for place in places if Path(place).exists()), "data").removesuffix("/raw")
-        common.say(f"MindCube's files of {place}")
-        return load_mindcube(place)[:args.limit], None
+    if args.bench != "rooms":
+        ours = ["out/data/mindcube", "out/demo/data/mindcube"] if args.bench == "mindcube" else []   # rooms in disguise
+        place = args.data or next((place for place in [f"data/{args.bench}", *ours] if Path(place).exists()), None)
+        questions = load(args.bench, place, args.frames)
+        common.say(f"{args.bench}: {len(questions)} questions of {place or f'data/{args.bench}'}")
+        return questions[:args.limit], None
     folder = Path(args.data or default_data("questions_test.jsonl"))
     train, test = folder / "questions_train.jsonl", data.load_jsonl(folder / "questions_test.jsonl")[:args.limit]
+    if any("mined" in question for question in test):
+        common.fail(f"{folder}/questions_test.jsonl holds mined questions: they were chosen by what a model gets wrong "
+                    f"and are for training only.")
     return test, data.load_jsonl(train) if train.exists() else None
 
 
@@ -408,7 +392,7 @@ def print_table(runs, blind):
 def parse_args(argv=None):
     """The command line's flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--bench", choices=("rooms", "mindcube", "wm"), default="rooms")
+    p.add_argument("--bench", choices=(*BENCHES, "wm"), default="rooms")
     p.add_argument("--mode", choices=(*MODES, "all"), default="all")
     p.add_argument("--policy", help="folder or hub id (default: the first of phase2, phase1, sft in out/, out/demo/)")
     p.add_argument("--simulator", nargs="+",
@@ -416,7 +400,9 @@ def parse_args(argv=None):
                         "(default: tuned; for --bench wm also untuned, if it has been trained)")
     p.add_argument("--wm", help="folder or hub id of the tuned simulator (default: out/wm, then out/demo/wm)")
     p.add_argument("--data", help="rooms, wm: folder of questions_test.jsonl, triples_test.jsonl (default: out/data); "
-                   "mindcube: the unzipped data folder or a JSONL file of its raw/ (default: out/data/mindcube, data)")
+                   "the others: the published files (default: data/<bench>, fetched if it is not there)")
+    p.add_argument("--frames", type=int, help="video benches: frames of a question (mmsi_video: 50 is Uniform-50, 300 "
+                                              "Sufficient-Coverage; default 50; vsi: 32)")
     p.add_argument("--limit", type=int, help="only the first N questions or triples")
     p.add_argument("--dose-rooms", type=int, default=24, help="wm: rooms for commanded against recovered motion")
     p.add_argument("--out", help="default: out/eval/<bench>")
@@ -447,21 +433,22 @@ def main(argv=None):
     common.say(f"{args.bench}: {len(questions)} questions, policy {path} on {device}")
 
     file, pairs, records = out / "predictions.jsonl", keyed(questions), {}
-    run = {"policy": fingerprint(str(path)), "seed": args.seed, "max_new_tokens": args.max_new_tokens}
+    run = {"policy": fingerprint(str(path)), "seed": args.seed, "max_new_tokens": args.max_new_tokens,
+           "frames": args.frames}
     kept = [row for row in common.read_log(file) if run.items() <= row.items()]
     common.write_text(file, "".join(json.dumps(row) + "\n" for row in kept))           # others were of another policy
     if not kept:
         shutil.rmtree(out / "dialogues", ignore_errors=True)
     for mode, name in [(mode, name) for mode in modes for name in (args.simulator if mode != "direct" else ["none"])]:
-        weights = "none" if mode == "direct" else fingerprint(name, args.wm)
+        source = "none" if mode == "direct" else fingerprint(name, args.wm)
         simulator = None if mode == "direct" else simulators.load(name, device, args.wm)
-        same = [row for row in kept if (row["mode"], row["weights"]) == (mode, weights)]
+        same = [row for row in kept if (row["mode"], row["weights"]) == (mode, source)]
         answered = {(row["key"], row["digest"]): row for row in same}
         before = {key: answered[key, digest(q)] for key, q in pairs if (key, digest(q)) in answered}
 
         def keep(new, trajectories):
             with common.disk(file), open(file, "a") as lines:
-                lines.writelines(json.dumps({**record, **run, "weights": weights}) + "\n" for record in new)
+                lines.writelines(json.dumps({**record, **run, "weights": source}) + "\n" for record in new)
             first = [key for key, _ in pairs[:SAVED_DIALOGUES if mode != "direct" else 0]]
             for record, trajectory in zip(new, trajectories):
                 if trajectory and record["key"] in first:

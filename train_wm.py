@@ -312,7 +312,8 @@ def look(model, contexts, read):
 
 def draw_sheet(path, sheet, side=96):
     """A picture with one line per imagined view: context | motion in words | imagined | true."""
-    step, words_at, count = side + 4, (side + 4) * len(sheet[0][0]), len(sheet)
+    step, columns, count = side + 4, max(len(context) for context, *_ in sheet), len(sheet)
+    words_at = step * columns
     page = Image.new("RGB", (words_at + 200 + 2 * step, 16 + step * count), "white")
     titles = {4: "context", words_at + 8: "motion", words_at + 200: "imagined", words_at + 200 + step: "true"}
     for x, title in titles.items():
@@ -401,7 +402,8 @@ def load_data(args, world):
         path = Path(args.data) / f"triples_{split}.jsonl"
         rows = data.load_jsonl(path)
         if not rows:
-            common.fail(f"{path} holds no triples.")
+            common.fail(f"{path} holds no triples. Of a few scans none may fall to {path.stem.split('_')[-1]}: name "
+                        f"them in a file, `python data.py triples --dataset ... --val FILE`.")
         if lacks := {"context", "reference", "motion", "target", "warp"} - rows[0].keys():
             common.fail(f"The rows of {path} lack {', '.join(sorted(lacks))}; data.py says what a triple holds.")
         splits.append(contexts_of(rows, args.targets))

@@ -78,15 +78,17 @@ def numbered_image(number):
 def prompt_text(question, mode, n_images):
     """The prompt, up to where the policy begins to write; one <|image_pad|> stands for each image.
 
-    question   {"question": str, "options": ["A. red box", ...] or absent}; mode: direct, agentic or forced
+    question   {"question": str, "options": ["A. red box", ...] or absent}; mode: direct, agentic or forced. With a
+               "prompt", a bench's own words (the text before each image and after the last one), these alone are said
     """
     if mode not in NOTE:
         raise ValueError(f"unknown mode {mode!r}; the modes are: {', '.join(NOTE)}")
     system = "" if mode == "direct" else f"<|im_start|>system\n{TOOLS}<|im_end|>\n"
-    images = "".join(numbered_image(i + 1) for i in range(n_images))
+    images = [numbered_image(i + 1) for i in range(n_images)]
     options = "".join(f"\n{option}" for option in question.get("options") or ())
-    return (f"{system}<|im_start|>user\n{images}{question['question']}{options}{NOTE[mode]}<|im_end|>\n"
-            f"<|im_start|>assistant\n")
+    texts = question.get("prompt") or [""] * n_images + [f"{question['question']}{options}{NOTE[mode]}"]
+    said = "".join(text + image for text, image in zip(texts, [*images, ""], strict=True))
+    return f"{system}<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n"
 
 
 class Turn(NamedTuple):
@@ -111,6 +113,15 @@ def parse_turn(text):
         return Turn(think, None, answer.strip(), None) if answer.strip() else Turn(think, None, None, UNREADABLE)
     call, error = read_call(call)
     return Turn(think, call, None, error)
+
+
+def parse_reply(text):
+    """Read a turn of a policy that was asked in a bench's own words: a call if there is one, else all is the answer."""
+    calls = re.findall("<tool_call>(.*?)</tool_call>", text, re.DOTALL)
+    if len(calls) == 1:
+        call, error = read_call(calls[0])
+        return Turn("", call, None, error)
+    return Turn("", None, None, UNREADABLE) if calls or not text.strip() else Turn("", None, text.strip(), None)
 
 
 def read_call(text):
@@ -202,7 +213,7 @@ class Trajectory:
         if not closed:
             self.truncated = True
             return
-        turn = parse_turn(text)
+        turn = parse_reply(text) if self.question.get("prompt") else parse_turn(text)
         if turn.answer is not None:
             if self.mode == "forced" and not self.valid_calls:
                 self.reply = CALL_FIRST.strip()

@@ -6,6 +6,9 @@ from Image-2 and turn left 45 degrees. Then which object looks largest?" The giv
 shows is counted on its instance map (`facts`), and a question is asked only where the answer is clear.
 """
 
+import re
+from collections import Counter
+
 import numpy as np
 
 from lib.geometry import Motion, matrix, move_camera, phrase
@@ -155,3 +158,53 @@ def draw_ask(rng):
 def usable(found, ask):
     """A question is asked where its answer is clear, and a comparison only where there is something to compare."""
     return found[ask] is not None and found[ask] >= 0 and (CATEGORY[ask] == "region" or len(found["seen"]) >= 2)
+
+
+# ---- what a question's text gives away -------------------------------------------------------------------------------
+
+def text_features(question):
+    """What the text tells of each option, a list of strings per option: letter, words, and these given the question."""
+    template = re.sub(r"\d+(\.\d+)?", "#", question["question"])
+    texts = [option.split(". ", 1)[1] for option in question["options"]]
+    words = [(text.split()[0], text.split()[-1]) for text in texts]             # in rooms: colour and kind
+    rows = []
+    for place, (text, own) in enumerate(zip(texts, words)):
+        alike = [sum(word in other for other in words) for word in own]
+        facts = ["ABCDEF"[place], text, *own, f"alike {alike}", f"rank {sorted(texts).index(text)}"]
+        rows.append(facts + [f"{given} | {fact}" for given in (template, question["question"]) for fact in facts])
+    return rows
+
+
+def text_only_chance(questions_train, questions_test, epochs=12):
+    """The best accuracy that the text alone allows, of several blind rules fitted on the training questions.
+
+    The rules: the commonest letter; the commonest letter given the question; the option that was the answer most often
+    when offered, given the question or its template; a linear model of all `text_features`. Near 1 / number of options
+    if no question gives itself away (the best of several is a little above).
+    """
+    train, test = (([text_features(q) for q in part], ["ABCDEF".index(q["answer"]) for q in part])
+                   for part in (questions_train, questions_test))
+    offered, right = Counter(), Counter()
+    for rows, gold in zip(*train):
+        for place, row in enumerate(rows):
+            offered.update(row)
+            right.update(row if place == gold else ())
+
+    def share(feature):                                     # how often an option with this feature was the answer
+        return (right[feature] + 1) / (offered[feature] + 4)
+    width = len(train[0][0][0]) // 3                        # features alone, given the template, given the question
+    rules = [lambda row, k=k: share(row[k]) for k in (0, width, 2 * width, 1, width + 1, 2 * width + 1)]
+    index = {feature: i for i, feature in enumerate(offered)}
+    weights = np.zeros(len(index) + 1)                      # the last one is every unknown feature: never learned
+    coded = [[np.array([[index.get(feature, -1) for feature in row] for row in rows]) for rows in part[0]]
+             for part in (train, test)]                     # (options, features) per question
+    for epoch in range(epochs):                             # conditional logit by stochastic gradient descent
+        for q in np.random.default_rng(epoch).permutation(len(coded[0])):
+            rows = coded[0][q]
+            odds = np.exp(weights[rows].sum(1) - weights[rows].sum(1).max())
+            slope = (np.arange(len(rows)) == train[1][q]) - odds / odds.sum()
+            np.add.at(weights, rows, 0.05 / (1 + epoch) * slope[:, None])
+            weights[-1] = 0
+    guesses = [[int(np.argmax([rule(row) for row in rows])) for rows in test[0]] for rule in rules]
+    guesses.append([int(weights[rows].sum(1).argmax()) for rows in coded[1]])
+    return max(float(np.mean(np.array(guess) == test[1])) for guess in guesses)

@@ -9,9 +9,11 @@ from PIL import Image
 import data
 import evaluate
 from evaluate import (brief, chance, evaluate_policy, interval, keyed, main, paired_bootstrap, parse_args, score,
-                      summarise, text_only_chance)
+                      summarise)
 from lib import consistency, report
 from lib.geometry import pose
+from lib.dialogue import NOTE, TOOLS, prompt_text
+from lib.questions import text_only_chance
 from lib.rooms import TrueRenderer
 from policy import Policy, Trajectory
 
@@ -34,7 +36,8 @@ def scripted(monkeypatch, says, asked=None):
 
 
 def record(key, correct, called=False, need=True, scene=None, **more):
-    return {"key": key, "category": "region", "needs_view": need, "scene": scene or key, "answer": "B", "gold": "B",
+    return {"key": key, "bench": "rooms", "kind": "mca", "category": "region", "groups": [more.get("category", "region")],
+            "error_group": None, "needs_view": need, "scene": scene or key, "answer": "B", "gold": "B",
             "correct": float(correct), "lenient": float(correct), "valid_calls": int(called), "invalid_calls": 0,
             "unreadable": 0,
             "truncated": False, "seconds": 0.5, "error": None, "missing_images": 0, **more}
@@ -272,3 +275,44 @@ def test_missing_stages_are_told_in_a_sentence(place, tmp_path, monkeypatch):
 def test_helpers_of_the_command_line():
     assert parse_args([]).out == "out/eval/rooms" and parse_args(["--bench", "wm"]).mode == "all"
     assert [key for key, _ in keyed([question(0), question(0), question(0)])] == ["q0", "q0#2", "q0#3"]
+
+
+# ---- published benches ----------------------------------------------------------------------------------------------
+
+def test_a_bench_asked_in_its_own_words_takes_any_reply_and_still_knows_the_tool():
+    policy, clip = Policy.tiny(), [np.zeros((32, 32, 3), np.uint8)] * 2
+    asked = {**question(0), "bench": "mmsi_video", "prompt": ["Watch. ", " then ", " Which? Reply with a letter."]}
+    text = prompt_text(asked, "agentic", 2)
+    assert "Watch. Image-1: " in text and NOTE["agentic"] not in text and TOOLS in text
+    assert text.endswith(" Which? Reply with a letter.<|im_end|>\n<|im_start|>assistant\n")
+    assert TOOLS not in prompt_text(asked, "direct", 2)
+    told = Trajectory.start(policy, asked, clip, "agentic")
+    told.say(policy, '<tool_call>{"name": "imagine", "arguments": {"image": 3, "motion": "turn left", "amount": 45}}'
+                     '</tool_call>')
+    assert told.invalid_calls == 1 and "no such image" in told.reply
+    told.observe(policy)
+    told.say(policy, "B")
+    assert told.done and told.answer == "B"
+    with pytest.raises(ValueError):
+        prompt_text(asked, "agentic", 3)
+
+
+def test_published_records_are_scored_grouped_and_weighted_by_their_own_rules(monkeypatch):
+    """VSI-Bench: a number scores by relative accuracy, and the overall is the mean of tasks, not of questions."""
+    def vsi(number, category, answer, options=()):
+        return question(number, bench="vsi", category=category, answer=answer, options=list(options), text="How many?",
+                        cluster=f"scene{number % 2}", kind="mca" if options else "na", needs_view=None)
+    letters = ["A. left", "B. right"]
+    questions = [vsi(0, "object_counting", "4"), vsi(1, "route_planning", "A", letters),
+                 vsi(2, "route_planning", "B", letters), vsi(3, "route_planning", "B", letters)]
+    seen = []
+
+    def rollout(policy, questions, simulator, mode, **flags):
+        seen.extend(q["prompt"] for q in questions)
+        return [Trajectory(q, mode, answer=said, turns=[said]) for q, said in zip(questions, ("4", "A", "A", "A"))]
+    monkeypatch.setattr(evaluate, "rollout", rollout)
+    records = evaluate_policy(None, questions, mode="direct")
+    assert [record["correct"] for record in records] == [1.0, 1.0, 0.0, 0.0] and "How many?" in seen[0][-1]
+    summary = summarise(records)
+    assert summary["accuracy"] == pytest.approx((1 + 1 / 3) / 2)                # of questions it would be 1 / 2
+    assert summary["by_category"]["route_planning"]["n"] == 3 and summary["letters"] == {"A": 3}

@@ -1,0 +1,110 @@
+"""Published corpora as question rows, and hard mining."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from lib.corpora import read_question
+from policy import Policy
+
+
+def exchange(question, answer):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+@pytest.mark.parametrize("question, answer, expected", [
+    ("<image>\nWhich is nearer?\nA. the chair\nB. the table", "B",
+     ("Which is nearer?", ["A. the chair", "B. the table"], "B")),
+    ("<image><image>Where? (A) left (B) right (C) behind", "(C) behind",
+     ("Where?", ["A. left", "B. right", "C. behind"], "C")),
+    ("Image-1: <image>\nWhich way? A: left B: right", "<think>hm, B?</think><answer>A</answer>",
+     ("Which way?", ["A. left", "B. right"], "A")),
+    ("<image>\nWhich? A. red B. blue", "Blue.", ("Which?", ["A. red", "B. blue"], "B"))])
+def test_lettered_questions_are_read(question, answer, expected):
+    row, reason = read_question(exchange(question, answer))
+    assert reason is None and (row["question"], row["options"], row["answer"]) == expected and row["kind"] == "mca"
+
+
+def test_what_cannot_be_verified_is_left_out_with_the_reason():
+    assert read_question(exchange("<image> How many chairs?", "3"))[0] == {
+        "question": "How many chairs?", "options": [], "answer": "3", "kind": "na"}
+    assert read_question(exchange("<image> Describe it.", "A room with a table and chairs."))[1].startswith("an answer")
+    assert read_question(exchange("Which? A. red B. blue", "D"))[1] == "the answer is none of the options"
+    assert read_question(exchange("Which?", "A") * 2)[1] == "not one question with one answer"
+
+
+def picture(path, level=100):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((32, 32, 3), level, np.uint8)).save(path)
+    return path
+
+
+def test_sensenova_records_become_questions_that_training_reads(tmp_path, capsys):
+    root = tmp_path / "SenseNova-SI-800K"
+    picture(root / "scannet" / "0.png")
+    records = [{"id": 7, "image": ["scannet/0.png"], "conversations": exchange("<image> Which? A. red B. blue", "A")},
+               {"id": 8, "image": "scannet/gone.png", "conversations": exchange("<image> Which? A. red B. blue", "A")},
+               {"id": 9, "image": [], "conversations": exchange("How many?", "2")}]
+    (root / "SenseNova-SI-800K.jsonl").write_text("\n".join([*map(json.dumps, records), "{torn"]))
+    data.make_corpus("sensenova", root, tmp_path / "out")
+    row, = data.load_jsonl(tmp_path / "out" / "questions_train.jsonl")
+    assert row["id"] == "sensenova/7" and Image.open(row["images"][0]).size == (32, 32)
+    said = capsys.readouterr().out
+    assert all(f"1  left out: {reason}" in said for reason in ("an image is missing", "no image", "not one question"))
+    with pytest.raises(SystemExit, match="Fetch sensenova"):
+        data.make_corpus("sensenova", tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_vst_pictures_come_out_of_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow, an extra")
+    import pyarrow.parquet
+    encoded = [picture(tmp_path / f"{level}.png", level).read_bytes() for level in (50, 200)]
+    table = pyarrow.Table.from_pylist([
+        {"id": "a", "images": [{"bytes": image} for image in encoded],
+         "conversations": exchange("<image><image> Which way? A. left B. right", "B")}])
+    (tmp_path / "VST-500K" / "mi_camera_motion").mkdir(parents=True)
+    pyarrow.parquet.write_table(table, tmp_path / "VST-500K" / "mi_camera_motion" / "0.parquet")
+    data.make_corpus("vst", tmp_path / "VST-500K", tmp_path / "out")
+    row, = data.load_jsonl(tmp_path / "out" / "questions_train.jsonl")
+    assert row["category"] == "mi_camera_motion" and row["answer"] == "B"
+    assert [np.array(Image.open(path))[0, 0, 0] for path in row["images"]] == [50, 200]
+
+
+# ---- mining ---------------------------------------------------------------------------------------------------------
+
+def test_a_guessers_share_by_hand():
+    assert data.guessers_share(4, 5, 1) == pytest.approx(0.75**5 + 5 * 0.25 * 0.75**4)
+    assert data.guessers_share(2, 5, 5) == pytest.approx(1) and data.guessers_share(0, 5, 1) == 1
+
+
+def test_mining_keeps_what_is_seldom_right_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    picture(tmp_path / "in" / "0.png")
+    questions = [{"id": f"q{i}", "bench": "rooms", "images": ["0.png"], "question": "Which?", "kind": "mca",
+                  "answer": "A", "options": ["A. red", "B. blue"], "category": "", "needs_view": None}
+                 for i in range(40)]
+    source = tmp_path / "in" / "questions_train.jsonl"
+    source.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    Policy.tiny().save(tmp_path / "policy")
+    asked = []
+
+    def answers(policy, part, simulator, mode, group_size, temperature, seed, rows):
+        """Question i is answered right i % 4 times."""
+        assert mode == "direct" and simulator is None and temperature == 1
+        asked.extend(question["id"] for question in part)
+        return [type("T", (), {"answer": "A" if k < int(question["id"][1:]) % 4 else "B"})
+                for question in part for k in range(group_size)]
+    monkeypatch.setattr(data, "rollout", answers)
+    data.mine(source, tmp_path / "out", tmp_path / "policy")
+    kept = [row for split in ("train", "val") for row in data.load_jsonl(tmp_path / "out" / f"questions_{split}.jsonl")]
+    assert sorted(int(row["id"][1:]) for row in kept) == [i for i in range(40) if i % 4 < 2]
+    assert kept[0]["mined"]["of"] == 5 and Image.open(kept[0]["images"][0]).size == (32, 32)
+    assert "20 of 40 questions kept (50.0%)" in capsys.readouterr().out and len(asked) == 40
+    log = tmp_path / "out" / "answers.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:30]))
+    data.mine(source, tmp_path / "out", tmp_path / "policy")
+    assert asked[40:] == [f"q{i}" for i in range(30, 40)]                  # only what was not yet answered
+    with pytest.raises(SystemExit, match="is not for training"):
+        data.mine(tmp_path / "in" / "questions_test.jsonl", tmp_path / "out", tmp_path / "policy")

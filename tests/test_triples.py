@@ -1,0 +1,223 @@
+"""Triples of scans: which pairs poses allow, which context is chosen, and what a run leaves on disk."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from lib.geometry import Motion, dominant_motion, move_camera, pose
+from lib.scenes import read_scene, room_scene
+from lib.triples import (Rules, Summary, apart, assorted, choose_context, find_triples, fit, motions_between,
+                         write_triples)
+
+UP = np.array([0.0, -1.0, 0.0])
+SMALL = Rules(size=64, frames=40, contexts=2, targets=3)
+
+
+def write_scan(folder, seed, frames=40, size=64, spoil=None):
+    """A walk through a room as a plain folder; spoil(number, rgb) may change a picture."""
+    scene, rows = room_scene(seed, frames, size), []
+    folder.mkdir(parents=True)
+    for number, frame in enumerate(scene.frames):
+        rgb = frame.image() if spoil is None else spoil(number, frame.image())
+        Image.fromarray(rgb).save(folder / f"{frame.name}.png")
+        Image.fromarray((1000 * frame.depth()).round().astype(np.uint16)).save(folder / f"{frame.name}_depth.png")
+        rows.append({"image": f"{frame.name}.png", "depth": f"{frame.name}_depth.png", "c2w": frame.c2w.tolist()})
+    (folder / "scene.json").write_text(json.dumps(
+        {"frames": rows, "intrinsics": scene.frames[0].intrinsics.tolist(), "up": UP.tolist()}))
+    return scene
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scans")
+    for seed in range(3):
+        write_scan(root / f"scan{seed}", seed)
+    return root
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+            and path.parent.parent.name != "scans" and path.name != "summary.json"}      # reports hold CPU seconds
+
+
+# ---- by pose --------------------------------------------------------------------------------------------------------
+
+def test_pairs_fall_out_by_pose_with_the_reason():
+    start = pose(0, -1.3, 0)
+    cameras = [start, move_camera(start, Motion("move left", 1.0)), move_camera(start, Motion("turn right", 60.0)),
+               move_camera(start, Motion("move up", 0.1)), move_camera(pose(1, -1.3, 0), Motion("turn right", 45.0))]
+    _, main, counts = motions_between(np.stack(cameras), True, Rules())
+    assert main[0].tolist() == [-1, 0, 3, -1, -1]            # itself; a move; a turn; too small; a move and a turn
+    assert main[1, 0] == 0 and main[2, 0] == 3
+    assert counts["too small a motion"] == 2                 # 0 to 3 and back
+    _, main, counts = motions_between(np.stack(cameras), False, Rules())
+    assert main[0].tolist() == [-1, -1, 3, -1, -1] and counts["a move without a metric scale"] > 0
+
+
+def test_context_cameras_are_apart_by_the_papers_rule():
+    cameras = np.stack([pose(0, -1.3, 0), pose(1.0, -1.3, 0, 30), pose(0.9, -1.3, 0, 30), pose(1.0, -1.3, 0, 29),
+                        pose(0, -2.3, 0, 0, 30), pose(0.8, -2.1, 0, 30)])
+    # far and turned; 10 cm short; one degree short; a metre higher and looking up; neither way far enough
+    assert apart(cameras, UP, True, Rules())[0].tolist() == [False, True, False, False, True, False]
+    assert apart(cameras, UP, False, Rules())[0].tolist() == [False, True, True, False, True, True]
+
+
+def test_kinds_of_motion_take_turns():
+    main = np.array([3] * 20 + [0] * 2 + [-1] * 5)
+    delta = np.zeros((27, 6))
+    delta[:10, 3], delta[10:20, 3], delta[20:22, 0] = 30, -30, 1
+    chosen = assorted(delta, main, np.random.default_rng(0), 6)
+    told = sorted((main[k], delta[k, main[k]]) for k in chosen)
+    assert told == [(0, 1), (0, 1), (3, -30), (3, -30), (3, 30), (3, 30)]
+
+
+def test_a_context_grows_by_the_camera_that_covers_most_and_stays_apart():
+    seen = {0: np.array([1, 0, 0, 0, 0, 0], bool), 1: np.array([0, 1, 0, 0, 0, 0], bool),
+            2: np.array([0, 1, 1, 1, 0, 0], bool), 3: np.array([0, 0, 0, 0, 1, 1], bool)}
+    shares = lambda mask: np.array([mask.mean()])                                       # noqa: E731, one target
+    free = np.ones((4, 4), bool)
+    assert choose_context(0, [1, 2, 3], free, seen, shares, Rules()) == [0, 2, 3]       # 1 would bring nothing more
+    near = free.copy()
+    near[2, 3] = near[3, 2] = False
+    assert choose_context(0, [1, 2, 3], near, seen, shares, Rules()) == [0, 2]
+    assert choose_context(0, [1, 2, 3], free, seen, shares, Rules(context=2)) == [0, 2]
+
+
+def test_found_targets_keep_every_rule():
+    scene = room_scene(0, frames=60)
+    found, counts, frames = find_triples(scene, np.random.default_rng(0), Rules(size=64))
+    assert found and counts["candidates"] > 0
+    c2w = np.stack([frame.c2w for frame in frames])
+    stands = apart(c2w, UP, True, Rules())
+    for group in found:
+        context, reference = group["context"], group["context"][group["reference"]]
+        assert 2 <= len(context) <= 4 and all(stands[a, b] for a in context for b in context if a != b)
+        for k, motion in group["targets"]:
+            assert k not in context and dominant_motion(c2w[reference], c2w[k]) == motion
+
+
+def test_a_picture_is_never_enlarged():
+    assert fit((1296, 968), 512) == (512, 382) and fit((968, 1296), 512) == (382, 512)
+    assert fit((256, 192), 512) == (256, 192)
+
+
+# ---- by picture -----------------------------------------------------------------------------------------------------
+
+def test_the_same_triples_come_out_of_a_folder_as_out_of_the_room(scans, tmp_path):
+    room, _ = write_triples(room_scene(1, 40), tmp_path / "room", 5, Rules(size=64))
+    folder, _ = write_triples(read_scene("folder", scans, "scan1"), tmp_path / "folder", 5, Rules(size=64))
+    assert len(room) == len(folder) > 8
+    for a, b in zip(room, folder):
+        assert (a["instruction"], a["reference"]) == (b["instruction"], b["reference"])
+        np.testing.assert_allclose(a["target_c2w"], b["target_c2w"], atol=1e-6)
+        np.testing.assert_allclose(a["context_c2w"], b["context_c2w"], atol=1e-6)
+        assert abs(a["coverage"] - b["coverage"]) < 0.005 and a["coverage"] >= 0.85
+
+
+def test_a_blurred_capture_gives_no_triples(tmp_path):
+    def spoil(number, rgb):
+        return np.mean([np.roll(rgb, shift, 1) for shift in range(9)], 0).astype(np.uint8)
+    write_scan(tmp_path / "scans" / "shaky", 0, spoil=spoil)
+    rows, counts = write_triples(read_scene("folder", tmp_path / "scans", "shaky"), tmp_path / "out", 0, SMALL)
+    assert not rows and counts["blurred"] > 3
+
+
+def test_rows_are_what_training_reads(scans, tmp_path):
+    data.make_scans("folder", scans, tmp_path, 1, rules=SMALL, lists={"test": listed(tmp_path, "scan2")})
+    rows = data.load_jsonl(tmp_path / "triples_train.jsonl")
+    assert rows and {row["scene"] for row in rows} <= {"folder/scan0", "folder/scan1"}
+    for row in rows:
+        pictures = [np.array(Image.open(place)) for place in (*row["context"], row["target"], row["warp"])]
+        assert [p.shape for p in pictures] == [(64, 64, 3)] * (len(pictures) - 1) + [(64, 64, 4)]
+        warped, target = pictures[-1], pictures[-2].astype(float)
+        seen = warped[..., 3] > 0
+        assert seen.mean() >= 0.85 and np.abs(warped[seen][:, :3] - target[seen]).mean() < 12
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+def listed(folder, *ids):
+    file = folder / "ids.txt"
+    file.write_text("\n".join(ids))
+    return file
+
+
+def test_the_files_are_the_same_whatever_the_workers_and_after_an_interruption(scans, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    data.make_scans("folder", scans, one, 1, rules=SMALL)
+    data.make_scans("folder", scans, two, 2, rules=SMALL)
+    assert files(one) == files(two)
+    report = two / "scans" / "folder" / "scan1.json"
+    before, kept = report.read_bytes(), (two / "scans" / "folder" / "scan0.json").stat().st_mtime_ns
+    report.unlink()
+    (two / "triples_train.jsonl").unlink()
+    data.make_scans("folder", scans, two, 1, rules=SMALL)
+    assert files(one) == files(two) and json.loads(before)["rows"] == json.loads(report.read_bytes())["rows"]
+    assert (two / "scans" / "folder" / "scan0.json").stat().st_mtime_ns == kept         # finished: not done again
+    data.make_scans("folder", scans, two, 1, seed=1, rules=SMALL)
+    assert files(one) != files(two)
+
+
+def test_a_broken_scan_is_named_and_the_rest_goes_on(tmp_path, capsys):
+    root = tmp_path / "root"
+    write_scan(root / "good", 0)
+    write_scan(root / "torn", 1)
+    pictures = sorted((root / "torn").glob("*[0-9].png"))
+    for picture in pictures[:4]:
+        picture.write_bytes(picture.read_bytes()[:300])
+    (root / "empty").mkdir()
+    (root / "empty" / "scene.json").write_text('{"frames": []}')
+    data.make_scans("folder", root, tmp_path / "out", 1, rules=SMALL)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert list(summary["broken"]) == ["empty"] and summary["scans"] == 3 and summary["kept"] > 3
+    assert "broken: empty: The folder scene" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "triples_train.jsonl").read_text().splitlines()]
+    torn = {f"folder/torn/{picture.stem}" for picture in pictures[:4]}
+    assert {row["scene"] for row in rows} >= {"folder/good"}
+    assert not any(place.rsplit("_", 1)[-1] in torn for row in rows for place in row["context"])
+    with pytest.raises(SystemExit, match="nowhere"):
+        data.make_scans("folder", tmp_path / "nowhere", tmp_path / "out", 1)
+
+
+def test_a_summary_adds_up():
+    total, row = Summary(), {"motion": {"kind": "turn left", "amount": 45.0}}
+    for id, error in (("a", ""), ("b", "It is empty.")):
+        total.add({"id": id, "counts": {"kept": 1, "coverage": 2}, "skipped": {"no depth": 3}, "note": "",
+                   "error": error, "cpu_seconds": 1.0, "rows": [row, {"motion": {"kind": "move up", "amount": 0.5}}]},
+                  "train")
+    found = total.as_dict()
+    assert found["kept"] == 2 and found["rejected"] == {"coverage": 4} and found["broken"] == {"b": "It is empty."}
+    assert found["amounts"] == {"degrees": {30: 2}, "meters": {0.5: 2}} and found["per_scan"] == 1.0
+    assert "kept, by meters" in total.text()
+
+
+# ---- held out -------------------------------------------------------------------------------------------------------
+
+def test_no_place_is_on_two_sides_of_the_split(tmp_path):
+    ids = [f"scene{place:04d}_{scan:02d}" for place in range(300) for scan in range(3)]
+    sides = {id: data.split_of("scannet", id, {}) for id in ids}
+    places = {}
+    for id, side in sides.items():
+        places.setdefault(id[:9], set()).add(side)
+    assert all(len(side) == 1 for side in places.values())
+    shares = [list(sides.values()).count(side) / len(sides) for side in ("test", "val")]
+    assert 0.02 < shares[0] < 0.09 and 0.005 < shares[1] < 0.045
+    assert data.split_of("scannet", "scene0000_00", {"scene0000_00": "test"}) == "test"
+
+
+def test_the_held_out_set_takes_as_many_of_each_dataset_and_refuses_shared_places(scans, tmp_path):
+    source = tmp_path / "a"
+    data.make_scans("folder", scans, source, 1, rules=SMALL, lists={"test": listed(tmp_path, "scan1", "scan2")})
+    data.make_heldout([source], tmp_path / "held", per_dataset=5)
+    rows = data.load_jsonl(tmp_path / "held" / "triples_test.jsonl")
+    assert len(rows) == 5 and {row["scene"] for row in rows} == {"folder/scan1", "folder/scan2"}
+    assert all(Image.open(place).size == (64, 64) for row in rows for place in (*row["context"], row["target"]))
+    with pytest.raises(SystemExit, match="triples of test scans"):
+        data.make_heldout([source], tmp_path / "held", per_dataset=500)
+    train = source / "triples_train.jsonl"
+    train.write_text(train.read_text() + (source / "triples_test.jsonl").read_text())
+    with pytest.raises(SystemExit, match="both sides"):
+        data.make_heldout([source], tmp_path / "held", per_dataset=5)
