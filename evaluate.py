@@ -33,7 +33,9 @@ import data
 from lib import common, consistency, report, simulators
 from lib.benchmarks import (BENCHES, LISTED_ONLY, error_group, group_weights, groups, lenient, load, open_image, prompt,
                             reply, score, weights)
+from lib.clients import RemotePolicy, converse
 from lib.dialogue import Trajectory
+from lib.endpoint import RemoteError
 from lib.geometry import Motion, Query, instruction, move_camera
 from lib.pictures import save_image
 from lib.questions import text_only_chance
@@ -73,16 +75,32 @@ def evaluate_policy(policy, questions, simulator=None, mode="agentic", name="tun
         loaded = [load_images(question) for _, question in part]
         asked = [{**question, "images": images, "prompt": official_prompt(question, mode)}
                  for (_, question), (images, error) in zip(part, loaded) if not error]
-        trajectories = iter(rollout(policy, asked, simulator, mode, temperature=0, seed=seed, rows=batch,
-                                    max_new_tokens=max_new_tokens) if asked else [])
-        told = [None if error else next(trajectories) for _, error in loaded]
+        trajectories, stopped = ask(policy, asked, simulator, mode, seed, batch, max_new_tokens)
+        trajectories = iter(trajectories)
+        told = [RemoteError(error) if error else next(trajectories) for _, error in loaded]
         seconds = round((time.time() - clock) / len(part), 4)
-        new = [record_of(key, question, trajectory, error, {"mode": mode, "simulator": name, "seconds": seconds})
-               for (key, question), trajectory, (_, error) in zip(part, told, loaded)]
+        whole = [(pair, t) for pair, t in zip(part, told) if not (isinstance(t, RemoteError) and t.down)]
+        told = [t if isinstance(t, Trajectory) else None for _, t in whole]
+        new = [record_of(key, question, kept, None if kept else str(t),
+                         {"mode": mode, "simulator": name, "seconds": seconds})
+               for ((key, question), t), kept in zip(whole, told)]
         records += new
         if on_batch:
             on_batch(new, told)
+        if stopped:
+            raise stopped
     return records
+
+
+def ask(policy, questions, simulator, mode, seed, batch, max_new_tokens):
+    """-> a Trajectory per question, or a RemoteError in its place; and the RemoteError that stopped it, or None."""
+    if not isinstance(policy, RemotePolicy):
+        return (rollout(policy, questions, simulator, mode, temperature=0, seed=seed, rows=batch,
+                        max_new_tokens=max_new_tokens) if questions else []), None
+    try:
+        return converse(policy, questions, simulator, mode, seed), None
+    except RemoteError as error:                            # a server is down: what is complete is kept
+        return error.results, error
 
 
 def load_images(question):
@@ -177,7 +195,10 @@ def summarise(records, direct=None, truth=None):
         "letters": dict(sorted(Counter(record["answer"] or "none" for record in counted
                                        if record["kind"] == "mca").items())),
         "counts": {"no answer read": sum(record["answer"] is None for record in counted),
-                   "image unreadable (counted as wrong)": sum(record["error"] is not None for record in counted),
+                   "image unreadable (counted as wrong)": sum(
+                       (record["error"] or "").startswith("image: ") for record in counted),
+                   "refused by the endpoint (counted as wrong)": sum(
+                       not (record["error"] or "image: ").startswith("image: ") for record in counted),
                    "asked without a missing image": sum(record["missing_images"] > 0 for record in counted),
                    "duplicate id": sum("#" in record["key"] for record in records),
                    "no gold answer (left out)": len(records) - len(gold)}}
@@ -395,6 +416,10 @@ def parse_args(argv=None):
     p.add_argument("--bench", choices=(*BENCHES, "wm"), default="rooms")
     p.add_argument("--mode", choices=(*MODES, "all"), default="all")
     p.add_argument("--policy", help="folder or hub id (default: the first of phase2, phase1, sft in out/, out/demo/)")
+    p.add_argument("--policy-url", help="instead: an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; its "
+                   "key, if it needs one, is read from OPENAI_API_KEY")
+    p.add_argument("--model", help="--policy-url: the model's name there")
+    p.add_argument("--concurrency", type=int, default=8, help="--policy-url: requests on their way at a time")
     p.add_argument("--simulator", nargs="+",
                    help=f"one or more of {', '.join(simulators.NAMES)}, or the folder or hub id of a world model "
                         "(default: tuned; for --bench wm also untuned, if it has been trained)")
@@ -406,7 +431,8 @@ def parse_args(argv=None):
     p.add_argument("--limit", type=int, help="only the first N questions or triples")
     p.add_argument("--dose-rooms", type=int, default=24, help="wm: rooms for commanded against recovered motion")
     p.add_argument("--out", help="default: out/eval/<bench>")
-    p.add_argument("--max-new-tokens", type=int, default=256, help="per turn of the policy")
+    p.add_argument("--max-new-tokens", type=int, help="per turn of the policy (default: 256; --policy-url: 4096, since "
+                   "hidden reasoning counts)")
     p.add_argument("--seed", type=int, default=0, help="of the simulator's noise (decoding is greedy)")
     p.add_argument("--batch", type=int, default=64, help="questions at once: memory and speed only")
     p.add_argument("--threads", type=int, help="CPU threads")
@@ -414,7 +440,23 @@ def parse_args(argv=None):
     twin = ["untuned"] if args.bench == "wm" and common.newest(("wm-untuned",)) else []
     args.simulator = args.simulator or ["tuned", *twin]
     args.out = args.out or f"out/eval/{args.bench}"
+    args.max_new_tokens = args.max_new_tokens or (4096 if args.policy_url else 256)
+    if bool(args.policy_url) != bool(args.model) or (args.policy_url and args.policy):
+        p.error("--policy-url and --model go together, and without --policy")
     return args
+
+
+def open_policy(args, device):
+    """-> (the policy, what it is called in the results)."""
+    if args.policy_url:
+        try:
+            return RemotePolicy(args.policy_url, args.model, max_new_tokens=args.max_new_tokens,
+                                at_once=args.concurrency), f"{args.model} at {args.policy_url}"
+        except ValueError as error:
+            common.fail(f"--policy-url: {error}")
+    path = args.policy or common.newest(("phase2", "phase1", "sft")) or common.fail(
+        "There is no policy in out/ yet. Train one with: python train_sft.py   (or name one with --policy)")
+    return Policy.load(path, device), path
 
 
 def main(argv=None):
@@ -427,9 +469,7 @@ def main(argv=None):
     questions, training = load_questions(args)
     if any(name in simulators.NEEDS_ROOM for name in args.simulator) and not all(q.get("scene") for q in questions):
         common.fail(f"--simulator {' '.join(args.simulator)} works in rooms only: --bench {args.bench} has no depth.")
-    path = args.policy or common.newest(("phase2", "phase1", "sft")) or common.fail(
-        "There is no policy in out/ yet. Train one with: python train_sft.py   (or name one with --policy)")
-    policy = Policy.load(path, device)
+    policy, path = open_policy(args, device)
     common.say(f"{args.bench}: {len(questions)} questions, policy {path} on {device}")
 
     file, pairs, records = out / "predictions.jsonl", keyed(questions), {}
@@ -459,6 +499,8 @@ def main(argv=None):
         except KeyboardInterrupt:
             common.say(f"Stopped. The answers so far are in {file}; the same command goes on from there.")
             raise SystemExit(130) from None
+        except RemoteError as error:
+            common.fail(f"{error} The answers so far are in {file}; the same command goes on from there.")
         records[mode, name] = [*before.values(), *new]
 
     direct, truth = records.get(("direct", "none")), records.get(("forced", "truth"))

@@ -24,6 +24,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import cached_file, logging
 
+from lib.clients import NO_VIEW, imagine_each
 from lib.common import fail, generator, newest, run, stable_seed
 from lib.dialogue import NO_SIMULATOR, NOTE, PAD, PHRASES, Trajectory
 from lib.pictures import load_image
@@ -239,12 +240,12 @@ def reply(policy, simulator, waiting):
     waiting   (Trajectory, seed of the simulator) pairs
     """
     calling = [(dialogue, seed) for dialogue, seed in waiting if dialogue.call and simulator]
-    views = iter(simulator.imagine([dialogue.query(seed) for dialogue, seed in calling]) if calling else ())
+    views = iter(imagine_each(simulator, [dialogue.query(seed) for dialogue, seed in calling]))
     for dialogue, _ in waiting:
-        if dialogue.call and simulator:
-            dialogue.observe(policy, image=next(views))
-        else:
-            dialogue.observe(policy, NO_SIMULATOR if dialogue.call else None)
+        view = next(views) if dialogue.call and simulator else None
+        if dialogue.call and view is None:
+            dialogue.reply = NO_VIEW if simulator else NO_SIMULATOR
+        dialogue.observe(policy, image=view)
     encode_images(policy, [dialogue for dialogue, _ in waiting])
 
 

@@ -10,6 +10,7 @@ It is trained by flow matching: x_t = (1 - t) x0 + t eps, v = eps - x0, t = 1 is
 by Euler steps from t = 1 to t = 0, the context read once into a cache, guided away from "no sentence" and "no images".
 
   python world_model.py --images a.png b.png --reference 2 --motion "turn left 30 degrees" --out view.png
+  python world_model.py --serve 8000          an endpoint that many can share (lib/serve.py)
 """
 
 import argparse
@@ -35,6 +36,7 @@ from lib.common import fail, newest, run
 from lib.geometry import Query, instruction, read_phrase
 from lib.packing import table_ids
 from lib.pictures import load_image
+from lib.serve import serve
 
 TINY = Settings(prediction="x0", motion_to_target=True, reference_first=True, learned_places=True, latent="pixels",
                 steps=4, shift=1.0, text_scale=1.0, image_scale=1.0)
@@ -371,28 +373,37 @@ def initialise(network):
 def parse_args(argv=None):
     """The command line's flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--images", nargs="+", required=True, help="context views in order (tiny: a ring of left turns)")
+    p.add_argument("--images", nargs="+", help="context views in order (tiny: a ring of left turns)")
     p.add_argument("--reference", type=int, default=1, help="number of the image that the motion starts from")
-    p.add_argument("--motion", required=True, help='such as "turn left 30 degrees" or "move 1.5 meters forward"')
+    p.add_argument("--motion", help='such as "turn left 30 degrees" or "move 1.5 meters forward"')
     p.add_argument("--out", default="view.png")
     p.add_argument("--model", help="folder or Hugging Face id; default: the newer of out/wm and out/demo/wm")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--steps", type=int, help="network evaluations; default: the checkpoint's")
-    return p.parse_args(argv)
+    p.add_argument("--serve", type=int, metavar="PORT", help="answer requests until Ctrl-C instead (lib/serve.py)")
+    p.add_argument("--host", default="127.0.0.1", help="--serve: the address to listen on; 0.0.0.0 lets everyone in")
+    args = p.parse_args(argv)
+    if args.serve is None and not (args.images and args.motion):
+        p.error("give --images and --motion, or --serve PORT")
+    return args
 
 
 def main(argv=None):
-    """Imagine one view and save it."""
+    """Imagine one view and save it, or serve."""
     args = parse_args(argv)
     path = args.model or newest(("wm",)) or fail(
         "There is no world model yet. `python train_wm.py` trains one in out/wm; or give --model.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        sentence = instruction(read_phrase(args.motion), args.reference)
-        images = [load_image(image) for image in args.images]
+        if args.serve is None:                          # what is wrong with a motion is said before weights are read
+            sentence = instruction(read_phrase(args.motion), args.reference)
+            images = [load_image(image) for image in args.images]
         model = WorldModel.load(path, device, torch.bfloat16 if device == "cuda" else torch.float32)
-        changes = {} if args.steps is None else {"steps": args.steps}
-        view = model.imagine([Query(images, args.reference, sentence, args.seed)], **changes)[0]
+        if args.steps is not None:
+            model.settings = dataclasses.replace(model.settings, steps=args.steps)
+        if args.serve is not None:
+            return serve(model, args.serve, args.host)
+        view = model.imagine([Query(images, args.reference, sentence, args.seed)])[0]
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(view).save(args.out)
     except (OSError, ValueError) as error:

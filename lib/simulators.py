@@ -8,11 +8,13 @@ A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`
   reprojection  the given views as a point cloud, looked at from the commanded pose (rooms only: it needs depth)
   truth         the true renderer (rooms only)
   none          no simulator: a call is answered by a sentence
+  http://…      a server of image edits, such as `python world_model.py --serve 8000` (lib/clients.py)
   anything else is the folder or hub id of a world model
 """
 
 import numpy as np
 
+from lib.clients import RemoteSimulator
 from lib.common import fail, newest
 from lib.geometry import move_camera, pinhole, project, read_instruction, unproject
 from lib.rooms import TrueRenderer, random_room, render
@@ -46,6 +48,8 @@ def load(name, device="cpu", wm=None):
         return {"truth": TrueRenderer, "reprojection": Reprojection, "none": lambda: None}[name]()
     from world_model import WorldModel
     try:
+        if str(name).startswith(("http://", "https://")):
+            return RemoteSimulator(name)
         return WorldModel.load(find(name, wm), device)
     except (OSError, ValueError) as error:
         fail(f"The simulator {find(name, wm)} cannot be read: {error}")

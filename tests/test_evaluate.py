@@ -55,7 +55,8 @@ def test_every_question_counts_even_broken_and_duplicate_ones(monkeypatch, tmp_p
     summary = summarise(records)
     assert [r["key"] for r in records] == ["q0", "q1", "q1#2", "q2", "q3", "q4"]
     assert summary["n"] == 5 and summary["accuracy"] == pytest.approx(3 / 5)
-    assert summary["counts"] == {"no answer read": 2, "image unreadable (counted as wrong)": 2, "duplicate id": 1,
+    assert summary["counts"] == {"no answer read": 2, "image unreadable (counted as wrong)": 2,
+                                 "refused by the endpoint (counted as wrong)": 0, "duplicate id": 1,
                                  "asked without a missing image": 0, "no gold answer (left out)": 1}
 
 
