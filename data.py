@@ -248,8 +248,13 @@ def make_scans(dataset, root, out, workers=None, seed=0, rules=Rules(), lists=No
 def make_depth(root, model):
     """Depth maps and a scale for every DL3DV scene below `root`; a broken scene is named, and the rest goes on."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    predict, refused = depth_network(model, device), 0
-    for id in tqdm(scenes_of("dl3dv", root), desc="depth", unit="scene"):
+    ids, refused = scenes_of("dl3dv", root), 0
+    try:
+        predict = depth_network(model, device)
+    except (OSError, ValueError) as error:
+        fail(f"The depth network {model} cannot be read ({str(error).splitlines()[0]}). Give --model a folder, or fetch "
+             f"it where there is a network.")
+    for id in tqdm(ids, desc="depth", unit="scene"):
         try:
             info = estimate_depth(root, id, model, predict=predict)
             sentence = info["refused"] or f"a unit of its poses is {info['scale']:.4g} m"
@@ -275,6 +280,9 @@ def make_heldout(sources, out, per_dataset=200, seed=0):
     sentence, a source whose test scans also stand among those to train on, and one with too few.
     """
     chosen = []
+    if not sources:
+        fail("There are no triples of scans in out/ yet: python data.py triples --dataset NAME --root DIR, or give "
+             "--sources FOLDER ...")
     for source in map(Path, sources):
         train, test = (load_jsonl(source / f"triples_{split}.jsonl") for split in ("train", "test"))
         place = lambda row: (row["dataset"], place_of(row["dataset"], row["scene"].split("/", 1)[1]))       # noqa: E731
