@@ -8,7 +8,7 @@ there to the target becomes the words. Ours: no other component may be large, or
 (lib/geometry.dominant_component), and every kept triple is verified in colour (lib/quality.py).
 
 All pairs of a scene are compared by pose alone, in a few matrix operations. Depth is then looked at for one reference
-at a time: which part of its targets each camera sees that may stand beside it (`context_of`), as points of a coarse
+at a time: which part of its targets each camera sees that may stand beside it (`seen_context`), as points of a coarse
 grid. Only what passes is loaded in full, measured once more, and verified.
 """
 
@@ -194,7 +194,7 @@ def write_triples(scene, out, seed, rules):
     rng = np.random.default_rng([17, seed])
     found, counts, frames = find_triples(scene, rng, rules)
     counts["frames"] = len(frames)
-    folder, rows, views = Path(scene.dataset) / scene.id.replace("/", "_"), [], {}
+    folder, rows, views, written = Path(scene.dataset) / scene.id.replace("/", "_"), [], {}, set()
     for number, group in enumerate(found, 1):
         place = frames[group["context"][group["reference"]]]
         context, kept = [look(frames, k, views, counts, rules) for k in group["context"]], 0
@@ -219,8 +219,9 @@ def write_triples(scene, out, seed, rules):
             name = f"{folder}/{number}_{place.name}_{motion.kind.replace(' ', '_')}_{motion.amount:g}_{frames[k].name}"
             shown = {j: f"{folder}/{frames[j].name}.jpg" for j in (*group["context"], k)}
             for j, view in zip(shown, (*context, target)):
-                if not (out / shown[j]).exists():
+                if j not in written:                            # contexts share frames
                     save_image(out / shown[j], view[0])
+                    written.add(j)
             save_image(out / f"{name}_warp.png", np.concatenate([warped, 255 * seen[..., None].astype(np.uint8)], -1))
             rows.append({"id": name, "scene": f"{scene.dataset}/{scene.id}", "dataset": scene.dataset,
                          "context": [shown[j] for j in group["context"]], "reference": group["reference"] + 1,
