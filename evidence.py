@@ -69,6 +69,7 @@ RUNS = [
     Run("ring-seen", "ring", f"{PLAIN} --seen-weight 0.5"),                         # more weight where the context sees
     Run("ring-seen-control", "ring", f"{PLAIN} --seen-weight 0.5 --control"),       # … at random places
     Run("ring-pose", "ring", POSE),                                                 # the true sentence before another
+    Run("ring-pose-0.1", "ring", "--warp-weight 0 --pose-weight 0.1"),              # … a tenth of it
     Run("ring-both", "ring", f"{CONTENT} --pose-weight 1"),
     Run("ring-untuned", "ring", f"{PLAIN} --shuffle-instructions"),                 # the twin that learned no motion
     Run("rooms250-plain", "rooms250", PLAIN),
