@@ -5,6 +5,7 @@ Scenes into data: triples that train the world simulator, questions that train a
   python data.py questions    out/data/questions_{train,val,test}.jsonl    multiple choice over several views
   python data.py mindcube     out/data/mindcube/                           test questions in MindCube's published layout
   python data.py              whatever of the three is missing: rooms, the embedded world of lib/rooms.py
+  python data.py world2vlm    out/world2vlm/questions_{train,val,test}.jsonl   what a camera motion shows, as questions
 
   python data.py triples --layout apart --size 64               rooms: other context cameras, larger pictures
   python data.py triples --dataset scannet --root DIR           scans: ScanNet, ScanNet++, Matterport3D, ARKitScenes,
@@ -40,6 +41,7 @@ import os
 import re
 import signal
 import time
+from collections import Counter
 from functools import partial
 from itertools import zip_longest
 from multiprocessing import Pool
@@ -50,15 +52,17 @@ import torch
 from tqdm import tqdm
 
 from lib import quality
-from lib.common import disk, fail, run, say, stable_seed, write_json, write_text
+from lib.common import disk, fail, need, newest, run, say, stable_seed, write_json, write_text
 from lib.corpora import convert
 from lib.geometry import Motion, coverage, dominant_motion, instruction, matrix, move_camera, pinhole, pose, warp
 from lib.pictures import load_image, save_image
 from lib.questions import room_questions
-from lib.rooms import EYE, SIZE, random_room, render, ring
+from lib.rooms import EYE, SIZE, TrueRenderer, random_room, render, ring
 from lib.scene_depth import DEPTH_MODEL, depth_network, estimate_depth
 from lib.scenes import READERS, read_scene, scene_ids
+from lib.transitions import ROOMS, SEEN, room_anchor, transitions
 from lib.triples import Rules, Summary, contact_sheet, write_triples
+from lib.world2vlm import balanced, records, room_detections, validated
 from policy import Policy, rollout
 from rewards import exact_match
 
@@ -309,7 +313,7 @@ def make_heldout(sources, out, per_dataset=200, seed=0):
 # ---- building -------------------------------------------------------------------------------------------------
 
 def build(title, make, seeds, out, threads):
-    """Run `make(seed, out)` for every room on `threads` processes, in order -> all rows."""
+    """Run `make(seed, out)` for every room (or group of rooms) on `threads` processes, in order -> all rows."""
     with disk(out), Pool(threads, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         per_room = list(tqdm(pool.imap(partial(make, out=out), seeds, chunksize=8), total=len(seeds), desc=title))
     return [row for rows in per_room for row in rows]
@@ -347,6 +351,62 @@ def make_questions(out, rooms=1500, held_out=(100, 320), threads=2):
         save_jsonl(out / f"questions_{split}.jsonl", rows)
         unseen = sum(row["needs_view"] for row in rows)
         say(f"questions_{split}.jsonl: {len(rows)} questions, {unseen} need an unseen view")
+
+
+# ---- World2VLM ------------------------------------------------------------------------------------------------------
+
+def motion_questions(seeds, out, teacher, space=ROOMS, tries=1):
+    """All records (lib/world2vlm.py) of some rooms, which share their calls of the teacher; their pictures are saved.
+
+    space, tries   as in `transitions`; boxes are those of the room, also where the teacher drew something else
+    returns        [(records with paths for pictures and a "scene", Counter of the programs that were dropped)]
+    """
+    rng, rows = np.random.default_rng([19, seeds[0]]), []
+    found, dropped = transitions([room_anchor(seed) for seed in seeds], teacher, rng, space, tries=tries)
+    for transition in found:
+        folder, number = f"pictures/{transition.room:07d}", transition.name.rsplit("_", 1)[1]
+        paths = [f"{folder}/source.png", f"{folder}/{number}.png"]
+        for path, image in zip(paths, (transition.source, transition.target)):
+            save_image(out / path, image)
+        for record in records(transition, rng, space, room_detections):
+            shown = len(record["images"])                       # the first, or both
+            scene = {"room": transition.room, "poses": [matrix(c2w) for c2w in transition.poses[:shown]]}
+            rows.append(record | {"images": paths[:shown], "scene": scene})
+    return [(rows, dropped)]
+
+
+def make_world2vlm(out, teacher="truth", rooms=1000, held_out=(60, 240), threads=2):
+    """out/questions_{train,val,test}.jsonl: World2VLM's eight tasks about rooms, validated and balanced in each split.
+
+    teacher   truth: the true renderer; or a world model's folder, which is told only motions that small ones have seen.
+              Validation and test are of the true renderer whoever teaches, and the same for all teachers
+    """
+    out = Path(out)
+    if teacher != "truth":
+        from world_model import WorldModel
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        simulator = WorldModel.load(teacher, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    for split, count, first in (("train", rooms, FIRST_ROOM["questions_train"]),
+                                ("val", held_out[0], FIRST_ROOM["val"]), ("test", held_out[1], FIRST_ROOM["test"])):
+        seeds, title = range(first, first + count), f"world2vlm, {split}"
+        if split == "train" and teacher != "truth":             # a network stays in this process, eight rooms at a time
+            parts = [part for start in tqdm(range(0, count, 8), desc=title) for part in
+                     motion_questions(seeds[start:start + 8], out, simulator, SEEN, tries=2)]
+        else:
+            make = partial(motion_questions, teacher=TrueRenderer())
+            parts = build(title, make, [[seed] for seed in seeds], out, threads)
+        rows, faults = validated([row for part, _ in parts for row in part])
+        kept = balanced(rows, np.random.default_rng([23, first]))
+        save_jsonl(out / f"questions_{split}.jsonl", [
+            {"id": row["id"], "bench": "world2vlm", "images": row["images"], "question": row["prompt"], "options": [],
+             "answer": row["answer"], "category": row["task"], "kind": "na", "needs_view": None,
+             "weight": row["weight"], "scene": row["scene"]} for row in kept])
+        tasks, made = (Counter(row["task"] for row in part) for part in (kept, rows))
+        say(f"questions_{split}.jsonl: {len(kept)} questions about {count} rooms, balanced: "
+            + ", ".join(f"{task} {tasks[task]} of {made[task]}" for task in sorted(made)))
+        for left_out in (sum((dropped for _, dropped in parts), Counter()), faults):
+            for reason, number in left_out.most_common():
+                say(f"  {number:6}  left out: {reason}")
 
 
 # ---- questions for RL ------------------------------------------------------------------------------------------------
@@ -446,18 +506,22 @@ def ensure(folder, what=("triples", "questions", "mindcube"), threads=2):
 def parse_args(argv=None):
     """The command line's flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="?", choices=["triples", "questions", "mindcube", "depth", "quality", "heldout",
-                                               "corpus", "mine"],
+    p.add_argument("what", nargs="?", choices=["triples", "questions", "mindcube", "world2vlm", "depth", "quality",
+                                               "heldout", "corpus", "mine"],
                    help="what to make (default: whatever of the first three is missing, of rooms)")
     p.add_argument("--out", help="folder of the files (default: out/data, out/data-<layout>-<size> for other triples, "
-                                 "out/<dataset>, out/heldout)")
+                                 "out/world2vlm, out/<dataset>, out/heldout)")
     p.add_argument("--threads", type=int, help="processes (default: 2 for rooms, all cores for scans)")
     p.add_argument("--size", type=int, help=f"of the pictures, in pixels (default: rooms {SIZE}; scans {Rules().size}, "
                                             f"the longer side)")
     p.add_argument("--seed", type=int, default=0, help="of the draws among a scan's triples")
     rooms = p.add_argument_group("rooms")
     rooms.add_argument("--layout", choices=list(LAYOUTS), default="ring", help="where the context cameras stand")
-    rooms.add_argument("--rooms", type=int, help="rooms to train on (default 2000 for triples, 1500 for questions)")
+    rooms.add_argument("--rooms", type=int, help="rooms to train on (default 2000 for triples, 1500 for questions, "
+                                               "1000 for world2vlm)")
+    rooms.add_argument("--teacher", default="truth", help="world2vlm: truth, the true renderer; tuned, the newest of "
+                       "out/wm and out/demo/wm; or a world model's folder. A trained one should come from `data.py "
+                       "triples --layout fine`: it is asked for turns by 30 degrees, and never to step backward")
     scans = p.add_argument_group("scans: python data.py triples --dataset scannet --root DIR")
     scans.add_argument("--dataset", choices=list(READERS), help="lib/scenes.py tells the layout that each has on disk")
     scans.add_argument("--root", help="folder of the dataset")
@@ -485,12 +549,15 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.what != "triples" and (args.layout != "ring" or args.size or args.dataset):
         p.error("--layout, --size and --dataset are of triples: python data.py triples --layout apart")
+    if args.what != "world2vlm" and args.teacher != "truth":
+        p.error("--teacher is of world2vlm: python data.py world2vlm --teacher tuned")
     if bool(args.dataset or args.what in ("depth", "corpus")) != bool(args.root):
         p.error("--root DIR goes with triples --dataset NAME, with depth and with corpus --corpus NAME")
     if args.what == "corpus" and not args.corpus or args.what == "mine" and not (args.questions and args.policy):
         p.error("corpus needs --corpus NAME --root DIR; mine needs --questions FILE --policy FOLDER")
     rooms = folder_of(args.layout, args.size or SIZE)
-    default = {"heldout": "out/heldout", "corpus": f"out/{args.corpus}", "mine": "out/mined"}.get(args.what, rooms)
+    default = {"heldout": "out/heldout", "corpus": f"out/{args.corpus}", "mine": "out/mined",
+               "world2vlm": "out/world2vlm"}.get(args.what, rooms)
     default = f"out/{args.dataset}" if args.dataset else default
     args.out = args.out or default
     return args
@@ -506,6 +573,11 @@ def main(argv=None):
         make_mindcube(Path(args.out) / "mindcube", Path(args.out) / "questions_test.jsonl")
     elif args.what == "questions":
         make_questions(args.out, threads=args.threads or 2, **rooms)
+    elif args.what == "world2vlm":
+        teacher = args.teacher if args.teacher != "tuned" else str(newest(("wm",)) or "out/wm")
+        if teacher != "truth":
+            need(teacher, "python train_wm.py")
+        make_world2vlm(args.out, teacher, threads=args.threads or 2, **rooms)
     elif args.what == "heldout":
         make_heldout(args.sources or [f"out/{name}" for name in READERS if Path(f"out/{name}/summary.json").exists()],
                      args.out, args.per_dataset, args.seed)

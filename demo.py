@@ -176,11 +176,15 @@ def show(results, out):
         print(f"{name:40}{scores['pose']:6.2f}{scores['content']:9.2f}")
     print("\nseconds: " + ", ".join(f"{name} {spent:.0f}" for name, spent in results["seconds"].items()))
 
-    from lib.dialogue import Trajectory
-    folders = sorted((out / "eval" / "rooms" / "dialogues").glob("agentic*"))
+    from data import load_jsonl
+    from evaluate import dialogues
+    place, told = out / "eval" / "rooms", {}
+    for row in common.read_log(place / "predictions.jsonl"):
+        told.setdefault((row["mode"], row["simulator"]), {})[row["key"]] = row
     logs = {name: out / name / "log.jsonl" for name in ("wm", "sft", "phase1", "phase2")}
     report.write(out / "report.html", "Thinking with imagination, on a laptop", results, results["wm"], logs=logs,
-                 sheet=out / "wm" / "views.png", dialogues=[(f.name, Trajectory.load(f)) for f in folders])
+                 sheet=out / "wm" / "views.png", folder=place,
+                 dialogues=dialogues(told, load_jsonl(out / "data" / "questions_test.jsonl")))
     print(f"\nto look at: {out}/report.html, {out}/wm/views.png, {out}/phase1/curves.png, {out}/phase2/curves.png")
 
 

@@ -4,25 +4,27 @@ How well a policy answers, in which mode, with which simulator; and how true the
   python evaluate.py --bench rooms                                held-out rooms: direct, forced and agentic, one table
   python evaluate.py --bench rooms --mode agentic --simulator tuned untuned truth
   python evaluate.py --bench mindcube --data path/to/data         MindCube (lib/benchmarks.py says what to fetch)
+  python evaluate.py --bench world2vlm                            World2VLM's eight tasks, by their rewards
   python evaluate.py --bench wm                                   the simulator itself: is the view the commanded one?
+  torchrun --standalone --nproc_per_node 8 evaluate.py …          the same numbers; every process asks its share
 
 In: the newest policy and simulator of out/ and out/demo/, out/data or out/demo/data.
-Out, in out/eval/<bench>/: results.json, predictions.jsonl (a killed run continues from it), dialogues/, report.html;
-of --bench wm: results.json, report.html, views/ (what was imagined), dose.png (commanded against recovered motion).
+Out, in out/eval/<bench>/: results.json; report.html, every question as a dialogue; workflow.png, the modes side by side
+per category (the paper's Figure 3); predictions.jsonl, from which a killed run continues, and views/, what was imagined
+(lib/predictions.py). Of --bench wm: results.json, report.html, views/, dose.png (commanded against recovered motion).
 
 Modes: direct has no tool; forced must imagine before it answers; agentic is free to. Decoding is greedy. A question
 whose images cannot be read is counted as wrong and reported, a duplicate id is asked again and reported: nothing leaves
-the denominator but a question without a gold answer. Intervals are 95 % bootstrap intervals over rooms, since questions
-about one room are not independent.
+the denominator but a question without a gold answer. lib/scores.py makes the numbers, lib/diagnosis.py says in rooms
+why an answer is right or wrong.
 """
 
 import argparse
 import hashlib
 import json
 import re
-import shutil
 import time
-from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,47 +32,43 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from lib import common, consistency, report, simulators
-from lib.benchmarks import (BENCHES, LISTED_ONLY, error_group, group_weights, groups, lenient, load, open_image, prompt,
-                            reply, score, weights)
+import rewards
+from lib import common, consistency, predictions, report, simulators, tables
+from lib.benchmarks import BENCHES, error_group, groups, lenient, load, open_image, prompt, reply, score
 from lib.clients import RemotePolicy, converse
+from lib.diagnosis import diagnose, tally
 from lib.dialogue import Trajectory
 from lib.endpoint import RemoteError
 from lib.geometry import Motion, Query, instruction, move_camera
 from lib.pictures import save_image
+from lib.predictions import digest, keyed
 from lib.questions import text_only_chance
+from lib.scores import STRATA, chance, paired_bootstrap, summarise
 from policy import Policy, rollout
 
 MODES = ("direct", "forced", "agentic")
-STRATA = {"needs_view": True, "answerable": False}
-SAVED_DIALOGUES = 4             # per mode and simulator: the questions of the first room
-RESAMPLES = 2000
+EXACT = 0.999                   # a reward of World2VLM that is 1 up to rounding
+CALIBRATED = 40                 # triples on which the metrics of --bench wm are calibrated
 
 
 # ---- asking ---------------------------------------------------------------------------------------------------------
 
-def keyed(questions):
-    """[(key, question)]: the key is the id, and "id#2" for the second question that carries it."""
-    seen, pairs = Counter(), []
-    for question in questions:
-        seen[question["id"]] += 1
-        number = seen[question["id"]]
-        pairs.append((question["id"] if number == 1 else f"{question['id']}#{number}", question))
-    return pairs
-
-
 def evaluate_policy(policy, questions, simulator=None, mode="agentic", name="tuned", seed=0, batch=64,
-                    max_new_tokens=256, done=(), on_batch=None):
+                    max_new_tokens=256, done=(), share=(0, 1), on_batch=None):
     """Ask every question once, greedily, in one mode -> records, in the order of the questions.
 
     simulator   anything with imagine(queries), or None; unused in mode "direct". `name` is what the records call it
     batch       dialogues at once: memory and speed only
-    done        keys (see `keyed`) that need not be asked; on_batch(records, trajectories) is told of every batch
+    done        keys (lib/predictions.keyed) that need not be asked
+    share       (rank, size): this process asks every size-th of the others, from number `rank` on
+    on_batch    told (records, trajectories) of every batch; a question that could not be asked has None for the latter
     returns     [{"key", "mode", "simulator", "answer": letter read or None, "gold", "correct", "calls", "turns", …}]
     """
     simulator, name = (None, "none") if mode == "direct" else (simulator, name)
-    waiting, records = [pair for pair in keyed(questions) if pair[0] not in set(done)], []
-    for start in tqdm(range(0, len(waiting), batch), desc=f"{mode}, {name}", unit="batch", disable=not waiting):
+    rank, size = share
+    waiting, records = [pair for pair in keyed(questions) if pair[0] not in set(done)][rank::size], []
+    for start in tqdm(range(0, len(waiting), batch), desc=f"{mode}, {name}", unit="batch",
+                      disable=not waiting or not common.is_main()):
         part, clock = waiting[start:start + batch], time.time()
         loaded = [load_images(question) for _, question in part]
         asked = [{**question, "images": images, "prompt": official_prompt(question, mode)}
@@ -125,115 +123,54 @@ def official_prompt(question, mode):
 
 def record_of(key, question, trajectory, error, more):
     """One line of predictions.jsonl; a question that could not be asked (trajectory None) is a wrong answer."""
-    t, bench = trajectory or Trajectory(question, more["mode"]), question["bench"]
-    turn = (t.answer or "") if bench == "rooms" else (t.turns or [""])[-1]
-    read, correct = score(bench, question, turn if bench == "rooms" else reply(bench, turn))
-    return {"key": key, "digest": digest(question), **more, "bench": bench, "kind": question["kind"],
+    t = trajectory or Trajectory(question, more["mode"])
+    scene = (question.get("scene") or {}).get("room", question.get("cluster", key))
+    return {"key": key, "digest": digest(question), **more, "bench": question["bench"], "kind": question["kind"],
             "category": question["category"], "groups": groups(question), "error_group": error_group(question),
-            "needs_view": question["needs_view"],
-            "scene": (question.get("scene") or {}).get("room", question.get("cluster", key)), "answer": read,
-            "said": t.answer, "gold": question["answer"], "correct": correct, "lenient": lenient(question, turn)[1],
-            "valid_calls": t.valid_calls,
+            "needs_view": question.get("needs_view"), "scene": scene, "gold": question["answer"], "said": t.answer,
+            **verdict(question, t), "well_formed": t.well_formed, "valid_calls": t.valid_calls,
             "invalid_calls": t.invalid_calls, "unreadable": t.unreadable, "truncated": t.truncated,
-            "calls": [call for call in t.provenance if call], "turns": t.turns, "error": error,
-            "missing_images": question.get("missing_images", 0)}
+            "calls": [call for call in t.provenance if call], "turns": t.turns, "replies": t.replies, "error": error,
+            "missing_images": question.get("missing_images", 0), "diagnosis": trajectory and diagnose(question, t)}
 
 
-def digest(question):
-    """A number that changes with the words of a question: an old answer to other words is no answer."""
-    return common.stable_seed(question["question"], question["options"], question["answer"])
+def verdict(question, t):
+    """-> {"answer": what was read, "correct", "lenient"} by the bench's rules; World2VLM's has "exact" and "parts"."""
+    bench, last = question["bench"], (t.turns or [""])[-1]
+    if bench == "world2vlm":
+        parts = rewards.world2vlm(question["category"], question["answer"], t.answer)
+        exact = float(parts["total"] > EXACT)
+        return {"answer": t.answer, "correct": parts["total"], "lenient": exact, "exact": exact, "parts": parts}
+    said = (t.answer or "") if bench == "rooms" else last
+    read, correct = score(bench, question, said if bench == "rooms" else reply(bench, said))
+    return {"answer": read, "correct": correct, "lenient": lenient(question, said)[1]}
 
 
-# ---- numbers --------------------------------------------------------------------------------------------------------
+def dialogues(records, questions):
+    """What the report shows of every question in every mode: its record and row, in the order of the questions.
 
-def interval(values, clusters=None, counted=None, seed=0):
-    """95 % bootstrap interval of a mean, drawing whole clusters (rooms, videos) -> [low, high].
-
-    counted   (n,) what each value counts in the mean; None: all the same
+    records   {(mode, simulator): {key: record}}
+    returns   records with "question", "run", "hurt": wrong after a call, though right in mode direct; and "reward"
     """
-    values = np.asarray(values, float)
-    counted = np.ones(len(values)) if counted is None else counted
-    names = np.arange(len(values)) if clusters is None else [str(cluster) for cluster in clusters]
-    _, member = np.unique(names, return_inverse=True)
-    sums, counts = np.bincount(member, values * counted), np.bincount(member, counted)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    return np.quantile(means, [0.025, 0.975]).round(4).tolist()
+    direct, shown = records.get(("direct", "none"), {}), []
+    for key, question in keyed(questions):
+        for (mode, name), answered in records.items():
+            record = answered[key]
+            alone = direct[key]["correct"] if key in direct else None
+            shown.append({**record, "question": question, "run": mode if mode == "direct" else f"{mode}, {name}",
+                          "hurt": alone is not None and record["valid_calls"] > 0 and record["correct"] < alone,
+                          "reward": record.get("parts") or reward_parts(record, alone)})
+    return shown
 
 
-def brief(records, counted=None):
-    """{"accuracy", "ci95", "call_rate", "n"}; call_rate is the share of questions with at least one valid call.
-
-    counted   (n,) what each record counts in the accuracy (lib/benchmarks.weights); None: all the same
-    """
-    correct, scenes = ([record[key] for record in records] for key in ("correct", "scene"))
-    return {"accuracy": float(np.average(correct, weights=counted)), "ci95": interval(correct, scenes, counted),
-            "call_rate": float(np.mean([record["valid_calls"] > 0 for record in records])), "n": len(records)}
-
-
-def summarise(records, direct=None, truth=None):
-    """Everything the table shows of one mode with one simulator.
-
-    direct   records of the same questions in mode direct: over_use, the share of questions on which the policy called
-             though it is right without
-    truth    and also records under forced use of the true view: under_use, the share on which it did not call though it
-             is wrong without and right with the true view
-    """
-    records = sorted(records, key=lambda record: record["key"])
-    gold = [record for record in records if record["gold"] is not None]
-    counted = [record for record in gold if record["category"] not in LISTED_ONLY]
-    if not counted:
-        raise ValueError("no question has a gold answer: there is nothing to summarise")
-    total = {key: sum(record[key] for record in counted) / len(counted)
-             for key in ("lenient", "valid_calls", "invalid_calls", "unreadable", "truncated", "seconds")}
-    bench, categories = counted[0]["bench"], [record["category"] for record in counted]
-    summary = brief(counted, weights(bench, categories)) | total | {
-        "by_category": {c: brief([record for record in gold if c in record["groups"]])
-                        for c in sorted({group for record in gold for group in record["groups"]})},
-        "by_need": {title: brief(part) for title, need in STRATA.items()
-                    if (part := [record for record in counted if record["needs_view"] is need])},
-        "letters": dict(sorted(Counter(record["answer"] or "none" for record in counted
-                                       if record["kind"] == "mca").items())),
-        "counts": {"no answer read": sum(record["answer"] is None for record in counted),
-                   "image unreadable (counted as wrong)": sum(
-                       (record["error"] or "").startswith("image: ") for record in counted),
-                   "refused by the endpoint (counted as wrong)": sum(
-                       not (record["error"] or "image: ").startswith("image: ") for record in counted),
-                   "asked without a missing image": sum(record["missing_images"] > 0 for record in counted),
-                   "duplicate id": sum("#" in record["key"] for record in records),
-                   "no gold answer (left out)": len(records) - len(gold)}}
-    if bench == "sat":                                          # some tables print this one beside the official one
-        summary["mean_of_groups"] = float(group_weights(categories) @ [record["correct"] for record in counted])
-    failures = Counter(record["error_group"] for record in counted if record["error_group"] and not record["correct"])
-    if failures:                                                # MMSI-Video: the four error groups of its abstract
-        summary["failures"] = dict(failures.most_common())
-    called = {record["key"]: record["valid_calls"] > 0 for record in counted}
-    if direct:
-        alone = {record["key"]: record["correct"] for record in direct}
-        summary["over_use"] = float(np.mean([called[key] and alone[key] == 1 for key in called]))
-    if direct and truth:
-        shown = {record["key"]: record["correct"] for record in truth}
-        missed = [not called[key] and alone[key] < 1 and shown[key] == 1 for key in called]
-        summary["under_use"] = float(np.mean(missed))
-    return summary
-
-
-def paired_bootstrap(records_a, records_b):
-    """Accuracy of a minus accuracy of b on the same questions -> {"difference", "ci95", "n"}.
-
-    Raises ValueError if the two were not asked the same questions.
-    """
-    a, b = ({record["key"]: record for record in records} for records in (records_a, records_b))
-    if a.keys() != b.keys() or not a:
-        raise ValueError(f"a paired comparison needs the same questions: {len(a.keys() ^ b.keys())} stand in one list")
-    gain = [a[key]["correct"] - b[key]["correct"] for key in a]
-    return {"difference": float(np.mean(gain)), "ci95": interval(gain, [a[key]["scene"] for key in a]), "n": len(gain)}
-
-
-def chance(questions):
-    """Expected accuracy of a blind guess: the mean of 1 / number of options."""
-    options = [len(q["options"]) for q in questions if q["answer"] is not None and q["options"]]
-    return float(np.mean([1 / n for n in options])) if options else None
+def reward_parts(record, alone):
+    """The terms of rewards.py. alone: exact match in mode direct, one greedy answer, or None if it is not known."""
+    match, form, calls = record["correct"], float(record["well_formed"]), record["valid_calls"]
+    parts = {"match": match, "format": form, "calls": calls, "phase 1": rewards.phase1_reward(match, form, calls)}
+    if alone is not None:
+        parts |= {"gain": rewards.tool_gain(match, calls, alone),
+                  "phase 2": rewards.phase2_reward(match, form, calls, alone)}
+    return parts
 
 
 # ---- the simulator itself -------------------------------------------------------------------------------------------
@@ -262,7 +199,7 @@ def fingers(row):
 def imagine_targets(simulator, rows, folder=None, batch=64, title="imagine"):
     """The view that the simulator gives for every triple; kept in `folder` so that a killed run continues."""
     views = []
-    for start in tqdm(range(0, len(rows), batch), desc=title, unit="batch"):
+    for start in tqdm(range(0, len(rows), batch), desc=title, unit="batch", disable=not common.is_main()):
         part = rows[start:start + batch]
         kept = [folder and Path(folder) / f"{row['id'].replace('/', '_')}_{fingers(row):016x}.png" for row in part]
         queries = [Query(row["context"], row["reference"], instruction(Motion(**row["motion"]), row["reference"]),
@@ -283,16 +220,6 @@ def imagine_targets(simulator, rows, folder=None, batch=64, title="imagine"):
     return views
 
 
-def print_consistency(results):
-    """A table of pose and content: simulators, trivial baselines, oracles."""
-    print(f"\n{'':32}{'pose':>7}{'moves':>8}{'turns':>8}{'content':>9}{'f1':>7}{'order':>7}{'thirds':>8}{'mse':>8}")
-    for title in ("simulators", "baselines", "oracles"):
-        for name, s in results[title].items():
-            moves, turns = (s.get(family, {}).get("pose", float("nan")) for family in ("moves", "turns"))
-            print(f"{name:32}{s['pose']:7.3f}{moves:8.3f}{turns:8.3f}{s['content']:9.3f}{s['f1']:7.3f}"
-                  f"{s['order']:7.3f}{s['thirds']:8.3f}{s['mse']:8.4f}")
-
-
 def dose_rows(rows, rooms):
     """One context of each of the first `rooms` rooms, under all motions of `consistency.DOSES` that end in free space.
 
@@ -310,37 +237,29 @@ def dose_rows(rows, rooms):
     return doses
 
 
-def print_doses(dose):
-    """Commanded against recovered motion, a line per simulator and kind."""
-    print("\ncommanded -> recovered, median over rooms (turns: degrees, moves: meters; * = an amount never trained on)")
-    for name, kinds in dose.items():
-        for kind, told in kinds.items():
-            digits = 0 if "turn" in kind else 2
-            points = "  ".join(f"{p['amount']:g}{'' if p['trained'] else '*'}->{p['median']:.{digits}f}"
-                               for p in told["points"])
-            parts = ", ".join(f"{title} {told[key]:.2f}" for title, key in (
-                ("trained on", "slope_trained"), ("new", "slope_new")) if told[key] is not None)
-            print(f"{Path(name).name[:16]:16} {kind:13} slope {told['slope']:5.2f} ({parts})  "
-                  f"r {told['correlation']:5.2f}   {points}")
-
-
-def main_wm(args, device):
-    """--bench wm."""
-    out, source = Path(args.out), Path(args.data or default_data("triples_test.jsonl"))
+def main_wm(args, world):
+    """--bench wm: every process imagines its share, the first one measures."""
+    out, source = Path(args.out), Path(args.data or first_alone(partial(default_data, "triples_test.jsonl")))
     rows, views, dose = load_triples(source / "triples_test.jsonl", args.limit), {}, {}
     doses = dose_rows(rows, args.dose_rooms)
-    for name in [name for name in args.simulator if name != "none"]:
-        kept = out / "views" / f"{common.stable_seed(fingerprint(name, args.wm)):016x}"
-        simulator = simulators.load(name, device, args.wm)
-        views[name] = imagine_targets(simulator, rows, kept, args.batch, name)
+    kept = {name: out / "views" / f"{common.stable_seed(fingerprint(name, args.wm)):016x}"
+            for name in args.simulator if name != "none"}
+    for name, folder in kept.items():
+        own = [*rows, *doses][world.rank::world.size]
+        imagine_targets(simulators.load(name, world.device, args.wm), own, folder, args.batch, name)
+    common.wait_for_all()                                                       # all views are in their folders
+    if not common.is_main():
+        return
+    for name, folder in kept.items():
+        views[name] = imagine_targets(None, rows, folder, title=f"{name}, look")
         if doses:
-            answers = imagine_targets(simulator, doses, kept, args.batch, f"{name}, doses")
-            recovered, = consistency.recover_all(doses, answers)
+            recovered, = consistency.recover_all(doses, imagine_targets(None, doses, folder, title=f"{name}, doses"))
             dose[name] = consistency.dose_response(doses, recovered, data.MOTIONS)
-    results = consistency.compare(rows, views)
-    print_consistency(results)
+    some = rows[::max(1, len(rows) // CALIBRATED)]
+    results = {**consistency.compare(rows, views), "calibration": consistency.calibration(some)}
+    tables.consistency(results)
     if dose:
-        print_doses(dose)
+        tables.doses(dose)
     first = next(iter(results["simulators"].values()), {})
     results = {"bench": "wm", **first, **results, "dose": dose, "n": len(rows)}
     common.write_json(out / "results.json", results)
@@ -357,6 +276,13 @@ def main_wm(args, device):
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
+def first_alone(work):
+    """work() on rank 0, then on the others, who find the files that it fetched or made."""
+    done = work() if common.is_main() else None
+    common.wait_for_all()
+    return done if common.is_main() else work()
+
+
 def default_data(file):
     """The folder of out/ or out/demo/ that holds `file`; made in out/data if there is none."""
     places = [folder for folder in (Path("out/data"), Path("out/demo/data")) if (folder / file).exists()]
@@ -371,6 +297,9 @@ def fingerprint(name, wm=None):
 
 def load_questions(args):
     """-> (questions, training questions or None) of the bench."""
+    if args.bench == "world2vlm":
+        file = Path(args.data or "out/world2vlm") / "questions_test.jsonl"
+        return data.load_jsonl(common.need(file, "python data.py world2vlm"))[:args.limit], None
     if args.bench != "rooms":
         ours = ["out/data/mindcube", "out/demo/data/mindcube"] if args.bench == "mindcube" else []   # rooms in disguise
         place = args.data or next((place for place in [f"data/{args.bench}", *ours] if Path(place).exists()), None)
@@ -385,36 +314,11 @@ def load_questions(args):
     return test, data.load_jsonl(train) if train.exists() else None
 
 
-def print_table(runs, blind):
-    """The table: a row per part of the questions, a column per mode and simulator."""
-    width, titles = 26, [mode if mode == "direct" else f"{mode}, {name}" for mode, name in runs]
-    print("\n" + " " * 24 + "".join(f"{title:>{width}}" for title in titles))
-
-    def shown(part):
-        low, high = part["ci95"] if part else (0, 0)
-        return f"{part['accuracy']:.3f} [{low:.2f} {high:.2f}] {part['call_rate']:4.0%}" if part else "-"
-    summaries = list(runs.values())
-    parts = [("all", summaries)]
-    for group in ("by_need", "by_category"):
-        parts += [(part, [s[group].get(part) for s in summaries]) for part in summaries[0][group]]
-    for title, cells in parts:
-        print(f"{title[:16]:16} n {cells[0]['n']:5}" + "".join(f"{shown(cell):>{width}}" for cell in cells))
-    for key in ("lenient", "valid_calls", "invalid_calls", "seconds", "over_use", "under_use"):
-        if any(key in s for s in summaries):
-            cells = [f"{s[key]:.3f}" if key in s else "-" for s in summaries]
-            print(f"{key:24}" + "".join(f"{cell:>{width}}" for cell in cells))
-    print("accuracy [95 % interval] share of questions with a call;  chance: " +
-          ", ".join(f"{key} {value:.3f}" for key, value in blind.items() if value is not None))
-    for (mode, name), s in runs.items():
-        said = ", ".join(f"{key}: {n}" for key, n in s["counts"].items() if n)
-        print(f"{mode}, {name}: {said}" if said else "", end="\n" if said else "")
-
-
 def parse_args(argv=None):
     """The command line's flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--bench", choices=(*BENCHES, "wm"), default="rooms")
-    p.add_argument("--mode", choices=(*MODES, "all"), default="all")
+    p.add_argument("--bench", choices=(*BENCHES, "world2vlm", "wm"), default="rooms")
+    p.add_argument("--mode", choices=(*MODES, "all"), default="all", help="world2vlm: direct alone")
     p.add_argument("--policy", help="folder or hub id (default: the first of phase2, phase1, sft in out/, out/demo/)")
     p.add_argument("--policy-url", help="instead: an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; its "
                    "key, if it needs one, is read from OPENAI_API_KEY")
@@ -425,12 +329,15 @@ def parse_args(argv=None):
                         "(default: tuned; for --bench wm also untuned, if it has been trained)")
     p.add_argument("--wm", help="folder or hub id of the tuned simulator (default: out/wm, then out/demo/wm)")
     p.add_argument("--data", help="rooms, wm: folder of questions_test.jsonl, triples_test.jsonl (default: out/data); "
-                   "the others: the published files (default: data/<bench>, fetched if it is not there)")
+                   "world2vlm: of questions_test.jsonl (out/world2vlm); the others: the published files (default: "
+                   "data/<bench>, fetched if it is not there)")
     p.add_argument("--frames", type=int, help="video benches: frames of a question (mmsi_video: 50 is Uniform-50, 300 "
                                               "Sufficient-Coverage; default 50; vsi: 32)")
     p.add_argument("--limit", type=int, help="only the first N questions or triples")
     p.add_argument("--dose-rooms", type=int, default=24, help="wm: rooms for commanded against recovered motion")
     p.add_argument("--out", help="default: out/eval/<bench>")
+    p.add_argument("--report", action=argparse.BooleanOptionalAction, default=True,
+                   help="report.html with every question's dialogue; it reads all pictures again (default: yes)")
     p.add_argument("--max-new-tokens", type=int, help="per turn of the policy (default: 256; --policy-url: 4096, since "
                    "hidden reasoning counts)")
     p.add_argument("--seed", type=int, default=0, help="of the simulator's noise (decoding is greedy)")
@@ -443,6 +350,10 @@ def parse_args(argv=None):
     args.max_new_tokens = args.max_new_tokens or (4096 if args.policy_url else 256)
     if bool(args.policy_url) != bool(args.model) or (args.policy_url and args.policy):
         p.error("--policy-url and --model go together, and without --policy")
+    if args.bench == "world2vlm":
+        if args.mode not in ("direct", "all"):
+            p.error("world2vlm asks without a tool: --mode direct")
+        args.mode = "direct"
     return args
 
 
@@ -462,66 +373,76 @@ def open_policy(args, device):
 def main(argv=None):
     """Ask (or go on asking) every question in every mode, then summarise."""
     args = parse_args(argv)
-    device = common.setup(args.threads).device
+    world = common.setup(args.threads)
     if args.bench == "wm":
-        return main_wm(args, device)
+        return main_wm(args, world)
     out, modes = Path(args.out), MODES if args.mode == "all" else (args.mode,)
-    questions, training = load_questions(args)
+    questions, training = first_alone(partial(load_questions, args))
     if any(name in simulators.NEEDS_ROOM for name in args.simulator) and not all(q.get("scene") for q in questions):
         common.fail(f"--simulator {' '.join(args.simulator)} works in rooms only: --bench {args.bench} has no depth.")
-    policy, path = open_policy(args, device)
-    common.say(f"{args.bench}: {len(questions)} questions, policy {path} on {device}")
+    policy, path = open_policy(args, world.device)
+    common.say(f"{args.bench}: {len(questions)} questions, policy {path} on {world.device}")
 
-    file, pairs, records = out / "predictions.jsonl", keyed(questions), {}
-    run = {"policy": fingerprint(str(path)), "seed": args.seed, "max_new_tokens": args.max_new_tokens,
-           "frames": args.frames}
-    kept = [row for row in common.read_log(file) if run.items() <= row.items()]
-    common.write_text(file, "".join(json.dumps(row) + "\n" for row in kept))           # others were of another policy
-    if not kept:
-        shutil.rmtree(out / "dialogues", ignore_errors=True)
-    for mode, name in [(mode, name) for mode in modes for name in (args.simulator if mode != "direct" else ["none"])]:
-        source = "none" if mode == "direct" else fingerprint(name, args.wm)
-        simulator = None if mode == "direct" else simulators.load(name, device, args.wm)
-        same = [row for row in kept if (row["mode"], row["weights"]) == (mode, source)]
-        answered = {(row["key"], row["digest"]): row for row in same}
-        before = {key: answered[key, digest(q)] for key, q in pairs if (key, digest(q)) in answered}
+    run = {"version": predictions.VERSION, "policy": fingerprint(str(path)), "seed": args.seed,
+           "max_new_tokens": args.max_new_tokens, "frames": args.frames}
+    asked = {(mode, name): "none" if mode == "direct" else fingerprint(name, args.wm)
+             for mode in modes for name in (args.simulator if mode != "direct" else ["none"])}
+    if common.is_main():
+        predictions.gather(out)
+    common.wait_for_all()
+    for (mode, name), source in asked.items():
+        simulator = None if mode == "direct" else simulators.load(name, world.device, args.wm)
+        before = predictions.answered(out, run, mode, source, questions)
 
         def keep(new, trajectories):
-            with common.disk(file), open(file, "a") as lines:
-                lines.writelines(json.dumps({**record, **run, "weights": source}) + "\n" for record in new)
-            first = [key for key, _ in pairs[:SAVED_DIALOGUES if mode != "direct" else 0]]
-            for record, trajectory in zip(new, trajectories):
-                if trajectory and record["key"] in first:
-                    trajectory.save(out / "dialogues" / f"{mode}_{Path(name).name}_{first.index(record['key']) + 1}")
+            for record, t in zip(new, trajectories):
+                views = t.images[len(t.images) - len(record["calls"]):] if t else []
+                record["views"] = predictions.save_views(out, views)
+            predictions.append(out, world, [{**record, **run, "weights": source} for record in new])
         try:
-            new = evaluate_policy(policy, questions, simulator, mode, name, args.seed, args.batch,
-                                  args.max_new_tokens, before, keep)
+            evaluate_policy(policy, questions, simulator, mode, name, args.seed, args.batch, args.max_new_tokens,
+                            before, (world.rank, world.size), keep)
         except KeyboardInterrupt:
-            common.say(f"Stopped. The answers so far are in {file}; the same command goes on from there.")
+            common.say(f"Stopped. The answers so far are in {out}; the same command goes on from there.")
             raise SystemExit(130) from None
         except RemoteError as error:
-            common.fail(f"{error} The answers so far are in {file}; the same command goes on from there.")
-        records[mode, name] = [*before.values(), *new]
+            common.fail(f"{error} The answers so far are in {out}; the same command goes on from there.")
+    common.wait_for_all()
+    if common.is_main():
+        predictions.gather(out)
+        records = {pair: predictions.answered(out, run, pair[0], source, questions) for pair, source in asked.items()}
+        conclude(args, str(path), questions, training, records)
 
-    direct, truth = records.get(("direct", "none")), records.get(("forced", "truth"))
-    runs = {run: summarise(rows, None if run[0] == "direct" else direct, truth) for run, rows in records.items()}
+
+def conclude(args, path, questions, training, records):
+    """The table, results.json, workflow.png and report.html of {(mode, simulator): {key: record}}."""
+    out, rows = Path(args.out), {pair: list(answered.values()) for pair, answered in records.items()}
+    direct, truth, first_name = rows.get(("direct", "none")), rows.get(("forced", "truth")), args.simulator[0]
+    runs = {pair: summarise(told, None if pair[0] == "direct" else direct, truth) for pair, told in rows.items()}
     blind = {"guessing": chance(questions), "text_only": training and text_only_chance(training, questions)}
-    print_table(runs, blind)
-    first = {mode: summary for (mode, name), summary in runs.items() if name in ("none", args.simulator[0])}
-    results = {"bench": args.bench, "policy": str(path), "n": len(questions), "chance": blind["guessing"],
+    tables.answers(runs, blind)
+    first = {mode: summary for (mode, name), summary in runs.items() if name in ("none", first_name)}
+    causes = {pair: found for pair, told in rows.items() if (found := tally(told))}
+    results = {"bench": args.bench, "policy": path, "n": len(questions), "chance": blind["guessing"],
                "text_only_chance": blind["text_only"], "modes": first,
-               "simulators": {name: {m: s for (m, n), s in runs.items() if n == name} for _, name in runs}}
-    if direct and args.simulator[0] != "none" and "agentic" in first:
-        pair = records["agentic", args.simulator[0]], direct
+               "simulators": {name: {m: s for (m, n), s in runs.items() if n == name} for _, name in runs},
+               "diagnosis": {mode: {n: found for (m, n), found in causes.items() if m == mode} for mode, _ in causes}}
+    if direct and first_name != "none" and "agentic" in first:
+        pair = rows["agentic", first_name], direct
         results["agentic_minus_direct"] = {"all": paired_bootstrap(*pair)}
         for title, need in STRATA.items():
-            parts = [[record for record in rows if record["needs_view"] is need] for rows in pair]
+            parts = [[record for record in told if record["needs_view"] is need] for told in pair]
             results["agentic_minus_direct"] |= {title: paired_bootstrap(*parts)} if parts[0] else {}
     common.write_json(out / "results.json", results)
-    folders = sorted((out / "dialogues").glob("*")) if (out / "dialogues").exists() else []
-    report.write(out / "report.html", f"{args.bench}: {path}", results, logs=report.find_logs(Path(path).parent),
-                 dialogues=[(folder.name, Trajectory.load(folder)) for folder in folders])
-    common.say(f"{out}/results.json, {out}/predictions.jsonl, {out}/report.html")
+    workflow = report.drawn(report.workflow(results))
+    if workflow:                                                            # None without matplotlib
+        workflow.save(out / "workflow.png")
+    if args.report:
+        report.write(out / "report.html", f"{args.bench}: {path}", results, logs=report.find_logs(Path(path).parent),
+                     dialogues=dialogues(records, questions), folder=out)
+    written = ("results.json", "predictions.jsonl", *(["workflow.png"] if workflow else []),
+               *(["report.html"] if args.report else []))
+    common.say(", ".join(f"{out}/{name}" for name in written))
 
 
 if __name__ == "__main__":

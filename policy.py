@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import cached_file, logging
 
@@ -171,10 +172,27 @@ class Policy:
         features  (1 + levels, image tokens, width): all images of the batch in row order, from `encode`
         keep      logits of the last `keep` columns, or of the columns a tensor lists; 0 = all
         """
+        out = self._run(ids, positions, mask, features, past_key_values=cache, use_cache=cache is not None,
+                        logits_to_keep=keep)
+        return self._allowed(out.logits)
+
+    def hidden(self, ids, positions, mask, features=None):
+        """The same pass, stopped before the language head: (B, L, width), which `logits` turns into logits."""
+        nowhere = ids.new_empty(0)              # a pass through the whole model, whose parts FSDP may have put away
+        return self._run(ids, positions, mask, features, use_cache=False, output_hidden_states=[-1],
+                         logits_to_keep=nowhere).hidden_states[-1]
+
+    def logits(self, hidden):
+        """The language head: hidden states (..., width) -> logits (..., vocabulary), float32."""
+        return self._allowed(self.model.lm_head(hidden))
+
+    def _run(self, ids, positions, mask, features, **options):
         vision = None if features is None else {"image": SimpleNamespace(
             pooler_output=(features[0],), deepstack_features=[(level,) for level in features[1:]])}
-        logits = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, mm_encoder_outputs=vision,
-                            past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep).logits
+        return self.model(input_ids=ids, position_ids=positions, attention_mask=mask, mm_encoder_outputs=vision,
+                          **options)
+
+    def _allowed(self, logits):
         return logits.float().masked_fill(self.banned, -1e9)                    # exp gives exactly 0
 
 
@@ -259,43 +277,84 @@ def encode_images(policy, trajectories):
 
 # ---- log-probabilities for training ---------------------------------------------------------------------------------
 
-def collate(policy, trajectories):
-    """Trajectories -> one right-padded batch (B rows, L tokens) for `token_logprobs`.
+HEAD_TOKENS = 512               # at the language head at a time: 0.3 GB of logits with the published vocabulary
+PROMPT, PADDING = -1, -2        # whose a cell is, where it belongs to none of the dialogues in its row
 
-    returns   ids, mask (1 = token), loss_mask, logprobs (the rollout's) (B, L); positions (3, B, L); and `features`
-              (1 + levels, tokens, width), what the frozen tower makes of the images in row order
+
+def collate(policy, trajectories, share=False):
+    """Trajectories -> one right-padded batch for `token_logprobs`: B dialogues of up to L tokens in R rows of C cells.
+
+    share     False: a row for each dialogue (R, C = B, L). True: dialogues with the same prompt share a row,
+              [prompt | rest of the first | rest of the second | ...]. The prompt with its images is computed once, as
+              in `rollout`; each rest sees the prompt and itself, at its own positions, so the numbers are the same
+    returns   of the rows: ids (R, C), positions (3, R, C), mask (R, C) 1 = token, or (R, 1, C, C) True = may look if
+              dialogues share rows, and `features` (1 + levels, tokens, width), what the frozen tower makes of the
+              images in row order; of the dialogues, (B, L) each: loss_mask, logprobs (the rollout's), and `cell`, where
+              each token stands in ids.flatten()
     """
     encode_images(policy, trajectories)
-    size = (len(trajectories), max(len(t.ids) for t in trajectories))
-    ids, positions = torch.full(size, policy.tokenizer.pad_token_id), torch.zeros(*size, 3, dtype=torch.long)
-    mask, loss_mask, logprobs = torch.zeros(size, dtype=torch.long), torch.zeros(size), torch.zeros(size)
-    for row, t in enumerate(trajectories):
-        n = len(t.ids)
-        ids[row, :n], positions[row, :n] = torch.tensor(t.ids), torch.tensor(t.positions)
-        mask[row, :n], loss_mask[row, :n], logprobs[row, :n] = 1, torch.tensor(t.loss_mask), torch.tensor(t.logprobs)
-    batch = {"ids": ids, "positions": positions.permute(2, 0, 1), "mask": mask, "loss_mask": loss_mask,
-             "logprobs": logprobs}
+    sharing = {}
+    for number, t in enumerate(trajectories):
+        sharing.setdefault(prompt_of(t) if share else number, []).append(number)
+    ids, positions, branches, features, where = [], [], [], [], {}
+    for row, numbers in enumerate(sharing.values()):
+        group = [trajectories[number] for number in numbers]
+        start, shown = (group[0].loss_mask.index(1), group[0].provenance.count(None)) if len(group) > 1 else (0, 0)
+        ids.append(sum((t.ids[start:] for t in group), group[0].ids[:start]))
+        positions.append(sum((t.positions[start:] for t in group), group[0].positions[:start]))
+        branches.append([PROMPT] * start + [branch for branch, t in enumerate(group) for _ in t.ids[start:]])
+        features += sum((t.features[shown:] for t in group), group[0].features[:shown])
+        end = start
+        for number, t in zip(numbers, group):
+            where[number] = row, [*range(start), *range(end, end := end + len(t.ids) - start)]
+    branches = padded(branches, PADDING)                                                        # (R, C)
+    mask = (branches != PADDING).long()
+    if len(ids) < len(trajectories):
+        mask = (branches[:, None] == PROMPT) | (branches[:, None] == branches[..., None])       # (R, looking, seen)
+        mask = mask.tril()[:, None]
+    cells = [[row * branches.shape[1] + column for column in columns] for _, (row, columns) in sorted(where.items())]
+    batch = {"ids": padded(ids, policy.tokenizer.pad_token_id), "positions": padded(positions).permute(2, 0, 1),
+             "mask": mask, "loss_mask": padded([t.loss_mask for t in trajectories]).float(),
+             "logprobs": padded([t.logprobs for t in trajectories]), "cell": padded(cells)}
     batch = {key: value.to(policy.device) for key, value in batch.items()}
-    features = [feature for t in trajectories for feature in t.features]
     batch["features"] = torch.cat(features, 1) if features else None
     return batch
+
+
+def prompt_of(trajectory):
+    """What dialogues that share their prompt have in common: tokens up to the first turn, and the very same images."""
+    return (*trajectory.ids[:trajectory.loss_mask.index(1)],
+            *(id(image) for image, call in zip(trajectory.images, trajectory.provenance) if call is None))
+
+
+def padded(lists, value=0):
+    """Lists of unequal length -> one tensor, `value` behind the shorter ones."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in lists], True, value)
 
 
 def token_logprobs(policy, batch, temperature=1.0):
     """Log-probability and entropy of what the policy wrote, under the distribution `rollout` samples from.
 
-    returns   (B, L - 1) each: column t is about token t + 1; 0 where that token is not the policy's. Differentiable.
-    The language head runs only on columns where some row has a token of the policy.
+    returns   (B, L - 1) each: column t is about token t + 1; 0 where that token is not the policy's. The first is
+              differentiable.
+    The language head runs on the policy's tokens alone, HEAD_TOKENS at a time, and once more in backward: of a whole
+    batch the logits, 151,936 per token, would be larger than the model.
     """
-    wrote = batch["loss_mask"][:, 1:] > 0                                                   # (B, L - 1)
-    columns = wrote.any(0).nonzero()[:, 0]                                                  # (K,)
-    logits = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"],
-                            keep=columns)                                                   # (B, K, vocabulary)
-    logprobs = torch.log_softmax(logits / temperature, -1)
-    chosen = logprobs.gather(-1, batch["ids"][:, 1:][:, columns, None])[..., 0]             # (B, K)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    spread = [torch.zeros(wrote.shape, device=logits.device).index_copy(1, columns, x) for x in (chosen, entropy)]
-    return tuple(x.where(wrote, x.new_zeros(())) for x in spread)
+    wrote = batch["loss_mask"][:, 1:] > 0                                                       # (B, L - 1)
+    before, at = batch["cell"][:, :-1][wrote], batch["cell"][:, 1:][wrote]                      # (n,) each
+    hidden = policy.hidden(batch["ids"], batch["positions"], batch["mask"], batch["features"])
+    parts = [checkpoint(chosen_logprobs, policy, *part, temperature, use_reentrant=False) for part in
+             zip(hidden.flatten(0, 1)[before].split(HEAD_TOKENS), batch["ids"].flatten()[at].split(HEAD_TOKENS))]
+    return tuple(torch.zeros(wrote.shape, device=wrote.device).masked_scatter(wrote, torch.cat(part))
+                 for part in zip(*parts))
+
+
+def chosen_logprobs(policy, hidden, tokens, temperature):
+    """Hidden states (n, width) before tokens (n,) -> their log-probabilities and, without gradient, entropies."""
+    logprobs = torch.log_softmax(policy.logits(hidden) / temperature, -1)                       # (n, vocabulary)
+    with torch.no_grad():
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, tokens[:, None])[:, 0], entropy
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

@@ -50,9 +50,9 @@ def format_reward(trajectory):
     return float(trajectory.well_formed and trajectory.answer is not None)
 
 
-def phase1_reward(match, form, n_tool):
+def phase1_reward(match, form, n_tool, lambda_use=LAMBDA_USE):
     """r = e + lambda_fmt f + lambda_use min(n_tool, c): learn the protocol and try the simulator."""
-    return match + LAMBDA_FMT * form + LAMBDA_USE * min(n_tool, CALL_CAP)
+    return match + LAMBDA_FMT * form + lambda_use * min(n_tool, CALL_CAP)
 
 
 def tool_gain(match, n_tool, match_direct):
@@ -60,13 +60,13 @@ def tool_gain(match, n_tool, match_direct):
     return match - match_direct if n_tool > 0 else 0.0
 
 
-def phase2_reward(match, form, n_tool, match_direct):
+def phase2_reward(match, form, n_tool, match_direct, lambda_use=LAMBDA_USE, alpha=ALPHA, beta=BETA):
     """Phase 1 plus alpha max(0, D) - beta max(0, -D): imagine where it helps.
 
     The paper's overview figure prints the last term without its inner minus; the formula in its text is this one.
     """
     gain = tool_gain(match, n_tool, match_direct)
-    return phase1_reward(match, form, n_tool) + ALPHA * max(0.0, gain) - BETA * max(0.0, -gain)
+    return phase1_reward(match, form, n_tool, lambda_use) + alpha * max(0.0, gain) - beta * max(0.0, -gain)
 
 
 def group_advantages(rewards, group_size, divide_by_std=True, eps=1e-6):

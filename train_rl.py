@@ -5,12 +5,22 @@ Reinforcement learning of the policy with the simulator in the loop: GRPO in two
   score             the reward of the phase, rewards.py
   advantage         A_i = (r_i - mean of the group) / (deviation of the group + 1e-6)
   logprob           of the start policy, to watch the distance from it
-  update            L = - sum over tokens of min(ratio A, clip(ratio, 1 - 0.2, 1 + 0.28) A) / number of tokens
+  update            L = - sum over tokens of min(ratio A, clip(ratio, 1 - 0.2, 1 + 0.28) A) / number of tokens;
+                    a question's prompt is computed once for its group, as in the rollout (policy.collate)
 
   CPU, 5 min   python train_rl.py --phase 1          # out/sft, out/wm, out/data -> out/phase1
                python train_rl.py --phase 2          # out/phase1, out/wm, out/data -> out/phase2
   8 GPUs       torchrun --standalone --nproc_per_node 8 train_rl.py --phase 1 --preset astra
+  World2VLM    python train_rl.py --task world2vlm   # out/w2v, out/world2vlm -> out/w2v-rl: its second stage
   resume       the same command
+
+Ablations of the reward, as long as the 12 + 60 steps of the two phases together, each with an --out of its own:
+  phase 1 only        --phase 1 --steps 72
+  phase 2 only        --phase 2 --steps 72 --policy out/sft          both stages' terms from the start
+  usage only          the same with --alpha 0 --beta 0               no gain term
+  gain only           the same with --lambda-use 0                   no bonus for use
+  direct answers      --phase 1 --steps 72 --mode direct             no tool
+
 Out: the policy, log.jsonl (its keys: LOG below), dialogues/ (what it said and saw at each evaluation), curves.png.
 
 Ours, where the paper is silent: advantages are divided by the group's deviation (--no-divide-by-std for the ablation);
@@ -29,18 +39,22 @@ from torch.nn import functional as F
 
 import rewards
 from data import load_jsonl
-from lib import checkpoints, common
+from lib import checkpoints, common, simulators
 from lib.common import total
-from policy import Policy, Trajectory, collate, rollout, token_logprobs
+from lib.endpoint import RemoteError
+from policy import Policy, Trajectory, collate, prompt_of, rollout, token_logprobs
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28         # paper: Clip-Higher
 MAX_ROUNDS, MAX_TURNS = 3, 10           # paper: tool rounds and assistant turns
 BETAS = (0.9, 0.99)                     # of AdamW; no weight decay
 SAVED_DIALOGUES = 4                     # per evaluation
+LEAST = 0.02                            # chance of a question whose rewards are all equal; variances are 0 to 0.6
+PARTS = ("total", "format", "action", "order", "numeric", "accuracy", "validity", "geometry", "iou", "center", "size",
+         "l1")                          # of rewards.world2vlm, each task has some
 
 LOG = {  # log.jsonl: one line per step; means over all rollouts of the step, on all ranks, unless said otherwise
     "reward": "mean reward",
-    "match": "exact match e; also match_needs_view and match_answerable, where the data knows",
+    "match": "exact match e (World2VLM: the total); also match_needs_view and match_answerable, where the data knows",
     "format": "format reward f",
     "call_rate": "share of rollouts with a valid call; also _needs_view and _answerable",
     "valid_calls": "valid calls per rollout",
@@ -53,50 +67,71 @@ LOG = {  # log.jsonl: one line per step; means over all rollouts of the step, on
     "groups_flat": "share of groups with equal rewards: skipped",
     "groups_bonus": "share of groups whose answers are all right or all wrong, and whose rewards differ",
     "tokens": "tokens that the update learned from",
-    "loss": "GRPO loss per token, without the KL term; this and the next three: over the tokens learned from",
+    "loss": "GRPO loss per token, without the KL term; from here to kl: over the tokens learned from",
     "entropy": "of the next-token distribution, nats",
-    "clipped": "share of tokens silenced by the clip",
+    "ratio": "new probability over old, mean over tokens; above and below 1 cancel",
+    "ratio_max": "its largest value",
+    "clipped_low": "share of tokens silenced by the clip: bad ones whose ratio is below 1 - 0.2 already",
+    "clipped_high": "and good ones whose ratio is above 1 + 0.28 already",
     "kl": "to the start policy, nats per token (k3 estimate); with --kl 0 only at evaluations",
-    "mismatch": "largest |old - new log-prob| before the first optimiser step: rollout against training",
+    "mismatch": "largest |rollout - training log-prob| before the first optimiser step",
     "grad_norm": "before clipping, mean over the optimiser steps",
     "lr": "learning rate",
     "seconds": "of sample (imagine included), imagine, score, advantage, logprob, update",
+    "A1_total": "World2VLM: mean total of this task's questions; so for A1 to D4, and each part (A1_numeric, ...)",
     "eval": "held-out questions, greedy, after `step` steps: {mode: {accuracy, call_rate, each also by need}}",
 }
 
 PRESETS = {
     "tiny": dict(questions=16, group=8, minibatches=2, lr=6e-5, warmup=2, lr_floor=0.1, kl=0.0,
-                 max_new_tokens=64, eval_questions=200, micro_batch=32, save_every=6),
+                 max_new_tokens=64, eval_questions=200, micro_batch_tokens=4096, save_every=6),
     "astra": dict(questions=128, group=8, steps=200, minibatches=2, lr=1e-6, warmup=10, lr_floor=1.0,
-                  max_new_tokens=4096, eval_every=10, eval_questions=256, micro_batch=1, save_every=10,
+                  max_new_tokens=4096, eval_every=10, eval_questions=256, micro_batch_tokens=8192, save_every=10,
                   gradient_checkpointing=True),
 }
 TINY_LENGTH = {1: dict(steps=12, eval_every=4), 2: dict(steps=60, eval_every=12)}   # calling is learned in a few steps
-NEUTRAL = ("threads", "micro_batch", "save_every", "gradient_checkpointing")
+WORLD2VLM = {       # what --task world2vlm changes: group, KL, clip, lr are its paper's, the rest its released code's
+    "tiny": dict(mode="direct", group=4, kl=0.01, clip_high=0.3, steps=60, eval_every=12),
+    "astra": dict(mode="direct", group=4, kl=0.01, clip_high=0.3, questions=4, steps=248, lr=2e-6, warmup=0,
+                  max_new_tokens=256, eval_every=62),
+}
+NEUTRAL = ("threads", "micro_batch_tokens", "save_every", "gradient_checkpointing")
 
 
 def parse_args(argv=None):
     """Flags, with the preset's defaults; "paper" in a help text means that the number is the paper's."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for parser in (first, p):
+        parser.add_argument("--task", choices=("astra", "world2vlm"), default="astra",
+                            help="world2vlm: questions about camera motions and their rewards, one phase, no tool")
     p.add_argument("--phase", type=int, choices=(1, 2), default=1, help="1: acquire the tool; 2: learn when to use it")
+    p.add_argument("--mode", choices=("agentic", "direct"), default="agentic", help="direct: prompts without the tool")
     # in and out
     p.add_argument("--policy", help="the start; default: phase 1 out/sft (astra: Qwen/Qwen3-VL-8B-Instruct, as in the "
-                   "paper), phase 2 out/phase1")
+                   "paper), phase 2 out/phase1, world2vlm out/w2v")
     p.add_argument("--wm", help="the tuned simulator (default: the newest of out/wm and out/demo/wm)")
-    p.add_argument("--simulator", choices=("tuned", "truth", "none"), default="tuned",
-                   help="Astra-WM; the true renderer (rooms only); or none: calls are told so")
-    p.add_argument("--data", help="folder of questions_{train,val}.jsonl (default: out/data or out/demo/data)")
-    p.add_argument("--out", help="default: out/phase1 or out/phase2")
+    p.add_argument("--simulator", default="tuned", help=f"{', '.join(simulators.NAMES)}, the folder or hub id of a "
+                   "world model, or a URL (lib/simulators.py); none: calls are told so")
+    p.add_argument("--data", help="folder of questions_{train,val}.jsonl (default: out/data or out/demo/data; "
+                   "world2vlm out/world2vlm)")
+    p.add_argument("--out", help="default: out/phase1, out/phase2 or out/w2v-rl")
     # these change the numbers
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--steps", type=int, help="batches of rollouts")
     p.add_argument("--questions", type=int, help="per step, all ranks together")
+    p.add_argument("--curriculum", choices=("even", "variance"), default="even", help="even: every question once per "
+                   "pass; variance (ours): those more often whose last group of rewards varied more, new ones first")
     p.add_argument("--group", type=int, help="rollouts per question")
     p.add_argument("--direct", type=int, default=4, help="phase 2: no-tool rollouts per question")
     p.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of the log-probs that are trained")
     p.add_argument("--max-new-tokens", type=int, help="per turn")
+    p.add_argument("--lambda-use", type=float, default=rewards.LAMBDA_USE, help="bonus for a rollout with a call")
+    p.add_argument("--alpha", type=float, default=rewards.ALPHA, help="phase 2: worth of a gain over direct answers")
+    p.add_argument("--beta", type=float, default=rewards.BETA, help="phase 2: price of a loss against them")
     p.add_argument("--divide-by-std", action=argparse.BooleanOptionalAction, default=True, help="of each group")
     p.add_argument("--minibatches", type=int, help="optimiser steps per batch; the clip acts from the second on")
+    p.add_argument("--clip-high", type=float, default=CLIP_HIGH, help="how far a ratio may rise")
     p.add_argument("--lr", type=float, help="AdamW, peak")
     p.add_argument("--warmup", type=int, help="steps to the peak")
     p.add_argument("--lr-floor", type=float, help="share of the peak where the cosine ends; 1: constant")
@@ -106,19 +141,26 @@ def parse_args(argv=None):
     p.add_argument("--eval-every", type=int, help="steps; 0: never")
     p.add_argument("--eval-questions", type=int, help="held-out questions per evaluation")
     # memory, speed and safety only: these never change the numbers
-    p.add_argument("--micro-batch", type=int, help="rollouts per forward pass and rank")
+    p.add_argument("--micro-batch-tokens", type=int, help="tokens per forward pass and rank, with padding (a longer "
+                   "rollout has a pass to itself)")
     p.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in backward (paper)")
     p.add_argument("--save-every", type=int, help="steps between checkpoints")
     p.add_argument("--threads", type=int, help="CPU threads per process")
-    args = common.parse_with_preset(p, PRESETS, argv)
+    world2vlm = first.parse_known_args(argv)[0].task == "world2vlm"
+    presets = {size: flags | (WORLD2VLM[size] if world2vlm else {}) for size, flags in PRESETS.items()}
+    args = common.parse_with_preset(p, presets, argv)
     for key, value in TINY_LENGTH[args.phase].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    start = "Qwen/Qwen3-VL-8B-Instruct" if args.preset == "astra" else str(common.newest(("sft",)) or "out/sft")
-    args.policy = args.policy or (start if args.phase == 1 else str(common.newest(("phase1",)) or "out/phase1"))
-    args.data = args.data or str(common.newest(("data",), "questions_train.jsonl") or "out/data")
+    start, data, out = (("w2v", "world2vlm", "w2v-rl") if world2vlm else
+                        ("sft" if args.phase == 1 else "phase1", "data", f"phase{args.phase}"))
+    base = args.preset == "astra" and start == "sft" and "Qwen/Qwen3-VL-8B-Instruct"
+    args.policy = args.policy or base or str(common.newest((start,)) or f"out/{start}")
+    args.data = args.data or str(common.newest((data,), "questions_train.jsonl") or f"out/{data}")
     args.wm = args.wm or str(common.newest(("wm",)) or "out/wm")
-    args.out = args.out or f"out/phase{args.phase}"
+    args.out = args.out or f"out/{out}"
+    if world2vlm and (args.phase, args.mode) != (1, "direct"):
+        p.error("--task world2vlm has one phase, and no tool")
     if args.questions % args.minibatches:
         p.error(f"--questions {args.questions} does not split into --minibatches {args.minibatches} of equal size")
     return args
@@ -141,11 +183,11 @@ def grpo_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low=CLIP_LOW, 
     return -(objective * loss_mask).sum()
 
 
-def clipped_tokens(logprobs, old_logprobs, advantages, loss_mask, clip_low=CLIP_LOW, clip_high=CLIP_HIGH):
-    """How many tokens the clip silences: their ratio has gone beyond its bound in the direction the advantage asks."""
-    ratio, advantages = (logprobs - old_logprobs).exp(), advantages[:, None]
-    silent = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
-    return (silent * loss_mask).sum()
+def clipped_tokens(ratio, advantages, loss_mask, clip_low=CLIP_LOW, clip_high=CLIP_HIGH):
+    """How many tokens the clip silences, below and above: their ratio (B, L) is beyond the bound, where A wants it."""
+    advantages = advantages[:, None]
+    low, high = (advantages < 0) & (ratio < 1 - clip_low), (advantages > 0) & (ratio > 1 + clip_high)
+    return (low * loss_mask).sum(), (high * loss_mask).sum()
 
 
 def kl_to_start(logprobs, start_logprobs, loss_mask):
@@ -160,7 +202,7 @@ def kl_to_start(logprobs, start_logprobs, loss_mask):
 class Row:
     """A rollout with what an update needs. Entry j of a log-prob vector is about token j + 1 of the trajectory."""
     trajectory: Trajectory
-    match: float                            # e
+    match: float                            # e; World2VLM: the total
     form: float                             # f
     match_direct: float | None              # e_direct of its question, phase 2
     reward: float
@@ -168,23 +210,32 @@ class Row:
     start: torch.Tensor | None = None       # (L - 1,) log-probs under the start policy
     advantage: float = 0.0
     weight: float = 1.0                     # 0: only fills up a rank's micro-batches
+    parts: dict | None = None               # of the reward, World2VLM
 
 
 def dialogues(policy, questions, simulator, mode, args, group=1, temperature=0.0, step=0):
     """`group` dialogues per question, question-major, drawn from the streams of (run seed, mode, step)."""
     seed = common.stable_seed(args.seed, mode, step)
-    with common.gathered(policy.model):
-        return rollout(policy, questions, simulator, mode, group, temperature, seed, MAX_ROUNDS, MAX_TURNS,
-                       args.max_new_tokens)
+    try:
+        with common.gathered(policy.model):
+            return rollout(policy, questions, simulator, mode, group, temperature, seed, MAX_ROUNDS, MAX_TURNS,
+                           args.max_new_tokens)
+    except RemoteError as error:
+        common.fail(f"{error}. The same command goes on from the last checkpoint.")
 
 
-def score(trajectory, phase, match_direct=None):
-    """Reward a rollout by the formula of the phase."""
-    match = rewards.exact_match(trajectory.answer, trajectory.question)
-    form, n_tool = rewards.format_reward(trajectory), trajectory.valid_calls
-    reward = (rewards.phase1_reward(match, form, n_tool) if phase == 1 else
-              rewards.phase2_reward(match, form, n_tool, match_direct))
-    return Row(trajectory, match, form, match_direct, reward, torch.tensor(trajectory.logprobs[1:]))
+def score(trajectory, args, match_direct=None):
+    """Reward a rollout: phase 1, and with `match_direct` phase 2, as in rewards.py with the weights of the flags."""
+    question, n_tool, old = trajectory.question, trajectory.valid_calls, torch.tensor(trajectory.logprobs[1:])
+    if args.task == "world2vlm":
+        parts = rewards.world2vlm(question["category"], question["answer"], trajectory.answer)
+        return Row(trajectory, parts["total"], parts["format"], None, parts["total"], old, parts=parts)
+    match, form = rewards.exact_match(trajectory.answer, question), rewards.format_reward(trajectory)
+    if match_direct is None:
+        reward = rewards.phase1_reward(match, form, n_tool, args.lambda_use)
+    else:
+        reward = rewards.phase2_reward(match, form, n_tool, match_direct, args.lambda_use, args.alpha, args.beta)
+    return Row(trajectory, match, form, match_direct, reward, old)
 
 
 def mean_match(trajectories, group):
@@ -203,14 +254,28 @@ def split(rows, varied, args, world):
     return minibatches
 
 
-def micro_batches(rows, filler, size):
-    """Chunks of at most `size` rows, rows of like length together; the same number of chunks on every rank.
+def micro_batches(rows, filler, tokens):
+    """Chunks of rows, one pass each, of at most `tokens` tokens with padding; the same number of chunks on every rank.
 
-    Each pass through a sharded model is a set of collectives: a rank with fewer rows goes through the motions with
-    `filler`, any of its rows, at weight 0.
+    Rows with one prompt (neighbours) make a line: the prompt and behind it each one's rest, as collate(share=True) lays
+    them out. Lines of like length make a chunk. Each pass through a sharded model is a set of collectives: a rank with
+    fewer chunks goes through the motions with `filler`, any of its rows, at weight 0.
     """
-    rows = sorted(rows, key=lambda row: len(row.trajectory.ids))
-    chunks = [rows[i:i + size] for i in range(0, len(rows), size)]
+    lines, chunks, before = [], [], None                                                # lines: [length, rows]
+    for row in rows:
+        prompt, start, end = prompt_of(row.trajectory), row.trajectory.loss_mask.index(1), len(row.trajectory.ids)
+        if prompt != before or lines[-1][0] + end - start > tokens:
+            lines.append([start, []])
+        lines[-1][0] += end - start
+        lines[-1][1].append(row)
+        before = prompt
+    room = 0                                                                            # of the last chunk, in lines
+    for length, line in sorted(lines, key=lambda line: -line[0]):
+        if not room:
+            room = max(1, tokens // length)
+            chunks.append([])
+        chunks[-1] += line
+        room -= 1
     return chunks + [[replace(filler, weight=0.0)]] * (int(common.global_max(len(chunks))) - len(chunks))
 
 
@@ -222,8 +287,9 @@ def stack(vectors, like):
 @torch.no_grad()
 def remember_logprobs(policy, rows, filler, name, args):
     """Set row.<name> to the log-probs of each row's tokens under `policy`."""
-    for chunk in micro_batches(rows, filler, args.micro_batch):
-        logprobs, _ = token_logprobs(policy, collate(policy, [row.trajectory for row in chunk]), args.temperature)
+    for chunk in micro_batches(rows, filler, args.micro_batch_tokens):
+        batch = collate(policy, [row.trajectory for row in chunk], share=True)
+        logprobs, _ = token_logprobs(policy, batch, args.temperature)
         for row, values in zip(chunk, logprobs.cpu()):
             setattr(row, name, values[:len(row.trajectory.ids) - 1].clone())
 
@@ -232,29 +298,33 @@ def accumulate_gradient(policy, rows, filler, args):
     """Add the gradient of one update's loss: a mean over the policy's tokens in `rows`, those of all ranks together.
 
     rows, filler   this rank's share, maybe empty, and any row to fill up with
-    returns        this rank's sums over tokens {tokens, loss, entropy, clipped; kl, kl_tokens where row.start is known}
-                   and the largest `mismatch`; {} on every rank if there is no token to learn from
+    returns        this rank's sums over tokens {tokens, loss, entropy, ratio, clipped_low, clipped_high; kl, kl_tokens
+                   where row.start is known} and the largest `mismatch` and `ratio_max`; {} on every rank if there is no
+                   token to learn from
     """
     tokens = common.global_sum(float(sum(sum(row.trajectory.loss_mask) for row in rows)))
     sums = defaultdict(float)
-    for chunk in micro_batches(rows, filler, args.micro_batch) if tokens else ():
-        batch = collate(policy, [row.trajectory for row in chunk])
+    for chunk in micro_batches(rows, filler, args.micro_batch_tokens) if tokens else ():
+        batch = collate(policy, [row.trajectory for row in chunk], share=True)
         logprobs, entropy = token_logprobs(policy, batch, args.temperature)             # (B, L - 1) each
         weight, advantages = torch.tensor([[row.weight, row.advantage] for row in chunk], device=logprobs.device).T
         mask = batch["loss_mask"][:, 1:] * weight[:, None]                              # (B, L - 1)
         old = stack([row.old for row in chunk], logprobs)
-        loss = objective = grpo_loss(logprobs, old, advantages, mask)
+        loss = objective = grpo_loss(logprobs, old, advantages, mask, CLIP_LOW, args.clip_high)
         if chunk[0].start is not None:
             kl = kl_to_start(logprobs, stack([row.start for row in chunk], logprobs), mask)
             objective = loss + args.kl * kl
             sums["kl"] += kl.item()
             sums["kl_tokens"] += mask.sum().item()
         (objective / tokens).backward()                                             # a local sum over a global count
-        sums["tokens"] += mask.sum().item()
-        sums["loss"] += loss.item()
-        sums["entropy"] += (entropy.detach() * mask).sum().item()
-        sums["clipped"] += clipped_tokens(logprobs.detach(), old, advantages, mask).item()
-        sums["mismatch"] = max(sums["mismatch"], ((logprobs.detach() - old).abs() * mask).max().item())
+        logprobs = logprobs.detach()
+        ratio, sampled = (logprobs - old).exp(), batch["logprobs"][:, 1:]
+        low, high = clipped_tokens(ratio, advantages, mask, CLIP_LOW, args.clip_high)
+        for key, value in (("tokens", mask), ("loss", loss), ("entropy", entropy * mask), ("ratio", ratio * mask),
+                           ("clipped_low", low), ("clipped_high", high)):
+            sums[key] += value.sum().item()
+        for key, value in (("ratio_max", ratio), ("mismatch", (logprobs - sampled).abs())):
+            sums[key] = max(sums[key], (value * mask).max().item())
     return sums
 
 
@@ -273,12 +343,13 @@ def update(policy, optimizer, minibatches, filler, step, args):
                             f"give a smaller --lr and another --out.")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    over = {"loss": "tokens", "entropy": "tokens", "clipped": "tokens", "kl": "kl_tokens"}
+    over = dict.fromkeys(("loss", "entropy", "ratio", "clipped_low", "clipped_high"), "tokens") | {"kl": "kl_tokens"}
     means = common.global_means({key: tuple(sum(part.get(k, 0.0) for part in sums) for k in (key, count))
                                  for key, count in over.items()})
     first = next(filter(None, sums), {})
     return {"tokens": common.global_sum(sum(part.get("tokens", 0.0) for part in sums)), **means,
             "mismatch": common.global_max(first.get("mismatch", 0.0)),
+            "ratio_max": common.global_max(max(part.get("ratio_max", 0.0) for part in sums)),
             "grad_norm": sum(norms) / len(norms) if norms else 0.0, "lr": rate}
 
 
@@ -290,6 +361,13 @@ def by_need(name, rows, value):
     return {name: total([value(row) for row in rows]),
             f"{name}_needs_view": total([value(row) for row, needs in zip(rows, need) if needs is True]),
             f"{name}_answerable": total([value(row) for row, needs in zip(rows, need) if needs is False])}
+
+
+def by_task(rows):
+    """Totals of the parts of World2VLM's reward, per task; nothing where the rows have no parts."""
+    return {f"{task}_{part}": total([row.parts[part] for row in rows
+                                     if row.trajectory.question["category"] == task and part in row.parts])
+            for task in rewards.SCORES for part in PARTS if rows[0].parts}
 
 
 def rollout_totals(rows, group):
@@ -310,6 +388,7 @@ def rollout_totals(rows, group):
         "length": total([sum(t.loss_mask) for t in trajectories]),
         "turns": total([len(t.turns) for t in trajectories]),
         "truncated": total([t.truncated for t in trajectories]),
+        **by_task(rows),
         "groups_flat": total(flat),
         "groups_bonus": total([not equal and len({row.match for row in g}) == 1 for equal, g in zip(flat, groups)]),
     }
@@ -318,20 +397,19 @@ def rollout_totals(rows, group):
 def evaluate(policy, questions, simulator, args, world, folder):
     """Greedy dialogues on held-out questions, with and without the tool -> {mode: means}; the first few are saved."""
     table = {}
-    for mode in ("agentic", "direct"):
+    for mode in dict.fromkeys((args.mode, "direct")):
         trajectories = dialogues(policy, questions[world.rank::world.size], simulator, mode, args)
-        rows = [score(trajectory, phase=1) for trajectory in trajectories]
-        table[mode] = common.global_means({**by_need("accuracy", rows, lambda row: row.match),
-                                    "format": total([row.form for row in rows]),
-                                    **by_need("call_rate", rows, lambda row: row.trajectory.valid_calls > 0)})
-        if mode == "agentic" and common.is_main():
+        rows = [score(trajectory, args) for trajectory in trajectories]
+        means = common.global_means({**by_need("accuracy", rows, lambda row: row.match), **by_task(rows),
+                                     "format": total([row.form for row in rows]),
+                                     **by_need("call_rate", rows, lambda row: row.trajectory.valid_calls > 0)})
+        table[mode] = means
+        if mode == args.mode and common.is_main():
             with common.disk(folder):
                 for i, trajectory in enumerate(trajectories[:SAVED_DIALOGUES]):
                     trajectory.save(folder / str(i))
                     trajectory.draw(folder / f"{i}.png")
-    agentic, direct = table["agentic"], table["direct"]
-    common.say(f"held out: agentic {agentic['accuracy']:.3f}, direct {direct['accuracy']:.3f}, "
-               f"call rate {agentic['call_rate']:.2f}")
+        common.say(f"held out, {mode}: accuracy {means['accuracy']:.3f}, call rate {means['call_rate']:.2f}")
     return table
 
 
@@ -343,7 +421,8 @@ def draw_curves(out):
         return common.say("No curves.png without matplotlib (pip install matplotlib); log.jsonl has the numbers.")
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    panels = {"rewards": ("reward", "match", "match_direct", "format"), "policy": ("entropy", "kl", "clipped", "gain"),
+    panels = {"rewards": ("reward", "match", "match_direct", "format"),
+              "policy": ("entropy", "kl", "clipped_low", "clipped_high", "gain"),
               "calls": ("call_rate", "call_rate_needs_view", "call_rate_answerable", "invalid_calls"),
               "held out, greedy": ("agentic accuracy", "agentic accuracy_needs_view", "direct accuracy",
                                    "agentic call_rate")}
@@ -380,14 +459,17 @@ class Watched:
 
 def open_simulator(args, world):
     """--simulator as an object with `imagine`, or None."""
-    if args.simulator == "none":
-        return None
-    if args.simulator == "truth":
-        from lib.rooms import TrueRenderer
-        return TrueRenderer()
-    from world_model import WorldModel
-    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    return WorldModel.load(args.wm, world.device, dtype)
+    return None if args.mode == "direct" else simulators.load(args.simulator, world.device, args.wm)
+
+
+def load_questions(file, args):
+    """The questions of --task in a file."""
+    questions = [q for q in load_jsonl(file) if (q.get("bench") == "world2vlm") == (args.task == "world2vlm")]
+    if not questions:
+        common.fail(f"{file} has no question for --task {args.task}.")
+    if args.simulator in simulators.NEEDS_ROOM and not all(q.get("scene") for q in questions):
+        common.fail(f"--simulator {args.simulator} works in rooms only: {file} has questions without a scene.")
+    return questions
 
 
 def open_policy(args, world):
@@ -401,14 +483,26 @@ def open_policy(args, world):
     return policy
 
 
-def questions_of_step(questions, count, step, seed):
-    """The questions of a step: pass after pass over all of them, each pass in an order of its own."""
+def places_of_step(total, count, step, seed, spread=None):
+    """Which of `total` questions a step asks: pass after pass over all of them, each pass in an order of its own.
+
+    spread   chances of the questions for --curriculum variance: drawn by these, none twice in a step
+    """
+    if spread:
+        chances = torch.tensor(spread, dtype=torch.float64)
+        return torch.multinomial(chances, count, generator=common.generator(seed, "curriculum", step)).tolist()
     chosen = []
     for place in range(step * count, (step + 1) * count):
-        epoch, index = divmod(place, len(questions))
-        order = torch.randperm(len(questions), generator=common.generator(seed, "questions", epoch))
-        chosen.append(questions[order[index]])
+        epoch, index = divmod(place, total)
+        chosen.append(torch.randperm(total, generator=common.generator(seed, "questions", epoch))[index].item())
     return chosen
+
+
+def new_spread(spread, places, earned, group):
+    """The chances after a step: of what any rank has asked, the variance of the rewards, plus LEAST; else as before."""
+    found = torch.zeros(len(spread), dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    found[places] = torch.tensor(earned, dtype=torch.float64, device=found.device).view(-1, group).var(1) + LEAST
+    return [new or old for new, old in zip(common.global_sum(found).tolist(), spread)]
 
 
 def save_policy(policy, out):
@@ -423,17 +517,23 @@ def main(argv=None):
     """The stage: sample, imagine, score, advantage, logprob, update, and again."""
     args = parse_args(argv)
     files = [Path(args.data) / f"questions_{part}.jsonl" for part in ("train", "val")]
-    needs = [(args.policy, "python train_sft.py" if args.phase == 1 else "python train_rl.py --phase 1"),
-             *((file, f"python data.py --out {args.data}") for file in files),
-             *([(args.wm, "python train_wm.py")] if args.simulator == "tuned" else [])]
-    common.begin(f"train_rl --phase {args.phase}", args, NEUTRAL, needs)
+    title, sft, data = (("--task world2vlm", "train_sft.py --task world2vlm", "data.py world2vlm")
+                        if args.task == "world2vlm" else (f"--phase {args.phase}", "train_sft.py", "data.py"))
+    needs = [(args.policy, f"python {sft}" if args.phase == 1 else "python train_rl.py --phase 1"),
+             *((file, f"python {data} --out {args.data}") for file in files),
+             *([(args.wm, "python train_wm.py")] if (args.mode, args.simulator) == ("agentic", "tuned") else [])]
+    common.begin(f"train_rl {title}", args, NEUTRAL, needs)
     world, out = common.setup(args.threads), Path(args.out)
     policy, simulator = open_policy(args, world), open_simulator(args, world)
     start_policy = None if args.kl is None else open_policy(args, world)
-    train, held_out = map(load_jsonl, files)
-    held_out = questions_of_step(held_out, min(args.eval_questions, len(held_out)), step=0, seed=0)
+    train, held_out = (load_questions(file, args) for file in files)
+    chosen = places_of_step(len(held_out), min(args.eval_questions, len(held_out)), step=0, seed=0)
+    held_out = [held_out[place] for place in chosen]
     if args.questions < world.size:
         common.fail(f"--questions {args.questions} leaves some of {world.size} ranks without a question.")
+    if args.curriculum == "variance" and args.questions > len(train):
+        common.fail(f"--curriculum variance asks no question twice in a step: there are {len(train)}, --questions asks "
+                    f"for {args.questions}.")
     learning = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=args.lr, betas=BETAS, weight_decay=0.0)
     tensors = checkpoints.training_tensors(policy.model, optimizer)
@@ -441,25 +541,27 @@ def main(argv=None):
     if first:
         common.say(f"going on after step {first} of {args.steps}")
     log, clock = common.MetricLog(out / "log.jsonl", first), common.Clock(state.get("clock"))
+    spread = state.get("spread", [1.0] * len(train)) if args.curriculum == "variance" else None
 
     with common.Interrupt() as stop:
-        for step in (bar := common.progress(args.steps, first, f"phase {args.phase}")):
+        for step in (bar := common.progress(args.steps, first, title.strip("-"))):
             seconds, held = common.Stopwatch(), {}
             if args.eval_every and step % args.eval_every == 0:
                 held["eval"] = evaluate(policy, held_out, simulator, args, world, out / f"dialogues/step_{step:06d}")
 
             # sample, imagine: G rollouts per question of this rank; in phase 2 also K without the tool
-            questions = questions_of_step(train, args.questions, step, args.seed)[world.rank::world.size]
+            places = places_of_step(len(train), args.questions, step, args.seed, spread)[world.rank::world.size]
+            questions = [train[place] for place in places]
             with seconds("sample"):
                 watched = simulator and Watched(simulator, seconds)
-                sampled = dialogues(policy, questions, watched, "agentic", args, args.group, args.temperature, step)
+                sampled = dialogues(policy, questions, watched, args.mode, args, args.group, args.temperature, step)
                 direct = ([] if args.phase == 1 else
                           dialogues(policy, questions, None, "direct", args, args.direct, args.temperature, step))
 
             # score: e, f, the number of calls, and in phase 2 the gain over answering directly
             with seconds("score"):
                 e_direct = mean_match(direct, args.direct) if direct else [None] * len(questions)
-                rows = [score(dialogue, args.phase, e_direct[i // args.group]) for i, dialogue in enumerate(sampled)]
+                rows = [score(dialogue, args, e_direct[i // args.group]) for i, dialogue in enumerate(sampled)]
 
             # advantage: each rollout against its group
             with seconds("advantage"):
@@ -468,6 +570,7 @@ def main(argv=None):
                 for row, advantage in zip(rows, advantages.tolist()):
                     row.advantage = advantage
                 minibatches = split(rows, rewards.varied(earned, args.group), args, world)
+                spread = spread and new_spread(spread, places, earned, args.group)
 
             # logprob: of the start policy; in bf16, where cached and full passes round differently, also of this one
             with seconds("logprob"):
@@ -485,7 +588,7 @@ def main(argv=None):
             bar.set_postfix({key: f"{means[key]:.2f}" for key in ("reward", "match", "call_rate")})
             stopping = stop.requested()
             if stopping or (step + 1) % args.save_every == 0:
-                checkpoints.save_state(out / "training", step + 1, tensors, {"clock": clock.read()})
+                checkpoints.save_state(out / "training", step + 1, tensors, {"clock": clock.read(), "spread": spread})
             if stopping:
                 stop.leave(step + 1)
 

@@ -1,13 +1,15 @@
 """
-The cold start of a policy from random weights: it learns to see, then to hold the dialogue, from scripts.
+Supervised stages: the cold start of a policy from random weights, and World2VLM's answers about camera motions.
 
   CPU        python train_sft.py                                          # out/data -> out/sft
   baseline   python train_sft.py --lessons direct --start out/sft --out out/direct    # never imagines
+  World2VLM  python train_sft.py --task world2vlm                         # out/world2vlm, out/sft -> out/w2v
+  8 GPUs     torchrun --standalone --nproc_per_node 8 train_sft.py --task world2vlm --preset astra
   resume     the same command
 
-A pretrained Qwen3-VL needs none of this and starts with train_rl.py, as in the paper. A tiny policy knows neither
-colours nor letters. First its vision tower learns to see, by a linear probe of exact facts (`teach_to_see`); then it
-is frozen, as in the paper, and the language model learns from scripted dialogues by a plain supervised loop:
+Cold start. A pretrained Qwen3-VL needs none of it and starts with train_rl.py, as in the paper. A tiny policy knows
+neither colours nor letters. First its vision tower learns to see, by a linear probe of exact facts (`teach_to_see`);
+then it is frozen, as in the paper, and the language model learns from scripted dialogues by a plain supervised loop:
 
   loss = sum_j w_j (-log p(token_j)) / sum_j w_j      over the tokens that the policy writes in the scripts
 
@@ -22,10 +24,24 @@ call is a choice that reinforcement learning is to find: where both are open the
 little (DECISION), so that the cold start ends with few calls, and slips leave some of those invalid. Tokens that name
 what is asked (NAMED) or carry a fact (FACT) count more. The answer is the option's words: to turn a word into its
 letter is one more look-up that a small transformer does not learn in minutes.
-Out: the policy, log.jsonl (per step: loss, share of facts that are right), done.json.
+
+World2VLM (arXiv 2604.26934, its first stage). A policy that sees learns from questions about what a camera motion shows
+(`data.py world2vlm`) to answer <think></think><answer>move left 0.5 meters</answer>, without any tool:
+
+  loss = lambda_inv L_inv + lambda_fwd L_fwd,     L = sum_i w_i (-log p(y_i | x_i)) / sum_i w_i
+
+over the questions i of a direction (inverse: A1 A2 A3 D3; forward: the others) in one update; y_i is all that the
+policy writes, w_i what the teacher's picture is worth. The paper says nothing of w and gives no lambdas; its code mixes
+both directions, which is 1 and 1 but for the number of questions and tokens of each. The published policy is a
+Qwen2.5-VL-7B, ours a Qwen3-VL: the protocol and Astra's runs are of that family. At true size, LoRA as in the paper.
+
+Out: the policy, done.json, log.jsonl. Per step: loss; facts, the share that is right; inverse and forward, L_inv and
+L_fwd in nats per answer; eval, on questions_val.jsonl: {task: mean reward, share of perfect answers}.
 """
 
 import argparse
+from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +53,13 @@ from torch.nn import functional as F
 from data import ensure, load_jsonl
 from lib import checkpoints, common
 from lib.dialogue import Trajectory
+from lib.lora import QWEN_LAYERS, add_lora, merged
 from lib.pictures import load_image
 from lib.questions import ASKS
 from lib.rooms import COLOURS
-from policy import Policy, collate
+from lib.world2vlm import INVERSE, TASKS
+from policy import Policy, collate, rollout, token_logprobs
+from rewards import world2vlm
 
 FACT, NAMED, DECISION = 4.0, 3.0, 0.6                 # weights of tokens; every other scripted token counts 1
 SAY = {"largest": "largest in", "leftmost": "furthest left in", "rightmost": "furthest right in",
@@ -51,31 +70,67 @@ LESSONS = {                                           # share of each kind of sc
     "direct": {"look": (0.25, 0.25), "direct": (0.75, 0.75)},
 }
 MIXING = (0.3, 0.5)                                   # the shares change between these points of the run
-PRESETS = {"tiny": dict(see_steps=350, steps=800, batch=32, lr=1.5e-3, warmup=20, lr_floor=0.03, micro_batch=8,
-                        save_every=50)}
+PRESETS = {
+    "tiny": dict(steps=800, batch=32, lr=1.5e-3, warmup=20, lr_floor=0.03, weight_decay=0.01, micro_batch=8,
+                 save_every=50),
+    # World2VLM: the paper's adapters, all else from its released code; 797 updates are an epoch of its 102,066 questions
+    "astra": dict(steps=797, batch=128, lr=1e-5, warmup=40, lr_floor=0.0, weight_decay=0.1, micro_batch=8,
+                  save_every=40, lora=256, dropout=0.05, gradient_checkpointing=True),
+}
+OF_TASK = {                                           # defaults of flags that only one task has, or has otherwise
+    "cold": dict(data="out/data", out="out/sft", lessons="all", see_steps=350),
+    "world2vlm": dict(data="out/world2vlm", out="out/w2v", lambda_inv=1.0, lambda_fwd=1.0, lora=0, dropout=0.0,
+                      eval_questions=200),
+}
+NEUTRAL = ("threads", "save_every", "micro_batch", "gradient_checkpointing")
 
 
 def parse_args(argv=None):
     """The command line's flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default="out/data", help="folder of questions_train.jsonl; made if missing")
-    p.add_argument("--out", default="out/sft", help="folder of the policy")
-    p.add_argument("--start", help="policy to start from (default: random weights; the tower learns to see first)")
+    p.add_argument("--task", choices=list(OF_TASK), default="cold", help="cold: the cold start (default)")
+    p.add_argument("--data", help="folder of questions_train.jsonl (default: out/data, made if missing; out/world2vlm)")
+    p.add_argument("--out", help="folder of the policy (default: out/sft; out/w2v)")
+    p.add_argument("--start", help="policy to start from (default: cold start, random weights, and the tower learns to "
+                   "see first; world2vlm, out/sft, or Qwen/Qwen3-VL-8B-Instruct with --preset astra)")
     # these change the numbers
-    p.add_argument("--lessons", choices=list(LESSONS), default="all",
-                   help="all: a tool user; direct: the baseline that never imagines")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--see-steps", type=int, help="updates of the vision tower, 128 images each")
     p.add_argument("--steps", type=int, help="updates of the language model")
     p.add_argument("--batch", type=int, help="dialogues per update, all ranks together")
     p.add_argument("--lr", type=float, help="AdamW peak learning rate")
     p.add_argument("--warmup", type=int, help="steps")
     p.add_argument("--lr-floor", type=float, help="share of the peak that the cosine ends at")
-    # these do not
+    p.add_argument("--weight-decay", type=float)
+    cold = p.add_argument_group("cold start")
+    cold.add_argument("--lessons", choices=list(LESSONS), help="all (default): a tool user; direct: the baseline that "
+                                                               "never imagines")
+    cold.add_argument("--see-steps", type=int, help="updates of the vision tower, 128 images each (default 350)")
+    w2v = p.add_argument_group("world2vlm")
+    w2v.add_argument("--lambda-inv", type=float, help="of the inverse questions (default 1; 0: none are asked)")
+    w2v.add_argument("--lambda-fwd", type=float, help="of the forward questions (default 1; 0: none are asked)")
+    w2v.add_argument("--lora", type=int, help="train adapters of this rank, alpha twice that (tiny: 0, all weights)")
+    w2v.add_argument("--dropout", type=float, help="of the adapters")
+    w2v.add_argument("--eval-questions", type=int, help="held out, before and after (default 200; 0: none)")
+    # these do not, but that the dropout is another for another --micro-batch
     p.add_argument("--micro-batch", type=int, help="dialogues per forward pass and rank")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in backward")
     p.add_argument("--save-every", type=int, help="steps between checkpoints")
     p.add_argument("--threads", type=int, help="CPU threads")
-    return common.parse_with_preset(p, PRESETS, argv)
+    args = common.parse_with_preset(p, PRESETS, argv)
+    if args.preset == "astra" and args.task == "cold":
+        p.error("--preset astra is of --task world2vlm: a pretrained policy needs no cold start")
+    for task, defaults in OF_TASK.items():
+        for key, value in defaults.items():
+            if task == args.task and getattr(args, key) is None:
+                setattr(args, key, value)
+            if key not in OF_TASK[args.task] and getattr(args, key) is not None:
+                p.error(f"--{key.replace('_', '-')} is of --task {task}")
+    if args.task == "world2vlm":
+        if not args.lambda_inv and not args.lambda_fwd:
+            p.error("nothing is learned where both lambdas are 0")
+        args.start = args.start or ("Qwen/Qwen3-VL-8B-Instruct" if args.preset == "astra" else
+                                    str(common.newest(("sft",)) or "out/sft"))
+    return args
 
 
 class Lesson:
@@ -198,14 +253,14 @@ def script(policy, lesson, kind, rng, calling=True):
     return dialogue
 
 
-# ---------------------------------------------------------------- the loss
+# ---------------------------------------------------------------- the loss of the cold start
 
 def scripted_loss(policy, batch):
     """Weighted negative log-likelihood of the scripts.
 
     batch     from `collate`; its `logprobs` slot holds the weights (B, L)
-    returns   sum of w (-log p): divide by the sum of w of the whole update, all ranks; and how many of the facts (the
-              tokens that weigh FACT) were right, and how many there were
+    returns   sum of w (-log p): divide by the sum of w of the whole update, all ranks; and {"facts": (how many of the
+              tokens that weigh FACT were right, how many there were)}
     """
     weights = batch["logprobs"][:, 1:]                                                      # (B, L - 1)
     columns = (weights > 0).any(0).nonzero()[:, 0]                                          # (K,)
@@ -213,27 +268,109 @@ def scripted_loss(policy, batch):
     targets, weights = batch["ids"][:, 1:][:, columns], weights[:, columns]                 # (B, K)
     nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
     facts = weights == FACT
-    return (weights * nll).sum(), ((logits.argmax(-1) == targets) & facts).sum().item(), facts.sum().item()
+    right = ((logits.argmax(-1) == targets) & facts).sum().item()
+    return (weights * nll).sum(), {"facts": (right, facts.sum().item())}
+
+
+# ---------------------------------------------------------------- World2VLM
+
+def rows_of_step(rows, count, step, seed):
+    """The questions of an update: pass after pass over all of them, each pass in an order of its own."""
+    places, orders = [divmod(place, len(rows)) for place in range(step * count, (step + 1) * count)], {}
+    for epoch in {epoch for epoch, _ in places}:
+        orders[epoch] = torch.randperm(len(rows), generator=common.generator(seed, "rows", epoch))
+    return [rows[orders[epoch][index]] for epoch, index in places]
+
+
+def shares(rows, lambdas):
+    """What -log p of each answer counts in the loss: lambda of its direction times w over all w of that direction.
+
+    rows      all questions of an update, whichever rank has them
+    lambdas   {True: of the inverse questions, False: of the forward ones}
+    """
+    sums = Counter()
+    for row in rows:
+        sums[row["category"] in INVERSE] += row["weight"]
+    return [lambdas[inverse] * row["weight"] / sums[inverse]
+            for row in rows for inverse in [row["category"] in INVERSE]]
+
+
+def answered(policy, row):
+    """The dialogue in which the true answer to a question is given at once."""
+    dialogue = Trajectory.start(policy, row, [load_image(path) for path in row["images"]], "direct")
+    dialogue.say(policy, f"<think></think><answer>{row['answer']}</answer>")
+    return dialogue
+
+
+def answers_of_step(policy, rows, args, step, world):
+    """This rank's share of the answers of one step in micro-batches, each with "share", "weight" and "inverse" (B,).
+
+    And 1, what the loss has to be divided by: the shares are of all ranks already.
+    """
+    asked = rows_of_step(rows, args.batch, step, args.seed)
+    counts = shares(asked, {True: args.lambda_inv, False: args.lambda_fwd})
+    mine = [(answered(policy, row), share, row["weight"], row["category"] in INVERSE)
+            for row, share in list(zip(asked, counts))[world.rank::world.size]]
+    mine.sort(key=lambda each: len(each[0].ids))                        # neighbours of like length: little padding
+    batches = []
+    for i in range(0, len(mine), args.micro_batch):
+        dialogues, *numbers = zip(*mine[i:i + args.micro_batch])
+        numbers = (torch.tensor(each, dtype=torch.float32, device=policy.device) for each in numbers)
+        batches.append(collate(policy, dialogues) | dict(zip(("share", "weight", "inverse"), numbers)))
+    return batches, 1.0
+
+
+def answer_loss(policy, batch):
+    """-log p(y | x), summed over the tokens of each answer, by `shares` -> (scalar, {metric: (sum, count)})."""
+    nll = -token_logprobs(policy, batch)[0].sum(1)                                          # (B,)
+    weights = {"inverse": batch["weight"] * batch["inverse"], "forward": batch["weight"] * (1 - batch["inverse"])}
+    return (batch["share"] * nll).sum(), {key: ((w * nll.detach()).sum().item(), w.sum().item())
+                                          for key, w in weights.items()}
+
+
+def graded(rows, answers):
+    """Answers (texts or None) to questions -> {task: {"reward": mean, "exact": share of full reward}}, of all ranks."""
+    earned = {task: [] for task in TASKS}
+    for row, answer in zip(rows, answers, strict=True):
+        earned[row["category"]].append(world2vlm(row["category"], row["answer"], answer)["total"])
+    return {task: common.global_means({"reward": common.total(rewards),
+                                       "exact": common.total([reward > 0.999 for reward in rewards])})
+            for task, rewards in earned.items()}
+
+
+def held_out(policy, rows, world):
+    """Greedy answers to questions, each rank its share -> what `graded` makes of them; also printed."""
+    mine = rows[world.rank::world.size]
+    with common.gathered(policy.model):
+        dialogues = rollout(policy, mine, None, "direct", temperature=0.0)
+    table = graded(mine, [dialogue.answer for dialogue in dialogues])
+    common.say("held out, mean reward and share of perfect answers: " + ", ".join(
+        f"{task} {means['reward']:.2f} {means['exact']:.2f}" for task, means in table.items() if means))
+    return table
 
 
 # ---------------------------------------------------------------- the loop
 
-def batches_of_step(policy, lessons, args, step, world):
-    """This rank's share of the scripts of one step, in micro-batches; they depend on (seed, step, place) alone."""
+def scripts_of_step(policy, lessons, moving, args, step, world):
+    """This rank's share of the scripts of one step, in micro-batches, and the weight of all tokens of all ranks.
+
+    The scripts depend on (seed, step, place) alone. `moving` are the lessons that name a motion.
+    """
     done = min(1, max(0, (step / args.steps - MIXING[0]) / (MIXING[1] - MIXING[0])))
     shares = {kind: early + (late - early) * done for kind, (early, late) in LESSONS[args.lessons].items()}
-    dialogues, moving = [], [lesson for lesson in lessons if lesson.question["motion"]]
+    dialogues = []
     for place in range(world.rank, args.batch, world.size):
         rng = np.random.default_rng(common.stable_seed(args.seed, "script", step, place))
         kind = str(rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
         known = moving if kind in ("tool", "slip") else lessons
         dialogues.append(script(policy, known[rng.integers(len(known))], kind, rng, calling="tool" in shares))
     dialogues.sort(key=lambda dialogue: len(dialogue.ids))              # neighbours of like length: little padding
-    return [collate(policy, dialogues[i:i + args.micro_batch]) for i in range(0, len(dialogues), args.micro_batch)]
+    batches = [collate(policy, dialogues[i:i + args.micro_batch]) for i in range(0, len(dialogues), args.micro_batch)]
+    return batches, common.global_sum(float(sum(batch["logprobs"].sum() for batch in batches)))
 
 
 def open_policy(args, lessons, world):
-    """The policy with a frozen tower that sees: of --start, or a new one, taught (and kept for a resumed run)."""
+    """The policy with a tower that sees: of --start, or a new one, taught (and kept for a resumed run)."""
     if args.start:
         policy = Policy.load(common.need(args.start, "python train_sft.py"), world.device, torch.float32)
     else:
@@ -244,7 +381,6 @@ def open_policy(args, lessons, world):
                 save_file(policy.vision.state_dict(), part / taught.name)
         common.wait_for_all()
         policy.vision.load_state_dict(load_file(taught))
-    policy.vision.requires_grad_(False)
     for lesson in lessons:
         pairs = [*enumerate(lesson.images, 1), (len(lesson.images) + 1, lesson.view)]
         lesson.features = {(n, id(image)): x for (n, image), x in zip(pairs, policy.encode(pairs))}
@@ -252,43 +388,65 @@ def open_policy(args, lessons, world):
 
 
 def main(argv=None):
-    """The stage: the tower learns to see, then the language model learns from scripts."""
+    """The stage: a policy with a frozen tower that sees, its lessons, and a step on each batch of them."""
     args = parse_args(argv)
-    common.begin("train_sft", args, neutral=("threads", "save_every", "micro_batch"))
-    world, out = common.setup(args.threads), Path(args.out)
+    train, val = (Path(args.data) / f"questions_{part}.jsonl" for part in ("train", "val"))
+    common.begin(f"train_sft --task {args.task}", args, NEUTRAL, () if args.task == "cold" else (
+        (args.start, "python train_sft.py"), (train, f"python data.py world2vlm --out {args.data}")))
+    world, out, clock = common.setup(args.threads), Path(args.out), common.Clock()
     if args.batch % world.size:
         common.fail(f"--batch {args.batch} cannot be shared evenly by {world.size} processes; take a multiple of it.")
-    if common.is_main():
-        ensure(args.data)
-    common.wait_for_all()
-    lessons = [Lesson(question) for question in load_jsonl(Path(args.data) / "questions_train.jsonl")]
-    clock = common.Clock()
-    policy = open_policy(args, lessons, world)
-    blocks = policy.model.model.language_model.layers
-    model = common.shard(policy.model, blocks, world, ignored=policy.vision.parameters())
+    if args.task == "cold":
+        if common.is_main():
+            ensure(args.data)
+        common.wait_for_all()
+        lessons, asked = [Lesson(question) for question in load_jsonl(train)], []
+        policy = open_policy(args, lessons, world)
+        moving = [lesson for lesson in lessons if lesson.question["motion"]]
+        batches_of_step, loss_of = partial(scripts_of_step, policy, lessons, moving), scripted_loss
+    else:
+        rows, asked = load_jsonl(train), load_jsonl(val)[:args.eval_questions]
+        rows = [row for row in rows if (args.lambda_inv if row["category"] in INVERSE else args.lambda_fwd)]
+        dtype = torch.bfloat16 if args.lora and world.device.type == "cuda" else torch.float32      # of what is frozen
+        policy = Policy.load(args.start, world.device, dtype)
+        batches_of_step, loss_of = partial(answers_of_step, policy, rows), answer_loss
+    policy.vision.requires_grad_(False)
+    adapters = add_lora(policy.model, args.lora, 2 * args.lora, QWEN_LAYERS, args.seed, world.device,
+                        args.dropout) if args.lora else []
+    if args.gradient_checkpointing:
+        policy.model.gradient_checkpointing_enable()
+    model = common.shard(policy.model, policy.model.model.language_model.layers, world,
+                         ignored=[*policy.vision.parameters(), *adapters])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, betas=(0.9, 0.95),
-                                  weight_decay=0.01)
+                                  weight_decay=args.weight_decay)
     tensors = checkpoints.training_tensors(model, optimizer)
     first, state = checkpoints.load_state(out / "training", tensors) or (0, {})
     log, clock.before = common.MetricLog(out / "log.jsonl", first), state.get("clock", clock.before)
     model.train()
 
     with common.Interrupt() as stop:
-        for step in (bar := common.progress(args.steps, first, f"sft, lessons: {args.lessons}")):
+        for step in (bar := common.progress(args.steps, first, f"sft, {args.lessons or args.task}")):
+            held = {"eval": held_out(policy, asked, world)} if asked and step == 0 else {}
             rate = args.lr * common.cosine(step, args.steps, args.warmup, args.lr_floor)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            batches, sums = batches_of_step(policy, lessons, args, step, world), np.zeros(3)
-            total = common.global_sum(float(sum(batch["logprobs"].sum() for batch in batches)))     # weights, all ranks
+            if args.lora:
+                torch.manual_seed(common.stable_seed(args.seed, "dropout", step, world.rank))
+            batches, total = batches_of_step(args, step, world)
+            sums = defaultdict(lambda: [0.0, 0.0])                              # {metric: [sum, count]} of this rank
+            sums["loss"][1] = total / world.size
             for batch in batches:
-                loss, right, facts = scripted_loss(policy, batch)
+                loss, parts = loss_of(policy, batch)
                 (loss / total).backward()                                       # a local sum over a global count
-                sums += loss.item(), right, facts
+                for key, (number, count) in {"loss": (loss.item(), 0), **parts}.items():
+                    sums[key][0] += number
+                    sums[key][1] += count
+            common.sum_gradients(model.parameters())                            # of adapters; FSDP sums its own
             norm = common.clip_gradients(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            means = common.global_means({"loss": (sums[0], total / world.size), "facts": (sums[1], sums[2])})
-            log.write(step, **means, grad_norm=norm, lr=rate)
+            means = common.global_means(sums)
+            log.write(step, **means, grad_norm=norm, lr=rate, **held)
             bar.set_postfix({key: f"{value:.2f}" for key, value in means.items()})
             stopping = stop.requested()
             if stopping or (step + 1) % args.save_every == 0:
@@ -296,7 +454,10 @@ def main(argv=None):
             if stopping:
                 stop.leave(step + 1)
 
-    weights = checkpoints.whole(model.named_parameters())
+    if asked:
+        log.write(args.steps, eval=held_out(policy, asked, world))
+    own = {name for name, _ in model.named_parameters()}                        # tied weights have one name here
+    weights = checkpoints.whole((name, tensor) for name, tensor in merged(model) if name in own)
     if common.is_main():
         with common.written_whole(out) as part:
             policy.save(part, weights)

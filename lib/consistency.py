@@ -13,7 +13,11 @@ Content, by colours: no two things of a room share one, so a colour is an instan
 Content is the mean of the three.
 
 Dose: how far the camera went along the commanded axis, beside how far it was told to go, motion by motion.
+
+Calibration: the same scores of views whose error is known, since a metric says something only if they fall with it.
 """
+
+from dataclasses import replace
 
 import numpy as np
 
@@ -287,6 +291,43 @@ def compare(rows, views):
     lists = [seen for group in groups.values() for seen in group.values()]
     scores = iter([consistency(rows, seen, found) for seen, found in zip(lists, recover_all(rows, *lists))])
     return {title: {name: next(scores) for name in group} for title, group in groups.items()}
+
+
+# ---- calibration ----------------------------------------------------------------------------------------------------
+
+ERRORS = ("none", "10 degrees", "20 degrees", "0.3 m", "0.6 m", "removed", "moved", "recoloured")
+
+
+def wrong_view(row, error):
+    """The target view of a triple, rendered with one `error` of ERRORS.
+
+    degrees      the camera is turned further to the right by so many
+    m            the camera stands so far aside: at a right angle to a commanded move, to its right otherwise
+    removed, moved, recoloured   the thing that fills most of the view is gone; stands 40 degrees further round the
+                 camera, to the right, as far away; has a colour that no thing of the room has
+    """
+    room, c2w, (amount, *unit) = random_room(row["room"]), np.array(row["target_c2w"]), error.split()
+    if unit == ["degrees"]:
+        c2w = c2w @ pose(0, 0, 0, float(amount))
+    elif unit:
+        sideways = row["motion"]["kind"] in ("move left", "move right")
+        c2w = c2w @ (pose(0, 0, float(amount)) if sideways else pose(float(amount), 0, 0))
+    elif error != "none":
+        pixels = np.bincount(render(room, c2w)["ids"].ravel(), minlength=len(room.things) + 1)[1:]
+        thing = room.things[pixels.argmax()]
+        camera, where = c2w[:3, 3], np.array([thing.x, 0, thing.z])
+        x, _, z = camera + pose(0, 0, 0, 40)[:3, :3] @ (where - camera)
+        spare = min(set(COLOURS) - {other.colour for other in room.things})
+        changed = {"removed": [], "moved": [replace(thing, x=x, z=z)], "recoloured": [replace(thing, colour=spare)]}
+        room = replace(room, things=(*(other for other in room.things if other is not thing), *changed[error]))
+    return render(room, c2w, len(row["target"]))["rgb"][0]
+
+
+def calibration(rows):
+    """`consistency` of views with a known error, for every one of ERRORS -> {error: scores}."""
+    lists = [[wrong_view(row, error) for row in rows] for error in ERRORS]
+    return {error: consistency(rows, views, found)
+            for error, views, found in zip(ERRORS, lists, recover_all(rows, *lists))}
 
 
 # ---- dose and response ----------------------------------------------------------------------------------------------

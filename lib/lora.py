@@ -2,6 +2,7 @@
 LoRA by hand (arXiv 2106.09685): the weights stay as they are, and small matrices beside them learn a correction.
 
   y = W x + b + (alpha / r) B A x        A (r, in) random, B (out, r) zero at first; W (out, in), b frozen, of any type
+                                         in training x of the last term may go through dropout
 
 For one or two GPUs: gradients, AdamW's moments and the average then exist for about one weight in a hundred. The names
 of W and b stay those of the checkpoint, and `merged` gives the weights back in that layout.
@@ -22,21 +23,25 @@ from lib.common import generator
 
 # of BAGEL: queries, keys, values, outputs and the MLP, of both experts
 LANGUAGE_LAYERS = r"language_model\.model\.layers\..*\.(q|k|v|o|gate|up|down)_proj(_moe_gen)?"
+# the same of Qwen3-VL, whose tower has other names
+QWEN_LAYERS = r"model\.language_model\.layers\..*\.(q|k|v|o|gate|up|down)_proj"
 
 
 class LoraLinear(nn.Linear):
     """A frozen nn.Linear with a low-rank correction that is trained in fp32 and computed in the type of x."""
 
-    def __init__(self, linear, rank, alpha, stream, device):
+    def __init__(self, linear, rank, alpha, stream, device, dropout):
         nn.Module.__init__(self)                            # nn.Linear's own would make a weight
         self.in_features, self.out_features, self.scale = linear.in_features, linear.out_features, alpha / rank
+        self.dropout = dropout
         self.weight, self.bias = linear.weight, linear.bias
         a = (2 * torch.rand(rank, self.in_features, generator=stream) - 1) * self.in_features**-0.5
         self.lora_a = nn.Parameter(a.to(device))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
 
     def forward(self, x):
-        low = F.linear(x, self.lora_a.to(x.dtype))                                              # (..., r)
+        dropped = F.dropout(x, self.dropout, self.training)                                     # (..., in)
+        low = F.linear(dropped, self.lora_a.to(x.dtype))                                        # (..., r)
         return super().forward(x) + self.scale * F.linear(low, self.lora_b.to(x.dtype))
 
     def merged_weight(self, weight):
@@ -44,11 +49,12 @@ class LoraLinear(nn.Linear):
         return (weight.float() + self.scale * self.lora_b @ self.lora_a).to(weight.dtype)
 
 
-def add_lora(network, rank, alpha, names, seed, device):
+def add_lora(network, rank, alpha, names, seed, device, dropout=0.0):
     """Freeze the network and give the Linear modules whose name matches the regular expression `names` an A and a B.
 
     The network may still be on the meta device (lib/bagel_files.load_network fills it later); A and B are made on
-    `device`, the same on every rank. Returns the list of the new parameters, all that is trained.
+    `device`, the same on every rank. Dropout, if any, draws from torch's own generator: seed it before each step.
+    Returns the list of the new parameters, all that is trained.
     Raises ValueError if no module has such a name.
     """
     network.requires_grad_(False)
@@ -57,7 +63,7 @@ def add_lora(network, rank, alpha, names, seed, device):
     if not linears:
         raise ValueError(f"LoRA has nothing to learn: no Linear of the network has a name like {names}")
     for name, linear in linears.items():
-        network.set_submodule(name, LoraLinear(linear, rank, alpha, generator(seed, "lora", name), device))
+        network.set_submodule(name, LoraLinear(linear, rank, alpha, generator(seed, "lora", name), device, dropout))
     return [p for p in network.parameters() if p.requires_grad]
 
 

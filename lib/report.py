@@ -3,29 +3,55 @@ One page to look at after a run: report.html, whole in itself (pictures inside, 
 
   table       accuracy, interval and calls: every part of the questions, every mode
   figures     accuracy by category and mode, and the curves of the stages' log.jsonl (a sentence without matplotlib)
-  simulator   pose and content beside the trivial baselines and the oracles; a sheet context | motion | imagined | true;
-              commanded against recovered motion
-  dialogues   what the policy asked for, what it was shown, what it would have seen in the room itself
+  diagnosis   how often answers are right or wrong for which reason (lib/diagnosis.py)
+  simulator   pose and content beside the trivial baselines, the oracles and views with a known error; a sheet
+              context | motion | imagined | true; commanded against recovered motion
+  dialogues   every question: what the policy asked for, what it was shown, what it would have seen in the room itself
+
+A thousand dialogues open quickly: each is a <template>, built when it is opened, and each picture stands once in the
+page, as a thumbnail. What models and data say is escaped; the one script takes nothing from them but numbers.
 """
 
 import base64
 import io
+import json
 from html import escape
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lib.benchmarks import open_image
 from lib.common import read_log, write_text
-from lib.geometry import Motion, move_camera, phrase
-from lib.rooms import random_room, render
+from lib.diagnosis import CASES, true_views
+from lib.geometry import Motion, phrase
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1040px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left}small{color:#888}figure{display:inline-block;margin:4px 10px 4px 0}
 figcaption{font-size:12px;color:#666}img.view{width:112px;image-rendering:pixelated}img.wide{max-width:100%}
 .turn{font-family:ui-monospace,monospace;font-size:13px;white-space:pre-wrap}.reply{color:#777}
-article{border-left:3px solid #ddd;padding-left:1em;margin:2em 0}"""
+details{border-bottom:1px solid #ddd;padding:.2em 0}details>div{border-left:3px solid #ddd;padding-left:1em}
+#filters label{margin-right:1.2em}.wrong{color:#b22}.right{color:#282}"""
+SCRIPT = """const find = query => [...document.querySelectorAll(query)];
+const all = find('details'), controls = find('#filters [name]');
+const pictures = JSON.parse(document.getElementById('pictures').textContent);
+function filter() {
+  for (const d of all) d.hidden = !controls.every(c => c.type == 'checkbox' ? !c.checked || d.dataset[c.name] == 1
+                                                                            : !c.value || d.dataset[c.name] == c.value);
+  document.getElementById('count').textContent = all.filter(d => !d.hidden).length + ' of ' + all.length;
+}
+for (const c of controls) c.onchange = filter;
+for (const d of all) d.ontoggle = () => {
+  const template = d.querySelector('template');
+  if (template) template.replaceWith(template.content);
+  for (const image of d.querySelectorAll('img:not([src])')) image.src = pictures[image.dataset.picture];
+};
+filter();"""
+FILTERS = {"wrong": "wrong only", "tool": "used the tool", "hurt": "the tool hurt (right without)",
+           "invalid": "invalid call"}
+THUMBNAIL = 160         # pixels of the longer side
+SHOWN = 12              # given images of a question; of a video these many, evenly
 CURVES = ("reward", "match", "call_rate_needs_view", "call_rate_answerable", "invalid_calls", "gain", "entropy", "loss",
           "loss_flow", "pose", "mse", "facts")    # of these a log shows the ones it has, and its "eval"
 
@@ -75,9 +101,9 @@ def results_table(results):
 
 
 def consistency_table(wm):
-    """Pose and content of the simulators (of --bench wm's results.json, or that itself), baselines and oracles."""
+    """Pose and content of the simulators (of --bench wm's results.json, or that itself), and what stands beside."""
     groups = {"simulators": wm.get("simulators") or {"simulator": wm}, "baselines": wm["baselines"],
-              "oracles": wm["oracles"]}
+              "oracles": wm["oracles"], "known error": wm.get("calibration", {})}
     keys, rows = ("pose", "content", "f1", "order", "thirds", "mse"), []
     for title, group in groups.items():
         for name, scores in group.items():
@@ -109,28 +135,33 @@ def figure(draw):
         "<p>No figure: matplotlib is not installed (<code>pip install matplotlib</code>).</p>"
 
 
-def categories_figure(results):
-    """Accuracy by category and mode as bars with their intervals."""
+def workflow(results):
+    """results.json -> draw(pyplot): accuracy per category and overall, one bar per mode with its interval.
+
+    With direct, forced and agentic of one policy this is the paper's Figure 3.
+    """
     def draw(pyplot):
         modes = results["modes"]
         names = list(dict.fromkeys(name for summary in modes.values() for name in summary.get("by_category", {})))
-        fig, axes = pyplot.subplots(figsize=(9, 3))
-        places, width = np.arange(len(names)), 0.8 / len(modes)
+        fig, axes = pyplot.subplots(figsize=(max(9, 0.9 * len(names) + 2), 3))
+        places, width = np.arange(len(names) + 1), 0.8 / len(modes)
         for m, (mode, summary) in enumerate(modes.items()):
-            parts = [summary.get("by_category", {}).get(name) for name in names]
+            parts = [*(summary.get("by_category", {}).get(name) for name in names), summary]
             heights = np.array([part["accuracy"] if part else np.nan for part in parts])
-            bounds = np.array([part["ci95"] if part else (np.nan, np.nan) for part in parts]).reshape(-1, 2)
+            bounds = np.array([part["ci95"] if part else (np.nan, np.nan) for part in parts])
             spread = np.maximum(0, [heights - bounds[:, 0], bounds[:, 1] - heights])
             places_of_mode = places + (m - (len(modes) - 1) / 2) * width
             axes.bar(places_of_mode, heights, width, yerr=spread, error_kw={"lw": 0.8}, label=mode)
         if results.get("chance") is not None:
             axes.axhline(results["chance"], color="gray", lw=0.8, ls=":")
-        axes.set_xticks(places, names)
+        axes.axvline(len(names) - 0.5, color="gray", lw=0.8)
+        axes.set_xticks(places, [*names, "overall"], rotation=0 if len(names) < 8 else 30,
+                        ha="center" if len(names) < 8 else "right")
         axes.set_ylim(0, 1)
         axes.set_ylabel("accuracy")
         axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         return fig
-    return figure(draw)
+    return draw
 
 
 def curves_figure(title, path):
@@ -215,49 +246,121 @@ def contact_sheet(rows, views, side=96):
     return page
 
 
+# ---- why ------------------------------------------------------------------------------------------------------------
+
+def diagnosis_table(diagnosis):
+    """results["diagnosis"]: {mode: {simulator: counts}} -> how many answers stand in which case of lib/diagnosis.py."""
+    runs = {f"{mode}, {name}": counts for mode, told in diagnosis.items() for name, counts in told.items()}
+    rows = [[f"{case} <small>{meaning}</small>", *(counts["cases"][case] for counts in runs.values())]
+            for case, meaning in CASES.items()]
+    for part, title in (("uses", ""), ("deviations", "wrong view: ")):
+        names = sorted({name for counts in runs.values() for name in counts[part]})
+        rows += [[title + name, *(counts[part].get(name, 0) for counts in runs.values())] for name in names]
+    return "<h2>Why answers are right or wrong</h2>" + table(["questions", *map(escape, runs)], rows)
+
+
 # ---- dialogues ------------------------------------------------------------------------------------------------------
 
-def true_views(trajectory):
-    """What the camera would really see at every imagined image: {image number: (H, W, 3)}; {} if no room is known."""
-    scene, views = trajectory.question.get("scene"), {}
-    if not scene:
-        return views
-    poses, room = [np.array(pose) for pose in scene["poses"]], random_room(scene["room"])
-    for number, (image, call) in enumerate(zip(trajectory.images, trajectory.provenance), 1):
-        if call is not None:
-            poses.append(move_camera(poses[call["image"] - 1], Motion(call["motion"], call["amount"])))
-            views[number] = render(room, poses[-1], image.shape[0])["rgb"][0]
-    return views
+class Pictures:
+    """The pictures of a page, each once, as thumbnails; dialogues name them by number."""
+
+    def __init__(self):
+        self.uris, self.known = [], {}
+
+    def add(self, key, read):
+        """The number of the picture called `key`, None if unreadable; read() -> array or PIL image is asked once."""
+        if key not in self.known:
+            try:
+                image = read()
+                image = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGB")
+            except (OSError, SyntaxError):
+                self.known[key] = None
+                return None
+            small = max(image.size) <= 64               # of the tiny world: every pixel counts
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            buffer = io.BytesIO()
+            image.save(buffer, *(("png",) if small else ("jpeg",)), quality=80)
+            kind, data = "png" if small else "jpeg", base64.b64encode(buffer.getvalue()).decode()
+            self.uris.append(f"data:image/{kind};base64,{data}")
+            self.known[key] = len(self.uris) - 1
+        return self.known[key]
+
+    def tag(self, number, caption):
+        """A figure whose picture the page fills in when it is opened."""
+        image = f'<img class="view" data-picture="{number}" alt="">' if number is not None else "(no picture)"
+        return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def dialogue(title, trajectory):
-    """A Trajectory as HTML: context, question, turns, each imagined view beside the true one."""
-    question, true = trajectory.question, true_views(trajectory)
-    given = [n for n, call in enumerate(trajectory.provenance, 1) if call is None]
-    parts = [f"<h3>{escape(title)}</h3>", *(picture(trajectory.images[n - 1], caption=f"Image-{n}") for n in given),
-             "<p>" + "<br>".join(map(escape, [question["question"], *(question.get("options") or ())])) + "</p>"]
-    for turn, (reply, number) in zip(trajectory.turns, [*trajectory.replies, (None, None)]):
+def dialogue(told, pictures, folder):
+    """One question in one mode as <details>: its line, and in a <template> images, turns, views, verdict, reward.
+
+    told     of evaluate.dialogues;  folder: below which its views lie
+    """
+    question, given, folder = told["question"], len(told["question"]["images"]), Path(folder)
+    parts, shown = [], np.unique(np.linspace(1, given, min(given, SHOWN)).round().astype(int)) if given else []
+    for number in map(int, shown):
+        image = question["images"][number - 1]
+        parts.append(pictures.tag(pictures.add(str(image), lambda: open_image(image, question["bench"])),
+                                  f"Image-{number}"))
+    left_out = f"{len(shown)} of {given} images are shown." if len(shown) < given else ""
+    words = [question["question"], *(question.get("options") or ()), left_out]
+    parts.append("<p>" + "<br>".join(escape(line) for line in words if line) + "</p>")
+    true = true_views(question, told["calls"])
+    for turn, (reply, number) in zip(told["turns"], [*told["replies"], (None, None)]):
         parts.append(f'<div class="turn">{escape(turn)}</div>')
-        if reply is not None:
+        if reply:
             parts.append(f'<div class="turn reply">{escape(reply)}</div>')
         if number:
-            parts.append(picture(trajectory.images[number - 1], caption=f"Image-{number}, imagined"))
-            parts += [picture(true[number], caption="the true view")] if number in true else []
-    verdict = "no answer" if trajectory.answer is None else f"answered {trajectory.answer}"
-    gold = f"; true answer {question['answer']}" if question.get("answer") else ""
-    return f"<article>{''.join(parts)}<p><b>{escape(verdict + gold)}</b></p></article>"
+            k = number - given - 1
+            call, view = told["calls"][k], folder / told["views"][k]
+            source = f"Image-{number}: imagined from Image-{call['image']}, " \
+                     f"{phrase(Motion(call['motion'], call['amount']))}"
+            parts.append(pictures.tag(pictures.add(str(view), lambda: Image.open(view)), source))
+            if true:
+                seen = true[k]
+                parts.append(pictures.tag(pictures.add(seen.tobytes(), lambda: seen), "the true view"))
+    case = (told["diagnosis"] or {}).get("case", "")
+    wrong = told.get("exact", told["correct"]) < 1
+    verdict = told["error"] or ("no answer" if told["said"] is None else f"answered {told['said']}")
+    verdict += "" if told["gold"] is None else f"; true answer {told['gold']}"
+    because = "; ".join(part for part in (told["diagnosis"] or {}).values() if part)
+    reward = ", ".join(f"{name} {value:.3g}" for name, value in told["reward"].items())
+    parts.append(f"<p><b>{escape(verdict)}</b><br>reward: {escape(reward)}"
+                 f"{'<br>diagnosis: ' + escape(because) if because else ''}</p>")
+    flags = {"wrong": wrong, "tool": told["valid_calls"], "hurt": told["hurt"], "invalid": told["invalid_calls"]}
+    data = " ".join([*(f'data-{name}="{int(on > 0)}"' for name, on in flags.items()),
+                     f'data-run="{escape(told["run"])}" data-case="{escape(case)}"'])
+    line = f"{told['key']}, {told['run']}: {question['question'][:100]}"
+    mark = '<span class="wrong">✗</span>' if wrong else '<span class="right">✓</span>'
+    return (f"<details {data}><summary>{mark} {escape(line)}</summary><template><div>{''.join(parts)}</div></template>"
+            f"</details>")
 
 
-def write(path, title, results=None, wm=None, logs=None, sheet=None, dose=None, dialogues=()):
+def dialogue_pages(dialogues, folder):
+    """The filters, every dialogue, the pictures and the script."""
+    pictures = Pictures()
+    each = [dialogue(told, pictures, folder) for told in dialogues]
+    boxes = [f'<label><input type="checkbox" name="{name}"> {title}</label>' for name, title in FILTERS.items()]
+    cases = [told["diagnosis"]["case"] for told in dialogues if told["diagnosis"]]
+    for name, title, values in (("run", "mode", [told["run"] for told in dialogues]), ("case", "diagnosis", cases)):
+        options = "".join(f"<option>{escape(value)}</option>" for value in dict.fromkeys(values))
+        boxes.append(f'<label>{title} <select name="{name}"><option value="">all</option>{options}</select></label>')
+    return ["<h2>Dialogues</h2>", f'<p id="filters">{"".join(boxes)}<span id="count"></span></p>', *each,
+            f'<script type="application/json" id="pictures">{json.dumps(pictures.uris)}</script>',
+            f"<script>{SCRIPT}</script>"]
+
+
+def write(path, title, results=None, wm=None, logs=None, sheet=None, dose=None, dialogues=(), folder="."):
     """Write report.html; what is not given is left out.
 
-    results    as results.json of a bench of questions;  wm: as results.json of --bench wm
-    logs       {title: log.jsonl};  sheet: `contact_sheet`, an array or a file;  dialogues: (title, Trajectory) pairs
-    dose       `dose_curves` as a picture
+    results     as results.json of a bench of questions;  wm: as results.json of --bench wm
+    logs        {title: log.jsonl};  sheet: `contact_sheet`, an array or a file;  dose: `dose_curves` as a picture
+    dialogues   of evaluate.dialogues;  folder: below which their imagined views lie
     """
     body = [f"<h1>{escape(title)}</h1>"]
     if results:
-        body += [results_table(results), categories_figure(results)]
+        body += [results_table(results), figure(workflow(results))]
+        body += [diagnosis_table(results["diagnosis"])] if results.get("diagnosis") else []
     if wm or sheet is not None:
         body.append("<h2>The simulator</h2>")
         body += ([consistency_table(wm)] if wm else []) + ([picture(sheet, "wide")] if sheet is not None else [])
@@ -265,6 +368,6 @@ def write(path, title, results=None, wm=None, logs=None, sheet=None, dose=None, 
     if logs:
         body += ["<h2>Learning</h2>", *(curves_figure(name, log) for name, log in logs.items())]
     if dialogues:
-        body += ["<h2>Dialogues</h2>", *(dialogue(name, trajectory) for name, trajectory in dialogues)]
+        body += dialogue_pages(dialogues, folder)
     head = f'<!doctype html><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     write_text(path, "\n".join([head, *body]))

@@ -13,6 +13,7 @@ A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`
 """
 
 import numpy as np
+import torch
 
 from lib.clients import RemoteSimulator
 from lib.common import fail, newest
@@ -43,14 +44,15 @@ def find(name, wm=None):
 
 
 def load(name, device="cpu", wm=None):
-    """The simulator called `name` (see the top of this file), ready to imagine; None for "none"."""
+    """The simulator called `name` (see the top of this file), ready to imagine, in bf16 on a GPU; None for "none"."""
     if name in NEEDS_ROOM or name == "none":
         return {"truth": TrueRenderer, "reprojection": Reprojection, "none": lambda: None}[name]()
     from world_model import WorldModel
     try:
         if str(name).startswith(("http://", "https://")):
             return RemoteSimulator(name)
-        return WorldModel.load(find(name, wm), device)
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        return WorldModel.load(find(name, wm), device, dtype)
     except (OSError, ValueError) as error:
         fail(f"The simulator {find(name, wm)} cannot be read: {error}")
 

@@ -1,5 +1,7 @@
 """
-The straightforward way to imagine a view: BAGEL's inference as one would first write it down from the paper.
+The straightforward ways: to imagine a view (`imagine`), and to write the turns of many dialogues (`Writer`, at the end).
+
+`imagine` is BAGEL's inference as one would first write it down from the paper.
 
 One query at a time. Its context is read segment by segment, each behind the keys and values of all before it; the
 context without the sentence is a copy, the one without the images is read anew. Each Euler step runs the network up to
@@ -19,9 +21,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import LogitsProcessorList
 
 from lib.bagel import GEN, LATENT_PATCH
 from lib.bagel_files import patchify, resize, to_images, unpatchify
+from lib.rollout import sample
 
 
 @torch.inference_mode()
@@ -262,3 +266,42 @@ def vit(network, pixels):
 
 def layer_norm(module, x):
     return F.layer_norm(x, x.shape[-1:], module.weight, module.bias, module.eps)
+
+
+# ---------------------------------------------------------------- the turns of many dialogues
+
+class Writer:
+    """What lib.rollout's Writer does, in one call of transformers' `generate` per turn: it reads everything anew.
+
+    All that write stand in one batch, left-padded, and share a KV cache until the turn ends; each row brings its own
+    prompt, and all its images go through the tower again. Tokens are drawn by `lib.rollout.sample` from the same
+    uniform numbers, so both writers say the same.
+    """
+
+    def __init__(self, policy, dialogues, group_size=1):
+        self.policy, self.dialogues = policy, dialogues
+
+    def write(self, members, uniforms, temperature, limit):
+        """One turn of the dialogues `members` -> (ids, logprobs) of each; arguments as in lib.rollout."""
+        policy, shown = self.policy, [self.dialogues[d] for d in members]
+        stop, pad, longest = policy.tokenizer.eos_token_id, policy.tokenizer.pad_token_id, max(len(t.ids) for t in shown)
+        ids = torch.tensor([[pad] * (longest - len(t.ids)) + t.ids for t in shown])
+        mask = torch.tensor([[0] * (longest - len(t.ids)) + [1] * len(t.ids) for t in shown])
+        numbered = [pair for t in shown for pair in enumerate(t.images, 1)]
+        patches, grids = policy.pixels(numbered) if numbered else (None, None)
+        logprobs = []
+
+        def draw(so_far, logits):
+            """A logits processor: leaves `generate` no choice but the token that is drawn here."""
+            step = so_far.shape[1] - longest
+            tokens, chosen = sample(logits.masked_fill(policy.banned, -1e9), uniforms[members, step], temperature)
+            logprobs.append(chosen)
+            return torch.full_like(logits, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+        said = policy.model.generate(
+            input_ids=ids.to(policy.device), attention_mask=mask.to(policy.device), pixel_values=patches,
+            image_grid_thw=grids, mm_token_type_ids=(ids == policy.pad_id).long().to(policy.device), do_sample=False,
+            max_new_tokens=limit, eos_token_id=stop, pad_token_id=pad, logits_processor=LogitsProcessorList([draw]))
+        turns, logprobs = said[:, longest:].tolist(), torch.stack(logprobs, 1).tolist()
+        ends = [turn.index(stop) + 1 if stop in turn else limit for turn in turns]
+        return [(turn[:end], chosen[:end]) for turn, chosen, end in zip(turns, logprobs, ends)]

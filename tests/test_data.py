@@ -10,7 +10,9 @@ import data
 from lib import questions
 from lib.geometry import Motion, decompose, dominant_motion, instruction, move_camera
 from lib.pictures import load_image
-from lib.rooms import random_room, render
+from lib.rooms import TrueRenderer, random_room, render
+from lib.world2vlm import TASKS
+from rewards import world2vlm
 
 ROOMS = 24
 RING_0 = ["3_move_right_1", "3_turn_left_135", "3_move_forward_1", "3_move_right_0.5", "3_move_left_1",
@@ -221,6 +223,77 @@ def test_mindcube_layout(made, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "raw" / "MindCube_tinybench.jsonl").read_text().splitlines()]
     assert len(rows) == 8 and all((tmp_path / image).exists() for row in rows for image in row["images"])
     assert all(row["id"].startswith(("rotation_", "around_")) and f" {row['gt_answer']}. " in row["question"] for row in rows)
+
+
+# ---- World2VLM ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def motions(tmp_path_factory):
+    out = tmp_path_factory.mktemp("motions")
+    data.make_world2vlm(out, rooms=10, held_out=(3, 3), threads=2)
+    return out
+
+
+def test_world2vlm_s_questions_are_complete_and_true(motions, made):
+    """Pictures are what the cameras of "scene" see, every answer earns full reward, splits share no room."""
+    rooms, others = {}, {row["room"] for row in data.load_jsonl(made / "triples_train.jsonl")}
+    for split in data.SPLITS:
+        rows = data.load_jsonl(motions / f"questions_{split}.jsonl")
+        rooms[split] = {row["scene"]["room"] for row in rows}
+        assert rows and len({row["id"] for row in rows}) == len(rows)
+        for row in rows:
+            assert row.keys() == {"id", "bench", "images", "question", "options", "answer", "category", "kind",
+                                  "needs_view", "weight", "scene"}
+            assert (row["bench"], row["kind"], row["options"], row["weight"]) == ("world2vlm", "na", [], 1)
+            assert world2vlm(row["category"], row["answer"], row["answer"])["total"] == pytest.approx(1)
+            assert len(row["images"]) == len(row["scene"]["poses"]) == (1 if row["category"] == "D2" else 2)
+        for row in rows[::20]:
+            true = render(random_room(row["scene"]["room"]), np.array(row["scene"]["poses"]))["rgb"]
+            assert all(np.abs(load_image(path).astype(int) - view).max() <= 1 for path, view in zip(row["images"], true))
+    assert {task for row in data.load_jsonl(motions / "questions_train.jsonl") for task in [row["category"]]} == set(TASKS)
+    sets = [others, *rooms.values()]
+    assert sum(map(len, sets)) == len(set.union(*sets)) and len(rooms["train"]) == 10
+
+
+def test_world2vlm_s_labels_are_balanced_over_the_whole_split(motions):
+    rows = data.load_jsonl(motions / "questions_train.jsonl")
+    said = Counter((row["category"], row["answer"]) for row in rows if row["category"] in ("A4", "D2", "D4"))
+    assert said["A4", "true"] == said["A4", "false"] > 5 and said["D2", "yes"] == said["D2", "no"] > 0
+    ways = Counter(" ".join(row["answer"].split()[:2]) for row in rows if row["category"] == "A1")
+    assert len(ways) == 4 and len(set(ways.values())) == 1
+
+
+def test_world2vlm_s_files_are_the_same_again(motions, tmp_path):
+    data.make_world2vlm(tmp_path, rooms=10, held_out=(3, 3), threads=1)
+    for split in data.SPLITS:
+        assert (tmp_path / f"questions_{split}.jsonl").read_bytes() == (motions / f"questions_{split}.jsonl").read_bytes()
+
+
+def test_a_world_model_teaches_what_it_imagines(motions, tmp_path, monkeypatch):
+    """Pictures are its own, motions those that it has seen, and the weight says how far its two tries agree.
+
+    What is held out stays true.
+    """
+    class Blurred:
+        asked = []
+
+        def imagine(self, queries):
+            self.asked.append(len(queries))
+            views = TrueRenderer().imagine(queries)
+            return [np.random.default_rng(query.seed).normal(view, 10).clip(0, 255).astype(np.uint8)
+                    for query, view in zip(queries, views)]
+
+    monkeypatch.setattr("world_model.WorldModel.load", lambda *where: Blurred())
+    (tmp_path / "wm").mkdir()
+    data.make_world2vlm(tmp_path, str(tmp_path / "wm"), rooms=9, held_out=(3, 3))
+    assert Blurred.asked[0] == 8 * 2 * 8                                # eight rooms, two tries, eight programs each
+    rows = data.load_jsonl(tmp_path / "questions_train.jsonl")
+    assert not any("backward 0" in row["answer"] or "backward 1" in row["answer"] for row in rows)
+    assert all(0.5 < row["weight"] < 1 for row in rows)
+    for file in ("questions_val.jsonl", "questions_test.jsonl"):
+        assert (tmp_path / file).read_bytes() == (motions / file).read_bytes()
+    with pytest.raises(SystemExit, match="python train_wm.py"):
+        data.main(["world2vlm", "--teacher", str(tmp_path / "none"), "--out", str(tmp_path)])
 
 
 def test_bad_files_stop_with_a_sentence(made, tmp_path):

@@ -1,6 +1,8 @@
 """The loop over questions, its denominators, its intervals, and what it leaves on disk. No trained model is needed."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,14 +10,18 @@ from PIL import Image
 
 import data
 import evaluate
-from evaluate import (brief, chance, evaluate_policy, interval, keyed, main, paired_bootstrap, parse_args, score,
-                      summarise)
-from lib import consistency, report
+from evaluate import chance, evaluate_policy, main, paired_bootstrap, parse_args, score, summarise
+from lib import consistency, predictions, report
+from lib.common import World, read_log
 from lib.geometry import pose
+from lib.pictures import save_image
 from lib.dialogue import NOTE, TOOLS, prompt_text
 from lib.questions import text_only_chance
+from lib.predictions import keyed
 from lib.rooms import TrueRenderer
+from lib.scores import brief, interval
 from policy import Policy, Trajectory
+from ranks import on_ranks
 
 
 def question(number, answer="B", need=True, **more):
@@ -36,10 +42,11 @@ def scripted(monkeypatch, says, asked=None):
 
 
 def record(key, correct, called=False, need=True, scene=None, **more):
-    return {"key": key, "bench": "rooms", "kind": "mca", "category": "region", "groups": [more.get("category", "region")],
+    return {"key": key, "bench": "rooms", "kind": "mca", "category": "region",
+            "groups": [more.get("category", "region")],
             "error_group": None, "needs_view": need, "scene": scene or key, "answer": "B", "gold": "B",
             "correct": float(correct), "lenient": float(correct), "valid_calls": int(called), "invalid_calls": 0,
-            "unreadable": 0,
+            "unreadable": 0, "turns": ["<think></think><answer>B</answer>"],
             "truncated": False, "seconds": 0.5, "error": None, "missing_images": 0, **more}
 
 
@@ -53,9 +60,10 @@ def test_every_question_counts_even_broken_and_duplicate_ones(monkeypatch, tmp_p
     scripted(monkeypatch, lambda q, mode: "B")
     records = evaluate_policy(None, questions, mode="agentic", batch=4)
     summary = summarise(records)
+    assert summarise([record("a", 1), record("b", 0, turns=[" "])])["counts"]["empty reply"] == 1
     assert [r["key"] for r in records] == ["q0", "q1", "q1#2", "q2", "q3", "q4"]
     assert summary["n"] == 5 and summary["accuracy"] == pytest.approx(3 / 5)
-    assert summary["counts"] == {"no answer read": 2, "image unreadable (counted as wrong)": 2,
+    assert summary["counts"] == {"no answer read": 2, "empty reply": 0, "image unreadable (counted as wrong)": 2,
                                  "refused by the endpoint (counted as wrong)": 0, "duplicate id": 1,
                                  "asked without a missing image": 0, "no gold answer (left out)": 1}
 
@@ -77,6 +85,14 @@ def test_done_questions_are_not_asked_again_and_batches_are_told(monkeypatch):
     scripted(monkeypatch, lambda q, mode: "B", asked)
     evaluate_policy(None, questions, batch=2, done=("q1",), on_batch=lambda new, dialogues: told.append(len(new)))
     assert asked == [["q0", "q2"], ["q3", "q4"]] and told == [2, 2]
+
+
+def test_several_processes_ask_every_question_once_between_them(monkeypatch):
+    asked, questions = [], [question(i) for i in range(7)]
+    scripted(monkeypatch, lambda q, mode: "B", asked)
+    for rank in range(3):
+        evaluate_policy(None, questions, done=("q1",), share=(rank, 3))
+    assert asked == [["q0", "q4"], ["q2", "q5"], ["q3", "q6"]]
 
 
 def test_direct_mode_gets_no_simulator(monkeypatch):
@@ -178,6 +194,7 @@ def place(tmp_path_factory):
     data.save_jsonl(root / "data" / "triples_test.jsonl", data.room_triples(5_000_000, root / "data"))
     data.make_mindcube(root / "data" / "mindcube", root / "data" / "questions_test.jsonl")
     Policy.tiny().save(root / "policy")
+    Policy.tiny(seed=1).save(root / "other")
     return root
 
 
@@ -198,7 +215,9 @@ def test_rooms_from_end_to_end_and_a_killed_run_continues(place, monkeypatch, ca
         assert {"accuracy", "ci95", "call_rate", "n", "by_need", "by_category"} <= set(summary) and summary["n"] == n
     assert "needs_view" in capsys.readouterr().out
     html = (out / "report.html").read_text()
-    assert "data:image/png;base64," in html and "http" not in html.replace("http-equiv", "") and "Image-4" in html
+    assert "data:image/png;base64," in html and "http" not in html and "Image-4" in html
+    assert html.count("<details") == 3 * n and (out / "workflow.png").exists()
+    assert results["diagnosis"]["agentic"]["truth"]["n"] == n and list(results["diagnosis"]) == ["forced", "agentic"]
 
     torn = lines[:n + 2] + [lines[n + 2][:20]]                                # killed while writing a line
     (out / "predictions.jsonl").write_text("\n".join(torn))
@@ -210,6 +229,65 @@ def test_rooms_from_end_to_end_and_a_killed_run_continues(place, monkeypatch, ca
     again = json.loads((out / "results.json").read_text())
     for mode in again["modes"]:
         assert again["modes"][mode]["accuracy"] == results["modes"][mode]["accuracy"]
+    (out / "report.html").unlink()
+    main([*arguments(place, "rooms"), "--no-report"])
+    assert len(asked) == 2 * n - 2 and not (out / "report.html").exists()
+
+
+def test_answers_of_another_policy_stay_and_are_not_counted(place):
+    own = [*arguments(place, "mindcube", "--mode", "direct", "--no-report"), "--out", str(place / "two")]
+    main(own)
+    before = (place / "two" / "predictions.jsonl").read_text()
+    main([*own, "--policy", str(place / "other")])
+    lines = (place / "two" / "predictions.jsonl").read_text().splitlines()
+    n = len(before.splitlines())
+    assert "\n".join(lines[:n]) + "\n" == before and len(lines) == 2 * n
+    assert json.loads((place / "two" / "results.json").read_text())["modes"]["direct"]["n"] <= n
+    main(own)
+    assert len((place / "two" / "predictions.jsonl").read_text().splitlines()) == 2 * n
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+def ask_and_measure(root, out):
+    """What every rank does: ask questions and imagine views, in batches of two."""
+    for bench, limit in (("rooms", "8"), ("wm", "3")):
+        main([*arguments(Path(root), bench, "--batch", "2", "--limit", limit, "--dose-rooms", "1", "--no-report"),
+              "--out", f"{out}/{bench}"])
+
+
+def test_two_ranks_give_the_results_of_one_process_even_where_three_were_killed(place):
+    one, two = place / "one", place / "two_ranks"
+    ask_and_measure(place, one)
+    lines = (one / "rooms" / "predictions.jsonl").read_text().splitlines()
+    (two / "rooms").mkdir(parents=True)
+    (two / "rooms" / "predictions.jsonl").write_text("\n".join(lines[:2]) + "\n")
+    (two / "rooms" / "predictions_rank0.jsonl").write_text("\n".join(lines[1:4]) + "\n")         # one answer twice
+    (two / "rooms" / "predictions_rank2.jsonl").write_text(lines[6] + "\n" + lines[7][:30])      # killed while writing
+    on_ranks(2, ask_and_measure, place, two)
+    for bench in ("rooms", "wm"):
+        clockless = [re.sub('"seconds": [0-9.]+', "", (out / bench / "results.json").read_text()) for out in (one, two)]
+        assert clockless[0] == clockless[1]
+    told = [sorted((row["mode"], row["key"], row["turns"], row["views"])
+                   for row in read_log(out / "rooms" / "predictions.jsonl")) for out in (one, two)]
+    assert told[0] == told[1] and len(told[0]) == len(lines) and not list((two / "rooms").glob("predictions_rank*"))
+
+
+def test_the_first_answer_to_a_question_counts(tmp_path):
+    first, second = World(0, 2, 0, None), World(1, 2, 1, None)
+    row = {"key": "a", "digest": 1, "mode": "direct", "weights": "none", "policy": "p"}
+    predictions.append(tmp_path, first, [{**row, "said": "A"}, {**row, "said": "B", "policy": "q"}])
+    predictions.append(tmp_path, second, [{**row, "said": "C"}, {**row, "said": "D", "mode": "forced"}])
+    predictions.gather(tmp_path)
+    assert [line["said"] for line in read_log(tmp_path / "predictions.jsonl")] == ["A", "B", "D"]
+    assert [file.name for file in tmp_path.iterdir()] == ["predictions.jsonl"]
+
+
+def test_views_are_kept_once(tmp_path):
+    small, large = np.zeros((32, 32, 3), np.uint8), np.zeros((200, 100, 3), np.uint8)
+    names = predictions.save_views(tmp_path, [small, large, small])
+    assert names[0] == names[2] and len(list((tmp_path / "views").iterdir())) == 2
+    assert names[0].endswith(".png") and names[1].endswith(".jpg")
 
 
 def test_mindcube_layout_from_end_to_end(place):
@@ -225,6 +303,7 @@ def test_wm_from_end_to_end(place, capsys):
     results = json.loads((place / "eval" / "wm" / "results.json").read_text())
     assert results["pose"] == 1 and results["content"] == 1 and set(results["baselines"]) >= {"mean image"}
     assert results["mse"] == 0 < results["baselines"]["nearest context view"]["mse"]
+    assert results["calibration"]["none"]["pose"] == 1 and set(results["calibration"]) == set(consistency.ERRORS)
     assert "data:image/png;base64," in (place / "eval" / "wm" / "report.html").read_text()
     assert "turn left     slope  1.00" in capsys.readouterr().out
     dose = results["dose"]["truth"]
@@ -317,3 +396,32 @@ def test_published_records_are_scored_grouped_and_weighted_by_their_own_rules(mo
     summary = summarise(records)
     assert summary["accuracy"] == pytest.approx((1 + 1 / 3) / 2)                # of questions it would be 1 / 2
     assert summary["by_category"]["route_planning"]["n"] == 3 and summary["letters"] == {"A": 3}
+
+
+# ---- World2VLM ------------------------------------------------------------------------------------------------------
+
+def world2vlm_rows(root):
+    """Hand-made rows, one image each."""
+    save_image(root / "questions" / "a.png", np.zeros((32, 32, 3), np.uint8))
+    asked = [("A1", "move left 0.5 meters"), ("A1", "move right 2 meters"), ("A4", "true"),
+             ("D1", "[48, 558, 226, 681]")]
+    return [{"id": f"w{k}", "bench": "world2vlm", "images": ["questions/a.png"], "question": "What did the camera do?",
+             "options": [], "answer": answer, "category": task, "kind": "na", "needs_view": None}
+            for k, (task, answer) in enumerate(asked)]
+
+
+def test_world2vlm_is_scored_by_its_rewards(place, tmp_path, monkeypatch, capsys):
+    data.save_jsonl(tmp_path / "questions_test.jsonl", world2vlm_rows(tmp_path))
+    said = iter(["move left 0.5 meters", "move right 7 meters", "no", "x" * 300])
+    monkeypatch.setattr(evaluate, "rollout", lambda policy, questions, simulator, mode, **_: [
+        Trajectory(q, mode, answer=answer, turns=[answer]) for q, answer in zip(questions, said)])
+    main(["--bench", "world2vlm", "--data", str(tmp_path), "--policy", str(place / "policy"), "--out",
+          str(tmp_path / "out")])
+    summary = json.loads((tmp_path / "out" / "results.json").read_text())["modes"]["direct"]
+    tasks = summary["by_category"]
+    assert tasks["A1"]["accuracy"] == pytest.approx((1 + 0.45) / 2) and tasks["A1"]["exact"] == 0.5
+    assert tasks["A4"]["accuracy"] == pytest.approx(0.2) and tasks["D1"]["accuracy"] == -1      # too long
+    assert summary["exact"] == 0.25 and summary["n"] == 4 and "mean reward" in capsys.readouterr().out
+    assert "numeric" in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(SystemExit):
+        parse_args(["--bench", "world2vlm", "--mode", "agentic"])

@@ -10,7 +10,8 @@ from torch import nn
 
 from lib import checkpoints, common
 from lib.bagel_files import load_network
-from lib.lora import LANGUAGE_LAYERS, LoraLinear, add_lora, merged
+from lib.lora import LANGUAGE_LAYERS, QWEN_LAYERS, LoraLinear, add_lora, merged
+from policy import Policy
 from ranks import on_ranks
 from world_model import WorldModel
 
@@ -113,6 +114,32 @@ def test_names_of_bagel_s_language_layers():
     assert {name for name, _ in merged(network)} == before
     with pytest.raises(ValueError, match="nothing to learn.*no_such_proj"):
         add_lora(network, 1, 1, "no_such_proj", 0, CPU)
+
+
+def test_names_of_qwen_s_language_layers():
+    model = Policy.tiny().model
+    add_lora(model, rank=1, alpha=1, names=QWEN_LAYERS, seed=0, device=CPU)
+    changed = [name for name, module in model.named_modules() if isinstance(module, LoraLinear)]
+    assert len(changed) == 7 * 4 and not any("visual" in name for name in changed)
+
+
+def test_dropout_acts_on_the_correction_in_training_alone():
+    torch.manual_seed(0)
+    module, x = nn.Linear(6, 9), drawn(4, 6)
+    plain = module(x)
+    box = nn.ModuleDict({"q_proj": module})
+    (a, b) = add_lora(box, rank=2, alpha=4, names="q_proj", seed=0, device=CPU, dropout=0.25)
+    b.data = drawn(9, 2)
+    correction = 2 * x @ a.T @ b.T
+    torch.testing.assert_close(box.eval()["q_proj"](x), plain + correction)
+    box.train()
+    several = torch.stack([box["q_proj"](x) - plain for _ in range(4000)])
+    assert not torch.allclose(several[0], several[1])
+    torch.testing.assert_close(several.mean(0), correction, atol=0.15, rtol=0.1)
+    torch.manual_seed(1)
+    mask = nn.functional.dropout(torch.ones(4, 6), 0.25)
+    torch.manual_seed(1)
+    torch.testing.assert_close(box["q_proj"](x) - plain, 2 * (x * mask) @ a.T @ b.T)
 
 
 def train_sharded(folder):

@@ -458,6 +458,51 @@ def test_padding_and_company_do_not_change_logprobs(policy):
             torch.testing.assert_close(row[: alone.shape[1]], alone[0], rtol=0, atol=1e-5)
 
 
+def gradients(policy, batch):
+    """Log-probs, entropies and the gradient of a sum in which every token of every row has a weight of its own."""
+    policy.model.zero_grad()
+    logprobs, entropy = token_logprobs(policy, batch, temperature=0.7)
+    (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
+    got = torch.cat([p.grad.flatten() for p in policy.model.model.language_model.parameters()])
+    policy.model.zero_grad()
+    return logprobs.detach(), entropy, got
+
+
+def same(one, other):
+    for a, b in zip(one[:2], other[:2]):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    torch.testing.assert_close(one[2], other[2], rtol=0, atol=1e-5 * other[2].abs().max().item())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_shared_prompt_changes_no_logprob_and_no_gradient(policy, checkpointing):
+    """Groups with and without views in mid-dialogue, rows of all lengths, a dialogue alone with its prompt."""
+    together = chatter(policy, [question(0), question(1, images=3)], group_size=4, seed=1)
+    alone = say(policy, Trajectory.start(policy, question(4), [], "direct"), ANSWER)
+    trajectories = [alone, *together[::2], *together[1::2]]                             # neighbours or not
+    assert len({len(t.images) for t in together}) > 2 and len({len(t.ids) for t in together}) > 3
+    shared, apart = (collate(policy, trajectories, share) for share in (True, False))
+    assert shared["ids"].shape[0] == 3 and apart["ids"].shape[0] == 9
+    assert shared["features"].shape[1] == apart["features"].shape[1] - 3 * 4 * (2 + 3)         # prompts' images, once
+    if checkpointing:
+        policy.model.gradient_checkpointing_enable()
+        policy.model.train()
+    try:
+        same(gradients(policy, shared), gradients(policy, apart))
+    finally:
+        policy.model.gradient_checkpointing_disable()
+        policy.model.eval()
+
+
+def test_the_language_head_sees_a_few_tokens_at_a_time(policy, monkeypatch):
+    batch = collate(policy, [full_dialogue(policy), say(policy, full_dialogue(policy), LOOK)])
+    want, sizes, logits = gradients(policy, batch), [], Policy.logits
+    monkeypatch.setattr(policy_file, "HEAD_TOKENS", 7)
+    monkeypatch.setattr(Policy, "logits", lambda self, hidden: sizes.append(len(hidden)) or logits(self, hidden))
+    same(gradients(policy, batch), want)
+    assert max(sizes) == 7 and sum(sizes) == 2 * (batch["loss_mask"] > 0).sum()         # and once more in backward
+
+
 def test_rollout_leaves_the_training_mode_as_it_was(policy):
     policy.model.train()
     rollout(policy, [question(0)], max_turns=1, max_new_tokens=2)

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 
 from lib.geometry import KINDS, Motion, instruction
 from lib.tokenizer import SPECIAL, TAGS, WORDS, tiny_tokenizer
+from lib.world2vlm import PIECES, PROMPTS
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +57,18 @@ def test_further_phrases_become_tokens_and_keep_the_ids_of_the_others(tokenizer)
     for text in ("turn left 45", "<answer>"):
         assert longer.encode(text) == tokenizer.encode(text)
     assert all(re.fullmatch(r"<\|.*\|>", token) for token in longer.all_special_tokens)
+
+
+def test_prompts_of_world2vlm_are_short_in_their_pieces():
+    words = {"object": "barrel", "box1": "[48, 558, 226, 681]", "box2": "[30, 504, 199, 1000]",
+             "sequence": "move left 0.5 meters; turn right 40 degrees",
+             "claim": "move left 0.5 meters and turn right 40 degrees"}
+    tokenizer, lengths = tiny_tokenizer(PIECES), {}
+    for task, prompt in PROMPTS.items():
+        text = prompt.format(**words)
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        lengths[task] = len(ids)
+    assert lengths["A1"] == lengths["A2"] == lengths["A3"] == 1 and max(lengths.values()) < 50
+    for answer, length in (("true", 1), ("no", 1), ("move left 0.5 meters; turn right 40 degrees", 7)):
+        assert len(tokenizer.encode(answer)) == length

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 import rewards
 import train_rl
 from lib import common
+from lib.clients import RemoteSimulator
+from lib.endpoint import RemoteError
 from policy import Policy, Trajectory
 
 ROOT = Path(__file__).parent.parent
@@ -30,10 +32,10 @@ def test_grpo_loss_against_numpy():
     mask, a = rng.integers(0, 2, (4, 6)), np.array([1.5, -0.5, 0.7, -2.0])[:, None]
     ratio = np.exp(new - old)
     want = -(np.minimum(ratio * a, np.clip(ratio, 0.8, 1.28) * a) * mask).sum()
-    tensors = [torch.tensor(x) for x in (new, old, a[:, 0], mask)]
-    assert train_rl.grpo_loss(*tensors).item() == pytest.approx(want)
-    silent = (((a > 0) & (ratio > 1.28)) | ((a < 0) & (ratio < 0.8))) & (mask > 0)
-    assert silent.any() and train_rl.clipped_tokens(*tensors).item() == silent.sum()
+    new, old, ratio_, a_, mask_ = (torch.tensor(x) for x in (new, old, ratio, a[:, 0], mask))
+    assert train_rl.grpo_loss(new, old, a_, mask_).item() == pytest.approx(want)
+    silent = [((a < 0) & (ratio < 0.8) & (mask > 0)).sum(), ((a > 0) & (ratio > 1.28) & (mask > 0)).sum()]
+    assert all(silent) and [n.item() for n in train_rl.clipped_tokens(ratio_, a_, mask_)] == silent
 
 
 @pytest.mark.parametrize("advantage, ratio, flows", [
@@ -52,13 +54,45 @@ def test_kl_estimate_is_right_on_average():
     assert (k3 >= 0).all() and (p * k3).sum().item() == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("phase, calls, answer, reward", [
-    (1, 0, "A", 1.5), (1, 2, "A", 1.52), (2, 0, "A", 1.5),
-    (2, 1, "A", 1.52 + 0.1 * 0.75), (2, 1, "B", 0.52 - 0.03 * 0.25)])
-def test_score_follows_the_phase(phase, calls, answer, reward):
-    dialogue = SimpleNamespace(answer=answer, question={"answer": "A"}, well_formed=True, valid_calls=calls,
-                               logprobs=[0.0, -1.0])
-    assert train_rl.score(dialogue, phase, 0.25).reward == pytest.approx(reward)
+def dialogue_of(said, calls=0, **question):
+    return SimpleNamespace(answer=said, question={"answer": "A", **question}, well_formed=True, valid_calls=calls,
+                           logprobs=[0.0, -1.0])
+
+
+@pytest.mark.parametrize("calls, answer, direct, reward", [
+    (0, "A", None, 1.5), (2, "A", None, 1.52), (0, "A", 0.25, 1.5),
+    (1, "A", 0.25, 1.52 + 0.1 * 0.75), (1, "B", 0.25, 0.52 - 0.03 * 0.25)])
+def test_score_follows_the_phase(calls, answer, direct, reward):
+    phase1, phase2 = rewards.phase1_reward, rewards.phase2_reward
+    match = float(answer == "A")
+    assert reward == pytest.approx(phase1(match, 1, calls) if direct is None else phase2(match, 1, calls, direct))
+    row = train_rl.score(dialogue_of(answer, calls), train_rl.parse_args([]), direct)
+    assert row.reward == pytest.approx(reward) and row.match == match
+
+
+@pytest.mark.parametrize("flags, won, lost", [
+    ("--lambda-use 0", 1.5 + 0.1 * 0.75, 0.5 - 0.03 * 0.25), ("--alpha 0 --beta 0", 1.52, 0.52),
+    ("--alpha 0.4", 1.52 + 0.4 * 0.75, 0.52 - 0.03 * 0.25), ("--beta 1", 1.52 + 0.1 * 0.75, 0.52 - 0.25)])
+def test_flags_take_the_reward_apart(flags, won, lost):
+    """Gain only, usage only: a rollout that called, right or wrong, where 1 of 4 direct answers is right."""
+    args = train_rl.parse_args(["--phase", "2", *flags.split()])
+    got = [train_rl.score(dialogue_of(answer, calls=1), args, 0.25).reward for answer in "AB"]
+    assert got == pytest.approx([won, lost])
+
+
+def test_world2vlm_has_rewards_of_its_own():
+    args = train_rl.parse_args(["--task", "world2vlm"])
+    row = train_rl.score(dialogue_of("turn left 30 degrees", answer="turn left 20 degrees", category="A2"), args)
+    want = rewards.world2vlm("A2", "turn left 20 degrees", "turn left 30 degrees")
+    assert row.reward == row.match == want["total"] and row.parts == want and 0.9 < row.reward < 1
+    silent = train_rl.score(dialogue_of(None, answer="yes", category="D4"), args)
+    totals = train_rl.by_task([row, silent])
+    assert totals["A2_numeric"] == (want["numeric"], 1) and totals["A1_total"] == (0, 0)
+    assert totals["D4_total"] == (0, 1)
+    assert {key.split("_", 1)[1] for key in totals} == set(train_rl.PARTS) >= set(row.parts) | set(silent.parts)
+    assert (args.group, args.kl, args.clip_high, args.mode) == (4, 0.01, 0.3, "direct")
+    with pytest.raises(SystemExit):
+        train_rl.parse_args(["--task", "world2vlm", "--phase", "2"])
 
 
 # ---------------------------------------------------------------- the gradient
@@ -73,29 +107,33 @@ def rows_of(policy, turns=(3, 9, 1, 5, 7)):
     for i, words in enumerate(turns):
         dialogue = Trajectory.start(policy, {"question": "Which?", "answer": "A"}, [image] * (1 + i % 2), "direct")
         dialogue.say(policy, " red ball" * words)
-        row = train_rl.score(dialogue, phase=1)
+        row = train_rl.score(dialogue, train_rl.parse_args([]))
         row.advantage, row.start = (-1) ** i * (1.0 + i), row.old - 5.0
         row.old = row.old - 6.0 - 0.1 * torch.arange(len(row.old))
         rows.append(row)
     return rows
 
 
-def gradient(policy, rows, micro_batch):
+def gradient(policy, rows, tokens):
     policy.model.zero_grad()
     policy.vision.requires_grad_(False)
-    args = SimpleNamespace(micro_batch=micro_batch, temperature=1.0, kl=0.1)
+    args = SimpleNamespace(micro_batch_tokens=tokens, temperature=1.0, kl=0.1, clip_high=0.28)
     sums = train_rl.accumulate_gradient(policy, rows, rows[0], args)
     return sums, torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
 
 
 def test_micro_batch_does_not_change_the_gradient():
-    """Dividing once per micro-batch is the classic mistake; answers of unequal length expose it."""
+    """Dividing once per micro-batch is the classic mistake; answers of unequal length expose it.
+
+    Rows 0, 2, 4 and 1, 3 share a prompt, and so a line if there is room: all of them, three, two, none.
+    """
     policy = small_policy()
     rows = rows_of(policy)
-    sums, want = gradient(policy, rows, micro_batch=5)
+    rows = [rows[i] for i in (0, 2, 4, 1, 3)]
+    sums, want = gradient(policy, rows, tokens=1000)
     assert sums["tokens"] == sum(sum(row.trajectory.loss_mask) for row in rows) and want.abs().max() > 0.01
-    for micro_batch in (2, 1):
-        again, got = gradient(policy, rows, micro_batch)
+    for tokens in (60, 40, 1):
+        again, got = gradient(policy, rows, tokens)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6 * want.abs().max().item())
         assert again["entropy"] == pytest.approx(sums["entropy"], rel=1e-5)
 
@@ -104,12 +142,26 @@ def test_rows_of_weight_zero_teach_nothing():
     """A rank with fewer rows fills up with idle ones: only the collectives may notice."""
     policy = small_policy()
     rows = rows_of(policy)
-    _, want = gradient(policy, rows[:3], micro_batch=3)
+    _, want = gradient(policy, rows[:3], tokens=1000)
     idle = [train_rl.replace(row, weight=0.0) for row in rows[3:]]
     tokens = sum(sum(row.trajectory.loss_mask) for row in rows)
     kept = sum(sum(row.trajectory.loss_mask) for row in rows[:3])
-    _, got = gradient(policy, rows[:3] + idle, micro_batch=2)
+    _, got = gradient(policy, rows[:3] + idle, tokens=40)
     torch.testing.assert_close(got * tokens / kept, want, rtol=1e-4, atol=1e-6 * want.abs().max().item())
+
+
+def test_micro_batches_keep_within_their_tokens():
+    """Neighbours with one prompt share a line, lines share a pass; every row is in one pass, a long one alone."""
+    policy = small_policy()
+    rows = rows_of(policy)
+    rows = [rows[i] for i in (0, 2, 4, 1, 3)]
+    for tokens, passes in ((1000, 1), (60, 2), (40, 4), (1, 5)):        # lines of 45 and 57; prompts of 20 and 27
+        chunks = train_rl.micro_batches(rows, rows[0], tokens)
+        assert len(chunks) == passes and sorted(map(id, sum(chunks, []))) == sorted(map(id, rows))
+        for chunk in chunks:
+            cells = train_rl.collate(policy, [row.trajectory for row in chunk], share=True)["ids"].numel()
+            assert cells <= tokens or len(chunk) == 1
+    assert train_rl.collate(policy, [row.trajectory for row in rows], share=True)["ids"].shape[0] == 2
 
 
 def test_groups_without_variance_are_left_out():
@@ -122,10 +174,23 @@ def test_groups_without_variance_are_left_out():
 
 
 def test_questions_come_once_per_pass():
-    questions = list(range(10))
-    steps = [train_rl.questions_of_step(questions, 4, step, seed=0) for step in range(5)]
+    steps = [train_rl.places_of_step(10, 4, step, seed=0) for step in range(5)]
     passes = np.reshape(steps, (2, 10)).tolist()
-    assert sorted(passes[0]) == sorted(passes[1]) == questions and passes[0] != passes[1]
+    assert sorted(passes[0]) == sorted(passes[1]) == list(range(10)) and passes[0] != passes[1]
+
+
+def test_curriculum_asks_what_varies():
+    """New questions first, each once; then those whose rewards differ, the others now and then."""
+    spread, asked = [1.0] * 8, []
+    for step in range(300):
+        places = train_rl.places_of_step(8, 2, step, 0, spread)
+        earned = [reward for place in places for reward in ((1.5, 0.5, 1.5, 0.5) if place < 2 else (1.5,) * 4)]
+        spread = train_rl.new_spread(spread, places, earned, 4)
+        asked.append(places)
+    assert all(len(set(places)) == 2 for places in asked)
+    assert spread == pytest.approx([1 / 3 + train_rl.LEAST] * 2 + [train_rl.LEAST] * 6)
+    counts = np.bincount(np.ravel(asked[50:]), minlength=8)
+    assert counts[:2].min() > 4 * counts[2:].max() > 0
 
 
 # ---------------------------------------------------------------- the stage
@@ -180,11 +245,12 @@ def test_stage_leaves_what_it_promises(inputs, unbroken):
     rows = log_of(unbroken)
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and set(rows[0]["eval"]) == {"agentic", "direct"}
     assert all(row["tokens"] > 0 and row["mismatch"] < 1e-4 and row["grad_norm"] > 0 for row in rows[:3])
+    assert all(abs(row["ratio"] - 1) < 0.1 and row["ratio_max"] > 1 for row in rows[:3])
     assert 0 < rows[0]["kl"] < rows[2]["kl"] and "kl" not in rows[1]    # 0 <: the first minibatch has moved it already
     assert {"curves.png", "args.json", "config.json", "model.safetensors"} <= {p.name for p in unbroken.iterdir()}
     assert json.loads((unbroken / "done.json").read_text())["steps"] == 3
     assert (unbroken / "dialogues/step_000002/0.png").exists() and (unbroken / "dialogues/end/0/dialogue.json").exists()
-    known = {word for key in train_rl.LOG for word in key.split()} | {"step"}
+    known = set(train_rl.LOG) | {"step"}
     assert {key.removesuffix("_needs_view").removesuffix("_answerable") for row in rows for key in row} <= known
     before, after = (load_file(folder / "model.safetensors") for folder in (inputs / "sft", unbroken))
     assert before.keys() == after.keys()
@@ -210,6 +276,18 @@ def test_resumed_run_equals_an_unbroken_one(inputs, unbroken, tmp_path, monkeypa
     assert left.value.code == 0
 
 
+def test_resumed_curriculum_asks_the_same(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards, "format_reward", even_tokens)
+    flags = ("--curriculum", "variance", "--save-every", "1", "--eval-every", "0")
+    train_rl.main(command(inputs, tmp_path / "unbroken", *flags))
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Interrupt, "requested", lambda stop: True)
+        with pytest.raises(SystemExit):
+            train_rl.main(command(inputs, tmp_path / "resumed", *flags))
+    train_rl.main(command(inputs, tmp_path / "resumed", *flags))
+    assert log_of(tmp_path / "resumed") == log_of(tmp_path / "unbroken")
+
+
 def test_two_ranks_give_the_curve_of_one(inputs, unbroken, tmp_path):
     """The whole stage under torchrun with FSDP: same questions, same samples, same gradients."""
     script = tmp_path / "run.py"
@@ -229,7 +307,7 @@ def test_two_ranks_give_the_curve_of_one(inputs, unbroken, tmp_path):
 def test_phase_2_measures_the_gain_over_answering_directly(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(rewards, "format_reward", even_tokens)
     seen = []
-    monkeypatch.setattr(rewards, "phase2_reward", lambda match, form, n_tool, direct: seen.append(direct) or form)
+    monkeypatch.setattr(rewards, "tool_gain", lambda match, n_tool, direct: seen.append(direct) or 0.0)
     train_rl.main(command(inputs, tmp_path / "phase2", "--phase", "2", "--steps", "1", "--eval-every", "0"))
     assert len(seen) == 16 and log_of(tmp_path / "phase2")[0]["match_direct"] == sum(seen) / 16
 
@@ -251,6 +329,46 @@ def test_missing_inputs_name_the_command(inputs, tmp_path, monkeypatch):
         train_rl.main(["--phase", "2"])
     with pytest.raises(SystemExit, match="out/wm is missing. `python train_wm.py` makes it"):
         train_rl.main(["--policy", str(inputs / "sft"), "--data", str(inputs)])
+
+
+WORLD2VLM = [("A2", "By how much was the camera turned?", "turn left 20 degrees"), ("D4", "Is it gone?", "yes"),
+             ("D1", "Where is the box now?", "[48, 558, 226, 681]")]
+
+
+def test_world2vlm_stage(inputs, tmp_path, monkeypatch):
+    """Its questions stand beside others in the file; no simulator, no tool, the parts of the reward in the log."""
+    monkeypatch.setattr(rewards, "world2vlm", lambda task, answer, response: {"total": 0.5, "format": 0.0})
+    for part in ("train", "val"):
+        rows = [{"id": f"{part}{i}", "bench": "world2vlm", "images": ["0.png", "1.png"][:1 + i % 2], "question": prompt,
+                 "options": [], "answer": answer, "category": task, "kind": "na", "needs_view": None, "weight": 1.0}
+                for i, (task, prompt, answer) in enumerate(2 * WORLD2VLM)]
+        other = json.loads((inputs / f"questions_{part}.jsonl").read_text().splitlines()[0])
+        (tmp_path / f"questions_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [other, *rows]))
+        for i in range(2):
+            (tmp_path / f"{i}.png").write_bytes((inputs / f"{i}.png").read_bytes())
+    flags = command(inputs, tmp_path / "rl", "--task", "world2vlm", "--data", str(tmp_path), "--steps", "1")
+    train_rl.main([flag for flag in flags if flag not in ("--simulator", "none")])
+    first, last = log_of(tmp_path / "rl")
+    assert {"A2_total", "D4_total", "D1_total"} <= set(first) and first["call_rate"] == 0 and "A1_total" not in first
+    assert set(last["eval"]) == {"direct"} and last["eval"]["direct"]["A2_total"] == 0.5
+    with pytest.raises(SystemExit, match="questions_train.jsonl has no question for --task world2vlm"):
+        train_rl.main(command(inputs, tmp_path / "none", "--task", "world2vlm"))
+
+
+def test_simulators_by_name(inputs, tmp_path, monkeypatch):
+    """The flag's words are lib/simulators'; a server that is down ends the run in a sentence, and it can be resumed."""
+    with pytest.raises(SystemExit, match="--simulator truth works in rooms only"):
+        train_rl.main(command(inputs, tmp_path / "truth", "--simulator", "truth"))
+    args = train_rl.parse_args(["--simulator", "http://127.0.0.1:9"])
+    world = common.World(0, 1, 0, torch.device("cpu"))
+    assert isinstance(train_rl.open_simulator(args, world), RemoteSimulator)
+    assert train_rl.open_simulator(train_rl.parse_args(["--mode", "direct"]), world) is None
+
+    def down(*_, **__):
+        raise RemoteError("http://127.0.0.1:9 could not be reached", down=True)
+    monkeypatch.setattr(train_rl, "rollout", down)
+    with pytest.raises(SystemExit, match="could not be reached. The same command goes on from the last checkpoint."):
+        train_rl.main(command(inputs, tmp_path / "down", "--eval-every", "0"))
 
 
 def test_presets():

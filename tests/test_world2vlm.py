@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import rewards
+from data import FINE
 from lib.consistency import classify
 from lib.geometry import Motion, pinhole, project, read_instruction
 from lib.rooms import COLOURS, TrueRenderer, random_room, render
-from lib.transitions import (MOVES, PAPER, ROOMS, TURNS, Anchor, Space, Transition, blocked, cut, drift, end_pose,
+from lib.transitions import (MOVES, PAPER, ROOMS, SEEN, TURNS, Anchor, Space, Transition, blocked, cut, drift, end_pose,
                              kinds_of, programs, room_anchor, transitions)
 from lib.world2vlm import (BOX, PROMPTS, TASKS, Detection, action_text, balanced, blind_column, box_text,
                            claim_text, clear, false_claim, image_detections, program_text, read_actions, read_box,
@@ -83,6 +84,18 @@ def test_in_rooms_no_two_programs_end_at_the_same_pose_and_in_the_paper_some_do(
     assert len(ends) > 3000 and max(ends.values()) == 1
     way = [Motion("move left", 1.0), Motion("move forward", 2.0), Motion("turn right", 20.0)]
     np.testing.assert_allclose(end_pose(np.eye(4), way), end_pose(np.eye(4), [way[1], way[0], way[2]]), atol=1e-12)
+
+
+def test_a_small_simulator_is_told_only_what_it_has_seen():
+    """`--layout fine` has turns of every 15 degrees and moves of every 0.1 m, none of them backward."""
+    seen = {(motion.kind, motion.amount) for motion in FINE}
+    patterns = [*((one,) for one in SEEN.single.items()), *SEEN.sequences]
+    assert all((kind, amount) in seen for pattern in patterns for kind, amounts in pattern for amount in amounts)
+    rooms = {tuple(kind for kind, _ in pattern): [amounts for _, amounts in pattern]
+             for pattern in [*((one,) for one in ROOMS.single.items()), *ROOMS.sequences]}
+    assert len(SEEN.sequences) == 24 and all(
+        set(amounts) <= set(more) for pattern in patterns
+        for (_, amounts), more in zip(pattern, rooms[tuple(kind for kind, _ in pattern)], strict=True))
 
 
 @pytest.mark.parametrize("space, hows", [(ROOMS, {"amount", "order", "direction", "other"}),

@@ -1,0 +1,76 @@
+"""
+predictions.jsonl: every answer is a line, written as it comes, so that a killed run loses nothing and goes on.
+
+Alone, a process writes the file itself; of several (torchrun), each writes predictions_rank<k>.jsonl beside it, and
+`gather` brings them together, at the end and at the beginning of the next run, with however many processes. A line
+tells which policy, settings and simulator it is of (RUN): those of others stay and are not counted. Imagined views are
+files in views/, named after what they show, and a line names its own.
+"""
+
+import hashlib
+import json
+from collections import Counter
+
+import numpy as np
+
+from lib import common
+from lib.pictures import save_image
+
+VERSION = 2                     # of what a line holds; lines of another one stay as well
+RUN = ("version", "policy", "seed", "max_new_tokens", "frames")
+LARGE = 128                     # pixels: from here on a view is a JPEG
+
+
+def keyed(questions):
+    """[(key, question)]: the key is the id, and "id#2" for the second question that carries it."""
+    seen, pairs = Counter(), []
+    for question in questions:
+        seen[question["id"]] += 1
+        number = seen[question["id"]]
+        pairs.append((question["id"] if number == 1 else f"{question['id']}#{number}", question))
+    return pairs
+
+
+def digest(question):
+    """A number that changes with the words of a question: an old answer to other words is no answer."""
+    return common.stable_seed(question["question"], question.get("options"), question["answer"])
+
+
+def append(out, world, rows):
+    """Add lines to this process's file."""
+    file = out / ("predictions.jsonl" if world.size == 1 else f"predictions_rank{world.rank}.jsonl")
+    out.mkdir(parents=True, exist_ok=True)
+    with common.disk(file), open(file, "a") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def gather(out):
+    """Bring all lines into predictions.jsonl, on one rank while no other writes: the first answer to a question counts.
+
+    A line that was cut off by a kill is left out.
+    """
+    parts, lines = sorted(out.glob("predictions_rank*.jsonl")), {}
+    for row in (row for file in [out / "predictions.jsonl", *parts] for row in common.read_log(file)):
+        lines.setdefault(tuple(row.get(key) for key in (*RUN, "mode", "weights", "key", "digest")), row)
+    common.write_text(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in lines.values()))
+    for file in parts:
+        file.unlink()
+
+
+def answered(out, run, mode, weights, questions):
+    """{key: record} of the questions that this run has answered in this mode, with the simulator of these `weights`."""
+    wanted = {key: digest(question) for key, question in keyed(questions)}
+    own = {**run, "mode": mode, "weights": weights}
+    return {row["key"]: row for row in common.read_log(out / "predictions.jsonl")
+            if own.items() <= row.items() and wanted.get(row["key"]) == row["digest"]}
+
+
+def save_views(out, views):
+    """Arrays (H, W, 3) uint8 -> their files below `out`, as text; a view that is there is not written again."""
+    places = []
+    for view in views:
+        name = hashlib.sha256(np.ascontiguousarray(view).tobytes() + str(view.shape).encode()).hexdigest()[:16]
+        places.append(f"views/{name}.{'jpg' if max(view.shape) >= LARGE else 'png'}")
+        if not (out / places[-1]).exists():
+            save_image(out / places[-1], view)
+    return places

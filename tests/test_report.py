@@ -1,0 +1,121 @@
+"""The page after a run: whole in itself, safe from what models and data say, light; its filters find what they name."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from evaluate import dialogues, record_of
+from lib import predictions, report
+from lib.dialogue import Trajectory
+from lib.pictures import save_image
+from lib.questions import room_questions
+from lib.scores import summarise
+from policy import Policy
+
+POLICY = Policy.tiny()
+EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
+
+
+def held(question, mode, answer, calls, views):
+    """A scripted dialogue: (image, motion, amount) per call, and what it is shown."""
+    t = Trajectory.start(POLICY, question, question["images"], mode)
+    for (image, motion, amount), view in zip(calls, views):
+        call = json.dumps({"name": "imagine", "arguments": {"image": image, "motion": motion, "amount": amount}})
+        t.say(POLICY, f"<think>What is there?</think><tool_call>{call}</tool_call>")
+        t.observe(POLICY, image=view if t.call else None)
+    t.say(POLICY, f"<think>I see {EVIL}</think><answer>{answer}</answer>")
+    return t
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Twelve questions of rooms, direct and agentic; the first one's words are evil -> (folder, dialogues)."""
+    out = tmp_path_factory.mktemp("report")
+    rows = [row for seed in range(5_000_000, 5_000_003) for row in room_questions(seed, out)]
+    rows = [{**row, "images": [str(out / path) for path in row["images"]]} for row in rows]
+    rows[0] = {**rows[0], "question": EVIL, "id": EVIL, "images": [*rows[0]["images"][:3], str(out / "missing.png")]}
+    records = {("direct", "none"): {}, ("agentic", "truth"): {}}
+    for k, row in enumerate(rows):
+        arrays = {**row, "images": [np.full((32, 32, 3), 20 * k, np.uint8)] * len(row["images"])}
+        view, wrong = np.full((32, 32, 3), (k, 90, 90), np.uint8), "BCDA"["ABCD".index(row["answer"])]
+        call = tuple(row["command"][key] for key in ("image", "kind", "amount"))
+        calls = [(9, "turn left", 45.0), call] * (k % 2)                             # the first is impossible
+        asked = held(arrays, "agentic", wrong if k % 3 else row["answer"], calls, [view] * 2)
+        for (mode, name), t in zip(records, (held(arrays, "direct", row["answer"], [], []), asked)):
+            record = record_of(row["id"], arrays, t, None, {"mode": mode, "simulator": name, "seconds": 0.1})
+            record["views"] = predictions.save_views(out, t.images[len(row["images"]):])
+            records[mode, name][row["id"]] = json.loads(json.dumps(record))
+    summaries = {mode: summarise(list(told.values())) for (mode, _), told in records.items()}
+    shown = dialogues(records, rows)
+    results = {"modes": summaries, "chance": 0.25}
+    report.write(out / "report.html", f"rooms: {EVIL}", results, dialogues=shown, folder=out)
+    return out, shown
+
+
+def test_what_models_and_data_say_is_escaped(page):
+    html = (page[0] / "report.html").read_text()
+    assert EVIL not in html and "<img src=x" not in html and html.count("<script") == 2
+    assert html.count("&lt;script&gt;alert(&quot;x&quot;)") >= 2 + 24               # title, heading, every dialogue
+
+
+def test_every_question_is_there_in_every_mode_and_filters_know_it(page):
+    html = (page[0] / "report.html").read_text()
+    lines = re.findall(r"<details ([^>]*)>", html)
+    assert len(lines) == len(page[1]) == 24
+    told = [dict(re.findall(r'data-([a-z]+)="([^"]*)"', line)) for line in lines]
+    agentic = [line for line in told if line["run"] == "agentic, truth"]
+    for k, line in enumerate(agentic):                              # direct is always right
+        assert line["wrong"] == str(int(k % 3 > 0)) and line["tool"] == line["invalid"] == str(k % 2)
+        assert line["hurt"] == str(int(k % 3 > 0 and k % 2)) and line["case"]
+    assert all(line["wrong"] == line["tool"] == line["hurt"] == "0" for line in told if line["run"] == "direct")
+    names = set(re.findall(r'<(?:input type="checkbox"|select) name="([a-z]+)"', html))
+    assert names == set(told[0]) == {"wrong", "tool", "hurt", "invalid", "run", "case"}
+
+
+def test_a_dialogue_shows_what_was_imagined_beside_the_truth_and_what_it_earned(page):
+    html = report.dialogue(page[1][3], report.Pictures(), page[0])              # the second question, agentic
+    call = page[1][3]["calls"][0]
+    assert f"Image-5: imagined from Image-{call['image']}, {call['motion']}" in html
+    assert "the true view" in html and "There is no such image" in html and "What is there?" in html
+    assert "phase 2" in html and "gain -1" in html and "diagnosis: " in html and "true answer" in html
+
+
+def test_pictures_stand_in_the_page_once_and_dialogues_name_them(page):
+    html = (page[0] / "report.html").read_text()
+    stored = json.loads(re.search(r'id="pictures">(.*?)</script>', html)[1])
+    named = set(map(int, re.findall(r'data-picture="(\d+)"', html)))
+    assert named == set(range(len(stored))) and len(stored) < html.count("data-picture=") / 2
+    assert html.count('src="data:') == html.count('class="wide"') and "(no picture)" in html        # the missing one
+
+
+def test_a_thousand_dialogues_are_light(page, tmp_path):
+    report.write(tmp_path / "many.html", "many", dialogues=[page[1][3]] * 1000, folder=page[0])
+    assert (tmp_path / "many.html").stat().st_size < 1000 * 4000
+
+
+def test_large_pictures_become_thumbnails_and_videos_show_some_frames(page, tmp_path):
+    save_image(tmp_path / "large.jpg", np.random.default_rng(0).integers(0, 255, (600, 900, 3), np.uint8))
+    question = {**page[1][0]["question"], "images": [str(tmp_path / "large.jpg")] * 50}
+    told = {**page[1][0], "calls": [], "question": question}
+    pictures = report.Pictures()
+    html = report.dialogue(told, pictures, tmp_path)
+    assert "12 of 50 images are shown" in html and "Image-50" in html
+    assert len(pictures.uris) == 1 and len(pictures.uris[0]) < 20_000
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
+def test_a_browser_opens_and_filters_it(page, tmp_path):
+    """In Chromium: open every dialogue, tick "wrong only", and look at what the page then holds."""
+    html = (page[0] / "report.html").read_text().replace("filter();</script>", """filter();
+document.getElementsByName('wrong')[0].click(); for (const d of all) d.open = true;</script>""")
+    (tmp_path / "opened.html").write_text(html)
+    done = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
+                           f"--user-data-dir={tmp_path}/browser", "--dump-dom", str(tmp_path / "opened.html")],
+                          capture_output=True, text=True, timeout=120)
+    body = re.sub("<script.*?</script>", "", done.stdout, flags=re.DOTALL)
+    assert "8 of 24" in body and "<template" not in body and body.count("<details") == 24
+    assert body.count('src="data:image/png') > body.count("data-picture=") > 24        # all are filled in, and a chart
