@@ -4,7 +4,9 @@ Speed of the fast paths, as ratios to the straightforward way (tests/naive.py) i
   python bench.py wm                   the world model on two CPU cores: 10 minutes, with nothing else on the machine
   python bench.py wm --quick           the same at toy size, in seconds: shows that it runs, measures nothing
   python bench.py wm --preset astra --random-init     BAGEL's true shapes on one GPU: 5 minutes, no files needed
-  python bench.py rollout              dialogues of the policy with two calls each: half a minute
+  python bench.py rollout              dialogues of the policy, two calls each, against `generate` every turn: a minute
+  python bench.py grpo --against trl   a GRPO step against TRL's, where TRL is installed: 3 minutes
+  python bench.py memory --preset astra               what each of 8, 16, 64 GPUs holds, counted: seconds, no GPU
   python bench.py data                 triples of a scan: seconds per scan, and how they grow with its frames: 3 minutes
 
 The two ways take turns (A B A B ...) on the same queries; their medians are compared, and so are their latents. Shares
@@ -15,36 +17,35 @@ needed (`needed_flops`), not what was done. Prints tables for a reader; the last
 
 import argparse
 import contextlib
-import io
+import inspect
 import json
+import math
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import policy as policy_file
-import rewards
 import train_rl
+import train_wm
 from data import MOTIONS
+from lib import budget
 from lib.bagel import Bagel, Config, Settings
 from lib.bagel_files import resized
-from lib.common import World, fail, keep_freed_memory, run, write_json
+from lib.common import fail, keep_freed_memory, run, write_json
 from lib.geometry import Query, instruction
 from lib.pictures import save_image
-from lib.rollout import Writer
-from lib.rooms import TrueRenderer, random_room, render, ring
+from lib.rooms import random_room, render, ring
 from lib.scenes import read_scene, room_scene
 from lib.tokenizer import tiny_tokenizer
 from lib.triples import Rules, find_triples, write_triples
-from policy import Policy, Trajectory, collate
-from tests import naive
-from world_model import WorldModel, initialise
+from policy import HEAD_TOKENS, Policy, rollout
+from tests import naive, policy_speed
+from world_model import MAX_TOKENS, WorldModel, initialise
 
 
 # ---------------------------------------------------------------- models and queries
@@ -329,13 +330,7 @@ def at_true_size(model, pixels, steps, repeats):
 
 def true_shapes(device):
     """BAGEL-7B-MoT's shapes (14.6 B parameters) in bf16 straight on the device, with random weights and no files."""
-    llm = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-           "intermediate_size": 18944, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
-    vit = {"hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16, "intermediate_size": 4304,
-           "patch_size": 14, "image_size": 980}
-    with torch.device("meta"):
-        network = Bagel(Config.read(llm, vit, {}, vocabulary=152064, latent_grid=64, latent_numbers=64))
-    network = network.to(torch.bfloat16).to_empty(device=device).requires_grad_(False).eval()
+    network = budget.bagel_7b().to(torch.bfloat16).to_empty(device=device).requires_grad_(False).eval()
     for tensor in network.state_dict().values():
         tensor.fill_(1.0)                                       # norms and position tables; the rest is drawn next
     initialise(network)
@@ -343,237 +338,51 @@ def true_shapes(device):
     return WorldModel(network, Squares(), tiny_tokenizer(), files={})
 
 
-# ---------------------------------------------------------------- bench.py rollout
+# ---------------------------------------------------------------- bench.py memory
 
-def rollout(args):
-    """The policy's rollouts: tokens per second of CPU against `generate` from scratch every turn, same tokens."""
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()
-    rooms, group, repeats = (2, 2, 1) if args.quick else (8, 8, args.repeats)
-    policy, questions = Policy.tiny(), room_questions(rooms)
-    script = [scripted_dialogue(policy, question, seed=len(questions) * g + q)
-              for q, question in enumerate(questions) for g in range(group)]
-    uniforms, written = uniforms_that_say(policy, script), sum(sum(t.loss_mask) for t in script)
-    print(f"{len(script)} dialogues of three turns ({rooms} questions x {group}), {args.threads} CPU thread(s), fp32: "
-          f"{len(script[0].ids)} tokens each, {written // len(script)} of them written, prompts of "
-          f"{script[0].loss_mask.index(1)} with 4 images", flush=True)
-    rows, same = {"fast": [], "naive": []}, True
-    for repeat in range(repeats + 1):
-        for name, way in (("fast", Writer), ("naive", naive.Writer)):
-            seconds, dialogues = timed_rollout(policy, questions, group, way, uniforms)
-            same &= [t.ids for t in dialogues] == [t.ids for t in script]
-            rows[name] += [seconds] if repeat else []                                       # the first warms up
-    spent = {name: {part: statistics.median(row[part] for row in table) for part in table[0]}
-             for name, table in rows.items()}
-    whole = {name: sum(parts.values()) for name, parts in spent.items()}
-    policy_only = {name: whole[name] - parts["simulator"] for name, parts in spent.items()}
-    for name, parts in spent.items():
-        print(f"\n{name + ', CPU seconds':24}{whole[name]:9.3f}   {written / policy_only[name]:.0f} tokens/s, simulator "
-              f"not counted")
-        for part, seconds in parts.items():
-            print(f"  {part:22}{seconds:9.3f}{seconds / whole[name]:9.1%}")
-    print(json.dumps({
-        "bench": "rollout", "threads": args.threads, "quick": args.quick, "same_tokens": same,
-        "speedup": round(policy_only["naive"] / policy_only["fast"], 3),
-        "speedup_with_simulator": round(whole["naive"] / whole["fast"], 3),
-        **{f"tokens_per_second_{name}": round(written / seconds, 1) for name, seconds in policy_only.items()},
-        **{f"{part}_share": round(seconds / whole["fast"], 3) for part, seconds in spent["fast"].items()}}))
+ROLLOUT_ROWS = inspect.signature(rollout).parameters["rows"].default
+PICTURE, SENTENCE = 512, 20         # pixels a side, tokens: what the astra budget takes for pictures and instructions
 
 
-def room_questions(rooms):
-    """One question in each of some rooms, as the demo asks them: four views of 32 x 32 pixels, four options."""
-    questions = []
-    for seed in range(rooms):
-        poses = np.stack(ring(np.random.default_rng(seed)))
-        questions.append({"id": f"room_{seed}", "question": "Start from Image-2 and turn left 45 degrees. Then which "
-                          "object looks largest?", "options": ["A. red", "B. green", "C. blue", "D. white"],
-                          "images": list(render(random_room(seed), poses, size=32)["rgb"]),
-                          "scene": {"room": seed, "poses": poses.tolist()}})
-    return questions
-
-
-def scripted_dialogue(policy, question, seed):
-    """A dialogue in the words that the cold start teaches: a call, a call on the new view, an answer."""
-    dialogue, rng = Trajectory.start(policy, question, question["images"], "agentic"), np.random.default_rng(seed)
-    for image in (int(rng.integers(1, 5)), 5):
-        motion = MOTIONS[rng.integers(len(MOTIONS))]
-        dialogue.say(policy, '<think>I need to see it.</think><tool_call>{"name": "imagine", "arguments": {"image":'
-                     f' {image}, "motion": "{motion.kind}", "amount": {motion.amount:g}}}}}</tool_call>')
-        dialogue.observe(policy, image=TrueRenderer().imagine([dialogue.query(seed=0)])[0])
-    dialogue.say(policy, "<think>largest in the new view: red</think><answer> A</answer>")
-    return dialogue
-
-
-@torch.no_grad()
-def uniforms_that_say(policy, dialogues):
-    """The numbers in [0, 1) from which `lib.rollout.sample` draws these dialogues: (dialogues, turns, tokens), float64.
-
-    Of each token the middle of its stretch of the cumulative distribution: a policy with random weights then says what
-    a trained one would, and each way to write has to find the same distributions to say the same.
-    """
-    batch = collate(policy, dialogues)
-    logits = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"])[:, :-1]
-    share, chosen = torch.softmax(logits.double(), -1), batch["ids"][:, 1:, None]
-    aim = (share.cumsum(-1).gather(-1, chosen) - share.gather(-1, chosen) / 2)[..., 0]      # (dialogues, L - 1)
-    uniforms = torch.zeros(len(dialogues), 3, 64, dtype=torch.float64)
-    for d, dialogue in enumerate(dialogues):
-        wrote = np.flatnonzero(dialogue.loss_mask)
-        for turn, places in enumerate(np.split(wrote, np.flatnonzero(np.diff(wrote) > 1) + 1)):
-            uniforms[d, turn, :len(places)] = aim[d, places - 1]
-    return uniforms
-
-
-def saying(way, uniforms):
-    """A writer like `way` that draws from `uniforms` (dialogues, turns, tokens)."""
-    class Scripted(way):
-        turn = -1
-
-        def write(self, members, _, temperature, limit):
-            self.turn += 1
-            return super().write(members, uniforms[:, self.turn], temperature, limit)
-    return Scripted
-
-
-def timed_rollout(policy, questions, group, way, uniforms):
-    """policy.rollout with a writer of class `way` that draws from `uniforms` -> (CpuSeconds, dialogues)."""
-    seconds = CpuSeconds()
-
-    class Watched(saying(way, uniforms)):
-        @seconds("prefill")
-        def feed(self, n):                                              # the straightforward writer has none
-            super().feed(n)
-
-        @seconds("decode" if way is Writer else "generate")
-        def write(self, *arguments):
-            return super().write(*arguments)
-
-    class Simulator(TrueRenderer):
-        @seconds("simulator")
-        def imagine(self, queries):
-            return super().imagine(queries)
-
-    # `generate` encodes the images itself
-    encode = seconds("prefill")(policy_file.encode_images) if way is Writer else lambda *_: None
-    with mock.patch.multiple(policy_file, Writer=Watched, encode_images=encode), seconds("rest"):
-        dialogues = policy_file.rollout(policy, questions, Simulator(), "agentic", group)
-    return seconds, dialogues
-
-
-class CpuSeconds(dict):
-    """CPU seconds by part: `with seconds("update"): ...` or `@seconds("update")`. Of nested parts the inner one pays."""
-
-    @contextlib.contextmanager
-    def __call__(self, part):
-        start, before = time.process_time(), sum(self.values())
-        yield
-        self[part] = self.get(part, 0.0) + time.process_time() - start - (sum(self.values()) - before)
-
-
-# ---------------------------------------------------------------- bench.py grpo
-
-THOUGHT = "<think>I need to see it.</think>"
-CALLS = [THOUGHT + '<tool_call>{"name": "imagine", "arguments": {"image": 2, "motion": "turn left", "amount": 45}}'
-         '</tool_call>', THOUGHT + '<tool_call>{"name": "imagine", "arguments": {"image": 3, "motion": "move forward", '
-         '"amount": 0.5}}</tool_call>']
-SCRIPTS = [[*CALLS, f"<think>largest in the new view: red</think><answer> {letter}</answer>"] for letter in "AB"]
-GRPO_MODES = {"text": dict(images=0, mode="direct"), "image": dict(images=2, mode="direct"),
-              "tool": dict(images=2, mode="agentic")}
-
-
-class Still:
-    """A simulator that costs nothing: always the same view."""
-
-    def __init__(self, view):
-        self.view = view
-
-    def imagine(self, queries):
-        return [self.view] * len(queries)
-
-
-def grpo(args):
-    """One GRPO step against TRL's: a table of CPU seconds per mode, then the JSON line."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    try:
-        from tests import trl_step
-    except ImportError as error:
-        fail(f"--against trl needs TRL, which is no requirement of this repository ({error}): pip install trl==1.16.0")
-    questions, group = (2, 2) if args.quick else (8, 8)
-    results = {"bench": "grpo", "against": "trl", "quick": args.quick}
-    print(f"{questions} questions x {group} rollouts, one micro-batch, frozen tower, one thread, fp32; CPU seconds\n"
-          f"{'':8}{'tokens':>8}{'written':>9}{'ours':>9}{'sample':>9}{'update':>9}{'TRL':>9}{'sample':>9}{'update':>9}"
-          f"{'ratio':>8}", flush=True)
-    for name in GRPO_MODES:
-        found = grpo_against_trl(trl_step, name, questions, group, args)
-        ours, theirs = ({part: statistics.median(row[part] for row in rows) for part in ("sample", "update")}
-                        for rows in (found["ours"], found["theirs"]))
-        totals = [statistics.median(sum(row.values()) for row in rows) for rows in (found["ours"], found["theirs"])]
-        print(f"{name:8}{found['tokens']:8.0f}{found['written']:9.0f}{totals[0]:9.3f}{ours['sample']:9.3f}"
-              f"{ours['update']:9.3f}{totals[1]:9.3f}{theirs['sample']:9.3f}{theirs['update']:9.3f}"
-              f"{totals[1] / totals[0]:8.2f}", flush=True)
-        results |= {f"ratio_{name}": round(totals[1] / totals[0], 3), **{
-            f"{part}_{side}_{name}": round(row[part], 3) for side, row in (("ours", ours), ("trl", theirs))
-            for part in row}, f"same_{'tokens' if name == 'tool' else 'prompts'}_{name}": found["same"]}
-    results |= {"grad_norm_tool": found["norm"], "grad_norm_trl_tool": found["norm_trl"]}
+def memory(args):
+    """What each GPU holds while train_rl.py and train_wm.py run, in GB by part: tables, then the JSON line."""
+    tiny = args.preset == "tiny"
+    rl, wm_flags = train_rl.PRESETS[args.preset], train_wm.PRESETS[args.preset]
+    model, network = ((Policy.tiny().model, WorldModel.tiny().network) if tiny else
+                      (budget.qwen3_vl_8b(), budget.bagel_7b()))
+    policy, simulator = budget.policy_shapes(model), budget.bagel_shapes(network)
+    side = 32 if tiny else PICTURE
+    limits = network.config.settings.vae_limits, network.config.settings.vit_limits
+    latent, vit = (math.prod(resized(side, side, limit)) // cell**2 + 2
+                   for limit, cell in zip(limits, (16, network.config.vit_patch)))
+    context = 4 * (latent + vit) + wm_flags["targets"] * (latent + SENTENCE)
+    results = {"bench": "memory", "preset": args.preset, "policy_parameters": policy.learned + policy.frozen,
+               "simulator_parameters": simulator.learned, "length": args.length}
+    print(f"policy {results['policy_parameters'] / 1e6:,.1f} M parameters, simulator {simulator.learned / 1e6:,.1f} M; "
+          f"dialogues of {args.length:,} tokens, {rl['micro_batch_tokens']:,} tokens a pass; simulator updates of "
+          f"{context:,} tokens a pass. GB per GPU:")
+    for gpus in args.gpus:
+        rows = min(ROLLOUT_ROWS, -(-rl["questions"] * rl["group"] // gpus))
+        tables = {f"train_rl {phase}": parts for phase, parts in budget.rl_budget(
+            policy, simulator, gpus, rows, args.length, MAX_TOKENS, rl["micro_batch_tokens"], HEAD_TOKENS,
+            rl.get("gradient_checkpointing", False)).items()}
+        tables["train_wm update"] = budget.wm_budget(simulator, gpus, wm_flags["micro_contexts"] * context,
+                                                     wm_flags["recompute"])["update"]
+        parts = list(tables["train_wm update"])
+        print(f"\n{f'{gpus} GPUs':18}" + "".join(f"{part:>12}" for part in parts) + f"{'total':>10}{'of 80 GB':>10}")
+        for title, table in tables.items():
+            total = sum(table.values())
+            print(f"{title:18}" + "".join(f"{table[part] / 1e9:12.2f}" for part in parts) +
+                  f"{total / 1e9:10.2f}{total / 80e9:10.0%}")
+            results[f"{title.replace(' ', '_')}_gb_{gpus}"] = round(total / 1e9, 3)
+        each = budget.cache(policy, args.length)
+        room = 72e9 - sum(tables["train_rl rollout"].values()) + rows * each            # of 80 GB, 8 left free
+        served = room + tables["train_rl rollout"]["simulator"] + budget.cache(simulator, MAX_TOKENS)
+        fits, fits_served = max(0, int(room // each)), max(0, int(served // each))
+        print(f"{rows} dialogues are written together; {fits} fit beside the simulator, {fits_served} if it is a URL")
+        results |= {f"rollout_rows_{gpus}": rows, f"rollout_rows_that_fit_{gpus}": fits,
+                    f"rollout_rows_that_fit_with_served_simulator_{gpus}": fits_served}
     print(json.dumps(results))
-
-
-def grpo_against_trl(trl_step, name, questions, group, args):
-    """A B A B ...: a step of TRL, then one of ours, the first pair dropped -> what the table needs of one mode."""
-    mode, tool = GRPO_MODES[name]["mode"], name == "tool"
-    policy = Policy.tiny(width=256, heads=8, kv_heads=4, mlp=864, vision_width=64, vision_depth=4, side=64)
-    policy.images["stamped"] = False
-    policy.vision.requires_grad_(False)
-    length = 8 if args.quick else 32
-    rng = np.random.default_rng(0)
-    view, *pictures = rng.integers(0, 256, (1 + 2 * questions, 64, 64, 3), dtype=np.uint8)
-    asked = [{"id": f"q{q}", "question": f"Start from Image-1 and turn left {5 * q + 5} degrees. Then which object "
-              "looks largest?", "options": ["A. red", "B. green", "C. blue", "D. white"], "answer": "A",
-              "images": pictures[2 * q:2 * q + 2][:GRPO_MODES[name]["images"]]} for q in range(questions)]
-    flags = train_rl.parse_args([f"--{key}={value}" for key, value in {
-        "questions": questions, "group": group, "minibatches": 1, "micro-batch-tokens": 10**9, "lr": 0,
-        "max-new-tokens": 64 if tool else length}.items()])
-    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=0.0,
-                                  betas=train_rl.BETAS, weight_decay=0.0)
-    writer, scripts = Writer, None
-    if tool:                                                    # every other rollout of a group answers B, the rest A
-        script = [Trajectory.start(policy, question, question["images"], mode)
-                  for question in asked for _ in range(group)]
-        for number, dialogue in enumerate(script):
-            for turn in SCRIPTS[number % 2]:
-                dialogue.say(policy, turn)
-                if dialogue.call:
-                    dialogue.observe(policy, image=view)
-        writer = saying(Writer, uniforms_that_say(policy, script))
-        scripts = [[policy.tokens(turn + "<|im_end|>") for turn in turns] for turns in SCRIPTS]
-    else:
-        policy.banned[policy.tokenizer.eos_token_id] = True                     # all write the same number of tokens
-    ours, norms, last = [], [], []
-
-    def our_step():
-        seconds = CpuSeconds()
-        with mock.patch.object(policy_file, "Writer", writer), seconds("sample"):
-            last[:] = train_rl.dialogues(policy, asked, Still(view), mode, flags, group, 1.0)
-        with seconds("score"):
-            rows = [train_rl.score(dialogue, flags) for dialogue in last]
-            for i, row in enumerate(rows):
-                row.reward = float(i % 2)
-            earned = [row.reward for row in rows]
-            for row, advantage in zip(rows, rewards.group_advantages(earned, group).tolist()):
-                row.advantage = advantage
-            minibatches = train_rl.split(rows, rewards.varied(earned, group), flags, World(0, 1, 0, torch.device("cpu")))
-        with seconds("update"):
-            norms.append(train_rl.update(policy, optimizer, minibatches, rows[0], 0, flags)["grad_norm"])
-        ours.append(seconds)
-
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        theirs, norms_trl, said = trl_step.steps(
-            policy, asked, mode, group, 256 if tool else length, view, scripts,
-            1 + (1 if args.quick else args.repeats), CpuSeconds, our_step, folder)
-    same = [ids if tool else ids[:t.loss_mask.index(1)] for ids, t in zip(said, last)] == \
-        [t.ids if tool else t.ids[:t.loss_mask.index(1)] for t in last]
-    return {"ours": ours[1:], "theirs": theirs[1:], "same": same, "norm": norms[-1], "norm_trl": norms_trl[-1],
-            "tokens": np.mean([len(t.ids) for t in last]), "written": np.mean([sum(t.loss_mask) for t in last])}
 
 
 # ---------------------------------------------------------------- bench.py data
@@ -632,19 +441,27 @@ def parse_args(argv=None):
     w.add_argument("--threads", type=int, default=2, help="CPU threads")
     w.add_argument("--quick", action="store_true", help="tiny: 2 steps, one pair, 2 layers, 64 x 64 pictures")
     r = what.add_parser("rollout", help="the policy's rollouts", description="The policy's rollouts.")
-    r.set_defaults(bench=rollout, preset="tiny", steps=1)
+    r.set_defaults(bench=policy_speed.rollout, preset="tiny", steps=1)
     r.add_argument("--repeats", type=int, default=3, help="runs of each kind; medians count")
     r.add_argument("--threads", type=int, default=1, help="CPU threads")
     r.add_argument("--quick", action="store_true", help="two questions x two rollouts, one run of each kind")
     g = what.add_parser("grpo", help="one GRPO step", description="One GRPO step.")
-    g.set_defaults(bench=grpo, preset="tiny", steps=1)
+    g.set_defaults(bench=policy_speed.grpo, preset="tiny", steps=1)
     g.add_argument("--against", choices=("trl",), default="trl", help="whose step stands beside ours")
     g.add_argument("--repeats", type=int, default=3, help="steps of each; medians count")
     g.add_argument("--quick", action="store_true", help="two questions x two rollouts, one step of each")
+    m = what.add_parser("memory", help="what each GPU holds", description="What each GPU holds.")
+    m.set_defaults(bench=memory, steps=1, quick=False)
+    m.add_argument("--preset", choices=("tiny", "astra"), default="astra")
+    m.add_argument("--gpus", type=int, nargs="+", help="default: 8 16 64; tiny: 1")
+    m.add_argument("--length", type=int, help="tokens of the longest dialogue (default: 4096; tiny: 160)")
     d = what.add_parser("data", help="triples of scans", description="Triples of scans.")
     d.set_defaults(bench=data, preset="tiny", steps=1)
     d.add_argument("--quick", action="store_true", help="40 frames of 64 x 64 pixels")
     args = p.parse_args(argv)
+    if args.what == "memory":
+        args.gpus, args.length = (args.gpus or ([1] if args.preset == "tiny" else [8, 16, 64]),
+                                  args.length or (160 if args.preset == "tiny" else 4096))
     args.steps = args.steps or (2 if args.quick else 49 if args.preset == "astra" else 25)
     return args
 

@@ -1,7 +1,7 @@
 """
-The straightforward ways: to imagine a view (`imagine`), and to write the turns of many dialogues (`Writer`, at the end).
+The straightforward ways: to imagine a view (`imagine`), and to write the turns of dialogues (`Writer`, at the end).
 
-`imagine` is BAGEL's inference as one would first write it down from the paper.
+The first is BAGEL's inference as one would first write it down from the paper.
 
 One query at a time. Its context is read segment by segment, each behind the keys and values of all before it; the
 context without the sentence is a copy, the one without the images is read anew. Each Euler step runs the network up to
@@ -284,7 +284,8 @@ class Writer:
     def write(self, members, uniforms, temperature, limit):
         """One turn of the dialogues `members` -> (ids, logprobs) of each; arguments as in lib.rollout."""
         policy, shown = self.policy, [self.dialogues[d] for d in members]
-        stop, pad, longest = policy.tokenizer.eos_token_id, policy.tokenizer.pad_token_id, max(len(t.ids) for t in shown)
+        stop, pad = policy.tokenizer.eos_token_id, policy.tokenizer.pad_token_id
+        longest = max(len(t.ids) for t in shown)
         ids = torch.tensor([[pad] * (longest - len(t.ids)) + t.ids for t in shown])
         mask = torch.tensor([[0] * (longest - len(t.ids)) + [1] * len(t.ids) for t in shown])
         numbered = [pair for t in shown for pair in enumerate(t.images, 1)]

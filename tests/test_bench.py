@@ -8,8 +8,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import policy as policy_file
+from lib import budget
 from lib.geometry import Query
-from tests import naive
+from policy import Policy, collate, rollout, token_logprobs
+from tests import naive, policy_speed
 from world_model import WorldModel
 
 GUIDED = {"text_scale": 3.0, "image_scale": 2.0}
@@ -70,3 +73,61 @@ def test_counted_arithmetic_is_what_the_straightforward_way_does():
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}) as counter:
         naive.imagine(model, [query], steps=3, text_scale=4.0, image_scale=2.0)
     assert 1.0 < counter.get_total_flops() / bench.work_of(model, query, steps=3) < 1.2
+
+
+# ---------------------------------------------------------------- the policy
+
+def line_of(capsys, *command):
+    bench.main(list(command))
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_generate_from_scratch_samples_what_the_rollout_samples(monkeypatch):
+    """The straightforward writer, under sampling: the same tokens and log-probs, whatever the length of the prompts."""
+    policy, questions = Policy.tiny(), policy_speed.room_questions(3)
+    for count, question in enumerate(questions, 1):
+        question["images"] = question["images"][:count]
+    fast = rollout(policy, questions, group_size=2, max_turns=2, max_new_tokens=10)
+    monkeypatch.setattr(policy_file, "Writer", naive.Writer)
+    slow = rollout(policy, questions, group_size=2, max_turns=2, max_new_tokens=10)
+    assert [t.ids for t in fast] == [t.ids for t in slow] and len({tuple(t.ids) for t in fast}) == 6
+    for a, b in zip(fast, slow):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+def test_bench_rollout_says_the_script_both_ways(capsys):
+    result = line_of(capsys, "rollout", "--quick")
+    assert result["same_tokens"] and result["speedup"] > 0
+    shares = [result[f"{part}_share"] for part in ("prefill", "decode", "simulator", "rest")]
+    assert sum(shares) == pytest.approx(1, abs=0.01)
+
+
+def test_bench_grpo_does_the_same_step_as_trl(capsys):
+    """Same prompts, and in tool mode the same tokens and gradient, but for the eps beside the group's deviation."""
+    pytest.importorskip("trl", reason="TRL is no requirement")
+    result = line_of(capsys, "grpo", "--quick")
+    assert result["same_prompts_text"] and result["same_prompts_image"] and result["same_tokens_tool"]
+    assert result["grad_norm_tool"] == pytest.approx(result["grad_norm_trl_tool"], rel=1e-3)
+    assert {"ratio_text", "ratio_image", "ratio_tool"} <= result.keys()
+
+
+def test_memory_is_what_a_tiny_step_allocates():
+    """Parameters, gradients and moments of one real step, counted tensor by tensor."""
+    policy = Policy.tiny()
+    policy.vision.requires_grad_(False)
+    learned = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned)
+    dialogue = policy_speed.scripted_dialogue(policy, policy_speed.room_questions(1)[0], seed=0)
+    token_logprobs(policy, collate(policy, [dialogue]))[0].sum().backward()
+    optimizer.step()
+    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    real = {"weights": policy.model.parameters(), "gradients": [p.grad for p in learned], "optimiser": moments}
+    assert budget.trained(budget.policy_shapes(policy.model), gpus=1) == {
+        part: sum(x.numel() * x.element_size() for x in tensors) for part, tensors in real.items()}
+
+
+def test_bench_memory_counts_the_published_models(capsys):
+    result = line_of(capsys, "memory", "--preset", "astra", "--gpus", "8", "64")
+    assert result["policy_parameters"] == 8_767_123_696 and result["simulator_parameters"] == 14_575_018_464
+    assert result["train_rl_update_gb_8"] == result["train_rl_update_gb_64"]        # machines copy, GPUs of one shard
+    assert line_of(capsys, "memory", "--preset", "tiny")["train_rl_update_gb_1"] < 1
