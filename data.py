@@ -256,8 +256,8 @@ def make_depth(root, model):
     try:
         predict = depth_network(model, device)
     except (OSError, ValueError) as error:
-        fail(f"The depth network {model} cannot be read ({str(error).splitlines()[0]}). Give --model a folder, or fetch "
-             f"it where there is a network.")
+        fail(f"The depth network {model} cannot be read ({str(error).splitlines()[0]}). Give --model a folder, or "
+             f"fetch it where there is a network.")
     for id in tqdm(ids, desc="depth", unit="scene"):
         try:
             info = estimate_depth(root, id, model, predict=predict)

@@ -32,7 +32,7 @@ from lib.pictures import load_image
 from lib.rollout import Writer
 from lib.tokenizer import tiny_tokenizer
 
-logging.disable_progress_bar()                  # of loading and saving: seconds at most, and our own bars stand around it
+logging.disable_progress_bar()                  # of loading and saving: seconds at most, inside our own bars
 
 # ---- weights, tokens, pixels ----------------------------------------------------------------------------------------
 

@@ -73,7 +73,7 @@ MIXING = (0.3, 0.5)                                   # the shares change betwee
 PRESETS = {
     "tiny": dict(steps=800, batch=32, lr=1.5e-3, warmup=20, lr_floor=0.03, weight_decay=0.01, micro_batch=8,
                  save_every=50),
-    # World2VLM: the paper's adapters, all else from its released code; 797 updates are an epoch of its 102,066 questions
+    # World2VLM: the paper's adapters, all else from its released code; 797 updates: one epoch of 102,066 questions
     "astra": dict(steps=797, batch=128, lr=1e-5, warmup=40, lr_floor=0.0, weight_decay=0.1, micro_batch=8,
                   save_every=40, lora=256, dropout=0.05, gradient_checkpointing=True),
 }
