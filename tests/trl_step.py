@@ -134,7 +134,8 @@ def steps(policy, questions, mode, group, length, view, scripts, count, seconds,
     trainer = GRPOTrainer(
         model, lambda completions, **_: [float(i % 2) for i in range(len(completions))], config,
         IterableDataset.from_generator(lambda: (row(question, mode) for question in questions)),
-        tools=[imagine] if scripts else None, processing_class=processor_of(policy, bool(questions[0]["images"])), callbacks=[Clock()])
+        tools=[imagine] if scripts else None, callbacks=[Clock()],
+        processing_class=processor_of(policy, bool(questions[0]["images"])))
     ours, trainer._generate_and_score_completions = trainer._generate_and_score_completions, generate
     rollouts, trainer._generate = trainer._generate, remember
     trainer.train()
