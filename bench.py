@@ -17,7 +17,6 @@ needed (`needed_flops`), not what was done. Prints tables for a reader; the last
 
 import argparse
 import contextlib
-import inspect
 import json
 import math
 import statistics
@@ -43,7 +42,7 @@ from lib.rooms import random_room, render, ring
 from lib.scenes import read_scene, room_scene
 from lib.tokenizer import tiny_tokenizer
 from lib.triples import Rules, find_triples, write_triples
-from policy import HEAD_TOKENS, Policy, rollout
+from policy import HEAD_TOKENS, Policy
 from tests import naive, policy_speed
 from world_model import MAX_TOKENS, WorldModel, initialise
 
@@ -340,7 +339,6 @@ def true_shapes(device):
 
 # ---------------------------------------------------------------- bench.py memory
 
-ROLLOUT_ROWS = inspect.signature(rollout).parameters["rows"].default
 PICTURE, SENTENCE = 512, 20         # pixels a side, tokens: what the astra budget takes for pictures and instructions
 
 
@@ -362,7 +360,7 @@ def memory(args):
           f"dialogues of {args.length:,} tokens, {rl['micro_batch_tokens']:,} tokens a pass; simulator updates of "
           f"{context:,} tokens a pass. GB per GPU:")
     for gpus in args.gpus:
-        rows = min(ROLLOUT_ROWS, -(-rl["questions"] * rl["group"] // gpus))
+        rows = min(rl["rows"], -(-rl["questions"] * rl["group"] // gpus))
         tables = {f"train_rl {phase}": parts for phase, parts in budget.rl_budget(
             policy, simulator, gpus, rows, args.length, MAX_TOKENS, rl["micro_batch_tokens"], HEAD_TOKENS,
             rl.get("gradient_checkpointing", False)).items()}

@@ -6,6 +6,7 @@ How well a policy answers, in which mode, with which simulator; and how true the
   python evaluate.py --bench mindcube --data path/to/data         MindCube (lib/benchmarks.py says what to fetch)
   python evaluate.py --bench world2vlm                            World2VLM's eight tasks, by their rewards
   python evaluate.py --bench wm                                   the simulator itself: is the view the commanded one?
+  python evaluate.py --bench wm --data out/heldout                the same in scans (lib/real_views.py)
   torchrun --standalone --nproc_per_node 8 evaluate.py …          the same numbers; every process asks its share
 
 In: the newest policy and simulator of out/ and out/demo/, out/data or out/demo/data.
@@ -33,9 +34,9 @@ from tqdm import tqdm
 
 import data
 import rewards
-from lib import common, consistency, predictions, report, simulators, tables
+from lib import common, consistency, predictions, real_views, report, simulators, tables
 from lib.benchmarks import BENCHES, error_group, groups, lenient, load, open_image, prompt, reply, score
-from lib.clients import RemotePolicy, converse
+from lib.clients import RemotePolicy, converse, shown, words
 from lib.diagnosis import diagnose, tally
 from lib.dialogue import Trajectory
 from lib.endpoint import RemoteError
@@ -176,8 +177,12 @@ def reward_parts(record, alone):
 # ---- the simulator itself -------------------------------------------------------------------------------------------
 
 def load_triples(path, limit=None):
-    """Rows of triples_*.jsonl with context, target and warp as arrays; files are read once."""
+    """Rows of triples_*.jsonl with context, target and warp as arrays; files are read once. The depth of the context,
+    which rows of scans have, stays in its files."""
     rows, images = data.load_jsonl(path)[:limit], {}
+    for row in rows:
+        if "context_depth" in row:
+            row["context_depth"] = [str(Path(path).parent / place) for place in row["context_depth"]]
 
     def read(place, kind="RGB"):
         if place not in images:
@@ -203,7 +208,8 @@ def imagine_targets(simulator, rows, folder=None, batch=64, title="imagine"):
         part = rows[start:start + batch]
         kept = [folder and Path(folder) / f"{row['id'].replace('/', '_')}_{fingers(row):016x}.png" for row in part]
         queries = [Query(row["context"], row["reference"], instruction(Motion(**row["motion"]), row["reference"]),
-                         common.stable_seed("wm", row["id"]), {"room": row["room"], "poses": row["context_c2w"]})
+                         common.stable_seed("wm", row["id"]),
+                         {"room": row["room"], "poses": row["context_c2w"]} if "room" in row else None)
                    for row, place in zip(part, kept) if not (place and place.exists())]
         new = iter(simulator.imagine(queries) if queries else [])
         for row, place in zip(part, kept):
@@ -237,11 +243,45 @@ def dose_rows(rows, rooms):
     return doses
 
 
+def instruments(args, rows, device):
+    """What measures views of scans -> (match, detect or None, ask or None), see lib/real_views.py.
+
+    Stops with a sentence where a pose cannot be found; says so where only content cannot.
+    """
+    if names := [name for name in args.simulator if name in simulators.NEEDS_ROOM]:
+        common.fail(f"--simulator {' '.join(names)} works in rooms only: these triples are of scans.")
+    if not all("context_depth" in row for row in rows):
+        common.fail("These triples have no depth of their context views, by which poses are found: an older data.py "
+                    "made them. Make them again in an empty folder: python data.py triples --dataset ...")
+    policy = open_policy(args, device)[0] if args.policy_url else None
+
+    def ask(images, question):
+        parts = [*map(shown, images), {"type": "text", "text": question}]
+        try:
+            return words(policy.ask([{"role": "user", "content": parts}])[0])
+        except RemoteError as error:
+            common.fail(f"{error} The views are kept; the same command measures them.")
+    try:
+        match = real_views.matcher(args.matcher, device)
+    except ValueError as error:
+        common.fail(f"Poses in scans are found by a matcher. {error}")
+    try:
+        detect = real_views.detector(args.detector, device)
+    except ValueError as error:
+        common.say(f"Content is left out. {error}")
+        return match, None, None
+    if not policy:
+        common.say(f"No --policy-url lists the categories, so these are looked for: {', '.join(real_views.INDOOR)}.")
+    return match, detect, policy and ask
+
+
 def main_wm(args, world):
     """--bench wm: every process imagines its share, the first one measures."""
     out, source = Path(args.out), Path(args.data or first_alone(partial(default_data, "triples_test.jsonl")))
     rows, views, dose = load_triples(source / "triples_test.jsonl", args.limit), {}, {}
-    doses = dose_rows(rows, args.dose_rooms)
+    scans = bool(rows) and "room" not in rows[0]
+    doses = [] if scans else dose_rows(rows, args.dose_rooms)
+    tools = instruments(args, rows, world.device) if scans and common.is_main() else ()     # before the work
     kept = {name: out / "views" / f"{common.stable_seed(fingerprint(name, args.wm)):016x}"
             for name in args.simulator if name != "none"}
     for name, folder in kept.items():
@@ -256,12 +296,17 @@ def main_wm(args, world):
             recovered, = consistency.recover_all(doses, imagine_targets(None, doses, folder, title=f"{name}, doses"))
             dose[name] = consistency.dose_response(doses, recovered, data.MOTIONS)
     some = rows[::max(1, len(rows) // CALIBRATED)]
-    results = {**consistency.compare(rows, views), "calibration": consistency.calibration(some)}
+    if scans:
+        results = {**real_views.compare(rows, views, *tools), "calibration": {}, "matcher": args.matcher,
+                   "detector": args.detector if tools[1] else None, "categories": args.model if tools[2] else "indoor"}
+    else:
+        results = {**consistency.compare(rows, views), "calibration": consistency.calibration(some)}
     tables.consistency(results)
     if dose:
         tables.doses(dose)
     first = next(iter(results["simulators"].values()), {})
     results = {"bench": "wm", **first, **results, "dose": dose, "n": len(rows)}
+    results = common.readable(results) if scans else results                    # JSON has no nan
     common.write_json(out / "results.json", results)
     some = slice(None, None, max(1, len(rows) // 8))
     sheet = report.contact_sheet(rows[some], {name: seen[some] for name, seen in views.items()})
@@ -335,6 +380,9 @@ def parse_args(argv=None):
                                               "Sufficient-Coverage; default 50; vsi: 32)")
     p.add_argument("--limit", type=int, help="only the first N questions or triples")
     p.add_argument("--dose-rooms", type=int, default=24, help="wm: rooms for commanded against recovered motion")
+    p.add_argument("--matcher", default=real_views.MATCHER, help="wm in scans: folder or hub id of a keypoint matcher")
+    p.add_argument("--detector", default=real_views.DETECTOR, help="wm in scans: folder or hub id of a GroundingDINO; "
+                   "it looks for what --policy-url lists, or for a fixed list")
     p.add_argument("--out", help="default: out/eval/<bench>")
     p.add_argument("--report", action=argparse.BooleanOptionalAction, default=True,
                    help="report.html with every question's dialogue; it reads all pictures again (default: yes)")

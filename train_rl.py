@@ -84,10 +84,10 @@ LOG = {  # log.jsonl: one line per step; means over all rollouts of the step, on
 
 PRESETS = {
     "tiny": dict(questions=16, group=8, minibatches=2, lr=6e-5, warmup=2, lr_floor=0.1, kl=0.0,
-                 max_new_tokens=64, eval_questions=200, micro_batch_tokens=4096, save_every=6),
+                 max_new_tokens=64, eval_questions=200, rows=64, micro_batch_tokens=4096, save_every=6),
     "astra": dict(questions=128, group=8, steps=200, minibatches=2, lr=1e-6, warmup=10, lr_floor=1.0,
-                  max_new_tokens=4096, eval_every=10, eval_questions=256, micro_batch_tokens=8192, save_every=10,
-                  gradient_checkpointing=True),
+                  max_new_tokens=4096, eval_every=10, eval_questions=256, rows=8, micro_batch_tokens=8192,
+                  save_every=10, gradient_checkpointing=True),
 }
 TINY_LENGTH = {1: dict(steps=12, eval_every=4), 2: dict(steps=60, eval_every=12)}   # calling is learned in a few steps
 WORLD2VLM = {       # what --task world2vlm changes: group, KL, clip, lr are its paper's, the rest its released code's
@@ -95,7 +95,7 @@ WORLD2VLM = {       # what --task world2vlm changes: group, KL, clip, lr are its
     "astra": dict(mode="direct", group=4, kl=0.01, clip_high=0.3, questions=4, steps=248, lr=2e-6, warmup=0,
                   max_new_tokens=256, eval_every=62),
 }
-NEUTRAL = ("threads", "micro_batch_tokens", "save_every", "gradient_checkpointing")
+NEUTRAL = ("threads", "rows", "micro_batch_tokens", "save_every", "gradient_checkpointing")
 
 
 def parse_args(argv=None):
@@ -141,6 +141,8 @@ def parse_args(argv=None):
     p.add_argument("--eval-every", type=int, help="steps; 0: never")
     p.add_argument("--eval-questions", type=int, help="held-out questions per evaluation")
     # memory, speed and safety only: these never change the numbers
+    p.add_argument("--rows", type=int, help="dialogues written together, per rank: memory and speed only (astra: 8, 4.8 "
+                                            "GB of keys and values beside the simulator)")
     p.add_argument("--micro-batch-tokens", type=int, help="tokens per forward pass and rank, with padding (a longer "
                    "rollout has a pass to itself)")
     p.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in backward (paper)")
@@ -219,7 +221,7 @@ def dialogues(policy, questions, simulator, mode, args, group=1, temperature=0.0
     try:
         with common.gathered(policy.model):
             return rollout(policy, questions, simulator, mode, group, temperature, seed, MAX_ROUNDS, MAX_TURNS,
-                           args.max_new_tokens)
+                           args.max_new_tokens, args.rows)
     except RemoteError as error:
         common.fail(f"{error}. The same command goes on from the last checkpoint.")
 

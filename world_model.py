@@ -41,7 +41,7 @@ from lib.serve import serve
 TINY = Settings(prediction="x0", motion_to_target=True, reference_first=True, learned_places=True, latent="pixels",
                 steps=4, shift=1.0, text_scale=1.0, image_scale=1.0)
 RENORMS = {"text_channel": -1, "channel": -1, "global": (-2, -1)}        # lengths that guidance keeps: over which axes
-MAX_TOKENS = 200_000            # of all contexts that are imagined at once: 11 GB of BAGEL's keys and values
+MAX_TOKENS = 50_000             # of all contexts that are imagined at once: 2.9 GB of BAGEL's keys and values
 
 
 # ---------------------------------------------------------------- the sampler

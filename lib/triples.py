@@ -188,8 +188,10 @@ def alike(delta, rules):
 def write_triples(scene, out, seed, rules):
     """Find, verify and write the triples of one scene below `out` -> (rows as in data.py, Counter of what fell out).
 
-    Pictures are JPEG, out/<dataset>/<scene>/<frame>.jpg, each frame once; the warps PNG. Nothing but `seed`, the scene
-    and the rules decides what comes out.
+    Pictures are JPEG, out/<dataset>/<scene>/<frame>.jpg, each frame once; the warps PNG. Beside the pictures of a
+    context stands their depth, <frame>_depth.png, by which `evaluate.py --bench wm` finds poses: uint16, thousandths of
+    the poses' unit (millimetres where the scene is metric), 0 = unknown or too far to be written. Nothing but `seed`,
+    the scene and the rules decides what comes out.
     """
     rng = np.random.default_rng([17, seed])
     found, counts, frames = find_triples(scene, rng, rules)
@@ -198,6 +200,7 @@ def write_triples(scene, out, seed, rules):
     for number, group in enumerate(found, 1):
         place = frames[group["context"][group["reference"]]]
         context, kept = [look(frames, k, views, counts, rules) for k in group["context"]], 0
+        depths = [f"{folder}/{frames[k].name}_depth.png" for k in group["context"]]
         if None in context:
             counts["a context view cannot be read"] += len(group["targets"])
             continue
@@ -230,11 +233,22 @@ def write_triples(scene, out, seed, rules):
                          "warp": f"{name}_warp.png", "coverage": round(covered, 4), "metric": scene.metric,
                          "agreement": round(measures["agreement"], 4), "intrinsics": np.round(target[3], 4).tolist(),
                          "context_c2w": [np.round(view[2], 6).tolist() for view in context],
-                         "target_c2w": np.round(target[2], 6).tolist()})
+                         "context_intrinsics": [np.round(view[3], 4).tolist() for view in context],
+                         "context_depth": depths, "target_c2w": np.round(target[2], 6).tolist()})
             kept += 1
+        for place, view in zip(depths, context if kept else ()):
+            if place not in written:
+                save_image(out / place, thousandths(view[1]))
+                written.add(place)
         views.clear()                                           # of one context at a time: memory
     counts["kept"] = len(rows)
     return rows, counts
+
+
+def thousandths(depth):
+    """(H, W) depth as a uint16 picture; what does not fit is 0, unknown."""
+    scaled = np.round(1000 * np.nan_to_num(depth, posinf=0, neginf=0))
+    return np.where((scaled > 0) & (scaled <= 65535), scaled, 0).astype(np.uint16)
 
 
 def look(frames, k, views, counts, rules):

@@ -11,9 +11,9 @@ from PIL import Image
 import data
 import evaluate
 from evaluate import chance, evaluate_policy, main, paired_bootstrap, parse_args, score, summarise
-from lib import consistency, predictions, report
+from lib import consistency, predictions, real_views, report
 from lib.common import World, read_log
-from lib.geometry import pose
+from lib.geometry import Motion, pose
 from lib.pictures import save_image
 from lib.dialogue import NOTE, TOOLS, prompt_text
 from lib.questions import text_only_chance
@@ -22,6 +22,7 @@ from lib.rooms import TrueRenderer
 from lib.scores import brief, interval
 from policy import Policy, Trajectory
 from ranks import on_ranks
+from test_real_views import Matcher, detect, triples
 
 
 def question(number, answer="B", need=True, **more):
@@ -312,6 +313,77 @@ def test_wm_from_end_to_end(place, capsys):
     assert {p["amount"] for p in dose["turn right"]["points"] if p["trained"]} == {45, 90, 135}
     with Image.open(place / "eval" / "wm" / "dose.png") as picture:
         assert picture.width > 5 * 150
+
+
+class Copier:
+    """A simulator of scans that never moves; it is shown no room."""
+
+    def imagine(self, queries):
+        assert all(query.scene is None for query in queries)
+        return [query.images[query.reference - 1] for query in queries]
+
+
+def scans(folder, match):
+    """Triples without a room, as data.py writes those of scans."""
+    rows = triples(match, folder / "depth", [Motion("turn left", 45.0), Motion("move right", 0.5)])
+    for row in rows:
+        pictures = {f"{row['id']}_{k}.png": image for k, image in enumerate(row["context"])} \
+            | {f"{row['id']}_{name}.png": row[name] for name in ("target", "warp")}
+        for name, pixels in pictures.items():
+            save_image(folder / name, pixels)
+        *context, target, warp = pictures
+        row.update(context=context, target=target, warp=warp,
+                   context_depth=[str(place.relative_to(folder)) for place in row["context_depth"]])
+    data.save_jsonl(folder / "triples_test.jsonl", rows)
+
+
+def test_wm_in_scans_from_end_to_end(tmp_path, monkeypatch, capsys):
+    match, asked = Matcher(), []
+    scans(tmp_path, match)
+    own = ["--bench", "wm", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--simulator", "still"]
+    monkeypatch.setattr(evaluate.simulators, "load", lambda *_: Copier())
+    monkeypatch.setattr(real_views, "matcher", lambda *flags: asked.append(flags) or match)
+    monkeypatch.setattr(real_views, "detector", lambda model, device: detect)
+    main([*own, "--matcher", "mine"])
+    text = (tmp_path / "out" / "results.json").read_text()
+    results, table = json.loads(text), capsys.readouterr().out
+    assert asked[0][0] == "mine" and results["matcher"] == "mine" and results["categories"] == "indoor"
+    assert "NaN" not in text and "these are looked for: bed, chair" in table and "true view" in table
+    assert results["oracles"]["true view"]["pose"] == results["oracles"]["true view"]["content"] == 1
+    assert results["pose"] == 0 == results["baselines"]["copy of the reference"]["pose"] and results["found"] == 1
+    assert results["turns"]["median_degrees"] == pytest.approx(45, abs=0.3) and results["thirds"] is None
+    assert "copy of the reference" in (tmp_path / "out" / "report.html").read_text()
+
+    def missing(model, device):
+        raise ValueError(f"{model} cannot be fetched.")
+    monkeypatch.setattr(real_views, "detector", missing)
+    main([*own, "--detector", "far/away"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "Content is left out. far/away" in capsys.readouterr().out
+    assert results["found"] == 1 and results["content"] is None and results["detector"] is None
+    monkeypatch.setattr(real_views, "matcher", missing)
+    with pytest.raises(SystemExit, match="found by a matcher. far/off cannot be fetched"):
+        main([*own, "--matcher", "far/off"])
+    with pytest.raises(SystemExit, match="works in rooms only"):
+        main([*own[:-1], "truth"])
+    rows = [json.loads(line) for line in (tmp_path / "triples_test.jsonl").read_text().splitlines()]
+    data.save_jsonl(tmp_path / "triples_test.jsonl", [{k: v for k, v in row.items() if k != "context_depth"}
+                                                      for row in rows])
+    with pytest.raises(SystemExit, match="no depth of their context"):
+        main(own)
+
+
+def test_a_vlm_behind_a_url_lists_the_categories_of_scans(monkeypatch):
+    sent = []
+    monkeypatch.setattr(evaluate.RemotePolicy, "ask", lambda self, messages: sent.append(messages) or (
+        {"content": "Chair, lamp"}, False))
+    monkeypatch.setattr(real_views, "matcher", lambda *_: None)
+    monkeypatch.setattr(real_views, "detector", lambda *_: detect)
+    args = parse_args(["--bench", "wm", "--simulator", "x", "--policy-url", "http://127.0.0.1:9/v1", "--model", "vlm"])
+    *_, ask = evaluate.instruments(args, [], "cpu")
+    image = np.zeros((8, 8, 3), np.uint8)
+    assert real_views.categories([image, image], ask) == ("chair", "lamp")
+    assert [part["type"] for part in sent[0][0]["content"]] == ["image_url", "image_url", "text"]
 
 
 def test_doses_leave_out_what_ends_in_the_furniture(place):

@@ -1,6 +1,7 @@
 """Triples of scans: which pairs poses allow, which context is chosen, and what a run leaves on disk."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import data
 from lib.geometry import Motion, dominant_motion, move_camera, pose
 from lib.scenes import read_scene, room_scene
 from lib.triples import (Rules, Summary, apart, assorted, choose_context, find_triples, fit, motions_between,
-                         write_triples)
+                         thousandths, write_triples)
 
 UP = np.array([0.0, -1.0, 0.0])
 SMALL = Rules(size=64, frames=40, contexts=2, targets=3)
@@ -135,6 +136,23 @@ def test_rows_are_what_training_reads(scans, tmp_path):
         warped, target = pictures[-1], pictures[-2].astype(float)
         seen = warped[..., 3] > 0
         assert seen.mean() >= 0.85 and np.abs(warped[seen][:, :3] - target[seen]).mean() < 12
+
+
+def test_the_depth_of_every_context_view_stands_beside_its_picture(tmp_path):
+    scene = room_scene(1, 40)
+    rows, _ = write_triples(scene, tmp_path, 5, Rules(size=64, contexts=2, targets=2))
+    frames = {frame.name: frame for frame in scene.frames}
+    for row in rows:
+        for k, (picture, depth) in enumerate(zip(row["context"], row["context_depth"], strict=True)):
+            assert depth == picture.replace(".jpg", "_depth.png")
+            metres, frame = np.array(Image.open(tmp_path / depth)) / 1000, frames[Path(picture).stem]
+            assert metres.shape == (64, 64) and (metres > 0).all()
+            np.testing.assert_allclose(metres, frame.depth((64, 64)), atol=6e-4)
+            np.testing.assert_allclose(row["context_intrinsics"][k], frame.K((64, 64)), atol=1e-4)
+    shown = {place for row in rows for place in row["context_depth"]}
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*_depth.png")} == shown
+    odd = thousandths(np.array([0.0, 1.2346, 65.535, 65.6, np.nan, np.inf, -1]))
+    assert odd.tolist() == [0, 1235, 65535, 0, 0, 0, 0] and odd.dtype == np.uint16
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
