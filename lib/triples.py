@@ -236,10 +236,10 @@ def write_triples(scene, out, seed, rules):
                          "context_intrinsics": [np.round(view[3], 4).tolist() for view in context],
                          "context_depth": depths, "target_c2w": np.round(target[2], 6).tolist()})
             kept += 1
-        for place, view in zip(depths, context if kept else ()):
-            if place not in written:
-                save_image(out / place, thousandths(view[1]))
-                written.add(place)
+        for file, view in zip(depths, context if kept else ()):
+            if file not in written:
+                save_image(out / file, thousandths(view[1]))
+                written.add(file)
         views.clear()                                           # of one context at a time: memory
     counts["kept"] = len(rows)
     return rows, counts
