@@ -92,7 +92,7 @@ def load_jsonl(path):
             row = json.loads(line)
         except json.JSONDecodeError:
             fail(f"{path}, line {number} is not JSON; delete the file and make it again")
-        for key in ("context", "images", "target", "warp", "view"):
+        for key in ("context", "context_depth", "images", "target", "warp", "view"):
             if key in row:
                 paths = row[key] if isinstance(row[key], list) else [row[key]]
                 paths = [str(path.parent / p) for p in paths]
@@ -194,7 +194,7 @@ def scan_triples(id, dataset, root, out, seed, rules):
     and tried again by the next run.
     """
     file = Path(out) / "scans" / dataset / f"{id.replace('/', '_')}.json"
-    asked = {"dataset": dataset, "id": id, "seed": seed, "rules": rules._asdict()}
+    asked = {"dataset": dataset, "id": id, "seed": seed, "rules": rules._asdict(), "version": 2}
     if file.exists():
         report = json.loads(file.read_text())
         if asked.items() <= report.items() and not report["error"]:
@@ -306,7 +306,8 @@ def make_heldout(sources, out, per_dataset=200, seed=0):
     relative = lambda place: os.path.relpath(place, out)                                                    # noqa: E731
     save_jsonl(Path(out) / "triples_test.jsonl",
                [{**row, "context": list(map(relative, row["context"])), "target": relative(row["target"]),
-                 "warp": relative(row["warp"])} for row in chosen])
+                 "context_depth": list(map(relative, row["context_depth"])), "warp": relative(row["warp"])}
+                for row in chosen])
     say(f"{out}/triples_test.jsonl: {len(chosen)} triples of {len({row['scene'] for row in chosen})} test scans")
 
 

@@ -180,9 +180,6 @@ def load_triples(path, limit=None):
     """Rows of triples_*.jsonl with context, target and warp as arrays; files are read once. The depth of the context,
     which rows of scans have, stays in its files."""
     rows, images = data.load_jsonl(path)[:limit], {}
-    for row in rows:
-        if "context_depth" in row:
-            row["context_depth"] = [str(Path(path).parent / place) for place in row["context_depth"]]
 
     def read(place, kind="RGB"):
         if place not in images:
