@@ -394,9 +394,17 @@ def run(main):
     try:
         with disk("what the stage was writing"):
             main()
+            leave()
     except KeyboardInterrupt:
         say("Stopped. The same command goes on from what was saved.")
         raise SystemExit(130) from None
+
+
+def leave():
+    """Leave the process group together: a rank that goes first may take down another that still listens to it."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 class Clock:

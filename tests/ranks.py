@@ -10,7 +10,8 @@ TESTS = Path(__file__).parent
 
 def on_ranks(ranks, function, *arguments):
     """Run `function(*arguments)` on that many ranks, the arguments as strings; it leaves what it found in files."""
-    code = f"import sys\nfrom {function.__module__} import {function.__name__}\n{function.__name__}(*sys.argv[1:])\n"
+    code = f"import sys\nfrom {function.__module__} import {function.__name__}\n{function.__name__}(*sys.argv[1:])\n" \
+           "from lib.common import leave\nleave()\n"
     script = Path(arguments[0]).parent / f"{function.__name__}_on_{ranks}_ranks.py"
     script.write_text(code)
     env = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
