@@ -11,7 +11,8 @@ Speed of the fast paths, as ratios to the straightforward way (tests/naive.py) i
 
 The two ways take turns (A B A B ...) on the same queries; their medians are compared, and so are their latents. Shares
 are of the best torch.mm rate over the layers' own shapes, kept up for seconds right behind each run (beside it, of the
-best burst), and count the arithmetic that is needed (`needed_flops`), not what was done. Prints tables for a reader; the last line is one JSON object for a program.
+best burst), and count the arithmetic that is needed (`needed_flops`), not what was done. Prints tables for a reader;
+the last line is one JSON object for a program.
 `Squares` stands in for the autoencoder, so that the sampler alone is timed.
 """
 

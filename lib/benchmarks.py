@@ -362,4 +362,4 @@ def circular(questions, scores):
 
 def chance(question):
     """What a blind guess expects: 1 / number of options; None for a number or where no options could be read."""
-    return 1 / len(question["options"]) if question["options"] else None
+    return 1 / len(question["options"]) if question.get("options") else None

@@ -37,6 +37,7 @@ from PIL import Image
 
 from lib.benchmarks import option_letter
 from lib.consistency import LENGTH, ROTATION, STRONG, delta_of, describe, pose_error, recover
+from lib.dialogue import call_poses
 from lib.geometry import Motion, Query, decompose, instruction, move_camera
 from lib.rooms import COLOURS, SIZE, TrueRenderer, random_room
 
@@ -53,14 +54,6 @@ CASES = {"resolved": "right: a view was needed, and a call showed the answer",
          "misread": "wrong: the given images answer the question"}
 USES = {(True, True): "needed, called", (True, False): "under-use: needed, not called",
         (False, True): "over-use: not needed, called", (False, False): "not needed, not called"}
-
-
-def call_poses(scene, calls):
-    """The cameras (n, 4, 4) of all images, given and imagined, the latter where their calls lead if carried out."""
-    poses = [np.array(pose) for pose in scene["poses"]]
-    for call in calls:
-        poses.append(move_camera(poses[call["image"] - 1], Motion(call["motion"], call["amount"])))
-    return np.stack(poses)
 
 
 def true_views(question, calls, size=SIZE):

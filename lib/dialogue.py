@@ -147,6 +147,14 @@ def read_call(text):
     return {"image": image, "motion": motion, "amount": float(amount)}, None
 
 
+def call_poses(scene, calls):
+    """The cameras (n, 4, 4) of all images, given and imagined, the latter where their calls lead if carried out."""
+    poses = [np.array(pose) for pose in scene["poses"]]
+    for call in calls:
+        poses.append(move_camera(poses[call["image"] - 1], Motion(call["motion"], call["amount"])))
+    return np.stack(poses)
+
+
 # ---- a dialogue -----------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -248,10 +256,8 @@ class Trajectory:
         """The waiting call as an order to a simulator; rooms are told where every image was taken, as commanded."""
         scene = self.question.get("scene")
         if scene:
-            poses = list(scene["poses"])
-            for call in self.provenance[len(poses):]:
-                poses.append(move_camera(np.array(poses[call["image"] - 1]), self._motion(call)).tolist())
-            scene = {"room": scene["room"], "poses": poses}
+            poses = call_poses(scene, self.provenance[len(scene["poses"]):])
+            scene = {"room": scene["room"], "poses": poses.tolist()}
         sentence = instruction(self._motion(self.call), self.call["image"])
         return Query(list(self.images), self.call["image"], sentence, seed, scene)
 

@@ -10,6 +10,7 @@ from collections import Counter
 
 import numpy as np
 
+from lib import benchmarks
 from lib.benchmarks import LISTED_ONLY, group_weights, weights
 
 STRATA = {"needs_view": True, "answerable": False}
@@ -105,5 +106,6 @@ def paired_bootstrap(records_a, records_b):
 
 def chance(questions):
     """Expected accuracy of a blind guess: the mean of 1 / number of options."""
-    options = [len(q["options"]) for q in questions if q["answer"] is not None and q.get("options")]
-    return float(np.mean([1 / n for n in options])) if options else None
+    odds = [benchmarks.chance(question) for question in questions if question["answer"] is not None]
+    odds = [share for share in odds if share is not None]
+    return float(np.mean(odds)) if odds else None

@@ -19,6 +19,7 @@ from lib.common import stable_seed
 from lib.dialogue import CALL_FIRST, ENOUGH, NO_SIMULATOR, NO_TOOL, NOT_JSON, TOOL, Trajectory, parse_turn, prompt_text
 from lib.geometry import Query
 from lib.serve import read_form
+from mirror import Mirror
 
 QUICK = {"timeout": 5.0, "tries": 3, "backoff": 0.01, "longest_wait": 0.05, "patience": 5.0}
 KEY = "sk-do-not-tell-anyone-0123456789"
@@ -337,17 +338,6 @@ def says(content, *calls, finish="stop", **more):
 
 LOOK = '{"image": 2, "motion": "turn left", "amount": 30}'
 ANSWER = says("<think>red</think><answer>A</answer>")
-
-
-class Mirror:
-    """A simulator that returns its reference image, mirrored; it remembers what it was asked."""
-
-    def __init__(self):
-        self.batches = []
-
-    def imagine(self, queries):
-        self.batches.append(queries)
-        return [query.images[query.reference - 1][:, ::-1].copy() for query in queries]
 
 
 def talk(*acts, mode="agentic", simulator=None, number=1, **flags):

@@ -13,6 +13,7 @@ from lib.dialogue import (AMOUNT, ARGUMENTS, CALL_FIRST, ENOUGH, IMAGE_NUMBER, M
                           NO_TOOL, NOT_JSON, UNREADABLE, Trajectory, parse_turn, prompt_text)
 from lib.geometry import Motion, move_camera
 from lib.rollout import Writer, sample
+from mirror import Mirror
 from policy import Policy, collate, encode_images, rollout, token_logprobs
 
 
@@ -43,17 +44,6 @@ def question(number, images=2):
     return {"id": f"q{number}", "question": f"Question {number}: turn left 45 degrees. Which object?",
             "options": ["A. red box", "B. blue ball"][: 1 + number % 2], "answer": "A",
             "images": [picture(10 * number + i) for i in range(images)]}
-
-
-class Mirror:
-    """A simulator that returns its reference image, mirrored; it remembers what it was asked."""
-
-    def __init__(self):
-        self.batches = []
-
-    def imagine(self, queries):
-        self.batches.append(queries)
-        return [query.images[query.reference - 1][:, ::-1].copy() for query in queries]
 
 
 CALL = '<think>look</think><tool_call>{"name": "imagine", "arguments": %s}</tool_call>'
