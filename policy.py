@@ -31,6 +31,7 @@ from lib.dialogue import NO_SIMULATOR, NOTE, PAD, PHRASES, Trajectory
 from lib.pictures import load_image
 from lib.rollout import Writer
 from lib.tokenizer import tiny_tokenizer
+from lib.world2vlm import PIECES
 
 logging.disable_progress_bar()                  # of loading and saving: seconds at most, inside our own bars
 
@@ -60,7 +61,7 @@ class Policy:
     def tiny(cls, seed=0, width=128, depth=4, heads=4, kv_heads=2, mlp=384, vision_width=128, vision_depth=2,
              patch=8, merge=2, side=32, device="cpu"):
         """Random weights, 1.9 M of them; an image of side² pixels becomes (side / patch / merge)² = 4 tokens."""
-        tokenizer = tiny_tokenizer(PHRASES)
+        tokenizer = tiny_tokenizer(PHRASES + PIECES)
         names = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in (
             ("image", PAD), ("video", "<|video_pad|>"),
             ("vision_start", "<|vision_start|>"), ("vision_end", "<|vision_end|>"))}
