@@ -20,9 +20,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoTokenizer, Qwen3VLConfig,
+                          Qwen3VLForConditionalGeneration)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import cached_file, logging
 
 from lib.clients import NO_VIEW, imagine_each
@@ -48,6 +52,7 @@ class Policy:
     def __init__(self, model, tokenizer, images):
         self.model, self.tokenizer, self.images = model, tokenizer, images
         self.vision = model.model.visual
+        model.model.language_model.set_attn_implementation("shared_attention")
         self.device = model.lm_head.weight.device
         self.banned = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
         self.banned[: len(tokenizer)] = False                       # rows beyond the tokenizer pad the embedding
@@ -279,7 +284,6 @@ def encode_images(policy, trajectories):
 # ---- log-probabilities for training ---------------------------------------------------------------------------------
 
 HEAD_TOKENS = 512               # at the language head at a time: 0.3 GB of logits with the published vocabulary
-PROMPT, PADDING = -1, -2        # whose a cell is, where it belongs to none of the dialogues in its row
 
 
 def collate(policy, trajectories, share=False):
@@ -288,7 +292,7 @@ def collate(policy, trajectories, share=False):
     share     False: a row for each dialogue (R, C = B, L). True: dialogues with the same prompt share a row,
               [prompt | rest of the first | rest of the second | ...]. The prompt with its images is computed once, as
               in `rollout`; each rest sees the prompt and itself, at its own positions, so the numbers are the same
-    returns   of the rows: ids (R, C), positions (3, R, C), mask (R, C) 1 = token, or (R, 1, C, C) True = may look if
+    returns   of the rows: ids (R, C), positions (3, R, C), mask (R, C) 1 = token, or that of `shared_attention` if
               dialogues share rows, and `features` (1 + levels, tokens, width), what the frozen tower makes of the
               images in row order; of the dialogues, (B, L) each: loss_mask, logprobs (the rollout's), and `cell`, where
               each token stands in ids.flatten()
@@ -297,29 +301,69 @@ def collate(policy, trajectories, share=False):
     sharing = {}
     for number, t in enumerate(trajectories):
         sharing.setdefault(prompt_of(t) if share else number, []).append(number)
-    ids, positions, branches, features, where = [], [], [], [], {}
-    for row, numbers in enumerate(sharing.values()):
-        group = [trajectories[number] for number in numbers]
-        start, shown = (group[0].loss_mask.index(1), group[0].provenance.count(None)) if len(group) > 1 else (0, 0)
-        ids.append(sum((t.ids[start:] for t in group), group[0].ids[:start]))
-        positions.append(sum((t.positions[start:] for t in group), group[0].positions[:start]))
-        branches.append([PROMPT] * start + [branch for branch, t in enumerate(group) for _ in t.ids[start:]])
-        features += sum((t.features[shown:] for t in group), group[0].features[:shown])
-        end = start
-        for number, t in zip(numbers, group):
-            where[number] = row, [*range(start), *range(end, end := end + len(t.ids) - start)]
-    branches = padded(branches, PADDING)                                                        # (R, C)
-    mask = (branches != PADDING).long()
-    if len(ids) < len(trajectories):
-        mask = (branches[:, None] == PROMPT) | (branches[:, None] == branches[..., None])       # (R, looking, seen)
-        mask = mask.tril()[:, None]
-    cells = [[row * branches.shape[1] + column for column in columns] for _, (row, columns) in sorted(where.items())]
-    batch = {"ids": padded(ids, policy.tokenizer.pad_token_id), "positions": padded(positions).permute(2, 0, 1),
-             "mask": mask, "loss_mask": padded([t.loss_mask for t in trajectories]).float(),
+    groups = [[trajectories[number] for number in numbers] for numbers in sharing.values()]
+    starts = [group[0].loss_mask.index(1) if share else len(group[0].ids) for group in groups]
+    prompt = max(starts)                                                            # cells of the prompts' column
+    rest = max(len(t.ids) - start for group, start in zip(groups, starts) for t in group)   # cells of a branch
+    empty = policy.tokenizer.pad_token_id, (0, 0, 0)
+    ids, positions, features, where = [], [], [], {}
+    for row, (numbers, group, start) in enumerate(zip(sharing.values(), groups, starts)):
+        cells = list(zip(group[0].ids[:start], group[0].positions[:start]))
+        features += group[0].features
+        for branch, (number, t) in enumerate(zip(numbers, group)):
+            at = prompt + branch * rest
+            cells += [empty] * (at - len(cells)) + list(zip(t.ids[start:], t.positions[start:]))
+            features += t.features[t.provenance.count(None):] if branch else []     # what it imagined: the prompt's
+            where[number] = row, [*range(start), *range(at, at + len(t.ids) - start)]       # stand there already
+        ids.append([token for token, _ in cells])
+        positions.append([place for _, place in cells])
+    width = prompt + rest * max(map(len, groups))
+    ids, positions = padded(ids, empty[0], width), padded(positions, 0, width).permute(2, 0, 1)
+    starts = torch.tensor(starts)
+    mask = (torch.arange(width) < starts[:, None]).long()                                           # (R, C)
+    if share:
+        seen = torch.arange(prompt) < starts[:, None, None, None]                                   # (R, 1, 1, prompt)
+        own = torch.ones(rest, rest, dtype=torch.bool).tril()
+        shape = len(ids), (width - prompt) // rest, rest, -1
+        mask = torch.cat([seen.expand(shape), own.expand(shape)], -1)                   # (R, branches, rest, seen)
+    cells = [[row * width + column for column in columns] for _, (row, columns) in sorted(where.items())]
+    batch = {"ids": ids, "positions": positions, "mask": mask,
+             "loss_mask": padded([t.loss_mask for t in trajectories]).float(),
              "logprobs": padded([t.logprobs for t in trajectories]), "cell": padded(cells)}
     batch = {key: value.to(policy.device) for key, value in batch.items()}
     batch["features"] = torch.cat(features, 1) if features else None
     return batch
+
+
+def shared_attention(module, query, key, value, mask, scaling=None, **options):
+    """What transformers' attention layers call: SDPA, or SDPA for rows in which dialogues share a prompt.
+
+    query (R, heads, C, head dim), key and value (R, kv heads, C, head dim). Of a row that is shared, the first `prompt`
+    cells are the prompt, and `branches` stretches of `rest` cells follow, C = prompt + branches * rest
+    mask   (R, branches, rest, prompt + rest) bool: what each branch sees of the prompt and of itself. The prompt sees
+           itself causally. A mask as long as the query, or none, is the ordinary case
+    The arithmetic is that of separate rows: no cell is compared with another branch's.
+    """
+    if mask is None or mask.shape[2] == query.shape[2]:
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
+    (rows, branches, rest, seen), heads = mask.shape, query.shape[1]
+    prompt, shares = seen - rest, dict(scale=scaling, enable_gqa=heads != key.shape[1])
+    first = F.scaled_dot_product_attention(*(x[:, :, :prompt] for x in (query, key, value)), is_causal=True, **shares)
+
+    def of_branch(x):                                   # -> (R, branches, heads, rest, head dim)
+        return x[:, :, prompt:].unflatten(2, (branches, rest)).transpose(1, 2)
+
+    def with_prompt(x):                                 # -> (R * branches, kv heads, prompt + rest, head dim)
+        again = x[:, None, :, :prompt].expand(-1, branches, -1, -1, -1)
+        return torch.cat([again, of_branch(x)], 3).flatten(0, 1)
+    then = F.scaled_dot_product_attention(of_branch(query).flatten(0, 1), with_prompt(key), with_prompt(value),
+                                          mask.flatten(0, 1)[:, None], **shares)
+    then = then.unflatten(0, (rows, branches)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([first, then], 2).transpose(1, 2).contiguous(), None              # (R, C, heads, head dim)
+
+
+AttentionInterface.register("shared_attention", shared_attention)
+AttentionMaskInterface.register("shared_attention", sdpa_mask)                          # of ordinary masks (B, L)
 
 
 def prompt_of(trajectory):
@@ -328,9 +372,10 @@ def prompt_of(trajectory):
             *(id(image) for image, call in zip(trajectory.images, trajectory.provenance) if call is None))
 
 
-def padded(lists, value=0):
-    """Lists of unequal length -> one tensor, `value` behind the shorter ones."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in lists], True, value)
+def padded(lists, value=0, width=0):
+    """Lists of unequal length -> one tensor, `value` behind the shorter ones; (lists, at least `width`, ...)."""
+    table = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in lists], True, value)
+    return F.pad(table, (0, 0) * (table.dim() - 2) + (0, max(0, width - table.shape[1])), value=value)
 
 
 def token_logprobs(policy, batch, temperature=1.0):

@@ -257,27 +257,30 @@ def split(rows, varied, args, world):
 
 
 def micro_batches(rows, filler, tokens):
-    """Chunks of rows, one pass each, of at most `tokens` tokens with padding; the same number of chunks on every rank.
+    """Chunks of rows, one pass each, of at most `tokens` cells; the same number of chunks on every rank.
 
-    Rows with one prompt (neighbours) make a line: the prompt and behind it each one's rest, as collate(share=True) lays
-    them out. Lines of like length make a chunk. Each pass through a sharded model is a set of collectives: a rank with
-    fewer chunks goes through the motions with `filler`, any of its rows, at weight 0.
+    Rows with one prompt (neighbours) make a line, as collate(share=True) lays them out; lines of like length make a
+    chunk. Each pass through a sharded model is a set of collectives: a rank with fewer chunks goes through the motions
+    with `filler`, any of its rows, at weight 0.
     """
-    lines, chunks, before = [], [], None                                                # lines: [length, rows]
+    def cells(*lines):                      # collate's: as many rows, each [longest prompt | branches * longest rest]
+        starts = [line[0].trajectory.loss_mask.index(1) for line in lines]
+        rests = [max(len(row.trajectory.ids) for row in line) - start for line, start in zip(lines, starts)]
+        return len(lines) * (max(starts) + max(rests) * max(map(len, lines)))
+    lines, chunks, before = [], [], None
     for row in rows:
-        prompt, start, end = prompt_of(row.trajectory), row.trajectory.loss_mask.index(1), len(row.trajectory.ids)
-        if prompt != before or lines[-1][0] + end - start > tokens:
-            lines.append([start, []])
-        lines[-1][0] += end - start
-        lines[-1][1].append(row)
+        prompt = prompt_of(row.trajectory)
+        if prompt == before and cells(lines[-1] + [row]) <= tokens:
+            lines[-1].append(row)
+        else:
+            lines.append([row])
         before = prompt
-    room = 0                                                                            # of the last chunk, in lines
-    for length, line in sorted(lines, key=lambda line: -line[0]):
-        if not room:
-            room = max(1, tokens // length)
-            chunks.append([])
-        chunks[-1] += line
-        room -= 1
+    for line in sorted(lines, key=cells, reverse=True):
+        if chunks and cells(*chunks[-1], line) <= tokens:
+            chunks[-1].append(line)
+        else:
+            chunks.append([line])
+    chunks = [[row for line in chunk for row in line] for chunk in chunks]
     return chunks + [[replace(filler, weight=0.0)]] * (int(common.global_max(len(chunks))) - len(chunks))
 
 

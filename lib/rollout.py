@@ -13,6 +13,7 @@ gives the distribution of the next one.
 """
 
 import torch
+import torch.nn.functional as F
 
 
 class RowCache:
@@ -70,13 +71,39 @@ class Writer:
         heads = [d - d % group_size for d in self.order]
         self.filled, self.images = [self.filled[h] for h in heads], [self.images[h] for h in heads]
 
-    def forward(self, ids, slots, positions, features=None):
-        """ids, slots (n, m) and positions (3, n, m) of the first n rows -> logits (n, vocabulary) after column m."""
+    def forward(self, ids, slots, positions, features):
+        """Write ids (n, m) at slots (n, m) and positions (3, n, m) of the first n rows into the cache."""
         device = self.policy.device
         ids, slots, positions = ids.to(device), slots.to(device), positions.to(device)
         self.cache.aim(slots)
         mask = torch.arange(self.cache.seen, device=device) <= slots[:, None, :, None]          # (n, 1, m, seen)
-        return self.policy.forward(ids, positions, mask, features=features, cache=self.cache, keep=1)[:, -1]
+        self.policy.forward(ids, positions, mask, features=features, cache=self.cache, keep=1)
+
+    def step(self, tokens, slots, positions):
+        """Feed one token to each of the first n rows: (n,) each -> logits (n, vocabulary) of what follows it.
+
+        The decoder of transformers by hand, with its own modules: a step is many small operations, and the general
+        code spends three times as many on images, masks and shapes that one written token never has.
+        """
+        text, device, n = self.policy.model.model.language_model, self.policy.device, len(tokens)
+        tokens, slots, positions = tokens.to(device), slots[:, None].to(device), positions.to(device)
+        self.cache.aim(slots)
+        mask = torch.arange(self.cache.seen, device=device) <= slots[..., None, None]           # (n, 1, 1, seen)
+        x = text.embed_tokens(tokens)                                                           # (n, width)
+        cos, sin = text.rotary_emb(x, positions.expand(3, 1, -1))       # text: one number for time, row and column
+        cos, sin = cos[0, :, None], sin[0, :, None]                                             # (n, 1, head dim)
+        for number, layer in enumerate(text.layers):
+            attention, y = layer.self_attn, layer.input_layernorm(x)
+            q, k, v = (project(y).view(n, -1, attention.head_dim)                               # (n, heads, head dim)
+                       for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+            q, k = (z * cos + rotated(z) * sin for z in (attention.q_norm(q), attention.k_norm(k)))
+            keys, values = self.cache.update(k[:, :, None], v[:, :, None], number)
+            # query heads that share a key head stand as that many queries of it: no key is copied
+            q = q.view(n, keys.shape[1], -1, attention.head_dim)
+            y = F.scaled_dot_product_attention(q, keys, values, mask)
+            x = x + attention.o_proj(y.reshape(n, -1))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return self.policy.logits(text.norm(x))
 
     def feed(self, n):
         """Bring the cache of the first n rows up to date, to all tokens but the last."""
@@ -112,7 +139,7 @@ class Writer:
             now = self.order[:n]
             tokens, places = torch.tensor([last[d] for d in now]).T                             # (n,), (n,)
             slots = torch.tensor([self.filled[d] for d in now])
-            logits = self.forward(tokens[:, None], slots[:, None], places.expand(3, -1)[..., None])
+            logits = self.step(tokens, slots, places)
             sampled = [x.tolist() for x in sample(logits, uniforms[now, step], temperature)]
             for row, (d, token, logprob) in reversed(list(enumerate(zip(now, *sampled)))):
                 ids[d].append(token)
@@ -140,6 +167,12 @@ class Writer:
             self.order[i], self.order[j] = self.order[j], self.order[i]
 
 
+def rotated(z):
+    """(..., head dim) with its halves turned by 90 degrees against each other: the other term of a rotary embedding."""
+    first, second = z.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
 def sample(logits, uniforms, temperature):
     """Draw a token per row by inverting the cumulative distribution at a uniform number.
 
@@ -151,7 +184,7 @@ def sample(logits, uniforms, temperature):
     if temperature == 0:
         tokens = logprobs.argmax(-1)
     else:
-        cumulative = logprobs.double().exp().cumsum(-1)
+        cumulative = logprobs.exp().double().cumsum(-1)
         aim = uniforms.to(cumulative.device) * cumulative[:, -1]
         tokens = torch.searchsorted(cumulative, aim[:, None], right=True)[:, 0]     # right: never a token of mass zero
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]

@@ -377,8 +377,7 @@ def test_every_cached_logit_equals_a_full_pass(policy):
             growing.ids, growing.positions = whole.ids[: t + 1], whole.positions[: t + 1]
             growing.features = whole.features[: growing.ids.count(policy.pad_id) // 4]
             writer.feed(1)
-            token, place = torch.tensor([[whole.ids[t]]]), torch.tensor(whole.positions[t])[:, None, None]
-            got = writer.forward(token, torch.tensor([[t]]), place)[0]
+            got = writer.step(*torch.tensor([[whole.ids[t]], [t], [whole.positions[t][0]]]))[0]
             torch.testing.assert_close(got, want[t], rtol=0, atol=1e-4)
         assert writer.images == [3]
 

@@ -132,7 +132,7 @@ def test_micro_batch_does_not_change_the_gradient():
     rows = [rows[i] for i in (0, 2, 4, 1, 3)]
     sums, want = gradient(policy, rows, tokens=1000)
     assert sums["tokens"] == sum(sum(row.trajectory.loss_mask) for row in rows) and want.abs().max() > 0.01
-    for tokens in (60, 40, 1):
+    for tokens in (70, 40, 1):
         again, got = gradient(policy, rows, tokens)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6 * want.abs().max().item())
         assert again["entropy"] == pytest.approx(sums["entropy"], rel=1e-5)
@@ -155,7 +155,7 @@ def test_micro_batches_keep_within_their_tokens():
     policy = small_policy()
     rows = rows_of(policy)
     rows = [rows[i] for i in (0, 2, 4, 1, 3)]
-    for tokens, passes in ((1000, 1), (60, 2), (40, 4), (1, 5)):        # lines of 45 and 57; prompts of 20 and 27
+    for tokens, passes in ((1000, 1), (70, 2), (40, 4), (1, 5)):    # lines of 20 + 3 * 15 and 27 + 2 * 19
         chunks = train_rl.micro_batches(rows, rows[0], tokens)
         assert len(chunks) == passes and sorted(map(id, sum(chunks, []))) == sorted(map(id, rows))
         for chunk in chunks:
