@@ -14,9 +14,10 @@ $(VENV)/installed: requirements.txt
 demo: $(VENV)/installed
 	$(VENV)/bin/python demo.py
 
-# Hours on one core; interrupted, it goes on. `.venv/bin/python evidence.py --list` says which rows are left.
+# Hours on one core; interrupted, it goes on. Each with --list says which rows are left. The policy's start from make demo.
 evidence: $(VENV)/installed
 	$(VENV)/bin/python evidence.py
+	$(VENV)/bin/python evidence_policy.py
 
 test: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q tests

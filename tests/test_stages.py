@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("data", "world_model", "policy", "rewards", "train_wm", "train_sft", "train_rl", "evaluate", "evidence", "demo")
+STAGES = ("data", "world_model", "policy", "rewards", "train_wm", "train_sft", "train_rl", "evaluate", "evidence",
+          "evidence_policy", "demo")
 
 
 def test_every_stage_imports_with_the_core_packages_alone():

@@ -1,0 +1,162 @@
+"""
+What the policy's evidence rests on: reward ablations and simulators swapped, as runs and a table (`make evidence`).
+
+  python evidence_policy.py --list                       every row, its commands, whether it is finished
+  python evidence_policy.py                              run what is missing, one after the other; stopped, it goes on
+  python evidence_policy.py --only "two-phase*" --seeds 0 1 2     some rows, three seeds of the training each
+
+Rows start from the demo's cold start and imagine with its simulator (`make demo` comes first), learn for the same
+number of steps, and answer the held-out questions: rooms that nothing was trained on. Rows that forbid the tool or
+force it say so. Differences are on the same questions, seeds averaged.
+
+Out, in out/evidence/policy/: <row>-s<seed>/{1, 2: the policy after each stage; asked/: its answers; result.json},
+table.md.
+"""
+
+import argparse
+import json
+import signal
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from evidence import call
+from lib import common
+from lib.scores import STRATA, interval
+
+
+class Run(NamedTuple):
+    """A row: stages of learning (flags of train_rl.py), each from where the one before ended, and how it is asked."""
+    name: str
+    stages: tuple = ()                  # none: the cold start, or the policy of the row `of`
+    mode: str = "agentic"
+    simulator: str = "tuned"            # that it imagines with when it is asked; "untuned" is ring-untuned of evidence.py
+    of: str = ""
+
+
+TWO = ("--phase 1 --steps 12", "--phase 2 --steps 60")
+SWAP = ("none", "untuned", "tuned", "reprojection", "truth")
+RUNS = [
+    Run("start"),
+    Run("start-direct", mode="direct"),
+    Run("two-phase", TWO),                                                                          # the paper's
+    Run("single-stage", ("--phase 2 --steps 72",)),                                                 # all terms at once
+    Run("gain-only", ("--phase 2 --steps 72 --lambda-use 0",)),                                     # no bonus for use
+    Run("usage-only", ("--phase 1 --steps 72",)),                                                   # no term of gain
+    Run("match-only", ("--phase 1 --steps 72 --lambda-use 0",)),                                    # neither
+    Run("two-phase-undivided", tuple(f"{stage} --no-divide-by-std" for stage in TWO)),              # A = r - mean
+    Run("two-phase-variance", tuple(f"{stage} --curriculum variance" for stage in TWO)),            # ours
+    Run("direct-only", ("--phase 1 --mode direct --steps 72",), mode="direct"),                     # never imagines
+    Run("two-phase-direct", mode="direct", of="two-phase"),
+    *(Run(f"{who}-forced-{name}", mode="forced", simulator=name, of=of)
+      for who, of in (("start", ""), ("two-phase", "two-phase")) for name in SWAP),
+]
+
+
+def commands(run, seed, out):
+    """What makes a row, one stage after the other: [(script, flags)]; the last asks the held-out questions."""
+    place, policy = out / f"{run.name}-s{seed}", common.newest(("sft",)) or Path("out/demo/sft")
+    if run.of:
+        policy = out / f"{run.of}-s{seed}" / str(len(next(row for row in RUNS if row.name == run.of).stages))
+    made = []
+    for number, flags in enumerate(run.stages, 1):
+        made.append(("train_rl.py", [*flags.split(), "--policy", str(policy), "--seed", str(seed),
+                                     "--eval-every", "0", "--threads", "1", "--out", str(place / str(number))]))
+        policy = place / str(number)
+    simulator = str(out.parent / "ring-untuned-s0") if run.simulator == "untuned" else run.simulator
+    return [*made, ("evaluate.py", ["--mode", run.mode, "--simulator", simulator, "--policy", str(policy),
+                                    "--no-report", "--threads", "1", "--out", str(place / "asked")])]
+
+
+def finish(run, seed, out):
+    """Do what is missing of one row, result.json last; a finished row is left as it is."""
+    place, told = out / f"{run.name}-s{seed}", commands(run, seed, out)
+    setting = {"commands": [" ".join([script, *flags]) for script, flags in told]}
+    if (place / "result.json").exists():
+        before = json.loads((place / "result.json").read_text())["commands"]
+        if before == setting["commands"]:
+            return
+        common.fail(f"{place} was made by other commands ({'; '.join(before)}). Remove it, or give another --out.")
+    for script, flags in told:
+        call(script, *flags)
+    spent = sum(json.loads((place / str(number) / "done.json").read_text())["cpu_seconds"]
+                for number in range(1, len(run.stages) + 1))
+    common.write_json(place / "result.json", {**setting, "cpu_seconds": spent})
+
+
+def answers(name, out):
+    """The finished seeds of a row -> (seeds, {question: the record, correct and calls averaged over seeds}, cpu s)."""
+    places = sorted(file.parent for file in out.glob(f"{name}-s[0-9]*/result.json"))
+    asked, seconds = {}, [json.loads((place / "result.json").read_text())["cpu_seconds"] for place in places]
+    for place in places:
+        for record in common.read_log(place / "asked" / "predictions.jsonl"):
+            asked.setdefault(record["key"], []).append(record)
+    merged = {key: {**records[0], "correct": np.mean([record["correct"] for record in records]),
+                    "called": np.mean([record["valid_calls"] > 0 for record in records])}
+              for key, records in asked.items()}
+    return [place.name.rsplit("-s", 1)[1] for place in places], merged, np.mean(seconds) if seconds else 0.0
+
+
+def table(out):
+    """The lines of table.md: accuracy and calls of every finished row, and its difference from two-phase."""
+    head = ["row", "seeds", "accuracy", "calls", "view needed", "calls", "view given", "calls", "over two-phase",
+            "train CPU-s"]
+    lines, base = [head, ["---"] * len(head)], answers("two-phase", out)[1]
+    for run in RUNS:
+        seeds, records, seconds = answers(run.name, out)
+        if not seeds:
+            continue
+        line = [run.name, " ".join(seeds)]
+        for need in (None, *STRATA.values()):
+            part = [record for record in records.values() if need is None or record["needs_view"] is need]
+            line += [f"{np.mean([record['correct'] for record in part]):.3f}",
+                     f"{np.mean([record['called'] for record in part]):.0%}"]
+        gain = [record["correct"] - base[key]["correct"] for key, record in records.items() if key in base]
+        rooms = [record["scene"] for key, record in records.items() if key in base]
+        gap = ("{:+.3f} [{:+.3f} {:+.3f}]".format(np.mean(gain), *interval(gain, rooms))
+               if gain and run.name != "two-phase" else "")
+        lines.append([*line, gap, f"{seconds:.0f}" if run.stages else ""])
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def parse_args(argv=None):
+    """The command line's flags."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--only", nargs="+", default=["*"], help="names of rows, or patterns such as '*-forced-*'")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the reinforcement learning")
+    p.add_argument("--out", default="out/evidence/policy")
+    p.add_argument("--list", action="store_true", help="print the rows and their commands, and run nothing")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    """Finish the rows one by one, then print the table of all that are finished."""
+    args = parse_args(argv)
+    out, named = Path(args.out), [run for run in RUNS if any(fnmatch(run.name, name) for name in args.only)]
+    if not named:
+        common.fail(f"No row is called {' or '.join(args.only)}. `python evidence_policy.py --list` names them all.")
+    jobs = [(run, seed) for seed in args.seeds for run in named if run.stages or run.of or seed == args.seeds[0]]
+    if args.list:
+        for run, seed in jobs:
+            done = str(seed) in answers(run.name, out)[0]
+            print(f"{run.name}-s{seed}".ljust(32) + ("done  " if done else "      ") + "; ".join(
+                " ".join([script, *flags]) for script, flags in commands(run, seed, out)))
+        return
+    common.need(common.newest(("sft",)) or "out/demo/sft", "make demo")
+    common.need(common.newest(("wm",)) or "out/demo/wm", "make demo")
+    if any(run.simulator == "untuned" for run in named):
+        common.need(out.parent / "ring-untuned-s0", "python evidence.py --only ring-untuned")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for run, seed in jobs:
+        common.say(f"{run.name}-s{seed}")
+        finish(run, seed, out)
+    text = "\n".join(table(out)) + "\n"
+    common.write_text(out / "table.md", text)
+    print(f"{text}\nCalls: share of questions with a valid call. Over two-phase: on the same questions, [95 % interval "
+          f"over rooms]. {out}/table.md")
+
+
+if __name__ == "__main__":
+    common.run(main)
