@@ -76,6 +76,7 @@ class Policy:
                 vocab_size=len(tokenizer), hidden_size=width, intermediate_size=mlp, num_hidden_layers=depth,
                 num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head, tie_word_embeddings=True,
                 max_position_embeddings=4096, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+                initializer_range=width**-0.5,      # the usual 0.02 is for wide models; this keeps a vector's length
                 eos_token_id=tokenizer.eos_token_id, rope_parameters=dict(
                     rope_type="default", rope_theta=5e6, mrope_interleaved=True,
                     mrope_section=[head // 2 - 2 * (head // 8), head // 8, head // 8])),    # time, row, column
