@@ -21,7 +21,7 @@ Ablations of the reward, as long as the 12 + 60 steps of the two phases together
   gain only           the same with --lambda-use 0                   no bonus for use
   direct answers      --phase 1 --steps 72 --mode direct             no tool
 
-Out: the policy, log.jsonl (its keys: LOG below), dialogues/ (what it said and saw at each evaluation), curves.png.
+Out: the policy, log.jsonl (its keys: lib/rl_log.py), dialogues/ (what it said and saw at each evaluation), curves.png.
 
 Ours, where the paper is silent: advantages are divided by the group's deviation (--no-divide-by-std for the ablation);
 the loss is a mean over all tokens of an update, those of the policy only; groups whose rewards are all equal teach
@@ -42,6 +42,7 @@ from data import load_jsonl
 from lib import checkpoints, common, simulators
 from lib.common import total
 from lib.endpoint import RemoteError
+from lib.rl_log import by_need, by_task, draw_curves, rollout_totals
 from policy import Policy, Trajectory, collate, prompt_of, rollout, token_logprobs
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28         # paper: Clip-Higher
@@ -49,39 +50,6 @@ MAX_ROUNDS, MAX_TURNS = 3, 10           # paper: tool rounds and assistant turns
 BETAS = (0.9, 0.99)                     # of AdamW; no weight decay
 SAVED_DIALOGUES = 4                     # per evaluation
 LEAST = 0.02                            # chance of a question whose rewards are all equal; variances are 0 to 0.6
-PARTS = ("total", "format", "action", "order", "numeric", "accuracy", "validity", "geometry", "iou", "center", "size",
-         "l1")                          # of rewards.world2vlm, each task has some
-
-LOG = {  # log.jsonl: one line per step; means over all rollouts of the step, on all ranks, unless said otherwise
-    "reward": "mean reward",
-    "match": "exact match e (World2VLM: the total); also match_needs_view and match_answerable, where the data knows",
-    "format": "format reward f",
-    "call_rate": "share of rollouts with a valid call; also _needs_view and _answerable",
-    "valid_calls": "valid calls per rollout",
-    "invalid_calls": "malformed or impossible calls per rollout",
-    "match_direct": "phase 2: exact match of the rollouts without the tool",
-    "gain": "phase 2: tool-induced gain D, over the rollouts that called",
-    "length": "tokens of the policy per rollout",
-    "turns": "turns of the policy per rollout",
-    "truncated": "share of rollouts that ran out of tokens or turns",
-    "groups_flat": "share of groups with equal rewards: skipped",
-    "groups_bonus": "share of groups whose answers are all right or all wrong, and whose rewards differ",
-    "tokens": "tokens that the update learned from",
-    "loss": "GRPO loss per token, without the KL term; from here to kl: over the tokens learned from",
-    "entropy": "of the next-token distribution, nats",
-    "ratio": "new probability over old, mean over tokens; above and below 1 cancel",
-    "ratio_max": "its largest value",
-    "clipped_low": "share of tokens silenced by the clip: bad ones whose ratio is below 1 - 0.2 already",
-    "clipped_high": "and good ones whose ratio is above 1 + 0.28 already",
-    "kl": "to the start policy, nats per token (k3 estimate); with --kl 0 only at evaluations",
-    "mismatch": "largest |rollout - training log-prob| before the first optimiser step",
-    "grad_norm": "before clipping, mean over the optimiser steps",
-    "lr": "learning rate",
-    "seconds": "of sample (imagine included), imagine, score, advantage, logprob, update",
-    "A1_total": "World2VLM: mean total of this task's questions; so for A1 to D4, and each part (A1_numeric, ...)",
-    "eval": "held-out questions, greedy, after `step` steps: {mode: {accuracy, call_rate, each also by need}}",
-}
-
 PRESETS = {
     "tiny": dict(questions=16, group=8, minibatches=2, lr=6e-5, warmup=2, lr_floor=0.1, kl=0.0,
                  max_new_tokens=64, eval_questions=200, rows=64, micro_batch_tokens=4096, save_every=6),
@@ -358,46 +326,7 @@ def update(policy, optimizer, minibatches, filler, step, args):
             "grad_norm": sum(norms) / len(norms) if norms else 0.0, "lr": rate}
 
 
-# ---------------------------------------------------------------- what happened
-
-def by_need(name, rows, value):
-    """Totals of value(row) under name, name_needs_view and name_answerable, the latter two where the data knows."""
-    need = [row.trajectory.question.get("needs_view") for row in rows]
-    return {name: total([value(row) for row in rows]),
-            f"{name}_needs_view": total([value(row) for row, needs in zip(rows, need) if needs is True]),
-            f"{name}_answerable": total([value(row) for row, needs in zip(rows, need) if needs is False])}
-
-
-def by_task(rows):
-    """Totals of the parts of World2VLM's reward, per task; nothing where the rows have no parts."""
-    return {f"{task}_{part}": total([row.parts[part] for row in rows
-                                     if row.trajectory.question["category"] == task and part in row.parts])
-            for task in rewards.SCORES for part in PARTS if rows[0].parts}
-
-
-def rollout_totals(rows, group):
-    """What this rank's rollouts did: {key of LOG: (sum, count)}."""
-    groups = [rows[i:i + group] for i in range(0, len(rows), group)]
-    flat = (~rewards.varied([row.reward for row in rows], group)).tolist()
-    trajectories = [row.trajectory for row in rows]
-    against_direct = [row for row in rows if row.match_direct is not None]
-    return {
-        "reward": total([row.reward for row in rows]),
-        **by_need("match", rows, lambda row: row.match),
-        "format": total([row.form for row in rows]),
-        **by_need("call_rate", rows, lambda row: row.trajectory.valid_calls > 0),
-        "valid_calls": total([t.valid_calls for t in trajectories]),
-        "invalid_calls": total([t.invalid_calls for t in trajectories]),
-        "match_direct": total([row.match_direct for row in against_direct]),
-        "gain": total([row.match - row.match_direct for row in against_direct if row.trajectory.valid_calls]),
-        "length": total([sum(t.loss_mask) for t in trajectories]),
-        "turns": total([len(t.turns) for t in trajectories]),
-        "truncated": total([t.truncated for t in trajectories]),
-        **by_task(rows),
-        "groups_flat": total(flat),
-        "groups_bonus": total([not equal and len({row.match for row in g}) == 1 for equal, g in zip(flat, groups)]),
-    }
-
+# ---------------------------------------------------------------- held-out questions
 
 def evaluate(policy, questions, simulator, args, world, folder):
     """Greedy dialogues on held-out questions, with and without the tool -> {mode: means}; the first few are saved."""
@@ -416,36 +345,6 @@ def evaluate(policy, questions, simulator, args, world, folder):
                     trajectory.draw(folder / f"{i}.png")
         common.say(f"held out, {mode}: accuracy {means['accuracy']:.3f}, call rate {means['call_rate']:.2f}")
     return table
-
-
-def draw_curves(out):
-    """curves.png from log.jsonl: rewards, calls and distances in training, accuracy and calls in evaluation."""
-    try:
-        import matplotlib
-    except ImportError:
-        return common.say("No curves.png without matplotlib (pip install matplotlib); log.jsonl has the numbers.")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    panels = {"rewards": ("reward", "match", "match_direct", "format"),
-              "policy": ("entropy", "kl", "clipped_low", "clipped_high", "gain"),
-              "calls": ("call_rate", "call_rate_needs_view", "call_rate_answerable", "invalid_calls"),
-              "held out, greedy": ("agentic accuracy", "agentic accuracy_needs_view", "direct accuracy",
-                                   "agentic call_rate")}
-    curves = defaultdict(list)
-    for row in common.read_log(out / "log.jsonl"):
-        held_out = {f"{mode} {key}": v for mode, means in row.get("eval", {}).items() for key, v in means.items()}
-        for key, value in {**row, **held_out}.items():
-            if isinstance(value, float):
-                curves[key].append((row["step"], value))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
-    for axis, (title, keys) in zip(axes, panels.items()):
-        for key in filter(curves.get, keys):
-            axis.plot(*zip(*curves[key]), label=key, marker="." if len(curves[key]) < 20 else None)
-        axis.set(title=title, xlabel="step")
-        if axis.lines:
-            axis.legend(fontsize=7)
-    figure.savefig(out / "curves.png", dpi=110)
-    pyplot.close(figure)
 
 
 # ---------------------------------------------------------------- the stage

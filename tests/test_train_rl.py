@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import rewards
 import train_rl
-from lib import common
+from lib import common, rl_log
 from lib.clients import RemoteSimulator
 from lib.endpoint import RemoteError
 from policy import Policy, Trajectory
@@ -86,10 +86,10 @@ def test_world2vlm_has_rewards_of_its_own():
     want = rewards.world2vlm("A2", "turn left 20 degrees", "turn left 30 degrees")
     assert row.reward == row.match == want["total"] and row.parts == want and 0.9 < row.reward < 1
     silent = train_rl.score(dialogue_of(None, answer="yes", category="D4"), args)
-    totals = train_rl.by_task([row, silent])
+    totals = rl_log.by_task([row, silent])
     assert totals["A2_numeric"] == (want["numeric"], 1) and totals["A1_total"] == (0, 0)
     assert totals["D4_total"] == (0, 1)
-    assert {key.split("_", 1)[1] for key in totals} == set(train_rl.PARTS) >= set(row.parts) | set(silent.parts)
+    assert {key.split("_", 1)[1] for key in totals} == set(rl_log.PARTS) >= set(row.parts) | set(silent.parts)
     assert (args.group, args.kl, args.clip_high, args.mode) == (4, 0.01, 0.3, "direct")
     with pytest.raises(SystemExit):
         train_rl.parse_args(["--task", "world2vlm", "--phase", "2"])
@@ -250,7 +250,7 @@ def test_stage_leaves_what_it_promises(inputs, unbroken):
     assert {"curves.png", "args.json", "config.json", "model.safetensors"} <= {p.name for p in unbroken.iterdir()}
     assert json.loads((unbroken / "done.json").read_text())["steps"] == 3
     assert (unbroken / "dialogues/step_000002/0.png").exists() and (unbroken / "dialogues/end/0/dialogue.json").exists()
-    known = set(train_rl.LOG) | {"step"}
+    known = set(rl_log.LOG) | {"step"}
     assert {key.removesuffix("_needs_view").removesuffix("_answerable") for row in rows for key in row} <= known
     before, after = (load_file(folder / "model.safetensors") for folder in (inputs / "sft", unbroken))
     assert before.keys() == after.keys()
