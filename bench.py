@@ -36,10 +36,10 @@ from data import MOTIONS
 from lib import budget
 from lib.bagel import Bagel, Config, Settings
 from lib.bagel_files import resized
-from lib.common import fail, keep_freed_memory, run, write_json
+from lib.common import fail, keep_freed_memory, run
 from lib.geometry import Query, instruction
-from lib.pictures import save_image
 from lib.rooms import random_room, render, ring
+from lib.scans import write_folder
 from lib.scenes import read_scene, room_scene
 from lib.tokenizer import tiny_tokenizer
 from lib.triples import Rules, find_triples, write_triples
@@ -419,7 +419,8 @@ def data(args):
     size, counts = (64, (20, 40)) if args.quick else (512, (60, 120, 240))
     scans, cores, rows = 11_292, 16, {}                                  # the paper's; cores of a workstation
     with tempfile.TemporaryDirectory() as folder:
-        write_scan(Path(folder) / "scans" / "room", frames=counts[-1], size=size)
+        room = room_scene(0, counts[-1], size)
+        write_folder(Path(folder) / "scans" / "room", room.frames, room.up)
         print(f"one room as a scan: {counts[-1]} frames of {size} x {size}, JPEG and 16-bit PNG; one core\n"
               f"{'frames':>8}{'CPU s':>8}{'to find':>9}{'triples':>9}{'per s':>8}", flush=True)
         for count in counts:
@@ -438,17 +439,6 @@ def data(args):
     print(json.dumps({"bench": "data", "quick": args.quick, "triples_per_second_per_core": round(triples / seconds, 3),
                       "cpu_seconds_per_scan": {count: round(row[0], 2) for count, row in rows.items()},
                       "hours_for_the_papers_scans": round(hours, 2)}))
-
-
-def write_scan(folder, frames, size):
-    """A walk through a room in the layout of a plain folder (lib/scenes.py), pictures as JPEG."""
-    scene, rows = room_scene(0, frames, size), []
-    for frame in scene.frames:
-        save_image(folder / f"{frame.name}.jpg", frame.image())
-        save_image(folder / f"{frame.name}.png", (1000 * frame.depth()).round().astype(np.uint16))
-        rows.append({"image": f"{frame.name}.jpg", "depth": f"{frame.name}.png", "c2w": frame.c2w.tolist()})
-    write_json(folder / "scene.json", {"frames": rows, "intrinsics": scene.frames[0].intrinsics.tolist(),
-                                       "up": scene.up.tolist()})
 
 
 # ---------------------------------------------------------------- command line

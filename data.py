@@ -4,8 +4,10 @@ Scenes into data: triples that train the world simulator, questions that train a
   python data.py triples      out/data/triples_{train,val,test}.jsonl      (context views, motion in words, target view)
   python data.py questions    out/data/questions_{train,val,test}.jsonl    multiple choice over several views
   python data.py mindcube     out/data/mindcube/                           test questions in MindCube's published layout
-  python data.py              whatever of the three is missing: rooms, the embedded world of lib/rooms.py
+  python data.py mmsi_video   out/data/mmsi_video/                         clips of test rooms in MMSI-Video-Bench's
+  python data.py              what is missing of the first three: rooms, the embedded world of lib/rooms.py
   python data.py world2vlm    out/world2vlm/questions_{train,val,test}.jsonl   what a camera motion shows, as questions
+  python data.py world2vlm --rendered DIR     out/rendered/: of frames rendered elsewhere (lib/rendered.py)
 
   python data.py triples --layout apart --size 64               rooms: other context cameras, larger pictures
   python data.py triples --dataset scannet --root DIR           scans: ScanNet, ScanNet++, Matterport3D, ARKitScenes,
@@ -34,35 +36,34 @@ are split by place.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import re
-import signal
-import time
 from collections import Counter
 from functools import partial
-from itertools import zip_longest
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib import quality
-from lib.common import disk, fail, need, newest, run, say, stable_seed, write_json, write_text
+from lib import quality, real_views
+from lib.clips import clip_questions
+from lib.common import disk, fail, need, newest, run, say, stable_seed, write_json
 from lib.corpora import convert
 from lib.geometry import Motion, coverage, dominant_motion, instruction, matrix, move_camera, pinhole, pose, warp
 from lib.pictures import load_image, save_image
 from lib.questions import room_questions
+from lib.rendered import make_rendered
 from lib.rooms import EYE, SIZE, TrueRenderer, random_room, render, ring
-from lib.scene_depth import DEPTH_MODEL, depth_network, estimate_depth
-from lib.scenes import READERS, read_scene, scene_ids
+from lib.rows import build, load_jsonl, save_jsonl
+from lib.scans import make_depth, make_heldout, make_scans
+from lib.scene_depth import DEPTH_MODEL
+from lib.scenes import READERS
 from lib.transitions import ROOMS, SEEN, room_anchor, transitions
-from lib.triples import Rules, Summary, contact_sheet, write_triples
-from lib.world2vlm import balanced, records, room_detections, validated
+from lib.triples import Rules
+from lib.world2vlm import records, room_detections, write_motion_questions
 from policy import Policy, rollout
 from rewards import exact_match
 
@@ -74,36 +75,8 @@ FINE = [Motion(f"turn {side}", 15.0 * i) for side in ("left", "right") for i in 
     + [Motion(f"move {way}", round(0.1 * i, 1)) for way in ("left", "right", "forward") for i in range(1, 13)]
 # No step back: it shows what no view of the ring saw, and coverage refuses every one.
 TARGETS_PER_ROOM = 8
-SPLITS = ("train", "val", "test")
-SAMPLES = 12                                          # lines of a contact sheet
 MIN_COVERAGE, MIN_METERS, MIN_DEGREES = 0.85, 1.0, 30.0     # paper: of a target; between context cameras (layout apart)
 FREE = 1.3                                            # metres around the middle of a room where no furniture stands
-
-
-# ---- files ----------------------------------------------------------------------------------------------------
-
-def load_jsonl(path):
-    """Rows of a JSONL file as dicts, image paths made absolute. Stops with a sentence on a missing file or bad line."""
-    path, rows = Path(path), []
-    if not path.exists():
-        fail(f"{path} does not exist; `python data.py {path.name.split('_')[0]} --out {path.parent}` makes it")
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            fail(f"{path}, line {number} is not JSON; delete the file and make it again")
-        for key in ("context", "context_depth", "images", "target", "warp", "view"):
-            if key in row:
-                paths = row[key] if isinstance(row[key], list) else [row[key]]
-                paths = [str(path.parent / p) for p in paths]
-                row[key] = paths if isinstance(row[key], list) else paths[0]
-        rows.append(row)
-    return rows
-
-
-def save_jsonl(path, rows):
-    """Write all rows, or nothing."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ---- triples --------------------------------------------------------------------------------------------------
@@ -173,152 +146,7 @@ def stands_free(c2w):
     return np.hypot(*c2w[[0, 2], 3]) <= FREE
 
 
-# ---- triples of scans ------------------------------------------------------------------------------------------------
-
-def place_of(dataset, id):
-    """The place that a scan shows; all scans of a place stand on one side of the split (ScanNet: scene0000_01)."""
-    return id.rsplit("_", 1)[0] if dataset == "scannet" else id
-
-
-def split_of(dataset, id, listed):
-    """"train", "val" or "test" of a scan: as `listed` {id: split} says, else drawn by the name of its place, 5 % for
-    tests and 2 % for validation."""
-    draw = stable_seed("split", dataset, place_of(dataset, id)) % 100
-    return listed.get(id) or ("test" if draw < 5 else "val" if draw < 7 else "train")
-
-
-def scan_triples(id, dataset, root, out, seed, rules):
-    """Make all triples of one scan -> the file of its report {"rows", "counts", "skipped", "note", "error", ...}.
-
-    A scan that was finished under the same rules is not done again. A broken one is reported by a sentence ("error")
-    and tried again by the next run.
-    """
-    file = Path(out) / "scans" / dataset / f"{id.replace('/', '_')}.json"
-    asked = {"dataset": dataset, "id": id, "seed": seed, "rules": rules._asdict(), "version": 2}
-    if file.exists():
-        report = json.loads(file.read_text())
-        if asked.items() <= report.items() and not report["error"]:
-            return file
-    start, report = time.process_time(), asked | {"rows": [], "counts": {}, "skipped": {}, "note": "", "error": ""}
-    try:
-        scene = read_scene(dataset, root, id)
-        rows, counts = write_triples(scene, Path(out), stable_seed(seed, dataset, id), rules)
-        report |= {"rows": rows, "counts": dict(counts), "skipped": dict(scene.skipped), "note": scene.note}
-    except ValueError as error:
-        report["error"] = str(error)
-    write_text(file, json.dumps(report | {"cpu_seconds": round(time.process_time() - start, 2)}))
-    return file
-
-
-def make_scans(dataset, root, out, workers=None, seed=0, rules=Rules(), lists=None, limit=None):
-    """out/triples_{train,val,test}.jsonl, scans/ (one report each), summary.json and sheet.jpg of one dataset.
-
-    workers   processes; None: all cores.   lists   {"val": file, "test": file} with ids, one per line
-    limit     scans at most, evenly spread over the dataset
-    Stops with a sentence if `root` holds no scan. Whatever the workers, the files are the same.
-    """
-    out, listed = Path(out), {}
-    for split, file in (lists or {}).items():
-        if not Path(file).exists():
-            fail(f"{file} does not exist; --{split} names a file with the ids of its scans, one per line.")
-        listed |= dict.fromkeys(Path(file).read_text().split(), split)
-    ids = scenes_of(dataset, root)
-    if limit and limit < len(ids):
-        ids = [ids[i] for i in np.linspace(0, len(ids) - 1, limit).astype(int)]
-    job = partial(scan_triples, dataset=dataset, root=str(root), out=str(out), seed=seed, rules=rules)
-    with disk(out), Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        files = list(tqdm(pool.imap(job, ids), total=len(ids), desc=f"triples of {dataset}", unit="scan"))
-    # one report in memory at a time: the paper's dataset has half a million rows
-    parts = {split: out / f"triples_{split}.jsonl.partial" for split in SPLITS}
-    total, samples = Summary(), []
-    with contextlib.ExitStack() as stack:
-        lines = {split: stack.enter_context(part.open("w")) for split, part in parts.items()}
-        for file in files:
-            report = json.loads(file.read_text())
-            split = split_of(dataset, report["id"], listed)
-            lines[split].writelines(json.dumps(row) + "\n" for row in report["rows"])
-            total.add(report, split)
-            samples += report["rows"][:1 + SAMPLES // len(files)]
-    for part in parts.values():
-        part.replace(part.with_suffix(""))
-    write_json(out / "summary.json", total.as_dict())
-    say(total.text())
-    if samples:
-        contact_sheet(out, samples, out / "sheet.jpg")
-        say(f"Look at {out}/sheet.jpg: the last column is the target with every other square taken from the context; "
-            f"where edges break at the squares, depth or poses are wrong.")
-
-
-def make_depth(root, model):
-    """Depth maps and a scale for every DL3DV scene below `root`; a broken scene is named, and the rest goes on."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ids, refused = scenes_of("dl3dv", root), 0
-    try:
-        predict = depth_network(model, device)
-    except (OSError, ValueError) as error:
-        fail(f"The depth network {model} cannot be read ({str(error).splitlines()[0]}). Give --model a folder, or "
-             f"fetch it where there is a network.")
-    for id in tqdm(ids, desc="depth", unit="scene"):
-        try:
-            info = estimate_depth(root, id, model, predict=predict)
-            sentence = info["refused"] or f"a unit of its poses is {info['scale']:.4g} m"
-        except ValueError as error:
-            info, sentence = {"refused": True}, error
-        refused += bool(info["refused"])
-        tqdm.write(f"{id}: {sentence}")
-    say(f"{refused} scenes have no depth with a scale; their motions cannot be told in metres.")
-
-
-def scenes_of(dataset, root):
-    """`scene_ids`, or the end of the program with its sentence."""
-    try:
-        return scene_ids(dataset, root)
-    except ValueError as error:
-        fail(error)
-
-
-def make_heldout(sources, out, per_dataset=200, seed=0):
-    """out/triples_test.jsonl: `per_dataset` triples of each source's test scans, evenly spread over scans and motions.
-
-    sources   folders of `make_scans`. The paper's evaluation set is 200 of each of five datasets. Refuses, by a
-    sentence, a source whose test scans also stand among those to train on, and one with too few.
-    """
-    chosen = []
-    if not sources:
-        fail("There are no triples of scans in out/ yet: python data.py triples --dataset NAME --root DIR, or give "
-             "--sources FOLDER ...")
-    for source in map(Path, sources):
-        train, test = (load_jsonl(source / f"triples_{split}.jsonl") for split in ("train", "test"))
-        place = lambda row: (row["dataset"], place_of(row["dataset"], row["scene"].split("/", 1)[1]))       # noqa: E731
-        if shared := {place(row) for row in train} & {place(row) for row in test}:
-            fail(f"{source}: {len(shared)} places stand on both sides of the split, such as {min(shared)[1]}. Make its "
-                 f"triples again.")
-        if len(test) < per_dataset:
-            fail(f"{source} has {len(test)} triples of test scans and {per_dataset} are asked for: read more scans, or "
-                 f"give --per-dataset {len(test)}.")
-        by_scan, rng = {}, np.random.default_rng([19, seed])
-        for i in rng.permutation(len(test)):
-            by_scan.setdefault(test[i]["scene"], []).append(test[i])
-        turns = [row for round_ in zip_longest(*by_scan.values()) for row in round_ if row]
-        chosen += turns[:per_dataset]
-    chosen.sort(key=lambda row: (row["scene"], row["context"], row["reference"]))
-    Path(out).mkdir(parents=True, exist_ok=True)
-    relative = lambda place: os.path.relpath(place, out)                                                    # noqa: E731
-    save_jsonl(Path(out) / "triples_test.jsonl",
-               [{**row, "context": list(map(relative, row["context"])), "target": relative(row["target"]),
-                 "context_depth": list(map(relative, row["context_depth"])), "warp": relative(row["warp"])}
-                for row in chosen])
-    say(f"{out}/triples_test.jsonl: {len(chosen)} triples of {len({row['scene'] for row in chosen})} test scans")
-
-
 # ---- building -------------------------------------------------------------------------------------------------
-
-def build(title, make, seeds, out, threads):
-    """Run `make(seed, out)` for every room (or group of rooms) on `threads` processes, in order -> all rows."""
-    with disk(out), Pool(threads, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        per_room = list(tqdm(pool.imap(partial(make, out=out), seeds, chunksize=8), total=len(seeds), desc=title))
-    return [row for rows in per_room for row in rows]
-
 
 def folder_of(layout="ring", size=SIZE):
     """Where triples of a layout and size are kept: out/data, out/data-apart, out/data-64, out/data-apart-64."""
@@ -396,15 +224,8 @@ def make_world2vlm(out, teacher="truth", rooms=1000, held_out=(60, 240), threads
         else:
             make = partial(motion_questions, teacher=TrueRenderer())
             parts = build(title, make, [[seed] for seed in seeds], out, threads)
-        rows, faults = validated([row for part, _ in parts for row in part])
-        kept = balanced(rows, np.random.default_rng([23, first]))
-        save_jsonl(out / f"questions_{split}.jsonl", [
-            {"id": row["id"], "bench": "world2vlm", "images": row["images"], "question": row["prompt"], "options": [],
-             "answer": row["answer"], "category": row["task"], "kind": "na", "needs_view": None,
-             "weight": row["weight"], "scene": row["scene"]} for row in kept])
-        tasks, made = (Counter(row["task"] for row in part) for part in (kept, rows))
-        say(f"questions_{split}.jsonl: {len(kept)} questions about {count} rooms, balanced: "
-            + ", ".join(f"{task} {tasks[task]} of {made[task]}" for task in sorted(made)))
+        faults = write_motion_questions(out, split, [row for part, _ in parts for row in part], f"{count} rooms",
+                                        first)
         for left_out in (sum((dropped for _, dropped in parts), Counter()), faults):
             for reason, number in left_out.most_common():
                 say(f"  {number:6}  left out: {reason}")
@@ -474,6 +295,8 @@ def guessers_share(options, samples, at_most):
     return sum(math.comb(samples, k) * p**k * (1 - p)**(samples - k) for k in range(at_most + 1))
 
 
+# ---- rooms in the files of published benchmarks ---------------------------------------------------------------
+
 def make_mindcube(out, source):
     """Test questions in the files that MindCube publishes: raw/MindCube_tinybench.jsonl and other_all_image/.
 
@@ -492,6 +315,17 @@ def make_mindcube(out, source):
     say(f"{out}/raw/MindCube_tinybench.jsonl: {len(rows)} questions in MindCube's layout")
 
 
+def make_mmsi_video(out, rooms=40, threads=2):
+    """Clips of test rooms in the files that MMSI-Video-Bench publishes: mmsivideo.json and frames/ (lib/clips.py)."""
+    out, first = Path(out), FIRST_ROOM["test"]
+    records = build("mmsi_video", clip_questions, range(first, first + rooms), out, threads)
+    write_json(out / "mmsivideo.json", [{"id": f"question_{i:04}", **record} for i, record in enumerate(records)])
+    two = sum(len(record["frames_list"]) == 2 for record in records)
+    say(f"{out}/mmsivideo.json: {len(records)} questions in MMSI-Video-Bench's layout, {two} about two clips")
+
+
+# ---- command line ---------------------------------------------------------------------------------------------
+
 def ensure(folder, what=("triples", "questions", "mindcube"), threads=2):
     """Make what is missing of `what` in `folder`, and return the folder as a Path."""
     folder, (layout, size) = Path(folder), layout_of(folder)
@@ -507,9 +341,9 @@ def ensure(folder, what=("triples", "questions", "mindcube"), threads=2):
 def parse_args(argv=None):
     """The command line's flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="?", choices=["triples", "questions", "mindcube", "world2vlm", "depth", "quality",
-                                               "heldout", "corpus", "mine"],
-                   help="what to make (default: whatever of the first three is missing, of rooms)")
+    p.add_argument("what", nargs="?", choices=["triples", "questions", "mindcube", "mmsi_video", "world2vlm", "depth",
+                                               "quality", "heldout", "corpus", "mine"],
+                   help="what to make (default: what is missing of triples, questions and mindcube)")
     p.add_argument("--out", help="folder of the files (default: out/data, out/data-<layout>-<size> for other triples, "
                                  "out/world2vlm, out/<dataset>, out/heldout)")
     p.add_argument("--threads", type=int, help="processes (default: 2 for rooms, all cores for scans)")
@@ -519,10 +353,16 @@ def parse_args(argv=None):
     rooms = p.add_argument_group("rooms")
     rooms.add_argument("--layout", choices=list(LAYOUTS), default="ring", help="where the context cameras stand")
     rooms.add_argument("--rooms", type=int, help="rooms to train on (default 2000 for triples, 1500 for questions, "
-                                               "1000 for world2vlm)")
+                                               "1000 for world2vlm); rooms to ask about (40 for mmsi_video)")
     rooms.add_argument("--teacher", default="truth", help="world2vlm: truth, the true renderer; tuned, the newest of "
                        "out/wm and out/demo/wm; or a world model's folder. A trained one should come from `data.py "
                        "triples --layout fine`: it is asked for turns by 30 degrees, and never to step backward")
+    rendered = p.add_argument_group("world2vlm of frames rendered elsewhere, as by SVC or HY-WorldPlay")
+    rendered.add_argument("--rendered", metavar="DIR", help="folders of frames with their actions; "
+                          "lib/rendered.py tells the layout")
+    rendered.add_argument("--detector", help="folder or hub id of a GroundingDINO, such as "
+                          f"{real_views.DETECTOR}, that finds the boxes of D1 to D4 (default: only folders that bring "
+                          "boxes are asked about objects)")
     scans = p.add_argument_group("scans: python data.py triples --dataset scannet --root DIR")
     scans.add_argument("--dataset", choices=list(READERS), help="lib/scenes.py tells the layout that each has on disk")
     scans.add_argument("--root", help="folder of the dataset")
@@ -552,6 +392,8 @@ def parse_args(argv=None):
         p.error("--layout, --size and --dataset are of triples: python data.py triples --layout apart")
     if args.what != "world2vlm" and args.teacher != "truth":
         p.error("--teacher is of world2vlm: python data.py world2vlm --teacher tuned")
+    if args.rendered and (args.what != "world2vlm" or args.teacher != "truth") or args.detector and not args.rendered:
+        p.error("--rendered DIR is of world2vlm, without --teacher, and --detector goes with it")
     if bool(args.dataset or args.what in ("depth", "corpus")) != bool(args.root):
         p.error("--root DIR goes with triples --dataset NAME, with depth and with corpus --corpus NAME")
     if args.what == "corpus" and not args.corpus or args.what == "mine" and not (args.questions and args.policy):
@@ -560,7 +402,7 @@ def parse_args(argv=None):
     default = {"heldout": "out/heldout", "corpus": f"out/{args.corpus}", "mine": "out/mined",
                "world2vlm": "out/world2vlm"}.get(args.what, rooms)
     default = f"out/{args.dataset}" if args.dataset else default
-    args.out = args.out or default
+    args.out = args.out or ("out/rendered" if args.rendered else default)
     return args
 
 
@@ -572,8 +414,12 @@ def main(argv=None):
         ensure(args.out, threads=args.threads or 2)
     elif args.what == "mindcube":
         make_mindcube(Path(args.out) / "mindcube", Path(args.out) / "questions_test.jsonl")
+    elif args.what == "mmsi_video":
+        make_mmsi_video(Path(args.out) / "mmsi_video", threads=args.threads or 2, **rooms)
     elif args.what == "questions":
         make_questions(args.out, threads=args.threads or 2, **rooms)
+    elif args.rendered:
+        make_rendered(args.out, args.rendered, args.detector, threads=args.threads or 2)
     elif args.what == "world2vlm":
         teacher = args.teacher if args.teacher != "tuned" else str(newest(("wm",)) or "out/wm")
         if teacher != "truth":

@@ -110,7 +110,8 @@ def how_to_fetch(bench):
     repo, files = HUB[bench]
     archives = " ".join(name for name in files if name.endswith(".zip"))
     unpack = f", unpack {archives} there" if archives else ""
-    rooms = " Or try it on rooms: `python data.py mindcube` writes their questions that way." * (bench == "mindcube")
+    rooms = f" Or try it on rooms: `python data.py {bench}` writes their questions that way." * (
+        bench in ("mindcube", "mmsi_video"))
     return (f"Where there is a network, type: hf download {repo} {' '.join(files)} --repo-type dataset --local-dir "
             f"data/{bench}{unpack}, and give --data data/{bench}.{rooms}")
 

@@ -44,11 +44,22 @@ def brief(records, counted=None):
             "call_rate": float(np.mean([record["valid_calls"] > 0 for record in records])), "n": len(records)} | exact
 
 
+def gain_over(alone, records, counted=None):
+    """Accuracy beyond that of mode direct on the same questions -> {"difference", "ci95"}, paired: an interval of the
+    differences, drawing whole clusters.
+
+    alone     {key: "correct" in mode direct};  counted   as in `brief`
+    """
+    gain, scenes = [record["correct"] - alone[record["key"]] for record in records], [r["scene"] for r in records]
+    return {"difference": float(np.average(gain, weights=counted)), "ci95": interval(gain, scenes, counted)}
+
+
 def summarise(records, direct=None, truth=None):
     """Everything the table shows of one mode with one simulator.
 
-    direct   records of the same questions in mode direct: over_use, the share of questions on which the policy called
-             though it is right without
+    direct   records of the same questions in mode direct: "gain", overall and beside every part's accuracy (a level or
+             type of the bench, what needs a view), is `gain_over` them; over_use, the share of questions on which the
+             policy called though it is right without
     truth    and also records under forced use of the true view: under_use, the share on which it did not call though it
              is wrong without and right with the true view
     """
@@ -60,10 +71,14 @@ def summarise(records, direct=None, truth=None):
     total = {key: sum(record[key] for record in counted) / len(counted)
              for key in ("lenient", "valid_calls", "invalid_calls", "unreadable", "truncated", "seconds")}
     bench, categories = counted[0]["bench"], [record["category"] for record in counted]
-    summary = brief(counted, weights(bench, categories)) | total | {
-        "by_category": {c: brief([record for record in gold if c in record["groups"]])
+    alone = direct and {record["key"]: record["correct"] for record in direct}
+
+    def part_of(part, weighed=None):
+        return brief(part, weighed) | ({"gain": gain_over(alone, part, weighed)} if direct else {})
+    summary = part_of(counted, weights(bench, categories)) | total | {
+        "by_category": {c: part_of([record for record in gold if c in record["groups"]])
                         for c in sorted({group for record in gold for group in record["groups"]})},
-        "by_need": {title: brief(part) for title, need in STRATA.items()
+        "by_need": {title: part_of(part) for title, need in STRATA.items()
                     if (part := [record for record in counted if record["needs_view"] is need])},
         "letters": dict(sorted(Counter(record["answer"] or "none" for record in counted
                                        if record["kind"] == "mca").items())),
@@ -83,7 +98,6 @@ def summarise(records, direct=None, truth=None):
         summary["failures"] = dict(failures.most_common())
     called = {record["key"]: record["valid_calls"] > 0 for record in counted}
     if direct:
-        alone = {record["key"]: record["correct"] for record in direct}
         summary["over_use"] = float(np.mean([called[key] and alone[key] == 1 for key in called]))
     if direct and truth:
         shown = {record["key"]: record["correct"] for record in truth}

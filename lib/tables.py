@@ -4,28 +4,37 @@ from pathlib import Path
 
 
 def answers(runs, blind):
-    """The table: a row per part of the questions, a column per mode and simulator."""
+    """The table: a row per part of the questions, a column per mode and simulator; then the gain over mode direct."""
     width, titles = 26, [mode if mode == "direct" else f"{mode}, {name}" for mode, name in runs]
-    print("\n" + " " * 24 + "".join(f"{title:>{width}}" for title in titles))
+    summaries, parts = list(runs.values()), [("all", list(runs.values()))]
+    for group in ("by_need", "by_category"):
+        parts += [(part, [s[group].get(part) for s in summaries]) for part in summaries[0][group]]
+    wide = max(16, *(len(title) for title, _ in parts))                 # names of a bench's types are long
+    print("\n" + " " * (wide + 8) + "".join(f"{title:>{width}}" for title in titles))
 
     def shown(part):
         low, high = part["ci95"] if part else (0, 0)
         last = part.get("exact", part["call_rate"]) if part else 0
         return f"{part['accuracy']:.3f} [{low:.2f} {high:.2f}] {last:4.0%}" if part else "-"
-    summaries = list(runs.values())
-    parts = [("all", summaries)]
-    for group in ("by_need", "by_category"):
-        parts += [(part, [s[group].get(part) for s in summaries]) for part in summaries[0][group]]
     for title, cells in parts:
-        print(f"{title[:16]:16} n {cells[0]['n']:5}" + "".join(f"{shown(cell):>{width}}" for cell in cells))
+        print(f"{title:{wide}} n {cells[0]['n']:5}" + "".join(f"{shown(cell):>{width}}" for cell in cells))
     beside = "exact" if "exact" in summaries[0] else "lenient"
     for key in (beside, "valid_calls", "invalid_calls", "seconds", "over_use", "under_use"):
         if any(key in s for s in summaries):
             cells = [f"{s[key]:.3f}" if key in s else "-" for s in summaries]
-            print(f"{key:24}" + "".join(f"{cell:>{width}}" for cell in cells))
+            print(f"{key:{wide + 8}}" + "".join(f"{cell:>{width}}" for cell in cells))
     title = "mean reward [95 % interval] share of rewards of 1" if "exact" in summaries[0] else \
         "accuracy [95 % interval] share of questions with a call"
     print("; ".join([title, *(f"chance, {key} {value:.3f}" for key, value in blind.items() if value is not None)]))
+    gained = [k for k, s in enumerate(summaries) if "gain" in s]
+    if gained:
+        print("\naccuracy beyond direct on the same questions [95 % interval]")
+        print(" " * (wide + 8) + "".join(f"{titles[k]:>{width}}" for k in gained))
+        for title, cells in parts:
+            gains = [cells[k]["gain"] if cells[k] else None for k in gained]
+            told = ["{:+.3f} [{:+.2f} {:+.2f}]".format(gain["difference"], *gain["ci95"]) if gain else "-"
+                    for gain in gains]
+            print(f"{title:{wide}} n {cells[0]['n']:5}" + "".join(f"{cell:>{width}}" for cell in told))
     for (mode, name), s in runs.items():
         said = ", ".join(f"{key}: {n}" for key, n in s["counts"].items() if n)
         print(f"{mode}, {name}: {said}" if said else "", end="\n" if said else "")

@@ -9,7 +9,7 @@ programs of several motions, and motions longer than it can do, are chained: eac
     drift(simulator, [room_anchor(seed) for seed in range(20)], Motion("turn left", 20.0), 4, rng)     # error per step
 
 A program is a list of Motions of six kinds. Their names are the paper's words ("move left" is its SHIFT LEFT); it has
-none for up, down and looking. Not here yet: frames rendered elsewhere, a folder of them with its list of actions.
+none for up, down and looking. Frames that another program rendered become the same Transitions in lib/rendered.py.
 """
 
 from collections import Counter, defaultdict
@@ -118,6 +118,10 @@ class Transition(NamedTuple):
     agreement: float = 1.0      # of several imagined views of the same end, in (0, 1]
     room: int | None = None     # rooms only: its seed and the two poses
     poses: tuple | None = None
+    focal: float = 0.5          # in picture widths; 0.5 is 90 degrees wide
+    files: tuple | None = None  # frames rendered elsewhere only (lib/rendered.py): where the two pictures lie,
+    place: str = ""             # what no two splits may share,
+    detections: tuple | None = None     # and what was found in them: (objects of the source, of the target)
 
 
 def room_anchor(seed, size=SIZE):

@@ -266,7 +266,7 @@ def look(frames, k, views, counts, rules):
 # ---- for a person to judge -------------------------------------------------------------------------------------------
 
 class Summary:
-    """What came of many scans: add their reports (data.scan_triples) one by one, then read it or keep it as JSON."""
+    """What came of many scans: add their reports (lib/scans.py) one by one, then read it or keep it as JSON."""
 
     def __init__(self):
         self.splits, self.counts, self.skipped, self.motions, self.notes = (Counter() for _ in range(5))

@@ -25,9 +25,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.geometry import Motion, pinhole
+from lib.common import say
+from lib.geometry import Motion
 from lib.rooms import random_room, render
-from lib.transitions import MOVES, ROOMS, draw, end_pose, kinds_of
+from lib.rows import save_jsonl
+from lib.transitions import ROOMS, draw, end_pose, kinds_of
 
 TASKS = ("A1", "A2", "A3", "A4", "D1", "D2", "D3", "D4")
 INVERSE = ("A1", "A2", "A3", "D3")                    # the others are forward
@@ -55,6 +57,12 @@ def claim_text(program):
 def tidy(text):
     """Lower case, one space for each run of white space, and none of it, nor . , ; : ! ? " at the end."""
     return " ".join(text.lower().split()).rstrip('.,;:!?" ')
+
+
+def on_grid(motion):
+    """Whether its amount is a multiple of 0.1 m or 10 degrees."""
+    steps = motion.amount / GRID[motion.unit]
+    return abs(steps - round(steps)) < 1e-6
 
 
 NUMBER = r"(-?[0-9]+(?:\.[0-9]+)?)"
@@ -116,11 +124,17 @@ def image_detections(detector):
     source and at most once in the target is tracked. D4 needs two of a label: for it, give tracks of your own.
     """
     def detect(transition):
-        pair = [detector(transition.source), detector(transition.target)]
-        first, last = (Counter(label for label, _, _ in found) for found in pair)
-        return tuple([Detection(label, box, confidence, label if first[label] == 1 >= last[label] else None)
-                      for label, box, confidence in found] for found in pair)
+        return by_label([[Detection(*found, None) for found in detector(image)]
+                         for image in (transition.source, transition.target)])
     return detect
+
+
+def by_label(pair):
+    """(objects of the source, of the target), tracked where the label occurs once in the first and at most once in the
+    second; any tracks that they had are dropped."""
+    first, last = (Counter(detection.label for detection in found) for found in pair)
+    return tuple([detection._replace(track=detection.label if first[detection.label] == 1 >= last[detection.label]
+                                     else None) for detection in found] for found in pair)
 
 
 def share(detection, image):
@@ -184,7 +198,7 @@ def false_claim(program, rng, space):
     order       hard: the two actions in the other order
     direction   easy: one action goes the opposite way
     other       easy: another sequence of as many actions, with amounts of its own
-    returns     None if the program is not one of space.sequences
+    returns     None if the program is not one of space.sequences, or there is no other
     Drawn evenly from whichever of the four stay within the space. Each maps the space evenly onto itself, so that the
     words of false claims are distributed exactly like those of true ones: amounts move in a circle on their grid. The
     released claims go backward or to the right only where they are false.
@@ -208,17 +222,20 @@ def false_claim(program, rng, space):
     found["other"] = [draw(other, rng) for kinds, other in patterns.items()
                       if len(kinds) == len(program) and kinds != kinds_of(program)]
     found = {how: kept for how, claims in found.items() if (kept := [claim for claim in claims if within(claim)])}
+    if not found:
+        return None
     how = list(found)[rng.integers(len(found))]
     return found[how][rng.integers(len(found[how]))], how
 
 
-def blind_column(box, width, program):
+def blind_column(box, width, program, focal=0.5):
     """Where the words alone put a box after a program: the column of its middle, in picture widths from the centre.
 
     It is taken to belong to something 0.8 m large, which gives its distance. inf: behind the camera. A box may be in
-    any unit, `width` in the same one. Where this is right no picture is needed, so `balanced` asks as often where not.
+    any unit, `width` in the same one; `focal` is in picture widths. Where this is right no picture is needed, so
+    `balanced` asks as often where not.
     """
-    focal = pinhole(width)[0, 0]
+    focal = focal * width
     depth = 0.8 * focal / max(box[2] - box[0], box[3] - box[1], 1)
     point = np.array([((box[0] + box[2]) / 2 - width / 2) / focal * depth, 0, depth, 1])
     x, _, z, _ = np.linalg.inv(end_pose(np.eye(4), program)) @ point
@@ -278,14 +295,14 @@ def records(transition, rng, space=ROOMS, detect=None):
     if gone or stay:
         answer = ("yes" if rng.random() < 0.5 else "no") if gone and stay else "yes" if gone else "no"
         a, = best(gone if answer == "yes" else stay, rng)
-        add("D2", answer, answer, tenths(blind_column(a.box, width, program)), a.confidence, object=a.label,
-            box1=box_text(a.box, width, height))
+        add("D2", answer, answer, tenths(blind_column(a.box, width, program, transition.focal)), a.confidence,
+            object=a.label, box1=box_text(a.box, width, height))
     others = [(a, b) for a in starts for b in last
               if b.label == a.label and b.track not in (a.track, None) and clear(b, target)]
     for answer, candidates in (("yes", pairs), ("no", others)):
         if candidates:
             a, b = best(candidates, rng)
-            off = (b.box[0] + b.box[2]) / 2 / width - 0.5 - blind_column(a.box, width, program)
+            off = (b.box[0] + b.box[2]) / 2 / width - 0.5 - blind_column(a.box, width, program, transition.focal)
             add("D4", answer, answer, tenths(abs(off)), a.confidence * b.confidence,
                 "label" if answer == "no" else None, object=a.label, box1=box_text(a.box, width, height),
                 box2=box_text(b.box, width, height))
@@ -310,8 +327,7 @@ def validate(record):
         return "a placeholder is left in the prompt"
     if not 0 < record["weight"] <= 1:
         return "the weight is not in (0, 1]"
-    amounts = [(value, GRID["meters" if kind in MOVES else "degrees"]) for kind, value in program]
-    if not program or any(value <= 0 or abs(value / step - round(value / step)) > 1e-6 for value, step in amounts):
+    if not program or any(value <= 0 or not on_grid(Motion(kind, value)) for kind, value in program):
         return "an amount is not on the grid"
     for box in BOX.findall(record["prompt"]) + (BOX.findall(answer) if task == "D1" else []):
         x1, y1, x2, y2 = map(float, box)
@@ -358,3 +374,23 @@ def balanced(rows, rng):
         level = min(map(len, labels.values()))
         kept += [row for same in labels.values() for row in same[:level]]
     return [kept[i] for i in rng.permutation(len(kept))]
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def write_motion_questions(out, split, rows, about, seed):
+    """out/questions_<split>.jsonl: what is valid of World2VLM's records, balanced -> Counter of the faults of others.
+
+    rows    of `records`, with paths below `out` for pictures, and "scene" or "cluster": what they are about
+    about   in words, for the line that says how many there are
+    """
+    rows, faults = validated(rows)
+    kept = balanced(rows, np.random.default_rng([23, seed]))
+    save_jsonl(out / f"questions_{split}.jsonl", [
+        {"id": row["id"], "bench": "world2vlm", "images": row["images"], "question": row["prompt"], "options": [],
+         "answer": row["answer"], "category": row["task"], "kind": "na", "needs_view": None, "weight": row["weight"],
+         **{key: row[key] for key in ("scene", "cluster") if key in row}} for row in kept])
+    tasks, made = (Counter(row["task"] for row in part) for part in (kept, rows))
+    say(f"questions_{split}.jsonl: {len(kept)} questions about {about}, balanced: "
+        + ", ".join(f"{task} {tasks[task]} of {made[task]}" for task in sorted(made)))
+    return faults

@@ -11,6 +11,7 @@ from lib import questions
 from lib.geometry import Motion, decompose, dominant_motion, instruction, move_camera
 from lib.pictures import load_image
 from lib.rooms import TrueRenderer, random_room, render
+from lib.rows import SPLITS
 from lib.world2vlm import TASKS
 from rewards import world2vlm
 
@@ -237,7 +238,7 @@ def motions(tmp_path_factory):
 def test_world2vlm_s_questions_are_complete_and_true(motions, made):
     """Pictures are what the cameras of "scene" see, every answer earns full reward, splits share no room."""
     rooms, others = {}, {row["room"] for row in data.load_jsonl(made / "triples_train.jsonl")}
-    for split in data.SPLITS:
+    for split in SPLITS:
         rows = data.load_jsonl(motions / f"questions_{split}.jsonl")
         rooms[split] = {row["scene"]["room"] for row in rows}
         assert rows and len({row["id"] for row in rows}) == len(rows)
@@ -265,7 +266,7 @@ def test_world2vlm_s_labels_are_balanced_over_the_whole_split(motions):
 
 def test_world2vlm_s_files_are_the_same_again(motions, tmp_path):
     data.make_world2vlm(tmp_path, rooms=10, held_out=(3, 3), threads=1)
-    for split in data.SPLITS:
+    for split in SPLITS:
         assert (tmp_path / f"questions_{split}.jsonl").read_bytes() == (motions / f"questions_{split}.jsonl").read_bytes()
 
 
