@@ -14,16 +14,16 @@ Out, in out/eval/<bench>/: results.json; report.html, every question as a dialog
 per category (the paper's Figure 3); predictions.jsonl, from which a killed run continues, and views/, what was imagined
 (lib/predictions.py). Of --bench wm: results.json, report.html, views/, dose.png (commanded against recovered motion).
 
-Modes: direct has no tool; forced must imagine before it answers; agentic is free to. Decoding is greedy. A question
-whose images cannot be read is counted as wrong and reported, a duplicate id is asked again and reported: nothing leaves
-the denominator but a question without a gold answer. lib/scores.py makes the numbers, lib/diagnosis.py says in rooms
-why an answer is right or wrong.
+Modes: direct has no tool; forced must imagine before it answers; agentic is free to. search and gate are baselines that
+need no training (lib/search.py): a beam search over imagined views, a vote on whether to imagine. Decoding is greedy. A
+question whose images cannot be read is counted as wrong and reported, a duplicate id is asked again and reported:
+nothing leaves the denominator but a question without a gold answer. Beside the accuracy stands what a question took:
+views, turns of the policy, tokens, seconds. lib/scores.py makes the numbers, lib/diagnosis.py says in rooms why an
+answer is right or wrong.
 """
 
 import argparse
 import hashlib
-import json
-import re
 import time
 from functools import partial
 from pathlib import Path
@@ -34,11 +34,11 @@ from tqdm import tqdm
 
 import data
 import rewards
-from lib import common, consistency, predictions, real_views, report, simulators, tables
+from lib import common, consistency, predictions, real_views, report, search, simulators, tables
 from lib.benchmarks import BENCHES, error_group, groups, lenient, load, open_image, prompt, reply, score
 from lib.clients import RemotePolicy, converse, shown, words
 from lib.diagnosis import diagnose, tally
-from lib.dialogue import Trajectory
+from lib.dialogue import NOTE, Trajectory
 from lib.endpoint import RemoteError
 from lib.geometry import Motion, Query, instruction, move_camera
 from lib.pictures import save_image
@@ -55,7 +55,7 @@ CALIBRATED = 40                 # triples on which the metrics of --bench wm are
 # ---- asking ---------------------------------------------------------------------------------------------------------
 
 def evaluate_policy(policy, questions, simulator=None, mode="agentic", name="tuned", seed=0, batch=64,
-                    max_new_tokens=256, done=(), share=(0, 1), on_batch=None):
+                    max_new_tokens=256, done=(), share=(0, 1), on_batch=None, primitives="mindjourney"):
     """Ask every question once, greedily, in one mode -> records, in the order of the questions.
 
     simulator   anything with imagine(queries), or None; unused in mode "direct". `name` is what the records call it
@@ -63,6 +63,7 @@ def evaluate_policy(policy, questions, simulator=None, mode="agentic", name="tun
     done        keys (lib/predictions.keyed) that need not be asked
     share       (rank, size): this process asks every size-th of the others, from number `rank` on
     on_batch    told (records, trajectories) of every batch; a question that could not be asked has None for the latter
+    primitives  modes search and gate: of search.SPACES
     returns     [{"key", "mode", "simulator", "answer": letter read or None, "gold", "correct", "calls", "turns", …}]
     """
     simulator, name = (None, "none") if mode == "direct" else (simulator, name)
@@ -74,7 +75,7 @@ def evaluate_policy(policy, questions, simulator=None, mode="agentic", name="tun
         loaded = [load_images(question) for _, question in part]
         asked = [{**question, "images": images, "prompt": official_prompt(question, mode)}
                  for (_, question), (images, error) in zip(part, loaded) if not error]
-        trajectories, stopped = ask(policy, asked, simulator, mode, seed, batch, max_new_tokens)
+        trajectories, stopped = ask(policy, asked, simulator, mode, seed, batch, max_new_tokens, primitives)
         trajectories = iter(trajectories)
         told = [RemoteError(error) if error else next(trajectories) for _, error in loaded]
         seconds = round((time.time() - clock) / len(part), 4)
@@ -91,12 +92,15 @@ def evaluate_policy(policy, questions, simulator=None, mode="agentic", name="tun
     return records
 
 
-def ask(policy, questions, simulator, mode, seed, batch, max_new_tokens):
+def ask(policy, questions, simulator, mode, seed, batch, max_new_tokens, primitives):
     """-> a Trajectory per question, or a RemoteError in its place; and the RemoteError that stopped it, or None."""
-    if not isinstance(policy, RemotePolicy):
+    if not isinstance(policy, RemotePolicy) and mode in NOTE:
         return (rollout(policy, questions, simulator, mode, temperature=0, seed=seed, rows=batch,
                         max_new_tokens=max_new_tokens) if questions else []), None
     try:
+        if mode in search.METHODS:
+            return search.METHODS[mode](policy, questions, simulator, seed, search.SPACES[primitives], max_new_tokens,
+                                        batch), None
         return converse(policy, questions, simulator, mode, seed), None
     except RemoteError as error:                            # a server is down: what is complete is kept
         return error.results, error
@@ -132,7 +136,8 @@ def record_of(key, question, trajectory, error, more):
             **verdict(question, t), "well_formed": t.well_formed, "valid_calls": t.valid_calls,
             "invalid_calls": t.invalid_calls, "unreadable": t.unreadable, "truncated": t.truncated,
             "calls": [call for call in t.provenance if call], "turns": t.turns, "replies": t.replies, "error": error,
-            "missing_images": question.get("missing_images", 0), "diagnosis": trajectory and diagnose(question, t)}
+            "missing_images": question.get("missing_images", 0), "cost": search.cost_of(t),
+            "diagnosis": trajectory and diagnose(question, t)}
 
 
 def verdict(question, t):
@@ -343,7 +348,7 @@ def load_questions(args):
         file = Path(args.data or "out/world2vlm") / "questions_test.jsonl"
         return data.load_jsonl(common.need(file, "python data.py world2vlm"))[:args.limit], None
     if args.bench != "rooms":
-        ours = ["out/data/mindcube", "out/demo/data/mindcube"] if args.bench == "mindcube" else []   # rooms in disguise
+        ours = [f"{folder}/{args.bench}" for folder in ("out/data", "out/demo/data")]       # rooms in disguise
         place = args.data or next((place for place in [f"data/{args.bench}", *ours] if Path(place).exists()), None)
         questions = load(args.bench, place, args.frames)
         common.say(f"{args.bench}: {len(questions)} questions of {place or f'data/{args.bench}'}")
@@ -360,7 +365,10 @@ def parse_args(argv=None):
     """The command line's flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--bench", choices=(*BENCHES, "world2vlm", "wm"), default="rooms")
-    p.add_argument("--mode", choices=(*MODES, "all"), default="all", help="world2vlm: direct alone")
+    p.add_argument("--mode", choices=(*MODES, *search.METHODS, "all"), default="all",
+                   help=f"all (default): {', '.join(MODES)}; search, gate: the baselines; world2vlm: direct alone")
+    p.add_argument("--primitives", choices=list(search.SPACES), help="search, gate: what the camera may do. rooms: as "
+                   "the tiny simulator was trained (default of --bench rooms), mindjourney: the published steps")
     p.add_argument("--policy", help="folder or hub id (default: the first of phase2, phase1, sft in out/, out/demo/)")
     p.add_argument("--policy-url", help="instead: an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; its "
                    "key, if it needs one, is read from OPENAI_API_KEY")
@@ -392,6 +400,7 @@ def parse_args(argv=None):
     twin = ["untuned"] if args.bench == "wm" and common.newest(("wm-untuned",)) else []
     args.simulator = args.simulator or ["tuned", *twin]
     args.out = args.out or f"out/eval/{args.bench}"
+    args.primitives = args.primitives or ("rooms" if args.bench == "rooms" else "mindjourney")
     args.max_new_tokens = args.max_new_tokens or (4096 if args.policy_url else 256)
     if bool(args.policy_url) != bool(args.model) or (args.policy_url and args.policy):
         p.error("--policy-url and --model go together, and without --policy")
@@ -432,6 +441,8 @@ def main(argv=None):
            "max_new_tokens": args.max_new_tokens, "frames": args.frames}
     asked = {(mode, name): "none" if mode == "direct" else fingerprint(name, args.wm)
              for mode in modes for name in (args.simulator if mode != "direct" else ["none"])}
+    if args.mode in search.METHODS:                         # other primitives, other answers
+        asked = {pair: f"{source}, {args.primitives}" for pair, source in asked.items()}
     if common.is_main():
         predictions.gather(out)
     common.wait_for_all()
@@ -446,7 +457,7 @@ def main(argv=None):
             predictions.append(out, world, [{**record, **run, "weights": source} for record in new])
         try:
             evaluate_policy(policy, questions, simulator, mode, name, args.seed, args.batch, args.max_new_tokens,
-                            before, (world.rank, world.size), keep)
+                            before, (world.rank, world.size), keep, args.primitives)
         except KeyboardInterrupt:
             common.say(f"Stopped. The answers so far are in {out}; the same command goes on from there.")
             raise SystemExit(130) from None
@@ -456,22 +467,31 @@ def main(argv=None):
     if common.is_main():
         predictions.gather(out)
         records = {pair: predictions.answered(out, run, pair[0], source, questions) for pair, source in asked.items()}
-        conclude(args, str(path), questions, training, records)
+        conclude(args, str(path), questions, training, records, search.way_of(policy))
 
 
-def conclude(args, path, questions, training, records):
-    """The table, results.json, workflow.png and report.html of {(mode, simulator): {key: record}}."""
+def conclude(args, path, questions, training, records, way):
+    """The table, results.json, workflow.png and report.html of {(mode, simulator): {key: record}}.
+
+    way   how modes search and gate judged (search.way_of)
+    """
     out, rows = Path(args.out), {pair: list(answered.values()) for pair, answered in records.items()}
     direct, truth, first_name = rows.get(("direct", "none")), rows.get(("forced", "truth")), args.simulator[0]
     runs = {pair: summarise(told, None if pair[0] == "direct" else direct, truth) for pair, told in rows.items()}
+    runs = {pair: summary | {"cost": search.mean_cost(rows[pair])} for pair, summary in runs.items()}
     blind = {"guessing": chance(questions), "text_only": training and text_only_chance(training, questions)}
     tables.answers(runs, blind)
+    for (mode, name), s in runs.items():
+        took = ", ".join(f"{key.replace('_', ' ')} {value:,.1f}" for key, value in s["cost"].items())
+        print(f"{mode}, {name}, per question: {took}")
     first = {mode: summary for (mode, name), summary in runs.items() if name in ("none", first_name)}
     causes = {pair: found for pair, told in rows.items() if (found := tally(told))}
     results = {"bench": args.bench, "policy": path, "n": len(questions), "chance": blind["guessing"],
                "text_only_chance": blind["text_only"], "modes": first,
                "simulators": {name: {m: s for (m, n), s in runs.items() if n == name} for _, name in runs},
                "diagnosis": {mode: {n: found for (m, n), found in causes.items() if m == mode} for mode, _ in causes}}
+    if args.mode in search.METHODS:
+        results["search"] = {"judged_by": way, "primitives": args.primitives}
     if direct and first_name != "none" and "agentic" in first:
         pair = rows["agentic", first_name], direct
         results["agentic_minus_direct"] = {"all": paired_bootstrap(*pair)}
