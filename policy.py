@@ -10,11 +10,11 @@ turns are written for many dialogues at once, in lib/rollout.py.
 """
 
 import argparse
-import functools
 import json
 import math
 import re
 import shutil
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,7 +60,7 @@ class Policy:
         self.banned[tokenizer.eos_token_id] = False
         self.banned = self.banned.to(self.device)
         self.pad_id = model.config.image_token_id
-        self.tokens = functools.lru_cache(20_000)(lambda text: tokenizer.encode(text, add_special_tokens=False))
+        self.tokens = lru_cache(20_000)(lambda text: tokenizer.encode(text, add_special_tokens=False))
 
     @classmethod
     def tiny(cls, seed=0, width=128, depth=4, heads=4, kv_heads=2, mlp=384, vision_width=128, vision_depth=2,
@@ -345,11 +345,12 @@ def shared_attention(module, query, key, value, mask, scaling=None, **options):
            itself causally. A mask as long as the query, or none, is the ordinary case
     The arithmetic is that of separate rows: no cell is compared with another branch's.
     """
+    attend = partial(sdpa_attention_forward, module, scaling=scaling, **options)    # -> (R, cells, heads, head dim), None
     if mask is None or mask.shape[2] == query.shape[2]:
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
-    (rows, branches, rest, seen), heads = mask.shape, query.shape[1]
-    prompt, shares = seen - rest, dict(scale=scaling, enable_gqa=heads != key.shape[1])
-    first = F.scaled_dot_product_attention(*(x[:, :, :prompt] for x in (query, key, value)), is_causal=True, **shares)
+        return attend(query, key, value, mask)
+    rows, branches, rest, seen = mask.shape
+    prompt = seen - rest
+    first, _ = attend(*(x[:, :, :prompt] for x in (query, key, value)), None)                       # None: causal
 
     def of_branch(x):                                   # -> (R, branches, heads, rest, head dim)
         return x[:, :, prompt:].unflatten(2, (branches, rest)).transpose(1, 2)
@@ -357,10 +358,9 @@ def shared_attention(module, query, key, value, mask, scaling=None, **options):
     def with_prompt(x):                                 # -> (R * branches, kv heads, prompt + rest, head dim)
         again = x[:, None, :, :prompt].expand(-1, branches, -1, -1, -1)
         return torch.cat([again, of_branch(x)], 3).flatten(0, 1)
-    then = F.scaled_dot_product_attention(of_branch(query).flatten(0, 1), with_prompt(key), with_prompt(value),
-                                          mask.flatten(0, 1)[:, None], **shares)
-    then = then.unflatten(0, (rows, branches)).transpose(1, 2).flatten(2, 3)
-    return torch.cat([first, then], 2).transpose(1, 2).contiguous(), None              # (R, C, heads, head dim)
+    then, _ = attend(of_branch(query).flatten(0, 1), with_prompt(key), with_prompt(value),
+                     mask.flatten(0, 1)[:, None])
+    return torch.cat([first, then.unflatten(0, (rows, branches)).flatten(1, 2)], 1), None
 
 
 AttentionInterface.register("shared_attention", shared_attention)

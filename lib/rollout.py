@@ -88,8 +88,9 @@ class Writer:
         text, device, n = self.policy.model.model.language_model, self.policy.device, len(tokens)
         tokens, slots, positions = tokens.to(device), slots[:, None].to(device), positions.to(device)
         self.cache.aim(slots)
-        mask = torch.arange(self.cache.seen, device=device) <= slots[..., None, None]           # (n, 1, 1, seen)
         x = text.embed_tokens(tokens)                                                           # (n, width)
+        mask = torch.arange(self.cache.seen, device=device) <= slots[..., None, None]           # (n, 1, 1, seen)
+        mask = mask.to(x.dtype).log()                                   # 0 or -inf, what SDPA would make of it per layer
         cos, sin = text.rotary_emb(x, positions.expand(3, 1, -1))       # text: one number for time, row and column
         cos, sin = cos[0, :, None], sin[0, :, None]                                             # (n, 1, head dim)
         for number, layer in enumerate(text.layers):
