@@ -392,8 +392,9 @@ def parse_args(argv=None):
         p.error("--layout, --size and --dataset are of triples: python data.py triples --layout apart")
     if args.what != "world2vlm" and args.teacher != "truth":
         p.error("--teacher is of world2vlm: python data.py world2vlm --teacher tuned")
-    if args.rendered and (args.what != "world2vlm" or args.teacher != "truth") or args.detector and not args.rendered:
-        p.error("--rendered DIR is of world2vlm, without --teacher, and --detector goes with it")
+    if args.rendered and (args.what != "world2vlm" or args.teacher != "truth") or args.detector and not args.rendered \
+            or args.rendered and args.rooms:
+        p.error("--rendered DIR is of world2vlm, without --teacher and --rooms, and --detector goes with it")
     if bool(args.dataset or args.what in ("depth", "corpus")) != bool(args.root):
         p.error("--root DIR goes with triples --dataset NAME, with depth and with corpus --corpus NAME")
     if args.what == "corpus" and not args.corpus or args.what == "mine" and not (args.questions and args.policy):

@@ -368,8 +368,9 @@ def parse_args(argv=None):
     p.add_argument("--mode", choices=(*MODES, *search.METHODS, "all"), default="all",
                    help=f"all (default): {', '.join(MODES)}; search, gate: the baselines; world2vlm: direct alone")
     p.add_argument("--primitives", choices=list(search.SPACES), help="search, gate: what the camera may do. rooms: as "
-                   "the tiny simulator was trained (default of --bench rooms), mindjourney: the published steps")
-    p.add_argument("--policy", help="folder or hub id (default: the first of phase2, phase1, sft in out/, out/demo/)")
+                   "the tiny simulator was trained (default of --bench rooms and of the tiny policy), mindjourney: the "
+                   "published steps")
+    p.add_argument("--policy", help="folder or hub id (default: the newest of phase2, phase1, sft in out/, out/demo/)")
     p.add_argument("--policy-url", help="instead: an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; its "
                    "key, if it needs one, is read from OPENAI_API_KEY")
     p.add_argument("--model", help="--policy-url: the model's name there")
@@ -394,13 +395,13 @@ def parse_args(argv=None):
     p.add_argument("--max-new-tokens", type=int, help="per turn of the policy (default: 256; --policy-url: 4096, since "
                    "hidden reasoning counts)")
     p.add_argument("--seed", type=int, default=0, help="of the simulator's noise (decoding is greedy)")
-    p.add_argument("--batch", type=int, default=64, help="questions at once: memory and speed only")
+    p.add_argument("--batch", type=int, default=64, help="questions at once: memory and speed only (search, gate: 4 "
+                   "or so for an 8B policy that reads sheets of many views)")
     p.add_argument("--threads", type=int, help="CPU threads")
     args = p.parse_args(argv)
     twin = ["untuned"] if args.bench == "wm" and common.newest(("wm-untuned",)) else []
     args.simulator = args.simulator or ["tuned", *twin]
     args.out = args.out or f"out/eval/{args.bench}"
-    args.primitives = args.primitives or ("rooms" if args.bench == "rooms" else "mindjourney")
     args.max_new_tokens = args.max_new_tokens or (4096 if args.policy_url else 256)
     if bool(args.policy_url) != bool(args.model) or (args.policy_url and args.policy):
         p.error("--policy-url and --model go together, and without --policy")
@@ -441,6 +442,8 @@ def main(argv=None):
            "max_new_tokens": args.max_new_tokens, "frames": args.frames}
     asked = {(mode, name): "none" if mode == "direct" else fingerprint(name, args.wm)
              for mode in modes for name in (args.simulator if mode != "direct" else ["none"])}
+    tiny = args.bench == "rooms" or search.way_of(policy) == "confidence"
+    args.primitives = args.primitives or ("rooms" if tiny else "mindjourney")
     if args.mode in search.METHODS:                         # other primitives, other answers
         asked = {pair: f"{source}, {args.primitives}" for pair, source in asked.items()}
     if common.is_main():

@@ -5,9 +5,9 @@ What the policy's evidence rests on: reward ablations and simulators swapped, as
   python evidence_policy.py                              run what is missing, one after the other; stopped, it goes on
   python evidence_policy.py --only "two-phase*" --seeds 0 1 2     some rows, three seeds of the training each
 
-Rows start from the demo's cold start and imagine with its simulator (`make demo` comes first), learn for the same
-number of steps, and answer the held-out questions: rooms that nothing was trained on. Rows that forbid the tool or
-force it say so. Differences are on the same questions, seeds averaged.
+Rows start from the demo's cold start and imagine with its simulator (`make demo` comes first: out/demo), learn for the
+same number of steps, and answer the held-out questions: rooms that nothing was trained on. Rows that forbid the tool
+or force it say so. Differences are on the same questions, seeds averaged.
 
 Out, in out/evidence/policy/: <row>-s<seed>/{1, 2: the policy after each stage; asked/: its answers; result.json},
 table.md.
@@ -36,6 +36,7 @@ class Run(NamedTuple):
     of: str = ""
 
 
+DEMO = "out/demo"
 TWO = ("--phase 1 --steps 12", "--phase 2 --steps 60")
 SWAP = ("none", "untuned", "tuned", "reprojection", "truth")
 RUNS = [
@@ -57,17 +58,22 @@ RUNS = [
 
 def commands(run, seed, out):
     """What makes a row, one stage after the other: [(script, flags)]; the last asks the held-out questions."""
-    place, policy = out / f"{run.name}-s{seed}", common.newest(("sft",)) or Path("out/demo/sft")
-    if run.of:
-        policy = out / f"{run.of}-s{seed}" / str(len(next(row for row in RUNS if row.name == run.of).stages))
-    made = []
+    place, policy, made = out / f"{run.name}-s{seed}", learned(run, seed, out), []
+    given = ["--wm", f"{DEMO}/wm", "--data", f"{DEMO}/data", "--threads", "1"]
     for number, flags in enumerate(run.stages, 1):
-        made.append(("train_rl.py", [*flags.split(), "--policy", str(policy), "--seed", str(seed),
-                                     "--eval-every", "0", "--threads", "1", "--out", str(place / str(number))]))
+        made.append(("train_rl.py", [*flags.split(), "--policy", str(policy), "--seed", str(seed), "--eval-every", "0",
+                                     *given, "--out", str(place / str(number))]))
         policy = place / str(number)
     simulator = str(out.parent / "ring-untuned-s0") if run.simulator == "untuned" else run.simulator
     return [*made, ("evaluate.py", ["--mode", run.mode, "--simulator", simulator, "--policy", str(policy),
-                                    "--no-report", "--threads", "1", "--out", str(place / "asked")])]
+                                    "--no-report", *given, "--out", str(place / "asked")])]
+
+
+def learned(run, seed, out):
+    """The policy that a row begins with: the demo's cold start, or where the row `of` ended."""
+    if not run.of:
+        return f"{DEMO}/sft"
+    return out / f"{run.of}-s{seed}" / str(len(next(row for row in RUNS if row.name == run.of).stages))
 
 
 def finish(run, seed, out):
@@ -144,8 +150,11 @@ def main(argv=None):
             print(f"{run.name}-s{seed}".ljust(32) + ("done  " if done else "      ") + "; ".join(
                 " ".join([script, *flags]) for script, flags in commands(run, seed, out)))
         return
-    common.need(common.newest(("sft",)) or "out/demo/sft", "make demo")
-    common.need(common.newest(("wm",)) or "out/demo/wm", "make demo")
+    for stage in ("sft", "wm"):
+        common.need(f"{DEMO}/{stage}", "make demo")
+    for run, seed in jobs:
+        if run.of and run.of not in {row.name for row in named}:
+            common.need(str(learned(run, seed, out)), f"python evidence_policy.py --only {run.of} --seeds {seed}")
     if any(run.simulator == "untuned" for run in named):
         common.need(out.parent / "ring-untuned-s0", "python evidence.py --only ring-untuned")
     signal.signal(signal.SIGTERM, signal.default_int_handler)

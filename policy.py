@@ -302,6 +302,7 @@ def collate(policy, trajectories, share=False):
     sharing = {}
     for number, t in enumerate(trajectories):
         sharing.setdefault(prompt_of(t) if share else number, []).append(number)
+    share = share and len(sharing) < len(trajectories)      # a dialogue alone is an ordinary row, without a mask
     groups = [[trajectories[number] for number in numbers] for numbers in sharing.values()]
     starts = [group[0].loss_mask.index(1) if share else len(group[0].ids) for group in groups]
     prompt = max(starts)                                                            # cells of the prompts' column
@@ -345,7 +346,7 @@ def shared_attention(module, query, key, value, mask, scaling=None, **options):
            itself causally. A mask as long as the query, or none, is the ordinary case
     The arithmetic is that of separate rows: no cell is compared with another branch's.
     """
-    attend = partial(sdpa_attention_forward, module, scaling=scaling, **options)    # -> (R, cells, heads, head dim), None
+    attend = partial(sdpa_attention_forward, module, scaling=scaling, **options)    # -> (R, cells, heads, width), None
     if mask is None or mask.shape[2] == query.shape[2]:
         return attend(query, key, value, mask)
     rows, branches, rest, seen = mask.shape

@@ -435,6 +435,9 @@ def main(argv=None):
     held_out = [held_out[place] for place in chosen]
     if args.questions < world.size:
         common.fail(f"--questions {args.questions} leaves some of {world.size} ranks without a question.")
+    if args.eval_every and len(held_out) < world.size:
+        common.fail(f"{len(held_out)} held-out questions leave some of {world.size} ranks without one: give "
+                    f"--eval-questions {world.size} or more, or --eval-every 0.")
     if args.curriculum == "variance" and args.questions > len(train):
         common.fail(f"--curriculum variance asks no question twice in a step: there are {len(train)}, --questions asks "
                     f"for {args.questions}.")

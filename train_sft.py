@@ -79,8 +79,8 @@ PRESETS = {
 }
 OF_TASK = {                                           # defaults of flags that only one task has, or has otherwise
     "cold": dict(data="out/data", out="out/sft", lessons="all", see_steps=350),
-    "world2vlm": dict(data="out/world2vlm", out="out/w2v", lambda_inv=1.0, lambda_fwd=1.0, lora=0, dropout=0.0,
-                      eval_questions=200),
+    "world2vlm": dict(data="out/world2vlm", out="out/w2v", tasks=list(TASKS), lambda_inv=1.0, lambda_fwd=1.0,
+                      lora=0, dropout=0.0, eval_questions=200),
 }
 NEUTRAL = ("threads", "save_every", "micro_batch", "gradient_checkpointing")
 
@@ -106,6 +106,8 @@ def parse_args(argv=None):
                                                                "never imagines")
     cold.add_argument("--see-steps", type=int, help="updates of the vision tower, 128 images each (default 350)")
     w2v = p.add_argument_group("world2vlm")
+    w2v.add_argument("--tasks", nargs="+", choices=TASKS, help="only these, such as A2 first: a tiny policy learns to "
+                     "compare two pictures in minutes from turns, and hardly from all tasks at once (default: all)")
     w2v.add_argument("--lambda-inv", type=float, help="of the inverse questions (default 1; 0: none are asked)")
     w2v.add_argument("--lambda-fwd", type=float, help="of the forward questions (default 1; 0: none are asked)")
     w2v.add_argument("--lora", type=int, help="train adapters of this rank, alpha twice that (tiny: 0, all weights)")
@@ -295,21 +297,28 @@ def shares(rows, lambdas):
             for row in rows for inverse in [row["category"] in INVERSE]]
 
 
-def answered(policy, row):
-    """The dialogue in which the true answer to a question is given at once."""
+def seen(policy, rows):
+    """{(number, path): what the frozen tower makes of it} of all pictures: to look each time takes half of a step."""
+    pairs = list(dict.fromkeys(pair for row in rows for pair in enumerate(row["images"], 1)))
+    return dict(zip(pairs, policy.encode([(number, load_image(path)) for number, path in pairs])))
+
+
+def answered(policy, row, features=None):
+    """The dialogue in which the true answer to a question is given at once; features   of `seen`, if it was called."""
     dialogue = Trajectory.start(policy, row, [load_image(path) for path in row["images"]], "direct")
     dialogue.say(policy, f"<think></think><answer>{row['answer']}</answer>")
+    dialogue.features = [features[pair] for pair in enumerate(row["images"], 1)] if features else []
     return dialogue
 
 
-def answers_of_step(policy, rows, args, step, world):
+def answers_of_step(policy, rows, features, args, step, world):
     """This rank's share of the answers of one step in micro-batches, each with "share", "weight" and "inverse" (B,).
 
     And 1, what the loss has to be divided by: the shares are of all ranks already.
     """
     asked = rows_of_step(rows, args.batch, step, args.seed)
     counts = shares(asked, {True: args.lambda_inv, False: args.lambda_fwd})
-    mine = [(answered(policy, row), share, row["weight"], row["category"] in INVERSE)
+    mine = [(answered(policy, row, features), share, row["weight"], row["category"] in INVERSE)
             for row, share in list(zip(asked, counts))[world.rank::world.size]]
     mine.sort(key=lambda each: len(each[0].ids))                        # neighbours of like length: little padding
     batches = []
@@ -406,10 +415,14 @@ def main(argv=None):
         batches_of_step, loss_of = partial(scripts_of_step, policy, lessons, moving), scripted_loss
     else:
         rows, asked = load_jsonl(train), load_jsonl(val)[:args.eval_questions]
-        rows = [row for row in rows if (args.lambda_inv if row["category"] in INVERSE else args.lambda_fwd)]
+        rows = [row for row in rows if row["category"] in args.tasks
+                and (args.lambda_inv if row["category"] in INVERSE else args.lambda_fwd)]
+        if not rows:
+            common.fail(f"{train} has no question of the tasks {' '.join(args.tasks)} whose lambda is not 0.")
         dtype = torch.bfloat16 if args.lora and world.device.type == "cuda" else torch.float32      # of what is frozen
         policy = Policy.load(args.start, world.device, dtype)
-        batches_of_step, loss_of = partial(answers_of_step, policy, rows), answer_loss
+        features = seen(policy, rows) if args.preset == "tiny" else None        # of a real tower: too many to keep
+        batches_of_step, loss_of = partial(answers_of_step, policy, rows, features), answer_loss
     policy.vision.requires_grad_(False)
     adapters = add_lora(policy.model, args.lora, 2 * args.lora, QWEN_LAYERS, args.seed, world.device,
                         args.dropout) if args.lora else []

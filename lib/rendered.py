@@ -65,7 +65,7 @@ def read_rendered(folder):
     if steps and len(steps) != len(names) - 1:
         raise ValueError(f"it has {len(names)} frames and {len(steps)} steps; there is one step before each frame but "
                          f"the first. If frames are missing, list them all as \"frames\".")
-    if steps and done_by(program, steps) != program:
+    if steps and all(map(on_grid, program)) and done_by(program, steps) != program:
         raise ValueError("its steps end before its program does.")
     there = [k for k, name in enumerate(names) if (folder / name).exists()]
     if not there or there[0] != 0:
@@ -89,7 +89,7 @@ def read_rendered(folder):
         if looks_mirrored(*(read_picture(folder / names[k], source.shape) for k in (i, j)), turn, K):
             raise ValueError(f"from {names[i]} to {names[j]} the picture {THE_OTHER_WAY} than '{phrase(turn)}' says, "
                              f"as if left were right.")
-    found = info.get("detections") and detections_of(info["detections"], names[0], names[last])
+    found = detections_of(info["detections"], names[0], names[last]) if info.get("detections") else None
     place = info.get("place") or sha256((folder / names[0]).read_bytes()).hexdigest()[:16]
     return Transition(folder.name, source, target, program, detections=found, focal=K[0, 0] / source.shape[1],
                       files=(folder / names[0], folder / names[last]), place=str(place))
@@ -327,6 +327,8 @@ def make_rendered(out, root, detector=None, threads=2):
         own = [row for row in rows if split_of("rendered", row["cluster"], {}) == split]
         wrong = write_motion_questions(out, split, own, f"{len({row['cluster'] for row in own})} places",
                                        stable_seed(split))
+        if not own:
+            say(f"  no place fell to {split}: few in a hundred do. Training and evaluation miss it: render more.")
         for reason, number in wrong.most_common():
             say(f"  {number:6}  left out: {reason}")
     say("\n".join([f"{len(faults)} of {len(folders)} folders cannot be used{':' if faults else '.'}", *faults]))

@@ -25,8 +25,9 @@ class RowCache:
         self.slots = None       # (n, m) where the next forward pass writes, n <= rows
         self.seen = 0           # how many slots that pass attends to
 
-    def aim(self, slots):
-        self.slots, self.seen = slots, int(slots.max()) + 1
+    def aim(self, slots, device):
+        """slots from the CPU, which then need not wait for a GPU to know their largest."""
+        self.slots, self.seen = slots.to(device), int(slots.max()) + 1
 
     def update(self, keys, values, layer, *_, **__):
         """Write keys and values (n, kv heads, m, head dim) of one layer; return all those of the n rows so far."""
@@ -74,9 +75,9 @@ class Writer:
     def forward(self, ids, slots, positions, features):
         """Write ids (n, m) at slots (n, m) and positions (3, n, m) of the first n rows into the cache."""
         device = self.policy.device
-        ids, slots, positions = ids.to(device), slots.to(device), positions.to(device)
-        self.cache.aim(slots)
-        mask = torch.arange(self.cache.seen, device=device) <= slots[:, None, :, None]          # (n, 1, m, seen)
+        ids, positions = ids.to(device), positions.to(device)
+        self.cache.aim(slots, device)
+        mask = torch.arange(self.cache.seen, device=device) <= self.cache.slots[:, None, :, None]   # (n, 1, m, seen)
         self.policy.forward(ids, positions, mask, features=features, cache=self.cache, keep=1)
 
     def step(self, tokens, slots, positions):
@@ -86,11 +87,11 @@ class Writer:
         code spends three times as many on images, masks and shapes that one written token never has.
         """
         text, device, n = self.policy.model.model.language_model, self.policy.device, len(tokens)
-        tokens, slots, positions = tokens.to(device), slots[:, None].to(device), positions.to(device)
-        self.cache.aim(slots)
+        tokens, positions = tokens.to(device), positions.to(device)
+        self.cache.aim(slots[:, None], device)
         x = text.embed_tokens(tokens)                                                           # (n, width)
-        mask = torch.arange(self.cache.seen, device=device) <= slots[..., None, None]           # (n, 1, 1, seen)
-        mask = mask.to(x.dtype).log()                                   # 0 or -inf, what SDPA would make of it per layer
+        mask = torch.arange(self.cache.seen, device=device) <= self.cache.slots[..., None, None]    # (n, 1, 1, seen)
+        mask = mask.to(x.dtype).log()                                   # 0 or -inf, as SDPA would make it per layer
         cos, sin = text.rotary_emb(x, positions.expand(3, 1, -1))       # text: one number for time, row and column
         cos, sin = cos[0, :, None], sin[0, :, None]                                             # (n, 1, head dim)
         for number, layer in enumerate(text.layers):

@@ -24,6 +24,7 @@ FLOORS = np.array([(120, 104, 88), (104, 100, 100), (132, 120, 100), (96, 104, 9
 CEILINGS = np.array([(226, 224, 220), (214, 218, 222), (222, 214, 208)], np.float32)
 EYE = 1.3   # metres above the floor
 SIZE = 32   # pixels of the tiny world's pictures; the field of view is 90 degrees, so a ring of four tiles
+FURNISHED = {"bare": (6_000_000, 2), "cluttered": (7_000_000, 8)}      # the first of a million seeds, objects
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,15 @@ class Room:
     things: tuple
 
 
-def random_room(seed, things=6, free_radius=1.6):
+def random_room(seed, things=None, free_radius=1.6):
     """A furnished room: `things` objects of different colours around the middle, which stays free to stand in.
 
+    things    None: as many as rooms of this seed have, 6 but for those of FURNISHED
     The objects stand in sectors of equal angle, at least `free_radius` metres from the origin, one per sector. The
     same seed gives the same room; disjoint seeds make disjoint sets of scenes.
     """
     rng = np.random.default_rng([7, seed])
+    things = things or next((n for first, n in FURNISHED.values() if first <= seed < first + 1_000_000), 6)
     width, length = rng.uniform(5.0, 7.0, 2)
     colours = rng.permutation(list(COLOURS))[:things]
     start = rng.uniform(0, 360)

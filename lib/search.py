@@ -19,7 +19,8 @@ Departures. No question is skipped: with more than two images too, it is searche
 first ("Start from Image-2 …"), else from Image-1. Scores that cannot be read are asked for again at temperature 1
 (greedily they would be the same), and no view is scored twice. Views on the way to a chained one are shown with it. The
 answer is read by the rules of the bench, not by substring. A call of the tiny policy is one atom: its simulator was
-trained on it. Primitives for the tiny simulator: SPACES["rooms"].
+trained on it. Primitives for the tiny simulator: SPACES["rooms"]. Both methods ask in our own words on every bench but
+MMSI-Video-Bench, while mode direct uses the words of MMSI-Bench, SAT and VSI-Bench: compare them there with agentic.
 """
 
 import copy
@@ -64,7 +65,7 @@ SPACES = {
     "mindjourney": Space((Motion("move forward", 0.75), Motion("turn left", 27.0), Motion("turn right", 27.0)),
                          {"meters": 0.25, "degrees": 9.0}, {"meters": 1.5, "degrees": 60.0}, 18),
     # The tiny simulator was trained on turns by 45, 90, 135 degrees and moves by 0.5 and 1 m, sideways too
-    # (data.MOTIONS): each is a view of one primitive. Evidence: three in all, as many calls as a dialogue may hold.
+    # (data.MOTIONS): each is a view of one primitive. Evidence: three in all, and the views on the way to them.
     "rooms": Space((*(Motion(f"move {way}", 1.0) for way in ("forward", "left", "right")),
                     Motion("turn left", 135.0), Motion("turn right", 135.0)),
                    {"meters": 0.5, "degrees": 45.0}, {"meters": 1.0, "degrees": 135.0}, 1)}
@@ -396,7 +397,8 @@ def gate(policy, questions, simulator, seed=0, space=SPACES["mindjourney"], max_
     run = Run(policy, simulator, seed, space, max_new_tokens, rows)
     trees, tiny = [Tree(policy, question) for question in questions], way_of(policy) == "confidence"
     votes = sampled_turns(run, trees) if tiny else sampled_plans(run, trees)
-    plans = {tree: [along(plan[:1], plan[1:], None if tiny else space.every)[:ATOMS] for plan in elect(own)]
+    plans = {tree: list(map(list, dict.fromkeys(
+                 tuple(along(plan[:1], plan[1:], None if tiny else space.every)[:ATOMS]) for plan in elect(own))))
              for tree, own in zip(trees, votes)}
     imagine(run, {tree: sum(own, []) for tree, own in plans.items()})
     plans = {tree: [[path for path in plan if path in tree.nodes] for plan in own] for tree, own in plans.items()}
@@ -485,7 +487,7 @@ def cost_of(trajectory):
 
 
 def mean_cost(records):
-    """The mean of what every question took; what is unknown for one is left out."""
-    costs = [record["cost"] for record in records if "cost" in record]                  # older lines have none
+    """The mean of what every question took that could be asked; what is unknown for one is left out."""
+    costs = [record["cost"] for record in records if "cost" in record and not record["error"]]  # older lines: none
     values = {key: [cost[key] for cost in costs] for key in (costs or [{}])[0]}
     return {key: float(np.mean(own)) for key, own in values.items() if None not in own}

@@ -151,14 +151,14 @@ def test_the_loss_is_the_papers_by_hand(motions):
     assert all(count for _, count in parts.values())
     for micro_batch in (12, 5):
         args.micro_batch = micro_batch
-        batches, total = answers_of_step(policy, rows, args, 1, ALONE)
+        batches, total = answers_of_step(policy, rows, None, args, 1, ALONE)
         losses, told = zip(*(train_sft.answer_loss(policy, batch) for batch in batches))
         inverse, forward = ((sum(part[key][0] for part in told), sum(part[key][1] for part in told))
                             for key in ("inverse", "forward"))
         assert (inverse, forward) == (pytest.approx(parts[True], rel=1e-4), pytest.approx(parts[False], rel=1e-4))
         by_hand = 2 * parts[True][0] / parts[True][1] + 0.5 * parts[False][0] / parts[False][1]
         assert sum(losses).item() / total == pytest.approx(by_hand, rel=1e-4)
-    shares_of_ranks = [train_sft.answers_of_step(policy, rows, args, 1, World(rank, 2, rank, ALONE.device))[0]
+    shares_of_ranks = [train_sft.answers_of_step(policy, rows, None, args, 1, World(rank, 2, rank, ALONE.device))[0]
                        for rank in range(2)]
     assert sum(train_sft.answer_loss(policy, batch)[0].item() for batches in shares_of_ranks for batch in batches) == \
         pytest.approx(by_hand, rel=1e-4)
