@@ -35,6 +35,10 @@ policy writes, w_i what the teacher's picture is worth. The paper says nothing o
 both directions, which is 1 and 1 but for the number of questions and tokens of each. The published policy is a
 Qwen2.5-VL-7B, ours a Qwen3-VL: the protocol and Astra's runs are of that family. At true size, LoRA as in the paper.
 
+A tiny policy has never compared two pictures. Turns alone teach that in minutes; of all tasks at once it has learned
+only formats by then. So three runs, each with --start from the one before: --tasks A2 (400 steps), --tasks A1 A2 (500),
+all (600 and more).
+
 Out: the policy, done.json, log.jsonl. Per step: loss; facts, the share that is right; inverse and forward, L_inv and
 L_fwd in nats per answer; eval, on questions_val.jsonl: {task: mean reward, share of perfect answers}.
 """

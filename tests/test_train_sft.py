@@ -164,6 +164,27 @@ def test_the_loss_is_the_papers_by_hand(motions):
         pytest.approx(by_hand, rel=1e-4)
 
 
+def test_pictures_that_are_looked_at_once_teach_the_same(motions):
+    policy, rows = Policy.tiny(), data.load_jsonl(motions / "questions_train.jsonl")[:12]
+    kept = train_sft.seen(policy, rows)
+    assert len(kept) == len({pair for row in rows for pair in enumerate(row["images"], 1)})
+    for row in rows:
+        once, again = (collate(policy, [train_sft.answered(policy, row, features)]) for features in (kept, None))
+        assert torch.equal(once["ids"], again["ids"])
+        torch.testing.assert_close(once["features"], again["features"], atol=1e-5, rtol=1e-4)
+
+
+def test_only_the_tasks_asked_for_are_learned(motions, start, tmp_path):
+    flags = ["--task", "world2vlm", "--data", str(motions), "--start", str(start), "--steps", "1", "--batch", "4",
+             "--threads", "1", "--eval-questions", "0"]
+    main([*flags, "--tasks", "A2", "A1", "--out", str(tmp_path / "inverse")])
+    assert "inverse" in log_of(tmp_path / "inverse")[0] and "forward" not in log_of(tmp_path / "inverse")[0]
+    with pytest.raises(SystemExit, match="no question of the tasks A4"):
+        main([*flags, "--tasks", "A4", "--lambda-fwd", "0", "--out", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        parse_args(["--tasks", "A2"])
+
+
 def test_every_pass_asks_every_question_once():
     asked = [row for step in range(6) for row in rows_of_step(list("abcdefgh"), 4, step, 0)]
     assert all(sorted(asked[i:i + 8]) == list("abcdefgh") for i in (0, 8, 16)) and asked[:8] != asked[8:16]

@@ -1,0 +1,237 @@
+"""
+What World2VLM rests on: its stages, directions and data, as runs and a table (Tables 2 to 4 of arXiv 2604.26934).
+
+  python evidence_world2vlm.py --list                           every row, its commands, whether it is finished
+  python evidence_world2vlm.py                                  run what is missing; stopped, it goes on
+  python evidence_world2vlm.py --only "by-*" --seeds 0 1 2      some rows, three seeds of the training each
+
+Rows start from the demo's cold start (`make demo` comes first: out/demo), learn for as many steps as each other, and
+answer the same held-out questions, whose pictures are of the true renderer. `constant` gives the answer that earns most
+on these very questions, one per task. `drift-…` is no policy: how far a simulator strays on a chain of its own views.
+Simulators are those of evidence.py, in the folder above --out; `untuned` learned under shuffled sentences.
+
+Out, in out/evidence/world2vlm/: data/<data>/, <row>-s<seed>/{1, 2, 3, rl: the policy after each stage; asked/: its
+answers; result.json}, table.md.
+"""
+
+import argparse
+import json
+import signal
+from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from data import FIRST_ROOM, motion_questions
+from evaluate import verdict
+from evidence import call
+from lib import common, simulators
+from lib.geometry import Motion
+from lib.rooms import FURNISHED
+from lib.rows import load_jsonl, save_jsonl
+from lib.scores import interval
+from lib.transitions import ROOMS, SEEN, drift, room_anchor
+from lib.world2vlm import TASKS, write_motion_questions
+from rewards import world2vlm
+
+
+class Data(NamedTuple):
+    """Questions to learn from: the number of rooms, who shows the motions, which motions, which kinds of rooms."""
+    rooms: int = 1000
+    teacher: str = "truth"              # or a row of evidence.py
+    seen: bool = False                  # only motions that a trained teacher has seen
+    firsts: tuple = (FIRST_ROOM["questions_train"],)                        # seeds of the first room of each kind
+
+
+class Run(NamedTuple):
+    """A row: the data, stages of supervised learning (flags of train_sft.py), flags of train_rl.py (None: without)."""
+    name: str
+    data: str = "usual"
+    sft: tuple = ()
+    rl: str | None = None
+    of: str = ""                        # the row whose policy it starts from; "": the cold start
+    drift: str = ""                     # the simulator whose chains are measured; no policy is asked
+
+
+FINE, UNTUNED = "fine-plain-s0", "ring-untuned-s0"
+DATA = {
+    "usual": Data(),                                                        # also the held-out questions of all rows
+    "60": Data(60), "250": Data(250),
+    **{kind: Data(firsts=(first,)) for kind, (first, _) in FURNISHED.items()},          # bare, cluttered
+    "mixed": Data(firsts=tuple(first for first, _ in FURNISHED.values())),
+    "truth": Data(400, seen=True), "tuned": Data(400, FINE, True), "untuned": Data(400, UNTUNED, True),
+}
+EASY = ("--tasks A2 --steps 400", "--tasks A1 A2 --steps 500")             # turns, then moves too, then all
+SFT = (*EASY, "--steps 600")
+RUNS = [
+    Run("constant"),
+    Run("start"),
+    Run("sft", sft=SFT),                                                    # both directions
+    Run("grpo", rl="", of="sft"),
+    Run("at-once", sft=("--steps 1500",)),                                  # all tasks from the first step on
+    Run("forward", sft=("--lambda-inv 0 --steps 1500",)),
+    Run("inverse", sft=(*EASY, "--lambda-fwd 0 --steps 600")),
+    *(Run(f"of-{name}-rooms", name, SFT) for name in ("60", "250")),        # the amount of data
+    *(Run(f"by-{name}", name, SFT) for name in ("truth", "tuned", "untuned")),          # the teacher; the same motions
+    *(Run(f"in-{name}-rooms", name, SFT) for name in ("bare", "cluttered", "mixed")),   # mixed: half of each
+    *(Run(f"drift-{name}", drift=place) for name, place in (("truth", "truth"), ("tuned", FINE), ("untuned", UNTUNED))),
+]
+START = "out/demo/sft"
+CHAIN = (Motion("turn left", 30.0), 4, 40)                                  # motion, steps, rooms of a drift
+ASKED = 2400                                                                # held-out questions, in random order
+MOST = {"D1": 0.05, "D3": 0.05}         # of the questions to learn from: about the paper's shares, in rooms a third
+
+
+def simulator(name, out):
+    """truth, or the simulator of a row of evidence.py."""
+    return simulators.load(name if name == "truth" else str(
+        common.need(out.parent / name, f"python evidence.py --only {name.rsplit('-s', 1)[0]}")))
+
+
+def make_questions(name, out):
+    """Fill out/data/<name>, if it is empty. Only "usual" holds questions out."""
+    folder, data, rows = out / "data" / name, DATA[name], []
+    if name == "usual" and not (folder / "questions_test.jsonl").exists():
+        call("data.py", "world2vlm", "--rooms", str(data.rooms), "--out", str(folder), "--threads", "1")
+    elif not (folder / "questions_train.jsonl").exists():
+        teacher, tries = simulator(data.teacher, out), 1 if data.teacher == "truth" else 2
+        seeds = [first + i for i in range(data.rooms // len(data.firsts)) for first in data.firsts]
+        for i in tqdm(range(0, len(seeds), 8), desc=f"questions, {name}"):              # eight rooms imagined at a time
+            (part, _), = motion_questions(seeds[i:i + 8], folder, teacher, SEEN if data.seen else ROOMS, tries)
+            rows += part
+        save_jsonl(folder / "questions_val.jsonl", [])
+        write_motion_questions(folder, "train", rows, f"{len(seeds)} rooms ({name})", 0)
+    rows, kept = common.read_log(folder / "questions_train.jsonl"), []      # in random order: the first of a task stay
+    many = sum(row["category"] not in MOST for row in rows) / (1 - sum(MOST.values()))
+    left = {task: MOST.get(task, 1) * many // 1 for task in TASKS}
+    for row in rows:
+        left[row["category"]] -= 1
+        kept += [row] if left[row["category"]] >= 0 else []
+    save_jsonl(folder / "questions_train.jsonl", kept)
+
+
+def constant_answers(rows):
+    """The best constant answer of each task, given to every row -> records like those of evaluate.py."""
+    best = {task: max(sorted({row["answer"] for row in rows if row["category"] == task}), key=lambda said: sum(
+        world2vlm(task, row["answer"], said)["total"] for row in rows if row["category"] == task))
+        for task in {row["category"] for row in rows}}
+    return [{"key": row["id"], "category": row["category"], "scene": row["scene"]["room"],
+             **verdict(row, SimpleNamespace(answer=best[row["category"]], turns=[]))} for row in rows]
+
+
+def learned(run, seed, out):
+    """The policy that a row begins with: the demo's cold start, or where the row `of` ended."""
+    stages = [len(row.sft) for row in RUNS if row.name == run.of]
+    return out / f"{run.of}-s{seed}" / str(stages[0]) if stages else START
+
+
+def commands(run, seed, out):
+    """What makes a row, one stage after the other: [(script, flags)]; the last asks the held-out questions."""
+    place, made = out / f"{run.name}-s{seed}", []
+    policy = learned(run, seed, out)
+    shared = f"--task world2vlm --data {out}/data/{run.data} --seed {seed} --threads 1"
+    for number, flags in enumerate(run.sft, 1):
+        made.append(("train_sft.py", f"{shared} --start {policy} --eval-questions 0 {flags} "
+                                     f"--out {place}/{number}".split()))
+        policy = place / str(number)
+    if run.rl is not None:
+        made.append(("train_rl.py", f"{shared} --policy {policy} --eval-every 0 {run.rl} --out {place}/rl".split()))
+        policy = place / "rl"
+    asked = ("evaluate.py", f"--bench world2vlm --data {out}/data/usual --policy {policy} --limit {ASKED} "
+                            f"--max-new-tokens 64 --no-report --threads 1 --out {place}/asked".split())
+    return [] if run.name == "constant" or run.drift else [*made, asked]
+
+
+def finish(run, seed, out):
+    """Do what is missing of one row, result.json last; a finished row is left as it is."""
+    place, made = out / f"{run.name}-s{seed}", commands(run, seed, out)
+    setting = {"commands": [" ".join([script, *flags]) for script, flags in made]}
+    if (place / "result.json").exists():
+        before = json.loads((place / "result.json").read_text())["commands"]
+        return before == setting["commands"] or common.fail(
+            f"{place} was made by other commands ({'; '.join(before)}). Remove it, or give another --out.")
+    if run.drift:
+        motion, length, rooms = CHAIN
+        anchors = [room_anchor(FIRST_ROOM["test"] + i) for i in range(rooms)]
+        setting["drift"] = drift(simulator(run.drift, out), anchors, motion, length, np.random.default_rng(seed))
+    else:
+        for name in dict.fromkeys(("usual", run.data)):
+            make_questions(name, out)
+    if run.name == "constant":
+        asked = load_jsonl(out / "data/usual/questions_test.jsonl")[:ASKED]
+        save_jsonl(place / "asked/predictions.jsonl", constant_answers(asked))
+    for script, flags in made:
+        call(script, *flags)
+    spent = sum(json.loads(file.read_text())["cpu_seconds"] for file in place.glob("*/done.json"))
+    common.write_json(place / "result.json", {**setting, "cpu_seconds": spent})
+
+
+def results(name, out):
+    """The finished seeds of a row: {seed: (result, [records of its answers])}."""
+    places = sorted(file.parent for file in out.glob(f"{name}-s[0-9]*/result.json"))
+    return {place.name.rsplit("-s", 1)[1]: (json.loads((place / "result.json").read_text()),
+                                            common.read_log(place / "asked/predictions.jsonl")) for place in places}
+
+
+def table(out):
+    """The lines of table.md: reward and exact answers per task, right ways of A1 and A2, and below them the drifts."""
+    head, chains = ["row", "seeds", *TASKS, "A1 way", "A2 way", "train CPU-s"], []
+    lines = [head, ["---"] * len(head)]
+    for run in RUNS:
+        done, cells = results(run.name, out), {}
+        for task in TASKS:
+            part = [record for _, records in done.values() for record in records if record["category"] == task]
+            for key in (task, f"{task} way") if part else ():
+                earned = [record["correct"] if key == task else record["parts"].get("action", 0) for record in part]
+                cells[key] = "{:.2f} [{:.2f} {:.2f}]".format(
+                    np.mean(earned), *interval(earned, [record["scene"] for record in part]))
+            cells |= {task: f"{cells[task]} {np.mean([record['exact'] for record in part]):.2f}"} if part else {}
+        if cells:
+            spent = np.mean([result["cpu_seconds"] for result, _ in done.values()])
+            lines.append([run.name, " ".join(done), *(cells.get(key, "") for key in head[2:-1]), f"{spent:.0f}"])
+        chains += [f"{run.name}-s{seed} step {k}: " + ", ".join(f"{key} {number:.3f}" for key, number in step.items())
+                   for seed, (result, _) in done.items() for k, step in enumerate(result.get("drift", []), 1)]
+    return ["| " + " | ".join(line) + " |" for line in lines] + ["", *chains]
+
+
+def parse_args(argv=None):
+    """The command line's flags."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--only", nargs="+", default=["*"], help="names of rows, or patterns such as 'by-*'")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training")
+    p.add_argument("--out", default="out/evidence/world2vlm", help="folder of the rows; evidence.py's stand beside it")
+    p.add_argument("--list", action="store_true", help="print the rows and their commands, and run nothing")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    """Finish the rows one by one, then print the table of all that are finished."""
+    args = parse_args(argv)
+    out, named = Path(args.out), [run for run in RUNS if any(fnmatch(run.name, name) for name in args.only)]
+    if not named:
+        common.fail(f"No row is called {' or '.join(args.only)}. `python evidence_world2vlm.py --list` names them all.")
+    jobs = [(run, seed) for seed in args.seeds for run in named
+            if run.sft or run.rl is not None or seed == args.seeds[0]]
+    if args.list:
+        for run, seed in jobs:
+            print(f"{run.name}-s{seed}".ljust(24) + ("done  " if str(seed) in results(run.name, out) else "      ")
+                  + "; ".join(" ".join([script, *flags]) for script, flags in commands(run, seed, out)))
+        return
+    common.need(START, "make demo")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for run, seed in jobs:
+        if run.of and run.of not in {row.name for row in named}:
+            common.need(str(learned(run, seed, out)), f"python evidence_world2vlm.py --only {run.of} --seeds {seed}")
+        common.say(f"{run.name}-s{seed}")
+        finish(run, seed, out)
+    text = "\n".join(table(out)) + "\n"
+    common.write_text(out / "table.md", text)
+    print(f"{text}\nPer task: mean reward [95 % interval over rooms], share of exact answers. Way: share of right "
+          f"directions. {out}/table.md")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,110 @@
+"""World2VLM's rows: every command is one that its stage understands, the table adds up, the data are what they say."""
+
+import json
+
+import pytest
+
+import evaluate
+import evidence_world2vlm
+import train_rl
+import train_sft
+from data import load_jsonl
+from evidence_world2vlm import DATA, RUNS, Data, Run, commands, constant_answers, make_questions
+from lib.rooms import FURNISHED, random_room
+from lib.rows import save_jsonl
+
+
+def answered(out, name, reward, exact, seed=0, seconds=100):
+    """A finished row on disk: 20 rooms, each asked A2 (the way is right in half of them) and D2."""
+    folder = out / f"{name}-s{seed}"
+    save_jsonl(folder / "asked/predictions.jsonl", [
+        {"key": f"{room}/{task}", "scene": room, "category": task, "correct": reward, "exact": exact,
+         "parts": {"action": float(room < 10)}} for room in range(20) for task in ("A2", "D2")])
+    (folder / "result.json").write_text(json.dumps({"commands": [], "cpu_seconds": seconds}))
+
+
+def test_every_row_is_one_the_stages_understand(tmp_path):
+    assert len({run.name for run in RUNS}) == len(RUNS)
+    parsers = {"train_sft.py": train_sft.parse_args, "train_rl.py": train_rl.parse_args,
+               "evaluate.py": evaluate.parse_args}
+    for run in RUNS:
+        told = commands(run, 3, tmp_path)
+        for script, flags in told:
+            args = parsers[script](flags)
+            assert args.seed == (0 if script == "evaluate.py" else 3)
+        stages = len(run.sft) + (run.rl is not None)
+        assert len(told) == (0 if run.drift or run.name == "constant" else stages + 1)
+        assert run.data in DATA and (not run.of or run.of in {row.name for row in RUNS})
+    learned = {run.name: sum(train_sft.parse_args(flags).steps for script, flags in commands(run, 0, tmp_path)
+                             if script == "train_sft.py") for run in RUNS if run.sft}
+    assert set(learned.values()) == {1500}                                      # equal total steps
+
+
+def test_stages_start_where_the_one_before_ended(tmp_path):
+    run = Run("x", sft=("--lambda-inv 0",), rl="--steps 2")
+    (_, first), (_, second), (_, asked) = commands(run, 1, tmp_path)
+    assert second[second.index("--policy") + 1] == first[first.index("--out") + 1] == f"{tmp_path}/x-s1/1"
+    assert asked[asked.index("--policy") + 1] == second[second.index("--out") + 1] == f"{tmp_path}/x-s1/rl"
+    (_, learned), _ = commands(next(run for run in RUNS if run.name == "grpo"), 1, tmp_path)
+    assert learned[learned.index("--policy") + 1] == f"{tmp_path}/sft-s1/3"
+
+
+def test_the_table_says_what_the_answers_say(tmp_path):
+    answered(tmp_path, "sft", 0.5, 0.0), answered(tmp_path, "sft", 1.0, 1.0, seed=1, seconds=200)
+    answered(tmp_path, "grpo", 0.25, 0.0)
+    (tmp_path / "drift-tuned-s0").mkdir()
+    (tmp_path / "drift-tuned-s0/result.json").write_text(json.dumps(
+        {"commands": [], "cpu_seconds": 0, "drift": [{"mse": 0.5, "meters": 0.1, "degrees": 2}]}))
+    lines = evidence_world2vlm.table(tmp_path)
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    head, _, *rows = split
+    told = {row[0]: dict(zip(head, row)) for row in rows}
+    assert list(told) == ["sft", "grpo"] and all(len(row) == len(head) for row in rows)
+    assert told["sft"]["A2"] == "0.75 [0.75 0.75] 0.50" and told["grpo"]["D2"] == "0.25 [0.25 0.25] 0.00"
+    assert told["sft"]["A2 way"].startswith("0.50 [0.") and told["sft"]["A1 way"] == told["sft"]["A1"] == ""
+    assert (told["sft"]["seeds"], told["sft"]["train CPU-s"]) == ("0 1", "150")
+    assert lines[-1] == "drift-tuned-s0 step 1: mse 0.500, meters 0.100, degrees 2.000"
+
+
+def test_the_best_constant_answer_by_hand():
+    rows = [{"id": f"{task}{i}", "bench": "world2vlm", "category": task, "answer": answer, "scene": {"room": i}}
+            for task, answers in (("A4", ("true", "false", "false")), ("A2", ("turn left 20 degrees",) * 2))
+            for i, answer in enumerate(answers)]
+    records = {record["key"]: record for record in constant_answers(rows)}
+    assert [records[f"A4{i}"]["answer"] for i in range(3)] == ["false"] * 3
+    assert [records[f"A4{i}"]["correct"] for i in range(3)] == pytest.approx([0.2, 1, 1])
+    assert [records[f"A4{i}"]["exact"] for i in range(3)] == [0, 1, 1] and records["A21"]["exact"] == 1
+
+
+def test_rooms_of_other_kinds_are_furnished_otherwise_and_the_usual_ones_as_ever():
+    assert [len(random_room(seed).things) for seed in (0, 5_999_999, 8_000_000)] == [6, 6, 6]
+    for first, things in FURNISHED.values():
+        assert {len(random_room(first + i).things) for i in (0, 999_999)} == {things}
+    assert random_room(7, things=6) == random_room(7)
+
+
+def test_questions_of_mixed_rooms_come_half_from_each_kind(tmp_path, monkeypatch):
+    monkeypatch.setitem(evidence_world2vlm.DATA, "some", Data(4, seen=True, firsts=(6_000_000, 7_000_000)))
+    make_questions("some", tmp_path)
+    folder = tmp_path / "data/some"
+    rows = load_jsonl(folder / "questions_train.jsonl")
+    assert {row["scene"]["room"] for row in rows} <= {6_000_000, 6_000_001, 7_000_000, 7_000_001}
+    assert not any("move backward" in row["answer"] for row in rows)
+    assert load_jsonl(folder / "questions_val.jsonl") == []
+    assert sum(row["category"] in ("D1", "D3") for row in rows) <= 0.1 * len(rows)
+    make_questions("some", tmp_path)                                            # again: nothing is made or left out
+    assert load_jsonl(folder / "questions_train.jsonl") == rows
+
+
+def test_a_finished_row_is_kept_and_one_of_other_commands_refused(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(evidence_world2vlm, "call", lambda *command: calls.append(command))
+    for _ in range(2):
+        evidence_world2vlm.finish(Run("start"), 0, tmp_path)
+    assert [script for script, *_ in calls] == ["data.py", "evaluate.py"]
+    with pytest.raises(SystemExit, match="other commands"):
+        evidence_world2vlm.finish(Run("start", of="sft"), 0, tmp_path)
+    with pytest.raises(SystemExit, match="--list"):
+        evidence_world2vlm.main(["--out", str(tmp_path), "--only", "nothing"])
+    with pytest.raises(SystemExit, match="python evidence.py --only fine-plain"):
+        evidence_world2vlm.finish(Run("drift-tuned", drift="fine-plain-s0"), 0, tmp_path / "below")
