@@ -18,6 +18,7 @@ demo: $(VENV)/installed
 evidence: $(VENV)/installed
 	$(VENV)/bin/python evidence.py
 	$(VENV)/bin/python evidence_policy.py
+	$(VENV)/bin/python evidence_world2vlm.py
 
 test: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q tests

@@ -24,7 +24,7 @@ FLOORS = np.array([(120, 104, 88), (104, 100, 100), (132, 120, 100), (96, 104, 9
 CEILINGS = np.array([(226, 224, 220), (214, 218, 222), (222, 214, 208)], np.float32)
 EYE = 1.3   # metres above the floor
 SIZE = 32   # pixels of the tiny world's pictures; the field of view is 90 degrees, so a ring of four tiles
-FURNISHED = {"bare": (6_000_000, 2), "cluttered": (7_000_000, 8)}      # the first of a million seeds, objects
+FURNISHED = {"bare": (10_000_000, 2), "cluttered": (11_000_000, 8)}    # the first of a million seeds, objects
 
 
 @dataclass(frozen=True)

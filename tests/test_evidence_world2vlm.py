@@ -84,11 +84,11 @@ def test_rooms_of_other_kinds_are_furnished_otherwise_and_the_usual_ones_as_ever
 
 
 def test_questions_of_mixed_rooms_come_half_from_each_kind(tmp_path, monkeypatch):
-    monkeypatch.setitem(evidence_world2vlm.DATA, "some", Data(4, seen=True, firsts=(6_000_000, 7_000_000)))
+    monkeypatch.setitem(evidence_world2vlm.DATA, "some", Data(4, seen=True, firsts=(10_000_000, 11_000_000)))
     make_questions("some", tmp_path)
     folder = tmp_path / "data/some"
     rows = load_jsonl(folder / "questions_train.jsonl")
-    assert {row["scene"]["room"] for row in rows} <= {6_000_000, 6_000_001, 7_000_000, 7_000_001}
+    assert {row["scene"]["room"] for row in rows} <= {10_000_000, 10_000_001, 11_000_000, 11_000_001}
     assert not any("move backward" in row["answer"] for row in rows)
     assert load_jsonl(folder / "questions_val.jsonl") == []
     assert sum(row["category"] in ("D1", "D3") for row in rows) <= 0.1 * len(rows)

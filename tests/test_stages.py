@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("data", "world_model", "policy", "rewards", "train_wm", "train_sft", "train_rl", "evaluate", "evidence",
-          "evidence_policy", "demo")
+          "evidence_policy", "evidence_world2vlm", "demo")
 
 
 def test_every_stage_imports_with_the_core_packages_alone():
