@@ -104,6 +104,12 @@ def call(*command):
         common.fail(f"`python {' '.join(command)}` ended with code {code}; what it said stands above.")
 
 
+def chosen(runs, patterns, script):
+    """The rows whose names match one of the patterns, in the order of the list; a sentence if none does."""
+    named = [run for run in runs if any(fnmatch(run.name, pattern) for pattern in patterns)]
+    return named or common.fail(f"No row is called {' or '.join(patterns)}. `python {script} --list` names them all.")
+
+
 def finish(run, seed, steps, out):
     """Do what is missing of one row, result.json last; a finished row is left as it is."""
     folder, data = out / f"{run.name}-s{seed}", out / "data" / run.data
@@ -191,9 +197,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Finish the rows one by one, then print the table of all that are finished."""
     args = parse_args(argv)
-    out, named = Path(args.out), [run for run in RUNS if any(fnmatch(run.name, name) for name in args.only)]
-    if not named:
-        common.fail(f"No row is called {' or '.join(args.only)}. `python evidence.py --list` names them all.")
+    out, named = Path(args.out), chosen(RUNS, args.only, "evidence.py")
     jobs = [(run, seed) for seed in args.seeds for run in named if not (run.views or run.of) or seed == args.seeds[0]]
     if args.list:
         left = [job for job in jobs if job[1] not in finished(job[0].name, out)[0]]

@@ -16,13 +16,12 @@ table.md.
 import argparse
 import json
 import signal
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from evidence import call
+from evidence import call, chosen
 from lib import common
 from lib.scores import STRATA, interval
 
@@ -140,9 +139,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Finish the rows one by one, then print the table of all that are finished."""
     args = parse_args(argv)
-    out, named = Path(args.out), [run for run in RUNS if any(fnmatch(run.name, name) for name in args.only)]
-    if not named:
-        common.fail(f"No row is called {' or '.join(args.only)}. `python evidence_policy.py --list` names them all.")
+    out, named = Path(args.out), chosen(RUNS, args.only, "evidence_policy.py")
     jobs = [(run, seed) for seed in args.seeds for run in named if run.stages or run.of or seed == args.seeds[0]]
     if args.list:
         for run, seed in jobs:

@@ -17,7 +17,6 @@ answers; result.json}, table.md.
 import argparse
 import json
 import signal
-from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from data import FIRST_ROOM, motion_questions
 from evaluate import verdict
-from evidence import call
+from evidence import call, chosen
 from lib import common, simulators
 from lib.geometry import Motion
 from lib.rooms import FURNISHED
@@ -210,9 +209,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Finish the rows one by one, then print the table of all that are finished."""
     args = parse_args(argv)
-    out, named = Path(args.out), [run for run in RUNS if any(fnmatch(run.name, name) for name in args.only)]
-    if not named:
-        common.fail(f"No row is called {' or '.join(args.only)}. `python evidence_world2vlm.py --list` names them all.")
+    out, named = Path(args.out), chosen(RUNS, args.only, "evidence_world2vlm.py")
     jobs = [(run, seed) for seed in args.seeds for run in named
             if run.sft or run.rl is not None or seed == args.seeds[0]]
     if args.list:
