@@ -23,7 +23,7 @@ import numpy as np
 
 from evidence import call, chosen
 from lib import common
-from lib.scores import STRATA, interval
+from lib.scores import STRATA, paired_bootstrap
 
 
 class Run(NamedTuple):
@@ -118,10 +118,8 @@ def table(out):
             part = [record for record in records.values() if need is None or record["needs_view"] is need]
             line += [f"{np.mean([record['correct'] for record in part]):.3f}",
                      f"{np.mean([record['called'] for record in part]):.0%}"]
-        gain = [record["correct"] - base[key]["correct"] for key, record in records.items() if key in base]
-        rooms = [record["scene"] for key, record in records.items() if key in base]
-        gap = ("{:+.3f} [{:+.3f} {:+.3f}]".format(np.mean(gain), *interval(gain, rooms))
-               if gain and run.name != "two-phase" else "")
+        gain = paired_bootstrap(records.values(), base.values()) if base and run.name != "two-phase" else None
+        gap = "{:+.3f} [{:+.3f} {:+.3f}]".format(gain["difference"], *gain["ci95"]) if gain else ""
         lines.append([*line, gap, f"{seconds:.0f}" if run.stages else ""])
     return ["| " + " | ".join(line) + " |" for line in lines]
 
@@ -143,7 +141,7 @@ def main(argv=None):
     jobs = [(run, seed) for seed in args.seeds for run in named if run.stages or run.of or seed == args.seeds[0]]
     if args.list:
         for run, seed in jobs:
-            done = str(seed) in answers(run.name, out)[0]
+            done = (out / f"{run.name}-s{seed}" / "result.json").exists()
             print(f"{run.name}-s{seed}".ljust(32) + ("done  " if done else "      ") + "; ".join(
                 " ".join([script, *flags]) for script, flags in commands(run, seed, out)))
         return

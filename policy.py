@@ -319,14 +319,15 @@ def collate(policy, trajectories, share=False):
             where[number] = row, [*range(start), *range(at, at + len(t.ids) - start)]       # stand there already
         ids.append([token for token, _ in cells])
         positions.append([place for _, place in cells])
-    width = prompt + rest * max(map(len, groups))
+    branches = max(map(len, groups))
+    width = prompt + branches * rest
     ids, positions = padded(ids, empty[0], width), padded(positions, 0, width).permute(2, 0, 1)
     starts = torch.tensor(starts)
     mask = (torch.arange(width) < starts[:, None]).long()                                           # (R, C)
     if share:
         seen = torch.arange(prompt) < starts[:, None, None, None]                                   # (R, 1, 1, prompt)
         own = torch.ones(rest, rest, dtype=torch.bool).tril()
-        shape = len(ids), (width - prompt) // rest, rest, -1
+        shape = len(ids), branches, rest, -1
         mask = torch.cat([seen.expand(shape), own.expand(shape)], -1)                   # (R, branches, rest, seen)
     cells = [[row * width + column for column in columns] for _, (row, columns) in sorted(where.items())]
     batch = {"ids": ids, "positions": positions, "mask": mask,

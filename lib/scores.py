@@ -114,8 +114,7 @@ def paired_bootstrap(records_a, records_b):
     a, b = ({record["key"]: record for record in records} for records in (records_a, records_b))
     if a.keys() != b.keys() or not a:
         raise ValueError(f"a paired comparison needs the same questions: {len(a.keys() ^ b.keys())} stand in one list")
-    gain = [a[key]["correct"] - b[key]["correct"] for key in a]
-    return {"difference": float(np.mean(gain)), "ci95": interval(gain, [a[key]["scene"] for key in a]), "n": len(gain)}
+    return gain_over({key: record["correct"] for key, record in b.items()}, list(a.values())) | {"n": len(a)}
 
 
 def chance(questions):

@@ -371,7 +371,8 @@ def test_simulators_by_name(inputs, tmp_path, monkeypatch):
         train_rl.main(command(inputs, tmp_path / "down", "--eval-every", "0"))
 
 
-def test_presets():
+def test_presets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                             # no out/demo, from which the defaults would come
     tiny, astra = train_rl.parse_args([]), train_rl.parse_args(["--preset", "astra", "--phase", "2"])
     assert (tiny.policy, tiny.out, tiny.kl) == ("out/sft", "out/phase1", 0.0)
     assert (astra.policy, astra.out, astra.kl, astra.gradient_checkpointing) == ("out/phase1", "out/phase2", None, True)
