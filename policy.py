@@ -27,6 +27,7 @@ from transformers import (AttentionInterface, AttentionMaskInterface, AutoTokeni
                           Qwen3VLForConditionalGeneration)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 from transformers.utils import cached_file, logging
 
 from lib.clients import NO_VIEW, imagine_each
@@ -53,6 +54,7 @@ class Policy:
         self.model, self.tokenizer, self.images = model, tokenizer, images
         self.vision = model.model.visual
         model.model.language_model.set_attn_implementation("shared_attention")
+        model.model.language_model.layers[-1].__class__ = LastLayer             # the same parameters
         self.device = model.lm_head.weight.device
         self.banned = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
         self.banned[: len(tokenizer)] = False                       # rows beyond the tokenizer pad the embedding
@@ -172,22 +174,24 @@ class Policy:
             found |= dict(zip(keys, levels.split(sizes, 1)))
         return [found[number, id(image)] for number, image in numbered]
 
-    def forward(self, ids, positions, mask, features=None, cache=None, keep=0):
-        """One pass over ids (B, L) with M-RoPE positions (3, B, L) -> logits (B, kept, vocabulary), float32.
+    def forward(self, ids, positions, mask, features=None):
+        """One pass over ids (B, L) with M-RoPE positions (3, B, L) -> logits (B, L, vocabulary), float32.
 
         mask      (B, L) 1 = token, 0 = padding, or (B, 1, L, keys) bool, True = may look
         features  (1 + levels, image tokens, width): all images of the batch in row order, from `encode`
-        keep      logits of the last `keep` columns, or of the columns a tensor lists; 0 = all
         """
-        out = self._run(ids, positions, mask, features, past_key_values=cache, use_cache=cache is not None,
-                        logits_to_keep=keep)
-        return self._allowed(out.logits)
+        return self._allowed(self._run(ids, positions, mask, features, use_cache=False).logits)
 
-    def hidden(self, ids, positions, mask, features=None):
-        """The same pass, stopped before the language head: (B, L, width), which `logits` turns into logits."""
+    def hidden(self, ids, positions, mask, features=None, read=None, cache=None):
+        """The same pass, stopped before the language head, where somebody reads it: (n, width), for `logits`.
+
+        read      (n,) places in ids.flatten(), None for none; the last layer does no more than these need
+        cache     takes in the keys and values of all tokens
+        """
         nowhere = ids.new_empty(0)              # a pass through the whole model, whose parts FSDP may have put away
-        return self._run(ids, positions, mask, features, use_cache=False, output_hidden_states=[-1],
-                         logits_to_keep=nowhere).hidden_states[-1]
+        return self._run(ids, positions, mask, features, past_key_values=cache, use_cache=cache is not None,
+                         output_hidden_states=[-1], logits_to_keep=nowhere,
+                         read=nowhere if read is None else read).hidden_states[-1][0]
 
     def logits(self, hidden):
         """The language head: hidden states (..., width) -> logits (..., vocabulary), float32."""
@@ -201,6 +205,18 @@ class Policy:
 
     def _allowed(self, logits):
         return logits.float().masked_fill(self.banned, -1e9)                    # exp gives exactly 0
+
+
+class LastLayer(Qwen3VLTextDecoderLayer):
+    """The decoder's last layer. Of most tokens nobody reads what it makes, only their keys and values are needed."""
+
+    def forward(self, hidden_states, read=None, **options):
+        """hidden_states (B, L, width) -> (1, n, width) of the places `read` (n,) in (B * L), or all (B, L, width)."""
+        if read is None:
+            return super().forward(hidden_states, **options)
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **options)
+        x = (hidden_states + attended).flatten(0, 1)[read]
+        return (x + self.mlp(self.post_attention_layernorm(x)))[None]
 
 
 def stamp(image, number):
@@ -290,13 +306,14 @@ HEAD_TOKENS = 512               # at the language head at a time: 0.3 GB of logi
 def collate(policy, trajectories, share=False):
     """Trajectories -> one right-padded batch for `token_logprobs`: B dialogues of up to L tokens in R rows of C cells.
 
-    share     False: a row for each dialogue (R, C = B, L). True: dialogues with the same prompt share a row,
+    Rows hold all tokens of a dialogue but the last, which predicts nothing.
+    share     False: a row for each dialogue (R, C = B, L - 1). True: dialogues with the same prompt share a row,
               [prompt | rest of the first | rest of the second | ...]. The prompt with its images is computed once, as
               in `rollout`; each rest sees the prompt and itself, at its own positions, so the numbers are the same
     returns   of the rows: ids (R, C), positions (3, R, C), mask (R, C) 1 = token, or that of `shared_attention` if
               dialogues share rows, and `features` (1 + levels, tokens, width), what the frozen tower makes of the
-              images in row order; of the dialogues, (B, L) each: loss_mask, logprobs (the rollout's), and `cell`, where
-              each token stands in ids.flatten()
+              images in row order; of the dialogues, (B, L - 1) each, about the second token to the last: `token`,
+              loss_mask, logprobs (the rollout's), and `before`, where its predecessor stands in ids.flatten()
     """
     encode_images(policy, trajectories)
     sharing = {}
@@ -304,9 +321,9 @@ def collate(policy, trajectories, share=False):
         sharing.setdefault(prompt_of(t) if share else number, []).append(number)
     share = share and len(sharing) < len(trajectories)      # a dialogue alone is an ordinary row, without a mask
     groups = [[trajectories[number] for number in numbers] for numbers in sharing.values()]
-    starts = [group[0].loss_mask.index(1) if share else len(group[0].ids) for group in groups]
+    starts = [group[0].loss_mask.index(1) if share else len(group[0].ids) - 1 for group in groups]
     prompt = max(starts)                                                            # cells of the prompts' column
-    rest = max(len(t.ids) - start for group, start in zip(groups, starts) for t in group)   # cells of a branch
+    rest = max(len(t.ids) - 1 - start for group, start in zip(groups, starts) for t in group)       # of a branch
     empty = policy.tokenizer.pad_token_id, (0, 0, 0)
     ids, positions, features, where = [], [], [], {}
     for row, (numbers, group, start) in enumerate(zip(sharing.values(), groups, starts)):
@@ -314,9 +331,9 @@ def collate(policy, trajectories, share=False):
         features += group[0].features
         for branch, (number, t) in enumerate(zip(numbers, group)):
             at = prompt + branch * rest
-            cells += [empty] * (at - len(cells)) + list(zip(t.ids[start:], t.positions[start:]))
+            cells += [empty] * (at - len(cells)) + list(zip(t.ids[start:-1], t.positions[start:-1]))
             features += t.features[t.provenance.count(None):] if branch else []     # what it imagined: the prompt's
-            where[number] = row, [*range(start), *range(at, at + len(t.ids) - start)]       # stand there already
+            where[number] = row, [*range(start), *range(at, at + len(t.ids) - 1 - start)]       # stand there already
         ids.append([token for token, _ in cells])
         positions.append([place for _, place in cells])
     branches = max(map(len, groups))
@@ -331,8 +348,9 @@ def collate(policy, trajectories, share=False):
         mask = torch.cat([seen.expand(shape), own.expand(shape)], -1)                   # (R, branches, rest, seen)
     cells = [[row * width + column for column in columns] for _, (row, columns) in sorted(where.items())]
     batch = {"ids": ids, "positions": positions, "mask": mask,
-             "loss_mask": padded([t.loss_mask for t in trajectories]).float(),
-             "logprobs": padded([t.logprobs for t in trajectories]), "cell": padded(cells)}
+             "token": padded([t.ids[1:] for t in trajectories]),
+             "loss_mask": padded([t.loss_mask[1:] for t in trajectories]).float(),
+             "logprobs": padded([t.logprobs[1:] for t in trajectories]), "before": padded(cells)}
     batch = {key: value.to(policy.device) for key, value in batch.items()}
     batch["features"] = torch.cat(features, 1) if features else None
     return batch
@@ -389,11 +407,11 @@ def token_logprobs(policy, batch, temperature=1.0):
     The language head runs on the policy's tokens alone, HEAD_TOKENS at a time, and once more in backward: of a whole
     batch the logits, 151,936 per token, would be larger than the model.
     """
-    wrote = batch["loss_mask"][:, 1:] > 0                                                       # (B, L - 1)
-    before, at = batch["cell"][:, :-1][wrote], batch["cell"][:, 1:][wrote]                      # (n,) each
-    hidden = policy.hidden(batch["ids"], batch["positions"], batch["mask"], batch["features"])
+    wrote = batch["loss_mask"] > 0                                                              # (B, L - 1)
+    hidden = policy.hidden(batch["ids"], batch["positions"], batch["mask"], batch["features"],
+                           batch["before"][wrote])                                              # (n, width)
     parts = [checkpoint(chosen_logprobs, policy, *part, temperature, use_reentrant=False) for part in
-             zip(hidden.flatten(0, 1)[before].split(HEAD_TOKENS), batch["ids"].flatten()[at].split(HEAD_TOKENS))]
+             zip(hidden.split(HEAD_TOKENS), batch["token"][wrote].split(HEAD_TOKENS))]
     return tuple(torch.zeros(wrote.shape, device=wrote.device).masked_scatter(wrote, torch.cat(part))
                  for part in zip(*parts))
 

@@ -233,7 +233,7 @@ def micro_batches(rows, filler, tokens):
     """
     def cells(*lines):                      # collate's: as many rows, each [longest prompt | branches * longest rest]
         starts = [line[0].trajectory.loss_mask.index(1) for line in lines]
-        rests = [max(len(row.trajectory.ids) for row in line) - start for line, start in zip(lines, starts)]
+        rests = [max(len(row.trajectory.ids) for row in line) - 1 - start for line, start in zip(lines, starts)]
         return len(lines) * (max(starts) + max(rests) * max(map(len, lines)))
     lines, chunks, before = [], [], None
     for row in rows:
@@ -281,7 +281,7 @@ def accumulate_gradient(policy, rows, filler, args):
         batch = collate(policy, [row.trajectory for row in chunk], share=True)
         logprobs, entropy = token_logprobs(policy, batch, args.temperature)             # (B, L - 1) each
         weight, advantages = torch.tensor([[row.weight, row.advantage] for row in chunk], device=logprobs.device).T
-        mask = batch["loss_mask"][:, 1:] * weight[:, None]                              # (B, L - 1)
+        mask = batch["loss_mask"] * weight[:, None]                                     # (B, L - 1)
         old = stack([row.old for row in chunk], logprobs)
         loss = objective = grpo_loss(logprobs, old, advantages, mask, CLIP_LOW, args.clip_high)
         if chunk[0].start is not None:
@@ -291,7 +291,7 @@ def accumulate_gradient(policy, rows, filler, args):
             sums["kl_tokens"] += mask.sum().item()
         (objective / tokens).backward()                                             # a local sum over a global count
         logprobs = logprobs.detach()
-        ratio, sampled = (logprobs - old).exp(), batch["logprobs"][:, 1:]
+        ratio, sampled = (logprobs - old).exp(), batch["logprobs"]
         low, high = clipped_tokens(ratio, advantages, mask, CLIP_LOW, args.clip_high)
         for key, value in (("tokens", mask), ("loss", loss), ("entropy", entropy * mask), ("ratio", ratio * mask),
                            ("clipped_low", low), ("clipped_high", high)):
@@ -442,7 +442,7 @@ def main(argv=None):
         common.fail(f"--curriculum variance asks no question twice in a step: there are {len(train)}, --questions asks "
                     f"for {args.questions}.")
     learning = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=args.lr, betas=BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(learning, lr=args.lr, betas=BETAS, weight_decay=0.0, fused=True)
     tensors = checkpoints.training_tensors(policy.model, optimizer)
     first, state = checkpoints.load_state(out / "training", tensors) or (0, {})
     if first:

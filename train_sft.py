@@ -268,11 +268,10 @@ def scripted_loss(policy, batch):
     returns   sum of w (-log p): divide by the sum of w of the whole update, all ranks; and {"facts": (how many of the
               tokens that weigh FACT were right, how many there were)}
     """
-    weights = batch["logprobs"][:, 1:]                                                      # (B, L - 1)
-    columns = (weights > 0).any(0).nonzero()[:, 0]                                          # (K,)
-    logits = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"], keep=columns)
-    targets, weights = batch["ids"][:, 1:][:, columns], weights[:, columns]                 # (B, K)
-    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
+    taught = batch["logprobs"] > 0                                                          # (B, L - 1)
+    weights, targets, before = (batch[key][taught] for key in ("logprobs", "token", "before"))      # (n,) each
+    logits = policy.logits(policy.hidden(batch["ids"], batch["positions"], batch["mask"], batch["features"], before))
+    nll = F.cross_entropy(logits, targets, reduction="none")
     facts = weights == FACT
     right = ((logits.argmax(-1) == targets) & facts).sum().item()
     return (weights * nll).sum(), {"facts": (right, facts.sum().item())}
@@ -435,7 +434,7 @@ def main(argv=None):
     model = common.shard(policy.model, policy.model.model.language_model.layers, world,
                          ignored=[*policy.vision.parameters(), *adapters])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, betas=(0.9, 0.95),
-                                  weight_decay=args.weight_decay)
+                                  weight_decay=args.weight_decay, fused=True)
     tensors = checkpoints.training_tensors(model, optimizer)
     first, state = checkpoints.load_state(out / "training", tensors) or (0, {})
     log, clock.before = common.MetricLog(out / "log.jsonl", first), state.get("clock", clock.before)

@@ -78,7 +78,7 @@ class Writer:
         ids, positions = ids.to(device), positions.to(device)
         self.cache.aim(slots, device)
         mask = torch.arange(self.cache.seen, device=device) <= self.cache.slots[:, None, :, None]   # (n, 1, m, seen)
-        self.policy.forward(ids, positions, mask, features=features, cache=self.cache, keep=1)
+        self.policy.hidden(ids, positions, mask, features, cache=self.cache)
 
     def step(self, tokens, slots, positions):
         """Feed one token to each of the first n rows: (n,) each -> logits (n, vocabulary) of what follows it.

@@ -96,8 +96,8 @@ def uniforms_that_say(policy, dialogues):
     a trained one would, and each way to write has to find the same distributions to say the same.
     """
     batch = collate(policy, dialogues)
-    logits = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"])[:, :-1]
-    share, chosen = torch.softmax(logits.double(), -1), batch["ids"][:, 1:, None]
+    logits = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"])
+    share, chosen = torch.softmax(logits.double(), -1), batch["token"][..., None]
     aim = (share.cumsum(-1).gather(-1, chosen) - share.gather(-1, chosen) / 2)[..., 0]      # (dialogues, L - 1)
     uniforms = torch.zeros(len(dialogues), 3, 64, dtype=torch.float64)
     for d, dialogue in enumerate(dialogues):
@@ -229,7 +229,7 @@ def grpo_against_trl(trl_step, name, questions, group, args):
         "questions": questions, "group": group, "minibatches": 1, "micro-batch-tokens": 10**9, "lr": 0,
         "max-new-tokens": 64 if tool else length}.items()])
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=0.0,
-                                  betas=train_rl.BETAS, weight_decay=0.0)
+                                  betas=train_rl.BETAS, weight_decay=0.0, fused=True)
     writer, scripts = Writer, None
     if tool:                                                    # every other rollout of a group answers B, the rest A
         script = [two_calls(policy, question, turns, view) for question in asked

@@ -353,9 +353,9 @@ def test_cached_rollouts_equal_a_full_pass(policy):
     batch = collate(policy, trajectories)
     with torch.no_grad():
         logprobs, entropy = token_logprobs(policy, batch)
-    wrote = batch["loss_mask"][:, 1:] > 0
-    end = batch["ids"][:, 1:] == policy.tokenizer.eos_token_id              # the helper above forces some of these
-    torch.testing.assert_close(logprobs[wrote & ~end], batch["logprobs"][:, 1:][wrote & ~end], rtol=0, atol=1e-4)
+    wrote = batch["loss_mask"] > 0
+    end = batch["token"] == policy.tokenizer.eos_token_id              # the helper above forces some of these
+    torch.testing.assert_close(logprobs[wrote & ~end], batch["logprobs"][wrote & ~end], rtol=0, atol=1e-4)
     assert not logprobs[~wrote].any() and not entropy[~wrote].any() and (entropy[wrote] > 0).all()
 
 
@@ -371,7 +371,7 @@ def test_every_cached_logit_equals_a_full_pass(policy):
         growing.ids, growing.positions = whole.ids[:start], whole.positions[:start]
         growing.features = whole.features[:2]
         writer = Writer(policy, [growing])
-        for t in range(start, len(whole.ids)):
+        for t in range(start, len(whole.ids) - 1):
             if whole.ids[t] == policy.pad_id:
                 continue                                    # an image reaches the cache together with the text after it
             growing.ids, growing.positions = whole.ids[: t + 1], whole.positions[: t + 1]
@@ -413,8 +413,8 @@ def test_banned_tokens_are_never_sampled_and_have_no_probability(policy):
         logits = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"])
         assert not logits.softmax(-1)[..., policy.banned].any()
         logprobs, _ = token_logprobs(policy, batch, temperature=8.0)
-    wrote = batch["loss_mask"][:, 1:] > 0
-    torch.testing.assert_close(logprobs[wrote], batch["logprobs"][:, 1:][wrote], rtol=0, atol=1e-4)
+    wrote = batch["loss_mask"] > 0
+    torch.testing.assert_close(logprobs[wrote], batch["logprobs"][wrote], rtol=0, atol=1e-4)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -481,6 +481,23 @@ def test_a_shared_prompt_changes_no_logprob_and_no_gradient(policy, checkpointin
     finally:
         policy.model.gradient_checkpointing_disable()
         policy.model.eval()
+
+
+def test_what_nobody_reads_is_left_out_of_the_last_layer_alone(policy, monkeypatch):
+    """Log-probs and gradients against a pass that computes every layer of every token."""
+    def everywhere(policy, ids, positions, mask, features, read):
+        return plainly(policy, ids, positions, mask, features, torch.arange(ids.numel()))[read]
+    batch, plainly = collate(policy, chatter(policy, [question(0), question(1, images=3)], group_size=2, seed=5)), \
+        Policy.hidden
+    want, worked = gradients(policy, batch), []
+    monkeypatch.setattr(Policy, "hidden", everywhere)
+    hook = policy.model.model.language_model.layers[-1].mlp.register_forward_hook(
+        lambda module, given, made: worked.append(made.numel() // made.shape[-1]))
+    same(gradients(policy, batch), want)
+    monkeypatch.undo()
+    gradients(policy, batch)
+    hook.remove()
+    assert worked == [batch["ids"].numel(), int(batch["loss_mask"].sum())] and worked[1] < worked[0]
 
 
 def test_the_language_head_sees_a_few_tokens_at_a_time(policy, monkeypatch):

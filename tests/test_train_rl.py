@@ -98,7 +98,7 @@ def test_world2vlm_has_rewards_of_its_own():
 # ---------------------------------------------------------------- the gradient
 
 def small_policy():
-    return Policy.tiny(0, width=32, depth=1, heads=2, kv_heads=1, mlp=64, vision_width=32, vision_depth=1)
+    return Policy.tiny(0, width=32, depth=2, heads=2, kv_heads=1, mlp=64, vision_width=32, vision_depth=1)
 
 
 def rows_of(policy, turns=(3, 9, 1, 5, 7)):
@@ -155,7 +155,7 @@ def test_micro_batches_keep_within_their_tokens():
     policy = small_policy()
     rows = rows_of(policy)
     rows = [rows[i] for i in (0, 2, 4, 1, 3)]
-    for tokens, passes in ((1000, 1), (70, 2), (40, 4), (1, 5)):    # lines of 20 + 3 * 15 and 27 + 2 * 19
+    for tokens, passes in ((1000, 1), (70, 2), (40, 4), (1, 5)):    # lines of 20 + 3 * 14 and 27 + 2 * 18
         chunks = train_rl.micro_batches(rows, rows[0], tokens)
         assert len(chunks) == passes and sorted(map(id, sum(chunks, []))) == sorted(map(id, rows))
         for chunk in chunks:

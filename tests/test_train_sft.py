@@ -76,7 +76,7 @@ def test_loss_is_the_weighted_mean_of_log_probs(lessons):
     with torch.no_grad():
         loss, parts = train_sft.scripted_loss(policy, batch)
         logprobs, _ = token_logprobs(policy, batch)
-    assert loss.item() == pytest.approx(-(logprobs * batch["logprobs"][:, 1:]).sum().item(), rel=1e-4)
+    assert loss.item() == pytest.approx(-(logprobs * batch["logprobs"]).sum().item(), rel=1e-4)
     right, facts = parts["facts"]
     assert facts == (batch["logprobs"] == FACT).sum() and 0 <= right <= facts
 
