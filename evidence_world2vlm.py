@@ -7,7 +7,9 @@ What World2VLM rests on: its stages, directions and data, as runs and a table (T
 
 Rows start from the demo's cold start (`make demo` comes first: out/demo), learn for as many steps as each other, and
 answer the same held-out questions, whose pictures are of the true renderer. `constant` gives the answer that earns most
-on these very questions, one per task. `drift-…` is no policy: how far a simulator strays on a chain of its own views.
+on these very questions, one per task. `…lessons` have 350 steps of direct lessons behind them, since World2VLM alone
+forgets how to answer any other question, and are asked about rooms; so is the demo's policy, `agentic`, with a `gate`,
+and in a `search`. `drift-…` is no policy: how far a simulator strays on a chain of its own views.
 Simulators are those of evidence.py, in the folder above --out; `untuned` learned under shuffled sentences.
 
 Out, in out/evidence/world2vlm/: data/<data>/, <row>-s<seed>/{1, 2, 3, rl: the policy after each stage; asked/: its
@@ -31,7 +33,7 @@ from lib import common, simulators
 from lib.geometry import Motion
 from lib.rooms import FURNISHED
 from lib.rows import load_jsonl, save_jsonl
-from lib.scores import interval
+from lib.scores import STRATA, gain_over, interval
 from lib.transitions import ROOMS, SEEN, drift, room_anchor
 from lib.world2vlm import TASKS, write_motion_questions
 from rewards import world2vlm
@@ -42,16 +44,18 @@ class Data(NamedTuple):
     rooms: int = 1000
     teacher: str = "truth"              # or a row of evidence.py
     seen: bool = False                  # only motions that a trained teacher has seen
+    tries: int = 1                      # its views of every motion; their agreement is an answer's weight in the loss
     firsts: tuple = (FIRST_ROOM["questions_train"],)                        # seeds of the first room of each kind
 
 
 class Run(NamedTuple):
-    """A row: the data, stages of supervised learning (flags of train_sft.py), flags of train_rl.py (None: without)."""
+    """A row: the data, stages of learning (flags of train_sft.py, then of train_rl.py or None), what it is asked."""
     name: str
     data: str = "usual"
     sft: tuple = ()
     rl: str | None = None
-    of: str = ""                        # the row whose policy it starts from; "": the cold start
+    of: str = ""                        # the row or the demo's stage that it starts from; "": the cold start
+    rooms: str = ""                     # flags of evaluate.py: it is asked about rooms, not World2VLM's questions
     drift: str = ""                     # the simulator whose chains are measured; no policy is asked
 
 
@@ -61,10 +65,12 @@ DATA = {
     "60": Data(60), "250": Data(250),
     **{kind: Data(firsts=(first,)) for kind, (first, _) in FURNISHED.items()},          # bare, cluttered
     "mixed": Data(firsts=tuple(first for first, _ in FURNISHED.values())),
-    "truth": Data(400, seen=True), "tuned": Data(400, FINE, True), "untuned": Data(400, UNTUNED, True),
+    "truth": Data(400, seen=True), "tuned": Data(400, FINE, True, 2), "untuned": Data(400, UNTUNED, True, 2),
+    "unweighted": Data(400, FINE, True),
 }
 EASY = ("--tasks A2 --steps 400", "--tasks A1 A2 --steps 500")             # turns, then moves too, then all
 SFT = (*EASY, "--steps 600")
+LESSONS = "--lessons direct --steps 350"
 RUNS = [
     Run("constant"),
     Run("start"),
@@ -74,11 +80,15 @@ RUNS = [
     Run("forward", sft=("--lambda-inv 0 --steps 1500",)),
     Run("inverse", sft=(*EASY, "--lambda-fwd 0 --steps 600")),
     *(Run(f"of-{name}-rooms", name, SFT) for name in ("60", "250")),        # the amount of data
-    *(Run(f"by-{name}", name, SFT) for name in ("truth", "tuned", "untuned")),          # the teacher; the same motions
+    *(Run(f"by-{name}", name, SFT) for name in ("truth", "tuned", "untuned", "unweighted")),    # teachers; same motions
     *(Run(f"in-{name}-rooms", name, SFT) for name in ("bare", "cluttered", "mixed")),   # mixed: half of each
+    Run("lessons", sft=(LESSONS,), rooms="--mode direct"),
+    *(Run(f"{name}-lessons", sft=(LESSONS,), of=name, rooms="--mode direct") for name in ("sft", "grpo")),
+    Run("agentic", of="phase2", rooms="--mode agentic"),
+    *(Run(name, of="phase2", rooms=f"--mode {name} --limit 256") for name in ("gate", "search")),
     *(Run(f"drift-{name}", drift=place) for name, place in (("truth", "truth"), ("tuned", FINE), ("untuned", UNTUNED))),
 ]
-START = "out/demo/sft"
+DEMO = "out/demo"
 CHAIN = (Motion("turn left", 30.0), 4, 40)                                  # motion, steps, rooms of a drift
 ASKED = 2400                                                                # held-out questions, in random order
 MOST = {"D1": 0.05, "D3": 0.05}         # of the questions to learn from: about the paper's shares, in rooms a third
@@ -96,10 +106,11 @@ def make_questions(name, out):
     if name == "usual" and not (folder / "questions_test.jsonl").exists():
         call("data.py", "world2vlm", "--rooms", str(data.rooms), "--out", str(folder), "--threads", "1")
     elif not (folder / "questions_train.jsonl").exists():
-        teacher, tries = simulator(data.teacher, out), 1 if data.teacher == "truth" else 2
+        teacher = simulator(data.teacher, out)
         seeds = [first + i for i in range(data.rooms // len(data.firsts)) for first in data.firsts]
         for i in tqdm(range(0, len(seeds), 8), desc=f"questions, {name}"):              # eight rooms imagined at a time
-            (part, _), = motion_questions(seeds[i:i + 8], folder, teacher, SEEN if data.seen else ROOMS, tries)
+            (part, _), = motion_questions(seeds[i:i + 8], folder, teacher, SEEN if data.seen else ROOMS,
+                                         data.tries)
             rows += part
         save_jsonl(folder / "questions_val.jsonl", [])
         write_motion_questions(folder, "train", rows, f"{len(seeds)} rooms ({name})", 0)
@@ -122,26 +133,29 @@ def constant_answers(rows):
 
 
 def learned(run, seed, out):
-    """The policy that a row begins with: the demo's cold start, or where the row `of` ended."""
-    stages = [len(row.sft) for row in RUNS if row.name == run.of]
-    return out / f"{run.of}-s{seed}" / str(stages[0]) if stages else START
+    """The policy that a row begins with: where the row `of` ended, or that stage of the demo."""
+    before = next((row for row in RUNS if row.name == run.of), None)
+    if before is None:
+        return f"{DEMO}/{run.of or 'sft'}"
+    return out / f"{run.of}-s{seed}" / ("rl" if before.rl is not None else str(len(before.sft)))
 
 
 def commands(run, seed, out):
     """What makes a row, one stage after the other: [(script, flags)]; the last asks the held-out questions."""
-    place, made = out / f"{run.name}-s{seed}", []
-    policy = learned(run, seed, out)
-    shared = f"--task world2vlm --data {out}/data/{run.data} --seed {seed} --threads 1"
+    place, made, policy = out / f"{run.name}-s{seed}", [], learned(run, seed, out)
+    task = f"--task world2vlm --data {out}/data/{run.data}"
     for number, flags in enumerate(run.sft, 1):
-        made.append(("train_sft.py", f"{shared} --start {policy} --eval-questions 0 {flags} "
-                                     f"--out {place}/{number}".split()))
+        about = f"--data {DEMO}/data" if flags == LESSONS else f"{task} --eval-questions 0"
+        made.append(("train_sft.py", f"{about} --seed {seed} --start {policy} {flags} --out {place}/{number}"))
         policy = place / str(number)
     if run.rl is not None:
-        made.append(("train_rl.py", f"{shared} --policy {policy} --eval-every 0 {run.rl} --out {place}/rl".split()))
+        made.append(("train_rl.py", f"{task} --seed {seed} --policy {policy} --eval-every 0 {run.rl} --out {place}/rl"))
         policy = place / "rl"
-    asked = ("evaluate.py", f"--bench world2vlm --data {out}/data/usual --policy {policy} --limit {ASKED} "
-                            f"--max-new-tokens 64 --no-report --threads 1 --out {place}/asked".split())
-    return [] if run.name == "constant" or run.drift else [*made, asked]
+    asked = f"--data {DEMO}/data --wm {DEMO}/wm {run.rooms}" if run.rooms else (
+        f"--bench world2vlm --data {out}/data/usual --limit {ASKED} --max-new-tokens 64")
+    made.append(("evaluate.py", f"{asked} --policy {policy} --no-report --out {place}/asked"))
+    return [] if run.name == "constant" or run.drift else [
+        (script, f"{flags} --threads 1".split()) for script, flags in made]
 
 
 def finish(run, seed, out):
@@ -156,7 +170,7 @@ def finish(run, seed, out):
         motion, length, rooms = CHAIN
         anchors = [room_anchor(FIRST_ROOM["test"] + i) for i in range(rooms)]
         setting["drift"] = drift(simulator(run.drift, out), anchors, motion, length, np.random.default_rng(seed))
-    else:
+    elif not run.rooms:
         for name in dict.fromkeys(("usual", run.data)):
             make_questions(name, out)
     if run.name == "constant":
@@ -175,12 +189,12 @@ def results(name, out):
                                             common.read_log(place / "asked/predictions.jsonl")) for place in places}
 
 
-def table(out):
-    """The lines of table.md: reward and exact answers per task, right ways of A1 and A2, and below them the drifts."""
-    head, chains = ["row", "seeds", *TASKS, "A1 way", "A2 way", "train CPU-s"], []
+def motion_table(out):
+    """World2VLM's questions: reward and exact answers per task, right ways of A1 and A2."""
+    head = ["row", "seeds", *TASKS, "A1 way", "A2 way", "train CPU-s"]
     lines = [head, ["---"] * len(head)]
     for run in RUNS:
-        done, cells = results(run.name, out), {}
+        done, cells = {} if run.rooms else results(run.name, out), {}
         for task in TASKS:
             part = [record for _, records in done.values() for record in records if record["category"] == task]
             for key in (task, f"{task} way") if part else ():
@@ -191,9 +205,43 @@ def table(out):
         if cells:
             spent = np.mean([result["cpu_seconds"] for result, _ in done.values()])
             lines.append([run.name, " ".join(done), *(cells.get(key, "") for key in head[2:-1]), f"{spent:.0f}"])
-        chains += [f"{run.name}-s{seed} step {k}: " + ", ".join(f"{key} {number:.3f}" for key, number in step.items())
-                   for seed, (result, _) in done.items() for k, step in enumerate(result.get("drift", []), 1)]
-    return ["| " + " | ".join(line) + " |" for line in lines] + ["", *chains]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def rooms_table(out):
+    """Questions about rooms: right answers by what they need and by category, seeds averaged per question, and over the
+    row `lessons` on the same questions; views imagined and CPU seconds per question."""
+    kinds, base = ("camera-camera", "camera-object", "object-object", "region"), {}
+    head = ["row", "seeds", "questions", "right", *STRATA, *kinds, "over lessons", "views", "seconds"]
+    lines = [head, ["---"] * len(head)]
+    for run in RUNS:
+        done, asked = results(run.name, out) if run.rooms else {}, {}
+        for _, records in done.values():
+            for record in records:
+                asked.setdefault(record["key"], []).append(record)
+        if not asked:
+            continue
+        merged = [{**same[0], "correct": np.mean([record["correct"] for record in same])} for same in asked.values()]
+        base = base or ({record["key"]: record["correct"] for record in merged} if run.name == "lessons" else {})
+        parts = [merged, *([record for record in merged if record["needs_view"] is need] for need in STRATA.values()),
+                 *([record for record in merged if record["category"] == kind] for kind in kinds)]
+        gain = gain_over(base, merged) if base and run.name != "lessons" else None
+        every = [record for same in asked.values() for record in same]
+        lines.append([run.name, " ".join(done), str(len(merged)),
+                      *(f"{np.mean([record['correct'] for record in part]):.3f}" for part in parts),
+                      "{:+.3f} [{:+.3f} {:+.3f}]".format(gain["difference"], *gain["ci95"]) if gain else "",
+                      f"{np.mean([record['cost']['rendered'] for record in every]):.1f}",
+                      f"{np.mean([record['seconds'] for record in every]):.3f}"])
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def table(out):
+    """The lines of table.md: World2VLM's questions, questions about rooms, and drifts."""
+    chains = [f"{run.name}-s{seed} step {k}: " + ", ".join(f"{key} {number:.3f}" for key, number in step.items())
+              for run in RUNS for seed, (result, _) in results(run.name, out).items()
+              for k, step in enumerate(result.get("drift", []), 1)]
+    tables = [lines for lines in (motion_table(out), rooms_table(out)) if len(lines) > 2]
+    return [line for lines in tables for line in (*lines, "")] + chains
 
 
 def parse_args(argv=None):
@@ -217,17 +265,18 @@ def main(argv=None):
             print(f"{run.name}-s{seed}".ljust(24) + ("done  " if str(seed) in results(run.name, out) else "      ")
                   + "; ".join(" ".join([script, *flags]) for script, flags in commands(run, seed, out)))
         return
-    common.need(START, "make demo")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for run, seed in jobs:
-        if run.of and run.of not in {row.name for row in named}:
-            common.need(str(learned(run, seed, out)), f"python evidence_world2vlm.py --only {run.of} --seeds {seed}")
+        if run.of not in {row.name for row in named}:
+            policy = str(learned(run, seed, out))
+            common.need(policy, "make demo" if policy.startswith(DEMO) else
+                        f"python evidence_world2vlm.py --only {run.of} --seeds {seed}")
         common.say(f"{run.name}-s{seed}")
         finish(run, seed, out)
     text = "\n".join(table(out)) + "\n"
     common.write_text(out / "table.md", text)
     print(f"{text}\nPer task: mean reward [95 % interval over rooms], share of exact answers. Way: share of right "
-          f"directions. {out}/table.md")
+          f"directions. Over lessons: on the same questions. {out}/table.md")
 
 
 if __name__ == "__main__":
