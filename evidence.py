@@ -110,17 +110,33 @@ def chosen(runs, patterns, script):
     return named or common.fail(f"No row is called {' or '.join(patterns)}. `python {script} --list` names them all.")
 
 
+def list_parser(doc, example, out, where=""):
+    """The parser of a list of rows: which rows, which seeds, where, or only the list."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--only", nargs="+", default=["*"], help=f"names of rows, or patterns such as '{example}'")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training")
+    p.add_argument("--out", default=out, help=f"folder of the rows{where}")
+    p.add_argument("--list", action="store_true", help="print the rows and what they need, and run nothing")
+    return p
+
+
+def is_made(place, setting):
+    """Whether the row in `place` is finished; a sentence if by another setting: {key: what result.json has to say}."""
+    if not (place / "result.json").exists():
+        return False
+    before = json.loads((place / "result.json").read_text())
+    return setting.items() <= before.items() or common.fail(
+        f"{place} was made with {({key: before.get(key) for key in setting})}, not with {setting}. Remove it, or give "
+        f"another --out.")
+
+
 def finish(run, seed, steps, out):
     """Do what is missing of one row, result.json last; a finished row is left as it is."""
     folder, data = out / f"{run.name}-s{seed}", out / "data" / run.data
     trains = not (run.views or run.of)
     setting = {"data": DATA[run.data].make, "flags": run.flags, "steps": steps if trains else 0}
-    if (folder / "result.json").exists():
-        before = json.loads((folder / "result.json").read_text())
-        if setting.items() <= before.items():
-            return
-        common.fail(f"{folder} was run with {({key: before.get(key) for key in setting})}, not with {setting}. "
-                    f"Remove it, or give another --out.")
+    if is_made(folder, setting):
+        return
     common.say(f"{folder.name}: about {minutes(run, steps):.1f} CPU-minutes")
     if not (data / "triples_test.jsonl").exists():
         call("data.py", "triples", "--out", str(data), "--threads", "1", *DATA[run.data].make.split())
@@ -185,12 +201,8 @@ def table(out):
 
 def parse_args(argv=None):
     """The command line's flags."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="+", default=["*"], help="names of rows, or patterns such as 'apart-*'")
+    p = list_parser(__doc__, "apart-*", "out/evidence")
     p.add_argument("--steps", type=int, default=600, help="updates of every row that trains")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training")
-    p.add_argument("--out", default="out/evidence")
-    p.add_argument("--list", action="store_true", help="print the rows and their CPU-minutes, and run nothing")
     return p.parse_args(argv)
 
 

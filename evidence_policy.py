@@ -13,7 +13,6 @@ Out, in out/evidence/policy/: <row>-s<seed>/{1, 2: the policy after each stage; 
 table.md.
 """
 
-import argparse
 import json
 import signal
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evidence import call, chosen
+from evidence import call, chosen, is_made, list_parser
 from lib import common
 from lib.scores import STRATA, paired_bootstrap
 
@@ -79,11 +78,8 @@ def finish(run, seed, out):
     """Do what is missing of one row, result.json last; a finished row is left as it is."""
     place, told = out / f"{run.name}-s{seed}", commands(run, seed, out)
     setting = {"commands": [" ".join([script, *flags]) for script, flags in told]}
-    if (place / "result.json").exists():
-        before = json.loads((place / "result.json").read_text())["commands"]
-        if before == setting["commands"]:
-            return
-        common.fail(f"{place} was made by other commands ({'; '.join(before)}). Remove it, or give another --out.")
+    if is_made(place, setting):
+        return
     for script, flags in told:
         call(script, *flags)
     spent = sum(json.loads((place / str(number) / "done.json").read_text())["cpu_seconds"]
@@ -126,12 +122,7 @@ def table(out):
 
 def parse_args(argv=None):
     """The command line's flags."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="+", default=["*"], help="names of rows, or patterns such as '*-forced-*'")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the reinforcement learning")
-    p.add_argument("--out", default="out/evidence/policy")
-    p.add_argument("--list", action="store_true", help="print the rows and their commands, and run nothing")
-    return p.parse_args(argv)
+    return list_parser(__doc__, "*-forced-*", "out/evidence/policy").parse_args(argv)
 
 
 def main(argv=None):

@@ -16,7 +16,6 @@ Out, in out/evidence/world2vlm/: data/<data>/, <row>-s<seed>/{1, 2, 3, rl: the p
 answers; result.json}, table.md.
 """
 
-import argparse
 import json
 import signal
 from pathlib import Path
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from data import FIRST_ROOM, motion_questions
 from evaluate import verdict
-from evidence import call, chosen
+from evidence import call, chosen, is_made, list_parser
 from lib import common, simulators
 from lib.geometry import Motion
 from lib.rooms import FURNISHED
@@ -162,10 +161,8 @@ def finish(run, seed, out):
     """Do what is missing of one row, result.json last; a finished row is left as it is."""
     place, made = out / f"{run.name}-s{seed}", commands(run, seed, out)
     setting = {"commands": [" ".join([script, *flags]) for script, flags in made]}
-    if (place / "result.json").exists():
-        before = json.loads((place / "result.json").read_text())["commands"]
-        return before == setting["commands"] or common.fail(
-            f"{place} was made by other commands ({'; '.join(before)}). Remove it, or give another --out.")
+    if is_made(place, setting):
+        return
     if run.drift:
         motion, length, rooms = CHAIN
         anchors = [room_anchor(FIRST_ROOM["test"] + i) for i in range(rooms)]
@@ -246,12 +243,7 @@ def table(out):
 
 def parse_args(argv=None):
     """The command line's flags."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="+", default=["*"], help="names of rows, or patterns such as 'by-*'")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training")
-    p.add_argument("--out", default="out/evidence/world2vlm", help="folder of the rows; evidence.py's stand beside it")
-    p.add_argument("--list", action="store_true", help="print the rows and their commands, and run nothing")
-    return p.parse_args(argv)
+    return list_parser(__doc__, "by-*", "out/evidence/world2vlm", "; evidence.py's stand beside it").parse_args(argv)
 
 
 def main(argv=None):

@@ -59,7 +59,7 @@ def test_a_finished_row_is_kept_and_one_of_other_commands_refused(tmp_path, monk
     evidence_policy.finish(run, 0, tmp_path)
     evidence_policy.finish(run, 0, tmp_path)
     assert [script for script, *_ in calls] == ["evaluate.py"]
-    with pytest.raises(SystemExit, match="other commands"):
+    with pytest.raises(SystemExit, match="was made with"):
         evidence_policy.finish(Run("start", mode="forced"), 0, tmp_path)
     with pytest.raises(SystemExit, match="--list"):
         evidence_policy.main(["--out", str(tmp_path), "--only", "nothing"])

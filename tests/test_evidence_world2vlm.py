@@ -127,7 +127,7 @@ def test_a_finished_row_is_kept_and_one_of_other_commands_refused(tmp_path, monk
     for _ in range(2):
         evidence_world2vlm.finish(Run("start"), 0, tmp_path)
     assert [script for script, *_ in calls] == ["data.py", "evaluate.py"]
-    with pytest.raises(SystemExit, match="other commands"):
+    with pytest.raises(SystemExit, match="was made with"):
         evidence_world2vlm.finish(Run("start", of="sft"), 0, tmp_path)
     with pytest.raises(SystemExit, match="--list"):
         evidence_world2vlm.main(["--out", str(tmp_path), "--only", "nothing"])
