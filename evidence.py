@@ -74,6 +74,7 @@ RUNS = [
     Run("ring-untuned", "ring", f"{PLAIN} --shuffle-instructions"),                 # the twin that learned no motion
     Run("rooms250-plain", "rooms250", PLAIN),
     Run("rooms1000-plain", "rooms1000", PLAIN),
+    Run("fine-untuned", "fine", f"{PLAIN} --shuffle-instructions"),
     *(Run(f"{data}-{term}", data, flags) for data in HARD
       for term, flags in (("plain", PLAIN), ("content", CONTENT), ("pose", POSE))),
     *(Run(f"{data}-{views.split()[0]}", data, views=views) for data in ("ring", *HARD)

@@ -30,7 +30,7 @@ class Run(NamedTuple):
     name: str
     stages: tuple = ()                  # none: the cold start, or the policy of the row `of`
     mode: str = "agentic"
-    simulator: str = "tuned"            # that it imagines with when it is asked; "untuned" is ring-untuned of evidence.py
+    simulator: str = "tuned"            # when it is asked; "untuned" is ring-untuned of evidence.py
     of: str = ""
 
 

@@ -5,12 +5,14 @@ What World2VLM rests on: its stages, directions and data, as runs and a table (T
   python evidence_world2vlm.py                                  run what is missing; stopped, it goes on
   python evidence_world2vlm.py --only "by-*" --seeds 0 1 2      some rows, three seeds of the training each
 
-Rows start from the demo's cold start (`make demo` comes first: out/demo), learn for as many steps as each other, and
-answer the same held-out questions, whose pictures are of the true renderer. `constant` gives the answer that earns most
-on these very questions, one per task. `…lessons` have 350 steps of direct lessons behind them, since World2VLM alone
-forgets how to answer any other question, and are asked about rooms; so is the demo's policy, `agentic`, with a `gate`,
-and in a `search`. `drift-…` is no policy: how far a simulator strays on a chain of its own views.
-Simulators are those of evidence.py, in the folder above --out; `untuned` learned under shuffled sentences.
+Rows start from the demo's cold start (`make demo` comes first: out/demo), learn for 1,500 steps (`grpo`: 60 more), and
+answer the same held-out questions, whose pictures are of the true renderer. `constant` gives, per task, the true
+answer that earns most on these very questions. Compare `forward` with `inverse-at-once`, as neither begins with turns.
+World2VLM alone forgets how to answer any other question, so `…lessons` learn 350 steps of direct lessons and are asked
+about rooms, beside the demo's policies: `direct` (1,800 such steps), `agentic`, with a `gate`, in a `search`.
+`drift-…` is no policy: how far a simulator strays on a chain of its own views. Simulators are those of evidence.py, in
+the folder above --out; `untuned` learned under shuffled sentences, `unweighted` has the data of `tuned`. Boxes of a
+simulator's questions are those of the room, so D1 to D4 do not suffer from what it draws wrongly.
 
 Out, in out/evidence/world2vlm/: data/<data>/, <row>-s<seed>/{1, 2, 3, rl: the policy after each stage; asked/: its
 answers; result.json}, table.md.
@@ -43,7 +45,8 @@ class Data(NamedTuple):
     rooms: int = 1000
     teacher: str = "truth"              # or a row of evidence.py
     seen: bool = False                  # only motions that a trained teacher has seen
-    tries: int = 1                      # its views of every motion; their agreement is an answer's weight in the loss
+    tries: int = 1                      # its views of every motion, whose agreement is
+    weighted: bool = True               # an answer's weight in the loss
     firsts: tuple = (FIRST_ROOM["questions_train"],)                        # seeds of the first room of each kind
 
 
@@ -58,14 +61,14 @@ class Run(NamedTuple):
     drift: str = ""                     # the simulator whose chains are measured; no policy is asked
 
 
-FINE, UNTUNED = "fine-plain-s0", "ring-untuned-s0"
+FINE, UNTUNED = "fine-plain-s0", "fine-untuned-s0"
 DATA = {
     "usual": Data(),                                                        # also the held-out questions of all rows
     "60": Data(60), "250": Data(250),
     **{kind: Data(firsts=(first,)) for kind, (first, _) in FURNISHED.items()},          # bare, cluttered
     "mixed": Data(firsts=tuple(first for first, _ in FURNISHED.values())),
     "truth": Data(400, seen=True), "tuned": Data(400, FINE, True, 2), "untuned": Data(400, UNTUNED, True, 2),
-    "unweighted": Data(400, FINE, True),
+    "unweighted": Data(400, FINE, True, 2, weighted=False),
 }
 EASY = ("--tasks A2 --steps 400", "--tasks A1 A2 --steps 500")             # turns, then moves too, then all
 SFT = (*EASY, "--steps 600")
@@ -78,9 +81,11 @@ RUNS = [
     Run("at-once", sft=("--steps 1500",)),                                  # all tasks from the first step on
     Run("forward", sft=("--lambda-inv 0 --steps 1500",)),
     Run("inverse", sft=(*EASY, "--lambda-fwd 0 --steps 600")),
+    Run("inverse-at-once", sft=("--lambda-fwd 0 --steps 1500",)),
     *(Run(f"of-{name}-rooms", name, SFT) for name in ("60", "250")),        # the amount of data
     *(Run(f"by-{name}", name, SFT) for name in ("truth", "tuned", "untuned", "unweighted")),    # teachers; same motions
     *(Run(f"in-{name}-rooms", name, SFT) for name in ("bare", "cluttered", "mixed")),   # mixed: half of each
+    Run("direct", of="direct", rooms="--mode direct"),
     Run("lessons", sft=(LESSONS,), rooms="--mode direct"),
     *(Run(f"{name}-lessons", sft=(LESSONS,), of=name, rooms="--mode direct") for name in ("sft", "grpo")),
     Run("agentic", of="phase2", rooms="--mode agentic"),
@@ -118,7 +123,7 @@ def make_questions(name, out):
     left = {task: MOST.get(task, 1) * many // 1 for task in TASKS}
     for row in rows:
         left[row["category"]] -= 1
-        kept += [row] if left[row["category"]] >= 0 else []
+        kept += [row if data.weighted else row | {"weight": 1.0}] if left[row["category"]] >= 0 else []
     save_jsonl(folder / "questions_train.jsonl", kept)
 
 
@@ -160,7 +165,8 @@ def commands(run, seed, out):
 def finish(run, seed, out):
     """Do what is missing of one row, result.json last; a finished row is left as it is."""
     place, made = out / f"{run.name}-s{seed}", commands(run, seed, out)
-    setting = {"commands": [" ".join([script, *flags]) for script, flags in made]}
+    about = [CHAIN, run.drift] if run.drift else [] if run.rooms else [ASKED, DATA[run.data]]
+    setting = {"commands": [" ".join([script, *flags]) for script, flags in made], "about": repr(about)}
     if is_made(place, setting):
         return
     if run.drift:
@@ -187,8 +193,9 @@ def results(name, out):
 
 
 def motion_table(out):
-    """World2VLM's questions: reward and exact answers per task, right ways of A1 and A2."""
-    head = ["row", "seeds", *TASKS, "A1 way", "A2 way", "train CPU-s"]
+    """World2VLM's questions: reward and full rewards per task, right ways of A1 and A2, all questions against `sft`."""
+    head, base = ["row", "seeds", *TASKS, "A1 way", "A2 way", "all", "over sft", "train CPU-s"], averaged("sft", out)
+    base = {record["key"]: record["correct"] for record in base}
     lines = [head, ["---"] * len(head)]
     for run in RUNS:
         done, cells = {} if run.rooms else results(run.name, out), {}
@@ -200,35 +207,46 @@ def motion_table(out):
                     np.mean(earned), *interval(earned, [record["scene"] for record in part]))
             cells |= {task: f"{cells[task]} {np.mean([record['exact'] for record in part]):.2f}"} if part else {}
         if cells:
+            merged = averaged(run.name, out)
+            cells["all"] = f"{np.mean([record['correct'] for record in merged]):.3f}"
+            if base and run.name != "sft":
+                gain = gain_over(base, merged)
+                cells["over sft"] = "{:+.3f} [{:+.3f} {:+.3f}]".format(gain["difference"], *gain["ci95"])
             spent = np.mean([result["cpu_seconds"] for result, _ in done.values()])
             lines.append([run.name, " ".join(done), *(cells.get(key, "") for key in head[2:-1]), f"{spent:.0f}"])
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+def averaged(name, out):
+    """The answers of a row, each number the mean over its finished seeds."""
+    asked = {}
+    for _, records in results(name, out).values():
+        for record in records:
+            record["views"] = record.get("cost", {}).get("rendered", 0)
+            asked.setdefault(record["key"], []).append(record)
+    return [same[0] | {key: np.mean([record[key] for record in same]) for key in ("correct", "seconds", "views")
+                       if key in same[0]} for same in asked.values()]
+
+
 def rooms_table(out):
-    """Questions about rooms: right answers by what they need and by category, seeds averaged per question, and over the
-    row `lessons` on the same questions; views imagined and CPU seconds per question."""
-    kinds, base = ("camera-camera", "camera-object", "object-object", "region"), {}
-    head = ["row", "seeds", "questions", "right", *STRATA, *kinds, "over lessons", "views", "seconds"]
+    """Questions about rooms: right answers by what they need and by category, and over the row `direct` on the same
+    questions; views imagined and CPU seconds per question."""
+    kinds = ("camera-camera", "camera-object", "object-object", "region")
+    base = {record["key"]: record["correct"] for record in averaged("direct", out)}
+    head = ["row", "seeds", "questions", "right", *STRATA, *kinds, "over direct", "views", "seconds"]
     lines = [head, ["---"] * len(head)]
     for run in RUNS:
-        done, asked = results(run.name, out) if run.rooms else {}, {}
-        for _, records in done.values():
-            for record in records:
-                asked.setdefault(record["key"], []).append(record)
-        if not asked:
+        merged = averaged(run.name, out) if run.rooms else []
+        if not merged:
             continue
-        merged = [{**same[0], "correct": np.mean([record["correct"] for record in same])} for same in asked.values()]
-        base = base or ({record["key"]: record["correct"] for record in merged} if run.name == "lessons" else {})
         parts = [merged, *([record for record in merged if record["needs_view"] is need] for need in STRATA.values()),
                  *([record for record in merged if record["category"] == kind] for kind in kinds)]
-        gain = gain_over(base, merged) if base and run.name != "lessons" else None
-        every = [record for same in asked.values() for record in same]
-        lines.append([run.name, " ".join(done), str(len(merged)),
+        gain = gain_over(base, merged) if base and run.name != "direct" else None
+        lines.append([run.name, " ".join(results(run.name, out)), str(len(merged)),
                       *(f"{np.mean([record['correct'] for record in part]):.3f}" for part in parts),
                       "{:+.3f} [{:+.3f} {:+.3f}]".format(gain["difference"], *gain["ci95"]) if gain else "",
-                      f"{np.mean([record['cost']['rendered'] for record in every]):.1f}",
-                      f"{np.mean([record['seconds'] for record in every]):.3f}"])
+                      f"{np.mean([record['views'] for record in merged]):.1f}",
+                      f"{np.mean([record['seconds'] for record in merged]):.3f}"])
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
@@ -258,6 +276,7 @@ def main(argv=None):
                   + "; ".join(" ".join([script, *flags]) for script, flags in commands(run, seed, out)))
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    common.setup(1)
     for run, seed in jobs:
         if run.of not in {row.name for row in named}:
             policy = str(learned(run, seed, out))
@@ -267,8 +286,8 @@ def main(argv=None):
         finish(run, seed, out)
     text = "\n".join(table(out)) + "\n"
     common.write_text(out / "table.md", text)
-    print(f"{text}\nPer task: mean reward [95 % interval over rooms], share of exact answers. Way: share of right "
-          f"directions. Over lessons: on the same questions. {out}/table.md")
+    print(f"{text}\nPer task: mean reward [95 % interval over rooms], share of full rewards. Way: share of right "
+          f"directions. Over ...: on the same questions. Intervals leave out what another seed changes. {out}/table.md")
 
 
 if __name__ == "__main__":

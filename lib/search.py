@@ -19,8 +19,10 @@ Departures. No question is skipped: with more than two images too, it is searche
 first ("Start from Image-2 …"), else from Image-1. Scores that cannot be read are asked for again at temperature 1
 (greedily they would be the same), and no view is scored twice. Views on the way to a chained one are shown with it. The
 answer is read by the rules of the bench, not by substring. A call of the tiny policy is one atom: its simulator was
-trained on it. Primitives for the tiny simulator: SPACES["rooms"]. Both methods ask in our own words on every bench but
-MMSI-Video-Bench, while mode direct uses the words of MMSI-Bench, SAT and VSI-Bench: compare them there with agentic.
+trained on it; and it was taught dialogues with one imagined view, so it is shown the most helpful one of all steps (of
+several it reads the first: 54 of 56 answers). Primitives for the tiny simulator: SPACES["rooms"]. Both methods ask in
+our own words on every bench but MMSI-Video-Bench, while mode direct uses the words of MMSI-Bench, SAT and VSI-Bench:
+compare them there with agentic.
 """
 
 import copy
@@ -44,7 +46,7 @@ from lib.rollout import Writer
 from lib.transitions import cut
 from policy import encode_images, reply, rollout
 
-STEPS, BEAMS = 3, 2                 # MindJourney, as published; so are the next three
+STEPS, BEAMS = 3, 2                 # MindJourney's code with Stable Virtual Camera; so are the next three
 EXPLORE = HELP = 8                  # of 9: from here on a view becomes a beam, or evidence
 RETRIES = 5                         # of scores that cannot be read; then random 0 to 5, so that nothing passes
 SAMPLES, PLANS, ATOMS = 5, 5, 6     # AVIC, as published: votes, distinct plans, views of a plan
@@ -377,7 +379,7 @@ def search(policy, questions, simulator, seed=0, space=SPACES["mindjourney"], ma
                 stands in the list as a RemoteError
     """
     run = Run(policy, simulator, seed, space, max_new_tokens, rows)
-    evidence = {Tree(policy, question): [] for question in questions}
+    evidence = {Tree(policy, question): {} for question in questions}           # {path: help}
     beams = {tree: [tree.start] for tree in evidence}
     for step in range(1, 1 + STEPS):
         fresh = {tree: [path for beam in beams[tree] for path in expand(beam, space) if path not in tree.nodes]
@@ -388,8 +390,9 @@ def search(policy, questions, simulator, seed=0, space=SPACES["mindjourney"], ma
         beams = {}
         for (tree, _), (explore, helps) in zip(fresh.items(), judge(run, fresh, step)):
             beams[tree] = best(explore, EXPLORE, BEAMS)
-            evidence[tree] += best(helps, HELP, space.evidence)
-    return answers(run, evidence, "search")
+            evidence[tree] |= {path: helps[path] for path in best(helps, HELP, space.evidence)}
+    shown = 1 if way_of(policy) == "confidence" else STEPS * space.evidence
+    return answers(run, {tree: best(helps, HELP, shown) for tree, helps in evidence.items()}, "search")
 
 
 def gate(policy, questions, simulator, seed=0, space=SPACES["mindjourney"], max_new_tokens=256, rows=64):
@@ -423,16 +426,20 @@ def sampled_turns(run, trees):
 
 def sampled_plans(run, trees):
     """SAMPLES replies to the gate's prompt, as `sampled_turns`."""
-    types = ", ".join(dict.fromkeys(motion.kind.replace(" ", "-") for motion in run.space.primitives))
+    kinds = dict.fromkeys(motion.kind for motion in run.space.primitives)
+    types = ", ".join(kind.replace(" ", "-") for kind in kinds)
     asked = [tree for tree in trees for _ in range(SAMPLES)]
     sheets = [sheet(tree, [], f"vote {k % SAMPLES}", TASKS["gate"].format(image=tree.start[0], types=types))
               for k, tree in enumerate(asked)]
-    plans = [read_plan(text, tree.start) for tree, text in zip(asked, ask(run, asked, sheets, 1.0, run.seed))]
+    plans = [read_plan(text, tree.start, kinds) for tree, text in zip(asked, ask(run, asked, sheets, 1.0, run.seed))]
     return [plans[k:k + SAMPLES] for k in range(0, len(plans), SAMPLES)]
 
 
-def read_plan(text, start):
-    """The last JSON with a decision in a reply -> the path that it plans, () to skip, None if it cannot be read."""
+def read_plan(text, start, kinds):
+    """The last JSON with a decision in a reply -> the path that it plans, () to skip, None if it cannot be read.
+
+    kinds   of motions that may be planned
+    """
     found = {}
     for brace in re.finditer("{", text or ""):
         try:
@@ -448,7 +455,8 @@ def read_plan(text, start):
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         return None
     fits = found.get("decision") == "call_wm" and len(plan) == len(steps) and plan
-    return (*start, *plan) if fits and all(motion.amount <= LIMITS[motion.unit] for motion in plan) else None
+    return (*start, *plan) if fits and all(motion.kind in kinds and motion.amount <= LIMITS[motion.unit]
+                                           for motion in plan) else None
 
 
 def elect(votes):

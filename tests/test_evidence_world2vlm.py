@@ -34,7 +34,7 @@ def test_every_row_is_one_the_stages_understand(tmp_path):
             assert args.seed == (0 if script == "evaluate.py" else 3)
         stages = len(run.sft) + (run.rl is not None)
         assert len(told) == (0 if run.drift or run.name == "constant" else stages + 1)
-        assert run.data in DATA and run.of in {"", "phase2", *(row.name for row in RUNS)}
+        assert run.data in DATA and run.of in {"", "direct", "phase2", *(row.name for row in RUNS)}
     learned = {run.name: sum(train_sft.parse_args(flags).steps for script, flags in commands(run, 0, tmp_path)
                              if script == "train_sft.py") for run in RUNS if run.sft}
     assert {name for name, steps in learned.items() if steps != 1500} == {"lessons", "sft-lessons", "grpo-lessons"}
@@ -69,6 +69,8 @@ def test_the_table_says_what_the_answers_say(tmp_path):
     assert told["sft"]["A2"] == "0.75 [0.75 0.75] 0.50" and told["grpo"]["D2"] == "0.25 [0.25 0.25] 0.00"
     assert told["sft"]["A2 way"].startswith("0.50 [0.") and told["sft"]["A1 way"] == told["sft"]["A1"] == ""
     assert (told["sft"]["seeds"], told["sft"]["train CPU-s"]) == ("0 1", "150")
+    assert (told["sft"]["all"], told["sft"]["over sft"]) == ("0.750", "")
+    assert (told["grpo"]["all"], told["grpo"]["over sft"]) == ("0.250", "-0.500 [-0.500 -0.500]")
     assert lines[-1] == "drift-tuned-s0 step 1: mse 0.500, meters 0.100, degrees 2.000"
 
 
@@ -80,15 +82,15 @@ def test_answers_about_rooms_are_compared_on_the_same_questions(tmp_path):
              "category": ("camera-camera", "camera-object", "object-object", "region")[i % 4],
              "cost": {"rendered": i}} for i, hit in enumerate(right)])
         (tmp_path / row / "result.json").write_text(json.dumps({"commands": [], "cpu_seconds": 0}))
-    asked("lessons-s0", (1, 0, 0, 0, 1, 0, 0, 0), 0.5), asked("lessons-s1", (1, 1, 0, 0, 1, 1, 0, 0), 0.5)
+    asked("direct-s0", (1, 0, 0, 0, 1, 0, 0, 0), 0.5), asked("direct-s1", (1, 1, 0, 0, 1, 1, 0, 0), 0.5)
     asked("search-s0", (1, 1, 1, 0), 2)
     lines = evidence_world2vlm.table(tmp_path)
     head, _, first, second = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:-1]]
     first, second = dict(zip(head, first)), dict(zip(head, second))
     assert [first[key] for key in ("row", "seeds", "questions", "right", "needs_view", "answerable", "camera-object",
-                                   "over lessons")] == ["lessons", "0 1", "8", "0.375", "0.500", "0.250", "0.500", ""]
+                                   "over direct")] == ["direct", "0 1", "8", "0.375", "0.500", "0.250", "0.500", ""]
     assert (second["right"], second["seconds"], second["views"]) == ("0.750", "2.000", "1.5")
-    assert second["over lessons"].startswith("+0.375 [+0.250 +0.500")           # questions 0 to 3 alone: .75 over .375
+    assert second["over direct"].startswith("+0.375 [+0.250 +0.500")           # questions 0 to 3 alone: .75 over .375
 
 
 def test_the_best_constant_answer_by_hand():

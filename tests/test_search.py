@@ -128,6 +128,7 @@ def test_scores_are_read_strictly(text, scores):
     ('{"decision": "skip"}', ()), ('{"decision": "skip", "actions": []} {not json}', ()),
     ('{"decision": "call_wm", "actions": []}', None), ('{"decision": "call_wm"}', None), ("skip", None), (None, None),
     ('{"decision": "call_wm", "actions": [{"type": "fly", "value": 1}]}', None),
+    ('{"decision": "call_wm", "actions": [{"type": "turn-right", "value": 30}]}', None),        # not on offer
     ('{"decision": "call_wm", "actions": [{"type": "turn-left", "value": -30}]}', None),
     ('{"decision": "call_wm", "actions": [{"type": "turn-left", "value": true}]}', None),
     ('{"decision": "call_wm", "actions": [{"type": "turn-left", "value": NaN}]}', None),
@@ -135,7 +136,7 @@ def test_scores_are_read_strictly(text, scores):
     ('{"decision": "call_wm", "actions": ["turn-left"]}', None), ('{"decision": "call_wm", "actions": 3}', None),
     ('{"decision": "maybe", "actions": [{"type": "turn-left", "value": 30}]}', None), ("{" * 20_000, None)])
 def test_plans_are_read_or_dropped(text, plan):
-    assert read_plan(text, (2,)) == plan
+    assert read_plan(text, (2,), {"turn left", "move forward"}) == plan
 
 
 def test_the_gate_opens_with_a_strict_majority_of_what_can_be_read():
