@@ -29,7 +29,6 @@ nothing and are left out, of the mean too; no KL term unless asked for (--kl).
 """
 
 import argparse
-import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -311,9 +310,6 @@ def update(policy, optimizer, minibatches, filler, step, args):
         sums.append(accumulate_gradient(policy, minibatch, filler, args))
         if sums[-1]:
             norms.append(common.clip_gradients(policy.model.parameters(), args.max_grad_norm))
-            if not math.isfinite(norms[-1]):
-                common.fail(f"The gradient of step {step} is not finite. The last checkpoint is kept in {args.out}; "
-                            f"give a smaller --lr and another --out.")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     over = dict.fromkeys(("loss", "entropy", "ratio", "clipped_low", "clipped_high"), "tokens") | {"kl": "kl_tokens"}
@@ -388,18 +384,14 @@ def open_policy(args, world):
 
 
 def places_of_step(total, count, step, seed, spread=None):
-    """Which of `total` questions a step asks: pass after pass over all of them, each pass in an order of its own.
+    """Which of `total` questions a step asks: pass after pass over all of them, none twice in a step.
 
-    spread   chances of the questions for --curriculum variance: drawn by these, none twice in a step
+    spread   chances of the questions for --curriculum variance: drawn by these
     """
     if spread:
         chances = torch.tensor(spread, dtype=torch.float64)
         return torch.multinomial(chances, count, generator=common.generator(seed, "curriculum", step)).tolist()
-    chosen = []
-    for place in range(step * count, (step + 1) * count):
-        epoch, index = divmod(place, total)
-        chosen.append(torch.randperm(total, generator=common.generator(seed, "questions", epoch))[index].item())
-    return chosen
+    return common.drawn(total, count, step, seed, "questions")
 
 
 def new_spread(spread, places, earned, group):
@@ -438,9 +430,9 @@ def main(argv=None):
     if args.eval_every and len(held_out) < world.size:
         common.fail(f"{len(held_out)} held-out questions leave some of {world.size} ranks without one: give "
                     f"--eval-questions {world.size} or more, or --eval-every 0.")
-    if args.curriculum == "variance" and args.questions > len(train):
-        common.fail(f"--curriculum variance asks no question twice in a step: there are {len(train)}, --questions asks "
-                    f"for {args.questions}.")
+    if args.questions > len(train):
+        common.fail(f"A step asks no question twice: {files[0]} has {len(train)}, --questions asks for "
+                    f"{args.questions}.")
     learning = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=args.lr, betas=BETAS, weight_decay=0.0, fused=True)
     tensors = checkpoints.training_tensors(policy.model, optimizer)

@@ -279,14 +279,6 @@ def scripted_loss(policy, batch):
 
 # ---------------------------------------------------------------- World2VLM
 
-def rows_of_step(rows, count, step, seed):
-    """The questions of an update: pass after pass over all of them, each pass in an order of its own."""
-    places, orders = [divmod(place, len(rows)) for place in range(step * count, (step + 1) * count)], {}
-    for epoch in {epoch for epoch, _ in places}:
-        orders[epoch] = torch.randperm(len(rows), generator=common.generator(seed, "rows", epoch))
-    return [rows[orders[epoch][index]] for epoch, index in places]
-
-
 def shares(rows, lambdas):
     """What -log p of each answer counts in the loss: lambda of its direction times w over all w of that direction.
 
@@ -319,7 +311,7 @@ def answers_of_step(policy, rows, features, args, step, world):
 
     And 1, what the loss has to be divided by: the shares are of all ranks already.
     """
-    asked = rows_of_step(rows, args.batch, step, args.seed)
+    asked = [rows[place] for place in common.drawn(len(rows), args.batch, step, args.seed, "rows")]
     counts = shares(asked, {True: args.lambda_inv, False: args.lambda_fwd})
     mine = [(answered(policy, row, features), share, row["weight"], row["category"] in INVERSE)
             for row, share in list(zip(asked, counts))[world.rank::world.size]]
@@ -422,6 +414,9 @@ def main(argv=None):
                 and (args.lambda_inv if row["category"] in INVERSE else args.lambda_fwd)]
         if not rows:
             common.fail(f"{train} has no question of the tasks {' '.join(args.tasks)} whose lambda is not 0.")
+        if args.batch > len(rows):
+            common.fail(f"A step asks no question twice: {train} has {len(rows)} of these tasks, --batch asks for "
+                        f"{args.batch}.")
         dtype = torch.bfloat16 if args.lora and world.device.type == "cuda" else torch.float32      # of what is frozen
         policy = Policy.load(args.start, world.device, dtype)
         features = seen(policy, rows) if args.preset == "tiny" else None        # of a real tower: too many to keep

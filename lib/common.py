@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,9 @@ from tqdm import tqdm
 
 
 # ---------------------------------------------------------------- processes
+
+PATIENCE = timedelta(hours=6)           # of a rank for the others: while they sample, ranks share nothing for a long time
+
 
 class World(NamedTuple):
     """This process among the others: `rank` of `size`, `local_rank` on its machine, and the device it computes on."""
@@ -65,7 +69,7 @@ def setup(threads=None):
         keep_freed_memory()
     if not dist.is_initialized():
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group("nccl" if cuda else "gloo")
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
         elif cuda:
             dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     return World(rank, size, local_rank, device)
@@ -157,6 +161,15 @@ def generator(*keys):
     return torch.Generator().manual_seed(stable_seed(*keys))
 
 
+def drawn(total, count, step, *stream):
+    """Which `count` of `total` things a step takes, none twice: pass after pass, each in an order of its own.
+
+    What is left of a pass when it no longer fills a step waits for the next one. stream   as in `generator`
+    """
+    turn, place = divmod(step, total // count)
+    return torch.randperm(total, generator=generator(*stream, turn)).tolist()[place * count:(place + 1) * count]
+
+
 def cosine(step, steps, warmup=0, floor=0.0):
     """Learning-rate factor: a linear rise to 1 over `warmup` steps, then a cosine down to `floor` at `steps`."""
     if step < warmup:
@@ -221,9 +234,14 @@ def sum_gradients(parameters):
 
 
 def clip_gradients(parameters, max_norm):
-    """Scale the gradients down to a global norm of at most `max_norm`; return the norm before, as a float."""
+    """Scale the gradients down to a global norm of at most `max_norm`; return the norm before, as a float.
+
+    Ends the program with a sentence if it is not finite: the weights would be lost, and the next checkpoint with them.
+    """
     norm = torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return norm if math.isfinite(norm) else fail(
+        "The gradient is not finite. The last checkpoint is kept; give a smaller --lr and another --out.")
 
 
 # ---------------------------------------------------------------- files

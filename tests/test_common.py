@@ -5,6 +5,7 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,3 +132,20 @@ def test_preset_gives_defaults_and_the_user_wins():
 
     assert vars(parse()) == {"lr": 1.0, "steps": 3, "preset": "tiny"}
     assert vars(parse("--preset", "astra", "--lr", "5")) == {"lr": 5.0, "steps": 9, "preset": "astra"}
+
+
+def test_every_pass_draws_each_thing_once_and_no_step_draws_one_twice():
+    passes = np.reshape([common.drawn(8, 4, step, 0, "x") for step in range(6)], (3, 8)).tolist()
+    assert all(sorted(each) == list(range(8)) for each in passes) and passes[0] != passes[1]
+    steps = [common.drawn(10, 4, step, 0, "x") for step in range(40)]                # two are left over in every pass
+    assert all(len(set(a + b)) == 8 for a, b in zip(steps[::2], steps[1::2]))
+    assert np.bincount(np.ravel(steps), minlength=10).min() > 8
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert common.clip_gradients([weight], 1.0) == pytest.approx(5) and weight.grad.norm() == pytest.approx(1)
+    weight.grad = torch.tensor([1.0, float("nan")])
+    with pytest.raises(SystemExit, match="not finite"):
+        common.clip_gradients([weight], 1.0)

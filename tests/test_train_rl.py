@@ -173,12 +173,6 @@ def test_groups_without_variance_are_left_out():
     assert halves == [[["a", "a"], ["b", "b"]], [["c", "c"], ["d", "d"]]]
 
 
-def test_questions_come_once_per_pass():
-    steps = [train_rl.places_of_step(10, 4, step, seed=0) for step in range(5)]
-    passes = np.reshape(steps, (2, 10)).tolist()
-    assert sorted(passes[0]) == sorted(passes[1]) == list(range(10)) and passes[0] != passes[1]
-
-
 def test_curriculum_asks_what_varies():
     """New questions first, each once; then those whose rewards differ, the others now and then."""
     spread, asked = [1.0] * 8, []
