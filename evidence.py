@@ -74,6 +74,7 @@ RUNS = [
     Run("ring-untuned", "ring", f"{PLAIN} --shuffle-instructions"),                 # the twin that learned no motion
     Run("rooms250-plain", "rooms250", PLAIN),
     Run("rooms1000-plain", "rooms1000", PLAIN),
+    Run("64px-content-control", "64px", f"{CONTENT} --control"),
     Run("fine-untuned", "fine", f"{PLAIN} --shuffle-instructions"),
     *(Run(f"{data}-{term}", data, flags) for data in HARD
       for term, flags in (("plain", PLAIN), ("content", CONTENT), ("pose", POSE))),
