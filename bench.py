@@ -368,7 +368,7 @@ def true_shapes(device):
 
 # ---------------------------------------------------------------- bench.py memory
 
-PICTURE, SENTENCE = 512, 20         # pixels a side, tokens: what the astra budget takes for pictures and instructions
+PICTURE, SENTENCE, GIVEN = 512, 20, 4       # of the astra budget: pixels a side, tokens of an instruction, views
 
 
 def memory(args):
@@ -382,16 +382,21 @@ def memory(args):
     limits = network.config.settings.vae_limits, network.config.settings.vit_limits
     latent, vit = (math.prod(resized(side, side, limit)) // cell**2 + 2
                    for limit, cell in zip(limits, (16, network.config.vit_patch)))
-    context = 4 * (latent + vit) + wm_flags["targets"] * (latent + SENTENCE)
+    vision = model.config.vision_config
+    unit, levels = vision.patch_size * vision.spatial_merge_size, 1 + len(vision.deepstack_visual_indexes)
+    context = GIVEN * (latent + vit) + wm_flags["targets"] * (latent + SENTENCE)
     results = {"bench": "memory", "preset": args.preset, "policy_parameters": policy.learned + policy.frozen,
                "simulator_parameters": simulator.learned, "length": args.length}
     print(f"policy {results['policy_parameters'] / 1e6:,.1f} M parameters, simulator {simulator.learned / 1e6:,.1f} M; "
           f"dialogues of {args.length:,} tokens, {rl['micro_batch_tokens']:,} tokens a pass; simulator updates of "
           f"{context:,} tokens a pass. GB per GPU:")
     for gpus in args.gpus:
-        rows = min(rl["rows"], -(-rl["questions"] * rl["group"] // gpus))
+        dialogues = -(-rl["questions"] * rl["group"] // gpus)
+        rows = min(rl["rows"], dialogues)
+        images = (GIVEN / rl["group"] + 3) * dialogues              # of a step; 3: as many as may be imagined
+        features = budget.BF16 * images * (side // unit)**2 * levels * policy.width
         tables = {f"train_rl {phase}": parts for phase, parts in budget.rl_budget(
-            policy, simulator, gpus, rows, args.length, MAX_TOKENS, rl["micro_batch_tokens"], HEAD_TOKENS,
+            policy, simulator, gpus, rows, args.length, features, MAX_TOKENS, rl["micro_batch_tokens"], HEAD_TOKENS,
             rl.get("gradient_checkpointing", False)).items()}
         tables["train_wm update"] = budget.wm_budget(simulator, gpus, wm_flags["micro_contexts"] * context,
                                                      wm_flags["recompute"])["update"]

@@ -398,7 +398,7 @@ def parse_args(argv=None):
     p.add_argument("--batch", type=int, default=64, help="questions at once: memory and speed only (search, gate: 4 "
                    "or so for an 8B policy that reads sheets of many views)")
     p.add_argument("--threads", type=int, help="CPU threads")
-    args = p.parse_args(argv)
+    args = common.at_least(p, p.parse_args(argv), [(key, 1) for key in ("limit", "batch", "max_new_tokens", "frames")])
     twin = ["untuned"] if args.bench == "wm" and common.newest(("wm-untuned",)) else []
     args.simulator = args.simulator or ["tuned", *twin]
     args.out = args.out or f"out/eval/{args.bench}"

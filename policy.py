@@ -13,8 +13,9 @@ import argparse
 import json
 import math
 import re
-import shutil
 from functools import lru_cache, partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLay
 from transformers.utils import cached_file, logging
 
 from lib.clients import NO_VIEW, imagine_each
-from lib.common import fail, generator, newest, run, stable_seed
+from lib.common import at_least, fail, generator, newest, run, stable_seed
 from lib.dialogue import NO_SIMULATOR, NOTE, PAD, PHRASES, Trajectory
 from lib.pictures import load_image
 from lib.rollout import Writer
@@ -96,12 +97,14 @@ class Policy:
         return cls(model, tokenizer, images)
 
     @classmethod
-    def load(cls, path, device="cpu", dtype="auto"):
+    def load(cls, path, device="cpu", dtype=None):
         """Read a checkpoint: a folder that `save` wrote, or any Qwen3-VL by folder or hub id.
 
-        The hub id of the paper's base is Qwen/Qwen3-VL-8B-Instruct; dtype "auto" is the checkpoint's own. Ends the
-        program with a sentence if there is no checkpoint or it cannot be read.
+        dtype   None: to answer questions, that is bf16 on a GPU, else the checkpoint's own
+        The hub id of the paper's base is Qwen/Qwen3-VL-8B-Instruct. Ends the program with a sentence if there is no
+        checkpoint or it cannot be read.
         """
+        dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else "auto")
         try:
             images = json.loads(Path(cached_file(path, "preprocessor_config.json")).read_text())
             model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype).to(device).eval()
@@ -158,18 +161,21 @@ class Policy:
         return patches.float() / 127.5 - 1, torch.tensor(grids, device=self.device)
 
     @torch.no_grad()
-    def encode(self, numbered, at_once=64):
+    def encode(self, numbered, at_once=16_384):
         """What the frozen tower makes of images, per image (1 + deepstack levels, tokens, width). Each array once.
 
-        numbered  (number in the dialogue, image) each
+        numbered  (number in the dialogue, image) each;  at_once: tokens, 64 images of 512 x 512
+        Kept on a GPU until a step is over, so there in bf16, as the language model would take it anyhow.
         """
-        distinct = list({(number, id(image)): (number, image) for number, image in numbered}.items())
+        distinct = {(number, id(image)): (number, image) for number, image in numbered}
+        tokens = np.cumsum([math.prod(self.grid(image)) for _, image in distinct.values()])
         found = {}
-        for start in range(0, len(distinct), at_once):
-            keys, part = zip(*distinct[start: start + at_once])
+        for _, chunk in groupby(zip((tokens - 1) // at_once, distinct.items()), key=itemgetter(0)):
+            keys, part = zip(*(item for _, item in chunk))
             patches, grids = self.pixels(part)
             out = self.vision(patches.to(self.vision.dtype), grid_thw=grids)
             levels = torch.stack([out.pooler_output, *out.deepstack_features])      # (1 + levels, tokens, width)
+            levels = levels.to(torch.bfloat16 if self.device.type == "cuda" else levels.dtype)
             sizes = (grids.prod(1) // self.images["merge_size"] ** 2).tolist()
             found |= dict(zip(keys, levels.split(sizes, 1)))
         return [found[number, id(image)] for number, image in numbered]
@@ -185,7 +191,7 @@ class Policy:
     def hidden(self, ids, positions, mask, features=None, read=None, cache=None):
         """The same pass, stopped before the language head, where somebody reads it: (n, width), for `logits`.
 
-        read      (n,) places in ids.flatten(), None for none; the last layer does no more than these need
+        read      (n,) places in ids.flatten(), None for none; the last layer's MLP runs on these alone
         cache     takes in the keys and values of all tokens
         """
         nowhere = ids.new_empty(0)              # a pass through the whole model, whose parts FSDP may have put away
@@ -208,7 +214,7 @@ class Policy:
 
 
 class LastLayer(Qwen3VLTextDecoderLayer):
-    """The decoder's last layer. Of most tokens nobody reads what it makes, only their keys and values are needed."""
+    """The decoder's last layer, whose MLP, most of its work, runs only where somebody reads what it makes."""
 
     def forward(self, hidden_states, read=None, **options):
         """hidden_states (B, L, width) -> (1, n, width) of the places `read` (n,) in (B * L), or all (B, L, width)."""
@@ -439,7 +445,7 @@ def parse_args(argv=None):
     p.add_argument("--max-new-tokens", type=int, default=256, help="per turn")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="out/ask", help="imagined views and the dialogue are saved here")
-    return p.parse_args(argv)
+    return at_least(p, p.parse_args(argv), [("max_new_tokens", 1)])
 
 
 def main(argv=None):
@@ -464,7 +470,8 @@ def main(argv=None):
         fail(str(error))
     for kind, content in trajectory.lines():
         print(content if kind == "text" else " ".join(f"[Image-{number}]" for number in content))
-    shutil.rmtree(args.out, ignore_errors=True)                 # the pictures of another dialogue
+    for picture in Path(args.out).glob("image_*.png"):          # of another dialogue
+        picture.unlink()
     trajectory.save(args.out)
     trajectory.draw(Path(args.out) / "dialogue.png")
     print(f"{'No answer.' if trajectory.answer is None else f'Answer: {trajectory.answer}.'} "

@@ -47,7 +47,7 @@ def exact_match(answer, question):
 
 def format_reward(trajectory):
     """f: 1.0 if every turn of the trajectory is well formed and it ends in an answer, else 0.0."""
-    return float(trajectory.well_formed and trajectory.answer is not None)
+    return float(trajectory.well_formed)
 
 
 def phase1_reward(match, form, n_tool, lambda_use=LAMBDA_USE):
@@ -108,7 +108,7 @@ def world2vlm(task, answer, response):
 
     answer     the reference, as lib/world2vlm.py writes it: "move left 0.5 meters; turn left 20 degrees", "true",
                "[48, 558, 226, 681]"
-    response   all that the policy says; None for nothing. No response raises
+    response   what stands between <answer> and </answer>, thoughts are free (ours); None for nothing. None raises
     returns    {"total", "format", and
                  A1, A2: "action", "numeric";  A3, D3: "action", "order", "numeric";  A4, D2, D4: "accuracy";
                  D1: "validity", "geometry", "iou", "center", "size", "l1"}

@@ -57,7 +57,8 @@ PRESETS = {
                   save_every=10, gradient_checkpointing=True),
 }
 TINY_LENGTH = {1: dict(steps=12, eval_every=4), 2: dict(steps=60, eval_every=12)}   # calling is learned in a few steps
-WORLD2VLM = {       # what --task world2vlm changes: group, KL, clip, lr are its paper's, the rest its released code's
+WORLD2VLM = {       # what --task world2vlm changes: group, KL, clip, lr are its paper's, the rest its released code's,
+                    # which ran on 4 GPUs; more take more --questions
     "tiny": dict(mode="direct", group=4, kl=0.01, clip_high=0.3, steps=60, eval_every=12),
     "astra": dict(mode="direct", group=4, kl=0.01, clip_high=0.3, questions=4, steps=248, lr=2e-6, warmup=0,
                   max_new_tokens=256, eval_every=62),
@@ -108,8 +109,8 @@ def parse_args(argv=None):
     p.add_argument("--eval-every", type=int, help="steps; 0: never")
     p.add_argument("--eval-questions", type=int, help="held-out questions per evaluation")
     # memory, speed and safety only: these never change the numbers
-    p.add_argument("--rows", type=int, help="dialogues written together, per rank: memory and speed only (astra: 8, 4.8 "
-                                            "GB of keys and values beside the simulator)")
+    p.add_argument("--rows", type=int, help="dialogues written together, per rank (astra: 8, 4.8 GB of keys and "
+                                            "values beside the simulator)")
     p.add_argument("--micro-batch-tokens", type=int, help="tokens per forward pass and rank, with padding (a longer "
                    "rollout has a pass to itself)")
     p.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in backward (paper)")
@@ -117,7 +118,10 @@ def parse_args(argv=None):
     p.add_argument("--threads", type=int, help="CPU threads per process")
     world2vlm = first.parse_known_args(argv)[0].task == "world2vlm"
     presets = {size: flags | (WORLD2VLM[size] if world2vlm else {}) for size, flags in PRESETS.items()}
-    args = common.parse_with_preset(p, presets, argv)
+    args = common.parse_with_preset(p, presets, argv, [("group", 2), *((key, 1) for key in (
+        "steps", "questions", "direct", "minibatches", "max_new_tokens", "rows", "micro_batch_tokens", "save_every"))])
+    if args.temperature <= 0:
+        p.error("--temperature 0: the rollouts of a group would all be equal, and nothing would be learned")
     for key, value in TINY_LENGTH[args.phase].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -420,13 +424,13 @@ def main(argv=None):
              *([(args.wm, "python train_wm.py")] if (args.mode, args.simulator) == ("agentic", "tuned") else [])]
     common.begin(f"train_rl {title}", args, NEUTRAL, needs)
     world, out = common.setup(args.threads), Path(args.out)
+    if args.questions < world.size:
+        common.fail(f"--questions {args.questions} leaves some of {world.size} ranks without a question.")
     policy, simulator = open_policy(args, world), open_simulator(args, world)
     start_policy = None if args.kl is None else open_policy(args, world)
     train, held_out = (load_questions(file, args) for file in files)
     chosen = places_of_step(len(held_out), min(args.eval_questions, len(held_out)), step=0, seed=0)
     held_out = [held_out[place] for place in chosen]
-    if args.questions < world.size:
-        common.fail(f"--questions {args.questions} leaves some of {world.size} ranks without a question.")
     if args.eval_every and len(held_out) < world.size:
         common.fail(f"{len(held_out)} held-out questions leave some of {world.size} ranks without one: give "
                     f"--eval-questions {world.size} or more, or --eval-every 0.")
@@ -485,6 +489,7 @@ def main(argv=None):
             means = common.global_means(rollout_totals(rows, args.group))
             log.write(step, **means, **learned, seconds=dict(seconds), **held)
             bar.set_postfix({key: f"{means[key]:.2f}" for key in ("reward", "match", "call_rate")})
+            del sampled, direct, rows, minibatches              # and their images, before the next ones come
             stopping = stop.requested()
             if stopping or (step + 1) % args.save_every == 0:
                 checkpoints.save_state(out / "training", step + 1, tensors, {"clock": clock.read(), "spread": spread})

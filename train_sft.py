@@ -86,6 +86,7 @@ OF_TASK = {                                           # defaults of flags that o
     "world2vlm": dict(data="out/world2vlm", out="out/w2v", tasks=list(TASKS), lambda_inv=1.0, lambda_fwd=1.0,
                       lora=0, dropout=0.0, eval_questions=200),
 }
+ASKED = {"tiny": {}, "astra": dict(max_new_tokens=256, rows=8)}        # of rollout, when held-out questions are asked
 NEUTRAL = ("threads", "save_every", "micro_batch", "gradient_checkpointing")
 
 
@@ -122,7 +123,8 @@ def parse_args(argv=None):
     p.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in backward")
     p.add_argument("--save-every", type=int, help="steps between checkpoints")
     p.add_argument("--threads", type=int, help="CPU threads")
-    args = common.parse_with_preset(p, PRESETS, argv)
+    args = common.parse_with_preset(p, PRESETS, argv, [(key, 1) for key in (
+        "steps", "batch", "micro_batch", "save_every")])
     if args.preset == "astra" and args.task == "cold":
         p.error("--preset astra is of --task world2vlm: a pretrained policy needs no cold start")
     for task, defaults in OF_TASK.items():
@@ -264,7 +266,7 @@ def script(policy, lesson, kind, rng, calling=True):
 def scripted_loss(policy, batch):
     """Weighted negative log-likelihood of the scripts.
 
-    batch     from `collate`; its `logprobs` slot holds the weights (B, L)
+    batch     from `collate`; its `logprobs` slot holds the weights (B, L - 1)
     returns   sum of w (-log p): divide by the sum of w of the whole update, all ranks; and {"facts": (how many of the
               tokens that weigh FACT were right, how many there were)}
     """
@@ -342,11 +344,11 @@ def graded(rows, answers):
             for task, rewards in earned.items()}
 
 
-def held_out(policy, rows, world):
+def held_out(policy, rows, args, world):
     """Greedy answers to questions, each rank its share -> what `graded` makes of them; also printed."""
     mine = rows[world.rank::world.size]
     with common.gathered(policy.model):
-        dialogues = rollout(policy, mine, None, "direct", temperature=0.0)
+        dialogues = rollout(policy, mine, None, "direct", temperature=0.0, **ASKED[args.preset])
     table = graded(mine, [dialogue.answer for dialogue in dialogues])
     common.say("held out, mean reward and share of perfect answers: " + ", ".join(
         f"{task} {means['reward']:.2f} {means['exact']:.2f}" for task, means in table.items() if means))
@@ -437,7 +439,7 @@ def main(argv=None):
 
     with common.Interrupt() as stop:
         for step in (bar := common.progress(args.steps, first, f"sft, {args.lessons or args.task}")):
-            held = {"eval": held_out(policy, asked, world)} if asked and step == 0 else {}
+            held = {"eval": held_out(policy, asked, args, world)} if asked and step == 0 else {}
             rate = args.lr * common.cosine(step, args.steps, args.warmup, args.lr_floor)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -466,7 +468,7 @@ def main(argv=None):
                 stop.leave(step + 1)
 
     if asked:
-        log.write(args.steps, eval=held_out(policy, asked, world))
+        log.write(args.steps, eval=held_out(policy, asked, args, world))
     own = {name for name, _ in model.named_parameters()}                        # tied weights have one name here
     weights = checkpoints.whole((name, tensor) for name, tensor in merged(model) if name in own)
     if common.is_main():

@@ -380,11 +380,9 @@ def parse_args(argv=None):
     p.add_argument("--look-contexts", type=int, help="held-out contexts to look at")
     p.add_argument("--save-every", type=int, help="steps between checkpoints")
     p.add_argument("--threads", type=int, default=1, help="CPU threads per process; small models gain little from more")
-    args = common.parse_with_preset(p, PRESETS, argv)
-    for name in ("size", "steps", "contexts", "targets", "micro_contexts", "pose_every", "look_every", "look_contexts",
-                 "save_every"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be 1 or more")
+    args = common.parse_with_preset(p, PRESETS, argv, [(key, 1) for key in (
+        "size", "steps", "contexts", "targets", "micro_contexts", "pose_every", "look_every", "look_contexts",
+        "save_every")])
     if args.size % 16:
         p.error(f"--size {args.size} is not a multiple of 16, the ViT's patch")
     if args.lora and not args.init:

@@ -108,15 +108,16 @@ def cache(s, tokens, number=BF16):
     return number * tokens * s.layers * s.key_value
 
 
-def rl_budget(policy, simulator, gpus, rows, length, view_tokens, micro_batch_tokens, head_tokens, recompute):
+def rl_budget(policy, simulator, gpus, rows, length, features, view_tokens, micro_batch_tokens, head_tokens, recompute):
     """train_rl.py on GPUs -> {"rollout": {part: bytes}, "update": {part: bytes}}; what is not held is 0.
 
     rows, length    dialogues written together, and tokens in the longest
+    features        bytes of what the vision tower makes of a step's images, which stays until the step is over
     view_tokens     tokens of context and view that the simulator keeps while it imagines for all rows
     The rollout gathers the whole policy in bf16 beside the shards, and has no gradients yet.
     """
     standing, simulator_weights = trained(policy, gpus), BF16 * simulator.learned
-    nothing = {"gathered": 0, "simulator": simulator_weights, "KV cache": 0, "activations": 0}
+    nothing = {"gathered": 0, "simulator": simulator_weights, "features": features, "KV cache": 0, "activations": 0}
     return {"rollout": standing | nothing | {"gradients": 0, "gathered": BF16 * policy.learned,
                                              "KV cache": cache(policy, rows * length) + cache(simulator, view_tokens)},
             "update": standing | nothing | {"gathered": gathered(policy, backward=True), "activations": activations(
@@ -126,5 +127,5 @@ def rl_budget(policy, simulator, gpus, rows, length, view_tokens, micro_batch_to
 def wm_budget(simulator, gpus, tokens, recompute):
     """train_wm.py on GPUs -> {"update": {part: bytes}}: everything is trained, and an average is kept."""
     return {"update": trained(simulator, gpus, average=True) | {
-        "gathered": gathered(simulator, backward=True), "simulator": 0, "KV cache": 0,
+        "gathered": gathered(simulator, backward=True), "simulator": 0, "features": 0, "KV cache": 0,
         "activations": activations(simulator, tokens, recompute)}}

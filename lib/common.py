@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 # ---------------------------------------------------------------- processes
 
-PATIENCE = timedelta(hours=6)           # of a rank for the others: while they sample, ranks share nothing for a long time
+PATIENCE = timedelta(hours=6)           # of a rank for the others: while they sample, they share nothing for long
 
 
 class World(NamedTuple):
@@ -336,8 +336,11 @@ def readable(value):
 
 # ---------------------------------------------------------------- a stage's beginning and end
 
-def parse_with_preset(parser, presets, argv=None):
-    """Parse flags whose defaults come from `--preset`: a preset is a dict {flag: default}; what the user types wins."""
+def parse_with_preset(parser, presets, argv=None, least=()):
+    """Parse flags whose defaults come from `--preset`: a preset is a dict {flag: default}; what the user types wins.
+
+    least   (flag, smallest value) pairs
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for p in (first, parser):
         p.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="defaults of other flags")
@@ -347,7 +350,15 @@ def parse_with_preset(parser, presets, argv=None):
     if unknown:
         raise ValueError(f"the preset names flags that do not exist: {sorted(unknown)}")
     parser.set_defaults(**preset)
-    return parser.parse_args(argv)
+    return at_least(parser, parser.parse_args(argv), least)
+
+
+def at_least(parser, args, least):
+    """The parsed flags, if none of them is below its smallest value: (flag, smallest value) pairs."""
+    for key, low in least:
+        if getattr(args, key) is not None and getattr(args, key) < low:
+            parser.error(f"--{key.replace('_', '-')} {getattr(args, key)}: must be {low} or more")
+    return args
 
 
 def begin(title, args, neutral=(), needs=()):

@@ -163,8 +163,8 @@ class Trajectory:
 
     Per token: `ids` exactly as sampled, `loss_mask` 1 on what the policy wrote (its closing <|im_end|> included) and 0
     on everything else, `logprobs` of the rollout (0 elsewhere), `positions` (time, row, column) of M-RoPE.
-    Per image: the array in `images`, its `provenance` (None if given, the call if imagined) and, in rollouts only,
-    `features`: what the frozen tower made of it.
+    Per image: the array in `images`, its `provenance` (None if given, the call if imagined) and `features`:
+    what the frozen tower made of it, once `policy.encode_images` has been there.
     After `say`, `call` is the valid call that waits for its view, `reply` what the protocol answers to this turn.
     """
 

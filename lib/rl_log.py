@@ -31,7 +31,7 @@ LOG = {  # log.jsonl: one line per step; means over all rollouts of the step, on
     "ratio": "new probability over old, mean over tokens; above and below 1 cancel",
     "ratio_max": "its largest value",
     "clipped_low": "share of tokens silenced by the clip: bad ones whose ratio is below 1 - 0.2 already",
-    "clipped_high": "and good ones whose ratio is above 1 + 0.28 already",
+    "clipped_high": "and good ones whose ratio is above 1 + --clip-high already",
     "kl": "to the start policy, nats per token (k3 estimate); with --kl 0 only at evaluations",
     "mismatch": "largest |rollout - training log-prob| before the first optimiser step",
     "grad_norm": "before clipping, mean over the optimiser steps",

@@ -142,6 +142,16 @@ def test_every_pass_draws_each_thing_once_and_no_step_draws_one_twice():
     assert np.bincount(np.ravel(steps), minlength=10).min() > 8
 
 
+def test_flags_below_their_smallest_value_are_refused(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--save-every", type=int)
+    assert common.parse_with_preset(parser, {"tiny": {}}, [], [("save_every", 1)]).save_every is None
+    with pytest.raises(SystemExit):
+        common.parse_with_preset(argparse.ArgumentParser(parents=[parser], add_help=False, conflict_handler="resolve"),
+                                 {"tiny": {}}, ["--save-every", "0"], [("save_every", 1)])
+    assert "--save-every 0: must be 1 or more" in capsys.readouterr().err
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run():
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.tensor([3.0, 4.0])

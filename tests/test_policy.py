@@ -437,6 +437,18 @@ def test_the_stamp_counts_and_leaves_the_image_alone(policy):
     assert torch.equal(*plain.encode([(1, image), (3, image)]))
 
 
+def test_the_tower_sees_many_images_in_several_passes(policy, monkeypatch):
+    wide = Policy(policy.model, policy.tokenizer, policy.images | {"size": {"shortest_edge": 64, "longest_edge": 4096}})
+    numbered = [(1 + n % 3, picture(n, 16 * (1 + n % 4), 32)) for n in range(9)]            # 2, 4, 6 or 8 tokens each
+    want, calls, tower = wide.encode(numbered), [], policy.vision.forward
+    monkeypatch.setattr(policy.vision, "forward", lambda patches, **rest: calls.append(len(patches) // 4) or tower(
+        patches, **rest))
+    got = wide.encode(numbered + numbered[:2], at_once=10)
+    assert sum(calls) == sum(x.shape[1] for x in want) == 42 and len(calls) > 3 and max(calls) < 20
+    for a, b in zip(got, want + want[:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_padding_and_company_do_not_change_logprobs(policy):
     rows = [full_dialogue(policy), say(policy, Trajectory.start(policy, question(3), [], "direct"), ANSWER),
             say(policy, Trajectory.start(policy, question(4), [picture(1)], "forced"), LOOK)]
