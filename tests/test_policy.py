@@ -541,6 +541,11 @@ def test_command_line_prints_a_dialogue_and_saves_it(policy, tmp_path, monkeypat
     printed = capsys.readouterr().out
     assert "[Image-1]\nWhich?\nA. red box\nB. blue ball\nPolicy: " in printed and "out/ask" in printed
     assert (tmp_path / "out/ask/dialogue.png").exists() and (tmp_path / "out/ask/image_1.png").exists()
+    for name in ("image_9.png", "thesis.txt"):
+        (tmp_path / "out/ask" / name).write_text("of another dialogue, and of somebody else")
+    policy_file.main(arguments)
+    assert sorted(p.name for p in (tmp_path / "out/ask").iterdir()) == [
+        "dialogue.json", "dialogue.png", "image_1.png", "thesis.txt"]
     (tmp_path / "broken.png").write_text("no image")
     with pytest.raises(SystemExit, match="broken.png cannot be read"):
         policy_file.main(["--images", "broken.png", *arguments[2:]])
