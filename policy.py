@@ -265,20 +265,30 @@ def rollout(policy, questions, simulator=None, mode="agentic", group_size=1, tem
                    for d, dialogue in enumerate(dialogues)]
         uniforms = torch.stack([torch.rand(max_turns, max_new_tokens, dtype=torch.float64,
                                            generator=generator("rollout", *stream)) for stream in streams])
-        writer = Writer(policy, dialogues, group_size)
-        for turn in range(max_turns):
-            members = [d for d, dialogue in enumerate(dialogues) if not dialogue.done]
-            if not members:
-                break
-            written = writer.write(members, uniforms[:, turn], temperature, max_new_tokens)
-            for d, (ids, logprobs) in zip(members, written):
-                dialogues[d].say(policy, ids, logprobs)
-                dialogues[d].truncated |= turn + 1 == max_turns and dialogues[d].answer is None
-            reply(policy, simulator, [(dialogues[d], stable_seed("imagine", *streams[d], turn))
-                                      for d in members if not dialogues[d].done])
+        go_on(policy, dialogues, uniforms, temperature, simulator, streams, group_size)
         finished += dialogues
     policy.model.train(was_training)
     return finished
+
+
+@torch.no_grad()
+def go_on(policy, dialogues, uniforms, temperature=0.0, simulator=None, streams=None, group_size=1):
+    """Let the policy write turns, and answer its calls, until every dialogue is done.
+
+    dialogues   Trajectories with features, those of a group neighbours and equal so far
+    uniforms    (dialogues, turns, tokens per turn) float64 in [0, 1): what sampling draws
+    streams     what the simulator's noise depends on, besides the turn
+    """
+    writer, turns, limit = Writer(policy, dialogues, group_size), *uniforms.shape[1:]
+    for turn in range(turns):
+        members = [d for d, dialogue in enumerate(dialogues) if not dialogue.done]
+        if not members:
+            break
+        for d, (ids, logprobs) in zip(members, writer.write(members, uniforms[:, turn], temperature, limit)):
+            dialogues[d].say(policy, ids, logprobs)
+            dialogues[d].truncated |= turn + 1 == turns and dialogues[d].answer is None
+        reply(policy, simulator, [(dialogues[d], stable_seed("imagine", *(streams[d] if streams else ()), turn))
+                                  for d in members if not dialogues[d].done])
 
 
 def reply(policy, simulator, waiting):

@@ -42,9 +42,8 @@ from lib.dialogue import LIMITS, Trajectory
 from lib.endpoint import RemoteError
 from lib.geometry import KINDS, Motion, phrase
 from lib.pictures import load_image
-from lib.rollout import Writer
 from lib.transitions import cut
-from policy import encode_images, reply, rollout
+from policy import encode_images, go_on, rollout
 
 STEPS, BEAMS = 3, 2                 # MindJourney's code with Stable Virtual Camera; so are the next three
 EXPLORE = HELP = 8                  # of 9: from here on a view becomes a beam, or evidence
@@ -199,24 +198,15 @@ def way_of(policy):
     return "confidence" if not isinstance(policy, RemotePolicy) and policy.images.get("stamped") else "words"
 
 
-@torch.no_grad()
 def write(run, dialogues, turns):
     """Let a local policy go on with dialogues, greedily, `turns` turns at most; nothing more is imagined."""
     for start in range(0, len(dialogues), run.rows):
         part = dialogues[start:start + run.rows]
         encode_images(run.policy, part)
-        writer, unused = Writer(run.policy, part), torch.zeros(len(part), run.limit, dtype=torch.float64)
-        for turn in range(turns):
-            members = [d for d, dialogue in enumerate(part) if not dialogue.done]
-            if not members:
-                break
-            for d, (ids, logprobs) in zip(members, writer.write(members, unused, 0, run.limit)):
-                part[d].say(run.policy, ids, logprobs)
-                part[d].truncated |= turn + 1 == turns and part[d].answer is None
-                part[d].cost["policy_calls"] += 1
-            reply(run.policy, None, [(part[d], 0) for d in members if not part[d].done])
-        for dialogue in part:
-            dialogue.cost["tokens"] += len(dialogue.ids)
+        before = [len(dialogue.turns) for dialogue in part]
+        go_on(run.policy, part, torch.zeros(len(part), turns, run.limit, dtype=torch.float64))
+        for dialogue, made in zip(part, before):
+            dialogue.cost.update(policy_calls=len(dialogue.turns) - made, tokens=len(dialogue.ids))
 
 
 def confidence(run, dialogues):
