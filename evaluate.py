@@ -48,7 +48,6 @@ from lib.scores import STRATA, chance, paired_bootstrap, summarise
 from policy import Policy, rollout
 
 MODES = ("direct", "forced", "agentic")
-EXACT = 0.999                   # a reward of World2VLM that is 1 up to rounding
 CALIBRATED = 40                 # triples on which the metrics of --bench wm are calibrated
 
 
@@ -145,7 +144,7 @@ def verdict(question, t):
     bench, last = question["bench"], (t.turns or [""])[-1]
     if bench == "world2vlm":
         parts = rewards.world2vlm(question["category"], question["answer"], t.answer)
-        exact = float(parts["total"] > EXACT)
+        exact = float(parts["total"] > rewards.FULL)
         return {"answer": t.answer, "correct": parts["total"], "lenient": exact, "exact": exact, "parts": parts}
     said = (t.answer or "") if bench == "rooms" else last
     read, correct = score(bench, question, said if bench == "rooms" else reply(bench, said))

@@ -101,6 +101,7 @@ def varied(rewards, group_size, tolerance=1e-9):
 MAX_LENGTH, TOO_LONG = 200, -1.0            # characters; -1 is the released code's, "the minimum" the paper's
 TOLERANCE = {"move": (0.5, 5.0), "turn": (5.0, 90.0)}   # full marks up to the first, none from the second on
 EXTRA_ACTION = 0.03                         # the fee per action too many
+FULL = 0.999                                # a total above it is 1 up to rounding
 
 
 def world2vlm(task, answer, response):

@@ -63,7 +63,7 @@ from lib.questions import ASKS
 from lib.rooms import COLOURS
 from lib.world2vlm import INVERSE, TASKS
 from policy import Policy, collate, rollout, token_logprobs
-from rewards import world2vlm
+from rewards import FULL, world2vlm
 
 FACT, NAMED, DECISION = 4.0, 3.0, 0.6                 # weights of tokens; every other scripted token counts 1
 SAY = {"largest": "largest in", "leftmost": "furthest left in", "rightmost": "furthest right in",
@@ -340,7 +340,7 @@ def graded(rows, answers):
     for row, answer in zip(rows, answers, strict=True):
         earned[row["category"]].append(world2vlm(row["category"], row["answer"], answer)["total"])
     return {task: common.global_means({"reward": common.total(rewards),
-                                       "exact": common.total([reward > 0.999 for reward in rewards])})
+                                       "exact": common.total([reward > FULL for reward in rewards])})
             for task, rewards in earned.items()}
 
 
