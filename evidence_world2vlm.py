@@ -231,7 +231,7 @@ def averaged(name, out):
 def rooms_table(out):
     """Questions about rooms: right answers by what they need and by category, and over the row `direct` on the same
     questions; views imagined and CPU seconds per question."""
-    kinds = ("camera-camera", "camera-object", "object-object", "region")
+    kinds = ("camera-camera", "camera-object", "object-object", "region", "rotation")
     base = {record["key"]: record["correct"] for record in averaged("direct", out)}
     head = ["row", "seeds", "questions", "right", *STRATA, *kinds, "over direct", "views", "seconds"]
     lines = [head, ["---"] * len(head)]
@@ -243,7 +243,7 @@ def rooms_table(out):
                  *([record for record in merged if record["category"] == kind] for kind in kinds)]
         gain = gain_over(base, merged) if base and run.name != "direct" else None
         lines.append([run.name, " ".join(results(run.name, out)), str(len(merged)),
-                      *(f"{np.mean([record['correct'] for record in part]):.3f}" for part in parts),
+                      *(f"{np.mean([record['correct'] for record in part]):.3f}" if part else "" for part in parts),
                       "{:+.3f} [{:+.3f} {:+.3f}]".format(gain["difference"], *gain["ci95"]) if gain else "",
                       f"{np.mean([record['views'] for record in merged]):.1f}",
                       f"{np.mean([record['seconds'] for record in merged]):.3f}"])

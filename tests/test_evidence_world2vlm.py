@@ -79,17 +79,18 @@ def test_answers_about_rooms_are_compared_on_the_same_questions(tmp_path):
         """A row's answers to questions 0, 1, ...: the even ones need a view, of rooms 0 and 1 in turn."""
         save_jsonl(tmp_path / row / "asked/predictions.jsonl", [
             {"key": str(i), "scene": i // 2 % 2, "correct": float(hit), "needs_view": i % 2 == 0, "seconds": seconds,
-             "category": ("camera-camera", "camera-object", "object-object", "region")[i % 4],
+             "category": ("camera-camera", "camera-object", "object-object", "region", "rotation")[i % 5],
              "cost": {"rendered": i}} for i, hit in enumerate(right)])
         (tmp_path / row / "result.json").write_text(json.dumps({"commands": [], "cpu_seconds": 0}))
     asked("direct-s0", (1, 0, 0, 0, 1, 0, 0, 0), 0.5), asked("direct-s1", (1, 1, 0, 0, 1, 1, 0, 0), 0.5)
-    asked("search-s0", (1, 1, 1, 0), 2)
+    asked("search-s0", (1, 1, 1, 0), 2)                                         # none about rotations
     lines = evidence_world2vlm.table(tmp_path)
     head, _, first, second = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:-1]]
     first, second = dict(zip(head, first)), dict(zip(head, second))
     assert [first[key] for key in ("row", "seeds", "questions", "right", "needs_view", "answerable", "camera-object",
-                                   "over direct")] == ["direct", "0 1", "8", "0.375", "0.500", "0.250", "0.500", ""]
+                                   "over direct")] == ["direct", "0 1", "8", "0.375", "0.500", "0.250", "0.250", ""]
     assert (second["right"], second["seconds"], second["views"]) == ("0.750", "2.000", "1.5")
+    assert second["rotation"] == ""
     assert second["over direct"].startswith("+0.375 [+0.250 +0.500")           # questions 0 to 3 alone: .75 over .375
 
 
