@@ -9,7 +9,7 @@ Rows start from the demo's cold start (`make demo` comes first: out/demo), learn
 answer the same held-out questions, whose pictures are of the true renderer. `constant` gives, per task, the true
 answer that earns most on these very questions. Compare `forward` with `inverse-at-once`, as neither begins with turns.
 World2VLM alone forgets how to answer any other question, so `…lessons` learn 350 steps of direct lessons and are asked
-about rooms, beside the demo's policies: `direct` (1,800 such steps), `agentic`, with a `gate`, in a `search`.
+about rooms, beside the demo's policies: `direct-only` (1,800 such steps), `agentic`, with a `gate`, in a `search`.
 `drift-…` is no policy: how far a simulator strays on a chain of its own views. Simulators are those of evidence.py, in
 the folder above --out; `untuned` learned under shuffled sentences, `unweighted` has the data of `tuned`. Boxes of a
 simulator's questions are those of the room, so D1 to D4 do not suffer from what it draws wrongly.
@@ -85,7 +85,7 @@ RUNS = [
     *(Run(f"of-{name}-rooms", name, SFT) for name in ("60", "250")),        # the amount of data
     *(Run(f"by-{name}", name, SFT) for name in ("truth", "tuned", "untuned", "unweighted")),    # teachers; same motions
     *(Run(f"in-{name}-rooms", name, SFT) for name in ("bare", "cluttered", "mixed")),   # mixed: half of each
-    Run("direct", of="direct", rooms="--mode direct"),
+    Run("direct-only", of="direct", rooms="--mode direct"),
     Run("lessons", sft=(LESSONS,), rooms="--mode direct"),
     *(Run(f"{name}-lessons", sft=(LESSONS,), of=name, rooms="--mode direct") for name in ("sft", "grpo")),
     Run("agentic", of="phase2", rooms="--mode agentic"),
@@ -229,11 +229,11 @@ def averaged(name, out):
 
 
 def rooms_table(out):
-    """Questions about rooms: right answers by what they need and by category, and over the row `direct` on the same
+    """Questions about rooms: right answers by what they need and by category, and over `direct-only` on the same
     questions; views imagined and CPU seconds per question."""
     kinds = ("camera-camera", "camera-object", "object-object", "region", "rotation")
-    base = {record["key"]: record["correct"] for record in averaged("direct", out)}
-    head = ["row", "seeds", "questions", "right", *STRATA, *kinds, "over direct", "views", "seconds"]
+    base = {record["key"]: record["correct"] for record in averaged("direct-only", out)}
+    head = ["row", "seeds", "questions", "right", *STRATA, *kinds, "over direct-only", "views", "seconds"]
     lines = [head, ["---"] * len(head)]
     for run in RUNS:
         merged = averaged(run.name, out) if run.rooms else []
@@ -241,7 +241,7 @@ def rooms_table(out):
             continue
         parts = [merged, *([record for record in merged if record["needs_view"] is need] for need in STRATA.values()),
                  *([record for record in merged if record["category"] == kind] for kind in kinds)]
-        gain = gain_over(base, merged) if base and run.name != "direct" else None
+        gain = gain_over(base, merged) if base and run.name != "direct-only" else None
         lines.append([run.name, " ".join(results(run.name, out)), str(len(merged)),
                       *(f"{np.mean([record['correct'] for record in part]):.3f}" if part else "" for part in parts),
                       "{:+.3f} [{:+.3f} {:+.3f}]".format(gain["difference"], *gain["ci95"]) if gain else "",

@@ -34,7 +34,7 @@ def test_every_row_is_one_the_stages_understand(tmp_path):
             assert args.seed == (0 if script == "evaluate.py" else 3)
         stages = len(run.sft) + (run.rl is not None)
         assert len(told) == (0 if run.drift or run.name == "constant" else stages + 1)
-        assert run.data in DATA and run.of in {"", "direct", "phase2", *(row.name for row in RUNS)}
+        assert run.data in DATA and run.of in {"", "direct", "phase2", *{row.name for row in RUNS} - {run.name}}
     learned = {run.name: sum(train_sft.parse_args(flags).steps for script, flags in commands(run, 0, tmp_path)
                              if script == "train_sft.py") for run in RUNS if run.sft}
     assert {name for name, steps in learned.items() if steps != 1500} == {"lessons", "sft-lessons", "grpo-lessons"}
@@ -51,8 +51,9 @@ def test_stages_start_where_the_one_before_ended(tmp_path):
               for flags in [commands(run, 1, tmp_path)[0][1]]}
     assert starts == {"lessons": "out/demo/sft", "sft-lessons": f"{tmp_path}/sft-s1/3",
                       "grpo-lessons": f"{tmp_path}/grpo-s1/rl"}
-    (_, asked), = commands(next(run for run in RUNS if run.name == "search"), 1, tmp_path)
-    assert asked[asked.index("--policy") + 1] == "out/demo/phase2" and asked[asked.index("--mode") + 1] == "search"
+    for name, mode, policy in (("search", "search", "out/demo/phase2"), ("direct-only", "direct", "out/demo/direct")):
+        (_, asked), = commands(next(run for run in RUNS if run.name == name), 1, tmp_path)
+        assert (asked[asked.index("--policy") + 1], asked[asked.index("--mode") + 1]) == (policy, mode)
 
 
 def test_the_table_says_what_the_answers_say(tmp_path):
@@ -82,16 +83,17 @@ def test_answers_about_rooms_are_compared_on_the_same_questions(tmp_path):
              "category": ("camera-camera", "camera-object", "object-object", "region", "rotation")[i % 5],
              "cost": {"rendered": i}} for i, hit in enumerate(right)])
         (tmp_path / row / "result.json").write_text(json.dumps({"commands": [], "cpu_seconds": 0}))
-    asked("direct-s0", (1, 0, 0, 0, 1, 0, 0, 0), 0.5), asked("direct-s1", (1, 1, 0, 0, 1, 1, 0, 0), 0.5)
+    asked("direct-only-s0", (1, 0, 0, 0, 1, 0, 0, 0), 0.5), asked("direct-only-s1", (1, 1, 0, 0, 1, 1, 0, 0), 0.5)
     asked("search-s0", (1, 1, 1, 0), 2)                                         # none about rotations
     lines = evidence_world2vlm.table(tmp_path)
     head, _, first, second = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:-1]]
     first, second = dict(zip(head, first)), dict(zip(head, second))
     assert [first[key] for key in ("row", "seeds", "questions", "right", "needs_view", "answerable", "camera-object",
-                                   "over direct")] == ["direct", "0 1", "8", "0.375", "0.500", "0.250", "0.250", ""]
+                                   "over direct-only")] \
+        == ["direct-only", "0 1", "8", "0.375", "0.500", "0.250", "0.250", ""]
     assert (second["right"], second["seconds"], second["views"]) == ("0.750", "2.000", "1.5")
     assert second["rotation"] == ""
-    assert second["over direct"].startswith("+0.375 [+0.250 +0.500")           # questions 0 to 3 alone: .75 over .375
+    assert second["over direct-only"].startswith("+0.375 [+0.250 +0.500")   # 0 to 3 alone: .75 over .375
 
 
 def test_the_best_constant_answer_by_hand():
