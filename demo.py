@@ -92,7 +92,6 @@ class Running:
 def run_stages(out):
     """Run every stage once its needs are met, two at a time -> {stage: wall seconds}. Stops all if one fails."""
     waiting, running, seconds = list(STAGES), [], {}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
             ready = [stage for stage in waiting if all(need in seconds for need in stage.needs)]
@@ -110,9 +109,10 @@ def run_stages(out):
                     seconds[job.stage.name] = time.time() - job.start
                     common.say(f"{job.stage.name:11} done, {seconds[job.stage.name]:6.0f} s")
     except (KeyboardInterrupt, RuntimeError) as error:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)            # a second Ctrl-C must not tear the saving apart
+        for sig in (signal.SIGINT, signal.SIGTERM):             # a second one must not tear the saving apart
+            signal.signal(sig, signal.SIG_IGN)
         for job in running:
-            job.process.send_signal(signal.SIGINT)
+            job.process.terminate()
         for job in running:
             job.process.wait()
             job.bar.close()

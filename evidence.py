@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -99,7 +98,7 @@ def call(*command):
     try:
         code = child.wait()
     except KeyboardInterrupt:
-        child.send_signal(signal.SIGINT)
+        child.terminate()
         child.wait()
         raise
     if code:
@@ -220,7 +219,6 @@ def main(argv=None):
                   f"{'    ' if (run, seed) in left else 'done'}  "
                   f"{run.flags or run.views or f'{run.of}, {run.sampler}'}")
         return print(f"{sum(minutes(run, args.steps) for run, _ in left):.0f} CPU-minutes to go, the data not counted")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     common.setup(1)
     for run, seed in jobs:
         finish(run, seed, args.steps, out)

@@ -14,7 +14,6 @@ table.md.
 """
 
 import json
-import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,7 +142,6 @@ def main(argv=None):
             common.need(str(learned(run, seed, out)), f"python evidence_policy.py --only {run.of} --seeds {seed}")
     if any(run.simulator == "untuned" for run in named):
         common.need(out.parent / "ring-untuned-s0", "python evidence.py --only ring-untuned")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for run, seed in jobs:
         common.say(f"{run.name}-s{seed}")
         finish(run, seed, out)

@@ -19,7 +19,6 @@ answers; result.json}, table.md.
 """
 
 import json
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -275,7 +274,6 @@ def main(argv=None):
             print(f"{run.name}-s{seed}".ljust(24) + ("done  " if str(seed) in results(run.name, out) else "      ")
                   + "; ".join(" ".join([script, *flags]) for script, flags in commands(run, seed, out)))
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     common.setup(1)
     for run, seed in jobs:
         if run.of not in {row.name for row in named}:

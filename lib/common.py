@@ -419,7 +419,11 @@ def newest(stages, file="config.json"):
 
 
 def run(main):
-    """Run a stage's `main`; an interrupt or a full disk outside its loop ends in a sentence, not in a traceback."""
+    """Run a stage's `main`; an interrupt or a full disk outside its loop ends in a sentence, not in a traceback.
+
+    SIGTERM is an interrupt too: Ctrl-C itself is ignored by what a script has started with `&`.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with disk("what the stage was writing"):
             main()

@@ -37,8 +37,14 @@ def save_jsonl(path, rows):
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def worker():
+    """How a process of a pool begins: Ctrl-C is its parent's to see, and SIGTERM ends it without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def build(title, make, seeds, out, threads):
     """Run `make(seed, out)` for every room (or group of rooms) on `threads` processes, in order -> all rows."""
-    with disk(out), Pool(threads, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with disk(out), Pool(threads, worker) as pool:
         per_room = list(tqdm(pool.imap(partial(make, out=out), seeds, chunksize=8), total=len(seeds), desc=title))
     return [row for rows in per_room for row in rows]

@@ -8,7 +8,6 @@ processes, splits them by place, and goes on where an earlier run stopped: every
 import contextlib
 import json
 import os
-import signal
 import time
 from functools import partial
 from itertools import zip_longest
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from lib.common import disk, fail, say, stable_seed, write_json, write_text
 from lib.pictures import save_image
-from lib.rows import SPLITS, load_jsonl, save_jsonl
+from lib.rows import SPLITS, load_jsonl, save_jsonl, worker
 from lib.scene_depth import depth_network, estimate_depth
 from lib.scenes import read_scene, scene_ids
 from lib.triples import Rules, Summary, contact_sheet, write_triples
@@ -80,7 +79,7 @@ def make_scans(dataset, root, out, workers=None, seed=0, rules=Rules(), lists=No
     if limit and limit < len(ids):
         ids = [ids[i] for i in np.linspace(0, len(ids) - 1, limit).astype(int)]
     job = partial(scan_triples, dataset=dataset, root=str(root), out=str(out), seed=seed, rules=rules)
-    with disk(out), Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with disk(out), Pool(workers, worker) as pool:
         files = list(tqdm(pool.imap(job, ids), total=len(ids), desc=f"triples of {dataset}", unit="scan"))
     # one report in memory at a time: the paper's dataset has half a million rows
     parts = {split: out / f"triples_{split}.jsonl.partial" for split in SPLITS}

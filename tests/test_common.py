@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -159,3 +161,17 @@ def test_a_gradient_that_is_not_finite_ends_the_run():
     weight.grad = torch.tensor([1.0, float("nan")])
     with pytest.raises(SystemExit, match="not finite"):
         common.clip_gradients([weight], 1.0)
+
+
+def test_what_a_script_started_in_the_background_stops_on_sigterm(tmp_path):
+    """There Ctrl-C is ignored; a list of evidence and the demo end their stages by SIGTERM."""
+    (tmp_path / "stage.py").write_text("import time\nfrom lib.common import run\n"
+                                       "run(lambda: [print('begun', flush=True), time.sleep(60)])\n")
+    child = subprocess.Popen([sys.executable, str(tmp_path / "stage.py")], env={**os.environ, "PYTHONPATH": os.getcwd()},
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert child.stdout.readline() == "begun\n"
+    child.send_signal(signal.SIGINT)
+    child.terminate()
+    said, _ = child.communicate(timeout=30)
+    assert child.returncode == 130 and said == "Stopped. The same command goes on from what was saved.\n"
