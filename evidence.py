@@ -121,6 +121,21 @@ def list_parser(doc, example, out, where=""):
     return p
 
 
+def show_jobs(jobs, commands, out):
+    """Print --list: every (row, seed), whether it is finished, and its commands."""
+    for run, seed in jobs:
+        place = out / f"{run.name}-s{seed}"
+        print(place.name.ljust(32) + ("done  " if (place / "result.json").exists() else "      ")
+              + "; ".join(" ".join([script, *flags]) for script, flags in commands(run, seed, out)))
+
+
+def publish(lines, out, legend):
+    """Write the lines of table.md, and print them with what they mean."""
+    text = "\n".join(lines) + "\n"
+    common.write_text(out / "table.md", text)
+    print(f"{text}\n{legend} {out}/table.md")
+
+
 def is_made(place, setting):
     """Whether the row in `place` is finished; a sentence if by another setting: {key: what result.json has to say}."""
     if not (place / "result.json").exists():
@@ -222,9 +237,7 @@ def main(argv=None):
     common.setup(1)
     for run, seed in jobs:
         finish(run, seed, args.steps, out)
-    text = "\n".join(table(out)) + "\n"
-    common.write_text(out / "table.md", text)
-    print(f"{text}\nMeans over seeds; over plain: on the same views, [95 % interval over rooms]. {out}/table.md")
+    publish(table(out), out, "Means over seeds; over plain: on the same views, [95 % interval over rooms].")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evidence import call, chosen, is_made, list_parser
+from evidence import call, chosen, is_made, list_parser, publish, show_jobs
 from lib import common
 from lib.scores import STRATA, paired_bootstrap
 
@@ -130,11 +130,7 @@ def main(argv=None):
     out, named = Path(args.out), chosen(RUNS, args.only, "evidence_policy.py")
     jobs = [(run, seed) for seed in args.seeds for run in named if run.stages or run.of or seed == args.seeds[0]]
     if args.list:
-        for run, seed in jobs:
-            done = (out / f"{run.name}-s{seed}" / "result.json").exists()
-            print(f"{run.name}-s{seed}".ljust(32) + ("done  " if done else "      ") + "; ".join(
-                " ".join([script, *flags]) for script, flags in commands(run, seed, out)))
-        return
+        return show_jobs(jobs, commands, out)
     for stage in ("sft", "wm"):
         common.need(f"{DEMO}/{stage}", "make demo")
     for run, seed in jobs:
@@ -145,10 +141,8 @@ def main(argv=None):
     for run, seed in jobs:
         common.say(f"{run.name}-s{seed}")
         finish(run, seed, out)
-    text = "\n".join(table(out)) + "\n"
-    common.write_text(out / "table.md", text)
-    print(f"{text}\nCalls: share of questions with a valid call. Over two-phase: on the same questions, [95 % interval "
-          f"over rooms]. {out}/table.md")
+    publish(table(out), out, "Calls: share of questions with a valid call. Over two-phase: on the same questions, "
+                             "[95 % interval over rooms].")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data import FIRST_ROOM, motion_questions
 from evaluate import verdict
-from evidence import call, chosen, is_made, list_parser
+from evidence import call, chosen, is_made, list_parser, publish, show_jobs
 from lib import common, simulators
 from lib.geometry import Motion
 from lib.rooms import FURNISHED
@@ -270,10 +270,7 @@ def main(argv=None):
     jobs = [(run, seed) for seed in args.seeds for run in named
             if run.sft or run.rl is not None or seed == args.seeds[0]]
     if args.list:
-        for run, seed in jobs:
-            print(f"{run.name}-s{seed}".ljust(24) + ("done  " if str(seed) in results(run.name, out) else "      ")
-                  + "; ".join(" ".join([script, *flags]) for script, flags in commands(run, seed, out)))
-        return
+        return show_jobs(jobs, commands, out)
     common.setup(1)
     for run, seed in jobs:
         if run.of not in {row.name for row in named}:
@@ -282,10 +279,9 @@ def main(argv=None):
                         f"python evidence_world2vlm.py --only {run.of} --seeds {seed}")
         common.say(f"{run.name}-s{seed}")
         finish(run, seed, out)
-    text = "\n".join(table(out)) + "\n"
-    common.write_text(out / "table.md", text)
-    print(f"{text}\nPer task: mean reward [95 % interval over rooms], share of full rewards. Way: share of right "
-          f"directions. Over ...: on the same questions. Intervals leave out what another seed changes. {out}/table.md")
+    publish(table(out), out, "Per task: mean reward [95 % interval over rooms], share of full rewards. Way: share of "
+                             "right directions. Over ...: on the same questions. Intervals leave out what another "
+                             "seed changes.")
 
 
 if __name__ == "__main__":
