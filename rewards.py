@@ -109,7 +109,8 @@ def world2vlm(task, answer, response):
 
     answer     the reference, as lib/world2vlm.py writes it: "move left 0.5 meters; turn left 20 degrees", "true",
                "[48, 558, 226, 681]"
-    response   what stands between <answer> and </answer>, thoughts are free (ours); None for nothing. None raises
+    response   what stands between <answer> and </answer>, thoughts are free (ours); None for nothing. Whatever
+               it is, it raises nothing
     returns    {"total", "format", and
                  A1, A2: "action", "numeric";  A3, D3: "action", "order", "numeric";  A4, D2, D4: "accuracy";
                  D1: "validity", "geometry", "iou", "center", "size", "l1"}

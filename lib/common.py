@@ -166,8 +166,8 @@ def drawn(total, count, step, *stream):
 
     What is left of a pass when it no longer fills a step waits for the next one. stream   as in `generator`
     """
-    turn, place = divmod(step, total // count)
-    return torch.randperm(total, generator=generator(*stream, turn)).tolist()[place * count:(place + 1) * count]
+    turn, place = divmod(step, total // max(count, 1))
+    return torch.randperm(total, generator=generator(*stream, turn))[place * count:(place + 1) * count].tolist()
 
 
 def cosine(step, steps, warmup=0, floor=0.0):

@@ -142,6 +142,7 @@ def test_every_pass_draws_each_thing_once_and_no_step_draws_one_twice():
     steps = [common.drawn(10, 4, step, 0, "x") for step in range(40)]                # two are left over in every pass
     assert all(len(set(a + b)) == 8 for a, b in zip(steps[::2], steps[1::2]))
     assert np.bincount(np.ravel(steps), minlength=10).min() > 8
+    assert common.drawn(10, 0, 0, 0, "x") == []                                      # --eval-questions 0
 
 
 def test_flags_below_their_smallest_value_are_refused(capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rewards
-
+from lib.dialogue import Trajectory
 
 OPTIONS = ["A. blue ball", "B. red box", "C. a"]
 
@@ -25,8 +25,11 @@ def test_exact_match_of_free_answers(answer, gold, match):
 
 
 def test_format_needs_well_formed_turns_and_an_answer():
-    for well_formed in (True, False):                           # tests/test_policy.py: without an answer it is not
-        assert rewards.format_reward(SimpleNamespace(well_formed=well_formed)) == well_formed
+    class Held(SimpleNamespace):
+        """A dialogue that says of itself what a Trajectory does."""
+        well_formed = Trajectory.well_formed
+    for invalid, answer, want in ((0, "B", 1), (1, "B", 0), (0, None, 0)):
+        assert rewards.format_reward(Held(invalid_calls=invalid, unreadable=0, answer=answer)) == want
 
 
 @pytest.mark.parametrize("match, form, n_tool, want", [
