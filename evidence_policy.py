@@ -29,21 +29,25 @@ class Run(NamedTuple):
     name: str
     stages: tuple = ()                  # none: the cold start, or the policy of the row `of`
     mode: str = "agentic"
-    simulator: str = "tuned"            # when it is asked; "untuned" is ring-untuned of evidence.py
+    simulator: str = "tuned"            # it learns and is asked with; "untuned" is ring-untuned of evidence.py
     of: str = ""
 
 
 DEMO = "out/demo"
 TWO = ("--phase 1 --steps 12", "--phase 2 --steps 60")
 SWAP = ("none", "untuned", "tuned", "reprojection", "truth")
+REWARDS = {
+    "two-phase": TWO,                                                                               # the paper's
+    "single-stage": ("--phase 2 --steps 72",),                                                      # all terms at once
+    "gain-only": ("--phase 2 --steps 72 --lambda-use 0",),                                          # no bonus for use
+    "usage-only": ("--phase 1 --steps 72",),                                                        # no term of gain
+    "match-only": ("--phase 1 --steps 72 --lambda-use 0",),                                         # neither
+}
 RUNS = [
     Run("start"),
     Run("start-direct", mode="direct"),
-    Run("two-phase", TWO),                                                                          # the paper's
-    Run("single-stage", ("--phase 2 --steps 72",)),                                                 # all terms at once
-    Run("gain-only", ("--phase 2 --steps 72 --lambda-use 0",)),                                     # no bonus for use
-    Run("usage-only", ("--phase 1 --steps 72",)),                                                   # no term of gain
-    Run("match-only", ("--phase 1 --steps 72 --lambda-use 0",)),                                    # neither
+    *(Run(name, stages) for name, stages in REWARDS.items()),
+    *(Run(f"{name}-untuned", stages, simulator="untuned") for name, stages in REWARDS.items()),     # calls do not help
     Run("two-phase-undivided", tuple(f"{stage} --no-divide-by-std" for stage in TWO)),              # A = r - mean
     Run("two-phase-variance", tuple(f"{stage} --curriculum variance" for stage in TWO)),            # ours
     Run("direct-only", ("--phase 1 --mode direct --steps 72",), mode="direct"),                     # never imagines
@@ -56,14 +60,14 @@ RUNS = [
 def commands(run, seed, out):
     """What makes a row, one stage after the other: [(script, flags)]; the last asks the held-out questions."""
     place, policy, made = out / f"{run.name}-s{seed}", learned(run, seed, out), []
-    given = ["--wm", f"{DEMO}/wm", "--data", f"{DEMO}/data", "--threads", "1"]
+    simulator = str(out.parent / "ring-untuned-s0") if run.simulator == "untuned" else run.simulator
+    given = ["--simulator", simulator, "--wm", f"{DEMO}/wm", "--data", f"{DEMO}/data", "--threads", "1"]
     for number, flags in enumerate(run.stages, 1):
         made.append(("train_rl.py", [*flags.split(), "--policy", str(policy), "--seed", str(seed), "--eval-every", "0",
                                      *given, "--out", str(place / str(number))]))
         policy = place / str(number)
-    simulator = str(out.parent / "ring-untuned-s0") if run.simulator == "untuned" else run.simulator
-    return [*made, ("evaluate.py", ["--mode", run.mode, "--simulator", simulator, "--policy", str(policy),
-                                    "--no-report", *given, "--out", str(place / "asked")])]
+    return [*made, ("evaluate.py", ["--mode", run.mode, "--policy", str(policy), "--no-report", *given,
+                                    "--out", str(place / "asked")])]
 
 
 def learned(run, seed, out):
