@@ -245,7 +245,8 @@ def make_corpus(corpus, root, out):
 
 
 def mine(source, out, policy, samples=5, at_most=1, seed=0, batch=16):
-    """Keep the hard questions: those that a policy answers right at most `at_most` times in `samples` (paper: 1 in 5).
+    """Keep the hard questions: those that a policy answers right at most `at_most` times in `samples` (1 in 5, as
+    readers report of the paper).
 
     source   questions_train.jsonl;  policy   folder or hub id of the base policy, asked directly at temperature 1
     Out: out/questions_{train,val}.jsonl, one in twenty for validation, each row with "mined"; answers.jsonl, from which
@@ -257,6 +258,8 @@ def mine(source, out, policy, samples=5, at_most=1, seed=0, batch=16):
         fail(f"{source} is not for training: only questions_train.jsonl may be mined, or the test would be chosen by "
              f"what a model gets wrong.")
     questions, log = load_jsonl(source), out / "answers.jsonl"
+    if len({question["id"] for question in questions}) < len(questions):
+        fail(f"Some questions of {source} share an id, and one's answers would stand for the other: make ids unique.")
     asked = {"policy": str(policy), "samples": samples, "seed": seed}
     lines = log.read_text().splitlines() if log.exists() else []
     told = [json.loads(line) for line in lines if line.endswith("}")]                 # the last one may be torn
@@ -266,15 +269,19 @@ def mine(source, out, policy, samples=5, at_most=1, seed=0, batch=16):
     if waiting:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         policy = Policy.load(policy, device)
+    cut = 0
     for start in tqdm(range(0, len(waiting), batch), desc="ask", unit="batch", disable=not waiting):
         part = waiting[start:start + batch]
         said = rollout(policy, part, None, "direct", group_size=samples, temperature=1.0, seed=seed,
-                       rows=batch * samples)
+                       max_new_tokens=policy.turn_limit, rows=batch * samples)
+        cut += sum(t.truncated for t in said)
         with disk(log), log.open("a") as file:
             for k, question in enumerate(part):
                 answers = [t.answer for t in said[k * samples:(k + 1) * samples]]
                 right[question["id"]] = int(sum(exact_match(answer, question) for answer in answers))
                 file.write(json.dumps({"id": question["id"], "right": right[question["id"]], **asked}) + "\n")
+    if cut:
+        say(f"{cut} of {len(waiting) * samples} new answers were cut off, and count as wrong.")
     kept = [question | {"mined": {"right": right[question["id"]], "of": samples}} for question in questions
             if right[question["id"]] <= at_most]
     for question in kept:
@@ -348,7 +355,7 @@ def parse_args(argv=None):
                                  "out/world2vlm, out/<dataset>, out/heldout)")
     p.add_argument("--threads", type=int, help="processes (default: 2 for rooms, all cores for scans)")
     p.add_argument("--size", type=int, help=f"of the pictures, in pixels (default: rooms {SIZE}; scans {Rules().size}, "
-                                            f"the longer side)")
+                                            f"the shorter side)")
     p.add_argument("--seed", type=int, default=0, help="of the draws among a scan's triples")
     rooms = p.add_argument_group("rooms")
     rooms.add_argument("--layout", choices=list(LAYOUTS), default="ring", help="where the context cameras stand")

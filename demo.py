@@ -65,10 +65,10 @@ class Running:
     def __init__(self, stage, out, place):
         self.stage, self.folder, self.log = stage, out / stage.folder, out / "logs" / f"{stage.name}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = stage.command.format(out=out) + f" --out {self.folder}"
-        command += "" if "--threads" in command else " --threads 1"
+        command = [*(part.format(out=out) for part in stage.command.split()), "--out", str(self.folder)]
+        command += [] if "--threads" in command else ["--threads", "1"]
         self.process = subprocess.Popen(                # a session of its own: Ctrl-C reaches it through us alone
-            [sys.executable, "-u", *command.split()], stdout=open(self.log, "w"), stderr=subprocess.STDOUT,
+            [sys.executable, "-u", *command], stdout=open(self.log, "w"), stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, start_new_session=True)
         self.start = time.time()
         self.bar = tqdm(desc=f"{stage.name:11}", position=place, leave=False, dynamic_ncols=True)

@@ -157,15 +157,15 @@ def dialogues(records, questions):
     records   {(mode, simulator): {key: record}}
     returns   records with "question", "run", "hurt": wrong after a call, though right in mode direct; and "reward"
     """
-    direct, shown = records.get(("direct", "none"), {}), []
+    direct, rows = records.get(("direct", "none"), {}), []
     for key, question in keyed(questions):
         for (mode, name), answered in records.items():
             record = answered[key]
             alone = direct[key]["correct"] if key in direct else None
-            shown.append({**record, "question": question, "run": mode if mode == "direct" else f"{mode}, {name}",
-                          "hurt": alone is not None and record["valid_calls"] > 0 and record["correct"] < alone,
-                          "reward": record.get("parts") or reward_parts(record, alone)})
-    return shown
+            rows.append({**record, "question": question, "run": mode if mode == "direct" else f"{mode}, {name}",
+                         "hurt": alone is not None and record["valid_calls"] > 0 and record["correct"] < alone,
+                         "reward": record.get("parts") or reward_parts(record, alone)})
+    return rows
 
 
 def reward_parts(record, alone):
@@ -391,8 +391,8 @@ def parse_args(argv=None):
     p.add_argument("--out", help="default: out/eval/<bench>")
     p.add_argument("--report", action=argparse.BooleanOptionalAction, default=True,
                    help="report.html with every question's dialogue; it reads all pictures again (default: yes)")
-    p.add_argument("--max-new-tokens", type=int, help="per turn of the policy (default: 256; --policy-url: 4096, since "
-                   "hidden reasoning counts)")
+    p.add_argument("--max-new-tokens", type=int, help="per turn of the policy (default: 4096, of a tiny policy 256; "
+                   "of --policy-url hidden reasoning counts too)")
     p.add_argument("--seed", type=int, default=0, help="of the simulator's noise (decoding is greedy)")
     p.add_argument("--batch", type=int, default=64, help="questions at once: memory and speed only (search, gate: 4 "
                    "or so for an 8B policy that reads sheets of many views)")
@@ -401,7 +401,6 @@ def parse_args(argv=None):
     twin = ["untuned"] if args.bench == "wm" and common.newest(("wm-untuned",)) else []
     args.simulator = args.simulator or ["tuned", *twin]
     args.out = args.out or f"out/eval/{args.bench}"
-    args.max_new_tokens = args.max_new_tokens or (4096 if args.policy_url else 256)
     if bool(args.policy_url) != bool(args.model) or (args.policy_url and args.policy):
         p.error("--policy-url and --model go together, and without --policy")
     if args.bench == "world2vlm":
@@ -415,7 +414,7 @@ def open_policy(args, device):
     """-> (the policy, what it is called in the results)."""
     if args.policy_url:
         try:
-            return RemotePolicy(args.policy_url, args.model, max_new_tokens=args.max_new_tokens,
+            return RemotePolicy(args.policy_url, args.model, max_new_tokens=args.max_new_tokens or 4096,
                                 at_once=args.concurrency), f"{args.model} at {args.policy_url}"
         except ValueError as error:
             common.fail(f"--policy-url: {error}")
@@ -435,6 +434,7 @@ def main(argv=None):
     if any(name in simulators.NEEDS_ROOM for name in args.simulator) and not all(q.get("scene") for q in questions):
         common.fail(f"--simulator {' '.join(args.simulator)} works in rooms only: --bench {args.bench} has no depth.")
     policy, path = open_policy(args, world.device)
+    args.max_new_tokens = args.max_new_tokens or (4096 if args.policy_url else policy.turn_limit)
     common.say(f"{args.bench}: {len(questions)} questions, policy {path} on {world.device}")
 
     run = {"version": predictions.VERSION, "policy": fingerprint(str(path)), "seed": args.seed,
@@ -486,7 +486,8 @@ def conclude(args, path, questions, training, records, way):
     for (mode, name), s in runs.items():
         took = ", ".join(f"{key.replace('_', ' ')} {value:,.1f}" for key, value in s["cost"].items())
         print(f"{mode}, {name}, per question: {took}")
-    first = {mode: summary for (mode, name), summary in runs.items() if name in ("none", first_name)}
+    first = {mode: summary for (mode, name), summary in runs.items()
+             if name == ("none" if mode == "direct" else first_name)}
     causes = {pair: found for pair, told in rows.items() if (found := tally(told))}
     results = {"bench": args.bench, "policy": path, "n": len(questions), "chance": blind["guessing"],
                "text_only_chance": blind["text_only"], "modes": first,

@@ -96,6 +96,11 @@ class Policy:
                   "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "stamped": True}
         return cls(model, tokenizer, images)
 
+    @property
+    def turn_limit(self):
+        """Tokens of a turn where nobody says: a tiny policy thinks in a few words, a published one at length."""
+        return 256 if self.images.get("stamped") else 4096
+
     @classmethod
     def load(cls, path, device="cpu", dtype=None):
         """Read a checkpoint: a folder that `save` wrote, or any Qwen3-VL by folder or hub id.
@@ -452,7 +457,7 @@ def parse_args(argv=None):
     p.add_argument("--wm", help="world model folder or hub id (default: out/wm or out/demo/wm)")
     p.add_argument("--mode", choices=list(NOTE), default="agentic", help="direct: no tool; forced: must imagine first")
     p.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
-    p.add_argument("--max-new-tokens", type=int, default=256, help="per turn")
+    p.add_argument("--max-new-tokens", type=int, help="per turn (default: 4096, of a tiny policy 256)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="out/ask", help="imagined views and the dialogue are saved here")
     return at_least(p, p.parse_args(argv), [("max_new_tokens", 1)])
@@ -475,7 +480,7 @@ def main(argv=None):
             simulator = WorldModel.load(wm, device, torch.bfloat16 if device == "cuda" else torch.float32)
         policy = Policy.load(model, device)
         trajectory, = rollout(policy, [question], simulator, args.mode, temperature=args.temperature, seed=args.seed,
-                              max_new_tokens=args.max_new_tokens)
+                              max_new_tokens=args.max_new_tokens or policy.turn_limit)
     except (OSError, ValueError) as error:
         fail(str(error))
     for kind, content in trajectory.lines():

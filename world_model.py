@@ -32,7 +32,7 @@ from lib import bagel_files
 from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, PositionTable, Settings, token_grid
 from lib.bagel_files import resize, to_images, to_pixels, unpatchify
 from lib.checkpoints import contents
-from lib.common import fail, newest, run
+from lib.common import at_least, fail, newest, run
 from lib.geometry import Query, instruction, read_phrase
 from lib.packing import table_ids
 from lib.pictures import load_image
@@ -382,7 +382,7 @@ def parse_args(argv=None):
     p.add_argument("--steps", type=int, help="network evaluations; default: the checkpoint's")
     p.add_argument("--serve", type=int, metavar="PORT", help="answer requests until Ctrl-C instead (lib/serve.py)")
     p.add_argument("--host", default="127.0.0.1", help="--serve: the address to listen on; 0.0.0.0 lets everyone in")
-    args = p.parse_args(argv)
+    args = at_least(p, p.parse_args(argv), [("steps", 1)])
     if args.serve is None and not (args.images and args.motion):
         p.error("give --images and --motion, or --serve PORT")
     return args

@@ -84,13 +84,16 @@ def records(corpus, root, out):
                         place.with_suffix(".tmp").write_bytes(image["bytes"])
                         place.with_suffix(".tmp").replace(place)
                     images.append(str(place))
-                yield f"{file.parent.name}/{record.get('id', len(images))}", file.parent.name, images, \
+                yield f"{file.parent.name}/{record.get('id', file.stem)}", file.parent.name, images, \
                     record["conversations"]
 
 
 def convert(corpus, root, out):
-    """All questions of a corpus that can be verified -> (rows, Counter of what was left out and why)."""
-    rows, counts = [], Counter()
+    """All questions of a corpus that can be verified -> (rows, Counter of what was left out and why).
+
+    An id that comes again, or none, gets a number: "#2", "#3", ...
+    """
+    rows, counts, named = [], Counter(), Counter()
     for id, category, images, conversations in records(corpus, root, out):
         row, reason = read_question(conversations)
         if row and not images:
@@ -100,6 +103,8 @@ def convert(corpus, root, out):
         if reason:
             counts[reason] += 1
             continue
-        rows.append({"id": f"{corpus}/{id}", "bench": corpus, "images": images, **row, "category": category,
+        named[id] += 1
+        id = f"{corpus}/{id}" + (f"#{named[id]}" if named[id] > 1 else "")
+        rows.append({"id": id, "bench": corpus, "images": images, **row, "category": category,
                      "needs_view": None})
     return rows, counts

@@ -47,12 +47,12 @@ class Rules(NamedTuple):
     contexts: int = 6               # of a scene; times targets = 48 triples, the paper's average
     targets: int = 8                # of a context
     frames: int = 240               # of a scene that are looked at, evenly spread over the capture
-    size: int = 512                 # pixels of a written picture's longer side
+    size: int = 512                 # pixels of a written picture's shorter side: BAGEL enlarges what is smaller
 
 
-def fit(size, longest):
-    """(width, height) of a frame shrunk so that its longer side is `longest`; never enlarged."""
-    scale = min(1.0, longest / max(size))
+def fit(size, pixels, side=max):
+    """(width, height) of a frame shrunk so that its longer (side=min: shorter) side is `pixels`; never enlarged."""
+    scale = min(1.0, pixels / side(size))
     return tuple(max(1, round(side * scale)) for side in size)
 
 
@@ -76,7 +76,10 @@ def motions_between(c2w, metric, rules):
 
 
 def apart(c2w, up, metric, rules):
-    """(N, N) bool: two cameras far enough from each other to stand in one context (the paper's rule)."""
+    """(N, N) bool: two cameras far enough from each other to stand in one context (the paper's rule).
+
+    Of a scene without a metric scale the angle alone decides.
+    """
     delta = decompose(c2w[:, None], c2w[None])
     turned = np.abs(delta[..., 3:5]).max(-1) >= rules.apart_degrees - 1e-6
     way = c2w[:, None, :3, 3] - c2w[None, :, :3, 3]
@@ -254,7 +257,7 @@ def thousandths(depth):
 def look(frames, k, views, counts, rules):
     """(image, depth, c2w, intrinsics) of frame k at the size that is written; None, counted once, if it is broken."""
     if k not in views:
-        size = fit(frames[k].size, rules.size)
+        size = fit(frames[k].size, rules.size, min)
         try:
             views[k] = frames[k].image(size), frames[k].depth(size), frames[k].c2w, frames[k].K(size)
         except ValueError as error:

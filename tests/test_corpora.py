@@ -90,11 +90,11 @@ def test_mining_keeps_what_is_seldom_right_and_goes_on_where_it_stopped(tmp_path
     Policy.tiny().save(tmp_path / "policy")
     asked = []
 
-    def answers(policy, part, simulator, mode, group_size, temperature, seed, rows):
+    def answers(policy, part, simulator, mode, group_size, temperature, seed, max_new_tokens, rows):
         """Question i is answered right i % 4 times."""
-        assert mode == "direct" and simulator is None and temperature == 1
+        assert mode == "direct" and simulator is None and (temperature, max_new_tokens) == (1, policy.turn_limit)
         asked.extend(question["id"] for question in part)
-        return [type("T", (), {"answer": "A" if k < int(question["id"][1:]) % 4 else "B"})
+        return [type("T", (), {"answer": "A" if k < int(question["id"][1:]) % 4 else "B", "truncated": False})
                 for question in part for k in range(group_size)]
     monkeypatch.setattr(data, "rollout", answers)
     data.mine(source, tmp_path / "out", tmp_path / "policy")
