@@ -56,7 +56,7 @@ STAGES = (
     Stage("eval", ("phase2",), "evaluate.py --data {out}/data --wm {out}/wm --policy {out}/phase2", "eval/rooms"),
 )
 IMAGINING, ANSWERING = ("wm", "phase1", "phase2"), ("direct",)      # what each side trains after the same cold start
-WATCHED = ("loss_flow", "pose", "loss", "facts", "match", "call_rate")
+WATCHED = ("loss_flow", "nearest", "loss", "facts", "match", "call_rate")
 
 
 class Running:

@@ -8,18 +8,19 @@ Reinforcement learning of the policy with the simulator in the loop: GRPO in two
   update            L = - sum over tokens of min(ratio A, clip(ratio, 1 - 0.2, 1 + 0.28) A) / number of tokens;
                     a question's prompt is computed once for its group, as in the rollout (policy.collate)
 
-  CPU, 5 min   python train_rl.py --phase 1          # out/sft, out/wm, out/data -> out/phase1
-               python train_rl.py --phase 2          # out/phase1, out/wm, out/data -> out/phase2
+  CPU, 1 min   python train_rl.py --phase 1          # out/sft, out/wm, out/data -> out/phase1
+  4 min        python train_rl.py --phase 2          # out/phase1, out/wm, out/data -> out/phase2
   8 GPUs       torchrun --standalone --nproc_per_node 8 train_rl.py --phase 1 --preset astra
+                                                     # out/wm-astra, out/mined -> out/phase1-astra
   World2VLM    python train_rl.py --task world2vlm   # out/w2v, out/world2vlm -> out/w2v-rl: its second stage
   resume       the same command
 
-Ablations of the reward, as long as the 12 + 60 steps of the two phases together, each with an --out of its own:
-  phase 1 only        --phase 1 --steps 72
-  phase 2 only        --phase 2 --steps 72 --policy out/sft          both stages' terms from the start
-  usage only          the same with --alpha 0 --beta 0               no gain term
-  gain only           the same with --lambda-use 0                   no bonus for use
-  direct answers      --phase 1 --steps 72 --mode direct             no tool
+Ablations of the reward (evidence_policy.py), as long as the 12 + 60 steps of both phases, each with its own --out:
+  usage-only          --phase 1 --steps 72                           no gain term
+  match-only          --phase 1 --steps 72 --lambda-use 0            neither
+  single-stage        --phase 2 --steps 72 --policy out/sft          all terms from the start
+  gain-only           the same with --lambda-use 0                   no bonus for use
+  direct-only         --phase 1 --steps 72 --mode direct             no tool
 
 Out: the policy, log.jsonl (its keys: lib/rl_log.py), dialogues/ (what it said and saw at each evaluation), curves.png.
 
@@ -37,28 +38,33 @@ import torch
 from torch.nn import functional as F
 
 import rewards
-from data import load_jsonl
 from lib import checkpoints, common, simulators
 from lib.common import total
 from lib.endpoint import RemoteError
 from lib.rl_log import by_need, by_task, draw_curves, rollout_totals
+from lib.rows import load_jsonl
 from policy import Policy, Trajectory, collate, prompt_of, rollout, token_logprobs
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28         # paper: Clip-Higher
 MAX_ROUNDS, MAX_TURNS = 3, 10           # paper: tool rounds and assistant turns
 BETAS = (0.9, 0.99)                     # of AdamW; no weight decay
 SAVED_DIALOGUES = 4                     # per evaluation
-LEAST = 0.02                            # chance of a question whose rewards are all equal; variances are 0 to 0.6
+LEAST = 0.02                            # --curriculum variance: added to that of a question's rewards, 0 to 0.6
 PRESETS = {
     "tiny": dict(questions=16, group=8, minibatches=2, lr=6e-5, warmup=2, lr_floor=0.1, kl=0.0,
                  max_new_tokens=64, eval_questions=200, rows=64, micro_batch_tokens=4096, save_every=6),
+    # The paper gives none of these. Ours: group and lr as common in GRPO of 7B models; 200 steps of 128 questions are
+    # four passes over some 6,000, the number that readers report.
     "astra": dict(questions=128, group=8, steps=200, minibatches=2, lr=1e-6, warmup=10, lr_floor=1.0,
                   max_new_tokens=4096, eval_every=10, eval_questions=256, rows=8, micro_batch_tokens=8192,
                   save_every=10, gradient_checkpointing=True),
 }
 TINY_LENGTH = {1: dict(steps=12, eval_every=4), 2: dict(steps=60, eval_every=12)}   # calling is learned in a few steps
-WORLD2VLM = {       # what --task world2vlm changes: group, KL, clip, lr are its paper's, the rest its released code's,
-                    # which ran on 4 GPUs; more take more --questions
+# What --task world2vlm changes. Group, KL and lr are its paper's, the clip is the default of the framework that ran it,
+# the rest its released code's, which took 4 GPUs (more take more --questions). Not as released: groups whose rewards
+# are all equal are left out, weight decay is 0 instead of 0.01, there is no second clip of large ratios, and all
+# questions are asked instead of 125 of each task.
+WORLD2VLM = {
     "tiny": dict(mode="direct", group=4, kl=0.01, clip_high=0.3, steps=60, eval_every=12),
     "astra": dict(mode="direct", group=4, kl=0.01, clip_high=0.3, questions=4, steps=248, lr=2e-6, warmup=0,
                   max_new_tokens=256, eval_every=62),
@@ -77,19 +83,21 @@ def parse_args(argv=None):
     p.add_argument("--mode", choices=("agentic", "direct"), default="agentic", help="direct: prompts without the tool")
     # in and out
     p.add_argument("--policy", help="the start; default: phase 1 out/sft (astra: Qwen/Qwen3-VL-8B-Instruct, as in the "
-                   "paper), phase 2 out/phase1, world2vlm out/w2v")
-    p.add_argument("--wm", help="the tuned simulator (default: the newest of out/wm and out/demo/wm)")
+                   "paper), phase 2 out/phase1, world2vlm out/w2v; astra's folders end in -astra")
+    p.add_argument("--wm", help="the tuned simulator (default: the newest of out/wm and out/demo/wm; astra: "
+                   "out/wm-astra)")
     p.add_argument("--simulator", default="tuned", help=f"{', '.join(simulators.NAMES)}, the folder or hub id of a "
                    "world model, or a URL (lib/simulators.py); none: calls are told so")
     p.add_argument("--data", help="folder of questions_{train,val}.jsonl (default: out/data or out/demo/data; "
-                   "world2vlm out/world2vlm)")
-    p.add_argument("--out", help="default: out/phase1, out/phase2 or out/w2v-rl")
+                   "world2vlm out/world2vlm; astra: out/mined, out/rendered)")
+    p.add_argument("--out", help="default: out/phase1, out/phase2 or out/w2v-rl, with -astra behind it")
     # these change the numbers
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--steps", type=int, help="batches of rollouts")
     p.add_argument("--questions", type=int, help="per step, all ranks together")
-    p.add_argument("--curriculum", choices=("even", "variance"), default="even", help="even: every question once per "
-                   "pass; variance (ours): those more often whose last group of rewards varied more, new ones first")
+    p.add_argument("--curriculum", choices=("even", "variance"), default="even", help="even: every question at most "
+                   "once per pass; variance (ours): those more often whose last group of rewards varied more, "
+                   "new ones first")
     p.add_argument("--group", type=int, help="rollouts per question")
     p.add_argument("--direct", type=int, default=4, help="phase 2: no-tool rollouts per question")
     p.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of the log-probs that are trained")
@@ -127,11 +135,14 @@ def parse_args(argv=None):
             setattr(args, key, value)
     start, data, out = (("w2v", "world2vlm", "w2v-rl") if world2vlm else
                         ("sft" if args.phase == 1 else "phase1", "data", f"phase{args.phase}"))
-    base = args.preset == "astra" and start == "sft" and "Qwen/Qwen3-VL-8B-Instruct"
-    args.policy = args.policy or base or str(common.newest((start,)) or f"out/{start}")
-    args.data = args.data or str(common.newest((data,), "questions_train.jsonl") or f"out/{data}")
-    args.wm = args.wm or str(common.newest(("wm",)) or "out/wm")
-    args.out = args.out or f"out/{out}"
+    if args.preset == "astra":                          # nothing of the small world is taken by itself
+        inputs = {"policy": "Qwen/Qwen3-VL-8B-Instruct" if start == "sft" else f"out/{start}-astra",
+                  "wm": "out/wm-astra", "data": "out/rendered" if world2vlm else "out/mined", "out": f"out/{out}-astra"}
+    else:
+        inputs = {"policy": common.newest((start,)) or f"out/{start}", "wm": common.newest(("wm",)) or "out/wm",
+                  "data": common.newest((data,), "questions_train.jsonl") or f"out/{data}", "out": f"out/{out}"}
+    for key, value in inputs.items():
+        setattr(args, key, getattr(args, key) or str(value))
     if world2vlm and (args.phase, args.mode) != (1, "direct"):
         p.error("--task world2vlm has one phase, and no tool")
     if args.questions % args.minibatches:
@@ -218,7 +229,11 @@ def mean_match(trajectories, group):
 
 
 def split(rows, varied, args, world):
-    """This rank's rows by optimiser step, without groups that teach nothing; the division ignores the ranks."""
+    """This rank's rows by optimiser step, without groups that teach nothing.
+
+    A question's optimiser step follows from its place in the whole step, not from the rank that holds it: any number of
+    ranks makes the same steps.
+    """
     minibatches = [[] for _ in range(args.minibatches)]
     for i, row in enumerate(rows):
         place = world.rank + i // args.group * world.size                               # of its question in the step
@@ -231,8 +246,8 @@ def micro_batches(rows, filler, tokens):
     """Chunks of rows, one pass each, of at most `tokens` cells; the same number of chunks on every rank.
 
     Rows with one prompt (neighbours) make a line, as collate(share=True) lays them out; lines of like length make a
-    chunk. Each pass through a sharded model is a set of collectives: a rank with fewer chunks goes through the motions
-    with `filler`, any of its rows, at weight 0.
+    chunk. Each pass through a sharded model is a set of collectives: a rank with fewer chunks runs `filler`, any
+    of its rows, at weight 0.
     """
     def cells(*lines):                      # collate's: as many rows, each [longest prompt | branches * longest rest]
         starts = [line[0].trajectory.loss_mask.index(1) for line in lines]
@@ -390,16 +405,16 @@ def open_policy(args, world):
 def places_of_step(total, count, step, seed, spread=None):
     """Which of `total` questions a step asks: pass after pass over all of them, none twice in a step.
 
-    spread   chances of the questions for --curriculum variance: drawn by these
+    spread   weights of the questions for --curriculum variance: drawn by these
     """
     if spread:
-        chances = torch.tensor(spread, dtype=torch.float64)
-        return torch.multinomial(chances, count, generator=common.generator(seed, "curriculum", step)).tolist()
+        weights = torch.tensor(spread, dtype=torch.float64)
+        return torch.multinomial(weights, count, generator=common.generator(seed, "curriculum", step)).tolist()
     return common.drawn(total, count, step, seed, "questions")
 
 
 def new_spread(spread, places, earned, group):
-    """The chances after a step: of what any rank has asked, the variance of the rewards, plus LEAST; else as before."""
+    """The weights after a step: of what any rank has asked, the variance of the rewards, plus LEAST; else as before."""
     found = torch.zeros(len(spread), dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
     found[places] = torch.tensor(earned, dtype=torch.float64, device=found.device).view(-1, group).var(1) + LEAST
     return [new or old for new, old in zip(common.global_sum(found).tolist(), spread)]
@@ -419,9 +434,11 @@ def main(argv=None):
     files = [Path(args.data) / f"questions_{part}.jsonl" for part in ("train", "val")]
     title, sft, data = (("--task world2vlm", "train_sft.py --task world2vlm", "data.py world2vlm")
                         if args.task == "world2vlm" else (f"--phase {args.phase}", "train_sft.py", "data.py"))
-    needs = [(args.policy, f"python {sft}" if args.phase == 1 else "python train_rl.py --phase 1"),
+    data += {"data.py": " mine", "data.py world2vlm": " --rendered DIR"}[data] if args.preset == "astra" else ""
+    like = " --preset astra" if args.preset == "astra" else ""
+    needs = [(args.policy, f"python {sft}{like}" if args.phase == 1 else f"python train_rl.py --phase 1{like}"),
              *((file, f"python {data} --out {args.data}") for file in files),
-             *([(args.wm, "python train_wm.py")] if (args.mode, args.simulator) == ("agentic", "tuned") else [])]
+             *([(args.wm, f"python train_wm.py{like}")] if (args.mode, args.simulator) == ("agentic", "tuned") else [])]
     common.begin(f"train_rl {title}", args, NEUTRAL, needs)
     world, out = common.setup(args.threads), Path(args.out)
     if args.questions < world.size:

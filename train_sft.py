@@ -54,13 +54,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from data import ensure, load_jsonl
+from data import ensure
 from lib import checkpoints, common
 from lib.dialogue import Trajectory
 from lib.lora import QWEN_LAYERS, add_lora, merged
 from lib.pictures import load_image
 from lib.questions import ASKS
 from lib.rooms import COLOURS
+from lib.rows import load_jsonl
 from lib.world2vlm import INVERSE, TASKS
 from policy import Policy, collate, rollout, token_logprobs
 from rewards import FULL, world2vlm
@@ -79,7 +80,8 @@ PRESETS = {
                  save_every=50),
     # World2VLM: the paper's adapters, all else from its released code; 797 updates: one epoch of 102,066 questions
     "astra": dict(steps=797, batch=128, lr=1e-5, warmup=40, lr_floor=0.0, weight_decay=0.1, micro_batch=8,
-                  save_every=40, lora=256, dropout=0.05, gradient_checkpointing=True),
+                  save_every=40, lora=256, dropout=0.05, gradient_checkpointing=True, data="out/rendered",
+                  out="out/w2v-astra"),
 }
 OF_TASK = {                                           # defaults of flags that only one task has, or has otherwise
     "cold": dict(data="out/data", out="out/sft", lessons="all", see_steps=350),
@@ -94,8 +96,9 @@ def parse_args(argv=None):
     """The command line's flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--task", choices=list(OF_TASK), default="cold", help="cold: the cold start (default)")
-    p.add_argument("--data", help="folder of questions_train.jsonl (default: out/data, made if missing; out/world2vlm)")
-    p.add_argument("--out", help="folder of the policy (default: out/sft; out/w2v)")
+    p.add_argument("--data", help="folder of questions_train.jsonl (default: out/data, made if missing; out/world2vlm; "
+                   "astra: out/rendered)")
+    p.add_argument("--out", help="folder of the policy (default: out/sft; out/w2v; astra: out/w2v-astra)")
     p.add_argument("--start", help="policy to start from (default: cold start, random weights, and the tower learns to "
                    "see first; world2vlm, out/sft, or Qwen/Qwen3-VL-8B-Instruct with --preset astra)")
     # these change the numbers
@@ -123,8 +126,11 @@ def parse_args(argv=None):
     p.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in backward")
     p.add_argument("--save-every", type=int, help="steps between checkpoints")
     p.add_argument("--threads", type=int, help="CPU threads")
-    args = common.parse_with_preset(p, PRESETS, argv, [(key, 1) for key in (
-        "steps", "batch", "micro_batch", "save_every")])
+    args = common.parse_with_preset(p, PRESETS, argv, [*((key, 1) for key in (
+        "steps", "batch", "micro_batch", "save_every")), *((key, 0) for key in (
+            "warmup", "lambda_inv", "lambda_fwd", "lora", "dropout", "eval_questions", "see_steps"))])
+    if args.dropout is not None and args.dropout >= 1:
+        p.error(f"--dropout {args.dropout}: must be below 1")
     if args.preset == "astra" and args.task == "cold":
         p.error("--preset astra is of --task world2vlm: a pretrained policy needs no cold start")
     for task, defaults in OF_TASK.items():
@@ -397,14 +403,15 @@ def main(argv=None):
     """The stage: a policy with a frozen tower that sees, its lessons, and a step on each batch of them."""
     args = parse_args(argv)
     train, val = (Path(args.data) / f"questions_{part}.jsonl" for part in ("train", "val"))
+    makes = f"python data.py world2vlm{' --rendered DIR' if args.preset == 'astra' else ''} --out {args.data}"
     common.begin(f"train_sft --task {args.task}", args, NEUTRAL, () if args.task == "cold" else (
-        (args.start, "python train_sft.py"), (train, f"python data.py world2vlm --out {args.data}")))
+        (args.start, "python train_sft.py"), (train, makes)))
     world, out, clock = common.setup(args.threads), Path(args.out), common.Clock()
     if args.batch % world.size:
         common.fail(f"--batch {args.batch} cannot be shared evenly by {world.size} processes; take a multiple of it.")
     if args.task == "cold":
         if common.is_main():
-            ensure(args.data)
+            ensure(args.data, ["questions"])
         common.wait_for_all()
         lessons, asked = [Lesson(question) for question in load_jsonl(train)], []
         policy = open_policy(args, lessons, world)

@@ -12,8 +12,8 @@ Out: the averaged model in BAGEL's layout, log.jsonl, args.json, done.json, view
 With x_t = (1 - t) x0 + t eps, t = 1 pure noise, and x0_hat = x_t - t v_hat, the loss per latent token is
   flow matching       |v_hat - (eps - x0)|^2, or |x0_hat - x0|^2 where the model predicts x0 (Settings.prediction)
   view consistency    ours, on top: `content` and `pose` below (the paper's "view consistency tuning" is fine-tuning)
-The loss falls long before the model looks at its context. Watch `pose`: the share of held-out views that lie nearest to
-the true view of the commanded motion, among the true views of all motions commanded in that room (chance 1 in 8).
+The loss falls long before the model looks at its context. Watch `nearest`: the share of held-out views that lie nearest
+to the true view of the commanded motion, among the true views of all motions commanded in that room (chance 1 in 8).
 """
 
 import argparse
@@ -32,27 +32,28 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
-import data
 from lib import checkpoints, common, lora
 from lib.bagel import LATENT_PATCH, MAX_IMAGES, token_grid
 from lib.bagel_files import patchify, resize, to_pixels
 from lib.geometry import Motion, Query, instruction, phrase
 from lib.packing import Latent, Pack, Text, View, pack
 from lib.pictures import on_white
+from lib.rows import load_jsonl
 from world_model import WorldModel, clean
 
 PRESETS = {
-    # Many small updates: with 14,000 targets, 500 updates of 28 reached pose .7 to .8, 250 of 55 reached .3.
+    # Many small updates: 500 of 28 targets reached `nearest` .7 to .8, 250 of 55, the same 14,000 targets, .3.
     "tiny": dict(data="out/data", out="out/wm", init=None, steps=2000, contexts=4, targets=8, micro_contexts=4, lr=2e-3,
                  floor=0.03, warmup=60, weight_decay=0.01, shift=4.5, drop_text=0.0, drop_vit=0.0, drop_vae=0.0,
                  warp_weight=0.5, augment=True, latents=None, recompute=False, images_in_memory=None, look_every=250,
-                 look_contexts=16, save_every=250),
-    # The paper gives model and data. Learning rate, warm-up, shift and dropout are BAGEL's for fine-tuning and editing;
+                 look_contexts=16, save_every=250, eps=1e-8),
+    # The paper gives model and data. AdamW, warm-up, shift and dropout are BAGEL's for fine-tuning and editing;
     # the rest is ours: 64 targets an update, so that 17,000 updates are two epochs of the paper's 544,197.
     "astra": dict(data="data/scans", out="out/wm-astra", init="ByteDance-Seed/BAGEL-7B-MoT", steps=17_000, contexts=8,
                   targets=8, micro_contexts=1, lr=2e-5, floor=1.0, warmup=500, weight_decay=0.0, shift=4.0,
                   drop_text=0.1, drop_vit=0.3, drop_vae=0.3, warp_weight=0.0, augment=False, latents="data/latents",
-                  recompute=True, images_in_memory=200, look_every=1_000, look_contexts=2, save_every=500),
+                  recompute=True, images_in_memory=200, look_every=1_000, look_contexts=2, save_every=500,
+                  eps=1e-15),
 }
 NEUTRAL = ("threads", "micro_contexts", "recompute", "images_in_memory", "save_every", "look_every", "look_contexts")
 MIRRORED = {"left": "right", "right": "left"}
@@ -67,7 +68,7 @@ def contexts_of(rows, most):
     return [group[i:i + most] for group in groups for i in range(0, len(group), most)]
 
 
-def drawn(contexts, step, count, seed):
+def contexts_of_step(contexts, step, count, seed):
     """The `count` contexts of one update; each epoch has its own order. Depends on nothing but the arguments."""
     places = range(step * count, (step + 1) * count)
     orders = {epoch: torch.randperm(len(contexts), generator=common.generator(seed, "order", epoch)).tolist()
@@ -76,9 +77,13 @@ def drawn(contexts, step, count, seed):
 
 
 def read_image(path):
-    """A picture as uint8 (H, W, 3), or (H, W, 4) where it has an alpha channel."""
-    with Image.open(path) as image:
-        return np.asarray(image if image.mode in ("RGB", "RGBA") else image.convert("RGB"))
+    """A picture as uint8 (H, W, 3), or (H, W, 4) where it has an alpha channel; a sentence if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image if image.mode in ("RGB", "RGBA") else image.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        common.fail(f"The picture {path} cannot be read ({error}). Make the triples again, or take their rows out of "
+                    f"triples_*.jsonl; the same command goes on from the last checkpoint.")
 
 
 def pictures(rows, read, augment, stream):
@@ -106,7 +111,15 @@ def pictures(rows, read, augment, stream):
 
 
 def example(rows, model, read, args, stream):
-    """One context with its T targets as the model is shown them; every draw comes from `stream`."""
+    """One context with its T targets as the model is shown them; every draw comes from `stream`.
+
+    returns a dict:  context, targets, filled   lists of (H, W, 3) uint8: what is given, what is asked for, and the
+                        context warped into each target view, whose holes show the target
+                     sentences, seen   T times the tokens of the instruction, and (H, W) uint8: 255 where some view sees
+                     keep, said   what condition dropout leaves: VAE and ViT segment of each context image in turns, and
+                        the T sentences
+                     t, other   (T,) times; and for each target another one, or itself
+    """
     context, reference, motions, targets, warps = pictures(rows, read, args.augment, stream)
     sentences = [instruction(motion, reference) for motion in motions]
     if args.shuffle_instructions:
@@ -115,7 +128,7 @@ def example(rows, model, read, args, stream):
     seen = [alpha[..., 3] > 127 for alpha in warps]
     context_shown = model.arranged(context, reference, "")[0]
     drop = torch.tensor([args.drop_vae, args.drop_vit] * len(context_shown))
-    return dict(
+    shown = dict(
         context=[fit(image) for image in context_shown],
         targets=[fit(image) for image in targets],
         # without its term nobody reads the warp: the target then stands in for it and is not another picture to keep
@@ -127,6 +140,8 @@ def example(rows, model, read, args, stream):
         said=(torch.rand(len(rows), generator=stream) >= args.drop_text).tolist(),
         t=torch.sigmoid(torch.randn(len(rows), generator=stream) + math.log(args.shift)),
         other=(torch.arange(len(rows)) + int(torch.randint(1, max(2, len(rows)), (), generator=stream))) % len(rows))
+    # without a sentence, none tells it from another target
+    return shown | {"other": torch.where(torch.tensor(shown["said"]), shown["other"], torch.arange(len(rows)))}
 
 
 class Batch(NamedTuple):
@@ -235,7 +250,7 @@ def collate(groups, model, read, args, step, first, with_pose=False, kept=None):
 def flow_matching(output, x0, eps, prediction):
     """Squared error of the network's output, mean over the C numbers of a token. All tensors (N, C).
 
-    "velocity": |v_hat - (eps - x0)|^2 (bagel.md);  "x0": |x0_hat - x0|^2, which weighs time t by t^2 beside the other.
+    "velocity": |v_hat - (eps - x0)|^2, as BAGEL;  "x0": |x0_hat - x0|^2, which weighs time t by t^2 beside the other.
     """
     return (output - (x0 if prediction == "x0" else eps - x0)).square().mean(-1)
 
@@ -290,8 +305,8 @@ def losses(network, batch, args):
 def look(model, contexts, read):
     """Imagine all targets of held-out contexts -> (metrics, [(context, words, generated, true)]).
 
-    pose   share of views nearest (squared error) to the true view of their own motion among those of the same context
-    mse    mean squared error to the true view, pictures in [-1, 1]
+    nearest   share of views nearest to the true view of their own motion, among those of the same context
+    mse       mean squared error to the true view, pictures in [-1, 1]
     """
     rows = [row for group in contexts for row in group]
     queries = [Query([read(path) for path in row["context"]], row["reference"],
@@ -307,7 +322,7 @@ def look(model, contexts, read):
         sheet += [([read(path) for path in row["context"]],
                    f"Image-{row['reference']}: {phrase(Motion(**row['motion']))}", a, b)
                   for row, a, b in zip(group, made, true)]
-    return {"pose": float(np.mean(hits)), "mse": float(np.mean(errors))}, sheet
+    return {"nearest": float(np.mean(hits)), "mse": float(np.mean(errors))}, sheet
 
 
 def draw_sheet(path, sheet, side=96):
@@ -356,6 +371,7 @@ def parse_args(argv=None):
     p.add_argument("--floor", type=float, help="where the cosine ends, as a share of --lr; 1 = constant")
     p.add_argument("--warmup", type=int, help="steps of linear rise")
     p.add_argument("--weight-decay", type=float)
+    p.add_argument("--eps", type=float, help="of AdamW; a gradient of norm 1 has entries of 1e-5 in a model of 14 B")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     p.add_argument("--ema", type=float, default=0.995, help="decay of the average that is saved; rises from 0.1")
     p.add_argument("--shift", type=float, help="times t = sigmoid(N(0, 1) + ln shift): above 1 towards noise")
@@ -376,7 +392,7 @@ def parse_args(argv=None):
     p.add_argument("--latents", help="folder for what the autoencoder says of each picture; default for tiny: none")
     p.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="activation checkpointing of every layer")
     p.add_argument("--images-in-memory", type=int, help="pictures kept decoded; default for tiny: all")
-    p.add_argument("--look-every", type=int, help="steps between views.png and pose on held-out rooms")
+    p.add_argument("--look-every", type=int, help="steps between views.png and `nearest` on held-out rooms")
     p.add_argument("--look-contexts", type=int, help="held-out contexts to look at")
     p.add_argument("--save-every", type=int, help="steps between checkpoints")
     p.add_argument("--threads", type=int, default=1, help="CPU threads per process; small models gain little from more")
@@ -393,12 +409,13 @@ def parse_args(argv=None):
 def load_data(args, world):
     """(training contexts, held-out contexts); rank 0 makes the rooms when the tiny preset misses them."""
     if args.preset == "tiny" and common.is_main() and not (Path(args.data) / "triples_train.jsonl").exists():
-        data.ensure(args.data, ["triples"])
+        from data import ensure                         # it reaches for all kinds of data, which training does not
+        ensure(args.data, ["triples"])
     common.wait_for_all()
     splits = []
     for split in ("train", "val"):
         path = Path(args.data) / f"triples_{split}.jsonl"
-        rows = data.load_jsonl(path)
+        rows = load_jsonl(path)
         if not rows:
             common.fail(f"{path} holds no triples. Of a few scans none may fall to {path.stem.split('_')[-1]}: name "
                         f"them in a file, `python data.py triples --dataset ... --val FILE`.")
@@ -438,7 +455,8 @@ def main(argv=None):
         prepare(model.network.to(world.device))
     network = model.network
     names, parameters = zip(*((name, p) for name, p in network.named_parameters() if p.requires_grad))
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), eps=args.eps,
+                                  weight_decay=args.weight_decay, fused=True)
     average = [p.detach().clone() for p in parameters]
     tensors = checkpoints.training_tensors(network, optimizer)
     tensors |= {f"average.{name}": mean for name, mean in zip(names, average)}
@@ -451,7 +469,7 @@ def main(argv=None):
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * common.cosine(step, args.steps, args.warmup, args.floor)
-            first, groups = world.rank * share, drawn(train, step, args.contexts, args.seed)
+            first, groups = world.rank * share, contexts_of_step(train, step, args.contexts, args.seed)
             with_pose = args.pose_weight > 0 and step % args.pose_every == 0
             batches = [collate(groups[i:min(i + args.micro_contexts, first + share)], model, read, args, step, i,
                                with_pose, kept) for i in range(first, first + share, args.micro_contexts)]
@@ -469,19 +487,20 @@ def main(argv=None):
             decay = min(args.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
 
-            done, leaving = step + 1, stop.requested()
-            if leaving or done % args.save_every == 0 or done == args.steps:
-                checkpoints.save_state(training, done, tensors, {"clock": clock.read()})
+            done = step + 1
             if done % args.look_every == 0 or done == args.steps:
                 with averaged(parameters, average), common.gathered(network):
-                    seen, sheet = look(model, val, read)
+                    held, sheet = look(model, val, read)
                 if common.is_main():
                     draw_sheet(out / "views.png", sheet[::max(1, len(sheet) // 12)])
-                metrics |= seen
-                common.say(f"step {done}: flow {metrics['loss_flow']:.4f}, held-out views: pose {seen['pose']:.2f}, "
-                           f"mse {seen['mse']:.4f}, {clock.read()['cpu_seconds']:.0f} CPU-s")
+                metrics |= held
+                common.say(f"step {done}: flow {metrics['loss_flow']:.4f}, held-out views: nearest "
+                           f"{held['nearest']:.2f}, mse {held['mse']:.4f}, {clock.read()['cpu_seconds']:.0f} CPU-s")
             log.write(step, **metrics, lr=optimizer.param_groups[0]["lr"])
             bar.set_postfix(flow=f"{metrics['loss_flow']:.4f}")
+            leaving = stop.requested()
+            if leaving or done % args.save_every == 0 or done == args.steps:
+                checkpoints.save_state(training, done, tensors, {"clock": clock.read()})
             if leaving:
                 stop.leave(done)
 

@@ -171,6 +171,13 @@ def test_the_pose_term_reads_another_targets_sentence_under_the_same_noise(rooms
         assert torch.equal(getattr(batch.pack, key), getattr(batch.pack_other, key))
 
 
+def test_a_target_without_its_sentence_has_no_other(rooms):
+    args, _, batch = batch_of(rooms, "--drop-text", "1", "--pose-weight", "1", "--pose-times", "0", "1", with_pose=True)
+    assert torch.equal(batch.other, torch.arange(len(batch.other)))
+    x0_hat = batch.x0 + torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(0))
+    assert train_wm.pose(x0_hat, batch.x0, batch.x0, batch.t, batch.target, batch.other, args.pose_times).sum() == 0
+
+
 def test_condition_dropout_hides_sentences_and_segments(rooms):
     _, model, batch = batch_of(rooms, "--drop-text", "0.5", "--drop-vae", "0.5", "--drop-vit", "1.0")
     texts = [len(words) > 2 for words in sentences(batch.pack)]                     # two markers are always there
@@ -210,7 +217,7 @@ def test_resumed_run_equals_unbroken_run(rooms, tmp_path, monkeypatch):
     a, b = (load_file(tmp_path / name / "ema.safetensors") for name in ("whole", "parts"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     a, b = (common.read_log(tmp_path / name / "log.jsonl") for name in ("whole", "parts"))
-    assert a == b and [row["step"] for row in a] == [0, 1, 2, 3] and a[3]["pose"] is not None
+    assert a == b and [row["step"] for row in a] == [0, 1, 2, 3] and a[3]["nearest"] is not None
     assert (tmp_path / "parts" / "done.json").exists() and (tmp_path / "parts" / "views.png").exists()
     with pytest.raises(SystemExit) as left:                                         # a finished run says so and stays
         train_wm.main(flags(rooms, tmp_path / "parts"))
