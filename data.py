@@ -48,10 +48,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib import quality, real_views
+from lib import quality, real_views, simulators
 from lib.clips import clip_questions
-from lib.common import disk, fail, need, newest, run, say, stable_seed, write_json
+from lib.common import at_least, disk, fail, need, read_log, run, say, stable_seed, write_json
 from lib.corpora import convert
+from lib.endpoint import RemoteError
 from lib.geometry import Motion, coverage, dominant_motion, instruction, matrix, move_camera, pinhole, pose, warp
 from lib.pictures import load_image, save_image
 from lib.questions import room_questions
@@ -207,14 +208,12 @@ def motion_questions(seeds, out, teacher, space=ROOMS, tries=1):
 def make_world2vlm(out, teacher="truth", rooms=1000, held_out=(60, 240), threads=2):
     """out/questions_{train,val,test}.jsonl: World2VLM's eight tasks about rooms, validated and balanced in each split.
 
-    teacher   truth: the true renderer; or a world model's folder, which is told only motions that small ones have seen.
-              Validation and test are of the true renderer whoever teaches, and the same for all teachers
+    teacher   truth: the true renderer; or a world model (lib/simulators.py), which is told only motions that small ones
+              have seen. Validation and test are of the true renderer whoever teaches, and the same for all teachers
     """
     out = Path(out)
     if teacher != "truth":
-        from world_model import WorldModel
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        simulator = WorldModel.load(teacher, device, torch.bfloat16 if device == "cuda" else torch.float32)
+        simulator = simulators.load(teacher, "cuda" if torch.cuda.is_available() else "cpu")
     for split, count, first in (("train", rooms, FIRST_ROOM["questions_train"]),
                                 ("val", held_out[0], FIRST_ROOM["val"]), ("test", held_out[1], FIRST_ROOM["test"])):
         seeds, title = range(first, first + count), f"world2vlm, {split}"
@@ -261,9 +260,7 @@ def mine(source, out, policy, samples=5, at_most=1, seed=0, batch=16):
     if len({question["id"] for question in questions}) < len(questions):
         fail(f"Some questions of {source} share an id, and one's answers would stand for the other: make ids unique.")
     asked = {"policy": str(policy), "samples": samples, "seed": seed}
-    lines = log.read_text().splitlines() if log.exists() else []
-    told = [json.loads(line) for line in lines if line.endswith("}")]                 # the last one may be torn
-    right = {row["id"]: row["right"] for row in told if asked.items() <= row.items()}
+    right = {row["id"]: row["right"] for row in read_log(log) if asked.items() <= row.items()}
     waiting = [question for question in questions if question["id"] not in right]
     out.mkdir(parents=True, exist_ok=True)
     if waiting:
@@ -333,13 +330,13 @@ def make_mmsi_video(out, rooms=40, threads=2):
 
 # ---- command line ---------------------------------------------------------------------------------------------
 
-def ensure(folder, what=("triples", "questions", "mindcube"), threads=2):
-    """Make what is missing of `what` in `folder`, and return the folder as a Path."""
+def ensure(folder, what=("triples", "questions", "mindcube"), threads=2, **rooms):
+    """Make what is missing of `what` in `folder`, and return the folder as a Path. rooms   "rooms": how many"""
     folder, (layout, size) = Path(folder), layout_of(folder)
     if "triples" in what and not (folder / "triples_test.jsonl").exists():
-        make_triples(folder, threads=threads, layout=layout, size=size)
+        make_triples(folder, threads=threads, layout=layout, size=size, **rooms)
     if "questions" in what and not (folder / "questions_test.jsonl").exists():
-        make_questions(folder, threads=threads)
+        make_questions(folder, threads=threads, **rooms)
     if "mindcube" in what and not (folder / "mindcube" / "raw" / "MindCube_tinybench.jsonl").exists():
         make_mindcube(folder / "mindcube", folder / "questions_test.jsonl")
     return folder
@@ -361,8 +358,8 @@ def parse_args(argv=None):
     rooms.add_argument("--layout", choices=list(LAYOUTS), default="ring", help="where the context cameras stand")
     rooms.add_argument("--rooms", type=int, help="rooms to train on (default 2000 for triples, 1500 for questions, "
                                                "1000 for world2vlm); rooms to ask about (40 for mmsi_video)")
-    rooms.add_argument("--teacher", default="truth", help="world2vlm: truth, the true renderer; tuned, the newest of "
-                       "out/wm and out/demo/wm; or a world model's folder. A trained one should come from `data.py "
+    rooms.add_argument("--teacher", default="truth", help="world2vlm: truth, the true renderer; tuned, untuned, or a "
+                       "world model's folder or URL (lib/simulators.py). A trained one should come from `data.py "
                        "triples --layout fine`: it is asked for turns by 30 degrees, and never to step backward")
     rendered = p.add_argument_group("world2vlm of frames rendered elsewhere, as by SVC or HY-WorldPlay")
     rendered.add_argument("--rendered", metavar="DIR", help="folders of frames with their actions; "
@@ -389,12 +386,21 @@ def parse_args(argv=None):
     rl.add_argument("--corpus", choices=("sensenova", "vst"), help="corpus: which; --root is its folder")
     rl.add_argument("--questions", help="mine: a questions_train.jsonl")
     rl.add_argument("--policy", help="mine: folder or hub id of the base policy (paper: Qwen/Qwen3-VL-8B-Instruct)")
-    rl.add_argument("--samples", type=int, default=5, help="mine: answers per question (paper: 5)")
-    rl.add_argument("--at-most", type=int, default=1, help="mine: right answers of a question to keep (paper: 1)")
+    rl.add_argument("--samples", type=int, default=5, help="mine: answers per question (of the paper, readers say: 5)")
+    rl.add_argument("--at-most", type=int, default=1, help="mine: right answers of a question to keep (likewise: 1)")
     held = p.add_argument_group("heldout")
     held.add_argument("--sources", nargs="+", help="folders of scans' triples (default: every out/<dataset>)")
     held.add_argument("--per-dataset", type=int, default=200, help="triples of each (paper: 200 of five datasets)")
-    args = p.parse_args(argv)
+    args = at_least(p, p.parse_args(argv), [(key, 1) for key in (
+        "threads", "size", "rooms", "limit", "frames", "contexts", "targets", "samples", "per_dataset")])
+    of_scans = [key for key in ("val", "test", "limit", "frames", "contexts", "targets", "coverage", "apart")
+                if getattr(args, key) != p.get_default(key)]
+    if of_scans and not args.dataset:
+        p.error(f"--{of_scans[0]} is of scans: python data.py triples --dataset NAME --root DIR")
+    if args.seed and not (args.dataset or args.what in ("heldout", "mine")):
+        p.error("--seed is of scans, heldout and mine; rooms have seeds of their own")
+    if args.teacher in ("none", "reprojection"):
+        p.error(f"--teacher {args.teacher} imagines nothing that could be taught")
     if args.what != "triples" and (args.layout != "ring" or args.size or args.dataset):
         p.error("--layout, --size and --dataset are of triples: python data.py triples --layout apart")
     if args.what != "world2vlm" and args.teacher != "truth":
@@ -419,7 +425,7 @@ def main(argv=None):
     args = parse_args(argv)
     rooms = {"rooms": args.rooms} if args.rooms else {}
     if args.what is None:
-        ensure(args.out, threads=args.threads or 2)
+        ensure(args.out, threads=args.threads or 2, **rooms)
     elif args.what == "mindcube":
         make_mindcube(Path(args.out) / "mindcube", Path(args.out) / "questions_test.jsonl")
     elif args.what == "mmsi_video":
@@ -429,10 +435,12 @@ def main(argv=None):
     elif args.rendered:
         make_rendered(args.out, args.rendered, args.detector, threads=args.threads or 2)
     elif args.what == "world2vlm":
-        teacher = args.teacher if args.teacher != "tuned" else str(newest(("wm",)) or "out/wm")
-        if teacher != "truth":
-            need(teacher, "python train_wm.py")
-        make_world2vlm(args.out, teacher, threads=args.threads or 2, **rooms)
+        if args.teacher != "truth" and "://" not in args.teacher:
+            need(simulators.find(args.teacher), "python train_wm.py")
+        try:
+            make_world2vlm(args.out, args.teacher, threads=args.threads or 2, **rooms)
+        except RemoteError as error:
+            fail(f"--teacher {args.teacher}: {error}")
     elif args.what == "heldout":
         make_heldout(args.sources or [f"out/{name}" for name in READERS if Path(f"out/{name}/summary.json").exists()],
                      args.out, args.per_dataset, args.seed)

@@ -9,7 +9,7 @@ How well a policy answers, in which mode, with which simulator; and how true the
   python evaluate.py --bench wm --data out/heldout                the same in scans (lib/real_views.py)
   torchrun --standalone --nproc_per_node 8 evaluate.py …          the same numbers; every process asks its share
 
-In: the newest policy and simulator of out/ and out/demo/, out/data or out/demo/data.
+In: the newest policy and simulator of out/ and out/demo/, the newer of out/data and out/demo/data.
 Out, in out/eval/<bench>/: results.json; report.html, every question as a dialogue; workflow.png, the modes side by side
 per category (the paper's Figure 3); predictions.jsonl, from which a killed run continues, and views/, what was imagined
 (lib/predictions.py). Of --bench wm: results.json, report.html, views/, dose.png (commanded against recovered motion).
@@ -330,9 +330,8 @@ def first_alone(work):
 
 
 def default_data(file):
-    """The folder of out/ or out/demo/ that holds `file`; made in out/data if there is none."""
-    places = [folder for folder in (Path("out/data"), Path("out/demo/data")) if (folder / file).exists()]
-    return places[0] if places else data.ensure("out/data")
+    """The newer folder of out/data and out/demo/data that holds `file`; made in out/data if there is none."""
+    return common.newest(("data",), file) or data.ensure("out/data")
 
 
 def fingerprint(name, wm=None):
@@ -369,7 +368,8 @@ def parse_args(argv=None):
     p.add_argument("--primitives", choices=list(search.SPACES), help="search, gate: what the camera may do. rooms: as "
                    "the tiny simulator was trained (default of --bench rooms and of the tiny policy), mindjourney: the "
                    "published steps")
-    p.add_argument("--policy", help="folder or hub id (default: the newest of phase2, phase1, sft in out/, out/demo/)")
+    p.add_argument("--policy", help="folder or hub id (default: the newest of phase2, phase1, sft in out/, out/demo/; "
+                   "world2vlm: of w2v-rl, w2v)")
     p.add_argument("--policy-url", help="instead: an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; its "
                    "key, if it needs one, is read from OPENAI_API_KEY")
     p.add_argument("--model", help="--policy-url: the model's name there")
@@ -393,7 +393,8 @@ def parse_args(argv=None):
                    help="report.html with every question's dialogue; it reads all pictures again (default: yes)")
     p.add_argument("--max-new-tokens", type=int, help="per turn of the policy (default: 4096, of a tiny policy 256; "
                    "of --policy-url hidden reasoning counts too)")
-    p.add_argument("--seed", type=int, default=0, help="of the simulator's noise (decoding is greedy)")
+    p.add_argument("--seed", type=int, default=0, help="of the simulator's noise (decoding is greedy; --bench wm: each "
+                   "view has noise of its own, whatever the seed)")
     p.add_argument("--batch", type=int, default=64, help="questions at once: memory and speed only (search, gate: 4 "
                    "or so for an 8B policy that reads sheets of many views)")
     p.add_argument("--threads", type=int, help="CPU threads")
@@ -418,8 +419,10 @@ def open_policy(args, device):
                                 at_once=args.concurrency), f"{args.model} at {args.policy_url}"
         except ValueError as error:
             common.fail(f"--policy-url: {error}")
-    path = args.policy or common.newest(("phase2", "phase1", "sft")) or common.fail(
-        "There is no policy in out/ yet. Train one with: python train_sft.py   (or name one with --policy)")
+    stages, first = ((("w2v-rl", "w2v"), "train_sft.py --task world2vlm") if args.bench == "world2vlm" else
+                     (("phase2", "phase1", "sft"), "train_sft.py"))
+    path = args.policy or common.newest(stages) or common.fail(
+        f"There is no {' or '.join(stages)} in out/ yet. Train one with: python {first}   (or name one with --policy)")
     return Policy.load(path, device), path
 
 

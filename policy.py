@@ -31,6 +31,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 from transformers.utils import cached_file, logging
 
+from lib import simulators
 from lib.clients import NO_VIEW, imagine_each
 from lib.common import at_least, fail, generator, newest, run, stable_seed
 from lib.dialogue import NO_SIMULATOR, NOTE, PAD, PHRASES, Trajectory
@@ -199,7 +200,9 @@ class Policy:
         read      (n,) places in ids.flatten(), None for none; the last layer's MLP runs on these alone
         cache     takes in the keys and values of all tokens
         """
-        nowhere = ids.new_empty(0)              # a pass through the whole model, whose parts FSDP may have put away
+        # The whole model is called, not its language part alone: FSDP gathers weights in the root's hook. To keep no
+        # logits skips the head.
+        nowhere = ids.new_empty(0)
         return self._run(ids, positions, mask, features, past_key_values=cache, use_cache=cache is not None,
                          output_hidden_states=[-1], logits_to_keep=nowhere,
                          read=nowhere if read is None else read).hidden_states[-1][0]
@@ -328,9 +331,11 @@ def collate(policy, trajectories, share=False):
     """Trajectories -> one right-padded batch for `token_logprobs`: B dialogues of up to L tokens in R rows of C cells.
 
     Rows hold all tokens of a dialogue but the last, which predicts nothing.
-    share     False: a row for each dialogue (R, C = B, L - 1). True: dialogues with the same prompt share a row,
-              [prompt | rest of the first | rest of the second | ...]. The prompt with its images is computed once, as
-              in `rollout`; each rest sees the prompt and itself, at its own positions, so the numbers are the same
+    share     False: a row for each dialogue (R, C = B, L - 1). True: dialogues with the same prompt share a row, here
+              three with a prompt of 4 (where the longest has 5) and rests of up to 3 cells:
+                [ p p p p . | a a . | b b b | c . . ]
+              The prompt with its images is computed once, as in `rollout`; each rest sees the prompt and itself, at its
+              own positions, so the numbers are the same
     returns   of the rows: ids (R, C), positions (3, R, C), mask (R, C) 1 = token, or that of `shared_attention` if
               dialogues share rows, and `features` (1 + levels, tokens, width), what the frozen tower makes of the
               images in row order; of the dialogues, (B, L - 1) each, about the second token to the last: `token`,
@@ -360,13 +365,8 @@ def collate(policy, trajectories, share=False):
     branches = max(map(len, groups))
     width = prompt + branches * rest
     ids, positions = padded(ids, empty[0], width), padded(positions, 0, width).permute(2, 0, 1)
-    starts = torch.tensor(starts)
-    mask = (torch.arange(width) < starts[:, None]).long()                                           # (R, C)
-    if share:
-        seen = torch.arange(prompt) < starts[:, None, None, None]                                   # (R, 1, 1, prompt)
-        own = torch.ones(rest, rest, dtype=torch.bool).tril()
-        shape = len(ids), branches, rest, -1
-        mask = torch.cat([seen.expand(shape), own.expand(shape)], -1)                   # (R, branches, rest, seen)
+    mask = shared_mask(starts, prompt, branches, rest) if share else (
+        torch.arange(width) < torch.tensor(starts)[:, None]).long()                                 # (R, C)
     cells = [[row * width + column for column in columns] for _, (row, columns) in sorted(where.items())]
     batch = {"ids": ids, "positions": positions, "mask": mask,
              "token": padded([t.ids[1:] for t in trajectories]),
@@ -375,6 +375,17 @@ def collate(policy, trajectories, share=False):
     batch = {key: value.to(policy.device) for key, value in batch.items()}
     batch["features"] = torch.cat(features, 1) if features else None
     return batch
+
+
+def shared_mask(starts, prompt, branches, rest):
+    """What `shared_attention` lets each branch see: (R, branches, rest, prompt + rest) bool, True = may look.
+
+    Its row's own prompt, the first starts[row] cells of the `prompt` columns, and of itself what came before.
+    """
+    seen = torch.arange(prompt) < torch.tensor(starts)[:, None, None, None]                         # (R, 1, 1, prompt)
+    own = torch.ones(rest, rest, dtype=torch.bool).tril()
+    shape = len(starts), branches, rest, -1
+    return torch.cat([seen.expand(shape), own.expand(shape)], -1)
 
 
 def shared_attention(module, query, key, value, mask, scaling=None, **options):
@@ -471,13 +482,8 @@ def main(argv=None):
     question = {"question": args.ask, "options": options, "images": [load_image(path) for path in args.images]}
     model = args.model or newest(("phase2", "phase1", "sft")) or fail(
         "There is no policy in out/ yet. Train one with: python train_sft.py   (or name one with --model)")
-    simulator = None
+    simulator = None if args.mode == "direct" else simulators.load("tuned", device, args.wm)
     try:
-        if args.mode != "direct":
-            from world_model import WorldModel
-            wm = args.wm or newest(("wm",)) or fail(
-                "There is no world model in out/ yet. Train one with: python train_wm.py   (or ask with --mode direct)")
-            simulator = WorldModel.load(wm, device, torch.bfloat16 if device == "cuda" else torch.float32)
         policy = Policy.load(model, device)
         trajectory, = rollout(policy, [question], simulator, args.mode, temperature=args.temperature, seed=args.seed,
                               max_new_tokens=args.max_new_tokens or policy.turn_limit)
@@ -485,8 +491,9 @@ def main(argv=None):
         fail(str(error))
     for kind, content in trajectory.lines():
         print(content if kind == "text" else " ".join(f"[Image-{number}]" for number in content))
-    for picture in Path(args.out).glob("image_*.png"):          # of another dialogue
-        picture.unlink()
+    if (Path(args.out) / "dialogue.json").exists():             # of another dialogue, with its pictures
+        for picture in Path(args.out).glob("image_*.png"):
+            picture.unlink()
     trajectory.save(args.out)
     trajectory.draw(Path(args.out) / "dialogue.png")
     print(f"{'No answer.' if trajectory.answer is None else f'Answer: {trajectory.answer}.'} "

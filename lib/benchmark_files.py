@@ -159,11 +159,10 @@ def parquet_rows(file):
     except ImportError:
         fail(f"{file} is a parquet file, which takes pyarrow to read. Type: pip install pyarrow")
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=16):
+            yield from batch.to_pylist()
     except (ValueError, OSError) as error:
         fail(f"{file} is not a parquet file ({error}); it may be cut off: fetch it again.")
-    for batch in table.iter_batches(batch_size=16):
-        yield from batch.to_pylist()
 
 
 def tsv_rows(file):
@@ -250,6 +249,7 @@ def load_mindcube(place):
     file = found("mindcube", Path(place), "raw/MindCube_tinybench.jsonl")
 
     def build(record, _):
+        """The question of a record, its images that are there."""
         images = [mindcube_image(path, file.parent.parent) for path in record["images"]]
         present = [path for path in images if Path(path).exists()]
         stem, options = split_options(record["question"])
@@ -303,20 +303,24 @@ def split_options(question, mark=r"\. "):
 # ---- MMSI-Bench -----------------------------------------------------------------------------------------------------
 
 def load_mmsi(place):
-    """MMSI-Bench, parquet or TSV; "category" is the type. `place` may also be its circular TSV (benchmarks.circular).
+    """MMSI-Bench, parquet or TSV; "category" is the type.
 
-    Options stand in the question, as "Options: A: …, B: …"; the annotator's `thought` is never read.
+    Options stand in the question, as "Options: A: …, B: …"; the annotator's `thought` is never read. The circular TSV
+    is refused: its score asks for all four orders of the options, is not computed here, and is not what tables print.
     """
     file = found("mmsi", Path(place), "MMSI_Bench.parquet", "MMSI_bench.tsv")
 
     def build(record, _):
+        """The question of a record, its images written beside the file."""
         if file.suffix == ".tsv":
             cell = record["image"].strip()
             images = [base64.b64decode(part, validate=True)
                       for part in (json.loads(cell) if cell.startswith("[") else [cell])]
-            name, base, category = record["index"], int(record["index"]) % 1_000_000, record["category"]
+            name, category = record["index"], record["category"]
+            check(int(name) < 1_000_000, "its options are rotated: the circular score is not computed here; give "
+                                         "MMSI_bench.tsv")
         else:
-            images, name, base, category = record["images"], record["id"], record["id"], record["question_type"]
+            images, name, category = record["images"], record["id"], record["question_type"]
         category = category.replace("-", "–")                           # some copies have a hyphen for the en dash
         stem, options = split_options(record["question"], ": ")
         check(category in MMSI_TYPES, f"there is no type {category!r}")
@@ -324,7 +328,7 @@ def load_mmsi(place):
         return [{"id": str(name), "bench": "mmsi", "images": kept(images, file.parent / "images"),
                  "question": stem.removesuffix("Options:").rstrip(), "options": [o.rstrip(", ") for o in options],
                  "answer": record["answer"], "category": category, "kind": "mca", "needs_view": None,
-                 "text": record["question"], "cluster": str(base)}]
+                 "text": record["question"], "cluster": str(name)}]
     return questions_of("MMSI-Bench", file, rows_of(file), build)
 
 
@@ -352,6 +356,7 @@ def load_mmsi_video(place, frames=FRAMES["mmsi_video"]):
                 domains.setdefault(name, {})[meta.stem.removesuffix("_bench")] = kind
 
     def build(record, _):
+        """The question of a record, `frames` of its frames."""
         parts = {key: record[key] for key in ("system_prompt", "task_prompt", "user_prompt", "format_prompt")}
         marks = re.findall("<video>|<image>", parts["user_prompt"])
         for mark, things in (("<video>", record["frames_list"]), ("<image>", record["ref_images"])):
@@ -387,6 +392,7 @@ def load_sat(place):
     file = found("sat", Path(place), "SAT_test.parquet")
 
     def build(record, number):
+        """Two questions of a record, its images written beside the file."""
         images = kept(record["image_bytes"], file.parent / "images")
         texts = [text.replace("in the first frame", "").strip() for text in record["answers"]]
         gold, kind = record["correct_answer"].replace("in the first frame", "").strip(), record["question_type"]
@@ -411,6 +417,7 @@ def load_vsi(place, frames=FRAMES["vsi"]):
     file = found("vsi", Path(place), "test-00000-of-00001.parquet", "test.jsonl")
 
     def build(record, _):
+        """The question of a record, `frames` frames of its scene."""
         kind, number = record["question_type"], record["options"] is None
         check(kind in (VSI_NUMBER if number else VSI_LETTER),
               f"there is no type {kind!r} with{'out' * number} options")

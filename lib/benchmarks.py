@@ -24,13 +24,6 @@ from lib.benchmark_files import load, load_mindcube, open_image        # noqa: F
 
 BENCHES = ("rooms", "mindcube", "mmsi", "mmsi_video", "sat", "vsi")
 LISTED_ONLY = ("translation",)                              # not in the official overall
-NO_RESPONSE = "No response generated"
-
-# What the papers print as chance, in percent. VSI: always the commonest answer of the task.
-PUBLISHED_CHANCE = {"mmsi": 25.0, "mmsi_video": 24.10, "sat": 50.0}
-VSI_FREQUENCY = {"object_counting": 62.1, "object_abs_distance": 32.0, "object_size_estimation": 29.9,
-                 "room_size_estimation": 33.1, "object_rel_distance": 25.1, "object_rel_direction": 47.9,
-                 "route_planning": 28.4, "obj_appearance_order": 25.2}
 
 
 # ---- verdicts -------------------------------------------------------------------------------------------------------
@@ -64,23 +57,24 @@ def reply(bench, turn):
 
 
 def option_letter(text, options):
-    """The letter of the option that an answer names, or None: "B", "b", "B.", "B. red box" or its words, "red box"."""
+    """The letter of the option that an answer names, or None: "B", "b", "B.", "B. red box" or its words, "red box".
+
+    options   each "B. red box"; one without ". " has no letter: it is named by all its text, which is what comes back
+    """
     for option in options:
-        letter, words = option.split(". ", 1)
-        if text.strip().lower() == words.lower():
+        letter, _, words = option.partition(". ")
+        if text.strip().lower() == (words or option).lower():
             return letter
     found = re.fullmatch(r"\s*([A-Za-z])(?:[.)].*)?\s*", text, re.DOTALL)
     return found[1].upper() if found else None
 
 
 def mindcube_letter(text, question=None):
-    """MindCube's extraction of A to E, upper case: the first rule that finds anything decides; None if none does."""
-    text = " ".join(text.split()) or NO_RESPONSE        # blanks rule: what is on disk has no line breaks
-    return mindcube_extract(text)
+    """MindCube's extraction of A to E, upper case: the first rule that finds anything decides; None if none does.
 
-
-def mindcube_extract(text):
-    """The same on text as it stands, line breaks included."""
+    The official code stores a reply as one line before it reads it: what its 3a and 4 do with lines is left out.
+    """
+    text = " ".join(text.split())
     if found := re.findall(r"([A-E])\.", text):                                                # 1
         return found[-1]
     if "<Answer>" in text:                                                                     # 2
@@ -88,17 +82,15 @@ def mindcube_extract(text):
         for pattern in (r"[Mm]y answer is ([A-E])", r"[Tt]he answer is ([A-E])", r"\b([A-E])\b"):
             if found := re.findall(pattern, inside):
                 return found[-1]
-    for pattern in (r"(?:^|\n)(?:Answer: )?([A-E])(?:\.|\s|$)",                                # 3a
+    for pattern in (r"^(?:Answer: )?([A-E])(?:\.|\s|$)",                                       # 3a
                     r"[*\"]([A-E])[*\"]",                                                      # 3b
                     r"\bAnswer:?\s*([A-E])\b",                                                 # 3c
                     r"[Mm]y answer is ([A-E])",                                                # 3d
                     r"answer is ([A-E])"):                                                     # 3e
         if found := re.findall(pattern, text):
             return found[-1]
-    for line in reversed(text.split("\n")):                                                    # 4
-        if found := re.search(r"\b([A-E])\b", line):
-            return found[1]
-    return None
+    found = re.search(r"\b([A-E])\b", text)                                                    # 4
+    return found[1] if found else None
 
 
 def mmsi_letter(text, question=None):
@@ -345,19 +337,6 @@ def group_weights(categories):
     counts = Counter(categories)                            # questions of each type
     types = Counter(map(task, counts))                      # types of each task
     return np.array([1 / (len(types) * types[task(c)] * counts[c]) for c in categories])
-
-
-def overall(bench, categories, scores):
-    """The official overall of scores in [0, 1], missing predictions included as 0."""
-    return float(weights(bench, categories) @ np.asarray(scores, float))
-
-
-def circular(questions, scores):
-    """MMSI-Bench's circular accuracy: the share of questions that are right in all four rotations of their options."""
-    rounds = {}
-    for question, right in zip(questions, scores, strict=True):
-        rounds.setdefault(question["cluster"], []).append(right)
-    return float(np.mean([min(rights) for rights in rounds.values()]))
 
 
 def chance(question):

@@ -103,9 +103,9 @@ def activations(s, tokens, recompute, heads_tokens=0):
         + heads_tokens * s.vocabulary * (BF16 + 3 * FP32)
 
 
-def cache(s, tokens, number=BF16):
-    """Keys and values of `tokens` tokens in all layers."""
-    return number * tokens * s.layers * s.key_value
+def cache(s, tokens):
+    """Keys and values of `tokens` tokens in all layers, bf16."""
+    return BF16 * tokens * s.layers * s.key_value
 
 
 def rl_budget(policy, simulator, gpus, rows, length, features, view_tokens, micro_batch_tokens, head_tokens, recompute):

@@ -57,15 +57,14 @@ def read_picture(data, max_pixels=MAX_PIXELS):
 class RemoteSimulator:
     """A simulator behind a URL, with `imagine` as any other.
 
-    model     name of the model, for servers that hold several
-    size      of the views, such as "1024x1024", for servers that need to be told
     at_once   requests on their way at a time: what lib/serve.py can batch
     patience  the other arguments of Endpoint: timeout, tries, ...
+    Commands give the URL alone: the rest is for tests of rate limits and failures. The key is SIMULATOR_API_KEY's.
     """
 
-    def __init__(self, url, model=None, size=None, at_once=16, key_from_env="SIMULATOR_API_KEY", **patience):
-        self.endpoint = Endpoint(url, "/images/edits", key_from_env, **patience)
-        self.model, self.size, self.at_once = model, size, at_once
+    def __init__(self, url, at_once=16, **patience):
+        self.endpoint = Endpoint(url, "/images/edits", "SIMULATOR_API_KEY", **patience)
+        self.at_once = at_once
 
     def imagine(self, queries):
         """list of Query -> list of (H, W, 3) uint8. RemoteError comes when all others are done, and brings theirs."""
@@ -78,9 +77,7 @@ class RemoteSimulator:
 
     def _imagine(self, query):
         files, reference = [png(image) for image in query.images], query.images[query.reference - 1]
-        fields = {"prompt": query.instruction, "seed": query.seed, "n": 1, "response_format": "b64_json",
-                  "model": self.model, "size": self.size}
-        fields = {name: value for name, value in fields.items() if value is not None}
+        fields = {"prompt": query.instruction, "seed": query.seed, "n": 1, "response_format": "b64_json"}
         return self.endpoint.ask(fields, lambda sent: multipart(sent, files),
                                  lambda answer: read_view(answer, reference), optional=("seed", "response_format"))
 

@@ -5,9 +5,9 @@ Published corpora of spatial questions as our question rows, to train a policy w
               {"id", "image": [paths], "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}]}
   vst         rayruiyang/VST-500K: <task>/*.parquet (pyarrow), "images": [{"bytes"}] and the same conversations
 
-The paper drew about 6,000 questions from these two and from a hard split that is not public, keeping those that its
-base policy answers at most once in five samples (`python data.py mine`). Only what can be verified is converted: one
-question with lettered options and a letter for an answer, or with an answer of at most three words.
+As readers report, the paper drew about 6,000 questions from these two and from a hard split that is not public, keeping
+those that its base policy answers at most once in five samples (`python data.py mine`). Only what can be verified is
+converted: one question with lettered options and a letter for an answer, or with an answer of at most three words.
 """
 
 import json
@@ -15,8 +15,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from lib.benchmark_files import split_options
-from lib.common import fail, stable_seed
+from lib.benchmark_files import kept, parquet_rows, split_options
+from lib.common import fail
 
 LETTER = re.compile(r"\s*\(?([A-E])(?:[).:]\s*.*)?\s*", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -47,7 +47,7 @@ def read_question(conversations):
 def records(corpus, root, out):
     """Raw records of a corpus, one by one: (id, category, image paths, conversations); images are relative to `out`.
 
-    Pictures inside parquet files are written to out/images/. Stops with a sentence if the files are not there.
+    Pictures inside parquet files are written to out/images/. Stops with a sentence if files are missing or cut off.
     """
     root, out = Path(root), Path(out)
     if corpus == "sensenova":
@@ -69,23 +69,10 @@ def records(corpus, root, out):
     if not files:
         fail(f"There is no <task>/*.parquet in {root}. Fetch rayruiyang/VST-500K from the Hugging Face hub and give "
              f"--root <its folder>.")
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        fail("VST-500K is in parquet files: pip install pyarrow")
     for file in files:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(64):
-            for record in batch.to_pylist():
-                images = []
-                for image in record["images"]:
-                    place = out / "images" / f"{stable_seed(len(image['bytes']), image['bytes'][:4096].hex()):016x}"
-                    if not place.exists():
-                        place.parent.mkdir(parents=True, exist_ok=True)
-                        place.with_suffix(".tmp").write_bytes(image["bytes"])
-                        place.with_suffix(".tmp").replace(place)
-                    images.append(str(place))
-                yield f"{file.parent.name}/{record.get('id', file.stem)}", file.parent.name, images, \
-                    record["conversations"]
+        for record in parquet_rows(file):
+            yield f"{file.parent.name}/{record.get('id', file.stem)}", file.parent.name, \
+                kept(record["images"], out / "images"), record["conversations"]
 
 
 def convert(corpus, root, out):

@@ -56,12 +56,12 @@ USES = {(True, True): "needed, called", (True, False): "under-use: needed, not c
         (False, True): "over-use: not needed, called", (False, False): "not needed, not called"}
 
 
-def true_views(question, calls, size=SIZE):
-    """What the true renderer would have shown after every call -> [(size, size, 3)]; [] if no room is known."""
+def true_views(question, calls):
+    """What the true renderer would have shown after every call -> [(SIZE, SIZE, 3)]; [] if no room is known."""
     scene = question.get("scene")
     if not scene or not calls:
         return []
-    poses, blank = call_poses(scene, calls).tolist(), np.zeros((size, size, 3), np.uint8)
+    poses, blank = call_poses(scene, calls).tolist(), np.zeros((SIZE, SIZE, 3), np.uint8)
     return TrueRenderer().imagine([Query([blank], call["image"], instruction(Motion(call["motion"], call["amount"]),
                                                                              call["image"]), 0,
                                          {"room": scene["room"], "poses": poses}) for call in calls])

@@ -238,13 +238,12 @@ class Trajectory:
             self.unreadable += "<tool_call>" not in text
             self.reply = error
 
-    def observe(self, policy, text=None, image=None):
-        """Answer the last turn: with `text` (default: `reply`) and, after a valid call, the imagined view."""
-        text = self.reply if text is None else text
+    def observe(self, policy, image=None):
+        """Answer the last turn: with `reply` and, after a valid call, the imagined view."""
         number = len(self.images) + 1 if image is not None else None
         shown = numbered_image(number) if number else ""
-        self.replies.append((text, number))
-        before, *after = (f"\n<|im_start|>user\n<tool_response>\n{text}{shown}\n</tool_response><|im_end|>\n"
+        self.replies.append((self.reply, number))
+        before, *after = (f"\n<|im_start|>user\n<tool_response>\n{self.reply}{shown}\n</tool_response><|im_end|>\n"
                           f"<|im_start|>assistant\n").split(PAD)
         self._text(policy.tokens(before))
         if image is not None:
@@ -327,21 +326,25 @@ class Trajectory:
         if self.question.get("answer"):
             yield "text", f"True answer: {self.question['answer']}"
 
-    def draw(self, path, side=128, width=720):
-        """Save the dialogue as one picture."""
-        font, page, top = ImageFont.load_default(13), Image.new("RGB", (width, 4000), "white"), 10
-        pen = ImageDraw.Draw(page)
-        for kind, content in self.lines():
+    def draw(self, path):
+        """Save the dialogue as one picture, as high as it takes."""
+        side, font, top, rows = 128, ImageFont.load_default(13), 10, []
+        for kind, content in self.lines():                      # rows: (height, up to five images or a line, colour)
             if kind == "images":
-                for place, number in enumerate(content):
-                    left, row = 10 + place % 5 * (side + 10), top + place // 5 * (side + 24)
-                    view = Image.fromarray(self.images[number - 1]).resize((side, side), Image.NEAREST)
-                    page.paste(view, (left, row))
-                    pen.text((left, row + side + 2), f"Image-{number}", "gray", font)
-                top += (1 + (len(content) - 1) // 5) * (side + 24)
+                rows += [(side + 24, content[i:i + 5], "gray") for i in range(0, len(content), 5)]
                 continue
-            for line in (part for text in content.splitlines() for part in textwrap.wrap(text, 100) or [""]):
-                pen.text((10, top), line, "black" if content.startswith("Policy") else "gray", font)
-                top += 17
-            top += 6
-        page.crop((0, 0, width, min(top + 4, 4000))).save(path)
+            colour = "black" if content.startswith("Policy") else "gray"
+            rows += [(17, line, colour) for text in content.splitlines() for line in textwrap.wrap(text, 100) or [""]]
+            rows.append((6, "", colour))
+        page = Image.new("RGB", (720, top + sum(height for height, *_ in rows) + 4), "white")
+        pen = ImageDraw.Draw(page)
+        for height, content, colour in rows:
+            if isinstance(content, str):
+                pen.text((10, top), content, colour, font)
+            else:
+                for left, number in zip(range(10, 720, side + 10), content):
+                    view = Image.fromarray(self.images[number - 1]).resize((side, side), Image.NEAREST)
+                    page.paste(view, (left, top))
+                    pen.text((left, top + side + 2), f"Image-{number}", colour, font)
+            top += height
+        page.save(path)

@@ -194,6 +194,7 @@ def in_threads(function, items, threads):
     results, waiting, errors = [None] * len(items), collections.deque(enumerate(items)), []
 
     def work():
+        """Take one item after the other until none waits."""
         while True:
             try:
                 place, item = waiting.popleft()

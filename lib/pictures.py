@@ -1,5 +1,6 @@
 """Pictures in and out: (H, W, 3) uint8 arrays in memory, files that are whole or not there."""
 
+import io
 import os
 
 import numpy as np
@@ -38,3 +39,17 @@ def save_image(path, pixels):
     else:
         Image.fromarray(pixels).save(beside, "png", compress_level=1)
     beside.replace(path)
+
+
+def drawn(draw):
+    """`draw(pyplot)` -> the figure it returns, as a PIL image; None where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    made, buffer = draw(pyplot), io.BytesIO()
+    made.savefig(buffer, dpi=110, bbox_inches="tight")
+    pyplot.close(made)
+    return Image.open(buffer)

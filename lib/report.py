@@ -25,6 +25,7 @@ from lib.benchmarks import open_image
 from lib.common import read_log, write_text
 from lib.diagnosis import CASES, true_views
 from lib.geometry import Motion, phrase
+from lib.pictures import drawn
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1040px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
@@ -53,22 +54,16 @@ FILTERS = {"wrong": "wrong only", "tool": "used the tool", "hurt": "the tool hur
 THUMBNAIL = 160         # pixels of the longer side
 SHOWN = 12              # given images of a question; of a video these many, evenly
 CURVES = ("reward", "match", "call_rate_needs_view", "call_rate_answerable", "invalid_calls", "gain", "entropy", "loss",
-          "loss_flow", "pose", "mse", "facts")    # of these a log shows the ones it has, and its "eval"
+          "loss_flow", "nearest", "mse", "facts")    # of these a log shows the ones it has, and its "eval"
 
 
 # ---- pieces of a page -----------------------------------------------------------------------------------------------
 
-def picture(image, kind="view", caption=""):
-    """An array (H, W, 3), a PIL image or a file -> HTML with the picture inside."""
-    if isinstance(image, (str, Path)):
-        data = Path(image).read_bytes()
-    else:
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        buffer = io.BytesIO()
-        image.save(buffer, "png")
-        data = buffer.getvalue()
-    tag = f'<img class="{kind}" alt="{escape(caption)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-    return f"<figure>{tag}<figcaption>{escape(caption)}</figcaption></figure>" if caption else tag
+def picture(image):
+    """A PIL image or a file -> HTML with the picture inside."""
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.open(image)).save(buffer, "png")
+    return f'<img class="wide" alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def table(head, rows):
@@ -114,24 +109,10 @@ def consistency_table(wm):
 
 # ---- figures --------------------------------------------------------------------------------------------------------
 
-def drawn(draw):
-    """`draw(pyplot)` -> the figure it returns, as a PIL image; None where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    made, buffer = draw(pyplot), io.BytesIO()
-    made.savefig(buffer, dpi=110, bbox_inches="tight")
-    pyplot.close(made)
-    return Image.open(buffer)
-
-
 def figure(draw):
     """`draw(pyplot)` -> HTML of the figure it returns, or a sentence where matplotlib is missing."""
     image = drawn(draw)
-    return picture(image, "wide") if image else \
+    return picture(image) if image else \
         "<p>No figure: matplotlib is not installed (<code>pip install matplotlib</code>).</p>"
 
 
@@ -141,6 +122,7 @@ def workflow(results):
     With direct, forced and agentic of one policy this is the paper's Figure 3.
     """
     def draw(pyplot):
+        """One group of bars per category, and a last one for all questions."""
         modes = results["modes"]
         names = list(dict.fromkeys(name for summary in modes.values() for name in summary.get("by_category", {})))
         fig, axes = pyplot.subplots(figsize=(max(9, 0.9 * len(names) + 2), 3))
@@ -178,6 +160,7 @@ def curves_figure(title, path):
         return ""
 
     def draw(pyplot):
+        """A panel per curve, four to a line."""
         columns = min(4, len(curves))
         lines = -(-len(curves) // columns)
         fig, axes = pyplot.subplots(lines, columns, figsize=(2.6 * columns, 1.9 * lines), squeeze=False)
@@ -198,6 +181,7 @@ def dose_curves(dose):
     Medians and quartiles over rooms; filled where training showed that amount, hollow where it never did.
     """
     def draw(pyplot):
+        """A panel per kind of motion, a line per simulator."""
         kinds = list(dict.fromkeys(kind for kinds in dose.values() for kind in kinds))
         fig, axes = pyplot.subplots(1, len(kinds), figsize=(2.7 * len(kinds), 3), squeeze=False)
         fig.set_layout_engine("constrained")
@@ -226,9 +210,9 @@ def find_logs(root):
     return {file.parent.name: file for file in sorted(Path(root).glob("*/log.jsonl"))}
 
 
-def contact_sheet(rows, views, side=96):
+def contact_sheet(rows, views):
     """Triples (rows of arrays) and {simulator: a view per row} -> a picture: context | motion | imagined … | true."""
-    font, gap, words = ImageFont.load_default(12), 6, 150
+    font, side, gap, words = ImageFont.load_default(12), 96, 6, 150
     left = [k * (side + gap) for k in range(len(rows[0]["context"]))]
     right = [left[-1] + side + gap + words + k * (side + gap) for k in range(len(views) + 1)]
     page = Image.new("RGB", (right[-1] + side, 20 + len(rows) * (side + gap)), "white")
@@ -354,7 +338,7 @@ def write(path, title, results=None, wm=None, logs=None, sheet=None, dose=None, 
     """Write report.html; what is not given is left out.
 
     results     as results.json of a bench of questions;  wm: as results.json of --bench wm
-    logs        {title: log.jsonl};  sheet: `contact_sheet`, an array or a file;  dose: `dose_curves` as a picture
+    logs        {title: log.jsonl};  sheet: `contact_sheet` or a file;  dose: `dose_curves` as a picture
     dialogues   of evaluate.dialogues;  folder: below which their imagined views lie
     """
     body = [f"<h1>{escape(title)}</h1>"]
@@ -363,8 +347,8 @@ def write(path, title, results=None, wm=None, logs=None, sheet=None, dose=None, 
         body += [diagnosis_table(results["diagnosis"])] if results.get("diagnosis") else []
     if wm or sheet is not None:
         body.append("<h2>The simulator</h2>")
-        body += ([consistency_table(wm)] if wm else []) + ([picture(sheet, "wide")] if sheet is not None else [])
-        body += [picture(dose, "wide")] if dose else []
+        body += ([consistency_table(wm)] if wm else []) + ([picture(sheet)] if sheet is not None else [])
+        body += [picture(dose)] if dose else []
     if logs:
         body += ["<h2>Learning</h2>", *(curves_figure(name, log) for name, log in logs.items())]
     if dialogues:

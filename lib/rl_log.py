@@ -4,9 +4,12 @@ What train_rl.py writes down: every key of its log.jsonl, and the curves drawn f
 
 from collections import defaultdict
 
+import numpy as np
+
 import rewards
 from lib import common
 from lib.common import total
+from lib.pictures import drawn, save_image
 
 PARTS = ("total", "format", "action", "order", "numeric", "accuracy", "validity", "geometry", "iou", "center", "size",
          "l1")                          # of rewards.world2vlm, each task has some
@@ -83,12 +86,6 @@ def rollout_totals(rows, group):
 
 def draw_curves(out):
     """curves.png from log.jsonl: rewards, calls and distances in training, accuracy and calls in evaluation."""
-    try:
-        import matplotlib
-    except ImportError:
-        return common.say("No curves.png without matplotlib (pip install matplotlib); log.jsonl has the numbers.")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     panels = {"rewards": ("reward", "match", "match_direct", "format"),
               "policy": ("entropy", "kl", "clipped_low", "clipped_high", "gain"),
               "calls": ("call_rate", "call_rate_needs_view", "call_rate_answerable", "invalid_calls"),
@@ -100,12 +97,18 @@ def draw_curves(out):
         for key, value in {**row, **held_out}.items():
             if isinstance(value, float):
                 curves[key].append((row["step"], value))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
-    for axis, (title, keys) in zip(axes, panels.items()):
-        for key in filter(curves.get, keys):
-            axis.plot(*zip(*curves[key]), label=key, marker="." if len(curves[key]) < 20 else None)
-        axis.set(title=title, xlabel="step")
-        if axis.lines:
-            axis.legend(fontsize=7)
-    figure.savefig(out / "curves.png", dpi=110)
-    pyplot.close(figure)
+
+    def draw(pyplot):
+        """A panel per title, a line per key that the log has."""
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
+        for axis, (title, keys) in zip(axes, panels.items()):
+            for key in filter(curves.get, keys):
+                axis.plot(*zip(*curves[key]), label=key, marker="." if len(curves[key]) < 20 else None)
+            axis.set(title=title, xlabel="step")
+            if axis.lines:
+                axis.legend(fontsize=7)
+        return figure
+    image = drawn(draw)
+    if not image:
+        return common.say("No curves.png without matplotlib (pip install matplotlib); log.jsonl has the numbers.")
+    save_image(out / "curves.png", np.array(image))

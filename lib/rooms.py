@@ -3,8 +3,8 @@ The embedded world: furnished rooms and a ray caster, so that everything runs wi
 
 A room is a box of 5 to 7 metres with muted walls and coloured furniture. Its floor is the plane y = 0 and y points
 down (OpenCV), so an eye at 1.3 m stands at y = -1.3. `render` gives colour, metric depth and instance ids from any
-camera; a few thousand views of 32 x 32 pixels per second and core. Nothing after this file knows that the rooms
-are not scans: they fill the same Frame contract.
+camera; a few thousand views of 32 x 32 pixels per second and core. lib/scenes.room_scene tells a room as a reader
+tells a scan.
 """
 
 from dataclasses import dataclass
@@ -65,12 +65,12 @@ class Room:
     things: tuple
 
 
-def random_room(seed, things=None, free_radius=1.6):
+def random_room(seed, things=None):
     """A furnished room: `things` objects of different colours around the middle, which stays free to stand in.
 
     things    None: as many as rooms of this seed have, 6 but for those of FURNISHED
-    The objects stand in sectors of equal angle, at least `free_radius` metres from the origin, one per sector. The
-    same seed gives the same room; disjoint seeds make disjoint sets of scenes.
+    The objects stand in sectors of equal angle, one per sector, 1.6 metres from the origin or further unless a wall is
+    too near. The same seed gives the same room; disjoint seeds make disjoint sets of scenes.
     """
     rng = np.random.default_rng([7, seed])
     things = things or next((n for first, n in FURNISHED.values() if first <= seed < first + 1_000_000), 6)
@@ -83,7 +83,7 @@ def random_room(seed, things=None, free_radius=1.6):
         angle = np.radians(start + 360 / things * (i + rng.uniform(0.15, 0.85)))
         direction = np.array([np.sin(angle), np.cos(angle)])
         to_wall = np.min((np.array([width, length]) / 2 - half - 0.05) / np.maximum(np.abs(direction), 1e-9))
-        near = min(free_radius + half, to_wall)
+        near = min(1.6 + half, to_wall)
         x, z = direction * rng.uniform(near, max(near, min(to_wall, 3.0)))
         kind, yaw = str(rng.choice(KINDS)), float(rng.uniform(0, 90))
         placed.append(Thing(kind, str(colour), float(x), float(z), yaw, half, tall))
@@ -154,9 +154,9 @@ def _shade(solid, thing, point):
     return np.where((point[1] <= -top + 1e-3) & (shape != "sphere"), 1.0, side)
 
 
-def _cast(room, c2w, size, fov, with_colour):
+def _cast(room, c2w, size, with_colour):
     """One ray through every pixel centre of V cameras: depth (V, H, W), ids (V, H, W), colour (V, H, W, 3) or None."""
-    centres = (np.arange(size) + 0.5 - size / 2) / pinhole(size, fov)[0, 0]
+    centres = (np.arange(size) + 0.5 - size / 2) / pinhole(size)[0, 0]
     rays = np.stack(np.broadcast_arrays(centres[None, :], centres[:, None], 1.0)).reshape(3, -1)   # (3, P), z = 1
     eyes = c2w[:, :3, 3].astype(np.float32)                                                        # (V, 3)
     directions = c2w[:, :3, :3].astype(np.float32) @ rays.astype(np.float32)                       # (V, 3, P)
@@ -188,17 +188,17 @@ def _cast(room, c2w, size, fov, with_colour):
     return distance.reshape(shape), ids.reshape(shape), colour.reshape(*shape, 3) if with_colour else None
 
 
-def render(room, c2w, size=32, fov=90.0, supersample=2):
+def render(room, c2w, size=32, supersample=2):
     """Look into a room.
 
-    c2w (V, 4, 4) or (4, 4), OpenCV; `size` pixels square, `fov` degrees. Colour is the mean of supersample² rays per
+    c2w (V, 4, 4) or (4, 4), OpenCV; `size` pixels square, 90 degrees. Colour is the mean of supersample² rays per
     pixel; depth (metres along z) and ids belong to the ray through the pixel's centre.
     returns {"rgb" (V, H, W, 3) uint8, "depth" (V, H, W) float32, "ids" (V, H, W) int64: 0 room, i + 1 things[i]}
     """
     c2w = np.asarray(c2w, np.float64).reshape(-1, 4, 4)
-    depth, ids, colour = _cast(room, c2w, size, fov, with_colour=supersample == 1)
+    depth, ids, colour = _cast(room, c2w, size, with_colour=supersample == 1)
     if supersample > 1:
-        fine = _cast(room, c2w, size * supersample, fov, with_colour=True)[2]
+        fine = _cast(room, c2w, size * supersample, with_colour=True)[2]
         colour = fine.reshape(len(c2w), size, supersample, size, supersample, 3).mean((2, 4))
     return {"rgb": np.clip(colour + 0.5, 0, 255).astype(np.uint8), "depth": depth, "ids": ids}
 

@@ -20,11 +20,11 @@ MAX_DISAGREEMENT = 0.15         # of depth and poses, as a share of the depth; s
 UNFINISHED = "its depth is estimated in part; run `python data.py depth --root DIR` again, it continues."
 
 
-def estimate_depth(root, id, model=DEPTH_MODEL, device="cpu", predict=None):
+def estimate_depth(root, id, model, predict):
     """Write depth/ and depth.json of a DL3DV scene (see `dl3dv`) with a depth network -> what depth.json holds.
 
-    model     a transformers checkpoint for AutoModelForDepthEstimation, trained for metres
-    predict   (H, W, 3) uint8 -> (H, W) metres; default: the model
+    model     the network's name, which depth.json keeps
+    predict   (H, W, 3) uint8 -> (H, W) metres: what `depth_network` gives
     Files are whole or not there, and the same call continues. The scale is where depth and poses agree best
     (`scale_of`); if they agree nowhere, depth.json says so and the reader refuses the scene. The metres are the
     network's, so only roughly metres. Raises ValueError if the scene has depth from elsewhere.
@@ -37,7 +37,7 @@ def estimate_depth(root, id, model=DEPTH_MODEL, device="cpu", predict=None):
                          f"depth/ and depth.json to estimate it by {model}.")
     if info and info["refused"] != UNFINISHED:
         return info
-    predict, (rows, full, load) = predict or depth_network(model, device), dl3dv_rows(folder)
+    rows, full, load = dl3dv_rows(folder)
     write_json(note, {"scale": None, "how": how, "refused": UNFINISHED})
     for _, image, depth, *_ in rows:
         if image is None or depth.exists():
@@ -56,7 +56,7 @@ def estimate_depth(root, id, model=DEPTH_MODEL, device="cpu", predict=None):
 
 
 def depth_network(model, device):
-    """A transformers depth network as a function (H, W, 3) uint8 -> (H, W) float32 metres."""
+    """A transformers depth network, trained for metres, as a function (H, W, 3) uint8 -> (H, W) float32 metres."""
     import torch
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 

@@ -115,6 +115,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, problem(NOTHING_ELSE))
 
     def do_POST(self):
+        """A view, or a refusal once the client has been heard out."""
         self.unread = 0                     # bytes of the request
         try:
             data = base64.b64encode(png(self.view())).decode()
@@ -169,7 +170,11 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, model, port, host="127.0.0.1", max_bytes=2**26, max_images=16, max_pixels=2**25,
                  max_batch=64, max_waiting=128, wait_ms=10):
-        """`serve` says what the arguments are; port 0 takes a free one, which server_port then tells."""
+        """model and host as in `serve`; port 0 takes a free one, which server_port then tells.
+
+        Limits of a request: max_bytes, max_images, max_pixels of all its images together; max_waiting requests (more
+        are told 429); max_batch of one call of `imagine`, wait_ms for it to fill.
+        """
         super().__init__((host, port), Handler)
         self.model, self.max_bytes, self.max_images, self.max_pixels = model, max_bytes, max_images, max_pixels
         self.max_batch, self.wait = max_batch, wait_ms / 1000
@@ -213,16 +218,14 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def serve(model, port, host="127.0.0.1", **limits):
+def serve(model, port, host="127.0.0.1"):
     """Serve a simulator until Ctrl-C.
 
     model   anything with imagine(list of Query), such as a WorldModel
     host    the loopback address is this machine alone; "0.0.0.0" is everyone who can reach it: there is no password
-    limits  of a request: max_bytes, max_images, max_pixels of all its images together; max_waiting requests (more are
-            told 429); max_batch of one call of `imagine`, wait_ms for it to fill
     """
     try:
-        server = Server(model, port, host, **limits)
+        server = Server(model, port, host)
     except (OSError, OverflowError) as error:
         fail(f"{host}:{port} cannot be listened on ({error}). Give another port to --serve, or another --host.")
     say(f"The simulator answers at http://{host}:{server.server_port}{PATH} (Ctrl-C ends it).")

@@ -38,7 +38,7 @@ WORDS = (
     # what rooms contain and where
     " red", " green", " blue", " yellow", " purple", " orange", " cyan", " white", " pink", " black", " none",
     " box", " barrel", " ball", " table", " cabinet", " lamp", " left", " right", " centre",
-    # questions (data.py), options, and the thoughts that the cold start teaches (train_sft.py)
+    # questions (lib/questions.py), options, and the thoughts that the cold start teaches (train_sft.py)
     "Start from", " and ", ". Then ", "In", "How did the camera get from Image-1 to Image-2?",
     "which object looks largest?", "which object is furthest to the left?", "which object is furthest to the right?",
     *(f"which object fills most of the {third} third?" for third in ("left", "centre", "right")),

@@ -318,9 +318,10 @@ class Summary:
         return "\n".join(lines + [f"  broken: {id}: {error}" for id, error in s["broken"].items()])
 
 
-def contact_sheet(out, rows, path, count=12, side=160):
-    """A page to judge by eye: context (reference framed) | words | target | warp | target and warp in squares."""
-    rows = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, count).astype(int))]
+def contact_sheet(out, rows, path):
+    """A page to judge by eye, of 12 rows at most: context (reference framed) | words | target | warp | target and warp
+    in squares."""
+    side, rows = 160, [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, 12).astype(int))]
     columns = max(len(row["context"]) for row in rows)
     page = Image.new("RGB", ((side + 4) * (columns + 4), (side + 4) * len(rows)), "white")
     draw = ImageDraw.Draw(page)

@@ -58,19 +58,38 @@ def test_sensenova_records_become_questions_that_training_reads(tmp_path, capsys
         data.make_corpus("sensenova", tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_vst_pictures_come_out_of_parquet(tmp_path):
+def vst_record(folder, levels, answer):
+    encoded = [picture(folder / f"{level}.png", level).read_bytes() for level in levels]
+    return {"images": [{"bytes": image} for image in encoded],
+            "conversations": exchange("<image><image> Which way? A. left B. right", answer)}
+
+
+def vst_questions(folder, records):
+    """The questions of VST-500K, one task with one parquet file."""
     pyarrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow, an extra")
     import pyarrow.parquet
-    encoded = [picture(tmp_path / f"{level}.png", level).read_bytes() for level in (50, 200)]
-    table = pyarrow.Table.from_pylist([
-        {"id": "a", "images": [{"bytes": image} for image in encoded],
-         "conversations": exchange("<image><image> Which way? A. left B. right", "B")}])
-    (tmp_path / "VST-500K" / "mi_camera_motion").mkdir(parents=True)
-    pyarrow.parquet.write_table(table, tmp_path / "VST-500K" / "mi_camera_motion" / "0.parquet")
-    data.make_corpus("vst", tmp_path / "VST-500K", tmp_path / "out")
-    row, = data.load_jsonl(tmp_path / "out" / "questions_train.jsonl")
-    assert row["category"] == "mi_camera_motion" and row["answer"] == "B"
+    (folder / "VST-500K" / "mi_camera_motion").mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), folder / "VST-500K" / "mi_camera_motion/0.parquet")
+    data.make_corpus("vst", folder / "VST-500K", folder / "out")
+    return data.load_jsonl(folder / "out" / "questions_train.jsonl")
+
+
+def test_vst_pictures_come_out_of_parquet(tmp_path):
+    row, = vst_questions(tmp_path, [{"id": "a"} | vst_record(tmp_path, (50, 200), "B")])
+    assert row["id"] == "vst/mi_camera_motion/a" and row["category"] == "mi_camera_motion" and row["answer"] == "B"
     assert [np.array(Image.open(path))[0, 0, 0] for path in row["images"]] == [50, 200]
+
+
+def test_records_without_an_id_get_different_ones_and_a_torn_file_ends_in_a_sentence(tmp_path):
+    records = [vst_record(tmp_path, (50,), answer) for answer in "AB"]
+    assert [row["id"] for row in vst_questions(tmp_path, records)] == ["vst/mi_camera_motion/0",
+                                                                       "vst/mi_camera_motion/0#2"]
+    file = tmp_path / "VST-500K" / "mi_camera_motion" / "0.parquet"
+    whole = file.read_bytes()
+    for torn in (whole[:len(whole) // 2], whole[:4] + bytes(100) + whole[104:]):        # no end, a broken middle
+        file.write_bytes(torn)
+        with pytest.raises(SystemExit, match="(?s)0.parquet is not a parquet file .*fetch it again"):
+            data.make_corpus("vst", tmp_path / "VST-500K", tmp_path / "out")
 
 
 # ---- mining ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from evaluate import dialogues, record_of
 from lib import predictions, report
@@ -105,6 +106,17 @@ def test_large_pictures_become_thumbnails_and_videos_show_some_frames(page, tmp_
     html = report.dialogue(told, pictures, tmp_path)
     assert "12 of 50 images are shown" in html and "Image-50" in html
     assert len(pictures.uris) == 1 and len(pictures.uris[0]) < 20_000
+
+
+def test_a_long_dialogue_is_drawn_to_its_end(tmp_path):
+    short, long = (Trajectory({"question": "?"}, "direct", turns=["a\n" * lines]) for lines in (1, 601))
+    heights = []
+    for dialogue in (short, long):
+        dialogue.draw(tmp_path / "dialogue.png")
+        page = np.asarray(Image.open(tmp_path / "dialogue.png"))
+        heights.append(len(page))
+        assert (page[-24:] < 255).any()                                                 # the last line is there
+    assert heights[1] - heights[0] == 600 * 17
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")

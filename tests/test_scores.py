@@ -1,4 +1,6 @@
-"""Gain over direct answers, per level and type (the other numbers: tests/test_evaluate.py): pytest tests/test_scores.py."""
+"""Gain over direct answers, per level and type (the other numbers: tests/test_evaluate.py)."""
+
+import re
 
 import numpy as np
 import pytest
@@ -80,7 +82,7 @@ def test_the_table_prints_a_line_of_gains_per_level_and_type_with_its_whole_name
     told = "{:+.3f} [{:+.2f} {:+.2f}]".format(gain["difference"], *gain["ci95"])
     for name in ("Perception", "Planning", "Prediction", "Cross-Video", *VIDEO_TYPES):
         line, = [line for line in after.splitlines() if line.startswith(f"{name} ") and " n " in line]
-        assert "+" in line or "-" in line
+        assert re.search(r" [+-]\d\.\d{3} \[[+-]\d\.\d\d [+-]\d\.\d\d\]$", line)
         assert any(line.startswith(f"{name} ") and "100%" in line for line in before.splitlines()) == (
             name in ("Planning", "Prediction"))
         assert (told in line) == (name == "Prediction")
