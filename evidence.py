@@ -13,7 +13,6 @@ Out, in out/evidence/: data/<data>/, <row>-s<seed>/{the model, views.npz (scores
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import subprocess
@@ -39,14 +38,11 @@ class Data(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A row: its data, and what its views come from: a simulator trained with these flags, views that need none, or
-    another row's simulator with other settings of the sampler."""
+    """A row: its data, and what its views come from: a simulator trained with these flags, or views that need none."""
     name: str
     data: str
     flags: str = ""
     views: str = ""
-    of: str = ""            # the row whose simulator it is
-    sampler: dict = {}      # fields of lib/bagel.Settings
 
 
 DATA = {                    # each takes about 2 CPU-minutes to make, that of 64px 8
@@ -87,7 +83,7 @@ RUNS = [
 def minutes(run, steps):
     """CPU-minutes that a row is expected to take, its data not counted; the pose term adds a pass to every 4th step."""
     data = DATA[run.data]
-    trains, more = not (run.views or run.of), 1.08 if "--pose" in run.flags else 1
+    trains, more = not run.views, 1.08 if "--pose" in run.flags else 1
     return data.look + (data.minutes * steps / 1000 * more if trains else 0)
 
 
@@ -149,7 +145,7 @@ def is_made(place, setting):
 def finish(run, seed, steps, out):
     """Do what is missing of one row, result.json last; a finished row is left as it is."""
     folder, data = out / f"{run.name}-s{seed}", out / "data" / run.data
-    trains = not (run.views or run.of)
+    trains = not run.views
     setting = {"data": DATA[run.data].make, "flags": run.flags, "steps": steps if trains else 0}
     if is_made(folder, setting):
         return
@@ -160,14 +156,14 @@ def finish(run, seed, steps, out):
         call("train_wm.py", "--data", str(data), "--out", str(folder), "--steps", str(steps), "--seed", str(seed),
              "--threads", "1", *DATA[run.data].train.split(), *run.flags.split())
     start = time.process_time()
-    values = look(run, folder if trains else out / f"{run.of}-s{seed}", folder, data)
+    values = look(run, folder, data)
     spent = json.loads((folder / "done.json").read_text())["cpu_seconds"] if trains else time.process_time() - start
     scores = common.readable({key: float(value) for key, value in consistency.scores_of(values.sum(0)).items()})
     common.write_json(folder / "result.json", {**setting, **scores, "views": len(values), "cpu_seconds": spent})
 
 
-def look(run, source, folder, data):
-    """Score every test view of the simulator in `source` -> `consistency.per_view` (n, 11).
+def look(run, folder, data):
+    """Score every test view of the simulator in `folder` -> `consistency.per_view` (n, 11).
 
     It stays in folder/views.npz, with ids and rooms.
     """
@@ -175,9 +171,7 @@ def look(run, source, folder, data):
     if run.views:
         views = (consistency.trivial_views(rows) | consistency.oracle_views(rows))[run.views]
     else:
-        model = WorldModel.load(source)
-        model.settings = dataclasses.replace(model.settings, **run.sampler)
-        views = imagine_targets(model, rows, title=run.name)
+        views = imagine_targets(WorldModel.load(folder), rows, title=run.name)
     values = consistency.per_view(rows, views, consistency.recover_all(rows, views)[0])
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "views.npz", id=[row["id"] for row in rows], room=[row["room"] for row in rows], values=values)
@@ -226,13 +220,13 @@ def main(argv=None):
     """Finish the rows one by one, then print the table of all that are finished."""
     args = parse_args(argv)
     out, named = Path(args.out), chosen(RUNS, args.only, "evidence.py")
-    jobs = [(run, seed) for seed in args.seeds for run in named if not (run.views or run.of) or seed == args.seeds[0]]
+    jobs = [(run, seed) for seed in args.seeds for run in named if not run.views or seed == 0]
     if args.list:
         left = [job for job in jobs if job[1] not in finished(job[0].name, out)[0]]
         for run, seed in jobs:
             print(f"{run.name}-s{seed}".ljust(26) + f"{minutes(run, args.steps):5.1f} CPU-min  "
                   f"{'    ' if (run, seed) in left else 'done'}  "
-                  f"{run.flags or run.views or f'{run.of}, {run.sampler}'}")
+                  f"{run.flags or run.views}")
         return print(f"{sum(minutes(run, args.steps) for run, _ in left):.0f} CPU-minutes to go, the data not counted")
     common.setup(1)
     for run, seed in jobs:

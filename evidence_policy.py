@@ -132,7 +132,7 @@ def main(argv=None):
     """Finish the rows one by one, then print the table of all that are finished."""
     args = parse_args(argv)
     out, named = Path(args.out), chosen(RUNS, args.only, "evidence_policy.py")
-    jobs = [(run, seed) for seed in args.seeds for run in named if run.stages or run.of or seed == args.seeds[0]]
+    jobs = [(run, seed) for seed in args.seeds for run in named if run.stages or run.of or seed == 0]
     if args.list:
         return show_jobs(jobs, commands, out)
     for stage in ("sft", "wm"):

@@ -7,18 +7,20 @@ What World2VLM rests on: its stages, directions and data, as runs and a table (T
 
 Rows start from the demo's cold start (`make demo` comes first: out/demo), learn for 1,500 steps (`grpo`: 60 more), and
 answer the same held-out questions, whose pictures are of the true renderer. `constant` gives, per task, the true
-answer that earns most on these very questions. Compare `forward` with `inverse-at-once`, as neither begins with turns.
-World2VLM alone forgets how to answer any other question, so `…lessons` learn 350 steps of direct lessons and are asked
-about rooms, beside the demo's policies: `direct-only` (1,800 such steps), `agentic`, with a `gate`, in a `search`.
-`drift-…` is no policy: how far a simulator strays on a chain of its own views. Simulators are those of evidence.py, in
-the folder above --out; `untuned` learned under shuffled sentences, `unweighted` has the data of `tuned`. Boxes of a
-simulator's questions are those of the room, so D1 to D4 do not suffer from what it draws wrongly.
+answer that earns most on these very questions; `blind` knows the words of all questions and sees no picture. Compare
+`forward` with `inverse-at-once`, as neither begins with turns. World2VLM alone forgets how to answer any other
+question, so `…lessons` learn 350 steps of direct lessons and are asked about rooms, beside the demo's policies:
+`direct-only` (1,800 such steps), `agentic`, with a `gate`, in a `search`. `drift-…` is no policy: how far a simulator
+strays on a chain of its own views. Simulators are those of evidence.py, in the folder above --out; `untuned` learned
+under shuffled sentences, `unweighted` has the data of `tuned`. Boxes of a simulator's questions are those of the room,
+so D1 to D4 do not suffer from what it draws wrongly.
 
 Out, in out/evidence/world2vlm/: data/<data>/, <row>-s<seed>/{1, 2, 3, rl: the policy after each stage; asked/: its
 answers; result.json}, table.md.
 """
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -35,7 +37,7 @@ from lib.rooms import FURNISHED
 from lib.rows import load_jsonl, save_jsonl
 from lib.scores import STRATA, gain_over, interval
 from lib.transitions import ROOMS, SEEN, drift, room_anchor
-from lib.world2vlm import TASKS, write_motion_questions
+from lib.world2vlm import TASKS, read_actions, write_motion_questions
 from rewards import world2vlm
 
 
@@ -74,6 +76,7 @@ SFT = (*EASY, "--steps 600")
 LESSONS = "--lessons direct --steps 350"
 RUNS = [
     Run("constant"),
+    Run("blind"),
     Run("start"),
     Run("sft", sft=SFT),                                                    # both directions
     Run("grpo", rl="", of="sft"),
@@ -126,13 +129,52 @@ def make_questions(name, out):
     save_jsonl(folder / "questions_train.jsonl", kept)
 
 
+def worth_most(rows):
+    """Of the answers to some questions of a task the one that earns most on all of them."""
+    return max(sorted({row["answer"] for row in rows}), key=lambda said: sum(
+        world2vlm(row["category"], row["answer"], said)["total"] for row in rows))
+
+
 def constant_answers(rows):
-    """The best constant answer of each task, given to every row -> records like those of evaluate.py."""
-    best = {task: max(sorted({row["answer"] for row in rows if row["category"] == task}), key=lambda said: sum(
-        world2vlm(task, row["answer"], said)["total"] for row in rows if row["category"] == task))
-        for task in {row["category"] for row in rows}}
+    """The best constant answer of each task, for every row."""
+    best = {task: worth_most([row for row in rows if row["category"] == task])
+            for task in {row["category"] for row in rows}}
+    return [best[row["category"]] for row in rows]
+
+
+def blind_answers(rows, known, neighbours=5):
+    """What the words tell without a picture: for every row the answer that earns most on its nearest known questions.
+
+    Near are those of its task with the same actions and like numbers (boxes, metres, degrees), each over its spread; a
+    question without numbers, or with actions that none has, gets the best constant answer of its task.
+    """
+    def words(row):
+        actions = [kind for kind, _ in read_actions(row["question"])]
+        return row["category"], *actions, len(numbers(row))
+
+    def numbers(row):
+        return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", row["question"])]
+
+    groups, answers = {}, []
+    for row in known:
+        groups.setdefault(words(row), []).append(row)
+    tables = {key: np.array([numbers(row) for row in group]) for key, group in groups.items()}
+    best = {task: worth_most([row for row in known if row["category"] == task][:1000])
+            for task in {row["category"] for row in rows}}
+    for row in rows:
+        key = words(row)
+        if key not in groups or not tables[key].shape[1]:
+            answers.append(best[row["category"]])
+            continue
+        apart = np.square((tables[key] - numbers(row)) / (tables[key].std(0) + 1e-9)).sum(1)
+        answers.append(worth_most([groups[key][i] for i in apart.argsort(kind="stable")[:neighbours]]))
+    return answers
+
+
+def given(rows, answers):
+    """Answers that no policy gave, as records like those of evaluate.py."""
     return [{"key": row["id"], "category": row["category"], "scene": row["scene"]["room"],
-             **verdict(row, SimpleNamespace(answer=best[row["category"]], turns=[]))} for row in rows]
+             **verdict(row, SimpleNamespace(answer=answer, turns=[]))} for row, answer in zip(rows, answers)]
 
 
 def learned(run, seed, out):
@@ -157,7 +199,7 @@ def commands(run, seed, out):
     asked = f"--data {DEMO}/data --wm {DEMO}/wm {run.rooms}" if run.rooms else (
         f"--bench world2vlm --data {out}/data/usual --limit {ASKED} --max-new-tokens 64")
     made.append(("evaluate.py", f"{asked} --policy {policy} --no-report --out {place}/asked"))
-    return [] if run.name == "constant" or run.drift else [
+    return [] if run.name in ("constant", "blind") or run.drift else [
         (script, f"{flags} --threads 1".split()) for script, flags in made]
 
 
@@ -175,9 +217,11 @@ def finish(run, seed, out):
     elif not run.rooms:
         for name in dict.fromkeys(("usual", run.data)):
             make_questions(name, out)
-    if run.name == "constant":
-        asked = load_jsonl(out / "data/usual/questions_test.jsonl")[:ASKED]
-        save_jsonl(place / "asked/predictions.jsonl", constant_answers(asked))
+    if run.name in ("constant", "blind"):
+        known, asked = (load_jsonl(out / f"data/usual/questions_{split}.jsonl") for split in ("train", "test"))
+        asked = asked[:ASKED]
+        answers = constant_answers(asked) if run.name == "constant" else blind_answers(asked, known)
+        save_jsonl(place / "asked/predictions.jsonl", given(asked, answers))
     for script, flags in made:
         call(script, *flags)
     spent = sum(json.loads(file.read_text())["cpu_seconds"] for file in place.glob("*/done.json"))
@@ -268,7 +312,7 @@ def main(argv=None):
     args = parse_args(argv)
     out, named = Path(args.out), chosen(RUNS, args.only, "evidence_world2vlm.py")
     jobs = [(run, seed) for seed in args.seeds for run in named
-            if run.sft or run.rl is not None or seed == args.seeds[0]]
+            if run.sft or run.rl is not None or seed == 0]
     if args.list:
         return show_jobs(jobs, commands, out)
     common.setup(1)

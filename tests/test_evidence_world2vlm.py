@@ -9,7 +9,7 @@ import evidence_world2vlm
 import train_rl
 import train_sft
 from data import load_jsonl
-from evidence_world2vlm import DATA, RUNS, Data, Run, commands, constant_answers, make_questions
+from evidence_world2vlm import DATA, RUNS, Data, Run, blind_answers, commands, constant_answers, given, make_questions
 from lib.rooms import FURNISHED, random_room
 from lib.rows import save_jsonl
 
@@ -33,7 +33,7 @@ def test_every_row_is_one_the_stages_understand(tmp_path):
             args = parsers[script](flags)
             assert args.seed == (0 if script == "evaluate.py" else 3)
         stages = len(run.sft) + (run.rl is not None)
-        assert len(told) == (0 if run.drift or run.name == "constant" else stages + 1)
+        assert len(told) == (0 if run.drift or run.name in ("constant", "blind") else stages + 1)
         assert run.data in DATA and run.of in {"", "direct", "phase2", *{row.name for row in RUNS} - {run.name}}
     learned = {run.name: sum(train_sft.parse_args(flags).steps for script, flags in commands(run, 0, tmp_path)
                              if script == "train_sft.py") for run in RUNS if run.sft}
@@ -100,10 +100,21 @@ def test_the_best_constant_answer_by_hand():
     rows = [{"id": f"{task}{i}", "bench": "world2vlm", "category": task, "answer": answer, "scene": {"room": i}}
             for task, answers in (("A4", ("true", "false", "false")), ("A2", ("turn left 20 degrees",) * 2))
             for i, answer in enumerate(answers)]
-    records = {record["key"]: record for record in constant_answers(rows)}
+    records = {record["key"]: record for record in given(rows, constant_answers(rows))}
     assert [records[f"A4{i}"]["answer"] for i in range(3)] == ["false"] * 3
     assert [records[f"A4{i}"]["correct"] for i in range(3)] == pytest.approx([0.2, 1, 1])
     assert [records[f"A4{i}"]["exact"] for i in range(3)] == [0, 1, 1] and records["A21"]["exact"] == 1
+
+
+def test_blind_answers_go_by_actions_and_the_nearest_numbers():
+    def row(box, action, answer):
+        return {"category": "D2", "answer": answer, "question":
+                f'The ball is at bbox [{box}, 5]. After the camera does "{action}", does it disappear?'}
+    known = [row(10, "turn left 20 degrees", "no"), row(900, "turn left 20 degrees", "yes"),
+             row(10, "turn right 20 degrees", "yes"), row(20, "turn right 20 degrees", "yes")]
+    asked = [row(100, "turn left 20 degrees", "?"), row(800, "turn left 20 degrees", "?"),
+             row(100, "turn right 30 degrees", "?"), row(100, "move left 1 meters", "?")]
+    assert blind_answers(asked, known, neighbours=1) == ["no", "yes", "yes", "yes"]    # the last: what is commonest
 
 
 def test_rooms_of_other_kinds_are_furnished_otherwise_and_the_usual_ones_as_ever():
