@@ -7,6 +7,7 @@ Scenes into data: triples that train the world simulator, questions that train a
   python data.py mmsi_video   out/data/mmsi_video/                         clips of test rooms in MMSI-Video-Bench's
   python data.py              what is missing of the first three: rooms, the embedded world of lib/rooms.py
   python data.py world2vlm    out/world2vlm/questions_{train,val,test}.jsonl   what a camera motion shows, as questions
+  python data.py world2vlm --anchors DIR --teacher out/wm-astra       out/taught/: of what a world model shows of scans
   python data.py world2vlm --rendered DIR     out/rendered/: of frames rendered elsewhere (lib/rendered.py)
 
   python data.py triples --layout apart --size 64               rooms: other context cameras, larger pictures
@@ -56,15 +57,15 @@ from lib.endpoint import RemoteError
 from lib.geometry import Motion, coverage, dominant_motion, instruction, matrix, move_camera, pinhole, pose, warp
 from lib.pictures import load_image, save_image
 from lib.questions import room_questions
-from lib.rendered import make_rendered
+from lib.rendered import in_pixels, make_rendered
 from lib.rooms import EYE, SIZE, TrueRenderer, random_room, render, ring
-from lib.rows import build, load_jsonl, save_jsonl
+from lib.rows import SPLITS, build, load_jsonl, save_jsonl
 from lib.scans import make_depth, make_heldout, make_scans
 from lib.scene_depth import DEPTH_MODEL
 from lib.scenes import READERS
-from lib.transitions import ROOMS, SEEN, room_anchor, transitions
+from lib.transitions import PAPER, ROOMS, SEEN, Anchor, room_anchor, transitions
 from lib.triples import Rules
-from lib.world2vlm import records, room_detections, write_motion_questions
+from lib.world2vlm import image_detections, records, room_detections, write_motion_questions
 from policy import Policy, rollout
 from rewards import exact_match
 
@@ -77,6 +78,7 @@ FINE = [Motion(f"turn {side}", 15.0 * i) for side in ("left", "right") for i in 
 # No step back: it shows what no view of the ring saw, and coverage refuses every one.
 TARGETS_PER_ROOM = 8
 MIN_COVERAGE, MIN_METERS, MIN_DEGREES = 0.85, 1.0, 30.0     # paper: of a target; between context cameras (layout apart)
+TOLD_AT_ONCE = {"meters": 1.0, "degrees": 45.0}             # of a motion, to a teacher on scans: ours, see transitions.cut
 FREE = 1.3                                            # metres around the middle of a room where no furniture stands
 
 
@@ -194,15 +196,19 @@ def motion_questions(seeds, out, teacher, space=ROOMS, tries=1):
     rng, rows = np.random.default_rng([19, seeds[0]]), []
     found, dropped = transitions([room_anchor(seed) for seed in seeds], teacher, rng, space, tries=tries)
     for transition in found:
-        folder, number = f"pictures/{transition.room:07d}", transition.name.rsplit("_", 1)[1]
-        paths = [f"{folder}/source.png", f"{folder}/{number}.png"]
-        for path, image in zip(paths, (transition.source, transition.target)):
-            save_image(out / path, image)
-        for record in records(transition, rng, space, room_detections):
-            shown = len(record["images"])                       # the first, or both
-            scene = {"room": transition.room, "poses": [matrix(c2w) for c2w in transition.poses[:shown]]}
-            rows.append(record | {"images": paths[:shown], "scene": scene})
+        for record in with_pictures(transition, out, f"{transition.room:07d}", rng, space, room_detections):
+            poses = transition.poses[:len(record["images"])]
+            rows.append(record | {"scene": {"room": transition.room, "poses": [matrix(c2w) for c2w in poses]}})
     return [(rows, dropped)]
+
+
+def with_pictures(transition, out, folder, rng, space, detect):
+    """The records of a transition (lib/world2vlm.py), their pictures saved in out/pictures/<folder>."""
+    paths = [f"pictures/{folder}/{name}.png" for name in ("source", transition.name.rsplit("_", 1)[1])]
+    for path, image in zip(paths, (transition.source, transition.target)):
+        save_image(out / path, image)
+    return [record | {"images": paths[:len(record["images"])]}              # the first, or both
+            for record in records(transition, rng, space, detect)]
 
 
 def make_world2vlm(out, teacher="truth", rooms=1000, held_out=(60, 240), threads=2):
@@ -228,6 +234,38 @@ def make_world2vlm(out, teacher="truth", rooms=1000, held_out=(60, 240), threads
         for left_out in (sum((dropped for _, dropped in parts), Counter()), faults):
             for reason, number in left_out.most_common():
                 say(f"  {number:6}  left out: {reason}")
+
+
+def make_taught(out, source, teacher, detector=None):
+    """out/questions_{train,val,test}.jsonl about what a world model shows of motions in scans, over the paper's ranges.
+
+    source     folder of scans' triples: each of their contexts that has a metric scale is where motions start
+    teacher    as in lib/simulators.load. It also shows what is held out: scans have no true renderer
+    detector   folder or hub id of a GroundingDINO; None: A1 to A4 alone
+    """
+    out, device = Path(out), "cuda" if torch.cuda.is_available() else "cpu"
+    simulator = simulators.load(teacher, device)
+    try:
+        detect = detector and image_detections(in_pixels(real_views.detector(detector, device)))
+    except ValueError as error:
+        fail(error)
+    for split in SPLITS:
+        contexts = {(*row["context"], row["reference"]): row for row in load_jsonl(Path(source) / f"triples_{split}.jsonl")
+                    if row.get("metric")}
+        if not contexts:
+            say(f"{source}/triples_{split}.jsonl has no view of a scan with a metric scale.")
+        rows, dropped = [], Counter()
+        for number, row in enumerate(tqdm(contexts.values(), desc=f"world2vlm, {split}")):
+            rng, name = np.random.default_rng([29, number]), f"{split}_{number:06d}"
+            anchor = Anchor(name, [load_image(place) for place in row["context"]], row["reference"])
+            found, lost = transitions([anchor], simulator, rng, PAPER, TOLD_AT_ONCE, tries=2)
+            dropped += lost
+            focal = row["context_intrinsics"][row["reference"] - 1][0][0] / anchor.images[0].shape[1]
+            rows += [record | {"cluster": row["scene"]} for transition in found for record in with_pictures(
+                transition._replace(focal=focal), out, name, rng, PAPER, detect)]
+        faults = write_motion_questions(out, split, rows, f"{len(contexts)} views of scans", stable_seed(split))
+        for reason, count in (dropped + faults).most_common():
+            say(f"  {count:6}  left out: {reason}")
 
 
 # ---- questions for RL ------------------------------------------------------------------------------------------------
@@ -364,9 +402,11 @@ def parse_args(argv=None):
     rendered = p.add_argument_group("world2vlm of frames rendered elsewhere, as by SVC or HY-WorldPlay")
     rendered.add_argument("--rendered", metavar="DIR", help="folders of frames with their actions; "
                           "lib/rendered.py tells the layout")
+    rendered.add_argument("--anchors", metavar="DIR", help="instead: triples of scans, from whose contexts --teacher "
+                          "moves over the paper's ranges")
     rendered.add_argument("--detector", help="folder or hub id of a GroundingDINO, such as "
                           f"{real_views.DETECTOR}, that finds the boxes of D1 to D4 (default: only folders that bring "
-                          "boxes are asked about objects)")
+                          "boxes are asked about objects, and no scans)")
     scans = p.add_argument_group("scans: python data.py triples --dataset scannet --root DIR")
     scans.add_argument("--dataset", choices=list(READERS), help="lib/scenes.py tells the layout that each has on disk")
     scans.add_argument("--root", help="folder of the dataset")
@@ -405,9 +445,12 @@ def parse_args(argv=None):
         p.error("--layout, --size and --dataset are of triples: python data.py triples --layout apart")
     if args.what != "world2vlm" and args.teacher != "truth":
         p.error("--teacher is of world2vlm: python data.py world2vlm --teacher tuned")
-    if args.rendered and (args.what != "world2vlm" or args.teacher != "truth") or args.detector and not args.rendered \
-            or args.rendered and args.rooms:
-        p.error("--rendered DIR is of world2vlm, without --teacher and --rooms, and --detector goes with it")
+    if args.rendered and (args.what != "world2vlm" or args.teacher != "truth" or args.rooms or args.anchors):
+        p.error("--rendered DIR is of world2vlm, without --teacher, --rooms and --anchors")
+    if args.anchors and (args.what != "world2vlm" or args.teacher == "truth" or args.rooms):
+        p.error("--anchors DIR is of world2vlm, with --teacher and without --rooms: nobody can render scans truly")
+    if args.detector and not (args.rendered or args.anchors):
+        p.error("--detector goes with world2vlm --rendered DIR or --anchors DIR: boxes of rooms are known")
     if bool(args.dataset or args.what in ("depth", "corpus")) != bool(args.root):
         p.error("--root DIR goes with triples --dataset NAME, with depth and with corpus --corpus NAME")
     if args.what == "corpus" and not args.corpus or args.what == "mine" and not (args.questions and args.policy):
@@ -416,7 +459,7 @@ def parse_args(argv=None):
     default = {"heldout": "out/heldout", "corpus": f"out/{args.corpus}", "mine": "out/mined",
                "world2vlm": "out/world2vlm"}.get(args.what, rooms)
     default = f"out/{args.dataset}" if args.dataset else default
-    args.out = args.out or ("out/rendered" if args.rendered else default)
+    args.out = args.out or ("out/rendered" if args.rendered else "out/taught" if args.anchors else default)
     return args
 
 
@@ -438,7 +481,10 @@ def main(argv=None):
         if args.teacher != "truth" and "://" not in args.teacher:
             need(simulators.find(args.teacher), "python train_wm.py")
         try:
-            make_world2vlm(args.out, args.teacher, threads=args.threads or 2, **rooms)
+            if args.anchors:
+                make_taught(args.out, args.anchors, args.teacher, args.detector)
+            else:
+                make_world2vlm(args.out, args.teacher, threads=args.threads or 2, **rooms)
         except RemoteError as error:
             fail(f"--teacher {args.teacher}: {error}")
     elif args.what == "heldout":

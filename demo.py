@@ -111,12 +111,13 @@ def run_stages(out):
     except (KeyboardInterrupt, RuntimeError) as error:
         for sig in (signal.SIGINT, signal.SIGTERM):             # a second one must not tear the saving apart
             signal.signal(sig, signal.SIG_IGN)
+        common.fail(str(error) or "Stopped, with the work so far saved. The same command goes on from there.")
+    finally:                                                    # whatever ended us: none goes on unseen
         for job in running:
             job.process.terminate()
         for job in running:
             job.process.wait()
             job.bar.close()
-        common.fail(str(error) or "Stopped, with the work so far saved. The same command goes on from there.")
     return seconds
 
 

@@ -8,7 +8,7 @@ Astra rewards rollout i of question g in two phases (the weights are the paper's
                                               D_i = e_i - e_g^direct
 
   e          exact match of the answer, 0 or 1
-  f          format: every turn is well formed and the episode ends in an answer, 0 or 1
+  f          format: every turn can be read, every call be obeyed, and the episode ends in an answer, 0 or 1
   n_tool     valid simulator calls; c = 1 means that the first call earns the bonus and further ones nothing
   D_i        tool-induced gain: what imagining changed against answering the same question directly
 
@@ -23,9 +23,9 @@ import torch
 from lib.benchmarks import option_letter
 from lib.world2vlm import read_actions, read_box, read_truth
 
-LAMBDA_FMT = 0.5        # lambda_fmt
-LAMBDA_USE = 0.02       # lambda_use
-CALL_CAP = 1            # c
+LAMBDA_FMT = 0.5        # worth of a dialogue in good form, half a right answer
+LAMBDA_USE = 0.02       # worth of looking at all
+CALL_CAP = 1            # c: calls that are paid
 ALPHA = 0.1             # gain of imagining where answering directly fails
 BETA = 0.03             # price of imagining where answering directly succeeds
 
@@ -46,7 +46,7 @@ def exact_match(answer, question):
 
 
 def format_reward(trajectory):
-    """f: 1.0 if every turn of the trajectory is well formed and it ends in an answer, else 0.0."""
+    """f: 1.0 if every turn could be read, every call be obeyed (an Image-9 of four cannot), and an answer ends it."""
     return float(trajectory.well_formed)
 
 
@@ -101,7 +101,7 @@ def varied(rewards, group_size, tolerance=1e-9):
 MAX_LENGTH, TOO_LONG = 200, -1.0            # characters; -1 is the released code's, "the minimum" the paper's
 TOLERANCE = {"move": (0.5, 5.0), "turn": (5.0, 90.0)}   # full marks up to the first, none from the second on
 EXTRA_ACTION = 0.03                         # the fee per action too many
-FULL = 0.999                                # a total above it is 1 up to rounding
+FULL = 1 - 1e-6                             # a total above it is 1 up to rounding
 
 
 def world2vlm(task, answer, response):
@@ -118,7 +118,7 @@ def world2vlm(task, answer, response):
     raises     ValueError for an unknown task, or a reference without action or box
 
     Where the released code differs from the paper we follow the paper:
-      length        of the raw response; released: without outer white space
+      length        of the response as it comes; released: without outer white space (which our dialogues cut off, too)
       box corners   put in order and into the picture first, then judged; released: the corners as written, so that an
                     exact box with swapped corners earns 0.58 instead of 1
       exact box     "[a, b, c, d]" alone; released: also with the word bbox before it

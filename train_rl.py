@@ -89,7 +89,7 @@ def parse_args(argv=None):
     p.add_argument("--simulator", default="tuned", help=f"{', '.join(simulators.NAMES)}, the folder or hub id of a "
                    "world model, or a URL (lib/simulators.py); none: calls are told so")
     p.add_argument("--data", help="folder of questions_{train,val}.jsonl (default: out/data or out/demo/data; "
-                   "world2vlm out/world2vlm; astra: out/mined, out/rendered)")
+                   "world2vlm out/world2vlm; astra: out/mined, out/taught)")
     p.add_argument("--out", help="default: out/phase1, out/phase2 or out/w2v-rl, with -astra behind it")
     # these change the numbers
     p.add_argument("--seed", type=int, default=0)
@@ -137,7 +137,7 @@ def parse_args(argv=None):
                         ("sft" if args.phase == 1 else "phase1", "data", f"phase{args.phase}"))
     if args.preset == "astra":                          # nothing of the small world is taken by itself
         inputs = {"policy": "Qwen/Qwen3-VL-8B-Instruct" if start == "sft" else f"out/{start}-astra",
-                  "wm": "out/wm-astra", "data": "out/rendered" if world2vlm else "out/mined", "out": f"out/{out}-astra"}
+                  "wm": "out/wm-astra", "data": "out/taught" if world2vlm else "out/mined", "out": f"out/{out}-astra"}
     else:
         inputs = {"policy": common.newest((start,)) or f"out/{start}", "wm": common.newest(("wm",)) or "out/wm",
                   "data": common.newest((data,), "questions_train.jsonl") or f"out/{data}", "out": f"out/{out}"}
@@ -434,8 +434,9 @@ def main(argv=None):
     files = [Path(args.data) / f"questions_{part}.jsonl" for part in ("train", "val")]
     title, sft, data = (("--task world2vlm", "train_sft.py --task world2vlm", "data.py world2vlm")
                         if args.task == "world2vlm" else (f"--phase {args.phase}", "train_sft.py", "data.py"))
-    data += {"data.py": " mine", "data.py world2vlm": " --rendered DIR"}[data] if args.preset == "astra" else ""
     like = " --preset astra" if args.preset == "astra" else ""
+    if like:
+        data = f"{data} --anchors DIR --teacher out/wm-astra" if args.task == "world2vlm" else f"{data} mine"
     needs = [(args.policy, f"python {sft}{like}" if args.phase == 1 else f"python train_rl.py --phase 1{like}"),
              *((file, f"python {data} --out {args.data}") for file in files),
              *([(args.wm, f"python train_wm.py{like}")] if (args.mode, args.simulator) == ("agentic", "tuned") else [])]

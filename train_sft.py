@@ -80,7 +80,7 @@ PRESETS = {
                  save_every=50),
     # World2VLM: the paper's adapters, all else from its released code; 797 updates: one epoch of 102,066 questions
     "astra": dict(steps=797, batch=128, lr=1e-5, warmup=40, lr_floor=0.0, weight_decay=0.1, micro_batch=8,
-                  save_every=40, lora=256, dropout=0.05, gradient_checkpointing=True, data="out/rendered",
+                  save_every=40, lora=256, dropout=0.05, gradient_checkpointing=True, data="out/taught",
                   out="out/w2v-astra"),
 }
 OF_TASK = {                                           # defaults of flags that only one task has, or has otherwise
@@ -97,7 +97,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--task", choices=list(OF_TASK), default="cold", help="cold: the cold start (default)")
     p.add_argument("--data", help="folder of questions_train.jsonl (default: out/data, made if missing; out/world2vlm; "
-                   "astra: out/rendered)")
+                   "astra: out/taught)")
     p.add_argument("--out", help="folder of the policy (default: out/sft; out/w2v; astra: out/w2v-astra)")
     p.add_argument("--start", help="policy to start from (default: cold start, random weights, and the tower learns to "
                    "see first; world2vlm, out/sft, or Qwen/Qwen3-VL-8B-Instruct with --preset astra)")
@@ -403,7 +403,8 @@ def main(argv=None):
     """The stage: a policy with a frozen tower that sees, its lessons, and a step on each batch of them."""
     args = parse_args(argv)
     train, val = (Path(args.data) / f"questions_{part}.jsonl" for part in ("train", "val"))
-    makes = f"python data.py world2vlm{' --rendered DIR' if args.preset == 'astra' else ''} --out {args.data}"
+    makes = f"python data.py world2vlm --out {args.data}"
+    makes += " --anchors DIR --teacher out/wm-astra" if args.preset == "astra" else ""
     common.begin(f"train_sft --task {args.task}", args, NEUTRAL, () if args.task == "cold" else (
         (args.start, "python train_sft.py"), (train, makes)))
     world, out, clock = common.setup(args.threads), Path(args.out), common.Clock()

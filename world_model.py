@@ -79,7 +79,7 @@ def sample(network, inputs, noise, grid, settings):
     markers = network.embed_markers(rows)
     tau = torch.linspace(1, 0, s.steps + 1)
     times, x = (s.shift * tau / (1 + (s.shift - 1) * tau)).tolist(), noise
-    low, high = torch.tensor(s.interval, dtype=torch.float32).tolist()      # a step may lie on an end of the interval
+    low, high = torch.tensor(s.interval, dtype=torch.float32).tolist()      # rounded like `times`
     places = network.latent_pos_embed(table_ids(grid, network.config.latent_grid).to(x.device)).to(network.dtype)
     each_time = network.time_embedder(torch.tensor(times, device=x.device))                  # (steps + 1, H)
     series = [Taylor() for _ in branches]
@@ -104,7 +104,8 @@ def guidance_branches(network, inputs, noise, settings):
     """Read the inputs into memories -> what the target sees in each branch, and its motion vectors (R, 1, H).
 
     The first branch sees everything. "No sentence" sees the same memory up to the last text, and "no images" the texts
-    alone, from position 0. Without guidance by the sentence there is none at all, whatever the image scale (bagel.md).
+    alone, from position 0. Without guidance by the sentence there is none at all, whatever the image scale, as in
+    BAGEL.
     """
     rows, room = len(noise), noise.shape[1] + 2
     texts = [part for part in inputs if isinstance(part, Words)]

@@ -78,8 +78,8 @@ def setup(threads=None):
 def keep_freed_memory():
     """Let the C library keep large blocks that torch frees, for the next tensor of that size; no effect but on glibc.
 
-    By itself it gives them back to the system, which hands them out again page by page, each one filled with zeros: on
-    the CPU that costs the sampler a tenth of its time (README, "the sampler").
+    By itself it gives them back to the system, which hands them out again page by page, each one filled with zeros
+    (README, Speed).
     """
     trim, top_pad, mmap = -1, -2, -3                        # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

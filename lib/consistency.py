@@ -21,9 +21,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from lib.geometry import DEGREES_PER_METER, TABLE, Motion, decompose, move_camera, pose
+from lib.geometry import DEGREES_PER_METER, TABLE, Motion, decompose, fill_holes, move_camera, pose
 from lib.rooms import COLOURS, random_room, render
-from lib.simulators import fill_holes
 
 LENGTH, SHARE, DIRECTION, ROTATION = 0.25, 0.30, 20.0, 10.0         # metres, of the commanded length, degrees, degrees
 SCALE = np.array([1, 1, 1, DEGREES_PER_METER, DEGREES_PER_METER])   # (dx, dy, dz, yaw, pitch) in comparable units

@@ -28,7 +28,7 @@ TABLE = {
     "look down": ("look down {} degrees", "degrees", 4, -1.0),
 }
 KINDS = tuple(TABLE)
-DEGREES_PER_METER = 30.0  # design: components are compared at 1 m = 30 degrees
+DEGREES_PER_METER = 30.0  # components are compared at 1 m = 30 degrees: the paper asks both of a context's cameras
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def dominant_component(delta, slack=0.15, share=0.20):
     """Which one component tells a relative pose `delta` (..., 6) of `decompose` -> index (...), -1 where none does.
 
     Components are compared at 1 m = 30 degrees. None does if another one (roll counts) exceeds
-    max(slack, share * dominant), since the words would not be true (design §3; the paper takes the dominant one).
+    max(slack, share * dominant), since the words would not be true (ours: the paper takes the dominant one).
     """
     size = np.abs(delta) / np.array([1, 1, 1, *[DEGREES_PER_METER] * 3])
     main = size[..., :5].argmax(-1)
@@ -238,3 +238,16 @@ def coverage(target_depth, seen):
     """Share of the valid target pixels that some context view sees (paper: accepted if >= 0.85)."""
     valid = target_depth > 0
     return float(seen[valid].mean()) if valid.any() else 0.0
+
+
+def fill_holes(view, seen):
+    """Let pixels that nobody saw take the colour of the nearest one that was (in steps up, down, left, right)."""
+    view, seen = view.copy(), seen.copy()
+    while seen.any() and not seen.all():
+        before, known = view.copy(), seen.copy()
+        for axis, step in ((1, 1), (1, -1), (0, 1), (0, -1)):
+            there = np.roll(known, step, axis)
+            there[(slice(None),) * axis + (0 if step == 1 else -1,)] = False       # np.roll wraps round: undo
+            take = there & ~seen
+            view[take], seen[take] = np.roll(before, step, axis)[take], True
+    return view

@@ -13,7 +13,7 @@ Three numbers per token decide what a query sees, and one its RoPE angle:
   position  RoPE. A text token and an image segment take one each; a private group does not advance the shared count,
             so the clean copy that follows a noisy target stands at the same position
 
-This is the original's rule for its three attention modes (causal, full, noise; bagel.md §3) and one thing more: a group
+This is the original's rule for its three attention modes (causal, full, noise) and one thing more: a group
 may hold a sentence, so several targets share one context. Tokens are ordered by expert, "und" first, then "gen".
 """
 
@@ -237,13 +237,18 @@ def assembled(made, views, places, pictures, config):
     spoken = torch.arange(words.shape[1]) < torch.tensor([[len(p.said)] for p in pictures])
     nothing = torch.zeros(1, 1, 3 * config.vit_patch**2)            # no ViT picture at all: one of padding
     return Pack(
-        Tokens(*tokens.unbind(-1)), padded([torch.tensor(s.ids) for s in made]),
-        padded([v.patches for v in views]) if views else nothing,
-        padded([table_ids(v.grid, config.vit_grid) for v in views], -1) if views else torch.full((1, 1), -1),
-        torch.tensor([v.number for v in views] or [0]),
-        torch.cat(where) if views else torch.zeros(0, dtype=torch.long),
-        padded([torch.cat(s.latents) for s in made]), padded([torch.cat(s.noise) for s in made]),
-        padded([torch.cat(s.latent_ids) for s in made]), padded([torch.tensor(s.image) for s in made]),
-        torch.tensor([float(p.t) for p in pictures]), torch.tensor([-1 if p.noise is not None else p.number
-                                                                     for p in pictures]),
-        words, spoken.float(), padded([torch.tensor(s.target) for s in made], False))
+        tokens=Tokens(*tokens.unbind(-1)),
+        ids=padded([torch.tensor(s.ids) for s in made]),
+        patches=padded([v.patches for v in views]) if views else nothing,
+        patch_ids=padded([table_ids(v.grid, config.vit_grid) for v in views], -1) if views else torch.full((1, 1), -1),
+        patch_numbers=torch.tensor([v.number for v in views] or [0]),
+        patch_places=torch.cat(where) if views else torch.zeros(0, dtype=torch.long),
+        latents=padded([torch.cat(s.latents) for s in made]),
+        noise=padded([torch.cat(s.noise) for s in made]),
+        latent_ids=padded([torch.cat(s.latent_ids) for s in made]),
+        image=padded([torch.tensor(s.image) for s in made]),
+        t=torch.tensor([float(p.t) for p in pictures]),
+        numbers=torch.tensor([-1 if p.noise is not None else p.number for p in pictures]),
+        said=words,
+        said_mask=spoken.float(),
+        target=padded([torch.tensor(s.target) for s in made], False))

@@ -16,9 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from lib.consistency import content_of, pose_errors, scores_of, trivial_views
-from lib.geometry import decompose
+from lib.geometry import decompose, fill_holes
 from lib.pnp import pose_from_matches
-from lib.simulators import fill_holes
 
 MATCHER = "zju-community/efficientloftr"            # Apache licence; ETH-CVG/lightglue_superpoint fits as well
 DETECTOR = "IDEA-Research/grounding-dino-tiny"
@@ -88,8 +87,8 @@ def weights(flag, model, *kinds):
 # ---- content --------------------------------------------------------------------------------------------------------
 
 def detector(model=DETECTOR, device="cpu"):
-    """GroundingDINO as detect(image, categories) -> [(category, box)], a box in shares of the picture: left, top,
-    right, bottom. Raises ValueError if the weights cannot be had."""
+    """GroundingDINO as detect(image, categories) -> [(category, box, score)]: a box in shares of the picture, left,
+    top, right, bottom; a score of SCORE to 1. Raises ValueError if the weights cannot be had."""
     import torch
     from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
@@ -103,7 +102,8 @@ def detector(model=DETECTOR, device="cpu"):
                 network(**inputs), inputs["input_ids"], threshold=SCORE, text_threshold=TEXT_SCORE)
         named = [max((name for name in names if name in words), key=len, default=None)     # its words may be two names
                  for words in found["text_labels"]]
-        return [(name, box) for name, box in zip(named, found["boxes"].cpu().numpy()) if name]
+        return [(name, box, score) for name, box, score in zip(
+            named, found["boxes"].cpu().numpy(), found["scores"].tolist()) if name]
     return detect
 
 
@@ -117,17 +117,17 @@ def object_counts(made, true):
     """What there is to count in the detections of a view beside those of the target -> (8,), as
     `consistency.content_counts`: hits and cases of precision, recall and order; no thirds.
 
-    made, true   [(label, box in shares of the picture)]. Boxes of one label are paired, the nearest centres first, at
-    any distance: where things stand is what `order` asks.
+    made, true   as `detector` finds them; scores are not asked. Boxes of one label are paired, the nearest centres
+    first, at any distance: where things stand is what `order` asks.
     """
     centre = lambda box: (np.asarray(box)[:2] + np.asarray(box)[2:]) / 2                                    # noqa: E731
-    gaps = sorted((float(np.linalg.norm(centre(a) - centre(b))), i, j) for i, (label, a) in enumerate(made)
-                  for j, (other, b) in enumerate(true) if label == other)
+    gaps = sorted((float(np.linalg.norm(centre(a) - centre(b))), i, j) for i, (label, a, _) in enumerate(made)
+                  for j, (other, b, _) in enumerate(true) if label == other)
     pair = {}                                                                   # true -> made
     for _, i, j in gaps:
         if j not in pair and i not in pair.values():
             pair[j] = i
-    x, true_x = ([centre(box)[0] for _, box in part] for part in (made, true))
+    x, true_x = ([centre(box)[0] for _, box, _ in part] for part in (made, true))
     right = [(j, k) for j in range(len(true)) for k in range(len(true)) if true_x[j] - true_x[k] > APART]
     ordered = sum(j in pair and k in pair and x[pair[j]] > x[pair[k]] for j, k in right)
     return np.array([len(pair), len(made), len(pair), len(true), ordered, len(right), 0, 0])

@@ -9,7 +9,8 @@ Transitions from frames that another program rendered (SVC, HY-WorldPlay, any si
                                     "detections": {"0.png": [{"label": "chair", "box": [120, 80, 300, 260],
                                                               "confidence": 0.8, "track": 1}, …], "15.png": […]}}
 
-  program      one to three actions of the six kinds, metres and degrees, on the grid of 0.1 m and 10 degrees
+  program      one to three actions of the six kinds, metres and degrees, on the grid of 0.1 m and 10 degrees. Moves in
+               a row end at one place in any order, and so do turns: they are read as their sum, sideways first
   frames       pictures below the folder, in order; default: those in the folder, by name, numbers by their value
   steps        the motion before each frame but the first: they add up to the program. Without them the last frame is
                taken to be the program's end, with them frames may be missing at the end: less was done then
@@ -26,6 +27,7 @@ detections a detector finds the boxes, or there are none, and only A1 to A4 are 
 import json
 import os
 import re
+from collections import Counter
 from functools import partial
 from hashlib import sha256
 from itertools import groupby
@@ -38,14 +40,15 @@ from tqdm import tqdm
 
 from lib import real_views
 from lib.common import fail, say, stable_seed
-from lib.geometry import Motion, move_camera, phrase
+from lib.geometry import TABLE, Motion, move_camera, phrase
 from lib.rows import SPLITS, build
 from lib.scans import split_of
-from lib.transitions import MOVES, TURNS, Space, Transition, grid, is_view, kinds_of
+from lib.transitions import MOVES, TURNS, Space, Transition, is_view, kinds_of
 from lib.world2vlm import GRID, Detection, by_label, image_detections, on_grid, records, write_motion_questions
 
 NEAR = 0.02             # of the grid's step, that is 2 mm and 0.2 degrees: sums of rounded steps are so near
-MARGIN = {"meters": 0.5, "degrees": 20}     # of a false claim, at least (lib/transitions.PAPER)
+KIND = {(axis, sign): kind for kind, (_, _, axis, sign) in TABLE.items()}
+MARGIN = {"meters": 0.5, "degrees": 20}     # of a false claim's amount, at least
 THE_OTHER_WAY = "turns the other way"
 MIRRORED = 0.1          # the mirrored turn fits better by this much correlation; of 720 true turns in rooms none does
 WIDEST = 60             # degrees: frames further apart share too little to compare
@@ -56,10 +59,34 @@ WIDEST = 60             # degrees: frames further apart share too little to comp
 def read_rendered(folder):
     """One folder -> Transition, with its "files", "place" and, if given, detections and intrinsics.
 
-    Raises ValueError, a sentence, where it cannot be used: no such file, an action that is not one of the six or off
-    the grid, steps that are not the program, a picture that is missing or truncated, a turn that shows the other way.
+    Raises ValueError, a sentence, where it cannot be used: what `walked` says, a picture that is truncated or of
+    another size, a turn that shows the other way.
     """
-    folder, info = Path(folder), read_actions_file(folder)
+    folder = Path(folder)
+    info = read_actions_file(folder)
+    program, steps, names, there = walked(folder, info)
+    last = there[-1]
+    source = read_picture(folder / names[0])
+    target = read_picture(folder / names[last], source.shape)
+    if not is_view(target, source):
+        raise ValueError(f"{names[last]} shows one flat colour.")
+    K = intrinsics_of(info, source)
+    for i, j, turn in turns_of(program, steps, there):
+        if looks_mirrored(*(read_picture(folder / names[k], source.shape) for k in (i, j)), turn, K):
+            raise ValueError(f"from {names[i]} to {names[j]} the picture {THE_OTHER_WAY} than '{phrase(turn)}' says, "
+                             f"as if left were right.")
+    found = detections_of(info["detections"], names[0], names[last]) if info.get("detections") else None
+    place = info.get("place") or sha256((folder / names[0]).read_bytes()).hexdigest()[:16]
+    return Transition(folder.name, source, target, program, detections=found, focal=K[0, 0] / source.shape[1],
+                      files=(folder / names[0], folder / names[last]), place=str(place))
+
+
+def walked(folder, info):
+    """What a folder shows, by its names alone -> (program, steps, names of its frames, numbers of those that exist).
+
+    The program is what was done by the last frame that exists, `merged`. Raises ValueError, a sentence: an action that
+    is not one of the six or off the grid, steps that are not the program, no first or no other frame.
+    """
     program, steps = read_program(info), info.get("steps") and [motion_of(step) for step in info["steps"]]
     names = info.get("frames") or pictures_of(folder)
     if steps and len(steps) != len(names) - 1:
@@ -76,23 +103,13 @@ def read_rendered(folder):
     if last < len(names) - 1 and not steps:
         raise ValueError(f"{names[last + 1]} and what follows is missing, and without \"steps\" nobody knows how far "
                          f"the camera got.")
-    program = done_by(program, steps[:last]) if steps else program
+    program = merged(done_by(program, steps[:last]) if steps else program)
+    if not program:
+        raise ValueError("its actions undo each other.")
     if off := [motion for motion in program if not on_grid(motion)]:
         raise ValueError(f"'{phrase(off[0])}' is off the grid of 0.1 m and 10 degrees"
                          f"{f'; that far it got by {names[last]}, the last frame' if last < len(names) - 1 else ''}.")
-    source = read_picture(folder / names[0])
-    target = read_picture(folder / names[last], source.shape)
-    if not is_view(target, source):
-        raise ValueError(f"{names[last]} shows one flat colour.")
-    K = intrinsics_of(info, source)
-    for i, j, turn in turns_of(program, steps, there):
-        if looks_mirrored(*(read_picture(folder / names[k], source.shape) for k in (i, j)), turn, K):
-            raise ValueError(f"from {names[i]} to {names[j]} the picture {THE_OTHER_WAY} than '{phrase(turn)}' says, "
-                             f"as if left were right.")
-    found = detections_of(info["detections"], names[0], names[last]) if info.get("detections") else None
-    place = info.get("place") or sha256((folder / names[0]).read_bytes()).hexdigest()[:16]
-    return Transition(folder.name, source, target, program, detections=found, focal=K[0, 0] / source.shape[1],
-                      files=(folder / names[0], folder / names[last]), place=str(place))
+    return program, steps, names, there
 
 
 def read_actions_file(folder):
@@ -124,9 +141,23 @@ def motion_of(action):
     kind, amount = (action.get(key) if isinstance(action, dict) else None for key in ("kind", "amount"))
     if kind not in MOVES + TURNS:
         raise ValueError(f"there is no action {kind!r}; the six are: {', '.join(MOVES + TURNS)}.")
-    if not (isinstance(amount, (int, float)) and 0 < amount < float("inf")):
-        raise ValueError(f"the amount of '{kind}' is {amount!r} and should be a number above 0.")
+    if not (isinstance(amount, (int, float)) and 0 < amount < 1e6):
+        raise ValueError(f"the amount of '{kind}' is {amount!r:.40} and should be a number above 0, below a million.")
     return Motion(kind, round(float(amount), 6))
+
+
+def merged(program):
+    """The shortest program with the same end: moves in a row are summed along each axis, sideways first (as in the
+    paper's third preset), and turns in a row; opposites cancel. No order is left that a picture cannot show."""
+    found = []
+    for _, run in groupby(program, key=lambda motion: motion.unit):
+        sums = Counter()
+        for motion in run:
+            _, _, axis, sign = TABLE[motion.kind]
+            sums[axis] += sign * motion.amount
+        found += [Motion(KIND[axis, np.sign(total)], round(abs(total), 6))
+                  for axis, total in sorted(sums.items()) if abs(total) > 1e-6]
+    return found
 
 
 def pictures_of(folder):
@@ -173,7 +204,7 @@ def intrinsics_of(info, image):
         return np.array([[width / 2, 0, width / 2], [0, width / 2, height / 2], [0, 0, 1]])
     try:
         K = np.array(given, float)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         K = np.zeros(0)
     if K.shape != (3, 3) or not min(K[0, 0], K[1, 1]) > 0 or K[2].tolist() != [0, 0, 1]:
         raise ValueError("\"intrinsics\" should be 3 rows of 3 numbers: focal lengths above 0, the last row 0, 0, 1.")
@@ -187,7 +218,7 @@ def detections_of(given, first, last):
     try:
         pair = tuple([Detection(str(row["label"]), tuple(map(float, row["box"])), float(row.get("confidence", 1)),
                                 row.get("track")) for row in given[name]] for name in (first, last))
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
         raise ValueError(f"a detection has no label and no box of four numbers ({error}).") from None
     if any(len(found.box) != 4 for part in pair for found in part):
         raise ValueError("the box of a detection should be four numbers: left, top, right, bottom.")
@@ -252,30 +283,27 @@ def rendered_folders(root):
 
 
 def space_of(folders):
-    """The Space (lib/transitions.py) that false claims are drawn from: the programs of the folders themselves, each
-    amount from the least to the greatest that occurs. Broken folders are skipped: `read_rendered` names them."""
-    amounts = {}
+    """The Space (lib/transitions.py) that false claims are drawn from: the patterns of the folders' own programs, with
+    the amounts that occur in them and how often. Broken folders are skipped: `read_rendered` names them."""
+    often = {}
     for folder in folders:
         try:
-            program = read_program(read_actions_file(folder))
+            program, *_ = walked(folder, read_actions_file(folder))
         except ValueError:
             continue
-        if all(map(on_grid, program)):
-            for place, motion in enumerate(program):
-                amounts.setdefault(kinds_of(program), {}).setdefault(place, []).append(motion)
-    ranges = {kinds: tuple((kind, grid(min(m.amount for m in places[i]), max(m.amount for m in places[i]),
-                                       GRID[places[i][0].unit])) for i, kind in enumerate(kinds))
-              for kinds, places in sorted(amounts.items())}
-    return Space({kinds[0]: told[0][1] for kinds, told in ranges.items() if len(kinds) == 1},
-                 tuple(told for kinds, told in ranges.items() if len(kinds) > 1), MARGIN)
+        for amounts, motion in zip(often.setdefault(kinds_of(program), [Counter() for _ in program]), program):
+            amounts[motion.amount] += 1
+    told = {kinds: tuple(zip(kinds, map(sorted, places))) for kinds, places in sorted(often.items())}
+    return Space({kinds[0]: sequence[0][1] for kinds, sequence in told.items() if len(kinds) == 1},
+                 tuple(sequence for kinds, sequence in told.items() if len(kinds) > 1), MARGIN, often)
 
 
-def in_pixels(detect, names=real_views.INDOOR):
+def in_pixels(detect):
     """lib/real_views.detector, which tells boxes in shares of the picture, as `image_detections` wants it."""
     def find(image):
         height, width = image.shape[:2]
-        return [(label, tuple(np.asarray(box) * (width, height, width, height)), 1.0)   # all above its own threshold
-                for label, box in detect(image, names)]
+        return [(label, tuple(np.asarray(box) * (width, height, width, height)), score)
+                for label, box, score in detect(image, real_views.INDOOR)]
     return find
 
 

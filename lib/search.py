@@ -16,7 +16,7 @@ How a policy judges (`way_of`):
                turn of an ordinary dialogue does: a call is a plan, an answer a skip
 
 Departures. No question is skipped: with more than two images too, it is searched from the image that its words name
-first ("Start from Image-2 …"), else from Image-1. Scores that cannot be read are asked for again at temperature 1
+first ("Start from Image-2 …"), else from Image-1. Images keep their size (there: short side 512). Scores that cannot be read are asked for again at temperature 1
 (greedily they would be the same), and no view is scored twice. Views on the way to a chained one are shown with it. The
 answer is read by the rules of the bench, not by substring. A call of the tiny policy is one atom: its simulator was
 trained on it; and it was taught dialogues with one imagined view, so it is shown the most helpful one of all steps (of

@@ -17,7 +17,7 @@ import torch
 
 from lib.clients import RemoteSimulator
 from lib.common import fail, newest
-from lib.geometry import move_camera, pinhole, project, read_instruction, unproject
+from lib.geometry import fill_holes, move_camera, pinhole, project, read_instruction, unproject
 from lib.rooms import TrueRenderer, random_room, render
 
 NAMES = ("tuned", "untuned", "reprojection", "truth", "none")
@@ -96,16 +96,3 @@ def splat(where, colours, c2w, size):
     view, seen = np.zeros((size, size, 3), np.uint8), np.zeros((size, size), bool)
     view[row[kept], column[kept]], seen[row[kept], column[kept]] = colours[kept], True
     return view, seen
-
-
-def fill_holes(view, seen):
-    """Let pixels that nobody saw take the colour of the nearest one that was (in steps up, down, left, right)."""
-    view, seen = view.copy(), seen.copy()
-    while seen.any() and not seen.all():
-        before, known = view.copy(), seen.copy()
-        for axis, step in ((1, 1), (1, -1), (0, 1), (0, -1)):
-            there = np.roll(known, step, axis)
-            there[(slice(None),) * axis + (0 if step == 1 else -1,)] = False       # np.roll wraps round: undo
-            take = there & ~seen
-            view[take], seen[take] = np.roll(before, step, axis)[take], True
-    return view

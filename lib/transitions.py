@@ -17,6 +17,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from lib.consistency import recover
 from lib.geometry import Motion, Query, instruction, matrix, move_camera, phrase
@@ -24,6 +25,7 @@ from lib.rooms import SIZE, random_room, render, ring
 
 MOVES = ("move forward", "move backward", "move left", "move right")
 TURNS = ("turn left", "turn right")
+CLEARANCE = 0.1         # metres between the camera's way and walls or furniture
 
 
 # ---- programs -------------------------------------------------------------------------------------------------------
@@ -39,6 +41,7 @@ class Space(NamedTuple):
     single: dict        # kind -> amounts
     sequences: tuple    # each one a program with open amounts: ((kind, amounts), …)
     margin: dict        # unit -> amount
+    often: dict = {}    # kinds -> per place a Counter of amounts, where they come unevenly; without it all come alike
 
 
 def fixed(*kinds, move, turn):
@@ -124,25 +127,25 @@ class Transition(NamedTuple):
     detections: tuple | None = None     # and what was found in them: (objects of the source, of the target)
 
 
-def room_anchor(seed, size=SIZE):
+def room_anchor(seed):
     """A view of a room, with the ring of four that the teacher knows as its context."""
     rng = np.random.default_rng([17, seed])
     poses, reference = ring(rng), int(rng.integers(4)) + 1
     scene = {"room": seed, "poses": [matrix(c2w) for c2w in poses]}
-    return Anchor(f"room_{seed}", list(render(random_room(seed), scene["poses"], size)["rgb"]), reference, scene)
+    return Anchor(f"room_{seed}", list(render(random_room(seed), scene["poses"], SIZE)["rgb"]), reference, scene)
 
 
-def blocked(anchor, program, margin=0.1):
-    """Whether walls or furniture of a room stand within `margin` metres of the way; outside rooms nobody knows."""
+def blocked(anchor, program):
+    """Whether walls or furniture of a room stand within CLEARANCE of the way; outside rooms nobody knows."""
     if anchor.scene is None:
         return False
     room, c2w = random_room(anchor.scene["room"]), np.array(anchor.scene["poses"][anchor.reference - 1])
-    half = np.array([room.width, room.length]) / 2 - margin
+    half = np.array([room.width, room.length]) / 2 - CLEARANCE
     for motion in program:
         for share in np.linspace(0, 1, 11)[1:]:
             where = move_camera(c2w, Motion(motion.kind, motion.amount * share))[[0, 2], 3]
-            if (np.abs(where) > half).any() or any(np.hypot(*(where - (thing.x, thing.z))) < thing.half + margin
-                                                   for thing in room.things):
+            if (np.abs(where) > half).any() or any(
+                    np.hypot(*(where - (thing.x, thing.z))) < thing.half + CLEARANCE for thing in room.things):
                 return True
         c2w = move_camera(c2w, motion)
     return False
@@ -168,6 +171,14 @@ def is_view(view, like):
     return isinstance(view, np.ndarray) and view.shape == like.shape and view.dtype == np.uint8 and view.std() > 2
 
 
+def fitted(view, like):
+    """A view in the size of the anchor: a world model rounds sizes to its patches. Another shape stays as it is."""
+    (height, width), size = like.shape[:2], np.shape(view)[:2]
+    if size == (height, width) or len(size) < 2 or abs(size[1] / size[0] * height / width - 1) > 0.1:
+        return view
+    return np.asarray(Image.fromarray(view).resize((width, height), Image.BICUBIC))
+
+
 def chains(simulator, anchors, motions, rng):
     """Imagine step by step, each view from the one before: [[view after each motion] per anchor and its motions].
 
@@ -184,6 +195,7 @@ def chains(simulator, anchors, motions, rng):
             queries.append(Query(list(images[i]), reference, instruction(motions[i][k], reference),
                                  int(rng.integers(2**31)), scene))
         for i, query, view in zip(going, queries, simulator.imagine(queries)):
+            view = fitted(view, images[i][0])
             if is_view(view, images[i][0]):
                 views[i].append(view)
                 images[i].append(view)

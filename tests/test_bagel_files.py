@@ -137,7 +137,7 @@ def test_saved_file_is_the_loaded_one_byte_for_byte(tmp_path, dtype):
 # ---------------------------------------------------------------- the FLUX autoencoder
 
 def flux_shapes(channels, multipliers, latent):
-    """Names and shapes of ae.safetensors, from the description in bagel.md (section 2)."""
+    """Names and shapes of ae.safetensors, as FLUX.1 publishes it."""
     widths, shapes = [channels * m for m in multipliers], {}
 
     def conv(name, out, inside, size):

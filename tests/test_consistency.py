@@ -9,9 +9,9 @@ from lib import consistency as instrument
 from lib.consistency import (DOSES, ERRORS, along, angle, calibration, classify, compare, consistency, content_scores,
                              delta_of, describe, difference, dose_response, per_view, pose_error, recover, recover_all,
                              scores_of)
-from lib.geometry import Motion, Query, instruction, move_camera, pose
+from lib.geometry import Motion, Query, fill_holes, instruction, move_camera, pose
 from lib.rooms import COLOURS, EYE, random_room, render
-from lib.simulators import Reprojection, fill_holes, find, load, points, splat
+from lib.simulators import Reprojection, find, load, points, splat
 
 MOTIONS = [Motion("turn left", 45.0), Motion("turn right", 135.0), Motion("look up", 20.0), Motion("move left", 1.0),
            Motion("move forward", 0.5)]

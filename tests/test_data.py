@@ -8,10 +8,10 @@ import pytest
 
 import data
 from lib import questions
-from lib.geometry import Motion, decompose, dominant_motion, instruction, move_camera
-from lib.pictures import load_image
+from lib.geometry import Motion, decompose, dominant_motion, instruction, move_camera, read_instruction
+from lib.pictures import load_image, save_image
 from lib.rooms import TrueRenderer, random_room, render
-from lib.rows import SPLITS
+from lib.rows import SPLITS, save_jsonl
 from lib.world2vlm import TASKS
 from rewards import world2vlm
 
@@ -244,7 +244,7 @@ def test_world2vlm_s_questions_are_complete_and_true(motions, made):
         assert rows and len({row["id"] for row in rows}) == len(rows)
         for row in rows:
             assert row.keys() == {"id", "bench", "images", "question", "options", "answer", "category", "kind",
-                                  "needs_view", "weight", "scene"}
+                                  "needs_view", "weight", "negative", "scene"}
             assert (row["bench"], row["kind"], row["options"], row["weight"]) == ("world2vlm", "na", [], 1)
             assert world2vlm(row["category"], row["answer"], row["answer"])["total"] == pytest.approx(1)
             assert len(row["images"]) == len(row["scene"]["poses"]) == (1 if row["category"] == "D2" else 2)
@@ -295,6 +295,36 @@ def test_a_world_model_teaches_what_it_imagines(motions, tmp_path, monkeypatch):
         assert (tmp_path / file).read_bytes() == (motions / file).read_bytes()
     with pytest.raises(SystemExit, match="python train_wm.py"):
         data.main(["world2vlm", "--teacher", str(tmp_path / "none"), "--out", str(tmp_path)])
+
+
+def test_a_world_model_teaches_from_scans(tmp_path, monkeypatch):
+    """From every context with a scale, by steps that a teacher can do; its pictures come in the size of the scan's."""
+    class Teacher:
+        motions = []
+
+        def imagine(self, queries):
+            self.motions += [read_instruction(query.instruction)[1] for query in queries]
+            return [np.random.default_rng(query.seed).integers(0, 256, (48, 64, 3), dtype=np.uint8) for query in queries]
+
+    monkeypatch.setattr("world_model.WorldModel.load", lambda *where: Teacher())
+    (tmp_path / "wm").mkdir()
+    for n in range(4):
+        save_image(tmp_path / f"{n}.png", np.full((50, 66, 3), 40 * n, np.uint8))
+    for split in SPLITS:
+        save_jsonl(tmp_path / f"triples_{split}.jsonl", [
+            {"context": [f"{n}.png", f"{n + 1}.png"], "reference": 2, "scene": f"scannet/{split}{n}", "metric": n != 1,
+             "context_intrinsics": [[[33, 0, 33], [0, 33, 25], [0, 0, 1]]] * 2} for n in (0, 0, 1, 2)])
+    data.main(["world2vlm", "--anchors", str(tmp_path), "--teacher", str(tmp_path / "wm"), "--out", str(tmp_path / "out")])
+    assert max(motion.amount for motion in Teacher.motions if motion.unit == "meters") == 1.0
+    assert max(motion.amount for motion in Teacher.motions if motion.unit == "degrees") == 45.0
+    for split in SPLITS:
+        rows = data.load_jsonl(tmp_path / "out" / f"questions_{split}.jsonl")
+        assert {row["cluster"] for row in rows} <= {f"scannet/{split}0", f"scannet/{split}2"} and rows
+        assert {row["category"] for row in rows} <= {"A1", "A2", "A3", "A4"}
+        for row in rows:
+            assert load_image(row["images"][-1]).shape == (50, 66, 3) and load_image(row["images"][0])[0, 0, 0] in (40, 120)
+    with pytest.raises(SystemExit):
+        data.main(["world2vlm", "--anchors", str(tmp_path)])                        # nobody renders scans truly
 
 
 def test_bad_files_stop_with_a_sentence(made, tmp_path):

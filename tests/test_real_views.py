@@ -57,7 +57,7 @@ def detect(image, names=None):
         rows, columns = np.nonzero(classes == number)
         if len(rows) >= 0.015 * classes.size:
             low, high = (np.array([f(columns), f(rows)]) / shape for f in (np.min, np.max))
-            found.append((colour, np.concatenate([low, high])))
+            found.append((colour, np.concatenate([low, high]), 1.0))
     return found
 
 
@@ -67,11 +67,21 @@ def test_three_points_and_their_rays_give_the_camera():
     rng, c2w = np.random.default_rng(0), pose(0.3, -1.2, 0.5, 40, 10)
     camera = rng.uniform([-2, -1, 1], [2, 1, 4], (50, 3, 3))
     world = camera @ c2w[:3, :3].T + c2w[:3, 3]
-    found = three_points(world, camera / np.linalg.norm(camera, axis=-1, keepdims=True))
+    rays = camera / np.linalg.norm(camera, axis=-1, keepdims=True)
+    found = three_points(world, rays)
     assert 50 <= len(found) <= 200 and (np.abs(found - c2w).max((1, 2)) < 1e-5).sum() >= 48
-    line = world.copy()
-    line[:, 2] = (line[:, 0] + line[:, 1]) / 2
-    assert np.isfinite(three_points(line, camera)).all()                        # no camera, or a finite one
+    gaps = []
+    for points, seen in zip(world, rays):                                       # other cameras see the three there too
+        for other in three_points(points[None], seen[None]):
+            looked = (points - other[:3, 3]) @ other[:3, :3]
+            gaps.append(np.abs(looked / np.linalg.norm(looked, axis=-1, keepdims=True) - seen).max())
+    assert len(gaps) == len(found) and np.mean(np.array(gaps) < 1e-5) >= 0.98   # not where two solutions nearly meet
+
+
+def test_three_points_in_line_give_no_camera():
+    start, step = np.random.default_rng(0).integers(-2, 3, (2, 50, 1, 3)) + [0, 0, 3]
+    line = (start + step * np.arange(3)[:, None]).astype(float)                 # whole numbers: in line exactly
+    assert len(three_points(line, line / np.linalg.norm(line, axis=-1, keepdims=True))) == 0
 
 
 @pytest.mark.parametrize("motion, wrong", [(Motion("look up", 20.0), 0.0), (Motion("turn left", 45.0), 0.3),
@@ -134,15 +144,15 @@ def box(left, top=0.4, side=0.1):
 
 
 def test_agreement_counts_objects_pairs_and_what_is_missing():
-    true = [("chair", box(0.1)), ("lamp", box(0.4)), ("chair", box(0.8))]
+    true = [("chair", box(0.1), 0.9), ("lamp", box(0.4), 0.5), ("chair", box(0.8), 0.4)]
     whole = object_agreement(true[::-1], true)
     assert whole["precision"] == whole["recall"] == whole["f1"] == whole["order"] == whole["content"] == 1
     removed = object_agreement(true[1:], true)
     assert removed["precision"] == 1 and removed["recall"] == pytest.approx(2 / 3)
     assert removed["order"] == pytest.approx(1 / 3)                             # two of three pairs had the first chair
-    renamed = object_agreement([("plant", box(0.1)), *true[1:]], true)
+    renamed = object_agreement([("plant", box(0.1), 0.9), *true[1:]], true)
     assert renamed["precision"] == renamed["recall"] == pytest.approx(2 / 3)
-    swapped = object_agreement([("chair", box(0.1)), ("lamp", box(0.9)), ("chair", box(0.8))], true)
+    swapped = object_agreement([("chair", box(0.1), 0.4), ("lamp", box(0.9), 0.9), ("chair", box(0.8), 0.5)], true)
     assert swapped["f1"] == 1 and swapped["order"] == pytest.approx(2 / 3)
     assert object_agreement([], true)["content"] == 0 and np.isnan(object_agreement([], [])["order"])
 
@@ -212,7 +222,7 @@ def test_a_transformers_matcher_is_asked_in_its_own_format(tmp_path):
 
 
 def test_grounding_dino_is_asked_in_its_own_format(tmp_path, monkeypatch):
-    """Untrained weights and a threshold of 0: what comes back is categories and boxes in shares of the picture."""
+    """Untrained weights and a threshold of 0: what comes back is categories, boxes in shares of the picture, scores."""
     from transformers import (BertConfig, BertTokenizerFast, GroundingDinoConfig, GroundingDinoForObjectDetection,
                               GroundingDinoImageProcessorPil, GroundingDinoProcessor, SwinConfig)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "chair", "lamp", "trash", "can"]
@@ -228,5 +238,7 @@ def test_grounding_dino_is_asked_in_its_own_format(tmp_path, monkeypatch):
     monkeypatch.setattr(real_views, "SCORE", 0.0)
     monkeypatch.setattr(real_views, "TEXT_SCORE", 0.0)
     found = detector(str(tmp_path))(render(ROOM, CONTEXT[0], SIZE)["rgb"][0][:64], ("chair", "trash can"))
-    assert len(found) == 20 and {name for name, _ in found} <= {"chair", "trash can"}
-    assert all(box.shape == (4,) and (box[:2] < box[2:]).all() and np.abs(box).max() < 1.5 for _, box in found)
+    assert len(found) == 20 and {name for name, *_ in found} <= {"chair", "trash can"}
+    assert all(box.shape == (4,) and (box[:2] < box[2:]).all() and np.abs(box).max() < 1.5 for _, box, _ in found)
+    scores = [score for *_, score in found]
+    assert all(isinstance(score, float) and 0 < score < 1 for score in scores) and len(set(scores)) > 1

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,12 +12,12 @@ import data
 from lib import real_views
 from lib.geometry import Motion, move_camera
 from lib.pictures import load_image, save_image
-from lib.rendered import (MARGIN, detections_of, done_by, looks_mirrored, pictures_of, read_rendered, rendered_folders,
-                          rendered_questions, space_of, turns_of)
+from lib.rendered import (MARGIN, detections_of, done_by, looks_mirrored, merged, pictures_of, read_rendered,
+                          rendered_folders, rendered_questions, space_of, turns_of)
 from lib.rooms import TrueRenderer, random_room, render
 from lib.rows import SPLITS
-from lib.transitions import ROOMS, end_pose, room_anchor, transitions
-from lib.world2vlm import on_grid, records, room_detections
+from lib.transitions import ROOMS, end_pose, kinds_of, room_anchor, transitions
+from lib.world2vlm import on_grid, read_actions, records, room_detections
 
 K = np.array([[16, 0, 16], [0, 16, 16], [0, 0, 1.0]])
 
@@ -123,15 +124,16 @@ def test_without_boxes_only_motion_is_asked_and_a_detector_brings_the_others(roo
     looked = []
 
     def stub(model, device):
-        """Finds a chair in the middle of every picture."""
+        """Finds a chair in the middle of every picture, half sure."""
         def detect(image, names):
             looked.append((model, "chair" in names))
-            return [("chair", np.array([0.3, 0.3, 0.6, 0.7]))]
+            return [("chair", np.array([0.3, 0.3, 0.6, 0.7]), 0.5)]
         return detect
     monkeypatch.setattr(real_views, "detector", stub)
     data.make_rendered(tmp_path / "boxes", tmp_path / "bare", "some/model")
     rows = data.load_jsonl(tmp_path / "boxes" / "questions_train.jsonl")
     one, = {row["answer"] for row in rows if row["category"] == "D1"}
+    assert {row["weight"] for row in rows if row["category"] == "D1"} == {0.25}         # both scores
     assert one == "[300, 300, 600, 700]" and set(looked) == {("some/model", True)} and len(looked) == 144
 
 
@@ -139,11 +141,23 @@ def test_false_claims_come_from_the_programs_that_occur(rooms, tmp_path):
     root, pairs = rooms
     space = space_of(rendered_folders(root))
     assert space.margin == MARGIN and set(space.single) == set(ROOMS.single)
-    patterns = {tuple(kind for kind, _ in sequence) for sequence in space.sequences}
-    assert patterns == {tuple(m.kind for m in t.program) for _, t in pairs if len(t.program) > 1}
+    sequences = {tuple(kind for kind, _ in sequence): sequence for sequence in space.sequences}
+    several = [t.program for _, t in pairs if len(t.program) > 1]
+    assert set(sequences) == set(map(kinds_of, several))
+    for kinds, sequence in sequences.items():
+        for place, (_, amounts) in enumerate(sequence):                 # those that occur, and none between them
+            seen = Counter(program[place].amount for program in several if kinds_of(program) == kinds)
+            assert amounts == sorted(seen) and space.often[kinds][place] == seen
+    asked = Counter()
     for folder, transition in pairs:
         rows, _ = rendered_questions(folder, root, space, np.random.default_rng(0))
-        assert [row["task"] for row in rows[:2]] == ["A3", "A4"] if len(transition.program) > 1 else True
+        asked.update(row["task"] for row in rows)
+        for row in rows:
+            if row["task"] == "A4":                                     # balanced by what it claims
+                claim = read_actions(row["prompt"])
+                assert row["cell"] == [kind for kind, _ in claim] and tuple(row["cell"]) in sequences
+                assert all(amount in amounts for (_, amount), (_, amounts) in zip(claim, sequences[tuple(row["cell"])]))
+    assert asked["A3"] == len(several) and asked["A4"] > len(several) / 2
     lonely = space_of([write(tmp_path / "one", next(t for _, t in pairs if len(t.program) == 2))])
     rows, _ = rendered_questions(tmp_path / "one", tmp_path, lonely, np.random.default_rng(0))
     tasks = {row["task"] for row in rows}
@@ -151,6 +165,25 @@ def test_false_claims_come_from_the_programs_that_occur(rooms, tmp_path):
 
 
 # ---- frames, steps, boxes -------------------------------------------------------------------------------------------
+
+def test_actions_are_summed_where_no_picture_shows_their_order(rooms, tmp_path):
+    def way(*told):
+        return [Motion(kind, float(amount)) for kind, amount in zip(told[::2], told[1::2])]
+    sums = {("move forward", 0.5, "move forward", 1.5): ("move forward", 2),
+            ("move forward", 0.5, "move left", 1): ("move left", 1, "move forward", 0.5),
+            ("move left", 1, "move forward", 0.5): ("move left", 1, "move forward", 0.5),
+            ("turn right", 20, "turn left", 50, "move left", 1): ("turn left", 30, "move left", 1),
+            ("move left", 1, "turn left", 20, "move left", 1): ("move left", 1, "turn left", 20, "move left", 1),
+            ("move right", 1, "move left", 1, "turn left", 20): ("turn left", 20)}
+    for told, read in sums.items():
+        assert merged(way(*told)) == way(*read)
+        np.testing.assert_allclose(end_pose(np.eye(4), way(*told)), end_pose(np.eye(4), way(*read)), atol=1e-9)
+    folder = walk(tmp_path / "steps", 3, way("move forward", 0.6, "move backward", 0.2, "turn left", 30), 6)
+    assert read_rendered(folder).program == way("move forward", 0.4, "turn left", 30)
+    folder = change(write(tmp_path / "none", rooms[1][0][1]), program=[
+        {"kind": "move left", "amount": 0.25}, {"kind": "move left", "amount": 0.75}])
+    assert read_rendered(folder).program == way("move left", 1)
+
 
 def test_the_target_is_the_last_frame_that_exists_and_the_program_what_was_done_till_then(tmp_path):
     program = [Motion("move forward", 0.6), Motion("turn left", 60.0)]
@@ -160,6 +193,7 @@ def test_the_target_is_the_last_frame_that_exists_and_the_program_what_was_done_
     (folder / "12.png").unlink()
     part = read_rendered(folder)
     assert part.program == [program[0], Motion("turn left", 50.0)] and part.files[1].name == "11.png"
+    assert space_of([folder]).sequences == ((("move forward", [0.6]), ("turn left", [50.0])),)
     anchor = room_anchor(3)
     start = np.array(anchor.scene["poses"][anchor.reference - 1])
     assert np.abs(part.target.astype(int) - render(random_room(3), end_pose(start, part.program))["rgb"][0]).max() <= 1
@@ -227,6 +261,10 @@ BROKEN = {
     "0.25 meters to the left' is off the grid": lambda f: change(f, program=[{"kind": "move left", "amount": 0.25}]),
     "turn left 15 degrees' is off the grid": lambda f: change(f, program=[{"kind": "turn left", "amount": 15}]),
     "is -10 and should be a number above 0": lambda f: change(f, program=[{"kind": "turn left", "amount": -10}]),
+    "is 1000000000000000000000000000000000000000 and should be a number above 0, below a million": lambda f: change(
+        f, program=[{"kind": "move left", "amount": 10**400}]),
+    "its actions undo each other": lambda f: change(f, program=[{"kind": "turn left", "amount": 10},
+                                                                {"kind": "turn right", "amount": 10}]),
     "is '10' and should be a number": lambda f: change(f, program=[{"kind": "turn left", "amount": "10"}]),
     "has 0 actions": lambda f: change(f, program=[]),
     "has 4 actions": lambda f: change(f, program=[{"kind": "move left", "amount": 1}] * 4),
@@ -239,6 +277,8 @@ BROKEN = {
     "../0.png is not below": lambda f: change(f, frames=["../0.png", "1.png"]),
     "should have those of 0.png": lambda f: change(f, detections={"0.png": []}),
     "no label and no box": lambda f: change(f, detections={"0.png": [{"label": "x"}], "1.png": []}),
+    "four numbers .*too large": lambda f: change(f, detections={"1.png": [], "0.png": [
+        {"label": "x", "box": [1, 2, 3, 10**400]}]}),
     "left, top, right, bottom": lambda f: change(f, detections={"0.png": [{"label": "x", "box": [1]}], "1.png": []}),
 }
 

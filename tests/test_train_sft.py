@@ -63,6 +63,7 @@ def test_looking_teaches_true_facts_and_nothing_else(lessons):
     policy, lessons = lessons
     dialogue = script(policy, lessons[0], "look", np.random.default_rng(0))
     told = weighed(policy, dialogue)
+    assert {weight for _, weight in told} <= {0, 1, FACT, DECISION} and FACT in {weight for _, weight in told}
     for place, (word, weight) in enumerate(told):
         if weight == FACT:
             ask = next(ask for ask, say in train_sft.SAY.items() if say == told[place - 2][0])

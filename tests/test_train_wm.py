@@ -199,7 +199,7 @@ def test_times_are_shifted_towards_noise(rooms):
     s = torch.logit(batch.t) - math.log(4.0)
     assert abs(s.mean()) < 0.5 and 0.6 < s.std() < 1.5
     u = torch.sigmoid(s)
-    torch.testing.assert_close(batch.t, 4 * u / (1 + 3 * u))                        # bagel.md's formula
+    torch.testing.assert_close(batch.t, 4 * u / (1 + 3 * u))                        # BAGEL's formula
 
 
 # ---------------------------------------------------------------- whole runs

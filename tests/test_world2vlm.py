@@ -1,4 +1,4 @@
-"""World2VLM's transitions and questions, against geometry and by hand: pytest tests/test_world2vlm.py.  CPU, 6 s."""
+"""World2VLM's transitions and questions, against geometry and by hand: pytest tests/test_world2vlm.py.  CPU, 15 s."""
 
 import json
 import re
@@ -13,11 +13,11 @@ from data import FINE
 from lib.consistency import classify
 from lib.geometry import Motion, pinhole, project, read_instruction
 from lib.rooms import COLOURS, TrueRenderer, random_room, render
-from lib.transitions import (MOVES, PAPER, ROOMS, SEEN, TURNS, Anchor, Space, Transition, blocked, cut, drift, end_pose,
-                             kinds_of, programs, room_anchor, transitions)
+from lib.transitions import (MOVES, PAPER, ROOMS, SEEN, TURNS, Anchor, Space, Transition, blocked, cut, draw, drift, end_pose,
+                             grid, kinds_of, programs, room_anchor, transitions)
 from lib.world2vlm import (BOX, PROMPTS, TASKS, Detection, action_text, balanced, blind_column, box_text,
                            claim_text, clear, false_claim, image_detections, program_text, read_actions, read_box,
-                           records, room_detections, validate, validated)
+                           records, room_detections, validate, validated, write_motion_questions)
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
 
@@ -120,6 +120,62 @@ def test_false_claims_differ_visibly_and_stay_within_the_space(space, hows):
     assert seen == hows
     for outside in ([Motion("move left", 1.0)], [Motion("turn right", 45.0), Motion("move forward", 0.5)]):
         assert false_claim(outside, rng, space) is None
+
+
+def amounts_claimed(program, space, place):
+    """What false claims of the kind "amount" say at a place of a program."""
+    claims = (false_claim(program, np.random.default_rng(seed), space) for seed in range(400))
+    return {found[0][place].amount for found in claims if found and found[1] == "amount"} - {program[place].amount}
+
+
+def test_a_false_amount_is_the_margin_away_whatever_the_grid():
+    """Turns of 30 and 60 degrees are 30 apart, one place on their grid. In rooms nothing is new: a circle of places."""
+    assert amounts_claimed([Motion("move left", 1.0), Motion("turn left", 60.0)], SEEN, 1) == {30.0}
+    for amount, others in ((0.2, {0.5, 0.6, 0.7, 0.8}), (0.5, {0.2, 0.8, 0.9, 1.0})):
+        assert amounts_claimed([Motion("move left", amount), Motion("turn left", 60.0)], ROOMS, 0) == others
+
+    def uneven(*moves):
+        return Space({}, ((("move left", list(moves)), ("turn left", [60])),), {"meters": 0.5, "degrees": 20})
+    way = [Motion("move left", 0.3), Motion("turn left", 60.0)]
+    assert amounts_claimed(way, uneven(0.3, 1.0, 4.0), 0) == {1.0, 4.0}
+    assert not amounts_claimed(way, uneven(0.3, 0.4, 4.0), 0)           # 4.0 would be claimed falsely twice as often
+
+
+def test_what_ends_where_the_program_does_is_no_false_claim():
+    moves = Space({}, tuple((("move left", [0.5, 1.5]), ("move forward", [0.5, 1.5]))[::way] for way in (1, -1)),
+                  {"meters": 0.5, "degrees": 20})
+    hows, rng = Counter(), np.random.default_rng(0)
+    for _ in range(200):
+        program = draw(moves.sequences[rng.integers(2)], rng)
+        claim, how = false_claim(program, rng, moves) or (None, None)
+        hows[how] += 1
+        assert claim is None or np.abs(end_pose(np.eye(4), claim) - end_pose(np.eye(4), program)).max() > 0.4
+    assert set(hows) == {"amount", "other", None}
+    both = Space({}, tuple((("move left", [0.5]), ("move forward", [0.5]))[::way] for way in (1, -1)), moves.margin)
+    assert false_claim(draw(both.sequences[0], rng), rng, both) is None
+
+
+def test_where_programs_come_unevenly_neither_pattern_nor_amount_tells_a_false_claim():
+    """Most go 0.5 m forward and turn left by 90 degrees. What is rare must not be false because it is rare."""
+    rng, found, often = np.random.default_rng(0), [], {}
+    for _ in range(2500):
+        kinds = [("move forward", "turn left"), ("move forward", "turn right"), ("turn left", "move forward"),
+                 ("turn right", "move left")][rng.choice(4, p=[0.7, 0.2, 0.05, 0.05])]
+        amounts = {"move": rng.choice([0.5, 1.0, 1.5, 2.0], p=[0.7, 0.1, 0.1, 0.1]),
+                   "turn": rng.choice([30.0, 60.0, 90.0], p=[0.1, 0.1, 0.8])}
+        found.append([Motion(kind, float(amounts[kind.split()[0]])) for kind in kinds])
+        for counts, motion in zip(often.setdefault(kinds, [Counter(), Counter()]), found[-1]):
+            counts[motion.amount] += 1
+    space = Space({}, tuple(tuple(zip(kinds, map(sorted, places))) for kinds, places in often.items()), PAPER.margin)
+    clues = {"the claim": lambda row: row["prompt"], "its words": lambda row: re.sub(r"[0-9.]+", "#", row["prompt"]),
+             "its amounts": lambda row: str(re.findall(r"[0-9.]+", row["prompt"]))}
+
+    def told(space):
+        rows = [row for program in found for row in records(Transition("t", NOISE, NOISE, program), rng, space)]
+        rows = balanced([row for row in rows if row["task"] == "A4"], np.random.default_rng(0))
+        assert len(rows) > 600
+        return max(blind(rows, clue, lambda row: row["label"])[0] / len(rows) for clue in clues.values())
+    assert told(space._replace(often=often)) <= 0.5 + 3 * 0.5 / 600**0.5 < 0.6 < told(space)
 
 
 # ---- words ----------------------------------------------------------------------------------------------------------
@@ -295,6 +351,16 @@ def test_a_plain_detector_tracks_only_what_it_cannot_confuse():
     assert {row["answer"] for row in by_task["D4"]} == {"yes"}                 # which box is which nobody knows
 
 
+def test_what_is_seen_unsurely_afterwards_neither_stays_nor_is_gone():
+    """The paper's threshold holds for the target too, and both detections weigh."""
+    def asked(confidence):
+        found = [Detection("chair", (8, 8, 16, 16), sure, 1) for sure in (0.8, confidence)]
+        transition = Transition("t", NOISE, NOISE, [Motion("turn left", 10.0)], agreement=0.5)
+        rows = records(transition, np.random.default_rng(0), detect=lambda _: (found[:1], found[1:]))
+        return [(row["answer"], row["weight"]) for row in rows if row["task"] == "D2"]
+    assert asked(0.3) == [("no", pytest.approx(0.5 * 0.8 * 0.3))] and asked(0.29) == []
+
+
 # ---- the eight tasks ------------------------------------------------------------------------------------------------
 
 def test_prompts_word_for_word():
@@ -364,6 +430,8 @@ def test_every_fault_is_found_and_counted(true):
         "an amount is not on the grid": rows["A1"] | {"program": "move left 0.0143 meters"},
         "a box is not four integers in order in 0..1000": rows["D1"] | {"answer": "[300, 0, 200, 1001]"},
         "a box is missing in the prompt": rows["D4"] | {"prompt": "Is it the same?"},
+        "the actions in the prompt are not what the camera did": rows["D2"] | {"program": "turn left 170 degrees"},
+        "the answer moves where it should turn, or turns where it should move": rows["A1"] | {"task": "A2"},
         "the answer is not a box": rows["D1"] | {"answer": "gone"},
         "the answer has too few or too many actions": rows["A3"] | {"answer": "move left 1 meters"},
         "the answer is not what the camera did": rows["A1"] | {"answer": "move left 99 meters"},
@@ -372,6 +440,9 @@ def test_every_fault_is_found_and_counted(true):
     }
     for reason, row in faults.items():
         assert validate(row) == reason
+    for task in ("D1", "D4"):
+        assert "not what the camera did" in validate(rows[task] | {"program": "turn left 170 degrees"})
+    assert "turns where it should move" in validate(rows["A2"] | {"task": "A1"})
     kept, counted = validated([*true[1], *faults.values()])
     assert len(kept) == len(true[1]) and counted == dict.fromkeys(faults, 1)
 
@@ -385,6 +456,24 @@ def test_labels_are_balanced_in_every_cell(told):
     for (task, _), counts in cells.items():
         assert len(set(counts.values())) == 1 and (task not in ("A4", "D2", "D4") or len(counts) == 2)
     assert sum(row["task"] == "D1" for row in rows) == sum(row["task"] == "D1" for row in told)
+
+
+def test_rows_say_how_false_ones_were_made_and_a_rare_label_is_told(true, tmp_path, capsys):
+    rows = [row | {"images": ["a.png", "b.png"][:len(row["images"])]} for row in true[1]]
+    made = {row["id"]: row["negative"] for row in rows}
+    write_motion_questions(tmp_path, "train", rows, "six rooms", 0)
+    kept = [json.loads(line) for line in (tmp_path / "questions_train.jsonl").read_text().splitlines()]
+    assert all(row["negative"] == made[row["id"]] for row in kept)
+    assert all((row["negative"] in ("amount", "order", "direction", "other")) == (row["answer"] == "false")
+               for row in kept if row["category"] == "A4")
+    forward, backward = (next(row for row in rows if row["task"] == "A1" and row["label"] == f"move {way}")
+                         for way in ("forward", "backward"))
+    capsys.readouterr()
+    write_motion_questions(tmp_path, "train", [forward] * 30 + [backward], "some", 0)
+    assert "A1: less than a tenth stays" in (said := capsys.readouterr().out)
+    assert "There were 30 move forward, 1 move backward." in said
+    write_motion_questions(tmp_path, "train", [forward] * 10 + [backward], "some", 0)
+    assert "less than a tenth" not in capsys.readouterr().out
 
 
 def test_the_blind_guess_is_right_about_turns():
@@ -407,27 +496,27 @@ def blind(rows, sees, gives):
     return right, len(rows), len({gives(row) for row in rows})
 
 
-def test_no_task_is_solved_by_its_words(told):
-    """The commonest answer given the prompt, its words, its actions or its boxes' places is right by chance alone."""
+def test_a1_to_a4_are_not_solved_by_their_words():
+    """The commonest answer given the prompt, its words or the actions of its claim is right by chance alone.
+
+    D1 to D4 are not covered: see `balanced`.
+    """
     rows = [row for seed in range(200) for transition in
             transitions([Anchor(f"picture_{seed}", [NOISE])], Noise(), np.random.default_rng(seed))[0]
             for row in records(transition, np.random.default_rng([seed, len(transition.program)]))]
-    rows = balanced(rows + [row for row in told if row["task"][0] == "D"], np.random.default_rng(0))
+    rows = balanced(rows, np.random.default_rng(0))
     assert len(rows) > 1500
 
     def claimed(row):
         return [str(action) for action in read_actions(row["prompt"])] or [""]
     clues = {"the prompt": lambda row: row["prompt"], "its words": lambda row: re.sub(r"[0-9.]+", "#", row["prompt"]),
-             "first action": lambda row: claimed(row)[0], "last action": lambda row: claimed(row)[-1],
-             "where the box is": lambda row: str([int(box[0]) // 250 for box in BOX.findall(row["prompt"])])}
-    for task in TASKS:
+             "first action": lambda row: claimed(row)[0], "last action": lambda row: claimed(row)[-1]}
+    for task in ("A1", "A2", "A3", "A4"):
         mine = [row for row in rows if row["task"] == task]
         for clue, asked in product(clues, ("label", "answer")):
             right, n, labels = blind(mine, clues[clue], lambda row: row[asked])
             bound = 1 / labels + 3 * (1 / labels * (1 - 1 / labels) / n) ** 0.5
-            # a label of D3 can be guessed from how its boxes lie: they are the question
-            if labels > 1 and not (task == "D3" and clue == "where the box is"):
-                assert right / n <= bound, (task, clue, asked, right / n, bound)
+            assert right / n <= bound < 1, (task, clue, asked, right / n, bound)
 
 
 def test_released_claims_would_be_told_by_their_words():
