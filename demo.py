@@ -28,6 +28,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lib import common, report
+from lib.rows import load_jsonl
 
 
 class Stage(NamedTuple):
@@ -177,7 +178,6 @@ def show(results, out):
         print(f"{name:40}{scores['pose']:6.2f}{scores['content']:9.2f}")
     print("\nseconds: " + ", ".join(f"{name} {spent:.0f}" for name, spent in results["seconds"].items()))
 
-    from data import load_jsonl
     from evaluate import dialogues
     place, told = out / "eval" / "rooms", {}
     for row in common.read_log(place / "predictions.jsonl"):

@@ -14,12 +14,14 @@ Out, in out/eval/<bench>/: results.json; report.html, every question as a dialog
 per category (the paper's Figure 3); predictions.jsonl, from which a killed run continues, and views/, what was imagined
 (lib/predictions.py). Of --bench wm: results.json, report.html, views/, dose.png (commanded against recovered motion).
 
-Modes: direct has no tool; forced must imagine before it answers; agentic is free to. search and gate are baselines that
-need no training (lib/search.py): a beam search over imagined views, a vote on whether to imagine. Decoding is greedy. A
-question whose images cannot be read is counted as wrong and reported, a duplicate id is asked again and reported:
-nothing leaves the denominator but a question without a gold answer. Beside the accuracy stands what a question took:
-views, turns of the policy, tokens, seconds. lib/scores.py makes the numbers, lib/diagnosis.py says in rooms why an
-answer is right or wrong.
+Modes: direct has no tool; forced must imagine before it answers; agentic is free to. All three are asked in our words
+(but for MMSI-Video-Bench, whose own are complete); official is direct in the words of MMSI-Bench, SAT or VSI-Bench,
+which want the bare letter: published numbers stand beside that one, the gain of imagining beside direct. search and
+gate are baselines that need no training (lib/search.py): a beam search over imagined views, a vote on whether to
+imagine. Decoding is greedy. A question whose images cannot be read is counted as wrong and reported, a duplicate id is
+asked again and reported: nothing leaves the denominator but a question without a gold answer. Beside the accuracy
+stands what a question took: views, turns of the policy, tokens, seconds. lib/scores.py makes the numbers,
+lib/diagnosis.py says in rooms why an answer is right or wrong.
 """
 
 import argparse
@@ -48,6 +50,8 @@ from lib.scores import STRATA, chance, paired_bootstrap, summarise
 from policy import Policy, rollout
 
 MODES = ("direct", "forced", "agentic")
+TOOLLESS = ("direct", "official")
+OWN_WORDS = ("mmsi", "sat", "vsi")              # benches with mode official
 CALIBRATED = 40                 # triples on which the metrics of --bench wm are calibrated
 
 
@@ -57,7 +61,7 @@ def evaluate_policy(policy, questions, simulator=None, mode="agentic", name="tun
                     max_new_tokens=256, done=(), share=(0, 1), on_batch=None, primitives="mindjourney"):
     """Ask every question once, greedily, in one mode -> records, in the order of the questions.
 
-    simulator   anything with imagine(queries), or None; unused in mode "direct". `name` is what the records call it
+    simulator   anything with imagine(queries), or None; unused without a tool. `name` is what the records call it
     batch       dialogues at once: memory and speed only
     done        keys (lib/predictions.keyed) that need not be asked
     share       (rank, size): this process asks every size-th of the others, from number `rank` on
@@ -65,7 +69,7 @@ def evaluate_policy(policy, questions, simulator=None, mode="agentic", name="tun
     primitives  modes search and gate: of search.SPACES
     returns     [{"key", "mode", "simulator", "answer": letter read or None, "gold", "correct", "calls", "turns", …}]
     """
-    simulator, name = (None, "none") if mode == "direct" else (simulator, name)
+    simulator, name = (None, "none") if mode in TOOLLESS else (simulator, name)
     rank, size = share
     waiting, records = [pair for pair in keyed(questions) if pair[0] not in set(done)][rank::size], []
     for start in tqdm(range(0, len(waiting), batch), desc=f"{mode}, {name}", unit="batch",
@@ -93,6 +97,7 @@ def evaluate_policy(policy, questions, simulator=None, mode="agentic", name="tun
 
 def ask(policy, questions, simulator, mode, seed, batch, max_new_tokens, primitives):
     """-> a Trajectory per question, or a RemoteError in its place; and the RemoteError that stopped it, or None."""
+    mode = "direct" if mode in TOOLLESS else mode
     if not isinstance(policy, RemotePolicy) and mode in NOTE:
         return (rollout(policy, questions, simulator, mode, temperature=0, seed=seed, rows=batch,
                         max_new_tokens=max_new_tokens) if questions else []), None
@@ -117,12 +122,11 @@ def load_images(question):
 def official_prompt(question, mode):
     """What the bench's own code asks (`prompt`), or None where the policy is asked in its own words (lib/dialogue.py).
 
-    MMSI-Video-Bench is always asked word for word, and a mode with a tool adds the tool's schema alone. Three others
-    are asked so in direct mode: "reply with the letter only" and a call do not go together. MindCube asks for the same
-    <think> and <answer> as our own prompt.
+    MMSI-Video-Bench is always asked word for word, and a mode with a tool adds the tool's schema alone. OWN_WORDS are
+    asked so in mode official: "reply with the letter only" goes together neither with a call nor with thoughts.
+    MindCube asks for the same <think> and <answer> as our own prompt.
     """
-    always, direct = ("mmsi_video",), ("mmsi", "sat", "vsi")
-    return prompt(question) if question["bench"] in (*always, *(direct if mode == "direct" else ())) else None
+    return prompt(question) if question["bench"] == "mmsi_video" or mode == "official" else None
 
 
 def record_of(key, question, trajectory, error, more):
@@ -162,7 +166,7 @@ def dialogues(records, questions):
         for (mode, name), answered in records.items():
             record = answered[key]
             alone = direct[key]["correct"] if key in direct else None
-            rows.append({**record, "question": question, "run": mode if mode == "direct" else f"{mode}, {name}",
+            rows.append({**record, "question": question, "run": mode if mode in TOOLLESS else f"{mode}, {name}",
                          "hurt": alone is not None and record["valid_calls"] > 0 and record["correct"] < alone,
                          "reward": record.get("parts") or reward_parts(record, alone)})
     return rows
@@ -363,8 +367,9 @@ def parse_args(argv=None):
     """The command line's flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--bench", choices=(*BENCHES, "world2vlm", "wm"), default="rooms")
-    p.add_argument("--mode", choices=(*MODES, *search.METHODS, "all"), default="all",
-                   help=f"all (default): {', '.join(MODES)}; search, gate: the baselines; world2vlm: direct alone")
+    p.add_argument("--mode", choices=(*MODES, "official", *search.METHODS, "all"), default="all",
+                   help=f"all (default): {', '.join(MODES)}, for {', '.join(OWN_WORDS)} also official; search, gate: "
+                   "the baselines; world2vlm: direct alone")
     p.add_argument("--primitives", choices=list(search.SPACES), help="search, gate: what the camera may do. rooms: as "
                    "the tiny simulator was trained (default of --bench rooms and of the tiny policy), mindjourney: the "
                    "published steps")
@@ -404,6 +409,8 @@ def parse_args(argv=None):
     args.out = args.out or f"out/eval/{args.bench}"
     if bool(args.policy_url) != bool(args.model) or (args.policy_url and args.policy):
         p.error("--policy-url and --model go together, and without --policy")
+    if args.mode == "official" and args.bench not in OWN_WORDS:
+        p.error(f"--mode official is of {', '.join(OWN_WORDS)}: --bench {args.bench} is asked in one way only")
     if args.bench == "world2vlm":
         if args.mode not in ("direct", "all"):
             p.error("world2vlm asks without a tool: --mode direct")
@@ -432,7 +439,8 @@ def main(argv=None):
     world = common.setup(args.threads)
     if args.bench == "wm":
         return main_wm(args, world)
-    out, modes = Path(args.out), MODES if args.mode == "all" else (args.mode,)
+    every = MODES + (("official",) if args.bench in OWN_WORDS else ())
+    out, modes = Path(args.out), every if args.mode == "all" else (args.mode,)
     questions, training = first_alone(partial(load_questions, args))
     if any(name in simulators.NEEDS_ROOM for name in args.simulator) and not all(q.get("scene") for q in questions):
         common.fail(f"--simulator {' '.join(args.simulator)} works in rooms only: --bench {args.bench} has no depth.")
@@ -442,8 +450,8 @@ def main(argv=None):
 
     run = {"version": predictions.VERSION, "policy": fingerprint(str(path)), "seed": args.seed,
            "max_new_tokens": args.max_new_tokens, "frames": args.frames}
-    asked = {(mode, name): "none" if mode == "direct" else fingerprint(name, args.wm)
-             for mode in modes for name in (args.simulator if mode != "direct" else ["none"])}
+    asked = {(mode, name): "none" if mode in TOOLLESS else fingerprint(name, args.wm)
+             for mode in modes for name in (args.simulator if mode not in TOOLLESS else ["none"])}
     tiny = args.bench == "rooms" or search.way_of(policy) == "confidence"
     args.primitives = args.primitives or ("rooms" if tiny else "mindjourney")
     if args.mode in search.METHODS:                         # other primitives, other answers
@@ -452,7 +460,7 @@ def main(argv=None):
         predictions.gather(out)
     common.wait_for_all()
     for (mode, name), source in asked.items():
-        simulator = None if mode == "direct" else simulators.load(name, world.device, args.wm)
+        simulator = None if mode in TOOLLESS else simulators.load(name, world.device, args.wm)
         before = predictions.answered(out, run, mode, source, questions)
 
         def keep(new, trajectories):
@@ -490,7 +498,7 @@ def conclude(args, path, questions, training, records, way):
         took = ", ".join(f"{key.replace('_', ' ')} {value:,.1f}" for key, value in s["cost"].items())
         print(f"{mode}, {name}, per question: {took}")
     first = {mode: summary for (mode, name), summary in runs.items()
-             if name == ("none" if mode == "direct" else first_name)}
+             if name == ("none" if mode in TOOLLESS else first_name)}
     causes = {pair: found for pair, told in rows.items() if (found := tally(told))}
     results = {"bench": args.bench, "policy": path, "n": len(questions), "chance": blind["guessing"],
                "text_only_chance": blind["text_only"], "modes": first,

@@ -16,13 +16,13 @@ How a policy judges (`way_of`):
                turn of an ordinary dialogue does: a call is a plan, an answer a skip
 
 Departures. No question is skipped: with more than two images too, it is searched from the image that its words name
-first ("Start from Image-2 …"), else from Image-1. Images keep their size (there: short side 512). Scores that cannot be read are asked for again at temperature 1
-(greedily they would be the same), and no view is scored twice. Views on the way to a chained one are shown with it. The
-answer is read by the rules of the bench, not by substring. A call of the tiny policy is one atom: its simulator was
-trained on it; and it was taught dialogues with one imagined view, so it is shown the most helpful one of all steps (of
-several it reads the first: 54 of 56 answers). Primitives for the tiny simulator: SPACES["rooms"]. Both methods ask in
-our own words on every bench but MMSI-Video-Bench, while mode direct uses the words of MMSI-Bench, SAT and VSI-Bench:
-compare them there with agentic.
+first ("Start from Image-2 …"), else from Image-1. Images keep their size (there: short side 512). Scores that cannot
+be read are asked for again at temperature 1 (greedily they would be the same), and no view is scored twice. Views on
+the way to a chained one are shown with it. The answer is read by the rules of the bench, not by substring. A call of
+the tiny policy is one atom: its simulator was trained on it; and it was taught dialogues with one imagined view, so it
+is shown the most helpful one of all steps (of several it reads the first: 54 of 56 answers). Primitives for the tiny
+simulator: SPACES["rooms"]. Both methods ask in our own words on every bench but MMSI-Video-Bench, as modes direct and
+agentic do.
 """
 
 import copy

@@ -460,11 +460,15 @@ def test_published_records_are_scored_grouped_and_weighted_by_their_own_rules(mo
     seen = []
 
     def rollout(policy, questions, simulator, mode, **flags):
+        assert mode == "direct"
         seen.extend(q["prompt"] for q in questions)
         return [Trajectory(q, mode, answer=said, turns=[said]) for q, said in zip(questions, ("4", "A", "A", "A"))]
     monkeypatch.setattr(evaluate, "rollout", rollout)
     records = evaluate_policy(None, questions, mode="direct")
+    assert seen == [None] * 4 and {record["simulator"] for record in records} == {"none"}       # in our words
+    records, seen[:] = evaluate_policy(None, questions, object(), mode="official"), seen[4:]
     assert [record["correct"] for record in records] == [1.0, 1.0, 0.0, 0.0] and "How many?" in seen[0][-1]
+    assert {(record["mode"], record["simulator"]) for record in records} == {("official", "none")}
     summary = summarise(records)
     assert summary["accuracy"] == pytest.approx((1 + 1 / 3) / 2)                # of questions it would be 1 / 2
     assert summary["by_category"]["route_planning"]["n"] == 3 and summary["letters"] == {"A": 3}
@@ -495,5 +499,6 @@ def test_world2vlm_is_scored_by_its_rewards(place, tmp_path, monkeypatch, capsys
     assert tasks["A4"]["accuracy"] == pytest.approx(0.2) and tasks["D1"]["accuracy"] == -1      # too long
     assert summary["exact"] == 0.25 and summary["n"] == 4 and "mean reward" in capsys.readouterr().out
     assert "numeric" in (tmp_path / "out" / "report.html").read_text()
-    with pytest.raises(SystemExit):
-        parse_args(["--bench", "world2vlm", "--mode", "agentic"])
+    for flags in (["--bench", "world2vlm", "--mode", "agentic"], ["--bench", "mindcube", "--mode", "official"]):
+        with pytest.raises(SystemExit):
+            parse_args(flags)
