@@ -33,11 +33,12 @@ from evaluate import verdict
 from evidence import call, chosen, is_made, list_parser, publish, show_jobs
 from lib import common, simulators
 from lib.geometry import Motion
+from lib.motion_words import TASKS, read_actions
 from lib.rooms import FURNISHED
 from lib.rows import load_jsonl, save_jsonl
 from lib.scores import STRATA, gain_over, interval
 from lib.transitions import ROOMS, SEEN, drift, room_anchor
-from lib.world2vlm import TASKS, read_actions, write_motion_questions
+from lib.world2vlm import write_motion_questions
 from rewards import world2vlm
 
 

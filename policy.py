@@ -35,10 +35,10 @@ from lib import simulators
 from lib.clients import NO_VIEW, imagine_each
 from lib.common import at_least, fail, generator, newest, run, stable_seed
 from lib.dialogue import NO_SIMULATOR, NOTE, PAD, PHRASES, Trajectory
+from lib.motion_words import PIECES
 from lib.pictures import load_image
 from lib.rollout import Writer
 from lib.tokenizer import tiny_tokenizer
-from lib.world2vlm import PIECES
 
 logging.disable_progress_bar()                  # of loading and saving: seconds at most, inside our own bars
 

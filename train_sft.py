@@ -58,11 +58,11 @@ from data import ensure
 from lib import checkpoints, common
 from lib.dialogue import Trajectory
 from lib.lora import QWEN_LAYERS, add_lora, merged
+from lib.motion_words import INVERSE, TASKS
 from lib.pictures import load_image
 from lib.questions import ASKS
 from lib.rooms import COLOURS
 from lib.rows import load_jsonl
-from lib.world2vlm import INVERSE, TASKS
 from policy import Policy, collate, rollout, token_logprobs
 from rewards import FULL, world2vlm
 

@@ -41,10 +41,11 @@ from tqdm import tqdm
 from lib import real_views
 from lib.common import fail, say, stable_seed
 from lib.geometry import TABLE, Motion, move_camera, phrase
+from lib.motion_words import GRID, on_grid
 from lib.rows import SPLITS, build
 from lib.scans import split_of
 from lib.transitions import MOVES, TURNS, Space, Transition, is_view, kinds_of
-from lib.world2vlm import GRID, Detection, by_label, image_detections, on_grid, records, write_motion_questions
+from lib.world2vlm import Detection, by_label, image_detections, records, write_motion_questions
 
 NEAR = 0.02             # of the grid's step, that is 2 mm and 0.2 degrees: sums of rounded steps are so near
 KIND = {(axis, sign): kind for kind, (_, _, axis, sign) in TABLE.items()}

@@ -9,10 +9,10 @@ import pytest
 import data
 from lib import questions
 from lib.geometry import Motion, decompose, dominant_motion, instruction, move_camera, read_instruction
+from lib.motion_words import TASKS
 from lib.pictures import load_image, save_image
 from lib.rooms import TrueRenderer, random_room, render
 from lib.rows import SPLITS, save_jsonl
-from lib.world2vlm import TASKS
 from rewards import world2vlm
 
 ROOMS = 24

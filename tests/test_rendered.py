@@ -11,13 +11,14 @@ from PIL import Image
 import data
 from lib import real_views
 from lib.geometry import Motion, move_camera
+from lib.motion_words import on_grid, read_actions
 from lib.pictures import load_image, save_image
 from lib.rendered import (MARGIN, detections_of, done_by, looks_mirrored, merged, pictures_of, read_rendered,
                           rendered_folders, rendered_questions, space_of, turns_of)
 from lib.rooms import TrueRenderer, random_room, render
 from lib.rows import SPLITS
 from lib.transitions import ROOMS, end_pose, kinds_of, room_anchor, transitions
-from lib.world2vlm import on_grid, read_actions, records, room_detections
+from lib.world2vlm import records, room_detections
 
 K = np.array([[16, 0, 16], [0, 16, 16], [0, 0, 1.0]])
 

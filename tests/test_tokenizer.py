@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from lib.geometry import KINDS, Motion, instruction
 from lib.tokenizer import SPECIAL, TAGS, WORDS, tiny_tokenizer
-from lib.world2vlm import PIECES, PROMPTS
+from lib.motion_words import PIECES, PROMPTS
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,13 @@ import rewards
 from data import FINE
 from lib.consistency import classify
 from lib.geometry import Motion, pinhole, project, read_instruction
+from lib.motion_words import (BOX, PROMPTS, TASKS, action_text, box_text, claim_text, program_text, read_actions,
+                              read_box)
 from lib.rooms import COLOURS, TrueRenderer, random_room, render
-from lib.transitions import (MOVES, PAPER, ROOMS, SEEN, TURNS, Anchor, Space, Transition, blocked, cut, draw, drift, end_pose,
-                             grid, kinds_of, programs, room_anchor, transitions)
-from lib.world2vlm import (BOX, PROMPTS, TASKS, Detection, action_text, balanced, blind_column, box_text,
-                           claim_text, clear, false_claim, image_detections, program_text, read_actions, read_box,
-                           records, room_detections, validate, validated, write_motion_questions)
+from lib.transitions import (MOVES, PAPER, ROOMS, SEEN, TURNS, Anchor, Space, Transition, blocked, cut, draw, drift,
+                             end_pose, kinds_of, programs, room_anchor, transitions)
+from lib.world2vlm import (Detection, balanced, blind_column, clear, false_claim, image_detections, records,
+                           room_detections, validate, validated, write_motion_questions)
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
 
