@@ -125,6 +125,16 @@ def show_jobs(jobs, commands, out):
               + "; ".join(" ".join([script, *flags]) for script, flags in commands(run, seed, out)))
 
 
+def markdown(head, rows):
+    """The lines of a table; cells are texts."""
+    return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
+
+
+def gap(gain):
+    """What `lib.scores.gain_over` found, as a cell; empty if there is nothing to compare with."""
+    return "{:+.3f} [{:+.3f} {:+.3f}]".format(gain["difference"], *gain["ci95"]) if gain else ""
+
+
 def publish(lines, out, legend):
     """Write the lines of table.md, and print them with what they mean."""
     text = "\n".join(lines) + "\n"
@@ -192,7 +202,7 @@ def table(out):
     """The lines of table.md: every finished row, and its difference from the plain row on the same test views."""
     digits = {"steps": 0, "pose": 3, "content": 3, "mse": 4, "cpu_seconds": 0}
     head = ["row", "seeds", *digits, "pose over plain", "content over plain", "mse over plain"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for run in RUNS:
         results, views = finished(run.name, out)
         if not results:
@@ -206,7 +216,7 @@ def table(out):
         gaps = consistency.difference(views["values"], plain["values"], views["room"]) if plain else {}
         line += ["{:+.{d}f} [{:+.{d}f} {:+.{d}f}]".format(*gap, d=digits[key]) for key, gap in gaps.items()]
         lines.append(line + [""] * (len(head) - len(line)))
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    return markdown(head, lines)
 
 
 def parse_args(argv=None):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evidence import call, chosen, is_made, list_parser, publish, show_jobs
+from evidence import call, chosen, gap, is_made, list_parser, markdown, publish, show_jobs
 from lib import common
 from lib.scores import STRATA, paired_bootstrap
 
@@ -107,7 +107,7 @@ def table(out):
     """The lines of table.md: accuracy and calls of every finished row, and its difference from two-phase."""
     head = ["row", "seeds", "accuracy", "calls", "view needed", "calls", "view given", "calls", "over two-phase",
             "train CPU-s"]
-    lines, base = [head, ["---"] * len(head)], answers("two-phase", out)[1]
+    lines, base = [], answers("two-phase", out)[1]
     for run in RUNS:
         seeds, records, seconds = answers(run.name, out)
         if not seeds:
@@ -118,9 +118,8 @@ def table(out):
             line += [f"{np.mean([record['correct'] for record in part]):.3f}",
                      f"{np.mean([record['called'] for record in part]):.0%}"]
         gain = paired_bootstrap(records.values(), base.values()) if base and run.name != "two-phase" else None
-        gap = "{:+.3f} [{:+.3f} {:+.3f}]".format(gain["difference"], *gain["ci95"]) if gain else ""
-        lines.append([*line, gap, f"{seconds:.0f}" if run.stages else ""])
-    return ["| " + " | ".join(line) + " |" for line in lines]
+        lines.append([*line, gap(gain), f"{seconds:.0f}" if run.stages else ""])
+    return markdown(head, lines)
 
 
 def parse_args(argv=None):

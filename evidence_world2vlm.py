@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data import FIRST_ROOM, motion_questions
 from evaluate import verdict
-from evidence import call, chosen, is_made, list_parser, publish, show_jobs
+from evidence import call, chosen, gap, is_made, list_parser, markdown, publish, show_jobs
 from lib import common, simulators
 from lib.geometry import Motion
 from lib.motion_words import TASKS, read_actions
@@ -240,7 +240,7 @@ def motion_table(out):
     """World2VLM's questions: reward and full rewards per task, right ways of A1 and A2, all questions against `sft`."""
     head, base = ["row", "seeds", *TASKS, "A1 way", "A2 way", "all", "over sft", "train CPU-s"], averaged("sft", out)
     base = {record["key"]: record["correct"] for record in base}
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for run in RUNS:
         done, cells = {} if run.rooms else results(run.name, out), {}
         for task in TASKS:
@@ -254,11 +254,10 @@ def motion_table(out):
             merged = averaged(run.name, out)
             cells["all"] = f"{np.mean([record['correct'] for record in merged]):.3f}"
             if base and run.name != "sft":
-                gain = gain_over(base, merged)
-                cells["over sft"] = "{:+.3f} [{:+.3f} {:+.3f}]".format(gain["difference"], *gain["ci95"])
+                cells["over sft"] = gap(gain_over(base, merged))
             spent = np.mean([result["cpu_seconds"] for result, _ in done.values()])
             lines.append([run.name, " ".join(done), *(cells.get(key, "") for key in head[2:-1]), f"{spent:.0f}"])
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    return markdown(head, lines)
 
 
 def averaged(name, out):
@@ -278,7 +277,7 @@ def rooms_table(out):
     kinds = ("camera-camera", "camera-object", "object-object", "region", "rotation")
     base = {record["key"]: record["correct"] for record in averaged("direct-only", out)}
     head = ["row", "seeds", "questions", "right", *STRATA, *kinds, "over direct-only", "views", "seconds"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for run in RUNS:
         merged = averaged(run.name, out) if run.rooms else []
         if not merged:
@@ -288,10 +287,10 @@ def rooms_table(out):
         gain = gain_over(base, merged) if base and run.name != "direct-only" else None
         lines.append([run.name, " ".join(results(run.name, out)), str(len(merged)),
                       *(f"{np.mean([record['correct'] for record in part]):.3f}" if part else "" for part in parts),
-                      "{:+.3f} [{:+.3f} {:+.3f}]".format(gain["difference"], *gain["ci95"]) if gain else "",
+                      gap(gain),
                       f"{np.mean([record['views'] for record in merged]):.1f}",
                       f"{np.mean([record['seconds'] for record in merged]):.3f}"])
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    return markdown(head, lines)
 
 
 def table(out):
