@@ -8,12 +8,12 @@ What World2VLM rests on: its stages, directions and data, as runs and a table (T
 Rows start from the demo's cold start (`make demo` comes first: out/demo), learn for 1,500 steps (`grpo`: 60 more), and
 answer the same held-out questions, whose pictures are of the true renderer. `constant` gives, per task, the true
 answer that earns most on these very questions; `blind` knows the words of all questions and sees no picture. Compare
-`forward` with `inverse-at-once`, as neither begins with turns. World2VLM alone forgets how to answer any other
-question, so `…lessons` learn 350 steps of direct lessons and are asked about rooms, beside the demo's policies:
-`direct-only` (1,800 such steps), `agentic`, with a `gate`, in a `search`. `drift-…` is no policy: how far a simulator
-strays on a chain of its own views. Simulators are those of evidence.py, in the folder above --out; `untuned` learned
-under shuffled sentences, `unweighted` has the data of `tuned`. Boxes of a simulator's questions are those of the room,
-so D1 to D4 do not suffer from what it draws wrongly.
+`forward` with `inverse-at-once`, as neither begins with turns. `…-rooms` are asked questions about rooms: World2VLM
+alone forgets how to answer them, so `…lessons` learn 350 steps of direct lessons first. Beside them the demo's
+policies: `direct-only` (1,800 such steps), `agentic`, with a `gate`, in a `search`. `drift-…` is no policy: how far a
+simulator strays on a chain of its own views. Simulators are those of evidence.py, in the folder above --out; `untuned`
+learned under shuffled sentences, `unweighted` has the data of `tuned`. Boxes of a simulator's questions are those of
+the room, so D1 to D4 do not suffer from what it draws wrongly.
 
 Out, in out/evidence/world2vlm/: data/<data>/, <row>-s<seed>/{1, 2, 3, rl: the policy after each stage; asked/: its
 answers; result.json}, table.md.
@@ -88,6 +88,8 @@ RUNS = [
     *(Run(f"of-{name}-rooms", name, SFT) for name in ("60", "250")),        # the amount of data
     *(Run(f"by-{name}", name, SFT) for name in ("truth", "tuned", "untuned", "unweighted")),    # teachers; same motions
     *(Run(f"in-{name}-rooms", name, SFT) for name in ("bare", "cluttered", "mixed")),   # mixed: half of each
+    Run("start-rooms", rooms="--mode direct"),
+    *(Run(f"{name}-rooms", of=name, rooms="--mode direct") for name in ("sft", "grpo")),
     Run("direct-only", of="direct", rooms="--mode direct"),
     Run("lessons", sft=(LESSONS,), rooms="--mode direct"),
     *(Run(f"{name}-lessons", sft=(LESSONS,), of=name, rooms="--mode direct") for name in ("sft", "grpo")),
@@ -312,7 +314,7 @@ def main(argv=None):
     args = parse_args(argv)
     out, named = Path(args.out), chosen(RUNS, args.only, "evidence_world2vlm.py")
     jobs = [(run, seed) for seed in args.seeds for run in named
-            if run.sft or run.rl is not None or seed == 0]
+            if run.sft or run.rl is not None or run.of in {row.name for row in RUNS} or seed == 0]
     if args.list:
         return show_jobs(jobs, commands, out)
     common.setup(1)
