@@ -51,7 +51,8 @@ from tqdm import tqdm
 
 from lib import quality, real_views, simulators
 from lib.clips import clip_questions
-from lib.common import at_least, disk, fail, need, read_log, run, say, stable_seed, write_json
+from lib.common import (at_least, disk, fail, global_sum, is_main, need, read_log, run, say, setup, stable_seed,
+                        wait_for_all, write_json, write_text)
 from lib.corpora import convert
 from lib.endpoint import RemoteError
 from lib.geometry import Motion, coverage, dominant_motion, instruction, matrix, move_camera, pinhole, pose, warp
@@ -78,7 +79,7 @@ FINE = [Motion(f"turn {side}", 15.0 * i) for side in ("left", "right") for i in 
 # No step back: it shows what no view of the ring saw, and coverage refuses every one.
 TARGETS_PER_ROOM = 8
 MIN_COVERAGE, MIN_METERS, MIN_DEGREES = 0.85, 1.0, 30.0     # paper: of a target; between context cameras (layout apart)
-TOLD_AT_ONCE = {"meters": 1.0, "degrees": 45.0}             # of a motion, to a teacher on scans: ours, see transitions.cut
+TOLD_AT_ONCE = {"meters": 1.0, "degrees": 45.0}       # of a motion, to a teacher on scans (transitions.cut); ours
 FREE = 1.3                                            # metres around the middle of a room where no furniture stands
 
 
@@ -250,10 +251,10 @@ def make_taught(out, source, teacher, detector=None):
     except ValueError as error:
         fail(error)
     for split in SPLITS:
-        contexts = {(*row["context"], row["reference"]): row for row in load_jsonl(Path(source) / f"triples_{split}.jsonl")
-                    if row.get("metric")}
+        file = Path(source) / f"triples_{split}.jsonl"
+        contexts = {(*row["context"], row["reference"]): row for row in load_jsonl(file) if row.get("metric")}
         if not contexts:
-            say(f"{source}/triples_{split}.jsonl has no view of a scan with a metric scale.")
+            say(f"{file} has no view of a scan with a metric scale.")
         rows, dropped = [], Counter()
         for number, row in enumerate(tqdm(contexts.values(), desc=f"world2vlm, {split}")):
             rng, name = np.random.default_rng([29, number]), f"{split}_{number:06d}"
@@ -281,42 +282,27 @@ def make_corpus(corpus, root, out):
                    *(f"  {count:8}  left out: {reason}" for reason, count in left_out.most_common())]))
 
 
-def mine(source, out, policy, samples=5, at_most=1, seed=0, batch=16):
+def mine(source, out, policy, samples=5, at_most=1, seed=0):
     """Keep the hard questions: those that a policy answers right at most `at_most` times in `samples` (1 in 5, as
     readers report of the paper).
 
     source   questions_train.jsonl;  policy   folder or hub id of the base policy, asked directly at temperature 1
-    Out: out/questions_{train,val}.jsonl, one in twenty for validation, each row with "mined"; answers.jsonl, from which
-    an interrupted run goes on. Such a set is for training alone: it was chosen by the answers of a model, and a guesser
-    would pass for hard as well; the share that a guesser would keep is printed beside.
+    Out: out/questions_{train,val}.jsonl, one in twenty for validation, each row with "mined"; answers*.jsonl, one of
+    each of torchrun's processes, from which an interrupted run goes on. Such a set is for training alone: it was chosen
+    by the answers of a model, and a guesser would pass for hard as well; the share that a guesser would keep is printed.
     """
     source, out = Path(source), Path(out)
     if "train" not in source.stem:
         fail(f"{source} is not for training: only questions_train.jsonl may be mined, or the test would be chosen by "
              f"what a model gets wrong.")
-    questions, log = load_jsonl(source), out / "answers.jsonl"
+    questions = load_jsonl(source)
     if len({question["id"] for question in questions}) < len(questions):
         fail(f"Some questions of {source} share an id, and one's answers would stand for the other: make ids unique.")
     asked = {"policy": str(policy), "samples": samples, "seed": seed}
-    right = {row["id"]: row["right"] for row in read_log(log) if asked.items() <= row.items()}
-    waiting = [question for question in questions if question["id"] not in right]
-    out.mkdir(parents=True, exist_ok=True)
-    if waiting:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        policy = Policy.load(policy, device)
-    cut = 0
-    for start in tqdm(range(0, len(waiting), batch), desc="ask", unit="batch", disable=not waiting):
-        part = waiting[start:start + batch]
-        said = rollout(policy, part, None, "direct", group_size=samples, temperature=1.0, seed=seed,
-                       max_new_tokens=policy.turn_limit, rows=batch * samples)
-        cut += sum(t.truncated for t in said)
-        with disk(log), log.open("a") as file:
-            for k, question in enumerate(part):
-                answers = [t.answer for t in said[k * samples:(k + 1) * samples]]
-                right[question["id"]] = int(sum(exact_match(answer, question) for answer in answers))
-                file.write(json.dumps({"id": question["id"], "right": right[question["id"]], **asked}) + "\n")
-    if cut:
-        say(f"{cut} of {len(waiting) * samples} new answers were cut off, and count as wrong.")
+    ask_often(questions, out, asked)
+    if not is_main():
+        return
+    right = answers_in(out, asked)
     kept = [question | {"mined": {"right": right[question["id"]], "of": samples}} for question in questions
             if right[question["id"]] <= at_most]
     for question in kept:
@@ -329,6 +315,34 @@ def mine(source, out, policy, samples=5, at_most=1, seed=0, batch=16):
     say(f"{len(kept)} of {len(questions)} questions kept ({len(kept) / len(questions):.1%}): at most {at_most} right "
         f"in {samples}. The policy is right in {rate:.1%} of its answers; of a pure guesser's questions {guess:.1%} "
         f"would be kept.")
+
+
+def ask_often(questions, out, asked, batch=16):
+    """Let a policy answer what it has not yet answered; the processes share the questions. asked   as in `mine`"""
+    world, samples, cut = setup(), asked["samples"], 0
+    log = out / ("answers.jsonl" if world.rank == 0 else f"answers_{world.rank}.jsonl")
+    write_text(log, "".join(json.dumps(row) + "\n" for row in read_log(log)))          # without a line that a kill tore
+    wait_for_all()
+    known = answers_in(out, asked)
+    waiting = [question for question in questions[world.rank::world.size] if question["id"] not in known]
+    policy = Policy.load(asked["policy"], world.device) if waiting else None
+    for start in tqdm(range(0, len(waiting), batch), desc="ask", unit="batch", disable=not (waiting and is_main())):
+        part = waiting[start:start + batch]
+        said = rollout(policy, part, None, "direct", group_size=samples, temperature=1.0, seed=asked["seed"],
+                       max_new_tokens=policy.turn_limit, rows=batch * samples)
+        cut += sum(t.truncated for t in said)
+        with disk(log), log.open("a") as file:
+            for k, question in enumerate(part):
+                right = sum(exact_match(t.answer, question) for t in said[k * samples:(k + 1) * samples])
+                file.write(json.dumps({"id": question["id"], "right": int(right), **asked}) + "\n")
+    if cut := global_sum(float(cut)):
+        say(f"{cut:.0f} of these answers were cut off, and count as wrong.")
+
+
+def answers_in(out, asked):
+    """{id of a question: how many of its answers were right}, by all processes so far."""
+    return {row["id"]: row["right"] for file in out.glob("answers*.jsonl") for row in read_log(file)
+            if asked.items() <= row.items()}
 
 
 def guessers_share(options, samples, at_most):
