@@ -32,7 +32,7 @@ from lib import bagel_files
 from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, PositionTable, Settings, token_grid
 from lib.bagel_files import resize, to_images, to_pixels, unpatchify
 from lib.checkpoints import contents
-from lib.common import at_least, fail, newest, run
+from lib.common import at_least, fail, newest, run, say
 from lib.geometry import Query, instruction, read_phrase
 from lib.packing import table_ids
 from lib.pictures import load_image
@@ -214,7 +214,7 @@ class WorldModel:
         """
         self.network, self.autoencoder, self.tokenizer, self.files = network, autoencoder, tokenizer, files
         self.layout = layout or {name: value.to("meta") for name, value in network.state_dict().items()}
-        self.settings = network.config.settings
+        self.settings, self.told = network.config.settings, False
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
         self.bos, self.eos, *network.markers = tokenizer.convert_tokens_to_ids(names)
         self.words = functools.lru_cache(10_000)(
@@ -316,6 +316,9 @@ class WorldModel:
         Raises ValueError for a reference that does not exist.
         """
         settings, groups = dataclasses.replace(self.settings, **changes), {}
+        if not self.told and any(len(query.images) > settings.max_context for query in queries):
+            say(f"Of more than {settings.max_context} images the simulator sees the reference and its nearest neighbours.")
+            self.told = True                                                                    # once
         for place, query in enumerate(queries):
             images, reference, sentence = self.arranged(query.images, query.reference, query.instruction, settings)
             images = [resize(np.asarray(image), settings.vae_limits) for image in images]

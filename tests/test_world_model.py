@@ -374,6 +374,13 @@ def test_reference_first_turns_the_ring_and_renumbers_the_sentence():
         ["b", "c", "d", "e"], 4, "of Image-4, go")
 
 
+def test_what_the_simulator_does_not_see_is_said_once(capsys):
+    model, images = tiny(), [np.zeros((32, 32, 3), np.uint8)] * 5
+    for count in (4, 5, 5):
+        model.imagine([Query(images[:count], 1, "Base on the viewpoint of Image-1, look up 10 degrees.", 0)], steps=1)
+    assert capsys.readouterr().out.count("Of more than 4 images the simulator sees") == 1
+
+
 def test_select_context_keeps_the_reference_and_its_neighbours():
     assert select_context([0] * 4, 2, 4) == ([0, 1, 2, 3], 2)
     assert select_context([0] * 9, 6, 4) == ([3, 4, 5, 6], 3)
