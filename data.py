@@ -79,6 +79,7 @@ FINE = [Motion(f"turn {side}", 15.0 * i) for side in ("left", "right") for i in 
 # No step back: it shows what no view of the ring saw, and coverage refuses every one.
 TARGETS_PER_ROOM = 8
 MIN_COVERAGE, MIN_METERS, MIN_DEGREES = 0.85, 1.0, 30.0     # paper: of a target; between context cameras (layout apart)
+ASKED_AT_ONCE = 16                                    # dialogues: of an 8B policy at most 13 GB of keys and values
 TOLD_AT_ONCE = {"meters": 1.0, "degrees": 45.0}       # of a motion, to a teacher on scans (transitions.cut); ours
 FREE = 1.3                                            # metres around the middle of a room where no furniture stands
 
@@ -237,12 +238,14 @@ def make_world2vlm(out, teacher="truth", rooms=1000, held_out=(60, 240), threads
                 say(f"  {number:6}  left out: {reason}")
 
 
-def make_taught(out, source, teacher, detector=None):
+def make_taught(out, source, teacher, detector=None, limit=None):
     """out/questions_{train,val,test}.jsonl about what a world model shows of motions in scans, over the paper's ranges.
 
-    source     folder of scans' triples: each of their contexts that has a metric scale is where motions start
+    source     folder of scans' triples: each of their contexts that has a metric scale is where motions start, or the
+               first `limit` of each split
     teacher    as in lib/simulators.load. It also shows what is held out: scans have no true renderer
     detector   folder or hub id of a GroundingDINO; None: A1 to A4 alone
+    A context takes 36 views. What is done stands in out/records_<split>.jsonl, from which an interrupted run goes on.
     """
     out, device = Path(out), "cuda" if torch.cuda.is_available() else "cpu"
     simulator = simulators.load(teacher, device)
@@ -251,19 +254,31 @@ def make_taught(out, source, teacher, detector=None):
     except ValueError as error:
         fail(error)
     for split in SPLITS:
-        file = Path(source) / f"triples_{split}.jsonl"
-        contexts = {(*row["context"], row["reference"]): row for row in load_jsonl(file) if row.get("metric")}
+        file, log = Path(source) / f"triples_{split}.jsonl", out / f"records_{split}.jsonl"
+        contexts = {(*(os.path.relpath(path, source) for path in row["context"]), row["reference"]): row
+                    for row in load_jsonl(file) if row.get("metric")}
+        contexts = dict([*contexts.items()][:limit])
         if not contexts:
             say(f"{file} has no view of a scan with a metric scale.")
-        rows, dropped = [], Counter()
-        for number, row in enumerate(tqdm(contexts.values(), desc=f"world2vlm, {split}")):
-            rng, name = np.random.default_rng([29, number]), f"{split}_{number:06d}"
-            anchor = Anchor(name, [load_image(place) for place in row["context"]], row["reference"])
-            found, lost = transitions([anchor], simulator, rng, PAPER, TOLD_AT_ONCE, tries=2)
-            dropped += lost
-            focal = row["context_intrinsics"][row["reference"] - 1][0][0] / anchor.images[0].shape[1]
-            rows += [record | {"cluster": row["scene"]} for transition in found for record in with_pictures(
-                transition._replace(focal=focal), out, name, rng, PAPER, detect)]
+        rows, dropped, done = [], Counter(), {(part["of"], part["teacher"], part["detector"]): part
+                                              for part in read_log(log)}
+        write_text(log, "".join(json.dumps(part) + "\n" for part in done.values()))     # none that a kill tore
+        for number, (key, row) in enumerate(tqdm(contexts.items(), desc=f"world2vlm, {split}")):
+            asked = {"of": stable_seed(*key), "teacher": str(teacher), "detector": detector}
+            part = done.get(tuple(asked.values()))
+            if part is None:
+                rng, name = np.random.default_rng([29, asked["of"]]), f"{split}_{number:06d}"
+                anchor = Anchor(name, [load_image(path) for path in row["context"]], row["reference"])
+                found, lost = transitions([anchor], simulator, rng, PAPER, TOLD_AT_ONCE, tries=2)
+                place = row["reference"] - 1
+                focal = row["context_intrinsics"][place][0][0] / anchor.images[place].shape[1]
+                part = {**asked, "lost": lost, "records": [
+                    record | {"cluster": row["scene"]} for transition in found for record in with_pictures(
+                        transition._replace(focal=focal), out, name, rng, PAPER, detect)]}
+                with disk(log), log.open("a") as out_file:
+                    out_file.write(json.dumps(part) + "\n")
+            rows += part["records"]
+            dropped.update(part["lost"])
         faults = write_motion_questions(out, split, rows, f"{len(contexts)} views of scans", stable_seed(split))
         for reason, count in (dropped + faults).most_common():
             say(f"  {count:6}  left out: {reason}")
@@ -287,9 +302,10 @@ def mine(source, out, policy, samples=5, at_most=1, seed=0):
     readers report of the paper).
 
     source   questions_train.jsonl;  policy   folder or hub id of the base policy, asked directly at temperature 1
-    Out: out/questions_{train,val}.jsonl, one in twenty for validation, each row with "mined"; answers*.jsonl, one of
-    each of torchrun's processes, from which an interrupted run goes on. Such a set is for training alone: it was chosen
-    by the answers of a model, and a guesser would pass for hard as well; the share that a guesser would keep is printed.
+    Out: out/questions_{train,val}.jsonl, one in twenty for validation, each row with "mined"; answers*.jsonl, one
+    of each of torchrun's processes, from which an interrupted run goes on. Such a set is for training alone: it was
+    chosen by the answers of a model, and a guesser would pass for hard as well; the share that a guesser would keep
+    is printed.
     """
     source, out = Path(source), Path(out)
     if "train" not in source.stem:
@@ -329,7 +345,7 @@ def ask_often(questions, out, asked, batch=16):
     for start in tqdm(range(0, len(waiting), batch), desc="ask", unit="batch", disable=not (waiting and is_main())):
         part = waiting[start:start + batch]
         said = rollout(policy, part, None, "direct", group_size=samples, temperature=1.0, seed=asked["seed"],
-                       max_new_tokens=policy.turn_limit, rows=batch * samples)
+                       max_new_tokens=policy.turn_limit, rows=ASKED_AT_ONCE)
         cut += sum(t.truncated for t in said)
         with disk(log), log.open("a") as file:
             for k, question in enumerate(part):
@@ -383,7 +399,7 @@ def make_mmsi_video(out, rooms=40, threads=2):
 # ---- command line ---------------------------------------------------------------------------------------------
 
 def ensure(folder, what=("triples", "questions", "mindcube"), threads=2, **rooms):
-    """Make what is missing of `what` in `folder`, and return the folder as a Path. rooms   "rooms": how many"""
+    """Make what is missing of `what` in `folder`, and return the folder as a Path. **rooms may be rooms=how many."""
     folder, (layout, size) = Path(folder), layout_of(folder)
     if "triples" in what and not (folder / "triples_test.jsonl").exists():
         make_triples(folder, threads=threads, layout=layout, size=size, **rooms)
@@ -405,7 +421,7 @@ def parse_args(argv=None):
     p.add_argument("--threads", type=int, help="processes (default: 2 for rooms, all cores for scans)")
     p.add_argument("--size", type=int, help=f"of the pictures, in pixels (default: rooms {SIZE}; scans {Rules().size}, "
                                             f"the shorter side)")
-    p.add_argument("--seed", type=int, default=0, help="of the draws among a scan's triples")
+    p.add_argument("--seed", type=int, default=0, help="of the draws among a scan's triples, of heldout and of mine")
     rooms = p.add_argument_group("rooms")
     rooms.add_argument("--layout", choices=list(LAYOUTS), default="ring", help="where the context cameras stand")
     rooms.add_argument("--rooms", type=int, help="rooms to train on (default 2000 for triples, 1500 for questions, "
@@ -426,7 +442,8 @@ def parse_args(argv=None):
     scans.add_argument("--root", help="folder of the dataset")
     scans.add_argument("--val", help="file with the ids of scans for validation (default: 2 %% of places)")
     scans.add_argument("--test", help="file with the ids of test scans, such as an official list (default: 5 %%)")
-    scans.add_argument("--limit", type=int, help="scans at most, evenly spread over the dataset")
+    scans.add_argument("--limit", type=int, help="scans at most, evenly spread over the dataset; --anchors: "
+                       "contexts of a split at most")
     scans.add_argument("--frames", type=int, default=Rules().frames, help="frames looked at per scan")
     scans.add_argument("--contexts", type=int, default=Rules().contexts, help="contexts per scan")
     scans.add_argument("--targets", type=int, default=Rules().targets, help="triples per context; the paper keeps 48 "
@@ -448,7 +465,7 @@ def parse_args(argv=None):
     args = at_least(p, p.parse_args(argv), [(key, 1) for key in (
         "threads", "size", "rooms", "limit", "frames", "contexts", "targets", "samples", "per_dataset")])
     of_scans = [key for key in ("val", "test", "limit", "frames", "contexts", "targets", "coverage", "apart")
-                if getattr(args, key) != p.get_default(key)]
+                if getattr(args, key) != p.get_default(key) and not (key == "limit" and args.anchors)]
     if of_scans and not args.dataset:
         p.error(f"--{of_scans[0]} is of scans: python data.py triples --dataset NAME --root DIR")
     if args.seed and not (args.dataset or args.what in ("heldout", "mine")):
@@ -493,10 +510,11 @@ def main(argv=None):
         make_rendered(args.out, args.rendered, args.detector, threads=args.threads or 2)
     elif args.what == "world2vlm":
         if args.teacher != "truth" and "://" not in args.teacher:
-            need(simulators.find(args.teacher), "python train_wm.py")
+            size = " --preset astra" if args.teacher.endswith("-astra") else ""
+            need(simulators.find(args.teacher), f"python train_wm.py{size}")
         try:
             if args.anchors:
-                make_taught(args.out, args.anchors, args.teacher, args.detector)
+                make_taught(args.out, args.anchors, args.teacher, args.detector, args.limit)
             else:
                 make_world2vlm(args.out, args.teacher, threads=args.threads or 2, **rooms)
         except RemoteError as error:

@@ -46,11 +46,10 @@ from lib.geometry import Motion, Query, instruction, move_camera
 from lib.pictures import save_image
 from lib.predictions import digest, keyed
 from lib.questions import text_only_chance
-from lib.scores import STRATA, chance, paired_bootstrap, summarise
+from lib.scores import STRATA, TOOLLESS, chance, paired_bootstrap, summarise
 from policy import Policy, rollout
 
 MODES = ("direct", "forced", "agentic")
-TOOLLESS = ("direct", "official")
 OWN_WORDS = ("mmsi", "sat", "vsi")              # benches with mode official
 CALIBRATED = 40                 # triples on which the metrics of --bench wm are calibrated
 
@@ -383,9 +382,9 @@ def parse_args(argv=None):
                    help=f"one or more of {', '.join(simulators.NAMES)}, or the folder or hub id of a world model "
                         "(default: tuned; for --bench wm also untuned, if it has been trained)")
     p.add_argument("--wm", help="folder or hub id of the tuned simulator (default: out/wm, then out/demo/wm)")
-    p.add_argument("--data", help="rooms, wm: folder of questions_test.jsonl, triples_test.jsonl (default: out/data); "
-                   "world2vlm: of questions_test.jsonl (out/world2vlm); the others: the published files (default: "
-                   "data/<bench>, fetched if it is not there)")
+    p.add_argument("--data", help="rooms, wm: folder of questions_test.jsonl, triples_test.jsonl (default: the newer of "
+                   "out/data and out/demo/data); world2vlm: of questions_test.jsonl (out/world2vlm); the others: the "
+                   "published files (default: data/<bench>, fetched if it is not there)")
     p.add_argument("--frames", type=int, help="video benches: frames of a question (mmsi_video: 50 is Uniform-50, 300 "
                                               "Sufficient-Coverage; default 50; vsi: 32)")
     p.add_argument("--limit", type=int, help="only the first N questions or triples")

@@ -5,9 +5,9 @@ What the policy's evidence rests on: reward ablations and simulators swapped, as
   python evidence_policy.py                              run what is missing, one after the other; stopped, it goes on
   python evidence_policy.py --only "two-phase*" --seeds 0 1 2     some rows, three seeds of the training each
 
-Rows start from the demo's cold start and imagine with its simulator (`make demo` comes first: out/demo), learn for the
-same number of steps, and answer the held-out questions: rooms that nothing was trained on. Rows that forbid the tool
-or force it say so. Differences are on the same questions, seeds averaged.
+Rows start from the demo's cold start and imagine with its simulator (`make demo` comes first: out/demo; `…-untuned`
+rows with a generic one), learn for the same number of steps, and answer the held-out questions: rooms that nothing was
+trained on. Rows that forbid the tool or force it say so. Differences are on the same questions, seeds averaged.
 
 Out, in out/evidence/policy/: <row>-s<seed>/{1, 2: the policy after each stage; asked/: its answers; result.json},
 table.md.

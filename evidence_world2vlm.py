@@ -149,7 +149,7 @@ def blind_answers(rows, known, neighbours=5):
     """What the words tell without a picture: for every row the answer that earns most on its nearest known questions.
 
     Near are those of its task with the same actions and like numbers (boxes, metres, degrees), each over its spread; a
-    question without numbers, or with actions that none has, gets the best constant answer of its task.
+    question without numbers that vary, or with actions that none has, gets the best constant answer of its task.
     """
     def words(row):
         actions = [kind for kind, _ in read_actions(row["question"])]
@@ -166,10 +166,11 @@ def blind_answers(rows, known, neighbours=5):
             for task in {row["category"] for row in rows}}
     for row in rows:
         key = words(row)
-        if key not in groups or not tables[key].shape[1]:
+        spread = tables[key].std(0) if key in tables else np.zeros(0)
+        if not spread.any():
             answers.append(best[row["category"]])
             continue
-        apart = np.square((tables[key] - numbers(row)) / (tables[key].std(0) + 1e-9)).sum(1)
+        apart = np.square((tables[key] - numbers(row))[:, spread > 0] / spread[spread > 0]).sum(1)
         answers.append(worth_most([groups[key][i] for i in apart.argsort(kind="stable")[:neighbours]]))
     return answers
 

@@ -436,7 +436,8 @@ def main(argv=None):
                         if args.task == "world2vlm" else (f"--phase {args.phase}", "train_sft.py", "data.py"))
     like = " --preset astra" if args.preset == "astra" else ""
     if like:
-        data = f"{data} --anchors DIR --teacher out/wm-astra" if args.task == "world2vlm" else f"{data} mine"
+        data = f"{data} --anchors DIR --teacher out/wm-astra" if args.task == "world2vlm" else \
+            f"{data} mine --questions FILE --policy FOLDER"
     needs = [(args.policy, f"python {sft}{like}" if args.phase == 1 else f"python train_rl.py --phase 1{like}"),
              *((file, f"python {data} --out {args.data}") for file in files),
              *([(args.wm, f"python train_wm.py{like}")] if (args.mode, args.simulator) == ("agentic", "tuned") else [])]

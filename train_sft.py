@@ -412,7 +412,7 @@ def main(argv=None):
         common.fail(f"--batch {args.batch} cannot be shared evenly by {world.size} processes; take a multiple of it.")
     if args.task == "cold":
         if common.is_main():
-            ensure(args.data, ["questions"])
+            ensure(args.data, ["questions", "mindcube"])
         common.wait_for_all()
         lessons, asked = [Lesson(question) for question in load_jsonl(train)], []
         policy = open_policy(args, lessons, world)

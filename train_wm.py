@@ -47,8 +47,8 @@ PRESETS = {
                  floor=0.03, warmup=60, weight_decay=0.01, shift=4.5, drop_text=0.0, drop_vit=0.0, drop_vae=0.0,
                  warp_weight=0.5, augment=True, latents=None, recompute=False, images_in_memory=None, look_every=250,
                  look_contexts=16, save_every=250, eps=1e-8),
-    # The paper gives model and data. AdamW, warm-up, shift and dropout are BAGEL's for fine-tuning and editing;
-    # the rest is ours: 64 targets an update, so that 17,000 updates are two epochs of the paper's 544,197.
+    # The paper gives model and data. AdamW with its lr, warm-up, shift and dropout are BAGEL's for fine-tuning and
+    # editing; the rest is ours: 64 targets an update, so that 17,000 updates are two epochs of the paper's 544,197.
     "astra": dict(data="data/scans", out="out/wm-astra", init="ByteDance-Seed/BAGEL-7B-MoT", steps=17_000, contexts=8,
                   targets=8, micro_contexts=1, lr=2e-5, floor=1.0, warmup=500, weight_decay=0.0, shift=4.0,
                   drop_text=0.1, drop_vit=0.3, drop_vae=0.3, warp_weight=0.0, augment=False, latents="data/latents",

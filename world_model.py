@@ -317,7 +317,7 @@ class WorldModel:
         """
         settings, groups = dataclasses.replace(self.settings, **changes), {}
         if not self.told and any(len(query.images) > settings.max_context for query in queries):
-            say(f"Of more than {settings.max_context} images the simulator sees the reference and its nearest neighbours.")
+            say(f"Of more than {settings.max_context} images the simulator sees the reference and its neighbours.")
             self.told = True                                                                    # once
         for place, query in enumerate(queries):
             images, reference, sentence = self.arranged(query.images, query.reference, query.instruction, settings)

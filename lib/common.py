@@ -378,8 +378,8 @@ def begin(title, args, neutral=(), needs=()):
             before = json.loads((out / "args.json").read_text())
         except (OSError, json.JSONDecodeError):
             fail(f"{out} holds a run whose args.json cannot be read. Remove {out} or give another --out.")
-        changed = [f"--{key.replace('_', '-')} {before.get(key)} (now {value})" for key, value in flags.items()
-                   if before.get(key) != value]
+        changed = [f"--{key.replace('_', '-')} {before[key]} (now {value})" for key, value in flags.items()
+                   if before.get(key, value) != value]                  # a flag that is new since then changed nothing
         if changed:
             fail(f"{out} holds a run with {', '.join(changed)}. Give another --out, or remove {out} to start over.")
     if done:

@@ -170,9 +170,9 @@ def dominant_motion(source, target):
 
 # ---- pixels and points ----------------------------------------------------------------------------------------
 
-def pinhole(size, fov=90.0):
-    """Intrinsics (3, 3) of a square image of `size` pixels with a field of view of `fov` degrees."""
-    focal = 0.5 * size / np.tan(np.radians(fov) / 2)
+def pinhole(size):
+    """Intrinsics (3, 3) of a square image of `size` pixels with a field of view of 90 degrees."""
+    focal = 0.5 * size / np.tan(np.radians(45))
     return np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1.0]])
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from lib import common
 from lib.pictures import save_image
 
-VERSION = 2                     # of what a line holds; lines of another one stay as well
+VERSION = 3                     # of what a line holds; lines of another one stay as well
 RUN = ("version", "policy", "seed", "max_new_tokens", "frames")
 LARGE = 128                     # pixels: from here on a view is a JPEG
 

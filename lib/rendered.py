@@ -148,8 +148,8 @@ def motion_of(action):
 
 
 def merged(program):
-    """The shortest program with the same end: moves in a row are summed along each axis, sideways first (as in the
-    paper's third preset), and turns in a row; opposites cancel. No order is left that a picture cannot show."""
+    """A program with the same end: moves in a row are summed along each axis, sideways first (as in the paper's third
+    preset), and turns in a row; opposites cancel. No order is left that a picture cannot show."""
     found = []
     for _, run in groupby(program, key=lambda motion: motion.unit):
         sums = Counter()

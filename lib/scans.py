@@ -47,7 +47,7 @@ def scan_triples(id, dataset, root, out, seed, rules):
     and tried again by the next run.
     """
     file = Path(out) / "scans" / dataset / f"{id.replace('/', '_')}.json"
-    asked = {"dataset": dataset, "id": id, "seed": seed, "rules": rules._asdict(), "version": 2}
+    asked = {"dataset": dataset, "id": id, "seed": seed, "rules": rules._asdict(), "version": 3}
     if file.exists():
         report = json.loads(file.read_text())
         if asked.items() <= report.items() and not report["error"]:

@@ -14,6 +14,7 @@ from lib import benchmarks
 from lib.benchmarks import LISTED_ONLY, group_weights, weights
 
 STRATA = {"needs_view": True, "answerable": False}
+TOOLLESS = ("direct", "official")                            # modes that know no tool
 RESAMPLES = 2000
 
 
@@ -97,7 +98,7 @@ def summarise(records, direct=None, truth=None):
     if failures:                                                # MMSI-Video: the four error groups of its abstract
         summary["failures"] = dict(failures.most_common())
     called = {record["key"]: record["valid_calls"] > 0 for record in counted}
-    if direct:
+    if direct and records[0].get("mode") not in TOOLLESS:
         summary["over_use"] = float(np.mean([called[key] and alone[key] == 1 for key in called]))
     if direct and truth:
         shown = {record["key"]: record["correct"] for record in truth}

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from lib.scores import TOOLLESS
+
 
 def answers(runs, blind):
     """The table: a row per part of the questions, a column per mode and simulator; then the gain over mode direct."""
-    width, titles = 26, [mode if mode in ("direct", "official") else f"{mode}, {name}" for mode, name in runs]
+    width, titles = 26, [mode if mode in TOOLLESS else f"{mode}, {name}" for mode, name in runs]
     summaries, parts = list(runs.values()), [("all", list(runs.values()))]
     for group in ("by_need", "by_category"):
         parts += [(part, [s[group].get(part) for s in summaries]) for part in summaries[0][group]]

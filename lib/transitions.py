@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from lib.clients import imagine_each
 from lib.consistency import recover
 from lib.geometry import Motion, Query, instruction, matrix, move_camera, phrase
 from lib.rooms import SIZE, random_room, render, ring
@@ -194,9 +195,10 @@ def chains(simulator, anchors, motions, rng):
             scene = poses[i] and {"room": anchors[i].scene["room"], "poses": list(poses[i])}
             queries.append(Query(list(images[i]), reference, instruction(motions[i][k], reference),
                                  int(rng.integers(2**31)), scene))
-        for i, query, view in zip(going, queries, simulator.imagine(queries)):
-            view = fitted(view, images[i][0])
-            if is_view(view, images[i][0]):
+        for i, query, view in zip(going, queries, imagine_each(simulator, queries)):
+            given = anchors[i].images[anchors[i].reference - 1]
+            view = fitted(view, given)
+            if is_view(view, given):
                 views[i].append(view)
                 images[i].append(view)
                 if poses[i]:

@@ -53,7 +53,7 @@ class Rules(NamedTuple):
 def fit(size, pixels, side=max):
     """(width, height) of a frame shrunk so that its longer (side=min: shorter) side is `pixels`; never enlarged."""
     scale = min(1.0, pixels / side(size))
-    return tuple(max(1, round(side * scale)) for side in size)
+    return tuple(max(1, round(length * scale)) for length in size)
 
 
 def motions_between(c2w, metric, rules):

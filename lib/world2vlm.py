@@ -303,7 +303,7 @@ def balanced(rows, rng):
     One of D2 and D4 holds what `blind_column` guesses alike, so that a rule of thumb about boxes does not tell the
     answer; one D2 in 13 and one D4 in 25 stay.
     What text alone gives: no more than chance in A1 to A4. D1 to D4 say boxes and actions in numbers, as in the paper,
-    and arithmetic answers most of them: in rooms the nearest neighbours by all numbers of a prompt earn about .8 of the
+    and arithmetic answers most of them: in rooms the nearest neighbours by all numbers of a prompt earn about .7 of the
     reward of D1, .9 of D2, .7 of D3 and .95 of D4, where the best constant answers earn .58, .66, .27 and .69. A box, a
     motion in metres and a thing that stands still leave little to see.
     """
@@ -326,8 +326,8 @@ def write_motion_questions(out, split, rows, about, seed):
     """out/questions_<split>.jsonl: what is valid of World2VLM's records, balanced -> Counter of the faults of others.
 
     rows    of `records`, with paths below `out` for pictures, and "scene" or "cluster": what they are about
-    about   in words, for the line that says how many there are; another one names each task of which less than a tenth
-            stays
+    about   in words, for the line that says how many there are
+    Says so of each task of which less than a tenth stays.
     """
     rows, faults = validated(rows)
     kept = balanced(rows, np.random.default_rng([23, seed]))

@@ -314,7 +314,15 @@ def test_a_world_model_teaches_from_scans(tmp_path, monkeypatch):
         save_jsonl(tmp_path / f"triples_{split}.jsonl", [
             {"context": [f"{n}.png", f"{n + 1}.png"], "reference": 2, "scene": f"scannet/{split}{n}", "metric": n != 1,
              "context_intrinsics": [[[33, 0, 33], [0, 33, 25], [0, 0, 1]]] * 2} for n in (0, 0, 1, 2)])
-    data.main(["world2vlm", "--anchors", str(tmp_path), "--teacher", str(tmp_path / "wm"), "--out", str(tmp_path / "out")])
+    command = ["world2vlm", "--anchors", str(tmp_path), "--teacher", str(tmp_path / "wm"), "--out", str(tmp_path / "out")]
+    data.main([*command, "--limit", "1"])
+    first = len(Teacher.motions)
+    log = tmp_path / "out" / "records_train.jsonl"
+    log.write_text(log.read_text() + '{"torn')
+    data.main(command)
+    both = len(Teacher.motions)
+    data.main(command)
+    assert 1.5 * first < both < 2.5 * first and len(Teacher.motions) == both        # what was done is not done again
     assert max(motion.amount for motion in Teacher.motions if motion.unit == "meters") == 1.0
     assert max(motion.amount for motion in Teacher.motions if motion.unit == "degrees") == 45.0
     for split in SPLITS:
@@ -322,7 +330,8 @@ def test_a_world_model_teaches_from_scans(tmp_path, monkeypatch):
         assert {row["cluster"] for row in rows} <= {f"scannet/{split}0", f"scannet/{split}2"} and rows
         assert {row["category"] for row in rows} <= {"A1", "A2", "A3", "A4"}
         for row in rows:
-            assert load_image(row["images"][-1]).shape == (50, 66, 3) and load_image(row["images"][0])[0, 0, 0] in (40, 120)
+            assert load_image(row["images"][-1]).shape == (50, 66, 3)
+            assert load_image(row["images"][0])[0, 0, 0] in (40, 120)
     with pytest.raises(SystemExit):
         data.main(["world2vlm", "--anchors", str(tmp_path)])                        # nobody renders scans truly
 
