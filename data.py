@@ -58,15 +58,16 @@ from lib.endpoint import RemoteError
 from lib.geometry import Motion, coverage, dominant_motion, instruction, matrix, move_camera, pinhole, pose, warp
 from lib.pictures import load_image, save_image
 from lib.questions import room_questions
-from lib.rendered import in_pixels, make_rendered
+from lib.rendered import make_rendered
 from lib.rooms import EYE, SIZE, TrueRenderer, random_room, render, ring
-from lib.rows import SPLITS, build, load_jsonl, save_jsonl
+from lib.rows import build, load_jsonl, save_jsonl
 from lib.scans import make_depth, make_heldout, make_scans
 from lib.scene_depth import DEPTH_MODEL
 from lib.scenes import READERS
-from lib.transitions import PAPER, ROOMS, SEEN, Anchor, room_anchor, transitions
+from lib.taught import make_taught
+from lib.transitions import ROOMS, SEEN, room_anchor, transitions
 from lib.triples import Rules
-from lib.world2vlm import image_detections, records, room_detections, write_motion_questions
+from lib.world2vlm import room_detections, with_pictures, write_motion_questions
 from policy import Policy, rollout
 from rewards import exact_match
 
@@ -80,7 +81,6 @@ FINE = [Motion(f"turn {side}", 15.0 * i) for side in ("left", "right") for i in 
 TARGETS_PER_ROOM = 8
 MIN_COVERAGE, MIN_METERS, MIN_DEGREES = 0.85, 1.0, 30.0     # paper: of a target; between context cameras (layout apart)
 ASKED_AT_ONCE = 16                                    # dialogues: of an 8B policy at most 13 GB of keys and values
-TOLD_AT_ONCE = {"meters": 1.0, "degrees": 45.0}       # of a motion, to a teacher on scans (transitions.cut); ours
 FREE = 1.3                                            # metres around the middle of a room where no furniture stands
 
 
@@ -204,15 +204,6 @@ def motion_questions(seeds, out, teacher, space=ROOMS, tries=1):
     return [(rows, dropped)]
 
 
-def with_pictures(transition, out, folder, rng, space, detect):
-    """The records of a transition (lib/world2vlm.py), their pictures saved in out/pictures/<folder>."""
-    paths = [f"pictures/{folder}/{name}.png" for name in ("source", transition.name.rsplit("_", 1)[1])]
-    for path, image in zip(paths, (transition.source, transition.target)):
-        save_image(out / path, image)
-    return [record | {"images": paths[:len(record["images"])]}              # the first, or both
-            for record in records(transition, rng, space, detect)]
-
-
 def make_world2vlm(out, teacher="truth", rooms=1000, held_out=(60, 240), threads=2):
     """out/questions_{train,val,test}.jsonl: World2VLM's eight tasks about rooms, validated and balanced in each split.
 
@@ -236,52 +227,6 @@ def make_world2vlm(out, teacher="truth", rooms=1000, held_out=(60, 240), threads
         for left_out in (sum((dropped for _, dropped in parts), Counter()), faults):
             for reason, number in left_out.most_common():
                 say(f"  {number:6}  left out: {reason}")
-
-
-def make_taught(out, source, teacher, detector=None, limit=None):
-    """out/questions_{train,val,test}.jsonl about what a world model shows of motions in scans, over the paper's ranges.
-
-    source     folder of scans' triples: each of their contexts that has a metric scale is where motions start, or the
-               first `limit` of each split
-    teacher    as in lib/simulators.load. It also shows what is held out: scans have no true renderer
-    detector   folder or hub id of a GroundingDINO; None: A1 to A4 alone
-    A context takes 36 views. What is done stands in out/records_<split>.jsonl, from which an interrupted run goes on.
-    """
-    out, device = Path(out), "cuda" if torch.cuda.is_available() else "cpu"
-    simulator = simulators.load(teacher, device)
-    try:
-        detect = detector and image_detections(in_pixels(real_views.detector(detector, device)))
-    except ValueError as error:
-        fail(error)
-    for split in SPLITS:
-        file, log = Path(source) / f"triples_{split}.jsonl", out / f"records_{split}.jsonl"
-        contexts = {(*(os.path.relpath(path, source) for path in row["context"]), row["reference"]): row
-                    for row in load_jsonl(file) if row.get("metric")}
-        contexts = dict([*contexts.items()][:limit])
-        if not contexts:
-            say(f"{file} has no view of a scan with a metric scale.")
-        rows, dropped, done = [], Counter(), {(part["of"], part["teacher"], part["detector"]): part
-                                              for part in read_log(log)}
-        write_text(log, "".join(json.dumps(part) + "\n" for part in done.values()))     # none that a kill tore
-        for number, (key, row) in enumerate(tqdm(contexts.items(), desc=f"world2vlm, {split}")):
-            asked = {"of": stable_seed(*key), "teacher": str(teacher), "detector": detector}
-            part = done.get(tuple(asked.values()))
-            if part is None:
-                rng, name = np.random.default_rng([29, asked["of"]]), f"{split}_{number:06d}"
-                anchor = Anchor(name, [load_image(path) for path in row["context"]], row["reference"])
-                found, lost = transitions([anchor], simulator, rng, PAPER, TOLD_AT_ONCE, tries=2)
-                place = row["reference"] - 1
-                focal = row["context_intrinsics"][place][0][0] / anchor.images[place].shape[1]
-                part = {**asked, "lost": lost, "records": [
-                    record | {"cluster": row["scene"]} for transition in found for record in with_pictures(
-                        transition._replace(focal=focal), out, name, rng, PAPER, detect)]}
-                with disk(log), log.open("a") as out_file:
-                    out_file.write(json.dumps(part) + "\n")
-            rows += part["records"]
-            dropped.update(part["lost"])
-        faults = write_motion_questions(out, split, rows, f"{len(contexts)} views of scans", stable_seed(split))
-        for reason, count in (dropped + faults).most_common():
-            say(f"  {count:6}  left out: {reason}")
 
 
 # ---- questions for RL ------------------------------------------------------------------------------------------------

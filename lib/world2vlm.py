@@ -31,6 +31,7 @@ from lib.common import say
 from lib.geometry import Motion
 from lib.motion_words import (BOX, COUNTS, PROMPTS, TASKS, box_text, claim_text, on_grid, program_text, read_actions,
                               read_box, read_truth)
+from lib.pictures import save_image
 from lib.rooms import random_room, render
 from lib.rows import save_jsonl
 from lib.transitions import ROOMS, draw, end_pose, kinds_of
@@ -249,6 +250,15 @@ def records(transition, rng, space=ROOMS, detect=None):
 def tenths(value):
     """Tenths of a picture, at most 1 to either side."""
     return (int(np.floor(10 * np.clip(value, -1, 1))),)
+
+
+def with_pictures(transition, out, folder, rng, space, detect):
+    """The `records` of a transition, their pictures saved in out/pictures/<folder>."""
+    paths = [f"pictures/{folder}/{name}.png" for name in ("source", transition.name.rsplit("_", 1)[1])]
+    for path, image in zip(paths, (transition.source, transition.target)):
+        save_image(out / path, image)
+    return [record | {"images": paths[:len(record["images"])]}              # the first, or both
+            for record in records(transition, rng, space, detect)]
 
 
 # ---- validation and balance -----------------------------------------------------------------------------------------
