@@ -42,13 +42,13 @@ REWARDS = {
     "gain-only": ("--phase 2 --steps 72 --lambda-use 0",),                                          # no bonus for use
     "usage-only": ("--phase 1 --steps 72",),                                                        # no term of gain
     "match-only": ("--phase 1 --steps 72 --lambda-use 0",),                                         # neither
+    "two-phase-undivided": tuple(f"{stage} --no-divide-by-std" for stage in TWO),                   # A = r - mean
 }
 RUNS = [
     Run("start"),
     Run("start-direct", mode="direct"),
     *(Run(name, stages) for name, stages in REWARDS.items()),
     *(Run(f"{name}-untuned", stages, simulator="untuned") for name, stages in REWARDS.items()),     # calls do not help
-    Run("two-phase-undivided", tuple(f"{stage} --no-divide-by-std" for stage in TWO)),              # A = r - mean
     Run("two-phase-variance", tuple(f"{stage} --curriculum variance" for stage in TWO)),            # ours
     Run("direct-only", ("--phase 1 --mode direct --steps 72",), mode="direct"),                     # never imagines
     Run("two-phase-direct", mode="direct", of="two-phase"),
