@@ -24,9 +24,10 @@ Ablations of the reward (evidence_policy.py), as long as the 12 + 60 steps of bo
 
 Out: the policy, log.jsonl (its keys: lib/rl_log.py), dialogues/ (what it said and saw at each evaluation), curves.png.
 
-Ours, where the paper is silent: advantages are divided by the group's deviation (--no-divide-by-std for the ablation);
-the loss is a mean over all tokens of an update, those of the policy only; groups whose rewards are all equal teach
-nothing and are left out, of the mean too; no KL term unless asked for (--kl).
+Ours, where the paper is silent: advantages are divided by the group's deviation, which makes small bonuses loud
+(--no-divide-by-std; the README says what follows); the loss is a mean over all tokens of an update, those of the
+policy only; groups whose rewards are all equal teach nothing and are left out, of the mean too; no KL term unless
+asked for (--kl).
 """
 
 import argparse
