@@ -382,6 +382,17 @@ def open_simulator(args, world):
     return None if args.mode == "direct" else simulators.load(args.simulator, world.device, args.wm)
 
 
+def needs(args, files):
+    """[(path of an input, the command that makes it)]. files   of questions"""
+    world2vlm, like = args.task == "world2vlm", " --preset astra" if args.preset == "astra" else ""
+    sft, data = ("train_sft.py --task world2vlm", "data.py world2vlm") if world2vlm else ("train_sft.py", "data.py")
+    if like:
+        data += " --anchors DIR --teacher out/wm-astra" if world2vlm else " mine --questions FILE --policy FOLDER"
+    return [(args.policy, f"python {sft}{like}" if args.phase == 1 else f"python train_rl.py --phase 1{like}"),
+            *((file, f"python {data} --out {args.data}") for file in files),
+            *([(args.wm, f"python train_wm.py{like}")] if (args.mode, args.simulator) == ("agentic", "tuned") else [])]
+
+
 def load_questions(file, args):
     """The questions of --task in a file."""
     questions = [q for q in load_jsonl(file) if (q.get("bench") == "world2vlm") == (args.task == "world2vlm")]
@@ -433,16 +444,8 @@ def main(argv=None):
     """The stage: sample, imagine, score, advantage, logprob, update, and again."""
     args = parse_args(argv)
     files = [Path(args.data) / f"questions_{part}.jsonl" for part in ("train", "val")]
-    title, sft, data = (("--task world2vlm", "train_sft.py --task world2vlm", "data.py world2vlm")
-                        if args.task == "world2vlm" else (f"--phase {args.phase}", "train_sft.py", "data.py"))
-    like = " --preset astra" if args.preset == "astra" else ""
-    if like:
-        data = f"{data} --anchors DIR --teacher out/wm-astra" if args.task == "world2vlm" else \
-            f"{data} mine --questions FILE --policy FOLDER"
-    needs = [(args.policy, f"python {sft}{like}" if args.phase == 1 else f"python train_rl.py --phase 1{like}"),
-             *((file, f"python {data} --out {args.data}") for file in files),
-             *([(args.wm, f"python train_wm.py{like}")] if (args.mode, args.simulator) == ("agentic", "tuned") else [])]
-    common.begin(f"train_rl {title}", args, NEUTRAL, needs)
+    title = "--task world2vlm" if args.task == "world2vlm" else f"--phase {args.phase}"
+    common.begin(f"train_rl {title}", args, NEUTRAL, needs(args, files))
     world, out = common.setup(args.threads), Path(args.out)
     if args.questions < world.size:
         common.fail(f"--questions {args.questions} leaves some of {world.size} ranks without a question.")

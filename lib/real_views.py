@@ -96,6 +96,7 @@ def detector(model=DETECTOR, device="cpu"):
     network = network.to(device).eval()
 
     def detect(image, names):
+        """What stands in an image (H, W, 3) uint8 of some categories, as told above."""
         inputs = processor(images=Image.fromarray(image), text=[list(names)], return_tensors="pt").to(device)
         with torch.inference_mode():
             found, = processor.post_process_grounded_object_detection(
