@@ -52,7 +52,7 @@ from tqdm import tqdm
 from lib import quality, real_views, simulators
 from lib.clips import clip_questions
 from lib.common import (at_least, disk, fail, global_sum, is_main, need, read_log, run, say, setup, stable_seed,
-                        wait_for_all, write_json, write_text)
+                        wait_for_all, write_json)
 from lib.corpora import convert
 from lib.endpoint import RemoteError
 from lib.geometry import Motion, coverage, dominant_motion, instruction, matrix, move_camera, pinhole, pose, warp
@@ -282,7 +282,7 @@ def ask_often(questions, out, asked, batch=16):
     """Let a policy answer what it has not yet answered; the processes share the questions. asked   as in `mine`"""
     world, samples, cut = setup(), asked["samples"], 0
     log = out / ("answers.jsonl" if world.rank == 0 else f"answers_{world.rank}.jsonl")
-    write_text(log, "".join(json.dumps(row) + "\n" for row in read_log(log)))          # without a line that a kill tore
+    save_jsonl(log, read_log(log))                                                  # without a line that a kill tore
     wait_for_all()
     known = answers_in(out, asked)
     waiting = [question for question in questions[world.rank::world.size] if question["id"] not in known]

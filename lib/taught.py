@@ -15,10 +15,10 @@ import torch
 from tqdm import tqdm
 
 from lib import real_views, simulators
-from lib.common import disk, fail, read_log, say, stable_seed, write_text
+from lib.common import disk, fail, read_log, say, stable_seed
 from lib.pictures import load_image
 from lib.rendered import in_pixels
-from lib.rows import SPLITS, load_jsonl
+from lib.rows import SPLITS, load_jsonl, save_jsonl
 from lib.transitions import PAPER, Anchor, transitions
 from lib.world2vlm import image_detections, with_pictures, write_motion_questions
 
@@ -48,7 +48,7 @@ def make_taught(out, source, teacher, detector=None, limit=None):
         if not contexts:
             say(f"{file} has no view of a scan with a metric scale.")
         done = {(part["of"], part["teacher"], part["detector"]): part for part in read_log(log)}
-        write_text(log, "".join(json.dumps(part) + "\n" for part in done.values()))         # no line that a kill tore
+        save_jsonl(log, done.values())                                                  # without a line that a kill tore
         rows, dropped = [], Counter()
         for key, row in tqdm(contexts.items(), desc=f"world2vlm, {split}"):
             asked = {"of": stable_seed(*key), "teacher": str(teacher), "detector": detector}
