@@ -421,7 +421,7 @@ def open_policy(args, device):
     """-> (the policy, what it is called in the results)."""
     if args.policy_url:
         try:
-            return RemotePolicy(args.policy_url, args.model, max_new_tokens=args.max_new_tokens or 4096,
+            return RemotePolicy(args.policy_url, args.model, max_new_tokens=args.max_new_tokens,
                                 at_once=args.concurrency), f"{args.model} at {args.policy_url}"
         except ValueError as error:
             common.fail(f"--policy-url: {error}")
@@ -444,7 +444,7 @@ def main(argv=None):
     if any(name in simulators.NEEDS_ROOM for name in args.simulator) and not all(q.get("scene") for q in questions):
         common.fail(f"--simulator {' '.join(args.simulator)} works in rooms only: --bench {args.bench} has no depth.")
     policy, path = open_policy(args, world.device)
-    args.max_new_tokens = args.max_new_tokens or (4096 if args.policy_url else policy.turn_limit)
+    args.max_new_tokens = args.max_new_tokens or policy.turn_limit
     common.say(f"{args.bench}: {len(questions)} questions, policy {path} on {world.device}")
 
     run = {"version": predictions.VERSION, "policy": fingerprint(str(path)), "seed": args.seed,

@@ -403,9 +403,8 @@ def load_questions(file, args):
     return questions
 
 
-def open_policy(args, world):
-    """The policy to train: fp32 weights, vision tower frozen (paper), sharded over the ranks if there are several."""
-    policy = Policy.load(args.policy, world.device, torch.float32)
+def prepared(policy, args, world):
+    """The policy to train, of fp32 weights: vision tower frozen (paper), sharded over the ranks if there are several."""
     policy.vision.requires_grad_(False)
     if args.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable()
@@ -449,8 +448,9 @@ def main(argv=None):
     world, out = common.setup(args.threads), Path(args.out)
     if args.questions < world.size:
         common.fail(f"--questions {args.questions} leaves some of {world.size} ranks without a question.")
-    policy, simulator = open_policy(args, world), open_simulator(args, world)
-    start_policy = None if args.kl is None else open_policy(args, world)
+    policy, start_policy = (prepared(Policy.load(args.policy, world.device, torch.float32), args, world)
+                            if wanted else None for wanted in (True, args.kl is not None))
+    simulator = open_simulator(args, world)
     train, held_out = (load_questions(file, args) for file in files)
     chosen = places_of_step(len(held_out), min(args.eval_questions, len(held_out)), step=0, seed=0)
     held_out = [held_out[place] for place in chosen]

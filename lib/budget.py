@@ -32,21 +32,24 @@ class Shapes(NamedTuple):
     vocabulary: int
 
 
-def qwen3_vl_8b():
-    """Qwen3-VL-8B-Instruct's shapes on the meta device, 8.77 B parameters (its config.json on the hub)."""
-    text = dict(vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36,
+def qwen3_vl_8b(layers=36, device="meta", dtype=torch.float32):
+    """Qwen3-VL-8B-Instruct's shapes, 8.77 B parameters (its config.json on the hub); weights that are not meta: random.
+
+    layers   of the language model; the published one has 36
+    """
+    text = dict(vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=layers,
                 num_attention_heads=32, num_key_value_heads=8, head_dim=128)
     vision = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, patch_size=16, spatial_merge_size=2,
                   temporal_patch_size=2, out_hidden_size=4096, num_position_embeddings=2304,
                   deepstack_visual_indexes=[8, 16, 24])
-    with torch.device("meta"):
-        return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision,
-                                                             tie_word_embeddings=False))
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    with torch.device(device):
+        return Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
 
 
-def bagel_7b():
-    """BAGEL-7B-MoT's shapes on the meta device, 14.6 B parameters."""
-    llm = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+def bagel_7b(layers=28):
+    """BAGEL-7B-MoT's shapes on the meta device, 14.6 B parameters with its 28 layers."""
+    llm = {"hidden_size": 3584, "num_hidden_layers": layers, "num_attention_heads": 28, "num_key_value_heads": 4,
            "intermediate_size": 18944, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
     vit = {"hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16, "intermediate_size": 4304,
            "patch_size": 14, "image_size": 980}

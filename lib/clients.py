@@ -125,20 +125,21 @@ UNREADABLE_HERE = ("This turn cannot be read. Write <think>...</think> and then 
 class RemotePolicy:
     """A chat model behind a URL.
 
-    temperature      None leaves it to the server; max_new_tokens: per turn, hidden reasoning included
+    temperature      None leaves it to the server
+    max_new_tokens   per turn, hidden reasoning included; None: `turn_limit`, that of a published policy
     at_once          requests on their way at a time
     patience         the other arguments of Endpoint: timeout, tries, ...
     A Trajectory of it keeps words instead of tokens: each "token" is a piece of text, and an image has none.
     """
 
-    pad_id = None
+    pad_id, turn_limit = None, 4096
     tokenizer = SimpleNamespace(eos_token_id=END, decode="".join)
 
-    def __init__(self, url, model, key_from_env="OPENAI_API_KEY", temperature=0.0, max_new_tokens=4096, at_once=8,
+    def __init__(self, url, model, key_from_env="OPENAI_API_KEY", temperature=0.0, max_new_tokens=None, at_once=8,
                  **patience):
         self.endpoint = Endpoint(url, "/chat/completions", key_from_env, **patience)
-        self.model, self.temperature, self.max_new_tokens = model, temperature, max_new_tokens
-        self.at_once = at_once
+        self.model, self.temperature, self.at_once = model, temperature, at_once
+        self.max_new_tokens = max_new_tokens or self.turn_limit
 
     def tokens(self, text):
         """Text -> its "tokens": itself, and its end."""

@@ -44,7 +44,7 @@ def rollout(args):
     rows, same = {"fast": [], "naive": []}, True
     for repeat in range(repeats + 1):
         for name, way in (("fast", Writer), ("naive", naive.Writer)):
-            seconds, dialogues = timed_rollout(policy, questions, group, way, uniforms)
+            seconds, dialogues = timed_rollout(policy, questions, group, way, uniforms, Seconds())
             same &= [t.ids for t in dialogues] == [t.ids for t in script]
             rows[name] += [seconds] if repeat else []                                       # the first warms up
     spent = {name: {part: statistics.median(row[part] for row in table) for part in table[0]}
@@ -118,10 +118,8 @@ def saying(way, uniforms):
     return Scripted
 
 
-def timed_rollout(policy, questions, group, way, uniforms):
-    """policy.rollout with a writer of class `way` that draws from `uniforms` -> (CpuSeconds, dialogues)."""
-    seconds = CpuSeconds()
-
+def timed_rollout(policy, questions, group, way, uniforms, seconds, **options):
+    """policy.rollout with a writer of class `way` that draws from `uniforms` -> (`seconds`, by part, dialogues)."""
     class Watched(saying(way, uniforms)):
         @seconds("prefill")
         def feed(self, n):                                              # the straightforward writer has none
@@ -139,18 +137,25 @@ def timed_rollout(policy, questions, group, way, uniforms):
     # `generate` encodes the images itself
     encode = seconds("prefill")(policy_file.encode_images) if way is Writer else lambda *_: None
     with mock.patch.multiple(policy_file, Writer=Watched, encode_images=encode), seconds("rest"):
-        dialogues = policy_file.rollout(policy, questions, Simulator(), "agentic", group)
+        dialogues = policy_file.rollout(policy, questions, Simulator(), group_size=group, **options)
     return seconds, dialogues
 
 
-class CpuSeconds(dict):
-    """CPU seconds by part: `with seconds("update"):` or `@seconds("update")`. Of nested parts the inner one pays."""
+class Seconds(dict):
+    """Seconds by part: `with seconds("update"):` or `@seconds("update")`. Of nested parts the inner one pays.
+
+    now   the clock: this process's CPU time, unless another is given
+    """
+
+    def __init__(self, now=time.process_time):
+        super().__init__()
+        self.now = now
 
     @contextlib.contextmanager
     def __call__(self, part):
-        start, before = time.process_time(), sum(self.values())
+        start, before = self.now(), sum(self.values())
         yield
-        self[part] = self.get(part, 0.0) + time.process_time() - start - (sum(self.values()) - before)
+        self[part] = self.get(part, 0.0) + self.now() - start - (sum(self.values()) - before)
 
 
 # ---------------------------------------------------------------- bench.py grpo
@@ -241,7 +246,7 @@ def grpo_against_trl(trl_step, name, questions, group, args):
     ours, norms, last, alone = [], [], [], World(0, 1, 0, torch.device("cpu"))
 
     def our_step():
-        seconds = CpuSeconds()
+        seconds = Seconds()
         with mock.patch.object(policy_file, "Writer", writer), seconds("sample"):
             last[:] = train_rl.dialogues(policy, asked, Still(view), mode, flags, group, 1.0)
         with seconds("score"):
@@ -259,7 +264,7 @@ def grpo_against_trl(trl_step, name, questions, group, args):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         theirs, norms_trl, said = trl_step.steps(
             policy, asked, mode, group, 256 if tool else length, view, scripts,
-            1 + (1 if args.quick else args.repeats), CpuSeconds, our_step, folder)
+            1 + (1 if args.quick else args.repeats), Seconds, our_step, folder)
     ends = [len(t.ids) if tool else t.loss_mask.index(1) for t in last]         # all that is said, or the prompt
     same = [ids[:end] for ids, end in zip(said, ends)] == [t.ids[:end] for t, end in zip(last, ends)]
     return {"ours": ours[1:], "theirs": theirs[1:], "same": same, "norm": norms[-1], "norm_trl": norms_trl[-1],

@@ -12,7 +12,7 @@ import policy as policy_file
 from lib import budget
 from lib.geometry import Query
 from policy import Policy, collate, rollout, token_logprobs
-from tests import naive, policy_speed
+from tests import gpu_speed, naive, policy_speed, wm_speed
 from world_model import WorldModel
 
 GUIDED = {"text_scale": 3.0, "image_scale": 2.0}
@@ -46,7 +46,7 @@ def queries():
 def test_the_fast_sampler_equals_the_straightforward_one(departures, changes):
     """A mixed batch in one call, against each query alone, branch by branch."""
     model = lively(**departures)
-    with bench.latents_of(model) as fast:
+    with wm_speed.latents_of(model) as fast:
         views = model.imagine(queries(), **changes)
     for query, view in zip(queries(), views):
         latent = naive.latent(model, query, **changes)
@@ -64,7 +64,7 @@ def test_bench_wm_ends_with_one_line_of_json(capsys):
 
 def test_counted_arithmetic_is_what_the_straightforward_way_does():
     """It does a little more: queries and MLP of the last layer for tokens whose result nobody reads."""
-    model, (query,) = bench.middle(64, layers=4), bench.pair_queries(1, 64)
+    model, (query,) = wm_speed.middle(64, layers=4), wm_speed.pair_queries(1, 64)
 
     def attention(query, key, *_, **__):
         return 4 * query[0] * query[1] * query[2] * key[2] * query[3]
@@ -72,7 +72,7 @@ def test_counted_arithmetic_is_what_the_straightforward_way_does():
     with FlopCounterMode(display=False, custom_mapping={
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}) as counter:
         naive.imagine(model, [query], steps=3, text_scale=4.0, image_scale=2.0)
-    assert 1.0 < counter.get_total_flops() / bench.work_of(model, query, steps=3) < 1.2
+    assert 1.0 < counter.get_total_flops() / wm_speed.work_of(model, query, steps=3) < 1.2
 
 
 # ---------------------------------------------------------------- the policy
@@ -133,3 +133,28 @@ def test_bench_memory_counts_the_published_models(capsys):
     features = (4 / 8 + 3) * 128 * 256 * 4 * 4096 * 2 / 1e9         # 128 dialogues, 256 tokens, 4 levels, 4096 wide, bf16
     assert result["train_rl_update_gb_8"] - result["train_rl_update_gb_64"] == pytest.approx(features * 7 / 8, abs=2e-3)
     assert line_of(capsys, "memory", "--preset", "tiny")["train_rl_update_gb_1"] < 1
+
+
+# ---------------------------------------------------------------- the published shapes, here on tiny models
+
+def counted(step):
+    """FLOP of matrix products and attention that torch counts in `step()`."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["train_wm", "train_rl"])
+def test_the_work_of_an_update_is_what_torch_counts(name, capsys, monkeypatch):
+    """Beside it: padding and masked attention more; less where nothing below a layer needs a gradient."""
+    monkeypatch.setattr(gpu_speed, "timed", lambda step, *_: (counted(step), 0.0))
+    monkeypatch.setattr(gpu_speed, "best_matmul_rate", lambda *_: 1e12)
+    result = line_of(capsys, name)
+    done = result["seconds_off"] / (result["tflop"] * 1e12)
+    assert 0.9 < done < 1.35
+    assert result["seconds_on"] > 1.2 * result["seconds_off"]               # checkpointing: forward once more
+
+
+def test_decoding_is_measured_against_the_memorys_bound():
+    result = gpu_speed.decoding(Policy.tiny(), questions=2, group=2, length=6, side=32, repeats=1)
+    assert 0 < result["share_of_bandwidth_bound"] < 1 and result["speedup"] > 0
