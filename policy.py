@@ -14,6 +14,7 @@ import json
 import math
 import re
 from functools import lru_cache, partial
+from inspect import signature
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -53,6 +54,8 @@ class Policy:
     """
 
     def __init__(self, model, tokenizer, images):
+        if "mm_encoder_outputs" not in signature(model.model.forward).parameters:       # it would not see its images
+            fail("This version of transformers cannot take images that are encoded already: install 5.23 or later.")
         self.model, self.tokenizer, self.images = model, tokenizer, images
         self.vision = model.model.visual
         model.model.language_model.set_attn_implementation("shared_attention")
@@ -471,7 +474,7 @@ def parse_args(argv=None):
     p.add_argument("--max-new-tokens", type=int, help="per turn (default: 4096, of a tiny policy 256)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="out/ask", help="imagined views and the dialogue are saved here")
-    return at_least(p, p.parse_args(argv), [("max_new_tokens", 1)])
+    return at_least(p, p.parse_args(argv), [("max_new_tokens", 1), ("temperature", 0)])
 
 
 def main(argv=None):

@@ -127,8 +127,10 @@ def parse_args(argv=None):
     p.add_argument("--threads", type=int, help="CPU threads per process")
     world2vlm = first.parse_known_args(argv)[0].task == "world2vlm"
     presets = {size: flags | (WORLD2VLM[size] if world2vlm else {}) for size, flags in PRESETS.items()}
-    args = common.parse_with_preset(p, presets, argv, [("group", 2), *((key, 1) for key in (
-        "steps", "questions", "direct", "minibatches", "max_new_tokens", "rows", "micro_batch_tokens", "save_every"))])
+    args = common.parse_with_preset(p, presets, argv, [("group", 2), ("lr_floor", 0, 1), *((key, 1) for key in (
+        "steps", "questions", "direct", "minibatches", "max_new_tokens", "rows", "micro_batch_tokens", "save_every",
+        "threads")), *((key, 0) for key in ("temperature", "lr", "warmup", "clip_high", "max_grad_norm", "kl",
+                                            "eval_every", "eval_questions"))])
     if args.temperature <= 0:
         p.error("--temperature 0: the rollouts of a group would all be equal, and nothing would be learned")
     for key, value in TINY_LENGTH[args.phase].items():
@@ -404,8 +406,10 @@ def load_questions(file, args):
 
 
 def prepared(policy, args, world):
-    """The policy to train, of fp32 weights: vision tower frozen (paper), sharded over the ranks if there are several."""
+    """The policy to train, of fp32 weights, sharded over the ranks; its vision tower is frozen (paper), bf16 on a GPU."""
     policy.vision.requires_grad_(False)
+    if world.device.type == "cuda":
+        policy.vision.to(torch.bfloat16)
     if args.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable()
     common.shard(policy.model, policy.model.model.language_model.layers, world, ignored=policy.vision.parameters())

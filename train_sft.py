@@ -127,8 +127,9 @@ def parse_args(argv=None):
     p.add_argument("--save-every", type=int, help="steps between checkpoints")
     p.add_argument("--threads", type=int, help="CPU threads")
     args = common.parse_with_preset(p, PRESETS, argv, [*((key, 1) for key in (
-        "steps", "batch", "micro_batch", "save_every")), *((key, 0) for key in (
-            "warmup", "lambda_inv", "lambda_fwd", "lora", "dropout", "eval_questions", "see_steps"))])
+        "steps", "batch", "micro_batch", "save_every", "threads")), ("lr_floor", 0, 1), *((key, 0) for key in (
+            "warmup", "lr", "weight_decay", "lambda_inv", "lambda_fwd", "lora", "dropout", "eval_questions",
+            "see_steps"))])
     if args.dropout is not None and args.dropout >= 1:
         p.error(f"--dropout {args.dropout}: must be below 1")
     if args.preset == "astra" and args.task == "cold":

@@ -43,13 +43,13 @@ from world_model import WorldModel, clean
 
 PRESETS = {
     # Many small updates: 500 of 28 targets reached `nearest` .7 to .8, 250 of 55, the same 14,000 targets, .3.
-    "tiny": dict(data="out/data", out="out/wm", init=None, steps=2000, contexts=4, targets=8, micro_contexts=4, lr=2e-3,
+    "tiny": dict(data=["out/data"], out="out/wm", init=None, steps=2000, contexts=4, targets=8, micro_contexts=4, lr=2e-3,
                  floor=0.03, warmup=60, weight_decay=0.01, shift=4.5, drop_text=0.0, drop_vit=0.0, drop_vae=0.0,
                  warp_weight=0.5, augment=True, latents=None, recompute=False, images_in_memory=None, look_every=250,
                  look_contexts=16, save_every=250, eps=1e-8),
     # The paper gives model and data. AdamW with its lr, warm-up, shift and dropout are BAGEL's for fine-tuning and
     # editing; the rest is ours: 64 targets an update, so that 17,000 updates are two epochs of the paper's 544,197.
-    "astra": dict(data="data/scans", out="out/wm-astra", init="ByteDance-Seed/BAGEL-7B-MoT", steps=17_000, contexts=8,
+    "astra": dict(data=["data/scans"], out="out/wm-astra", init="ByteDance-Seed/BAGEL-7B-MoT", steps=17_000, contexts=8,
                   targets=8, micro_contexts=1, lr=2e-5, floor=1.0, warmup=500, weight_decay=0.0, shift=4.0,
                   drop_text=0.1, drop_vit=0.3, drop_vae=0.3, warp_weight=0.0, augment=False, latents="data/latents",
                   recompute=True, images_in_memory=200, look_every=1_000, look_contexts=2, save_every=500,
@@ -308,18 +308,21 @@ def look(model, contexts, read):
     nearest   share of views nearest to the true view of their own motion, among those of the same context
     mse       mean squared error to the true view, pictures in [-1, 1]
     """
+    def shown(path):
+        return on_white(read(path))
+
     rows = [row for group in contexts for row in group]
-    queries = [Query([read(path) for path in row["context"]], row["reference"],
+    queries = [Query([shown(path) for path in row["context"]], row["reference"],
                      instruction(Motion(**row["motion"]), row["reference"]), seed) for seed, row in enumerate(rows)]
     views = iter(model.imagine(queries))
     hits, errors, sheet = [], [], []
     for group in contexts:
-        true = [resize(read(row["target"]), model.settings.vae_limits) for row in group]
+        true = [resize(shown(row["target"]), model.settings.vae_limits) for row in group]
         made = [next(views) for _ in group]
         distance = np.array([[np.square((a / 127.5) - (b / 127.5)).mean() for b in true] for a in made])
         hits += (distance.argmin(1) == np.arange(len(group))).tolist()
         errors += np.diag(distance).tolist()
-        sheet += [([read(path) for path in row["context"]],
+        sheet += [([shown(path) for path in row["context"]],
                    f"Image-{row['reference']}: {phrase(Motion(**row['motion']))}", a, b)
                   for row, a, b in zip(group, made, true)]
     return {"nearest": float(np.mean(hits)), "mse": float(np.mean(errors))}, sheet
@@ -343,14 +346,16 @@ def draw_sheet(path, sheet, side=96):
 
 @contextlib.contextmanager
 def averaged(parameters, average):
-    """Inside, the model's weights are their moving average."""
+    """Inside, the model's weights are their moving average, and nothing has a gradient."""
     kept = [p.detach().clone() for p in parameters]
     with torch.no_grad():
         for p, mean in zip(parameters, average):
             p.copy_(mean)
-        yield
-        for p, own in zip(parameters, kept):
-            p.copy_(own)
+        try:
+            yield
+        finally:
+            for p, own in zip(parameters, kept):
+                p.copy_(own)
 
 
 # ---------------------------------------------------------------- the run
@@ -358,7 +363,7 @@ def averaged(parameters, average):
 def parse_args(argv=None):
     """The command line's flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", help="folder with triples_{train,val}.jsonl")
+    p.add_argument("--data", nargs="+", help="folders with triples_{train,val}.jsonl, one for each dataset of scans")
     p.add_argument("--out", help="folder of the run and of the finished model")
     p.add_argument("--init", help="model to start from, a folder or Hugging Face id; tiny: random weights")
     p.add_argument("--size", type=int, default=32, help="side of the views without --init, pixels; a multiple of 16")
@@ -398,9 +403,13 @@ def parse_args(argv=None):
     p.add_argument("--threads", type=int, default=1, help="CPU threads per process; small models gain little from more")
     args = common.parse_with_preset(p, PRESETS, argv, [(key, 1) for key in (
         "size", "steps", "contexts", "targets", "micro_contexts", "pose_every", "look_every", "look_contexts",
-        "save_every")])
+        "save_every", "threads")] + [(key, 0) for key in (
+            "lr", "eps", "clip", "warmup", "weight_decay", "lora", "seen_weight", "warp_weight", "pose_weight")] + [
+        (key, 0, 1) for key in ("floor", "ema", "drop_text", "drop_vit", "drop_vae")] + [("shift", 1e-3)])
     if args.size % 16:
         p.error(f"--size {args.size} is not a multiple of 16, the ViT's patch")
+    if not args.pose_times[0] < args.pose_times[1]:
+        p.error(f"--pose-times {args.pose_times[0]} {args.pose_times[1]}: the first must be below the second")
     if args.lora and not args.init:
         p.error("--lora trains adapters beside a model's weights: give --init. A random model has none worth keeping")
     return args
@@ -408,19 +417,20 @@ def parse_args(argv=None):
 
 def load_data(args, world):
     """(training contexts, held-out contexts); rank 0 makes the rooms when the tiny preset misses them."""
-    if args.preset == "tiny" and common.is_main() and not (Path(args.data) / "triples_train.jsonl").exists():
+    first = Path(args.data[0])
+    if args.preset == "tiny" and common.is_main() and not (first / "triples_train.jsonl").exists():
         from data import ensure                         # it reaches for all kinds of data, which training does not
-        ensure(args.data, ["triples"])
+        ensure(first, ["triples"])
     common.wait_for_all()
     splits = []
     for split in ("train", "val"):
-        path = Path(args.data) / f"triples_{split}.jsonl"
-        rows = load_jsonl(path)
+        rows = [row for folder in args.data for row in load_jsonl(Path(folder) / f"triples_{split}.jsonl")]
         if not rows:
-            common.fail(f"{path} holds no triples. Of a few scans none may fall to {path.stem.split('_')[-1]}: name "
-                        f"them in a file, `python data.py triples --dataset ... --val FILE`.")
-        if lacks := {"context", "reference", "motion", "target", "warp"} - rows[0].keys():
-            common.fail(f"The rows of {path} lack {', '.join(sorted(lacks))}; data.py says what a triple holds.")
+            common.fail(f"triples_{split}.jsonl in {', '.join(args.data)}: no triples. Of a few scans none may fall to "
+                        f"{split}: name them in a file, `python data.py triples --dataset ... --{split} FILE`.")
+        if lacks := {"context", "reference", "motion", "target", "warp"} - set.intersection(*map(set, rows)):
+            common.fail(f"Rows of triples_{split}.jsonl in {', '.join(args.data)} lack {', '.join(sorted(lacks))}; "
+                        f"data.py says what a triple holds.")
         splits.append(contexts_of(rows, args.targets))
     if args.contexts % world.size:
         common.fail(f"--contexts {args.contexts} cannot be shared evenly by {world.size} processes: take a multiple.")

@@ -209,6 +209,7 @@ def shard(model, blocks, world, ignored=()):
 @contextlib.contextmanager
 def gathered(model):
     """Hold the whole model on every rank, for rollouts: ranks may then run different numbers of forward passes."""
+    wait_for_all()                              # with PATIENCE; groups across machines have NCCL's ten minutes
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -263,13 +264,18 @@ def write_json(path, value):
 
 @contextlib.contextmanager
 def disk(path):
-    """Turn a full disk into a sentence. safetensors reports it as its own error, so the text counts, not the class."""
+    """Turn a full disk, or a place that cannot be written, into a sentence.
+
+    safetensors reports a full disk as its own error, so the text counts, not the class.
+    """
     try:
         yield
     except Exception as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             fail(f"The disk is full: {path} could not be written. What was saved before is untouched; free some space "
                  f"and run the same command again, it continues.")
+        if isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)):
+            fail(f"{error.filename}: {error.strerror}. Name another file or folder.")
         raise
 
 
@@ -339,7 +345,7 @@ def readable(value):
 def parse_with_preset(parser, presets, argv=None, least=()):
     """Parse flags whose defaults come from `--preset`: a preset is a dict {flag: default}; what the user types wins.
 
-    least   (flag, smallest value) pairs
+    least   as in `at_least`
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for p in (first, parser):
@@ -354,10 +360,12 @@ def parse_with_preset(parser, presets, argv=None, least=()):
 
 
 def at_least(parser, args, least):
-    """The parsed flags, if none of them is below its smallest value: (flag, smallest value) pairs."""
-    for key, low in least:
-        if getattr(args, key) is not None and getattr(args, key) < low:
-            parser.error(f"--{key.replace('_', '-')} {getattr(args, key)}: must be {low} or more")
+    """The parsed flags, if none of them is out of bounds: (flag, smallest value) or (flag, smallest, largest)."""
+    for key, low, *high in least:
+        value = getattr(args, key)
+        if value is not None and not (low <= value <= (high[0] if high else math.inf)):                 # nan fails too
+            parser.error(f"--{key.replace('_', '-')} {value}: must be {low} or more" +
+                         (f", and {high[0]} at most" if high else ""))
     return args
 
 
@@ -372,12 +380,13 @@ def begin(title, args, neutral=(), needs=()):
     say(f"{title}: {args.preset} preset on {device}" + (f" x {processes}" if processes > 1 else "") +
         ("" if args.preset == "astra" else "; the paper's run is --preset astra"))
     out, flags = Path(args.out), {key: value for key, value in vars(args).items() if key not in neutral}
-    done = json.loads((out / "done.json").read_text()) if (out / "done.json").exists() else None
-    if done or (out / "training").exists():
+    done = None
+    if (out / "done.json").exists() or (out / "training").exists():
         try:
+            done = json.loads((out / "done.json").read_text()) if (out / "done.json").exists() else None
             before = json.loads((out / "args.json").read_text())
         except (OSError, json.JSONDecodeError):
-            fail(f"{out} holds a run whose args.json cannot be read. Remove {out} or give another --out.")
+            fail(f"{out} holds a run whose args.json or done.json cannot be read. Remove {out} or give another --out.")
         changed = [f"--{key.replace('_', '-')} {before[key]} (now {value})" for key, value in flags.items()
                    if before.get(key, value) != value]                  # a flag that is new since then changed nothing
         if changed:

@@ -87,4 +87,4 @@ class Branch(NamedTuple):
         rows, heads, n, d = q.shape
         y = F.scaled_dot_product_attention(q.reshape(rows, k.shape[1], -1, d), keys[:, :, self.seen],
                                            values[:, :, self.seen], self.mask)
-        return y.view(rows, heads, n, d)
+        return y.reshape(rows, heads, n, d)             # with a mask, some kernels lay y out in another order

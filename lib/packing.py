@@ -88,7 +88,13 @@ def flex_attention_for(queries, keys, compiled=True):
 
 @functools.cache
 def compiled_once(function):
-    """torch.compile of a function, once per process, for any length."""
+    """torch.compile of a function, once per process, for any length.
+
+    Each kind of call (one row or several, with a gradient or without, ...) is compiled for itself, seven or eight in
+    all. Beyond dynamo's own limit, 8, a call would fall back, unsaid, to scores that fill the memory: here it fails.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(function, dynamic=True)
 
 

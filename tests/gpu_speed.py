@@ -210,8 +210,8 @@ def decoding(policy, questions, group, length, side, repeats):
 def picture_questions(count, side):
     """Questions about two pictures of noise."""
     pictures = np.random.default_rng(0).integers(0, 256, (count, 2, side, side, 3), dtype=np.uint8)
-    return [{"id": f"q{q}", "question": f"Start from Image-1 and turn left {5 * q + 5} degrees. Then which object looks "
-             "largest?", "options": ["A. red", "B. green", "C. blue", "D. white"], "answer": "A", "images": list(pair)}
+    return [{"id": f"q{q}", "question": f"Start from Image-1 and turn left {5 * q + 5} degrees. Then which object "
+             "looks largest?", "options": ["A. red", "B. green", "C. blue", "D. white"], "answer": "A", "images": list(pair)}
             for q, pair in enumerate(pictures)]
 
 
@@ -247,9 +247,10 @@ def train_wm(args):
 
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     rate = best_matmul_rate(network.config, 8192, world.device.type, dtype)
-    print(f"{args.layers} layers, {len(groups)} context(s) of {views} views with {flags.targets} targets, {side} x {side}: "
-          f"{tokens:,} tokens; best matmul {rate / 1e12:.2f} TFLOP/s")
-    training_table("train_wm", step, lambda on: setattr(network, "recompute", on), tokens, flops, rate, args, world.device)
+    print(f"{args.layers} layers, {len(groups)} context(s) of {views} views with {flags.targets} targets, {side} x "
+          f"{side}: {tokens:,} tokens; best matmul {rate / 1e12:.2f} TFLOP/s")
+    training_table("train_wm", step, lambda on: setattr(network, "recompute", on), tokens, flops, rate, args,
+                   world.device)
 
 
 def noise_triples(contexts, views, targets, side):

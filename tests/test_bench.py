@@ -55,6 +55,17 @@ def test_the_fast_sampler_equals_the_straightforward_one(departures, changes):
         assert view.shape == other.shape and np.abs(view.astype(int) - other).max() <= 1
 
 
+def test_attention_may_come_in_any_layout(monkeypatch):
+    """Kernels that take a mask lay their result out as (rows, tokens, heads, width), which a CPU never does."""
+    usual, expected = torch.nn.functional.scaled_dot_product_attention, lively().imagine(queries(), **GUIDED)
+
+    def in_another_layout(*arguments, **options):
+        return usual(*arguments, **options).transpose(1, 2).contiguous().transpose(1, 2)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", in_another_layout)
+    for view, other in zip(expected, lively().imagine(queries(), **GUIDED), strict=True):
+        assert np.array_equal(view, other)
+
+
 def test_bench_wm_ends_with_one_line_of_json(capsys):
     bench.main(["wm", "--quick", "--threads", "1"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +204,33 @@ def test_times_are_shifted_towards_noise(rooms):
 
 
 # ---------------------------------------------------------------- whole runs
+
+@pytest.mark.parametrize("flag, value", [("--ema", "2"), ("--drop-text", "-0.1"), ("--lr", "nan"), ("--shift", "0"),
+                                         ("--threads", "0"), ("--pose-times", "0.9 0.1")])
+def test_impossible_flags_are_refused_by_name(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        train_wm.parse_args([flag, *value.split()])
+    assert f"{flag} {value}" in capsys.readouterr().err
+
+
+def test_several_folders_are_trained_together(rooms, tmp_path):
+    """As the paper's five datasets of scans are: every context of each, with its own pictures."""
+    shutil.copytree(rooms, tmp_path / "more")
+    alone, both = ([group for split in train_wm.load_data(
+        train_wm.parse_args(["--data", *map(str, folders), "--look-contexts", "100"]), common.World(0, 1, 0, None))
+        for group in split] for folders in ([rooms], [rooms, tmp_path / "more"]))
+    assert len(both) == 2 * len(alone)
+    assert {Path(group[0]["context"][0]).is_relative_to(tmp_path / "more") for group in both} == {True, False}
+
+
+def test_held_out_pictures_may_have_an_alpha_channel(rooms):
+    """Training puts them on white; so does the look at held-out views."""
+    def clear(path):
+        image = train_wm.read_image(path)[..., :3]
+        return np.concatenate([image, np.full_like(image[..., :1], 255)], -1)
+    model, groups = WorldModel.tiny(0), contexts(rooms)[:1]
+    assert train_wm.look(model, groups, clear)[0] == train_wm.look(model, groups, train_wm.read_image)[0]
+
 
 def test_resumed_run_equals_unbroken_run(rooms, tmp_path, monkeypatch):
     train_wm.main(flags(rooms, tmp_path / "whole"))
