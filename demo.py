@@ -136,7 +136,7 @@ def durations(out, seconds):
 
 def collect(out, seconds):
     """The stages' results as one dictionary, for results.json."""
-    from evaluate import paired_bootstrap                       # late: it loads the models' libraries
+    from lib.scores import paired_bootstrap                     # late: it loads the models' libraries
     read = {name: json.loads((out / "eval" / name / "results.json").read_text()) for name in ("rooms", "direct", "wm")}
     done = {stage.name: json.loads((out / stage.folder / "done.json").read_text()) for stage in STAGES
             if (out / stage.folder / "done.json").exists()}

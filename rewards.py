@@ -9,7 +9,7 @@ Astra rewards rollout i of question g in two phases (the weights are the paper's
 
   e          exact match of the answer, 0 or 1
   f          format: every turn can be read, every call be obeyed, and the episode ends in an answer, 0 or 1
-  n_tool     valid simulator calls; c = 1 means that the first call earns the bonus and further ones nothing
+  n_tool     valid simulator calls, whether or not a server then fails; c = 1: the first earns the bonus, others nothing
   D_i        tool-induced gain: what imagining changed against answering the same question directly
 
 Ours, where the paper is silent: e_g^direct is the mean exact match of a few no-tool rollouts of the same question by

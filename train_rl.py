@@ -1,5 +1,5 @@
 """
-Reinforcement learning of the policy with the simulator in the loop: GRPO in two phases (Astra Sec. 4).
+Reinforcement learning of the policy with the simulator in the loop: GRPO in two phases (the paper's Astra-VL).
 
   sample, imagine   G rollouts per question: think -> imagine -> look -> ... -> answer; phase 2: also K without the tool
   score             the reward of the phase, rewards.py
@@ -41,16 +41,17 @@ from torch.nn import functional as F
 import rewards
 from lib import checkpoints, common, simulators
 from lib.common import total
+from lib.dialogue import Trajectory
 from lib.endpoint import RemoteError
 from lib.rl_log import by_need, by_task, draw_curves, rollout_totals
 from lib.rows import load_jsonl
-from policy import Policy, Trajectory, collate, prompt_of, rollout, token_logprobs
+from policy import Policy, collate, prompt_of, rollout, token_logprobs
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28         # paper: Clip-Higher
 MAX_ROUNDS, MAX_TURNS = 3, 10           # paper: tool rounds and assistant turns
 BETAS = (0.9, 0.99)                     # of AdamW; no weight decay
 SAVED_DIALOGUES = 4                     # per evaluation
-LEAST = 0.02                            # --curriculum variance: added to that of a question's rewards, 0 to 0.6
+LEAST = 0.02                            # --curriculum variance: beside that of a question's rewards, 0 to about 0.6
 PRESETS = {
     "tiny": dict(questions=16, group=8, minibatches=2, lr=6e-5, warmup=2, lr_floor=0.1, kl=0.0,
                  max_new_tokens=64, eval_questions=200, rows=64, micro_batch_tokens=4096, save_every=6),
@@ -325,8 +326,7 @@ def accumulate_gradient(policy, rows, filler, args):
 def update(policy, optimizer, minibatches, filler, step, args):
     """One optimiser step per minibatch that has something to teach -> {key of LOG: value}."""
     rate = args.lr * common.cosine(step, args.steps, args.warmup, args.lr_floor)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    common.set_rate(optimizer, rate)
     sums, norms = [], []
     for minibatch in minibatches:
         sums.append(accumulate_gradient(policy, minibatch, filler, args))
@@ -400,13 +400,15 @@ def load_questions(file, args):
     questions = [q for q in load_jsonl(file) if (q.get("bench") == "world2vlm") == (args.task == "world2vlm")]
     if not questions:
         common.fail(f"{file} has no question for --task {args.task}.")
+    if lacks := {"question", "images", "options", "answer"} - set.intersection(*map(set, questions)):
+        common.fail(f"Questions of {file} lack {', '.join(sorted(lacks))}; data.py says what a question holds.")
     if args.simulator in simulators.NEEDS_ROOM and not all(q.get("scene") for q in questions):
         common.fail(f"--simulator {args.simulator} works in rooms only: {file} has questions without a scene.")
     return questions
 
 
 def prepared(policy, args, world):
-    """The policy to train, of fp32 weights, sharded over the ranks; its vision tower is frozen (paper), bf16 on a GPU."""
+    """The policy to train, of fp32 weights, sharded; its vision tower is frozen (paper), and in bf16 on a GPU."""
     policy.vision.requires_grad_(False)
     if world.device.type == "cuda":
         policy.vision.to(torch.bfloat16)
@@ -517,11 +519,8 @@ def main(argv=None):
             log.write(step, **means, **learned, seconds=dict(seconds), **held)
             bar.set_postfix({key: f"{means[key]:.2f}" for key in ("reward", "match", "call_rate")})
             del sampled, direct, rows, minibatches              # and their images, before the next ones come
-            stopping = stop.requested()
-            if stopping or (step + 1) % args.save_every == 0:
-                checkpoints.save_state(out / "training", step + 1, tensors, {"clock": clock.read(), "spread": spread})
-            if stopping:
-                stop.leave(step + 1)
+            stop.save_or_leave(step + 1, args, lambda: checkpoints.save_state(
+                out / "training", step + 1, tensors, {"clock": clock.read(), "spread": spread}))
 
     if args.eval_every:
         log.write(args.steps, eval=evaluate(policy, held_out, simulator, args, world, out / "dialogues" / "end"))

@@ -21,7 +21,7 @@ then it is frozen, as in the paper, and the language model learns from scripted 
 
 There are as many tool scripts (slips included) as direct ones, all about questions that name a motion. But whether to
 call is a choice that reinforcement learning is to find: where both are open the first word of a tool script counts
-little (DECISION), so that the cold start ends with few calls, and slips leave some of those invalid. Tokens that name
+less (DECISION), so that the cold start ends with few calls, and slips leave some of those invalid. Tokens that name
 what is asked (NAMED) or carry a fact (FACT) count more. The answer is the option's words: to turn a word into its
 letter is one more look-up that a small transformer does not learn in minutes.
 
@@ -31,9 +31,9 @@ World2VLM (arXiv 2604.26934, its first stage). A policy that sees learns from qu
   loss = lambda_inv L_inv + lambda_fwd L_fwd,     L = sum_i w_i (-log p(y_i | x_i)) / sum_i w_i
 
 over the questions i of a direction (inverse: A1 A2 A3 D3; forward: the others) in one update; y_i is all that the
-policy writes, w_i what the teacher's picture is worth. The paper says nothing of w and gives no lambdas; its code mixes
+policy writes, w_i what the teacher's picture is worth. Its paper says nothing of w and gives no lambdas; its code mixes
 both directions, which is 1 and 1 but for the number of questions and tokens of each. The published policy is a
-Qwen2.5-VL-7B, ours a Qwen3-VL: the protocol and Astra's runs are of that family. At true size, LoRA as in the paper.
+Qwen2.5-VL-7B, ours a Qwen3-VL: the protocol and Astra's runs are of that family. At true size, LoRA as in World2VLM's.
 
 A tiny policy has never compared two pictures. Turns alone teach that in minutes; of all tasks at once it has learned
 only formats by then. So three runs, each with --start from the one before: --tasks A2 (400 steps), --tasks A1 A2 (500),
@@ -54,7 +54,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from data import ensure
 from lib import checkpoints, common
 from lib.dialogue import Trajectory
 from lib.lora import QWEN_LAYERS, add_lora, merged
@@ -155,7 +154,7 @@ class Lesson:
         self.question, self.shows, self.command = question, question["shows"], question["command"]
         self.images = [load_image(path) for path in question["images"]]
         self.view = soften(load_image(question["view"]), np.random.default_rng(question["scene"]["room"]))
-        self.features = {}                            # of the frozen tower, by (number, image)
+        self.features = {}                            # of the frozen tower, by (number, id of the image)
 
 
 def soften(image, rng):
@@ -186,8 +185,7 @@ def teach_to_see(policy, lessons, args):
     optimizer = torch.optim.AdamW([*tower.parameters(), *facts.parameters(), *number.parameters()], lr=2e-3,
                                   betas=(0.9, 0.95), weight_decay=0.01)
     for step in (bar := common.progress(args.see_steps, 0, "learning to see")):
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * common.cosine(step, args.see_steps, 20, 0.05)
+        common.set_rate(optimizer, 2e-3 * common.cosine(step, args.see_steps, 20, 0.05))
         rng = np.random.default_rng(common.stable_seed(args.seed, "see", step))
         drawn = [pictures[i] for i in rng.integers(len(pictures), size=batch)]
         numbers = np.where(rng.random(batch) < 0.8, rng.integers(1, 6, batch), rng.integers(1, 10, batch))
@@ -413,6 +411,7 @@ def main(argv=None):
         common.fail(f"--batch {args.batch} cannot be shared evenly by {world.size} processes; take a multiple of it.")
     if args.task == "cold":
         if common.is_main():
+            from data import ensure                     # it reaches for all kinds of data, which training does not
             ensure(args.data, ["questions", "mindcube"])
         common.wait_for_all()
         lessons, asked = [Lesson(question) for question in load_jsonl(train)], []
@@ -450,8 +449,7 @@ def main(argv=None):
         for step in (bar := common.progress(args.steps, first, f"sft, {args.lessons or args.task}")):
             held = {"eval": held_out(policy, asked, args, world)} if asked and step == 0 else {}
             rate = args.lr * common.cosine(step, args.steps, args.warmup, args.lr_floor)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            common.set_rate(optimizer, rate)
             if args.lora:
                 torch.manual_seed(common.stable_seed(args.seed, "dropout", step, world.rank))
             batches, total = batches_of_step(args, step, world)
@@ -470,11 +468,8 @@ def main(argv=None):
             means = common.global_means(sums)
             log.write(step, **means, grad_norm=norm, lr=rate, **held)
             bar.set_postfix({key: f"{value:.2f}" for key, value in means.items()})
-            stopping = stop.requested()
-            if stopping or (step + 1) % args.save_every == 0:
-                checkpoints.save_state(out / "training", step + 1, tensors, {"clock": clock.read()})
-            if stopping:
-                stop.leave(step + 1)
+            stop.save_or_leave(step + 1, args, lambda: checkpoints.save_state(out / "training", step + 1, tensors,
+                                                                              {"clock": clock.read()}))
 
     if asked:
         log.write(args.steps, eval=held_out(policy, asked, args, world))

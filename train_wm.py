@@ -1,5 +1,5 @@
 """
-Train the world simulator: context views + a camera motion in words -> the view from there (paper §3.2).
+Train the world simulator: context views + a camera motion in words -> the view from there (the paper's Astra-WM).
 
   laptop       python train_wm.py                              # tiny preset: minutes on one core -> out/wm
   8 GPUs       torchrun --standalone --nproc_per_node 8 train_wm.py --preset astra --data data/scans --out out/wm-astra
@@ -43,19 +43,20 @@ from world_model import WorldModel, clean
 
 PRESETS = {
     # Many small updates: 500 of 28 targets reached `nearest` .7 to .8, 250 of 55, the same 14,000 targets, .3.
-    "tiny": dict(data=["out/data"], out="out/wm", init=None, steps=2000, contexts=4, targets=8, micro_contexts=4, lr=2e-3,
-                 floor=0.03, warmup=60, weight_decay=0.01, shift=4.5, drop_text=0.0, drop_vit=0.0, drop_vae=0.0,
-                 warp_weight=0.5, augment=True, latents=None, recompute=False, images_in_memory=None, look_every=250,
-                 look_contexts=16, save_every=250, eps=1e-8),
+    "tiny": dict(data=["out/data"], out="out/wm", init=None, steps=2000, contexts=4, targets=8, micro_contexts=4,
+                 lr=2e-3, lr_floor=0.03, warmup=60, weight_decay=0.01, shift=4.5, drop_text=0.0, drop_vit=0.0,
+                 drop_vae=0.0, warp_weight=0.5, augment=True, latents=None, gradient_checkpointing=False,
+                 images_in_memory=None, look_every=250, look_contexts=16, save_every=250, eps=1e-8),
     # The paper gives model and data. AdamW with its lr, warm-up, shift and dropout are BAGEL's for fine-tuning and
     # editing; the rest is ours: 64 targets an update, so that 17,000 updates are two epochs of the paper's 544,197.
     "astra": dict(data=["data/scans"], out="out/wm-astra", init="ByteDance-Seed/BAGEL-7B-MoT", steps=17_000, contexts=8,
-                  targets=8, micro_contexts=1, lr=2e-5, floor=1.0, warmup=500, weight_decay=0.0, shift=4.0,
+                  targets=8, micro_contexts=1, lr=2e-5, lr_floor=1.0, warmup=500, weight_decay=0.0, shift=4.0,
                   drop_text=0.1, drop_vit=0.3, drop_vae=0.3, warp_weight=0.0, augment=False, latents="data/latents",
-                  recompute=True, images_in_memory=200, look_every=1_000, look_contexts=2, save_every=500,
+                  gradient_checkpointing=True, images_in_memory=200, look_every=1_000, look_contexts=2, save_every=500,
                   eps=1e-15),
 }
-NEUTRAL = ("threads", "micro_contexts", "recompute", "images_in_memory", "save_every", "look_every", "look_contexts")
+NEUTRAL = ("threads", "micro_contexts", "gradient_checkpointing", "images_in_memory", "save_every", "look_every",
+           "look_contexts")
 MIRRORED = {"left": "right", "right": "left"}
 COLOURS = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
 
@@ -373,11 +374,11 @@ def parse_args(argv=None):
     p.add_argument("--contexts", type=int, help="contexts per update, all ranks together")
     p.add_argument("--targets", type=int, help="targets that share one reading of their context, at most")
     p.add_argument("--lr", type=float, help="AdamW peak learning rate")
-    p.add_argument("--floor", type=float, help="where the cosine ends, as a share of --lr; 1 = constant")
+    p.add_argument("--lr-floor", type=float, help="share of the peak where the cosine ends; 1: constant")
     p.add_argument("--warmup", type=int, help="steps of linear rise")
     p.add_argument("--weight-decay", type=float)
     p.add_argument("--eps", type=float, help="of AdamW; a gradient of norm 1 has entries of 1e-5 in a model of 14 B")
-    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    p.add_argument("--max-grad-norm", type=float, default=1.0)
     p.add_argument("--ema", type=float, default=0.995, help="decay of the average that is saved; rises from 0.1")
     p.add_argument("--shift", type=float, help="times t = sigmoid(N(0, 1) + ln shift): above 1 towards noise")
     p.add_argument("--drop-text", type=float, help="condition dropout: sentences (what guidance needs)")
@@ -395,17 +396,19 @@ def parse_args(argv=None):
     # speed, memory and what is shown only
     p.add_argument("--micro-contexts", type=int, help="contexts per forward pass and rank")
     p.add_argument("--latents", help="folder for what the autoencoder says of each picture; default for tiny: none")
-    p.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="activation checkpointing of every layer")
+    p.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+                   help="recompute activations of every layer in backward")
     p.add_argument("--images-in-memory", type=int, help="pictures kept decoded; default for tiny: all")
     p.add_argument("--look-every", type=int, help="steps between views.png and `nearest` on held-out rooms")
     p.add_argument("--look-contexts", type=int, help="held-out contexts to look at")
     p.add_argument("--save-every", type=int, help="steps between checkpoints")
     p.add_argument("--threads", type=int, default=1, help="CPU threads per process; small models gain little from more")
-    args = common.parse_with_preset(p, PRESETS, argv, [(key, 1) for key in (
-        "size", "steps", "contexts", "targets", "micro_contexts", "pose_every", "look_every", "look_contexts",
-        "save_every", "threads")] + [(key, 0) for key in (
-            "lr", "eps", "clip", "warmup", "weight_decay", "lora", "seen_weight", "warp_weight", "pose_weight")] + [
-        (key, 0, 1) for key in ("floor", "ema", "drop_text", "drop_vit", "drop_vae")] + [("shift", 1e-3)])
+    args = common.parse_with_preset(p, PRESETS, argv, [
+        *((key, 1) for key in ("size", "steps", "contexts", "targets", "micro_contexts", "pose_every", "look_every",
+                               "look_contexts", "save_every", "threads")),
+        *((key, 0) for key in ("lr", "eps", "max_grad_norm", "warmup", "weight_decay", "lora", "seen_weight",
+                               "warp_weight", "pose_weight")),
+        *((key, 0, 1) for key in ("lr_floor", "ema", "drop_text", "drop_vit", "drop_vae")), ("shift", 1e-3)])
     if args.size % 16:
         p.error(f"--size {args.size} is not a multiple of 16, the ViT's patch")
     if not args.pose_times[0] < args.pose_times[1]:
@@ -449,7 +452,7 @@ def main(argv=None):
 
     def prepare(network):
         """Adapters, recomputation, sharding: of --init before its tensors are read."""
-        network.recompute = args.recompute
+        network.recompute = args.gradient_checkpointing
         adapters = lora.add_lora(network, args.lora, 2 * args.lora, lora.LANGUAGE_LAYERS, args.seed,
                                  world.device) if args.lora else ()
         common.shard(network, network.blocks, world, ignored=adapters)
@@ -477,8 +480,8 @@ def main(argv=None):
     with common.Interrupt() as stop:
         bar = common.progress(args.steps, start, "world model")
         for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * common.cosine(step, args.steps, args.warmup, args.floor)
+            rate = args.lr * common.cosine(step, args.steps, args.warmup, args.lr_floor)
+            common.set_rate(optimizer, rate)
             first, groups = world.rank * share, contexts_of_step(train, step, args.contexts, args.seed)
             with_pose = args.pose_weight > 0 and step % args.pose_every == 0
             batches = [collate(groups[i:min(i + args.micro_contexts, first + share)], model, read, args, step, i,
@@ -491,7 +494,7 @@ def main(argv=None):
                 metrics = {key: metrics.get(key, 0) + value.detach() for key, value in parts.items()}
             metrics = {key: common.global_sum(value).item() / tokens for key, value in metrics.items()}
             common.sum_gradients(parameters)
-            metrics["grad"] = common.clip_gradients(parameters, args.clip)
+            metrics["grad_norm"] = common.clip_gradients(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             decay = min(args.ema, (1 + step) / (10 + step))
@@ -506,13 +509,10 @@ def main(argv=None):
                 metrics |= held
                 common.say(f"step {done}: flow {metrics['loss_flow']:.4f}, held-out views: nearest "
                            f"{held['nearest']:.2f}, mse {held['mse']:.4f}, {clock.read()['cpu_seconds']:.0f} CPU-s")
-            log.write(step, **metrics, lr=optimizer.param_groups[0]["lr"])
+            log.write(step, **metrics, lr=rate)
             bar.set_postfix(flow=f"{metrics['loss_flow']:.4f}")
-            leaving = stop.requested()
-            if leaving or done % args.save_every == 0 or done == args.steps:
-                checkpoints.save_state(training, done, tensors, {"clock": clock.read()})
-            if leaving:
-                stop.leave(done)
+            stop.save_or_leave(done, args, lambda: checkpoints.save_state(training, done, tensors,
+                                                                          {"clock": clock.read()}))
 
     with averaged(parameters, average), common.written_whole(out) as part:
         model.save(part, lora.merged(network))

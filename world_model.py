@@ -36,7 +36,6 @@ from lib.common import at_least, fail, newest, run, say
 from lib.geometry import Query, instruction, read_phrase
 from lib.packing import table_ids
 from lib.pictures import load_image
-from lib.serve import serve
 
 TINY = Settings(prediction="x0", motion_to_target=True, reference_first=True, learned_places=True, latent="pixels",
                 steps=4, shift=1.0, text_scale=1.0, image_scale=1.0)
@@ -124,7 +123,10 @@ def guidance_branches(network, inputs, noise, settings):
 
 
 def read(network, memory, inputs):
-    """Inputs into a memory, neighbouring images in one pass -> (length, next) of the memory before the last text."""
+    """Inputs into a memory, neighbouring images in one pass -> (length, next) of the memory before the last text.
+
+    Of all of it, if an image comes last: guidance by the sentence then does nothing, as in BAGEL.
+    """
     before = memory.length, memory.next
     for is_text, parts in itertools.groupby(inputs, key=lambda part: isinstance(part, Words)):
         parts = list(parts)
@@ -142,8 +144,9 @@ def guided(v, settings):
 
     v   velocities (B, n, C) of the branches: everything; "no sentence"; "no images". With one alone there is none; with
         two, either the image scale is 1 or there is no image and the third equals the first.
-    u = v_T + a (v - v_T),  w = v_I + b (u - v_I);  what is longer than v is shrunk to its length: u, token by token
-    ("text_channel"), w, token by token ("channel"), or w as a whole ("global").
+    u = v_T + a (v - v_T),  w = v_I + b (u - v_I);  what is longer than v is shrunk to its length, though by no more
+    than the factor renorm_min: u, token by token ("text_channel"), w, token by token ("channel"), or w as a whole
+    ("global").
     """
     if len(v) == 1:
         return v[0]
@@ -326,7 +329,8 @@ class WorldModel:
             groups.setdefault(shape, []).append((place, query.seed, images, sentence))
         views = [None] * len(queries)
         for (reference, *shapes), group in groups.items():
-            tokens = sum(height * width for height, width, _ in shapes) / 100      # VAE's and ViT's: one per 111 pixels
+            # a VAE token per 256 pixels and a ViT token per 196 are one per 111; 100 leaves room
+            tokens = sum(height * width for height, width, _ in shapes) / 100
             count = max(1, min(batch, int(MAX_TOKENS / tokens)))
             for start in range(0, len(group), count):
                 places, *rows = zip(*group[start:start + count])
@@ -342,6 +346,8 @@ class WorldModel:
         noise = torch.stack([torch.randn(grid[0] * grid[1], self.network.config.latent_numbers, generator=stream)
                              for stream in streams]).to(self.device)
         x = sample(self.network, [*context, self.texts(sentences)], noise, grid, settings)
+        if not torch.isfinite(x).all():
+            raise ValueError("The view is not made of numbers: the simulator's weights are broken.")
         return to_images(self.autoencoder.decode(unpatchify(x, LATENT_PATCH, *grid)))
 
 
@@ -349,7 +355,7 @@ def initialise(network):
     """Random weights for a network that starts from nothing (BAGEL itself started from Qwen2.5 and SigLIP).
 
     Which picture, which place in it, and which motion must be told apart in the first few hundred steps, or the model
-    learns average rooms only: learned places are drawn at scale 1, words at 0.5 (a language model's usual 0.02 drowns),
+    learns average rooms only: learned places are drawn at scale 1, words and the ViT's places at 0.5 (a language model's usual 0.02 drowns),
     and what the pixels bring is scaled down. What is added to the residual stream starts smaller, llm2vae at zero, and
     each generation expert as a copy of the understanding expert, as in BAGEL.
     """
@@ -406,12 +412,13 @@ def main(argv=None):
         if args.steps is not None:
             model.settings = dataclasses.replace(model.settings, steps=args.steps)
         if args.serve is not None:
+            from lib.serve import serve                 # an HTTP server, which imagining does not need
             return serve(model, args.serve, args.host)
         view = model.imagine([Query(images, args.reference, sentence, args.seed)])[0]
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(view).save(args.out)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{error}") from error
+        fail(str(error))
     print(f"{sentence} -> {args.out} ({view.shape[1]} x {view.shape[0]}, {path})")
 
 

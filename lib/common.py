@@ -178,6 +178,12 @@ def cosine(step, steps, warmup=0, floor=0.0):
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def set_rate(optimizer, rate):
+    """Let every group of an optimiser learn at this rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
 # ---------------------------------------------------------------- sharding
 
 def shard(model, blocks, world, ignored=()):
@@ -504,6 +510,14 @@ class Interrupt:
     def requested(self):
         """True if any rank was asked to stop (a collective: call it once per step on every rank)."""
         return global_sum(float(self.flag)) > 0
+
+    def save_or_leave(self, done, args, save):
+        """After `done` steps: `save()` where --save-every, the last step or Ctrl-C asks for it; after Ctrl-C, leave."""
+        leaving = self.requested()
+        if leaving or done % args.save_every == 0 or done == args.steps:
+            save()
+        if leaving:
+            self.leave(done)
 
     def leave(self, step):
         """Say how to go on, and exit with 130, so that a Makefile stops too."""

@@ -14,7 +14,7 @@ from lib.packing import HIDDEN, Tokens, attention
 
 
 class Memory:
-    """Keys and values of a context that R rows have read: a (R, kv_heads, capacity, d) pair per layer, allocated once.
+    """Keys and values of a context that R rows have read: a (R, kv_heads, capacity + 2 rooms, d) pair per layer.
 
       [ room of n + 2 | context, in the order it was read | room of n + 2 ]
 

@@ -7,7 +7,7 @@ Training reads sequences of mixed sizes in one pass. A sequence is a list of seg
 
 Three numbers per token decide what a query sees, and one its RoPE angle:
 
-  sample    sequences packed beside one another do not see each other
+  sample    samples of one sequence do not see each other
   order     counts text tokens and image segments: text is causal, an image sees all of itself and all before it
   group     0: seen by all that follows; k > 0: seen by group k alone (a noisy target, or a branch with its sentence)
   position  RoPE. A text token and an image segment take one each; a private group does not advance the shared count,

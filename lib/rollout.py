@@ -12,8 +12,12 @@ works on a prefix of the cache and no cache is copied. The cache always lacks th
 gives the distribution of the next one.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
+
+from lib.common import fail
 
 
 class RowCache:
@@ -143,6 +147,8 @@ class Writer:
             slots = torch.tensor([self.filled[d] for d in now])
             logits = self.step(tokens, slots, places)
             sampled = [x.tolist() for x in sample(logits, uniforms[now, step], temperature)]
+            if any(map(math.isnan, sampled[1])):
+                fail("The policy's logits are not numbers: its weights are broken. Take an earlier checkpoint.")
             for row, (d, token, logprob) in reversed(list(enumerate(zip(now, *sampled)))):
                 ids[d].append(token)
                 logprobs[d].append(logprob)
@@ -189,4 +195,5 @@ def sample(logits, uniforms, temperature):
         cumulative = logprobs.exp().double().cumsum(-1)
         aim = uniforms.to(cumulative.device) * cumulative[:, -1]
         tokens = torch.searchsorted(cumulative, aim[:, None], right=True)[:, 0]     # right: never a token of mass zero
+        tokens = tokens.clamp(max=logits.shape[1] - 1)                              # of logits that are not numbers
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]

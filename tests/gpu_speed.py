@@ -241,7 +241,7 @@ def train_wm(args):
     def step():
         parts = wm_stage.losses(network, batch, flags)
         (sum(parts.values()) / len(batch.x0)).backward()
-        common.clip_gradients(network.parameters(), flags.clip)
+        common.clip_gradients(network.parameters(), flags.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
