@@ -32,7 +32,6 @@ import train_wm
 from lib import budget
 from lib.bagel_files import resized
 from lib.common import run
-from lib.rooms import random_room
 from lib.scans import write_folder
 from lib.scenes import read_scene, room_scene
 from lib.triples import Rules, find_triples, write_triples

@@ -22,7 +22,7 @@ Scenes into data: triples that train the world simulator, questions that train a
 A row points at its pictures by paths relative to its JSONL file; files appear whole or not at all; the same seed gives
 the same files, whatever the number of processes; an interrupted run over scans goes on where it was.
 
-Triples (paper §3.2, "spatially grounded training data"): a target view is kept if the context covers at least 85 %
+Triples (the samples of the paper's view consistency tuning): a target view is kept if the context covers at least 85 %
 of it and one motion tells how the camera got there from a context view, its reference. In scans lib/triples.py looks
 for them and verifies each. In rooms the context cameras stand in one of these layouts:
   ring       four views at one spot, each one left turn of 90 degrees further: what a small simulator learns in minutes
@@ -60,8 +60,8 @@ from lib.pictures import load_image, save_image
 from lib.questions import room_questions
 from lib.rendered import make_rendered
 from lib.rooms import EYE, SIZE, TrueRenderer, random_room, render, ring
-from lib.rows import build, load_jsonl, save_jsonl
-from lib.scans import make_depth, make_heldout, make_scans
+from lib.rows import SPLITS, build, load_jsonl, save_jsonl
+from lib.scans import holds_others, make_depth, make_heldout, make_scans
 from lib.scene_depth import DEPTH_MODEL
 from lib.scenes import READERS
 from lib.taught import make_taught
@@ -79,7 +79,7 @@ FINE = [Motion(f"turn {side}", 15.0 * i) for side in ("left", "right") for i in 
     + [Motion(f"move {way}", round(0.1 * i, 1)) for way in ("left", "right", "forward") for i in range(1, 13)]
 # No step back: it shows what no view of the ring saw, and coverage refuses every one.
 TARGETS_PER_ROOM = 8
-MIN_COVERAGE, MIN_METERS, MIN_DEGREES = 0.85, 1.0, 30.0     # paper: of a target; between context cameras (layout apart)
+MIN_COVERAGE, MIN_METERS, MIN_DEGREES, *_ = Rules()         # paper: of a target; between context cameras (layout apart)
 ASKED_AT_ONCE = 16                                    # dialogues: of an 8B policy at most 13 GB of keys and values
 FREE = 1.3                                            # metres around the middle of a room where no furniture stands
 
@@ -250,7 +250,7 @@ def mine(source, out, policy, samples=5, at_most=1, seed=0):
     Out: out/questions_{train,val}.jsonl, one in twenty for validation, each row with "mined"; answers*.jsonl, one
     of each of torchrun's processes, from which an interrupted run goes on. Such a set is for training alone: it was
     chosen by the answers of a model, and a guesser would pass for hard as well; the share that a guesser would keep
-    is printed.
+    is printed. Stops with a sentence if `out` holds questions of another corpus, which it would drop.
     """
     source, out = Path(source), Path(out)
     if "train" not in source.stem:
@@ -259,6 +259,8 @@ def mine(source, out, policy, samples=5, at_most=1, seed=0):
     questions = load_jsonl(source)
     if len({question["id"] for question in questions}) < len(questions):
         fail(f"Some questions of {source} share an id, and one's answers would stand for the other: make ids unique.")
+    if holds_others([out / f"questions_{split}.jsonl" for split in SPLITS], "id", {row["id"] for row in questions}):
+        fail(f"{out} holds questions of something else, and they would be lost: give {source} an --out of its own.")
     asked = {"policy": str(policy), "samples": samples, "seed": seed}
     ask_often(questions, out, asked)
     if not is_main():
@@ -385,8 +387,9 @@ def parse_args(argv=None):
     scans = p.add_argument_group("scans: python data.py triples --dataset scannet --root DIR")
     scans.add_argument("--dataset", choices=list(READERS), help="lib/scenes.py tells the layout that each has on disk")
     scans.add_argument("--root", help="folder of the dataset")
-    scans.add_argument("--val", help="file with the ids of scans for validation (default: 2 %% of places)")
-    scans.add_argument("--test", help="file with the ids of test scans, such as an official list (default: 5 %%)")
+    scans.add_argument("--val", help="file with the ids of scans for validation, instead of 2 %% of places")
+    scans.add_argument("--test", help="file with the ids of test scans, one per line, or an official CSV of them, "
+                       "instead of 5 %% of places. All scans of a listed place go with it")
     scans.add_argument("--limit", type=int, help="scans at most, evenly spread over the dataset; --anchors: "
                        "contexts of a split at most")
     scans.add_argument("--frames", type=int, default=Rules().frames, help="frames looked at per scan")
@@ -431,6 +434,9 @@ def parse_args(argv=None):
         p.error("--root DIR goes with triples --dataset NAME, with depth and with corpus --corpus NAME")
     if args.what == "corpus" and not args.corpus or args.what == "mine" and not (args.questions and args.policy):
         p.error("corpus needs --corpus NAME --root DIR; mine needs --questions FILE --policy FOLDER")
+    if not 0 <= args.at_most < args.samples:
+        p.error(f"--at-most {args.at_most} of --samples {args.samples}: must be 0 or more and less than the samples; "
+                f"else none or all questions are kept")
     rooms = folder_of(args.layout, args.size or SIZE)
     default = {"heldout": "out/heldout", "corpus": f"out/{args.corpus}", "mine": "out/mined",
                "world2vlm": "out/world2vlm"}.get(args.what, rooms)
@@ -442,6 +448,10 @@ def parse_args(argv=None):
 def main(argv=None):
     """Make one kind of data, or whatever is missing."""
     args = parse_args(argv)
+    if args.root and not Path(args.root).is_dir():
+        fail(f"--root {args.root} is no folder: give the one that holds the dataset.")
+    if file := next((path for path in (Path(args.out), *Path(args.out).parents) if path.is_file()), None):
+        fail(f"--out {args.out} cannot be a folder: {file} is a file.")
     rooms = {"rooms": args.rooms} if args.rooms else {}
     if args.what is None:
         ensure(args.out, threads=args.threads or 2, **rooms)
@@ -460,6 +470,9 @@ def main(argv=None):
         try:
             if args.anchors:
                 make_taught(args.out, args.anchors, args.teacher, args.detector, args.limit)
+                if not any((Path(args.out) / f"questions_{split}.jsonl").stat().st_size for split in SPLITS):
+                    fail(f"No question was made: --anchors {args.anchors} must hold triples of scans with a metric "
+                         f"scale, as of data.py triples --dataset NAME, from which the teacher shows usable views.")
             else:
                 make_world2vlm(args.out, args.teacher, threads=args.threads or 2, **rooms)
         except RemoteError as error:

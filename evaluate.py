@@ -15,42 +15,48 @@ per category (the paper's Figure 3); predictions.jsonl, from which a killed run 
 (lib/predictions.py). Of --bench wm: results.json, report.html, views/, dose.png (commanded against recovered motion).
 
 Modes: direct has no tool; forced must imagine before it answers; agentic is free to. All three are asked in our words
-(but for MMSI-Video-Bench, whose own are complete); official is direct in the words of MMSI-Bench, SAT or VSI-Bench,
-which want the bare letter: published numbers stand beside that one, the gain of imagining beside direct. search and
-gate are baselines that need no training (lib/search.py): a beam search over imagined views, a vote on whether to
-imagine. Decoding is greedy. A question whose images cannot be read is counted as wrong and reported, a duplicate id is
-asked again and reported: nothing leaves the denominator but a question without a gold answer. Beside the accuracy
-stands what a question took: views, turns of the policy, tokens, seconds. lib/scores.py makes the numbers,
-lib/diagnosis.py says in rooms why an answer is right or wrong.
+(but for MMSI-Video-Bench, whose own are complete), and a dialogue whose answer the protocol never accepted is wrong.
+official is direct in the words of MindCube (raw_qa), MMSI-Bench, SAT or VSI-Bench, which want a bare answer: a letter,
+of MindCube a letter and its words, of SAT an option's words alone. Published numbers stand beside that one, the gain of
+imagining beside direct. search and gate are baselines that need no training (lib/search.py): a beam search over
+imagined views, a vote on whether to imagine. Decoding is greedy. A question whose images cannot be read is counted as
+wrong and reported, and asked again by the next run; a duplicate id is asked again and reported: nothing leaves the
+denominator but a question without a gold answer. Beside the accuracy stands what a question took: views, turns of the
+policy, tokens, seconds. lib/scores.py makes the numbers, lib/diagnosis.py says in rooms why an answer is right or
+wrong.
 """
 
 import argparse
-import hashlib
+import gc
+import re
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 import data
 import rewards
 from lib import common, consistency, predictions, real_views, report, search, simulators, tables
-from lib.benchmarks import BENCHES, error_group, groups, lenient, load, open_image, prompt, reply, score
+from lib.benchmark_files import FRAMES
+from lib.benchmarks import (BENCHES, LISTED_ONLY, error_group, groups, lenient, load, open_image, prompt, reply,
+                            score)
 from lib.clients import RemotePolicy, converse, shown, words
 from lib.diagnosis import diagnose, tally
 from lib.dialogue import NOTE, Trajectory
 from lib.endpoint import RemoteError
-from lib.geometry import Motion, Query, instruction, move_camera
-from lib.pictures import save_image
+from lib.geometry import move_camera
 from lib.predictions import digest, keyed
 from lib.questions import text_only_chance
-from lib.scores import STRATA, TOOLLESS, chance, paired_bootstrap, summarise
+from lib.scores import TOOLLESS, chance, summarise
+from lib.views import imagine_targets, load_triples
 from policy import Policy, rollout
 
 MODES = ("direct", "forced", "agentic")
-OWN_WORDS = ("mmsi", "sat", "vsi")              # benches with mode official
+OWN_WORDS = ("mindcube", "mmsi", "sat", "vsi")  # benches with mode official
+NEEDED = ("id", "bench", "images", "question", "answer", "category", "kind")        # of a question row
+URLS = ("http://", "https://")
 CALIBRATED = 40                 # triples on which the metrics of --bench wm are calibrated
 
 
@@ -70,6 +76,8 @@ def evaluate_policy(policy, questions, simulator=None, mode="agentic", name="tun
     """
     simulator, name = (None, "none") if mode in TOOLLESS else (simulator, name)
     rank, size = share
+    if isinstance(policy, RemotePolicy):                    # it may serve one mode and refuse the tools of another
+        policy.endpoint.served = bool(done)
     waiting, records = [pair for pair in keyed(questions) if pair[0] not in set(done)][rank::size], []
     for start in tqdm(range(0, len(waiting), batch), desc=f"{mode}, {name}", unit="batch",
                       disable=not waiting or not common.is_main()):
@@ -122,8 +130,7 @@ def official_prompt(question, mode):
     """What the bench's own code asks (`prompt`), or None where the policy is asked in its own words (lib/dialogue.py).
 
     MMSI-Video-Bench is always asked word for word, and a mode with a tool adds the tool's schema alone. OWN_WORDS are
-    asked so in mode official: "reply with the letter only" goes together neither with a call nor with thoughts.
-    MindCube asks for the same <think> and <answer> as our own prompt.
+    asked so in mode official: "reply with the answer only" goes together neither with a call nor with thoughts.
     """
     return prompt(question) if question["bench"] == "mmsi_video" or mode == "official" else None
 
@@ -135,23 +142,29 @@ def record_of(key, question, trajectory, error, more):
     return {"key": key, "digest": digest(question), **more, "bench": question["bench"], "kind": question["kind"],
             "category": question["category"], "groups": groups(question), "error_group": error_group(question),
             "needs_view": question.get("needs_view"), "scene": scene, "gold": question["answer"], "said": t.answer,
-            **verdict(question, t), "well_formed": t.well_formed, "valid_calls": t.valid_calls,
+            **verdict(question, t, more["mode"]), "well_formed": t.well_formed, "valid_calls": t.valid_calls,
             "invalid_calls": t.invalid_calls, "unreadable": t.unreadable, "truncated": t.truncated,
             "calls": [call for call in t.provenance if call], "turns": t.turns, "replies": t.replies, "error": error,
             "missing_images": question.get("missing_images", 0), "cost": search.cost_of(t),
             "diagnosis": trajectory and diagnose(question, t)}
 
 
-def verdict(question, t):
-    """-> {"answer": what was read, "correct", "lenient"} by the bench's rules; World2VLM's has "exact" and "parts"."""
-    bench, last = question["bench"], (t.turns or [""])[-1]
+def verdict(question, t, mode="direct"):
+    """-> {"answer": what was read, "correct", "lenient"} by the bench's rules; World2VLM's has "exact" and "parts".
+
+    Except in mode official, a dialogue without an accepted answer (no call in mode forced, cut off in its thoughts)
+    has said nothing, and SAT, whose own rule knows no letters, is read by `lenient`, since our words show them.
+    """
+    bench, last = question["bench"], (t.turns or [""])[-1] if mode == "official" or t.answer is not None else ""
     if bench == "world2vlm":
         parts = rewards.world2vlm(question["category"], question["answer"], t.answer)
         exact = float(parts["total"] > rewards.FULL)
         return {"answer": t.answer, "correct": parts["total"], "lenient": exact, "exact": exact, "parts": parts}
     said = (t.answer or "") if bench == "rooms" else last
-    read, correct = score(bench, question, said if bench == "rooms" else reply(bench, said))
-    return {"answer": read, "correct": correct, "lenient": lenient(question, said)[1]}
+    forgiving = lenient(question, said)
+    read, correct = forgiving if bench == "sat" and mode != "official" else \
+        score(bench, question, said if bench == "rooms" else reply(bench, said))
+    return {"answer": read, "correct": correct, "lenient": forgiving[1]}
 
 
 def dialogues(records, questions):
@@ -182,53 +195,6 @@ def reward_parts(record, alone):
 
 
 # ---- the simulator itself -------------------------------------------------------------------------------------------
-
-def load_triples(path, limit=None):
-    """Rows of triples_*.jsonl with context, target and warp as arrays; files are read once. The depth of the context,
-    which rows of scans have, stays in its files."""
-    rows, images = data.load_jsonl(path)[:limit], {}
-
-    def read(place, kind="RGB"):
-        if place not in images:
-            images[place] = np.array(Image.open(place).convert(kind))
-        return images[place]
-    try:
-        return [{**row, "context": [read(place) for place in row["context"]], "target": read(row["target"]),
-                 "warp": read(row["warp"], "RGBA")} for row in rows]
-    except OSError as error:
-        common.fail(f"A picture of {path} cannot be read ({error}). Remove {path} and make it again: "
-                    f"python data.py triples")
-
-
-def fingers(row):
-    """A number that changes with the pictures a simulator is shown: an old view of other pictures is no view."""
-    return common.stable_seed([hashlib.sha256(image.tobytes()).hexdigest() for image in row["context"]])
-
-
-def imagine_targets(simulator, rows, folder=None, batch=64, title="imagine"):
-    """The view that the simulator gives for every triple; kept in `folder` so that a killed run continues."""
-    views = []
-    for start in tqdm(range(0, len(rows), batch), desc=title, unit="batch", disable=not common.is_main()):
-        part = rows[start:start + batch]
-        kept = [folder and Path(folder) / f"{row['id'].replace('/', '_')}_{fingers(row):016x}.png" for row in part]
-        queries = [Query(row["context"], row["reference"], instruction(Motion(**row["motion"]), row["reference"]),
-                         common.stable_seed("wm", row["id"]),
-                         {"room": row["room"], "poses": row["context_c2w"]} if "room" in row else None)
-                   for row, place in zip(part, kept) if not (place and place.exists())]
-        new = iter(simulator.imagine(queries) if queries else [])
-        for row, place in zip(part, kept):
-            if place and place.exists():
-                view = np.array(Image.open(place))
-            else:
-                view = np.asarray(next(new))
-                if place:
-                    save_image(place, view)
-            shape = row["context"][row["reference"] - 1].shape                  # the target's shape as well
-            if view.shape != shape:
-                view = np.asarray(Image.fromarray(view).resize(shape[1::-1], Image.BICUBIC))
-            views.append(view)
-    return views
-
 
 def dose_rows(rows, rooms):
     """One context of each of the first `rooms` rooms, under all motions of `consistency.DOSES` that end in free space.
@@ -283,14 +249,22 @@ def main_wm(args, world):
     """--bench wm: every process imagines its share, the first one measures."""
     out, source = Path(args.out), Path(args.data or first_alone(partial(default_data, "triples_test.jsonl")))
     rows, views, dose = load_triples(source / "triples_test.jsonl", args.limit), {}, {}
-    scans = bool(rows) and "room" not in rows[0]
+    if not rows:
+        common.fail(f"{source}/triples_test.jsonl holds no triples. Remove it and make it again: "
+                    f"python data.py triples")
+    scans = "room" not in rows[0]
     doses = [] if scans else dose_rows(rows, args.dose_rooms)
     tools = instruments(args, rows, world.device) if scans and common.is_main() else ()     # before the work
     kept = {name: out / "views" / f"{common.stable_seed(fingerprint(name, args.wm)):016x}"
             for name in args.simulator if name != "none"}
     for name, folder in kept.items():
         own = [*rows, *doses][world.rank::world.size]
-        imagine_targets(simulators.load(name, world.device, args.wm), own, folder, args.batch, name)
+        if name.startswith(URLS) and folder.exists():
+            common.say(f"Views of {name} that lie in {folder} are not imagined again; remove it to ask anew.")
+        try:
+            imagine_targets(simulators.load(name, world.device, args.wm), own, folder, args.batch or 64, name)
+        except RemoteError as error:
+            common.fail(f"{error} The views so far are in {folder}; the same command goes on from there.")
     common.wait_for_all()                                                       # all views are in their folders
     if not common.is_main():
         return
@@ -310,7 +284,7 @@ def main_wm(args, world):
         tables.doses(dose)
     first = next(iter(results["simulators"].values()), {})
     results = {"bench": "wm", **first, **results, "dose": dose, "n": len(rows)}
-    results = common.readable(results) if scans else results                    # JSON has no nan
+    results = common.readable(results)                                          # JSON has no nan
     common.write_json(out / "results.json", results)
     some = slice(None, None, max(1, len(rows) // 8))
     sheet = report.contact_sheet(rows[some], {name: seen[some] for name, seen in views.items()})
@@ -338,16 +312,18 @@ def default_data(file):
 
 
 def fingerprint(name, wm=None):
-    """What tells one simulator (or policy folder) from another, or from the same folder trained anew."""
+    """What tells one simulator (or policy folder) from another, or from the same folder trained or configured anew."""
     place = simulators.find(name, wm) or name
-    return f"{place}@{max((int(file.stat().st_mtime) for file in Path(place).glob('*.safetensors')), default=0)}"
+    files = [file for kind in ("*.safetensors", "*.json") for file in Path(place).glob(kind)]
+    return f"{place}@{max((int(file.stat().st_mtime) for file in files), default=0)}"
 
 
 def load_questions(args):
     """-> (questions, training questions or None) of the bench."""
     if args.bench == "world2vlm":
         file = Path(args.data or "out/world2vlm") / "questions_test.jsonl"
-        return data.load_jsonl(common.need(file, "python data.py world2vlm"))[:args.limit], None
+        common.need(file, "python data.py world2vlm")
+        return whole_rows(file)[:args.limit], None
     if args.bench != "rooms":
         ours = [f"{folder}/{args.bench}" for folder in ("out/data", "out/demo/data")]       # rooms in disguise
         place = args.data or next((place for place in [f"data/{args.bench}", *ours] if Path(place).exists()), None)
@@ -355,11 +331,32 @@ def load_questions(args):
         common.say(f"{args.bench}: {len(questions)} questions of {place or f'data/{args.bench}'}")
         return questions[:args.limit], None
     folder = Path(args.data or default_data("questions_test.jsonl"))
-    train, test = folder / "questions_train.jsonl", data.load_jsonl(folder / "questions_test.jsonl")[:args.limit]
+    train, test = folder / "questions_train.jsonl", whole_rows(folder / "questions_test.jsonl")[:args.limit]
     if any("mined" in question for question in test):
         common.fail(f"{folder}/questions_test.jsonl holds mined questions: they were chosen by what a model gets wrong "
                     f"and are for training only.")
-    return test, data.load_jsonl(train) if train.exists() else None
+    return test, whole_rows(train) if train.exists() else None
+
+
+def whole_rows(file):
+    """The question rows of a file; stops with a sentence at one that lacks what every question has."""
+    rows = data.load_jsonl(file)
+    for number, row in enumerate(rows, 1):
+        if lacking := " and no ".join(key for key in NEEDED if key not in row):
+            common.fail(f"{file}, question {number} has no {lacking}; delete the file and make it again")
+    return rows
+
+
+def worth_asking(args, questions):
+    """Stop with a sentence where there would be nothing to count, or no question has an image to look at."""
+    if not any(q["answer"] is not None and q["category"] not in LISTED_ONLY for q in questions):
+        common.fail(f"None of the {len(questions)} questions of --bench {args.bench} has a gold answer that counts: "
+                    f"there is nothing to measure. Give the published file with --data, or a larger --limit.")
+    images = [str(image) for question in questions for image in question["images"]]
+    if not any(Path(re.sub(r"\.mp4#\d+/\d+$", ".mp4", image)).exists() for image in images):
+        named = f" (the first would be {images[0]})" if images else ""
+        common.fail(f"Not one image of the {len(questions)} questions of --bench {args.bench} is there{named}. Unpack "
+                    f"the images beside the questions, or give the folder that holds both with --data.")
 
 
 def parse_args(argv=None):
@@ -382,8 +379,8 @@ def parse_args(argv=None):
                    help=f"one or more of {', '.join(simulators.NAMES)}, or the folder or hub id of a world model "
                         "(default: tuned; for --bench wm also untuned, if it has been trained)")
     p.add_argument("--wm", help="folder or hub id of the tuned simulator (default: out/wm, then out/demo/wm)")
-    p.add_argument("--data", help="rooms, wm: folder of questions_test.jsonl, triples_test.jsonl (default: the newer of "
-                   "out/data and out/demo/data); world2vlm: of questions_test.jsonl (out/world2vlm); the others: the "
+    p.add_argument("--data", help="rooms, wm: folder of questions_test.jsonl, triples_test.jsonl (default: the newer "
+                   "of out/data and out/demo/data); world2vlm: of questions_test.jsonl (out/world2vlm); the others: the "
                    "published files (default: data/<bench>, fetched if it is not there)")
     p.add_argument("--frames", type=int, help="video benches: frames of a question (mmsi_video: 50 is Uniform-50, 300 "
                                               "Sufficient-Coverage; default 50; vsi: 32)")
@@ -399,10 +396,12 @@ def parse_args(argv=None):
                    "of --policy-url hidden reasoning counts too)")
     p.add_argument("--seed", type=int, default=0, help="of the simulator's noise (decoding is greedy; --bench wm: each "
                    "view has noise of its own, whatever the seed)")
-    p.add_argument("--batch", type=int, default=64, help="questions at once: memory and speed only (search, gate: 4 "
-                   "or so for an 8B policy that reads sheets of many views)")
+    p.add_argument("--batch", type=int, help="questions at once: memory and speed only (default: of a tiny policy 64, "
+                   "of a published one 8, of --policy-url --concurrency; search, gate: 4 or so for an 8B policy that "
+                   "reads sheets of many views)")
     p.add_argument("--threads", type=int, help="CPU threads")
-    args = common.at_least(p, p.parse_args(argv), [(key, 1) for key in ("limit", "batch", "max_new_tokens", "frames")])
+    args = common.at_least(p, p.parse_args(argv), [("dose_rooms", 0), *((key, 1) for key in (
+        "limit", "batch", "max_new_tokens", "frames", "concurrency", "threads"))])
     twin = ["untuned"] if args.bench == "wm" and common.newest(("wm-untuned",)) else []
     args.simulator = args.simulator or ["tuned", *twin]
     args.out = args.out or f"out/eval/{args.bench}"
@@ -441,14 +440,18 @@ def main(argv=None):
     every = MODES + (("official",) if args.bench in OWN_WORDS else ())
     out, modes = Path(args.out), every if args.mode == "all" else (args.mode,)
     questions, training = first_alone(partial(load_questions, args))
+    worth_asking(args, questions)
     if any(name in simulators.NEEDS_ROOM for name in args.simulator) and not all(q.get("scene") for q in questions):
         common.fail(f"--simulator {' '.join(args.simulator)} works in rooms only: --bench {args.bench} has no depth.")
     policy, path = open_policy(args, world.device)
     args.max_new_tokens = args.max_new_tokens or policy.turn_limit
+    published = policy.turn_limit >= RemotePolicy.turn_limit            # 64 dialogues of an 8B policy: some 100 GB
+    args.batch = args.batch or (args.concurrency if args.policy_url else 8 if published else 64)
     common.say(f"{args.bench}: {len(questions)} questions, policy {path} on {world.device}")
 
     run = {"version": predictions.VERSION, "policy": fingerprint(str(path)), "seed": args.seed,
-           "max_new_tokens": args.max_new_tokens, "frames": args.frames}
+           "max_new_tokens": args.max_new_tokens,
+           "frames": (args.frames or FRAMES[args.bench]) if args.bench in FRAMES else None}
     asked = {(mode, name): "none" if mode in TOOLLESS else fingerprint(name, args.wm)
              for mode in modes for name in (args.simulator if mode not in TOOLLESS else ["none"])}
     tiny = args.bench == "rooms" or search.way_of(policy) == "confidence"
@@ -458,8 +461,17 @@ def main(argv=None):
     if common.is_main():
         predictions.gather(out)
     common.wait_for_all()
+    simulator = loaded = None
+    remote = {url for (mode, name), source in asked.items() for url in (args.policy_url, name)
+              if url and url.startswith(URLS) and predictions.answered(out, run, mode, source, questions)}
+    if remote:
+        common.say(f"Old answers of {' and '.join(sorted(remote))} in {out} count again, whatever serves there now; to "
+                   f"ask anew, give another --out.")
     for (mode, name), source in asked.items():
-        simulator = None if mode in TOOLLESS else simulators.load(name, world.device, args.wm)
+        if mode not in TOOLLESS and name != loaded:
+            simulator = None                                # two at once may not fit, and a model is in a cycle
+            gc.collect()
+            simulator, loaded = simulators.load(name, world.device, args.wm), name
         before = predictions.answered(out, run, mode, source, questions)
 
         def keep(new, trajectories):
@@ -478,7 +490,7 @@ def main(argv=None):
     common.wait_for_all()
     if common.is_main():
         predictions.gather(out)
-        records = {pair: predictions.answered(out, run, pair[0], source, questions) for pair, source in asked.items()}
+        records = {pair: predictions.told(out, run, pair[0], source, questions) for pair, source in asked.items()}
         conclude(args, str(path), questions, training, records, search.way_of(policy))
 
 
@@ -505,12 +517,6 @@ def conclude(args, path, questions, training, records, way):
                "diagnosis": {mode: {n: found for (m, n), found in causes.items() if m == mode} for mode, _ in causes}}
     if args.mode in search.METHODS:
         results["search"] = {"judged_by": way, "primitives": args.primitives}
-    if direct and first_name != "none" and "agentic" in first:
-        pair = rows["agentic", first_name], direct
-        results["agentic_minus_direct"] = {"all": paired_bootstrap(*pair)}
-        for title, need in STRATA.items():
-            parts = [[record for record in told if record["needs_view"] is need] for told in pair]
-            results["agentic_minus_direct"] |= {title: paired_bootstrap(*parts)} if parts[0] else {}
     common.write_json(out / "results.json", results)
     workflow = report.drawn(report.workflow(results))
     if workflow:                                                            # None without matplotlib

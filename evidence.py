@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evaluate import imagine_targets, load_triples
 from lib import common, consistency
+from lib.views import imagine_targets, load_triples
 from world_model import WorldModel
 
 

@@ -90,8 +90,8 @@ def parse_args(argv=None):
                    "out/wm-astra)")
     p.add_argument("--simulator", default="tuned", help=f"{', '.join(simulators.NAMES)}, the folder or hub id of a "
                    "world model, or a URL (lib/simulators.py); none: calls are told so")
-    p.add_argument("--data", help="folder of questions_{train,val}.jsonl (default: out/data or out/demo/data; "
-                   "world2vlm out/world2vlm; astra: out/mined, out/taught)")
+    p.add_argument("--data", nargs="+", help="folders of questions_{train,val}.jsonl, one for each corpus (default: "
+                   "out/data or out/demo/data; world2vlm out/world2vlm; astra: out/mined, out/taught)")
     p.add_argument("--out", help="default: out/phase1, out/phase2 or out/w2v-rl, with -astra behind it")
     # these change the numbers
     p.add_argument("--seed", type=int, default=0)
@@ -146,7 +146,7 @@ def parse_args(argv=None):
         inputs = {"policy": common.newest((start,)) or f"out/{start}", "wm": common.newest(("wm",)) or "out/wm",
                   "data": common.newest((data,), "questions_train.jsonl") or f"out/{data}", "out": f"out/{out}"}
     for key, value in inputs.items():
-        setattr(args, key, getattr(args, key) or str(value))
+        setattr(args, key, getattr(args, key) or ([str(value)] if key == "data" else str(value)))
     if world2vlm and (args.phase, args.mode) != (1, "direct"):
         p.error("--task world2vlm has one phase, and no tool")
     if args.questions % args.minibatches:
@@ -384,26 +384,30 @@ def open_simulator(args, world):
     return None if args.mode == "direct" else simulators.load(args.simulator, world.device, args.wm)
 
 
-def needs(args, files):
-    """[(path of an input, the command that makes it)]. files   of questions"""
+def needs(args):
+    """[(path of an input, the command that makes it)]."""
     world2vlm, like = args.task == "world2vlm", " --preset astra" if args.preset == "astra" else ""
     sft, data = ("train_sft.py --task world2vlm", "data.py world2vlm") if world2vlm else ("train_sft.py", "data.py")
     if like:
         data += " --anchors DIR --teacher out/wm-astra" if world2vlm else " mine --questions FILE --policy FOLDER"
     return [(args.policy, f"python {sft}{like}" if args.phase == 1 else f"python train_rl.py --phase 1{like}"),
-            *((file, f"python {data} --out {args.data}") for file in files),
+            *((Path(folder) / f"questions_{part}.jsonl", f"python {data} --out {folder}")
+              for folder in args.data for part in ("train", "val")),
             *([(args.wm, f"python train_wm.py{like}")] if (args.mode, args.simulator) == ("agentic", "tuned") else [])]
 
 
-def load_questions(file, args):
-    """The questions of --task in a file."""
-    questions = [q for q in load_jsonl(file) if (q.get("bench") == "world2vlm") == (args.task == "world2vlm")]
+def load_questions(part, args):
+    """The questions of --task in the files of a part, "train" or "val"."""
+    files = [Path(folder) / f"questions_{part}.jsonl" for folder in args.data]
+    name = " and ".join(map(str, files))
+    questions = [q for file in files for q in load_jsonl(file)
+                 if (q.get("bench") == "world2vlm") == (args.task == "world2vlm")]
     if not questions:
-        common.fail(f"{file} has no question for --task {args.task}.")
+        common.fail(f"{name} has no question for --task {args.task}.")
     if lacks := {"question", "images", "options", "answer"} - set.intersection(*map(set, questions)):
-        common.fail(f"Questions of {file} lack {', '.join(sorted(lacks))}; data.py says what a question holds.")
+        common.fail(f"{name}: questions lack {', '.join(sorted(lacks))}; data.py says what a question holds.")
     if args.simulator in simulators.NEEDS_ROOM and not all(q.get("scene") for q in questions):
-        common.fail(f"--simulator {args.simulator} works in rooms only: {file} has questions without a scene.")
+        common.fail(f"--simulator {args.simulator} works in rooms only; {name} has questions without a scene.")
     return questions
 
 
@@ -448,23 +452,22 @@ def save_policy(policy, out):
 def main(argv=None):
     """The stage: sample, imagine, score, advantage, logprob, update, and again."""
     args = parse_args(argv)
-    files = [Path(args.data) / f"questions_{part}.jsonl" for part in ("train", "val")]
     title = "--task world2vlm" if args.task == "world2vlm" else f"--phase {args.phase}"
-    common.begin(f"train_rl {title}", args, NEUTRAL, needs(args, files))
+    common.begin(f"train_rl {title}", args, NEUTRAL, needs(args))
     world, out = common.setup(args.threads), Path(args.out)
     if args.questions < world.size:
         common.fail(f"--questions {args.questions} leaves some of {world.size} ranks without a question.")
     policy, start_policy = (prepared(Policy.load(args.policy, world.device, torch.float32), args, world)
                             if wanted else None for wanted in (True, args.kl is not None))
     simulator = open_simulator(args, world)
-    train, held_out = (load_questions(file, args) for file in files)
+    train, held_out = (load_questions(part, args) for part in ("train", "val"))
     chosen = places_of_step(len(held_out), min(args.eval_questions, len(held_out)), step=0, seed=0)
     held_out = [held_out[place] for place in chosen]
     if args.eval_every and len(held_out) < world.size:
         common.fail(f"{len(held_out)} held-out questions leave some of {world.size} ranks without one: give "
                     f"--eval-questions {world.size} or more, or --eval-every 0.")
     if args.questions > len(train):
-        common.fail(f"A step asks no question twice: {files[0]} has {len(train)}, --questions asks for "
+        common.fail(f"A step asks no question twice: {', '.join(args.data)} has {len(train)}, --questions asks for "
                     f"{args.questions}.")
     learning = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=args.lr, betas=BETAS, weight_decay=0.0, fused=True)

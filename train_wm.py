@@ -2,7 +2,7 @@
 Train the world simulator: context views + a camera motion in words -> the view from there (the paper's Astra-WM).
 
   laptop       python train_wm.py                              # tiny preset: minutes on one core -> out/wm
-  8 GPUs       torchrun --standalone --nproc_per_node 8 train_wm.py --preset astra --data data/scans --out out/wm-astra
+  8 GPUs       torchrun --standalone --nproc_per_node 8 train_wm.py --preset astra      # out/scannet, ... -> out/wm-astra
   control      python train_wm.py --shuffle-instructions --out out/wm-untuned     # same data and compute, any motion
   resume       the same command: it goes on from the newest checkpoint in --out
 
@@ -49,9 +49,10 @@ PRESETS = {
                  images_in_memory=None, look_every=250, look_contexts=16, save_every=250, eps=1e-8),
     # The paper gives model and data. AdamW with its lr, warm-up, shift and dropout are BAGEL's for fine-tuning and
     # editing; the rest is ours: 64 targets an update, so that 17,000 updates are two epochs of the paper's 544,197.
-    "astra": dict(data=["data/scans"], out="out/wm-astra", init="ByteDance-Seed/BAGEL-7B-MoT", steps=17_000, contexts=8,
-                  targets=8, micro_contexts=1, lr=2e-5, lr_floor=1.0, warmup=500, weight_decay=0.0, shift=4.0,
-                  drop_text=0.1, drop_vit=0.3, drop_vae=0.3, warp_weight=0.0, augment=False, latents="data/latents",
+    "astra": dict(data=[f"out/{name}" for name in ("scannet", "scannetpp", "matterport", "arkitscenes", "dl3dv")],
+                  out="out/wm-astra", init="ByteDance-Seed/BAGEL-7B-MoT", steps=17_000, contexts=8, targets=8,
+                  micro_contexts=1, lr=2e-5, lr_floor=1.0, warmup=500, weight_decay=0.0, shift=4.0, drop_text=0.1,
+                  drop_vit=0.3, drop_vae=0.3, warp_weight=0.0, augment=False, latents="data/latents",
                   gradient_checkpointing=True, images_in_memory=200, look_every=1_000, look_contexts=2, save_every=500,
                   eps=1e-15),
 }

@@ -53,6 +53,7 @@ VIDEO_TYPES = (*(f"(Spatial Construction) {pair} Spatial Relationship" for pair 
                "(Spatial Construction) Instance/Scene Attribute", "(Motion Understanding) Camera Motion",
                "(Motion Understanding) Instance Motion", "(Motion Understanding) Interactive Motion", "Planning",
                "Prediction", "(Cross-Video) Memoery Update", "(Cross-Video) Multi-View Integration")    # their spelling
+SAT_ORDER = "Image 1 is the start and image 2 the end of a video. "         # begins the official prompt of ego_movement
 SAT_GROUPS = {"ego_movement": "EgoM", "action_sequence": "EgoM", "obj_movement": "ObjM", "action_conseq": "EgoAct",
               "action_consequence": "EgoAct", "goal_aim": "GoalAim", "perspective": "Pers"}
 VSI_LETTER = ("object_rel_direction_easy", "object_rel_direction_medium", "object_rel_direction_hard",
@@ -385,7 +386,8 @@ def load_mmsi_video(place, frames=FRAMES["mmsi_video"]):
 def load_sat(place):
     """SAT, every row asked in both orders of its options: the right text comes first in all published rows.
 
-    A row gives two questions, "…/kept" and "…/reversed"; "category" is the group, "type" the record's own type.
+    A row gives two questions, "…/kept" and "…/reversed"; "category" is the group, "type" the record's own type. The
+    question of an ego_movement begins with SAT_ORDER, without which it cannot be answered.
     "in the first frame" leaves options and answer alike: the official loader forgets the answer, which then cannot be
     reached.
     """
@@ -398,8 +400,9 @@ def load_sat(place):
         gold, kind = record["correct_answer"].replace("in the first frame", "").strip(), record["question_type"]
         check(gold in texts, f"the answer {gold!r} is not among the options {texts}")
         check(kind in SAT_GROUPS, f"there is no type {kind!r}")
+        question = SAT_ORDER * (kind == "ego_movement") + record["question"]
         return [{"id": f"{file.stem}_{number:05}/{order}", "bench": "sat", "images": images,
-                 "question": record["question"], "options": [f"{'ABCDEF'[i]}. {text}" for i, text in enumerate(shown)],
+                 "question": question, "options": [f"{'ABCDEF'[i]}. {text}" for i, text in enumerate(shown)],
                  "answer": "ABCDEF"[shown.index(gold)], "category": SAT_GROUPS[kind], "kind": "mca", "needs_view": None,
                  "text": record["question"], "type": kind, "cluster": str(number)}
                 for order, shown in (("kept", texts), ("reversed", texts[::-1]))]

@@ -5,7 +5,8 @@ Published benchmarks: their official verdicts, prompts, groups and averages. The
   mindcube     MindCube (arXiv 2506.21458): letter; accuracy per setting
   mmsi         MMSI-Bench (2505.23764): letter; accuracy over 11 types in 4 groups
   mmsi_video   MMSI-Video-Bench (2512.10863): letter; accuracy over 13 types, 4 levels, 4 sub-benches
-  sat          SAT (2412.07755): the words of an option; accuracy over both orders of the options
+  sat          SAT (2412.07755): the words of an option; accuracy over both orders of the options. Asked in our words,
+               which show letters, by `lenient`: the letter, else the only option whose words stand there
   vsi          VSI-Bench (2412.14171): letter or number; the mean of 8 tasks, not of questions
 
 `score(bench, question, text)` gives the verdict of the bench's official code, traps included: on the same text the
@@ -20,7 +21,7 @@ from collections import Counter
 
 import numpy as np
 
-from lib.benchmark_files import load, load_mindcube, open_image        # noqa: F401  (for callers: one import is enough)
+from lib.benchmark_files import SAT_ORDER, load, load_mindcube, open_image     # noqa: F401  (callers import them here)
 
 BENCHES = ("rooms", "mindcube", "mmsi", "mmsi_video", "sat", "vsi")
 LISTED_ONLY = ("translation",)                              # not in the official overall
@@ -257,7 +258,7 @@ def prompt(question):
     if bench == "mmsi":
         return [*before, f"{question['text']}\n{ASK['mmsi']}"]
     if bench == "sat":
-        order = "Image 1 is the start and image 2 the end of a video. " * (question["type"] == "ego_movement")
+        order = SAT_ORDER * (question["type"] == "ego_movement")
         options = " or ".join(f'"{option[3:]}"' for option in question["options"])
         return [*before, f"{order}{question['text']} Choose {options}. {ASK['sat']}"]
     options = ["Options:", *question["options"]] if question["options"] else []
@@ -321,11 +322,12 @@ def task(category):
 def weights(bench, categories):
     """What each record's score counts in the official overall; the weights sum to 1.
 
-    Every question the same (MindCube: those of LISTED_ONLY nothing); VSI-Bench: `group_weights`.
+    Every question the same (MindCube: those of LISTED_ONLY nothing beside others); VSI-Bench: `group_weights`.
     """
     if bench == "vsi":
         return group_weights(categories)
     counted = np.array([category not in LISTED_ONLY for category in categories], float)
+    counted = counted if counted.any() else counted + 1
     return counted / counted.sum()
 
 

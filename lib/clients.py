@@ -25,6 +25,7 @@ from lib.endpoint import Endpoint, RemoteError, check, in_threads
 from lib.pictures import load_image, on_white
 
 MAX_PIXELS = 2**24              # of one picture, as sent or received
+NEAREST = 8                     # images sent: no simulator here is shown more (lib/bagel.MAX_IMAGES)
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
@@ -55,7 +56,8 @@ def read_picture(data, max_pixels=MAX_PIXELS):
 # ---- simulators -----------------------------------------------------------------------------------------------------
 
 class RemoteSimulator:
-    """A simulator behind a URL, with `imagine` as any other.
+    """A simulator behind a URL, with `imagine` as any other. Of many images it is sent the reference and its nearest
+    neighbours in the list, as `WorldModel.arranged` would choose: a video has hundreds.
 
     at_once   requests on their way at a time: what lib/serve.py can batch
     patience  the other arguments of Endpoint: timeout, tries, ...
@@ -76,8 +78,11 @@ class RemoteSimulator:
         return views
 
     def _imagine(self, query):
-        files, reference = [png(image) for image in query.images], query.images[query.reference - 1]
-        fields = {"prompt": query.instruction, "seed": query.seed, "n": 1, "response_format": "b64_json"}
+        first = max(0, min(query.reference - 1 - NEAREST // 2, len(query.images) - NEAREST))
+        files = [png(image) for image in query.images[first:first + NEAREST]]
+        reference = query.images[query.reference - 1]
+        sentence = re.sub(r"Image-\d+", f"Image-{query.reference - first}", query.instruction, count=1)
+        fields = {"prompt": sentence, "seed": query.seed, "n": 1, "response_format": "b64_json"}
         return self.endpoint.ask(fields, lambda sent: multipart(sent, files),
                                  lambda answer: read_view(answer, reference), optional=("seed", "response_format"))
 

@@ -27,7 +27,8 @@ def read_question(conversations):
     said = [turn.get("value", "") for turn in conversations if isinstance(turn, dict)]
     if len(said) != 2:
         return None, "not one question with one answer"
-    text = re.sub(r"<image>|<\|image_pad\|>|^\s*Image-?\d+:\s*", "", said[0], flags=re.MULTILINE).strip()
+    whole = re.sub(r"<image>|<\|image_pad\|>|^\s*Image-?\d+:\s*", "", said[0], flags=re.MULTILINE).strip()
+    text, rest = options_last(whole)
     answer = (ANSWER.findall(said[1]) or [said[1]])[-1].strip()
     # "(A) left" and "A: left" become "A. left", each on a line of its own
     lettered = re.sub(r"(?:(?<=\s)|^)\(?([A-E])[).:]\s+", r"\n\1. ", text)
@@ -38,10 +39,21 @@ def read_question(conversations):
         letter = found[1] if found else next((option[0] for option in options if option[3:].lower() == words), None)
         if letter not in {option[0] for option in options}:
             return None, "the answer is none of the options"
-        return {"question": question, "options": options, "answer": letter, "kind": "mca"}, None
+        return {"question": f"{question} {rest}".strip(), "options": options, "answer": letter, "kind": "mca"}, None
     if not answer or len(answer.split()) > 3:
         return None, "an answer that cannot be verified"
-    return {"question": text, "options": [], "answer": answer.rstrip("."), "kind": "na"}, None
+    return {"question": whole, "options": [], "answer": answer.rstrip("."), "kind": "na"}, None
+
+
+def options_last(text):
+    """Where options have lines of their own -> (text up to the last one, what follows); elsewhere (text, "").
+
+    What follows, such as a word on how to answer, is no part of the last option.
+    """
+    own = list(re.finditer(r"^[ \t]*\(?([A-E])[).:][ \t]+\S.*$", text, re.MULTILINE))
+    if len(own) < 2 or "".join(line[1] for line in own) != "ABCDE"[:len(own)]:
+        return text, ""
+    return text[:own[-1].end()], " ".join(text[own[-1].end():].split())
 
 
 def records(corpus, root, out):

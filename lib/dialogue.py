@@ -147,11 +147,16 @@ def read_call(text):
     return {"image": image, "motion": motion, "amount": float(amount)}, None
 
 
+def motion_in(call):
+    """The Motion of a valid call."""
+    return Motion(call["motion"], call["amount"])
+
+
 def call_poses(scene, calls):
     """The cameras (n, 4, 4) of all images, given and imagined, the latter where their calls lead if carried out."""
     poses = [np.array(pose) for pose in scene["poses"]]
     for call in calls:
-        poses.append(move_camera(poses[call["image"] - 1], Motion(call["motion"], call["amount"])))
+        poses.append(move_camera(poses[call["image"] - 1], motion_in(call)))
     return np.stack(poses)
 
 
@@ -232,7 +237,7 @@ class Trajectory:
         if error is None:
             self.valid_calls += 1
             self.call = turn.call
-            self.reply = f"Imagined from Image-{self.call['image']}, {phrase(self._motion(self.call))}. "
+            self.reply = f"Imagined from Image-{self.call['image']}, {phrase(motion_in(self.call))}. "
         else:
             self.invalid_calls += "<tool_call>" in text
             self.unreadable += "<tool_call>" not in text
@@ -257,16 +262,13 @@ class Trajectory:
         if scene:
             poses = call_poses(scene, self.provenance[len(scene["poses"]):])
             scene = {"room": scene["room"], "poses": poses.tolist()}
-        sentence = instruction(self._motion(self.call), self.call["image"])
+        sentence = instruction(motion_in(self.call), self.call["image"])
         return Query(list(self.images), self.call["image"], sentence, seed, scene)
 
     def fork(self):
         """An independent copy that shares the images."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: list(value) for name, value in values.items() if isinstance(value, list)})
-
-    def _motion(self, call):
-        return Motion(call["motion"], call["amount"])
 
     def _impossible(self, call):
         if self.mode == "direct":

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# kind -> (phrase, unit, which component of (dx, dy, dz, yaw, pitch), sign)
+# kind -> (phrase, unit, which component of (dx, dy, dz, yaw, pitch), the paper's (dx, dy, dz, dθ, dφ), sign)
 TABLE = {
     "move left": ("move {} meters to the left", "meters", 0, -1.0),
     "move right": ("move {} meters to the right", "meters", 0, +1.0),
@@ -28,7 +28,8 @@ TABLE = {
     "look down": ("look down {} degrees", "degrees", 4, -1.0),
 }
 KINDS = tuple(TABLE)
-DEGREES_PER_METER = 30.0  # components are compared at 1 m = 30 degrees: the paper asks both of a context's cameras
+DEGREES_PER_METER = 30.0  # components are compared at 1 m = 30 degrees, as the paper asks the cameras of a context to
+                          # differ by 1 m and by 30 degrees
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def read_phrase(text):
 
 
 def instruction(motion, reference):
-    """The sentence that conditions the simulator (paper, Fig. 2)."""
+    """The sentence that conditions the simulator (the paper's overview figure)."""
     return f"Base on the viewpoint of Image-{reference}, {phrase(motion)}."
 
 

@@ -1,10 +1,11 @@
 """
-predictions.jsonl: every answer is a line, written as it comes, so that a killed run loses nothing and goes on.
+predictions.jsonl: every answer is a line, written batch by batch, so that a killed run loses one batch and goes on.
 
 Alone, a process writes the file itself; of several (torchrun), each writes predictions_rank<k>.jsonl beside it, and
 `gather` brings them together, at the end and at the beginning of the next run, with however many processes. A line
-tells which policy, settings and simulator it is of (RUN): those of others stay and are not counted. Imagined views are
-files in views/, named after what they show, and a line names its own.
+tells which policy, settings and simulator it is of (RUN): those of others stay and are not counted. A question that
+could not be asked, or not with all its images, has a line too and counts; the next run asks it again (`failure`).
+Imagined views are files in views/, named after what they show, and a line names its own.
 """
 
 import hashlib
@@ -16,8 +17,9 @@ import numpy as np
 from lib import common
 from lib.pictures import save_image
 
-VERSION = 3                     # of what a line holds; lines of another one stay as well
+VERSION = 4                     # of what a line holds; lines of another one stay as well
 RUN = ("version", "policy", "seed", "max_new_tokens", "frames")
+WHOLE = (False, 0)              # the `failure` of an answer
 LARGE = 128                     # pixels: from here on a view is a JPEG
 
 
@@ -36,6 +38,16 @@ def digest(question):
     return common.stable_seed(question["question"], question.get("options"), question["answer"])
 
 
+def failure(row):
+    """(could it not be asked?, how many images were missing) of a line; above WHOLE it is not an answer for good."""
+    return bool(row.get("error")), row.get("missing_images") or 0
+
+
+def lines_of(file):
+    """The rows of a file; a line that was cut off by a kill, or is no object, is left out."""
+    return [row for row in common.read_log(file) if isinstance(row, dict)]
+
+
 def append(out, world, rows):
     """Add lines to this process's file."""
     file = out / ("predictions.jsonl" if world.size == 1 else f"predictions_rank{world.rank}.jsonl")
@@ -47,22 +59,30 @@ def append(out, world, rows):
 def gather(out):
     """Bring all lines into predictions.jsonl, on one rank while no other writes: the first answer to a question counts.
 
-    A line that was cut off by a kill is left out.
+    A failure gives way to an answer, and to a later failure that is no worse.
     """
     parts, lines = sorted(out.glob("predictions_rank*.jsonl")), {}
-    for row in (row for file in [out / "predictions.jsonl", *parts] for row in common.read_log(file)):
-        lines.setdefault(tuple(row.get(key) for key in (*RUN, "mode", "weights", "key", "digest")), row)
+    for row in (row for file in [out / "predictions.jsonl", *parts] for row in lines_of(file)):
+        place = tuple(row.get(key) for key in (*RUN, "mode", "weights", "key", "digest"))
+        before = failure(lines.setdefault(place, row))
+        if before > WHOLE and failure(row) <= before:
+            lines[place] = row
     common.write_text(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in lines.values()))
     for file in parts:
         file.unlink()
 
 
-def answered(out, run, mode, weights, questions):
-    """{key: record} of the questions that this run has answered in this mode, with the simulator of these `weights`."""
+def told(out, run, mode, weights, questions):
+    """{key: record} of the questions that this run has asked in this mode, with the simulator of these `weights`."""
     wanted = {key: digest(question) for key, question in keyed(questions)}
     own = {**run, "mode": mode, "weights": weights}
-    return {row["key"]: row for row in common.read_log(out / "predictions.jsonl")
+    return {row["key"]: row for row in lines_of(out / "predictions.jsonl")
             if own.items() <= row.items() and wanted.get(row["key"]) == row["digest"]}
+
+
+def answered(*run):
+    """What `told` gives, without the failures: these need not be asked again."""
+    return {key: row for key, row in told(*run).items() if failure(row) == WHOLE}
 
 
 def save_views(out, views):

@@ -144,7 +144,7 @@ def object_agreement(made, true):
 def compare(rows, views, match, detect=None, ask=None):
     """`consistency.compare` for triples of scans: {name: one view per row} beside what is trivial and what is perfect.
 
-    rows    of `evaluate.load_triples`, their "context_depth" as paths;  match, detect, ask: as above, the latter two
+    rows    of `lib.views.load_triples`, their "context_depth" as paths;  match, detect, ask: as above, the latter two
             may be missing: without a detector content is nan, without a VLM the categories are INDOOR
     The oracles are the target photograph itself (what the instruments make of the truth) and the context warped by the
     target's depth and pose. A view is taken to have the target's intrinsics.

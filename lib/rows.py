@@ -14,15 +14,26 @@ SPLITS = ("train", "val", "test")
 
 
 def load_jsonl(path):
-    """Rows of a JSONL file as dicts, image paths made absolute. Stops with a sentence on a missing file or bad line."""
+    """Rows of a JSONL file as dicts, image paths made absolute; blank lines are skipped.
+
+    Stops with a sentence on a missing file or bad line.
+    """
     path, rows = Path(path), []
     if not path.exists():
         fail(f"{path} does not exist; `python data.py {path.name.split('_')[0]} --out {path.parent}` makes it")
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        fail(f"{path} is not UTF-8 ({error}); delete the file and make it again")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             fail(f"{path}, line {number} is not JSON; delete the file and make it again")
+        if not isinstance(row, dict):
+            fail(f"{path}, line {number} is not a JSON object; delete the file and make it again")
         for key in ("context", "context_depth", "images", "target", "warp", "view"):
             if key in row:
                 paths = row[key] if isinstance(row[key], list) else [row[key]]

@@ -70,13 +70,15 @@ def summarise(records, direct=None, truth=None):
     if not counted:
         raise ValueError("no question has a gold answer: there is nothing to summarise")
     total = {key: sum(record[key] for record in counted) / len(counted)
-             for key in ("lenient", "valid_calls", "invalid_calls", "unreadable", "truncated", "seconds")}
+             for key in ("valid_calls", "invalid_calls", "unreadable", "truncated", "seconds")}
     bench, categories = counted[0]["bench"], [record["category"] for record in counted]
+    total["lenient"] = float(weights(bench, categories) @ [record["lenient"] for record in counted])
     alone = direct and {record["key"]: record["correct"] for record in direct}
 
-    def part_of(part, weighed=None):
+    def part_of(part):
+        weighed = weights(bench, [record["category"] for record in part])
         return brief(part, weighed) | ({"gain": gain_over(alone, part, weighed)} if direct else {})
-    summary = part_of(counted, weights(bench, categories)) | total | {
+    summary = part_of(counted) | total | {
         "by_category": {c: part_of([record for record in gold if c in record["groups"]])
                         for c in sorted({group for record in gold for group in record["groups"]})},
         "by_need": {title: part_of(part) for title, need in STRATA.items()
@@ -108,7 +110,7 @@ def summarise(records, direct=None, truth=None):
 
 
 def paired_bootstrap(records_a, records_b):
-    """Accuracy of a minus accuracy of b on the same questions -> {"difference", "ci95", "n"}.
+    """Accuracy of a minus accuracy of b on the same questions, each counting the same -> {"difference", "ci95", "n"}.
 
     Raises ValueError if the two were not asked the same questions.
     """

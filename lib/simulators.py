@@ -1,5 +1,5 @@
 """
-The simulators that need no training, and the one place where a simulator is chosen by name.
+The one place where a simulator is chosen by name, and Reprojection, which needs no training.
 
 A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`. By name:
 

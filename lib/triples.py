@@ -1,8 +1,8 @@
 """
 Which frames of a scanned scene make triples: poses first, then what the context sees, then the pictures themselves.
 
-A triple is (context views, one motion in words, target view). The paper's rules (§3.2, "spatially grounded training
-data"): the context covers at least 85 % of the target; its cameras are at least 1 m apart, horizontally or vertically,
+A triple is (context views, one motion in words, target view). The paper's rules (of its view consistency
+tuning): the context covers at least 85 % of the target; its cameras are at least 1 m apart, horizontally or vertically,
 and at least 30 degrees, in yaw or pitch; one of them is the reference, and the dominant component of the way from
 there to the target becomes the words. Ours: no other component may be large, or the words would not be true
 (lib/geometry.dominant_component), and every kept triple is verified in colour (lib/quality.py).

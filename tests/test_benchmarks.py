@@ -384,7 +384,8 @@ def test_sat_asks_in_both_orders(tmp_path):
     assert questions[1]["options"] == ["A. turn right", "B. turn left"] and questions[2]["options"][0] == "A. near"
     assert [q["category"] for q in questions] == ["EgoM", "EgoM", "GoalAim", "GoalAim"]
     first, last = prompt(questions[1])[-1], prompt(questions[3])[-1]
-    assert '"turn right" or "turn left"' in first and "start" in first and "start" not in last
+    assert '"turn right" or "turn left"' in first and first.count("is the start") == 1 and "start" not in last
+    assert [q["question"].count("Image 1 is the start") for q in questions] == [1, 1, 0, 0]         # in our words too
     always_first = [score("sat", q, q["options"][0][3:])[1] for q in questions]
     assert weights("sat", [q["category"] for q in questions]) @ always_first == 0.5
 
@@ -461,6 +462,7 @@ def test_official_averages():
     categories, scores = [*directions, "route_planning", "object_counting"], [1, 0, 1, 0, 0.5, 0.6]
     assert weights("vsi", categories) @ scores == pytest.approx(((1 + 0 + 0.5) / 3 + 0.5 + 0.6) / 3)
     assert group_weights(["EgoM", "EgoM", "Pers"]) @ [1, 0, 1] == 0.75                              # SAT's other table
+    assert weights("mindcube", ["translation"] * 4) @ [1, 0, 0, 0] == 0.25                # alone, it is listed
     for bench in ("mmsi", "vsi"):
         assert weights(bench, categories).sum() == pytest.approx(1)
     assert len({task(kind) for kind in (*VSI_LETTER, *VSI_NUMBER)}) == 8

@@ -8,7 +8,7 @@ import pytest
 from lib import consistency as instrument
 from lib.consistency import (DOSES, ERRORS, along, angle, calibration, classify, compare, consistency, content_scores,
                              delta_of, describe, difference, dose_response, per_view, pose_error, recover, recover_all,
-                             scores_of)
+                             scores_of, trivial_views)
 from lib.geometry import Motion, Query, fill_holes, instruction, move_camera, pose
 from lib.rooms import COLOURS, EYE, random_room, render
 from lib.simulators import Reprojection, find, load, points, splat
@@ -185,6 +185,31 @@ def test_difference_and_its_interval():
     spread, _ = views_of_rooms(0.5, spread=0.4)             # rooms that are right or wrong as a whole say less
     width, narrow = (np.diff(difference(values, good, rooms)["pose"][1:]) for values in (spread, bad))
     assert width > 1.3 * narrow
+
+
+def test_the_interval_is_of_95_percent():
+    """400 rooms of one view each, half of them right: 1.96 standard errors of 0.025 to either side."""
+    values = np.column_stack([np.ones(400), np.arange(400) % 2, np.full(400, 0.1), np.ones((400, 8))])
+    sure = np.column_stack([np.ones(400), np.zeros(400), np.full(400, 0.1), np.ones((400, 8))])
+    gap, low, high = difference(values, sure, np.arange(400))["pose"]
+    assert (gap, low, high) == pytest.approx((0.5, 0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), abs=0.005)
+
+
+def test_doses_are_told_with_their_quartiles():
+    rows = [{"motion": {"kind": "move left", "amount": 2.0}} for _ in range(5)]
+    recovered = np.zeros((5, 5))
+    recovered[:, 0] = [-4.0, 0, -1.0, -3.0, -2.0]
+    point, = dose_response(rows, recovered, [])["move left"]["points"]
+    assert (point["low"], point["median"], point["high"]) == (1, 2, 3)
+
+
+def test_the_nearest_context_view_is_nearest_in_metres_and_degrees():
+    """The commanded camera is 1 m from one context view and 20 degrees, two thirds of a metre, from the other."""
+    row = {"reference": 1, "motion": {"kind": "turn left", "amount": 90.0},
+           "context": [np.full((2, 2, 3), level, np.uint8) for level in (0, 1, 2)],
+           "context_c2w": [pose(0, 0, 0), pose(1, 0, 0, -90), pose(0, 0, 0, -70)]}
+    view, = trivial_views([row])["nearest context view"]
+    assert view[0, 0, 0] == 2
 
 
 def doses(of=lambda motion: motion, kinds=("turn left", "turn right", "move left", "move forward")):

@@ -22,7 +22,12 @@ def exchange(question, answer):
      ("Where?", ["A. left", "B. right", "C. behind"], "C")),
     ("Image-1: <image>\nWhich way? A: left B: right", "<think>hm, B?</think><answer>A</answer>",
      ("Which way?", ["A. left", "B. right"], "A")),
-    ("<image>\nWhich? A. red B. blue", "Blue.", ("Which?", ["A. red", "B. blue"], "B"))])
+    ("<image>\nWhich? A. red B. blue", "Blue.", ("Which?", ["A. red", "B. blue"], "B")),
+    ("<image>\nWhich?\nA. red\n (B) blue\nAnswer with the option's letter from the given choices directly.", "blue",
+     ("Which? Answer with the option's letter from the given choices directly.", ["A. red", "B. blue"], "B")),
+    ("<image>\nA. red\nB. blue\n\nWhich of them\nis nearer?", "A",
+     ("Which of them is nearer?", ["A. red", "B. blue"], "A")),
+    ("Which?\nA. red B. blue\nor C. green", "C", ("Which?", ["A. red", "B. blue or", "C. green"], "C"))])
 def test_lettered_questions_are_read(question, answer, expected):
     row, reason = read_question(exchange(question, answer))
     assert reason is None and (row["question"], row["options"], row["answer"]) == expected and row["kind"] == "mca"

@@ -336,6 +336,60 @@ def test_a_world_model_teaches_from_scans(tmp_path, monkeypatch):
         data.main(["world2vlm", "--anchors", str(tmp_path)])                        # nobody renders scans truly
 
 
+def test_a_teacher_without_scans_to_start_from_is_told(made, tmp_path, monkeypatch):
+    """Rooms' triples name no metric scale: six empty files are no success."""
+    monkeypatch.setattr("world_model.WorldModel.load", lambda *where: None)
+    (tmp_path / "wm").mkdir()
+    with pytest.raises(SystemExit, match="No question was made: --anchors .* must hold triples of scans"):
+        data.main(["world2vlm", "--anchors", str(made), "--teacher", str(tmp_path / "wm"), "--out", str(tmp_path)])
+
+
+def test_mining_does_not_drop_another_corpus(tmp_path, monkeypatch):
+    def mine(corpus, out):
+        rows = [{"id": f"{corpus}/{i}", "images": [], "options": ["A. red", "B. blue"]} for i in range(40)]
+        save_jsonl(tmp_path / corpus / "questions_train.jsonl", rows)
+        data.mine(tmp_path / corpus / "questions_train.jsonl", tmp_path / out, "policy")
+
+    def mined(out):
+        return [row["id"] for split in ("train", "val")
+                for row in data.load_jsonl(tmp_path / out / f"questions_{split}.jsonl")]
+    monkeypatch.setattr(data, "ask_often", lambda questions, out, asked: save_jsonl(
+        out / "answers.jsonl", [{"id": question["id"], "right": 0, **asked} for question in questions]))
+    mine("vst", "mined")
+    with pytest.raises(SystemExit, match="holds questions of something else, .* --out of its own"):
+        mine("sensenova", "mined")
+    mine("sensenova", "other")
+    mine("vst", "mined")                                                            # the same again may be made anew
+    assert {id.split("/")[0] for id in mined("mined")} == {"vst"} and len(mined("mined")) == len(mined("other")) == 40
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--at-most", "9", "--samples", "2"], "--at-most 9 of --samples 2: must be"),
+    (["--at-most", "-1"], "--at-most -1 of"), (["--at-most", "5"], "none or all questions are kept")])
+def test_mining_that_keeps_all_or_none_is_refused(words, sentence, capsys):
+    with pytest.raises(SystemExit):
+        data.parse_args(["mine", "--questions", "q", "--policy", "p", *words])
+    assert sentence in capsys.readouterr().err
+    assert data.parse_args(["mine", "--questions", "q", "--policy", "p", "--at-most", "4"]).at_most == 4
+
+
+def test_folders_that_cannot_be_are_told_before_anything_is_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/below/it"):
+        with pytest.raises(SystemExit, match=f"--out .*{out} cannot be a folder: .*/file is a file"):
+            data.main(["triples", "--rooms", "1", "--out", str(tmp_path / out)])
+    for root in ("nowhere", "file"):
+        for command in (["triples", "--dataset", "scannet"], ["corpus", "--corpus", "vst"], ["depth"]):
+            with pytest.raises(SystemExit, match=f"--root .*{root} is no folder"):
+                data.main([*command, "--root", str(tmp_path / root), "--out", str(tmp_path / "out")])
+
+
+def test_the_papers_numbers_stand_in_one_place():
+    rules = data.Rules()
+    assert (data.MIN_COVERAGE, data.MIN_METERS, data.MIN_DEGREES) == (0.85, 1.0, 30.0)
+    assert data.parse_args(["triples"]).coverage == rules.coverage and rules.apart_degrees == data.MIN_DEGREES
+
+
 def test_bad_files_stop_with_a_sentence(made, tmp_path):
     broken = tmp_path / "broken.png"
     source = next((made / "questions").rglob("1.png"))

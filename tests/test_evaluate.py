@@ -1,7 +1,9 @@
 """The loop over questions, its denominators, its intervals, and what it leaves on disk. No trained model is needed."""
 
 import json
+import os
 import re
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +12,17 @@ from PIL import Image
 
 import data
 import evaluate
-from evaluate import chance, evaluate_policy, main, paired_bootstrap, parse_args, score, summarise
-from lib import consistency, predictions, real_views, report
+from evaluate import chance, evaluate_policy, main, parse_args, score, summarise
+from lib import consistency, predictions, real_views, report, views
 from lib.common import World, read_log
+from lib.endpoint import check
 from lib.geometry import Motion, pose
 from lib.pictures import save_image
 from lib.dialogue import NOTE, TOOLS, prompt_text
 from lib.questions import text_only_chance
 from lib.predictions import keyed
 from lib.rooms import TrueRenderer
-from lib.scores import brief, interval
+from lib.scores import brief, interval, paired_bootstrap
 from policy import Policy, Trajectory
 from ranks import on_ranks
 from test_real_views import Matcher, detect, triples
@@ -79,6 +82,66 @@ def test_what_is_scored_is_the_answer_in_rooms_and_the_whole_turn_elsewhere(monk
         Trajectory(q, "direct", truncated=True, turns=["<answer>B</answer> and on"]) for q in questions])
     assert evaluate_policy(None, [rooms], mode="direct")[0]["correct"] == 0
     assert score("mindcube", rooms, "<answer>B</answer>") == ("B", 1.0)
+
+
+def sat(number, kind="ego_movement", **more):
+    return question(number, bench="sat", type=kind, text="How?", cluster=str(number), answer="B",
+                    options=["A. rotated left", "B. night stand"], **more)
+
+
+def test_an_answer_that_was_never_accepted_is_wrong_but_in_mode_official(monkeypatch):
+    """Forced without a call, or cut off in its thoughts: what was said last counts for nothing."""
+    said = {"mindcube": "<think>so</think><answer>B. ball</answer>", "mmsi": "B", "mmsi_video": "B", "vsi": "B",
+            "sat": "night stand", "rooms": "B"}
+    for bench, turn in said.items():
+        asked = {**(sat(0) if bench == "sat" else question(0, bench=bench)), "domains": {}, "parts": None}
+        for answer in (None, "B"):
+            t = Trajectory(asked, "forced", answer=answer, turns=[turn] * 10)
+            told = evaluate.verdict(asked, t, "forced")
+            assert (told["correct"], told["lenient"]) == (float(answer == "B"),) * 2, bench
+    cut = Trajectory(question(0, bench="mmsi"), "direct", truncated=True, turns=["``B`` since"])
+    assert evaluate.verdict(cut.question, cut, "official")["correct"] == 1          # the bench's own code reads it
+    assert evaluate.verdict(cut.question, cut, "direct")["correct"] == 0
+
+
+@pytest.mark.parametrize("said, ours, official", [
+    ("B", 1, 0), ("B. night stand", 1, 0), ("night stand", 1, 0), ("A. rotated left", 0, 0), ("C", 0, 0),
+    ("a chair", 0, 0), ("It is the night stand.", 1, 0), ("ight stand", 0, 1)])
+def test_sat_is_scored_by_letter_or_words_where_our_words_show_letters(said, ours, official):
+    turn = f"<think>left?</think>\n<answer>{said}</answer>"
+    t = Trajectory(sat(0), "direct", answer=said, turns=[turn])
+    for mode in ("direct", "forced", "agentic", "search"):
+        assert evaluate.verdict(sat(0), t, mode)["correct"] == ours
+    assert evaluate.verdict(sat(0), t, "official")["correct"] == official
+
+
+def test_mindcube_is_asked_in_its_published_words_in_mode_official(monkeypatch):
+    seen = []
+
+    def rollout(policy, questions, simulator, mode, **flags):
+        seen.extend((mode, q["prompt"]) for q in questions)
+        return [Trajectory(q, mode, answer="B. blue ball", turns=["<answer>B. blue ball</answer>"]) for q in questions]
+    monkeypatch.setattr(evaluate, "rollout", rollout)
+    asked = question(0, bench="mindcube", category="among", text="Which? A. red box B. blue ball")
+    record, = evaluate_policy(None, [asked], mode="official")
+    assert seen[0][0] == "direct" and seen[0][1][-1].endswith("[Question]\n" + asked["text"])
+    assert record["correct"] == 1 and evaluate_policy(None, [asked], mode="direct") and seen[1][1] is None
+    assert parse_args(["--bench", "mindcube", "--mode", "official"]).mode == "official"
+
+
+def test_a_server_that_refuses_one_mode_stops_there_and_a_refused_rest_does_not(monkeypatch):
+    """Direct answers came; a refusal of all calls is a server without tools. But single questions may be too long."""
+    def refuse(policy, questions, *_):
+        results = [evaluate.RemoteError("400: no tools") for _ in questions]
+        check(policy.endpoint, results)
+        return results
+    monkeypatch.setattr(evaluate, "converse", refuse)
+    policy = evaluate.RemotePolicy("http://127.0.0.1:9/v1", "vlm")
+    policy.endpoint.served = True
+    with pytest.raises(evaluate.RemoteError, match="no tools"):
+        evaluate_policy(policy, [question(0), question(1)], None, "forced")
+    record, = evaluate_policy(policy, [question(0), question(1)], None, "forced", done=("q0",))
+    assert record["key"] == "q1" and record["error"] == "400: no tools" and record["correct"] == 0
 
 
 def test_done_questions_are_not_asked_again_and_batches_are_told(monkeypatch):
@@ -235,6 +298,112 @@ def test_rooms_from_end_to_end_and_a_killed_run_continues(place, monkeypatch, ca
     assert len(asked) == 2 * n - 2 and not (out / "report.html").exists()
 
 
+def test_a_question_whose_image_was_missing_is_asked_again_and_takes_the_place_of_its_failure(place, tmp_path):
+    rows = data.load_jsonl(place / "data" / "questions_test.jsonl")[:3]
+    away, there = tmp_path / "away.png", Path(rows[1]["images"][0])
+    rows[1]["images"] = [str(away), *rows[1]["images"][1:]]
+    data.save_jsonl(tmp_path / "questions_test.jsonl", rows)
+    own = [*arguments(place, "rooms", "--mode", "direct", "--no-report"), "--data", str(tmp_path), "--out",
+           str(tmp_path / "out")]
+
+    def counts():
+        main(own)
+        direct = json.loads((tmp_path / "out" / "results.json").read_text())["modes"]["direct"]
+        return direct["n"], direct["counts"]["image unreadable (counted as wrong)"]
+    assert counts() == counts() == (3, 1)
+    away.write_bytes(there.read_bytes())
+    assert counts() == (3, 0) and len(read_log(tmp_path / "out" / "predictions.jsonl")) == 3
+    for row in rows:
+        row["images"] = [str(tmp_path / "nowhere.png")]
+    data.save_jsonl(tmp_path / "questions_test.jsonl", rows)
+    with pytest.raises(SystemExit, match="Not one image of the 3 questions .*nowhere.png"):
+        main(own)
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("", "None of the 0 questions"), (b"\xff{}\n", "is not UTF-8"), ('\n[1, 2]\n', "line 2 is not a JSON object"),
+    ('{"id": "q"}\n', "question 1 has no bench and no images"), ("{", "line 1 is not JSON")])
+def test_a_file_of_questions_that_is_none_ends_in_a_sentence(place, tmp_path, text, sentence):
+    (tmp_path / "questions_test.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SystemExit, match=sentence):
+        main([*arguments(place, "rooms"), "--data", str(tmp_path)])
+
+
+def test_questions_without_any_gold_answer_are_not_asked(place, tmp_path):
+    rows = data.load_jsonl(place / "data" / "questions_test.jsonl")[:2]
+    (tmp_path / "questions_test.jsonl").write_text("\n".join(json.dumps({**row, "answer": None, "question": "a\u2028b"},
+                                                                        ensure_ascii=False) + "\n" for row in rows))
+    with pytest.raises(SystemExit, match="None of the 2 questions of --bench rooms has a gold answer"):
+        main([*arguments(place, "rooms"), "--data", str(tmp_path)])         # a separator in a string ends no line
+
+
+def test_one_simulator_at_a_time_is_in_memory_and_none_is_loaded_twice_in_a_row(place, tmp_path, monkeypatch):
+    alive, loaded = [], []
+
+    class Cyclic(TrueRenderer):                                             # as a WorldModel is
+        def __init__(self):
+            self.own = self
+
+    def load(name, *_):
+        assert not [one for one in alive if one() is not None]
+        loaded.append(name)
+        one = Cyclic()
+        alive.append(weakref.ref(one))
+        return one
+    monkeypatch.setattr(evaluate.simulators, "load", load)
+    scripted(monkeypatch, lambda q, mode: "B")
+    own = [*arguments(place, "rooms", "--limit", "2", "--no-report"), "--out", str(tmp_path)]
+    main([*own, "--simulator", "truth"])
+    assert loaded == ["truth"]
+    main([*own, "--simulator", "truth", "reprojection"])
+    assert loaded[1:] == ["truth", "reprojection"] * 2
+
+
+def test_batches_are_small_for_a_published_policy_and_of_the_width_of_a_server(place, tmp_path, monkeypatch):
+    met = []
+    monkeypatch.setattr(evaluate, "evaluate_policy", lambda *flags: met.append(flags[6]))
+    monkeypatch.setattr(evaluate, "conclude", lambda *_: None)
+    own = ["--data", str(place / "data"), "--mode", "direct", "--out", str(tmp_path)]
+    local, remote = ["--policy", str(place / "policy")], ["--policy-url", "http://127.0.0.1:9/v1", "--model", "m"]
+    for more in (local, [*local, "--batch", "3"], remote, [*remote, "--concurrency", "5"]):
+        main([*own, *more])
+    monkeypatch.setattr(Policy, "turn_limit", 4096)
+    main([*own, *local])
+    assert met == [64, 3, 8, 5, 8]
+
+
+def test_a_policy_configured_anew_is_another_one_and_the_default_of_frames_is_its_number(place, tmp_path, monkeypatch):
+    Policy.tiny().save(tmp_path / "policy")
+    before = evaluate.fingerprint(str(tmp_path / "policy"))
+    config = tmp_path / "policy" / "generation_config.json"
+    config.write_text("{}")
+    os.utime(config, (2e9, 2e9))
+    assert evaluate.fingerprint(str(tmp_path / "policy")) != before
+    runs = []
+    monkeypatch.setattr(evaluate, "load", lambda bench, place, frames: [question(0, bench="vsi")])
+    monkeypatch.setattr(evaluate, "worth_asking", lambda *_: None)
+    monkeypatch.setattr(evaluate, "evaluate_policy", lambda *_: None)
+    monkeypatch.setattr(evaluate, "conclude", lambda *_: None)
+    monkeypatch.setattr(predictions, "told", lambda out, run, *_: runs.append(run["frames"]) or {})
+    own = ["--policy", str(place / "policy"), "--mode", "direct", "--data", str(tmp_path), "--out", str(tmp_path / "o")]
+    main(["--bench", "vsi", *own])
+    main(["--bench", "vsi", "--frames", "32", *own])
+    main(["--bench", "mindcube", "--frames", "3", *own])
+    assert set(runs[:-2]) == {32} and runs[-1] is None
+
+
+def test_old_answers_of_a_url_are_told(place, tmp_path, monkeypatch, capsys):
+    def served(policy, questions, simulator, mode, seed):
+        return [Trajectory(q, mode, answer="B", turns=["<answer>B</answer>"]) for q in questions]
+    monkeypatch.setattr(evaluate, "converse", served)
+    own = ["--data", str(place / "data"), "--mode", "direct", "--out", str(tmp_path), "--limit", "2", "--no-report",
+           "--policy-url", "http://127.0.0.1:9/v1", "--model", "m"]
+    main(own)
+    assert "Old answers" not in capsys.readouterr().out
+    main(own)
+    assert "Old answers of http://127.0.0.1:9/v1" in capsys.readouterr().out
+
+
 def test_answers_of_another_policy_stay_and_are_not_counted(place):
     own = [*arguments(place, "mindcube", "--mode", "direct", "--no-report"), "--out", str(place / "two")]
     main(own)
@@ -284,6 +453,26 @@ def test_the_first_answer_to_a_question_counts(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
+def test_a_failure_gives_way_to_an_answer_and_is_asked_again(tmp_path):
+    asked = [question(number) for number in range(4)]
+    run = {"version": predictions.VERSION, "policy": "p", "seed": 0, "max_new_tokens": 3, "frames": None}
+
+    def row(number, said, error=None, missing=0):
+        return {**run, "key": f"q{number}", "digest": predictions.digest(asked[number]), "mode": "direct",
+                "weights": "none", "said": said, "error": error, "missing_images": missing}
+    alone, place = World(0, 1, 0, None), (tmp_path, run, "direct", "none", asked)
+    predictions.append(tmp_path, alone, [row(0, "A"), row(1, None, "image: gone"), row(2, "A", missing=2)])
+    with open(tmp_path / "predictions.jsonl", "a") as lines:
+        lines.write("[1]\n3\n")                                            # no objects
+    assert list(predictions.answered(*place)) == ["q0"] and list(predictions.told(*place)) == ["q0", "q1", "q2"]
+    predictions.append(tmp_path, alone, [row(0, "B"), row(1, "B"), row(2, "B", missing=1), row(3, "A")])
+    predictions.append(tmp_path, alone, [row(2, None, "image: gone"), row(3, None, "refused"), row(1, "C")])
+    predictions.gather(tmp_path)
+    assert {key: told["said"] for key, told in predictions.told(*place).items()} == dict(q0="A", q1="B", q2="B", q3="A")
+    assert list(predictions.answered(*place)) == ["q0", "q1", "q3"]
+    assert all(isinstance(line, dict) for line in read_log(tmp_path / "predictions.jsonl"))
+
+
 def test_views_are_kept_once(tmp_path):
     small, large = np.zeros((32, 32, 3), np.uint8), np.zeros((200, 100, 3), np.uint8)
     names = predictions.save_views(tmp_path, [small, large, small])
@@ -295,6 +484,8 @@ def test_mindcube_layout_from_end_to_end(place):
     main(arguments(place, "mindcube", "--mode", "direct"))
     results = json.loads((place / "eval" / "mindcube" / "results.json").read_text())
     assert set(results["modes"]["direct"]["by_category"]) <= {"rotation", "around"} and results["chance"] == 0.25
+    main([*arguments(place, "mindcube", "--mode", "official", "--limit", "2"), "--out", str(place / "official")])
+    assert list(json.loads((place / "official" / "results.json").read_text())["modes"]) == ["official"]
     with pytest.raises(SystemExit, match="works in rooms only"):
         main([*arguments(place, "mindcube"), "--simulator", "truth"])
 
@@ -313,6 +504,32 @@ def test_wm_from_end_to_end(place, capsys):
     assert {p["amount"] for p in dose["turn right"]["points"] if p["trained"]} == {45, 90, 135}
     with Image.open(place / "eval" / "wm" / "dose.png") as picture:
         assert picture.width > 5 * 150
+
+
+def test_one_triple_gives_results_that_are_json_and_none_gives_a_sentence(place, tmp_path):
+    def nothing(name):
+        raise AssertionError(f"{name} is no JSON")
+    main([*arguments(place, "wm", "--limit", "1", "--dose-rooms", "0"), "--out", str(tmp_path / "one")])
+    assert json.loads((tmp_path / "one" / "results.json").read_text(), parse_constant=nothing)["n"] == 1
+    (tmp_path / "triples_test.jsonl").touch()
+    with pytest.raises(SystemExit, match="holds no triples"):
+        main([*arguments(place, "wm"), "--data", str(tmp_path)])
+
+
+def test_a_simulator_behind_a_url_that_falls_silent_costs_no_view_that_it_gave(place, tmp_path, monkeypatch):
+    class Falling(TrueRenderer):
+        def imagine(self, queries):
+            raise evaluate.RemoteError("The server is down.", True, [*super().imagine(queries[:2]), *(
+                evaluate.RemoteError("gone", True) for _ in queries[2:])])
+    monkeypatch.setattr(evaluate.simulators, "load", lambda *_: Falling())
+    own = [*arguments(place, "wm", "--dose-rooms", "0", "--limit", "4"), "--out", str(tmp_path), "--simulator",
+           "http://127.0.0.1:9"]
+    with pytest.raises(SystemExit, match="The server is down. The views so far are in"):
+        main(own)
+    assert len(list(tmp_path.glob("views/*/*.png"))) == 2
+    monkeypatch.setattr(evaluate.simulators, "load", lambda *_: TrueRenderer())
+    main(own)
+    assert json.loads((tmp_path / "results.json").read_text())["mse"] == 0
 
 
 class Copier:
@@ -387,7 +604,7 @@ def test_a_vlm_behind_a_url_lists_the_categories_of_scans(monkeypatch):
 
 
 def test_doses_leave_out_what_ends_in_the_furniture(place):
-    rows = evaluate.load_triples(place / "data" / "triples_test.jsonl")
+    rows = views.load_triples(place / "data" / "triples_test.jsonl")
     doses = evaluate.dose_rows(rows, 24)
     assert len({row["id"] for row in doses}) == len(doses) <= len(consistency.DOSES)
     middle = np.eye(4)
@@ -398,9 +615,9 @@ def test_doses_leave_out_what_ends_in_the_furniture(place):
 
 
 def test_a_sheet_shows_every_context_view(place):
-    rows = evaluate.load_triples(place / "data" / "triples_test.jsonl")[:2]
-    views = {"truth": [row["target"] for row in rows]}
-    four, six = (report.contact_sheet([{**row, "context": row["context"] + more} for row in rows], views)
+    rows = views.load_triples(place / "data" / "triples_test.jsonl")[:2]
+    truth = {"truth": [row["target"] for row in rows]}
+    four, six = (report.contact_sheet([{**row, "context": row["context"] + more} for row in rows], truth)
                  for more in ([], rows[0]["context"][:2]))
     assert six.width == four.width + 2 * (96 + 6)
 
@@ -425,6 +642,9 @@ def test_missing_stages_are_told_in_a_sentence(place, tmp_path, monkeypatch):
 
 
 def test_helpers_of_the_command_line():
+    for flags in (["--concurrency", "0"], ["--dose-rooms", "-1"], ["--threads", "-1"], ["--batch", "0"]):
+        with pytest.raises(SystemExit):
+            parse_args(flags)
     assert parse_args([]).out == "out/eval/rooms" and parse_args(["--bench", "wm"]).mode == "all"
     assert [key for key, _ in keyed([question(0), question(0), question(0)])] == ["q0", "q0#2", "q0#3"]
 
@@ -499,6 +719,6 @@ def test_world2vlm_is_scored_by_its_rewards(place, tmp_path, monkeypatch, capsys
     assert tasks["A4"]["accuracy"] == pytest.approx(0.2) and tasks["D1"]["accuracy"] == -1      # too long
     assert summary["exact"] == 0.25 and summary["n"] == 4 and "mean reward" in capsys.readouterr().out
     assert "numeric" in (tmp_path / "out" / "report.html").read_text()
-    for flags in (["--bench", "world2vlm", "--mode", "agentic"], ["--bench", "mindcube", "--mode", "official"]):
+    for flags in (["--bench", "world2vlm", "--mode", "agentic"], ["--bench", "mmsi_video", "--mode", "official"]):
         with pytest.raises(SystemExit):
             parse_args(flags)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from lib.geometry import (KINDS, Motion, coverage, decompose, dominant_motion, instruction, move_camera, phrase, pinhole,
-                          pose, project, read_instruction, read_phrase, unproject, warp)
+from lib.geometry import (KINDS, Motion, coverage, decompose, dominant_component, dominant_motion, fill_holes,
+                          instruction, move_camera, phrase, pinhole, pose, project, read_instruction, read_phrase,
+                          unproject, warp)
 from lib.rooms import EYE, random_room, render
 
 AMOUNTS = {"meters": [0.1 * k for k in range(1, 101)], "degrees": [5.0 * k for k in range(1, 73)]}
@@ -57,6 +58,31 @@ def test_dominant_motion_finds_the_commanded_one_and_refuses_a_mixture():
     assert dominant_motion(start, both) is None
     slight = move_camera(move_camera(start, Motion("move left", 1.0)), Motion("turn left", 4.0))     # 4 degrees = 0.13 m
     assert dominant_motion(start, slight) == Motion("move left", 1.0)
+
+
+def test_what_may_stand_beside_the_dominant_component():
+    """Up to 0.15 m, or a fifth of the dominant one if that is more; 30 degrees count as a metre, and roll counts."""
+    for delta, main in (([0.2, 0, 0.14, 0, 0, 0], 0), ([0.2, 0, 0.16, 0, 0, 0], -1), ([-2, 0.39, 0, 0, 0, 0], 0),
+                        ([-2, 0.41, 0, 0, 0, 0], -1), ([0, 0, 1, 0, 5.9, 0], 2), ([0, 0, 1, 0, 6.1, 0], -1),
+                        ([0, 0, 0, -90, 0.59, 0], 3), ([0, 0, 0.61, -90, 0, 0], -1), ([0, 0, 0, 0, 45, 8.9], 4),
+                        ([0, 0, 0, 0, 45, 9.1], -1), ([0, 1, 0, 0, 0, -7], -1), ([0, 0, 0.1, 0, 0, 4.4], 2),
+                        ([0, 0, 0.1, 0, 0, 170], -1)):
+        assert dominant_component(np.array(delta, float)) == main, delta
+    tilted = np.eye(4)
+    tilted[:2, :2] = [[0.9, -0.19**0.5], [0.19**0.5, 0.9]]                      # 26 degrees about the optical axis
+    assert dominant_motion(np.eye(4), pose(0, 0, 1) @ tilted) is None
+
+
+def test_holes_take_the_nearest_colour_and_none_from_across_the_edge():
+    view, seen = np.zeros((1, 5, 3), np.uint8), np.array([[True, False, True, False, False]])
+    view[0, 0], view[0, 2] = (255, 0, 0), (0, 255, 0)
+    want = np.array([[255, 0, 0], [255, 0, 0], [0, 255, 0], [0, 255, 0], [0, 255, 0]])
+    for turn in (lambda x: x, lambda x: x[:, ::-1], lambda x: x.swapaxes(0, 1), lambda x: x[:, ::-1].swapaxes(0, 1)):
+        filled = fill_holes(turn(view), turn(seen))
+        ours = turn(want[None])
+        assert (filled[turn(seen)] == turn(view)[turn(seen)]).all()
+        ends = turn(np.array([[False, False, False, True, True]]))              # the one between may take either
+        assert (filled[ends] == ours[ends]).all()
 
 
 def test_decompose_tells_translation_in_the_axes_of_the_source():

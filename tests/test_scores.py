@@ -45,7 +45,8 @@ def test_every_level_and_type_has_its_call_rate_and_its_paired_gain(modes):
         low, high = part["gain"]["ci95"]
         assert (low > 0) == (name == "Prediction") and (high < 0) == (name == "Planning")
         assert part["call_rate"] == (name in ("Prediction", "Planning"))
-        assert part["gain"] == {key: paired_bootstrap(after, before)[key] for key in ("difference", "ci95")}
+        alone = paired_bootstrap(after, before)
+        assert part["gain"] == {"difference": pytest.approx(alone["difference"]), "ci95": alone["ci95"]}
     assert parts["Perception"]["gain"] == {"difference": 0, "ci95": [0, 0]} and parts["Perception"]["n"] == 9 * 40
     assert "gain" not in summarise(agentic) and "gain" not in summarise(agentic)["by_category"]["Planning"]
 
@@ -63,6 +64,19 @@ def test_a_gain_is_paired_and_counts_as_the_accuracy_does():
     a, b = ([record(i, h < bar, room=i) for i, h in enumerate(hard)] for bar in (0.6, 0.5))
     paired = gain_over({r["key"]: r["correct"] for r in b}, a)["ci95"]
     assert np.diff(paired)[0] < 0.7 * np.diff(interval([r["correct"] for r in a], [r["scene"] for r in a]))[0]
+
+
+def test_the_parts_of_vsi_count_as_its_overall_does():
+    """Three types of directions are one task, whatever the number of their questions; lenient counts alike."""
+    kinds = ["object_rel_direction_easy"] * 6 + ["object_rel_direction_medium"] * 3 + ["object_rel_direction_hard"]
+    direct = [record(i, 0, category=kind, bench="vsi", room=i) for i, kind in enumerate(kinds)]
+    agentic = [record(i, i < 6, category=kind, bench="vsi", room=i) for i, kind in enumerate(kinds)]
+    agentic = [row | {"groups": ["object_rel_direction", row["category"]], "lenient": 1 - row["correct"]}
+               for row in agentic]
+    summary = summarise(agentic, direct)
+    part = summary["by_category"]["object_rel_direction"]
+    assert summary["accuracy"] == pytest.approx(1 / 3) == part["accuracy"] == part["gain"]["difference"]
+    assert summary["lenient"] == pytest.approx(2 / 3) and summary["by_category"][kinds[0]]["accuracy"] == 1
 
 
 def test_what_has_no_gold_answer_has_no_gain(modes):

@@ -28,14 +28,17 @@ def picture(seed, height=32, width=32):
 
 
 class Mirror:
-    """A simulator that returns its reference image, mirrored, after `seconds`; it fails where the seed is 13."""
+    """A simulator that returns its reference image, mirrored, after `seconds` and once it `may`; it fails where the
+    seed is 13."""
 
-    def __init__(self, seconds=0.0):
-        self.seconds, self.batches = seconds, []
+    def __init__(self, seconds=0.0, may=None):
+        self.seconds, self.may, self.batches = seconds, may, []
 
     def imagine(self, queries):
         self.batches.append(queries)
         time.sleep(self.seconds)
+        if self.may:
+            self.may.wait(60)
         if any(query.seed == 13 for query in queries):
             raise RuntimeError("a bad day")
         return [query.images[query.reference - 1][:, ::-1].copy() for query in queries]
@@ -84,6 +87,16 @@ def test_a_remote_view_is_the_local_view():
         remote = RemoteSimulator(server.url).imagine(queries)
     torch.set_num_threads(before)
     assert all((here == there).all() for here, there in zip(local, remote))
+
+
+def test_a_video_gives_the_view_that_it_gives_here():
+    """Of 40 images only some are sent; the model is shown the same ones."""
+    model, images = WorldModel.tiny(), [picture(k) for k in range(40)]
+    queries = [Query(images, n, instruction(Motion("turn left", 45.0), n), n) for n in (1, 20, 40)]
+    with running(model) as server:
+        remote = RemoteSimulator(server.url).imagine(queries)
+    for here, there, query in zip(model.imagine(queries), remote, queries):
+        assert np.abs(here.astype(int) - there).max() <= 1, query.reference         # batches may differ
 
 
 def test_requests_that_wait_are_imagined_together():
@@ -159,12 +172,14 @@ def test_a_request_that_is_much_too_long_is_answered_and_not_kept():
 
 
 def test_too_many_waiting_requests_are_told_to_come_back():
-    with running(Mirror(seconds=0.2), max_waiting=1) as server:
+    may = threading.Event()
+    with running(Mirror(may=may), max_waiting=1) as server:
         first = threading.Thread(target=send, args=(server, *order()))
         first.start()
         while not server.model.batches:
             time.sleep(0.01)
         status, words, headers = send(server, *order())
+        may.set()
         first.join()
         assert status == 429 and headers["Retry-After"] == "1" and "Too many" in words
         queries = [Query([picture(k)], 1, SENTENCE, k) for k in range(3)]

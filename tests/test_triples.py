@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import data
-from lib.geometry import Motion, dominant_motion, move_camera, pose
-from lib.scans import split_of, write_folder
+from lib.geometry import Motion, decompose, dominant_motion, move_camera, pose
+from lib.scans import places_of, sides_of, split_of, write_folder
 from lib.scenes import read_scene, room_scene
 from lib.triples import (Rules, Summary, apart, assorted, choose_context, find_triples, fit, motions_between,
                          thousandths, write_triples)
@@ -213,14 +213,76 @@ def test_a_summary_adds_up():
 
 def test_no_place_is_on_two_sides_of_the_split(tmp_path):
     ids = [f"scene{place:04d}_{scan:02d}" for place in range(300) for scan in range(3)]
-    sides = {id: split_of("scannet", id, {}) for id in ids}
-    places = {}
-    for id, side in sides.items():
-        places.setdefault(id[:9], set()).add(side)
-    assert all(len(side) == 1 for side in places.values())
-    shares = [list(sides.values()).count(side) / len(sides) for side in ("test", "val")]
+    places = places_of("scannet", tmp_path, ids)
+    assert places == {id: id[:9] for id in ids} and places_of("dl3dv", tmp_path, ids) == dict(zip(ids, ids))
+    sides = [split_of("scannet", place, {}) for place in places.values()]
+    shares = [sides.count(side) / len(sides) for side in ("test", "val")]
     assert 0.02 < shares[0] < 0.09 and 0.005 < shares[1] < 0.045
-    assert split_of("scannet", "scene0000_00", {"scene0000_00": "test"}) == "test"
+
+
+def test_a_list_replaces_the_draw_and_takes_whole_places(tmp_path):
+    ids = [f"scene{place:04d}_{scan:02d}" for place in range(300) for scan in range(2)]
+    lists = {"test": listed(tmp_path, "scene0007_01")}
+    places, sides = sides_of("scannet", tmp_path, ids, lists)
+    assert sides == {"scene0007": "test"}
+    splits = {id: split_of("scannet", places[id], sides, lists) for id in ids}
+    assert [id for id, split in splits.items() if split == "test"] == ["scene0007_00", "scene0007_01"]
+    assert "val" in splits.values()                                             # this one is still drawn
+    for id in set(ids) - {"scene0007_00", "scene0007_01"}:                      # and nothing else goes elsewhere
+        drawn = split_of("scannet", places[id], {})
+        assert splits[id] == ("train" if drawn == "test" else drawn)
+    (tmp_path / "val.txt").write_text("scene0007_00")
+    with pytest.raises(SystemExit, match="a place stands on one side"):
+        sides_of("scannet", tmp_path, ids, lists | {"val": tmp_path / "val.txt"})
+
+
+@pytest.mark.parametrize("text", ["scan1\nscan2\n", "id,place,fold\nscan1,x,Validation\n\nscan2,y,Validation\n",
+                                  ',video_id,fold\n0,"scan1",Validation\n1,scan2,Validation\nscan9'])
+def test_official_lists_are_read(text, tmp_path, capsys):
+    (tmp_path / "list.csv").write_text(text)
+    _, sides = sides_of("folder", tmp_path, ["scan1", "scan2", "scan3"], {"test": tmp_path / "list.csv"})
+    assert sides == {"scan1": "test", "scan2": "test"}
+    missing = {"s": None, "i": "1 of 3 lines", ",": "2 of 4 lines"}[text[0]]
+    assert (f"--test: {missing} " in capsys.readouterr().out) == bool(missing)
+    with pytest.raises(SystemExit, match="No line of .*list.csv names a scan .* such as room7"):
+        sides_of("folder", tmp_path, ["room7"], {"test": tmp_path / "list.csv"})
+    with pytest.raises(SystemExit, match="does not exist; --val names"):
+        sides_of("folder", tmp_path, ["scan1"], {"val": tmp_path / "none.txt"})
+
+
+def test_arkit_captures_of_one_visit_stay_together(tmp_path, capsys):
+    """As in the official metadata: some captures have no visit, and numbers may be those of pandas."""
+    ids = [str(41000000 + k) for k in range(300)]
+    with pytest.raises(SystemExit, match="no metadata.csv with the visit_id .* both --val FILE and --test FILE"):
+        sides_of("arkitscenes", tmp_path, ids, {"test": listed(tmp_path, ids[0])})
+    (tmp_path / "val.txt").write_text(ids[1])
+    both = {"test": listed(tmp_path, ids[0]), "val": tmp_path / "val.txt"}
+    places, sides = sides_of("arkitscenes", tmp_path, ids, both)
+    assert len(places) == 300 and sides == {ids[0]: "test", ids[1]: "val"}
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/metadata.csv").write_text("video_id,visit_id,fold\n" + "".join(
+        f"{id},{'NA' if k >= 298 else f'{380000 + k // 3}.0' if k % 2 else 380000 + k // 3},Training\n"
+        for k, id in enumerate(ids)))
+    places, sides = sides_of("arkitscenes", tmp_path, ids, {})
+    assert places == {id: str(380000 + k // 3) for k, id in enumerate(ids[:298])} and not sides
+    assert "2 scans are left out: nobody knows which place" in capsys.readouterr().out
+    lists = {"test": listed(tmp_path, ids[4], ids[299])}
+    places, sides = sides_of("arkitscenes", tmp_path, ids, lists)
+    splits = {id: split_of("arkitscenes", place, sides, lists) for id, place in places.items()}
+    assert [id for id, split in splits.items() if split == "test"] == [ids[k] for k in (3, 4, 5, 299)]
+
+
+def test_a_second_dataset_does_not_drop_the_first(scans, tmp_path):
+    out = tmp_path / "out"
+    data.make_scans("folder", scans, out, 1, rules=SMALL, limit=1)
+    before = files(out)
+    write_scan(tmp_path / "more" / "kitchen", 1)
+    with pytest.raises(SystemExit, match="train_wm.py --data takes several folders"):
+        data.make_scans("folder", tmp_path / "more", out, 1, rules=SMALL)
+    assert files(out) == before
+    data.make_scans("folder", scans, out, 1, rules=SMALL, limit=2)              # more scans of the same are welcome
+    rows = data.load_jsonl(out / "triples_train.jsonl")
+    assert len({row["scene"] for row in rows}) == 2 and all(f"folder/{row['place']}" == row["scene"] for row in rows)
 
 
 def test_the_held_out_set_takes_as_many_of_each_dataset_and_refuses_shared_places(scans, tmp_path):
@@ -228,6 +290,8 @@ def test_the_held_out_set_takes_as_many_of_each_dataset_and_refuses_shared_place
     data.make_scans("folder", scans, source, 1, rules=SMALL, lists={"test": listed(tmp_path, "scan1", "scan2")})
     data.make_heldout([source], tmp_path / "held", per_dataset=5)
     rows = data.load_jsonl(tmp_path / "held" / "triples_test.jsonl")
+    with pytest.raises(SystemExit, match="python data.py triples --dataset NAME --root DIR --out .*nowhere"):
+        data.make_heldout([tmp_path / "nowhere"], tmp_path / "held", per_dataset=5)
     assert len(rows) == 5 and {row["scene"] for row in rows} == {"folder/scan1", "folder/scan2"}
     assert all(Image.open(place).size == (64, 64) for row in rows for place in (*row["context"], row["target"]))
     with pytest.raises(SystemExit, match="triples of test scans"):
@@ -236,3 +300,31 @@ def test_the_held_out_set_takes_as_many_of_each_dataset_and_refuses_shared_place
     train.write_text(train.read_text() + (source / "triples_test.jsonl").read_text())
     with pytest.raises(SystemExit, match="both sides"):
         data.make_heldout([source], tmp_path / "held", per_dataset=5)
+    train.write_text(json.dumps({**json.loads(train.read_text().splitlines()[0]), "place": None}).replace(
+        '"place": null', '"older": 0') + "\n")
+    with pytest.raises(SystemExit, match="does not tell the place"):
+        data.make_heldout([source], tmp_path / "held", per_dataset=5)
+
+
+def test_what_its_own_photograph_would_fail_is_not_held_out(tmp_path, capsys):
+    """0.2 m to the right and 0.14 m forward is told as "move right 0.2 meters", and is 35 degrees off these words."""
+    rows = []
+    for k, way in enumerate([(0.2, 0, 0.14), (0.2, 0, 0.06), (-1.0, 0, 0.15), (0, 0, 0, 12.0), (0, 0, 0, 90.0, 17.0)]):
+        motion = dominant_motion(np.eye(4), pose(*way))
+        rows.append({"id": str(k), "scene": "folder/a", "place": "a", "dataset": "folder", "reference": 2,
+                     "motion": {"kind": motion.kind, "amount": motion.amount}, "context": ["0.jpg"] * 2,
+                     "context_depth": ["0.png"] * 2, "target": "1.jpg", "warp": "2.png",
+                     "context_c2w": [pose(5, 5, 5).tolist(), pose(1, -1, 2, 70).tolist()],
+                     "target_c2w": (pose(1, -1, 2, 70) @ pose(*way)).tolist()})
+    assert rows[0]["motion"] == {"kind": "move right", "amount": 0.2}
+    np.testing.assert_allclose(decompose(*np.array([rows[0]["context_c2w"][1], rows[0]["target_c2w"]]))[:3],
+                               [0.2, 0, 0.14], atol=1e-9)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/triples_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a/triples_train.jsonl").write_text("")
+    data.make_heldout([tmp_path / "a"], tmp_path / "held", per_dataset=3)
+    assert "3 triples of 1 test scans; left out: 2 whose own pose" in capsys.readouterr().out
+    kept = data.load_jsonl(tmp_path / "held" / "triples_test.jsonl")
+    assert sorted(row["id"] for row in kept) == ["1", "2", "3"]
+    with pytest.raises(SystemExit, match="has 3 triples of test scans that do what their words say, and 4"):
+        data.make_heldout([tmp_path / "a"], tmp_path / "held", per_dataset=4)

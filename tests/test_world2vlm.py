@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -11,12 +12,12 @@ import pytest
 import rewards
 from data import FINE
 from lib.consistency import classify
-from lib.geometry import Motion, pinhole, project, read_instruction
+from lib.geometry import Motion, matrix, pinhole, pose, project, read_instruction
 from lib.motion_words import (BOX, PROMPTS, TASKS, action_text, box_text, claim_text, program_text, read_actions,
                               read_box)
-from lib.rooms import COLOURS, TrueRenderer, random_room, render
+from lib.rooms import COLOURS, EYE, TrueRenderer, random_room, render
 from lib.transitions import (MOVES, PAPER, ROOMS, SEEN, TURNS, Anchor, Space, Transition, blocked, cut, draw, drift,
-                             end_pose, kinds_of, programs, room_anchor, transitions)
+                             end_pose, is_view, kinds_of, programs, room_anchor, transitions)
 from lib.world2vlm import (Detection, balanced, blind_column, clear, false_claim, image_detections, records,
                            room_detections, validate, validated, write_motion_questions)
 
@@ -278,6 +279,50 @@ def test_the_farthest_usable_view_is_taken_and_told_as_what_was_done():
             return [None for _ in queries]
     found, dropped = transitions([Anchor("picture", [NOISE])], Blind(), np.random.default_rng(0), PAPER)
     assert not found and dropped == {"the teacher gave no usable view": 9}
+
+
+def test_several_tries_end_where_the_first_of_them_ends():
+    """The second try goes flat after one step: the first may not go on alone."""
+    class SecondTears(Noise):
+        def imagine(self, queries):
+            return [np.zeros_like(NOISE) if len(q.images) == 2 and i % 2 else NOISE for i, q in enumerate(queries)]
+    found, dropped = transitions([Anchor("picture", [NOISE])], SecondTears(), np.random.default_rng(0), PAPER, tries=2)
+    planned = programs(np.random.default_rng(0), PAPER)
+    assert [transition.program for transition in found] == [program[:1] for program in planned] and not dropped
+
+
+def test_agreement_by_hand():
+    """Three views, 10 and 20 of 255 levels brighter: squared distances in [-1, 1] are (10, 20, 10 / 127.5)^2."""
+    class Brighter:
+        def imagine(self, queries):
+            return [NOISE // 2 + np.uint8(10 * (i % 3)) for i, _ in enumerate(queries)]
+    space = Space({"turn left": [20]}, (), {})
+    (found,), _ = transitions([Anchor("picture", [NOISE])], Brighter(), np.random.default_rng(0), space, tries=3)
+    assert found.agreement == pytest.approx(np.exp(-(100 + 400 + 100) / 3 / 127.5**2 / 0.05), rel=1e-5)
+    assert (found.target == NOISE // 2).all()
+
+
+def test_a_view_of_one_colour_and_a_little_noise_is_no_view():
+    stripes = np.zeros((32, 32, 3), np.uint8)
+    stripes[::2] = 2
+    assert stripes.std() == 1 and not is_view(100 + stripes, NOISE) and is_view(100 + 3 * stripes, NOISE)
+    assert not is_view(NOISE[:16], NOISE) and not is_view(NOISE.astype(float), NOISE) and not is_view(None, NOISE)
+
+
+def test_the_way_keeps_a_tenth_of_a_metre(monkeypatch):
+    """Beside one thing, or before one wall, of a room: 0.3 m are free, 0.05 m are not."""
+    room = random_room(0)
+    thing = room.things[0]
+    x, z = np.array([thing.x, thing.z]) / np.hypot(thing.x, thing.z)            # from the middle to the thing
+    for things, place in (((thing,), lambda gap: (thing.x - x * (thing.half + gap), thing.z - z * (thing.half + gap))),
+                          ((), lambda gap: (room.width / 2 - gap, 0))):
+        monkeypatch.setattr("lib.transitions.random_room", lambda seed, things=things: replace(room, things=things))
+        ways = []
+        for gap in (0.3, 0.05):
+            at_x, at_z = place(gap)
+            anchor = Anchor("here", [NOISE], 1, {"room": 0, "poses": [matrix(pose(at_x, -EYE, at_z))]})
+            ways.append(blocked(anchor, [Motion("turn left", 20.0)]))
+        assert ways == [False, True]
 
 
 def test_walls_and_furniture_stop_a_program():
