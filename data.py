@@ -79,7 +79,7 @@ FINE = [Motion(f"turn {side}", 15.0 * i) for side in ("left", "right") for i in 
     + [Motion(f"move {way}", round(0.1 * i, 1)) for way in ("left", "right", "forward") for i in range(1, 13)]
 # No step back: it shows what no view of the ring saw, and coverage refuses every one.
 TARGETS_PER_ROOM = 8
-MIN_COVERAGE, MIN_METERS, MIN_DEGREES, *_ = Rules()         # paper: of a target; between context cameras (layout apart)
+MIN_COVERAGE, MIN_METERS, MIN_DEGREES = Rules()[:3]         # paper: of a target; between context cameras (layout apart)
 ASKED_AT_ONCE = 16                                    # dialogues: of an 8B policy at most 13 GB of keys and values
 FREE = 1.3                                            # metres around the middle of a room where no furniture stands
 

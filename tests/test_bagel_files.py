@@ -1,6 +1,7 @@
-"""pytest tests/test_bagel_files.py: BAGEL's files in and out, also by many ranks.  CPU, about 20 s."""
+"""pytest tests/test_bagel_files.py: BAGEL's files in and out, also by many ranks.  CPU, about 5 s."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def test_network_has_the_file_s_numbers_in_the_type_asked_for(tmp_path, dtype):
     state = network.state_dict()
     assert all(torch.equal(state[key], value.float()) for key, value in tensors.items())
     assert {type(p) for p in network.parameters()} == {nn.Parameter} and not network.table.requires_grad
-    network(torch.randn(2, 6)).sum().backward()
+    network(torch.ones(2, 6)).sum().backward()
 
 
 def private_megabytes():
@@ -58,6 +59,7 @@ def private_megabytes():
     return int(lines["RssAnon"].split()[0]) / 1024
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_network_is_the_mapped_file_and_training_leaves_the_file_alone(tmp_path):
     """No copy in memory; what a step writes into the map stays in this process."""
     save_file({"weight": torch.ones(4000, 4000), "bias": torch.ones(4000)}, tmp_path / "f")             # 64 MB
@@ -107,13 +109,12 @@ class Nothing:
     save_pretrained = save
 
 
-@pytest.mark.parametrize("ranks, per_machine", [(2, 2), (4, 2)])
-def test_sharded_load_is_the_load_of_one_process(tmp_path, ranks, per_machine):
+def test_sharded_load_is_the_load_of_one_process(tmp_path):
     """4 ranks on machines of 2: HSDP, sharded inside each machine and replicated between them. And saved again."""
     tensors, network = small_file(tmp_path / "f", torch.bfloat16), on_meta()
-    on_ranks(ranks, load_sharded, tmp_path, per_machine)
+    on_ranks(4, load_sharded, tmp_path, 2)
     load_network(network, tmp_path / "f", "cpu", torch.float32)
-    folder = tmp_path / f"by_{ranks}"
+    folder = tmp_path / "by_4"
     assert torch.equal(load_file(folder / "y")["y"], network(torch.ones(1, 6)))
     again = load_file(folder / "ema.safetensors")
     assert again.keys() == tensors.keys()

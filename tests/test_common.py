@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ import torch
 
 from lib import checkpoints, common
 from ranks import on_ranks
+
+ROOT = Path(__file__).parent.parent
 
 
 def two_steps(out):
@@ -49,6 +53,24 @@ def test_two_ranks_give_the_gradient_of_one(tmp_path):
     assert two["norm"] == pytest.approx(one["norm"], rel=1e-4)
     for name, gradient in one["gradients"].items():
         torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def one_gives_up(folder):
+    """Rank 1 ends with a sentence, and rank 0 knows nothing of it."""
+    (Path(folder) / os.environ["RANK"]).write_text(str(os.getpid()))
+    if common.setup(threads=1).rank == 1:
+        common.fail("This is enough.")
+    time.sleep(60)
+
+
+def test_a_rank_that_fails_is_heard_and_the_others_end(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match="rank 1 ended with 1:\n(.*\n)+SystemExit: This is enough."):
+        on_ranks(2, one_gives_up, tmp_path)
+    assert time.monotonic() - start < 30
+    for rank in (0, 1):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / str(rank)).read_text()), 0)
 
 
 def test_written_whole_shows_all_files_or_none(tmp_path):
@@ -168,8 +190,8 @@ def test_what_a_script_started_in_the_background_stops_on_sigterm(tmp_path):
     """There Ctrl-C is ignored; a list of evidence and the demo end their stages by SIGTERM."""
     (tmp_path / "stage.py").write_text("import time\nfrom lib.common import run\n"
                                        "run(lambda: [print('begun', flush=True), time.sleep(60)])\n")
-    child = subprocess.Popen([sys.executable, str(tmp_path / "stage.py")], env={**os.environ, "PYTHONPATH": os.getcwd()},
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    child = subprocess.Popen([sys.executable, str(tmp_path / "stage.py")], stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     assert child.stdout.readline() == "begun\n"
     child.send_signal(signal.SIGINT)

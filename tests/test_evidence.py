@@ -114,5 +114,6 @@ def test_rows_of_other_flags_are_not_mixed(place):
 
 
 def test_a_stage_that_fails_stops_the_list():
-    with pytest.raises(SystemExit, match="data.py nonsense` ended with code 2"):
-        evidence.call("data.py", "nonsense")
+    with pytest.raises(SystemExit, match="raise SystemExit.2.` ended with code 2"):
+        evidence.call("-c", "raise SystemExit(2)")
+    evidence.call("-c", "raise SystemExit(0)")

@@ -1,4 +1,4 @@
-"""pytest tests/test_lora.py: LoRA by hand.  CPU, about 15 s."""
+"""pytest tests/test_lora.py: LoRA by hand.  CPU, about 5 s."""
 
 import copy
 from pathlib import Path

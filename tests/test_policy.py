@@ -327,6 +327,8 @@ def test_sampling_inverts_the_distribution():
     assert tokens.tolist() == [0, 0, 1, 1, 2]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.2, 0.2, 0.5, 0.5, 0.3]))
     assert sample(logits, torch.zeros(5), 0)[0].tolist() == [1] * 5
+    banned = torch.tensor([[-1e9, 0.0, -1e9, 0.0]] * 2)                             # at 0 and on a step, mass zero too
+    assert sample(banned, torch.tensor([0.0, 0.5], dtype=torch.float64), 1.0)[0].tolist() == [1, 3]
 
 
 @torch.no_grad()
@@ -388,12 +390,21 @@ def test_rollouts_do_not_depend_on_the_batch(policy):
     together = chatter(policy, questions, group_size=2, seed=5)
     want = {t.question["id"] + str(i % 2): t.ids for i, t in enumerate(together)}
     assert len(set(map(tuple, want.values()))) == 8
-    for chosen, rows in ((questions[::-1], 64), (questions[1:3], 2), (questions, 5)):
+    for chosen, rows in ((questions[::-1], 5), (questions[1:3], 64)):
         got = chatter(policy, chosen, group_size=2, seed=5, rows=rows)
         for i, t in enumerate(got):
             assert t.ids == want[t.question["id"] + str(i % 2)]
     other = chatter(policy, questions, group_size=2, seed=6)
     assert all(t.ids != want[t.question["id"] + str(i % 2)] for i, t in enumerate(other))
+
+
+def test_a_question_draws_from_its_id_and_without_one_from_its_words(policy):
+    """The same words and pictures under two ids are two questions; questions of the command line have none."""
+    asked = question(1)
+    named, other, words = (asked | {"id": name} for name in ("a", "b", asked["question"]))
+    unnamed = {key: value for key, value in asked.items() if key != "id"}
+    a, b, same, again = (t.ids for t in rollout(policy, [named, other, words, unnamed], max_turns=1, seed=1))
+    assert a != b and same == again != a
 
 
 def test_greedy_rollouts_repeat_and_ignore_the_seed(policy):
@@ -480,10 +491,13 @@ def test_a_shared_prompt_changes_no_logprob_and_no_gradient(policy, checkpointin
     """Groups with and without views in mid-dialogue, rows of all lengths, a dialogue alone with its prompt."""
     together = chatter(policy, [question(0), question(1, images=3)], group_size=4, seed=5)
     alone = say(policy, Trajectory.start(policy, question(4), [], "direct"), ANSWER)
-    trajectories = [alone, *together[::2], *together[1::2]]                             # neighbours or not
+    words = say(policy, Trajectory.start(policy, question(0), question(8)["images"], "agentic"), ANSWER)
+    start = words.loss_mask.index(1)
+    assert words.ids[:start] == together[0].ids[:start]                                 # but it sees other images
+    trajectories = [alone, *together[::2], words, *together[1::2]]                      # neighbours or not
     assert len({len(t.images) for t in together}) > 2 and len({len(t.ids) for t in together}) > 3
     shared, apart = (collate(policy, trajectories, share) for share in (True, False))
-    assert shared["ids"].shape[0] == 3 and apart["ids"].shape[0] == 9
+    assert shared["ids"].shape[0] == 4 and apart["ids"].shape[0] == 10
     assert shared["features"].shape[1] == apart["features"].shape[1] - 3 * 4 * (2 + 3)         # prompts' images, once
     if checkpointing:
         policy.model.gradient_checkpointing_enable()
@@ -521,11 +535,43 @@ def test_the_language_head_sees_a_few_tokens_at_a_time(policy, monkeypatch):
     assert max(sizes) == 7 and sum(sizes) == 2 * (batch["loss_mask"] > 0).sum()         # and once more in backward
 
 
-def test_rollout_leaves_the_training_mode_as_it_was(policy):
+def test_rollout_leaves_the_training_mode_as_it_was_and_its_cache_works_in_it(policy):
+    """Recomputed activations in training mode would have transformers drop the cache."""
+    want = rollout(policy, [question(0)], max_turns=1, max_new_tokens=12)[0]
+    policy.model.gradient_checkpointing_enable()
     policy.model.train()
-    rollout(policy, [question(0)], max_turns=1, max_new_tokens=2)
-    assert policy.model.training
-    policy.model.eval()
+    try:
+        got = rollout(policy, [question(0)], max_turns=1, max_new_tokens=12)[0]
+        assert policy.model.training and (got.ids, got.logprobs) == (want.ids, want.logprobs)
+    finally:
+        policy.model.gradient_checkpointing_disable()
+        policy.model.eval()
+
+
+def test_entropy_by_hand(policy):
+    """- sum p log p over all that may be written, at the temperature of the rollout."""
+    dialogue = full_dialogue(policy)
+    batch = collate(policy, [dialogue])
+    with torch.no_grad():
+        _, entropy = token_logprobs(policy, batch, temperature=0.7)
+        logits = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"])[0].double()
+    p = (logits[:, ~policy.banned] / 0.7).softmax(-1)
+    want = -(p * p.log()).sum(-1)
+    wrote = batch["loss_mask"][0] > 0
+    assert 0.1 < want[wrote].min() and want[wrote].std() > 0.01
+    torch.testing.assert_close(entropy[0, wrote].double(), want[wrote], rtol=1e-4, atol=1e-5)
+
+
+def test_turns_are_as_long_as_the_policy_thinks_where_nobody_says(policy, monkeypatch):
+    published = Policy(policy.model, policy.tokenizer, {key: v for key, v in policy.images.items() if key != "stamped"})
+    limits = []
+    monkeypatch.setattr(policy_file, "rollout", lambda *_, max_new_tokens, **__: limits.append(max_new_tokens) or [])
+    monkeypatch.setattr(policy_file, "load_image", lambda path: picture(0))
+    for asked, flags in ((policy, []), (published, []), (published, ["--max-new-tokens", "9"])):
+        monkeypatch.setattr(Policy, "load", lambda *_: asked)
+        with pytest.raises(SystemExit, match="not enough values to unpack"):
+            policy_file.main(["--images", "a.png", "--ask", "?", "--mode", "direct", "--model", "somewhere", *flags])
+    assert limits == [256, 4096, 9]
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

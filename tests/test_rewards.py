@@ -187,6 +187,14 @@ def test_the_size_of_a_box_and_the_least_radius_of_its_centre():
     assert got["center"] == pytest.approx(1 - 20 / 80)
 
 
+def test_the_radius_of_a_centre_is_that_of_the_true_box():
+    """Centres 60 apart: of d* = 282.84 the radius is 169.71, of the predicted box's 56.57 it would be 80."""
+    got = rewards.world2vlm("D1", BOX, "[240, 280, 280, 320]")
+    assert got["center"] == pytest.approx(1 - 60 / (0.6 * 200 * 2**0.5))
+    swapped = rewards.world2vlm("D1", "[240, 280, 280, 320]", BOX)
+    assert swapped["center"] == pytest.approx(1 - 60 / 80)
+
+
 def test_a_box_beyond_the_picture():
     """Overflow is the mean distance outside: of (-100, 0, 0, 0) 25. It costs validity, which discounts geometry."""
     got = rewards.world2vlm("D1", "[0, 200, 300, 400]", "[-100, 200, 300, 400]")

@@ -57,7 +57,7 @@ class Noise:
 @pytest.fixture(scope="module")
 def policy():
     """A tiny policy that has learned in a few seconds to answer in form, and is sure now and then."""
-    policy = Policy.tiny()
+    policy = Policy.tiny(width=64)
     run = Run(policy, Noise(), 0, ROOMS, 32, 64)
     trees = [Tree(policy, question(k)) for k in range(4)]
     search.imagine(run, {tree: expand(tree.start, ROOMS) for tree in trees})
@@ -67,7 +67,7 @@ def policy():
     for k, dialogue in enumerate(script):
         dialogue.say(policy, f"<think></think><answer> {('red', 'blue', 'red')[k % 3]}</answer>")
     optimizer = torch.optim.AdamW(policy.model.parameters(), 3e-3)
-    for step in range(40):
+    for step in range(20):
         batch = collate(policy, script[step % 7::7])
         (-token_logprobs(policy, batch)[0].sum() / 8).backward()
         optimizer.step()

@@ -25,7 +25,8 @@ def test_every_stage_imports_with_the_core_packages_alone():
 
 def readme_commands():
     text = (ROOT / "README.md").read_text()
-    lines = [line.split("#")[0].strip() for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if re.match(r"(python|torchrun)\b.*\w+\.py", line)]
 
 

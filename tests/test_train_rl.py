@@ -1,11 +1,7 @@
-"""pytest tests/test_train_rl.py: GRPO's loss, its gradient however it is batched, the stage.  CPU, about 40 s."""
+"""pytest tests/test_train_rl.py: GRPO's loss, its gradient however it is batched, the stage.  CPU, about 25 s."""
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,8 +16,7 @@ from lib import common, rl_log
 from lib.clients import RemoteSimulator
 from lib.endpoint import RemoteError
 from policy import Policy, Trajectory
-
-ROOT = Path(__file__).parent.parent
+from ranks import on_ranks
 
 
 # ---------------------------------------------------------------- the loss
@@ -151,6 +146,53 @@ def test_rows_of_weight_zero_teach_nothing():
     torch.testing.assert_close(got * tokens / kept, want, rtol=1e-4, atol=1e-6 * want.abs().max().item())
 
 
+@pytest.mark.parametrize("advantage, ratio", [(1.0, 1.29), (2.0, 0.7), (-1.5, 1.29), (-1.0, 0.7)])
+def test_gradient_of_the_written_formula(advantage, ratio):
+    """One row at temperature 0.7: - min(ratio A, clip(ratio, 0.8, 1.3) A) + 0.1 k3, a mean over tokens, by autograd.
+
+    The ratio of 1.29 is within --clip-high 0.3 and beyond the default.
+    """
+    policy = small_policy()
+    policy.vision.requires_grad_(False)
+    row, = rows_of(policy, turns=(5,))
+    args = train_rl.parse_args(["--temperature", "0.7", "--kl", "0.1", "--clip-high", "0.3"])
+    batch = train_rl.collate(policy, [row.trajectory])
+    logits = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"])[0]
+    logprobs = torch.log_softmax(logits / 0.7, -1).gather(-1, batch["token"][0, :, None])[:, 0]
+    wrote = batch["loss_mask"][0] > 0
+    row.advantage, row.old = advantage, logprobs.detach() - np.log(ratio)
+    row.start = logprobs.detach() + torch.linspace(-1, 1, len(logprobs))
+    now, old, start = logprobs[wrote], row.old[wrote], row.start[wrote]
+    r, d = (now - old).exp(), start - now
+    k3 = d.exp() - d - 1
+    objective = -torch.minimum(r * advantage, r.clamp(0.8, 1.3) * advantage) + 0.1 * k3
+    learning = [p for p in policy.model.parameters() if p.requires_grad]
+    want = torch.autograd.grad(objective.mean(), learning)
+    sums = train_rl.accumulate_gradient(policy, [row], row, args)
+    assert sums["kl"] == pytest.approx(k3.sum().item(), rel=1e-4) and sums["kl"] > 0.1
+    largest = max(g.abs().max().item() for g in want)
+    assert largest > 1e-3
+    for p, g in zip(learning, want):
+        torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-5 * largest)
+
+
+def test_an_update_goes_at_the_rate_of_its_step_and_as_far_as_the_norm_allows():
+    """Under plain gradient descent from a wrong rate: the way is the rate times the largest norm allowed."""
+    policy = small_policy()
+    policy.vision.requires_grad_(False)
+    rows = rows_of(policy)
+    for row in rows:
+        row.old = row.old + 6.0                                 # or the clip would silence the good ones
+    learning = [p for p in policy.model.parameters() if p.requires_grad]
+    before = torch.cat([p.detach().flatten().clone() for p in learning])
+    args = train_rl.parse_args(["--lr", "1e-2", "--warmup", "4", "--steps", "9", "--max-grad-norm", "1e-3"])
+    told = train_rl.update(policy, torch.optim.SGD(learning, lr=99), [rows], rows[0], 1, args)
+    assert told["lr"] == pytest.approx(0.5e-2) and told["grad_norm"] > 1e-2
+    way = torch.cat([p.detach().flatten() for p in learning]) - before
+    assert way.norm().item() == pytest.approx(0.5e-2 * 1e-3, rel=0.05)
+    assert all(p.grad is None for p in learning)
+
+
 def test_micro_batches_keep_within_their_tokens():
     """Neighbours with one prompt share a line, lines share a pass; every row is in one pass, a long one alone."""
     policy = small_policy()
@@ -190,13 +232,10 @@ def test_curriculum_asks_what_varies():
 
 # ---------------------------------------------------------------- the stage
 
-# A random policy earns nothing, so the runs below reward something it can do: tokens with an even number.
-EVEN = """
 def even_tokens(t):
+    """A random policy earns nothing, so the runs below reward something it can do: tokens with an even number."""
     wrote = [i for i, m in zip(t.ids, t.loss_mask) if m]
     return sum(i % 2 == 0 for i in wrote) / len(wrote)
-"""
-exec(EVEN)
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +312,7 @@ def test_resumed_run_equals_an_unbroken_one(inputs, unbroken, tmp_path, monkeypa
 
 def test_resumed_curriculum_asks_the_same(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(rewards, "format_reward", even_tokens)
-    flags = ("--curriculum", "variance", "--save-every", "1", "--eval-every", "0")
+    flags = ("--curriculum", "variance", "--save-every", "1", "--eval-every", "0", "--steps", "2")
     train_rl.main(command(inputs, tmp_path / "unbroken", *flags))
     with monkeypatch.context() as patch:
         patch.setattr(common.Interrupt, "requested", lambda stop: True)
@@ -283,20 +322,93 @@ def test_resumed_curriculum_asks_the_same(inputs, tmp_path, monkeypatch):
     assert log_of(tmp_path / "resumed") == log_of(tmp_path / "unbroken")
 
 
-def test_two_ranks_give_the_curve_of_one(inputs, unbroken, tmp_path):
-    """The whole stage under torchrun with FSDP: same questions, same samples, same gradients."""
-    script = tmp_path / "run.py"
-    script.write_text(f"import sys\nimport rewards, train_rl\n{EVEN}\nrewards.format_reward = even_tokens\n"
-                      "train_rl.main(sys.argv[1:])\n")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run([*torchrun, *command(inputs, tmp_path / "phase1")], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+def stage(*flags):
+    train_rl.main(flags)
+
+
+def test_two_ranks_give_the_curve_of_one(inputs, unbroken, tmp_path, monkeypatch):
+    """The whole stage with FSDP: same questions, same samples, same gradients."""
+    monkeypatch.setattr(rewards, "format_reward", even_tokens)
+    on_ranks(2, stage, *command(inputs, tmp_path / "phase1"))
     for two, one in zip(log_of(tmp_path / "phase1"), log_of(unbroken), strict=True):
         assert two.keys() == one.keys()
         for key in {"reward", "tokens", "groups_flat", "loss", "entropy", "kl", "grad_norm", "lr"} & one.keys():
             assert two[key] == pytest.approx(one[key], rel=2e-3, abs=1e-5), (one["step"], key)
     assert two["eval"] == one["eval"]
+
+
+class Script:
+    """Stands in for `rollout`: every other tool rollout is right, and direct ones as often as DIRECT says."""
+
+    DIRECT = {0: (1, 1, 0, 1), 1: (0, 0, 0, 0), 2: (0, 1, 0, 0)}          # by the number of the question, over again
+
+    def __init__(self):
+        self.asked = []             # (ids of questions, simulator or not, mode, group, temperature, seed)
+
+    def __call__(self, policy, questions, simulator, mode, group, temperature, seed, *_):
+        self.asked.append(([q["id"] for q in questions], bool(simulator), mode, group, temperature, seed))
+        return [self.held(policy, q, mode, k) for q in questions for k in range(group)]
+
+    def held(self, policy, question, mode, k):
+        dialogue = Trajectory.start(policy, question, [np.zeros((32, 32, 3), np.uint8)] * 2, mode)
+        right = self.DIRECT[int(question["id"][-1]) % 3][k] if mode == "direct" else k % 2 == 0
+        if mode == "agentic":
+            call = '{"name": "imagine", "arguments": {"image": 1, "motion": "turn left", "amount": 45}}'
+            dialogue.say(policy, f"<think></think><tool_call>{call}</tool_call>")
+            dialogue.observe(policy, image=np.zeros((32, 32, 3), np.uint8))
+        said = question["answer"] if right else "AB"[question["answer"] == "A"]
+        dialogue.say(policy, f"<think></think><answer>{said}</answer>")
+        return dialogue
+
+
+@pytest.fixture
+def scripted(inputs, tmp_path, monkeypatch):
+    """scripted(flags) -> (what was asked, the rows of every step): phase 2, two questions a step, seed 3."""
+    def run(*flags):
+        script, steps, split = Script(), [], train_rl.split
+        monkeypatch.setattr(train_rl, "rollout", script)
+        monkeypatch.setattr(train_rl, "open_simulator", lambda *_: object())
+        monkeypatch.setattr(train_rl, "split", lambda rows, *rest: steps.append(rows) or split(rows, *rest))
+        train_rl.main(command(inputs, tmp_path / "run", "--phase", "2", "--questions", "2", "--group", "2",
+                              "--minibatches", "1", "--seed", "3", "--temperature", "0.7", "--eval-questions", "2",
+                              *flags))
+        return script.asked, steps
+    return run
+
+
+def test_what_a_stage_asks_and_of_whom(scripted):
+    """Held-out questions greedily, then a step's own with the tool, and the same ones without it four times each."""
+    asked, _ = scripted("--steps", "2", "--eval-every", "1")
+    held_out = [f"val{place}" for place in common.drawn(4, 2, 0, 0, "questions")]
+    seed = common.stable_seed
+    evaluation = [(held_out, True, "agentic", 1, 0.0, seed(3, "agentic", 0)),
+                  (held_out, True, "direct", 1, 0.0, seed(3, "direct", 0))]
+    want = []
+    for step in range(2):
+        own = [f"train{place}" for place in common.drawn(6, 2, step, 3, "questions")]
+        want += [*evaluation, (own, True, "agentic", 2, 0.7, seed(3, "agentic", step)),
+                 (own, False, "direct", 4, 0.7, seed(3, "direct", step))]
+    assert asked == want + evaluation
+    assert asked[2][0] != [f"train{place}" for place in common.drawn(6, 2, 0, 0, "questions")]      # of another seed
+
+
+def test_every_rollout_is_measured_against_direct_answers_to_its_own_question(scripted):
+    _, steps = scripted("--steps", "3", "--eval-every", "0")                                # all six questions
+    found = {row.trajectory.question["id"]: row.match_direct for rows in steps for row in rows}
+    assert found == {f"train{i}": sum(Script.DIRECT[i % 3]) / 4 for i in range(6)}
+    for rows in steps:
+        for right, wrong in zip(rows[::2], rows[1::2]):
+            assert right.trajectory.question is wrong.trajectory.question
+            e = right.match_direct
+            assert (right.reward, wrong.reward) == pytest.approx((1.52 + 0.1 * (1 - e), 0.52 - 0.03 * e))
+            assert (right.advantage, wrong.advantage) == pytest.approx((0.5**0.5, -(0.5**0.5)), abs=1e-4)
+
+
+def test_advantages_are_not_divided_where_the_flag_says_so(scripted):
+    _, (rows,) = scripted("--steps", "1", "--eval-every", "0", "--no-divide-by-std")
+    for right, wrong in zip(rows[::2], rows[1::2]):
+        half = (right.reward - wrong.reward) / 2
+        assert (right.advantage, wrong.advantage) == pytest.approx((half, -half), abs=1e-5) and half > 0.49
 
 
 def test_phase_2_measures_the_gain_over_answering_directly(inputs, tmp_path, monkeypatch):
@@ -311,7 +423,7 @@ def test_what_is_rewarded_becomes_more_frequent(inputs, tmp_path, monkeypatch):
     """A wrong sign anywhere between reward and weights would drive the other way."""
     monkeypatch.setattr(rewards, "format_reward", even_tokens)
     out = tmp_path / "run"
-    train_rl.main(command(inputs, out, "--steps", "12", "--lr", "3e-2", "--group", "8", "--eval-every", "0"))
+    train_rl.main(command(inputs, out, "--steps", "8", "--lr", "6e-2", "--group", "8", "--eval-every", "0"))
     curve = [row["format"] for row in log_of(out)]
     assert curve[0] < 0.6 and curve[-1] > 0.8
 
@@ -374,6 +486,6 @@ def test_presets(tmp_path, monkeypatch):
     assert (tiny.policy, tiny.out, tiny.kl) == ("out/sft", "out/phase1", 0.0)
     assert (astra.policy, astra.out) == ("out/phase1-astra", "out/phase2-astra")
     assert (astra.kl, astra.gradient_checkpointing) == (None, True)
-    assert (astra.wm, astra.data) == ("out/wm-astra", "out/mined")
+    assert (astra.wm, astra.data) == ("out/wm-astra", ["out/mined"])
     with pytest.raises(SystemExit):
         train_rl.parse_args(["--questions", "5", "--minibatches", "2"])

@@ -38,7 +38,8 @@ def lessons(folder):
 
 
 def weighed(policy, dialogue):
-    return [(policy.tokenizer.decode([i]), w) for i, w, m in zip(dialogue.ids, dialogue.logprobs, dialogue.loss_mask) if m]
+    told = zip(dialogue.ids, dialogue.logprobs, dialogue.loss_mask)
+    return [(policy.tokenizer.decode([i]), w) for i, w, wrote in told if wrote]
 
 
 def test_scripts_are_dialogues_that_the_protocol_accepts(lessons):
@@ -104,8 +105,8 @@ def start(tmp_path_factory):
 @pytest.mark.parametrize("task", ["cold", "world2vlm"])
 def test_resumed_run_equals_unbroken_run(task, folder, motions, start, tmp_path, monkeypatch):
     flags = {"cold": ["--data", str(folder), "--see-steps", "2"],
-             "world2vlm": ["--task", "world2vlm", "--data", str(motions), "--start", str(start), "--eval-questions", "4",
-                           "--lora", "2", "--dropout", "0.2"]}[task]
+             "world2vlm": ["--task", "world2vlm", "--data", str(motions), "--start", str(start), "--eval-questions",
+                           "4", "--lora", "2", "--dropout", "0.2"]}[task]
     flags += ["--steps", "4", "--batch", "4", "--save-every", "2", "--threads", "1"]
     main([*flags, "--out", str(tmp_path / "whole")])
     stops = iter([False, False, True])
@@ -148,7 +149,8 @@ def test_the_loss_is_the_papers_by_hand(motions):
         with torch.no_grad():
             logits = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"])[0]
         first = dialogue.loss_mask.index(1)
-        nll = -sum(torch.log_softmax(logits[t - 1], -1)[dialogue.ids[t]].item() for t in range(first, len(dialogue.ids)))
+        logprobs = torch.log_softmax(logits, -1)
+        nll = -sum(logprobs[t - 1, dialogue.ids[t]].item() for t in range(first, len(dialogue.ids)))
         parts[row["category"] in ("A1", "A2", "A3", "D3")] += row["weight"] * nll, row["weight"]
     assert all(count for _, count in parts.values())
     for micro_batch in (12, 5):
@@ -188,8 +190,8 @@ def test_only_the_tasks_asked_for_are_learned(motions, start, tmp_path):
 
 
 def test_one_direction_alone_is_a_row_of_the_ablation(motions, start, tmp_path):
-    flags = ["--task", "world2vlm", "--data", str(motions), "--start", str(start), "--steps", "2", "--batch", "4",
-             "--threads", "1", "--eval-questions", "12"]
+    flags = ["--task", "world2vlm", "--data", str(motions), "--start", str(start), "--steps", "1", "--batch", "4",
+             "--threads", "1", "--eval-questions", "8"]
     main([*flags, "--lambda-inv", "0", "--out", str(tmp_path / "forward")])
     main([*flags, "--lambda-fwd", "0", "--out", str(tmp_path / "inverse")])
     for name, other in (("forward", "inverse"), ("inverse", "forward")):
@@ -202,8 +204,9 @@ def test_one_direction_alone_is_a_row_of_the_ablation(motions, start, tmp_path):
 
 
 def test_adapters_are_merged_where_the_paper_has_them(motions, start, tmp_path):
-    main(["--task", "world2vlm", "--data", str(motions), "--start", str(start), "--steps", "2", "--batch", "4", "--lr", "0.01",
-          "--lora", "2", "--dropout", "0.1", "--eval-questions", "0", "--threads", "1", "--out", str(tmp_path)])
+    main(["--task", "world2vlm", "--data", str(motions), "--start", str(start), "--steps", "2", "--batch", "4",
+          "--lr", "0.01", "--lora", "2", "--dropout", "0.1",
+          "--eval-questions", "0", "--threads", "1", "--out", str(tmp_path)])
     before, after = (Policy.load(folder).model.state_dict() for folder in (start, tmp_path))
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert before.keys() == after.keys() and changed == {
@@ -214,8 +217,8 @@ def test_adapters_are_merged_where_the_paper_has_them(motions, start, tmp_path):
 
 
 def train_for_two_steps(out, motions, start, *more):
-    main(["--task", "world2vlm", "--data", motions, "--start", start, "--steps", "2", "--batch", "4", "--micro-batch", "1",
-          "--lora", "2", "--eval-questions", "5", "--threads", "1", "--out", out, *more])
+    main(["--task", "world2vlm", "--data", motions, "--start", start, "--steps", "2", "--batch", "4",
+          "--micro-batch", "1", "--lora", "2", "--eval-questions", "5", "--threads", "1", "--out", out, *more])
 
 
 def test_two_ranks_learn_what_one_learns(motions, start, tmp_path):

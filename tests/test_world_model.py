@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import train_wm
 import world_model
 from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, Settings
 from lib.bagel_files import PixelLatents, patchify, resized, unpatchify
@@ -59,7 +60,8 @@ def packed(network, images, owner, ids, lengths, x, t, grid, keep=None, together
         for k in (owner == b).nonzero().flatten().tolist():
             words = ids[k, :lengths[k]].tolist()        # x_t is given, not x0: x_t = (1 - t) 0 + t (x_t / t)
             segments += [Text(words, group=k + 1, keep=len(words) > 0),
-                         Latent(torch.zeros_like(x[k]), grid, group=k + 1, t=float(t[k]), noise=x[k] / t[k])]
+                         Latent(torch.zeros_like(x[k]), grid, group=k + 1, t=float(t[k]), noise=x[k] / t[k],
+                                said=words[1:-1])]
         samples.append(segments)
     return pack([samples] if together else [[sample] for sample in samples], network.markers, network.config)
 
@@ -175,10 +177,13 @@ def test_recomputed_layers_give_the_same_gradients():
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
-def velocity_behind(network, memory, x, t, grid):
-    """The network's output for noisy latents x (R, n, C) that see all of a memory: one branch, one step."""
+def velocity_behind(network, memory, x, t, grid, motion=0):
+    """The network's output for noisy latents x (R, n, C) that see all of a memory: one branch, one step.
+
+    motion   what `embed_motion` makes of the sentences, (R, 1, H), where the network asks for it
+    """
     ids, branch = table_ids(grid, network.config.latent_grid), memory.whole()
-    extra = network.time_embedder(torch.full((1,), float(t))) + network.latent_pos_embed(ids)
+    extra = network.time_embedder(torch.full((1,), float(t))) + network.latent_pos_embed(ids) + motion
     return network.output(network.denoise(x, extra, network.embed_markers(len(x)), network.rope(branch.next[:, None]),
                                           [branch]))
 
@@ -193,16 +198,44 @@ def context_of(network, images=(), ids=None):
     return memory
 
 
-def test_cached_sampling_step_equals_training_forward():
-    network = random_network()
+DEPARTURES = Settings(prediction="x0", motion_to_target=True, learned_places=True)          # those of the demo
+
+
+@pytest.mark.parametrize("settings", [SMALL.settings, DEPARTURES], ids=["published", "demo"])
+def test_cached_sampling_step_equals_training_forward(settings):
+    network = random_network(dataclasses.replace(SMALL, settings=settings))
     images, owner, ids, lengths, x, t, grid = small_pack(contexts=1)
     with torch.no_grad():
         want = predicted(network, images, owner, ids, lengths, x, t, grid)
         for row in range(len(x)):
-            memory = context_of(network, images, ids[row:row + 1, :lengths[row]])
+            sentence = ids[row:row + 1, :lengths[row]]
+            memory = context_of(network, images, sentence)
             assert memory.whole().mask is None, "one query behind its own context needs no mask"
-            got = velocity_behind(network, memory, x[row:row + 1], t[row], grid)
+            motion = network.embed_motion(sentence, lengths[row:row + 1])[:, None]
+            got = velocity_behind(network, memory, x[row:row + 1], t[row], grid, motion)
             torch.testing.assert_close(got[0], want[row], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_what_the_demo_trains_on_is_what_it_samples_with(said):
+    """train_wm's own samples, packed, against the memory and the motion that `imagine` makes of the same query."""
+    model, query, t, g = tiny(), queries(2)[1], 0.6, torch.Generator().manual_seed(0)
+    network = random_network(model.network.config)
+    network.markers, model.network = model.network.markers, network
+    images, _, sentence = model.arranged(query.images, query.reference, query.instruction)
+    eps, target = torch.randn(1, 16, 192, generator=g), model.encode(query.images[:1], None)
+    part = {"context": images, "keep": [True] * 2 * len(images), "said": [said], "t": torch.tensor([t])}
+    latents = [*(model.encode(image[None], None) for image in images), target]
+    sample_of = train_wm.sample_of(part, latents, eps, model, [model.words(sentence)])
+    p = pack([[sample_of]], network.markers, network.config)
+    inputs = [model.see([image], None) for image in images] + [model.texts([sentence])] * said
+    with torch.no_grad():
+        (branch,), (motion,) = world_model.guidance_branches(network, inputs, eps, model.settings)
+        x = (1 - t) * patchify(target, LATENT_PATCH) + t * eps
+        extra = network.time_embedder(torch.tensor([t])) + network.latent_pos_embed(table_ids((4, 4), 4)) + motion
+        got = network.output(network.denoise(x, extra, network.embed_markers(1), network.rope(branch.next[:, None]),
+                                             [branch]))
+        torch.testing.assert_close(got[0], network(p)[p.target], rtol=1e-4, atol=1e-4)
 
 
 def test_rows_with_texts_of_different_lengths_share_a_memory():
@@ -294,7 +327,7 @@ def test_guided_sampling_equals_three_separate_branches(renorm):
 
 def test_a_denoising_step_compiles_whole():
     """No graph break: nothing in the step waits for the device or looks at a tensor's values."""
-    network = random_network()
+    network = random_network(dataclasses.replace(SMALL, layers=1))
     images, _, ids, lengths, _, _, grid = small_pack(contexts=1)
     settings = dataclasses.replace(SMALL.settings, steps=2, text_scale=4.0, image_scale=2.0)
     noise = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(3))
@@ -329,12 +362,13 @@ def test_taylor_series_of_a_line_is_exact_once_two_values_are_known():
 
 
 def test_guidance_of_scale_one_is_off():
-    v = torch.randn(2, 5, 12)
+    v = torch.ones(2, 5, 12)
     assert guided([v], SMALL.settings) is v
 
 
 def test_velocity_and_clean_latent_are_two_views_of_one_output():
-    x0, eps, t = torch.randn(3, 4, 5), torch.randn(3, 4, 5), torch.tensor([0.2, 0.7, 1.0])[:, None, None]
+    x0, eps = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.2, 0.7, 1.0])[:, None, None]
     x = (1 - t) * x0 + t * eps
     torch.testing.assert_close(velocity(x0, x, t, "x0"), eps - x0, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(clean(eps - x0, x, t, "velocity"), x0, rtol=1e-4, atol=1e-4)
@@ -343,7 +377,7 @@ def test_velocity_and_clean_latent_are_two_views_of_one_output():
 def tiny(seed=0, **changes):
     model = WorldModel.tiny(seed, **changes)
     with torch.no_grad():
-        model.network.llm2vae.weight.normal_(std=0.05)
+        model.network.llm2vae.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(seed))
     return model
 
 
@@ -362,6 +396,8 @@ def test_a_query_gives_the_same_view_alone_and_in_a_mixed_batch():
     for query, a, b in zip(queries(), together, together[::-1]):
         alone = model.imagine([query])[0].astype(int)
         assert alone.shape == (32, 32, 3) and np.abs(alone - a).max() <= 1 and np.abs(alone - b).max() <= 1
+    for a, b in zip(together[:5] * 2, model.imagine(queries() * 2, batch=2), strict=True):
+        assert np.abs(a.astype(int) - b).max() <= 1
     other = model.imagine([queries()[0]._replace(seed=99)])[0]
     assert np.abs(other.astype(int) - together[0]).max() > 1
 
@@ -398,8 +434,8 @@ def test_save_and_load_give_the_same_model(tmp_path):
     assert again.settings == model.settings and again.network.config == model.network.config
     ours, theirs = model.network.state_dict(), again.network.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    for a, b in zip(model.imagine(queries()), again.imagine(queries())):
-        assert np.array_equal(a, b)
+    for a, b in zip(model.imagine(queries(2)), again.imagine(queries(2)), strict=True):
+        assert np.abs(a.astype(int) - b).max() <= 1             # weights in a map are aligned otherwise: other kernels
 
 
 def released_config():
@@ -455,12 +491,13 @@ def test_resize_rule():
 
 
 def test_patchify_order_and_inverse():
-    x = torch.randn(2, 5, 4, 6)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 4, 6, generator=g)
     tokens = patchify(x, 2)
     assert tokens.shape == (2, 6, 20)
     assert tokens[1, 1 * 3 + 2, (1 * 2 + 0) * 5 + 3] == x[1, 3, 2 * 1 + 1, 2 * 2 + 0]   # token (1, 2): row 1, column 0
     torch.testing.assert_close(unpatchify(tokens, 2, 2, 3), x, rtol=0, atol=0)
-    pixels = torch.randn(2, 3, 32, 32)
+    pixels = torch.randn(2, 3, 32, 32, generator=g)
     latent = PixelLatents().encode(pixels)
     assert latent.shape == (2, 48, 8, 8) and torch.equal(PixelLatents().decode(latent), pixels)
 
