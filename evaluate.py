@@ -380,7 +380,7 @@ def parse_args(argv=None):
                         "(default: tuned; for --bench wm also untuned, if it has been trained)")
     p.add_argument("--wm", help="folder or hub id of the tuned simulator (default: out/wm, then out/demo/wm)")
     p.add_argument("--data", help="rooms, wm: folder of questions_test.jsonl, triples_test.jsonl (default: the newer "
-                   "of out/data and out/demo/data); world2vlm: of questions_test.jsonl (out/world2vlm); the others: the "
+                   "of out/data and out/demo/data); world2vlm: of questions_test.jsonl (out/world2vlm); others: the "
                    "published files (default: data/<bench>, fetched if it is not there)")
     p.add_argument("--frames", type=int, help="video benches: frames of a question (mmsi_video: 50 is Uniform-50, 300 "
                                               "Sufficient-Coverage; default 50; vsi: 32)")

@@ -111,7 +111,7 @@ def list_parser(doc, example, out, where=""):
     """The parser of a list of rows: which rows, which seeds, where, or only the list."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", nargs="+", default=["*"], help=f"names of rows, or patterns such as '{example}'")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training; what trains nothing is of seed 0")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of training; what trains nothing is of seed 0")
     p.add_argument("--out", default=out, help=f"folder of the rows{where}")
     p.add_argument("--list", action="store_true", help="print the rows and what they need, and run nothing")
     return p

@@ -2,7 +2,7 @@
 Train the world simulator: context views + a camera motion in words -> the view from there (the paper's Astra-WM).
 
   laptop       python train_wm.py                              # tiny preset: minutes on one core -> out/wm
-  8 GPUs       torchrun --standalone --nproc_per_node 8 train_wm.py --preset astra      # out/scannet, ... -> out/wm-astra
+  8 GPUs       torchrun --standalone --nproc_per_node 8 train_wm.py --preset astra    # out/scannet, ... -> out/wm-astra
   control      python train_wm.py --shuffle-instructions --out out/wm-untuned     # same data and compute, any motion
   resume       the same command: it goes on from the newest checkpoint in --out
 

@@ -355,8 +355,8 @@ def initialise(network):
     """Random weights for a network that starts from nothing (BAGEL itself started from Qwen2.5 and SigLIP).
 
     Which picture, which place in it, and which motion must be told apart in the first few hundred steps, or the model
-    learns average rooms only: learned places are drawn at scale 1, words and the ViT's places at 0.5 (a language model's usual 0.02 drowns),
-    and what the pixels bring is scaled down. What is added to the residual stream starts smaller, llm2vae at zero, and
+    learns average rooms only: learned places are drawn at scale 1, words and the ViT's places at 0.5 (a language
+    model's usual 0.02 drowns), and what the pixels bring is scaled down. What is added to the residual stream starts smaller, llm2vae at zero, and
     each generation expert as a copy of the understanding expert, as in BAGEL.
     """
     for name, module in network.named_modules():

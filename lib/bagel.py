@@ -404,7 +404,7 @@ class Bagel(nn.Module):
 
     def embed_vit(self, patches, ids):
         """patches (B, n, 3 * patch²) of pictures in [-1, 1], ids (n,) or (B, n) in the tables, -1 = padding."""
-        # -1e4, not -inf nor the least number: kernels multiply by log2(e), and a row without a picture sees nothing else
+        # -1e4, not -inf or the least number: kernels multiply by log2(e), and a row without a picture sees nothing else
         mask = None if ids.dim() == 1 else torch.zeros(ids.shape, device=ids.device, dtype=self.dtype) \
             .masked_fill_(ids < 0, -1e4)[:, None, None]
         ids = ids.clamp(min=0)

@@ -48,7 +48,7 @@ def make_taught(out, source, teacher, detector=None, limit=None):
         if not contexts:
             say(f"{file} has no view of a scan with a metric scale.")
         done = {(part["of"], part["teacher"], part["detector"]): part for part in read_log(log)}
-        save_jsonl(log, done.values())                                                  # without a line that a kill tore
+        save_jsonl(log, done.values())                                                 # without a line that a kill tore
         rows, dropped = [], Counter()
         for key, row in tqdm(contexts.items(), desc=f"world2vlm, {split}"):
             asked = {"of": stable_seed(*key), "teacher": str(teacher), "detector": detector}

@@ -1,4 +1,4 @@
-"""The tests run from the repository's root, offline and on one thread, so that they are quick and give the same numbers."""
+"""The tests run from the repository's root, offline, on one thread: quick, and with the same numbers everywhere."""
 
 import os
 import sys

@@ -210,8 +210,8 @@ def decoding(policy, questions, group, length, side, repeats):
 def picture_questions(count, side):
     """Questions about two pictures of noise."""
     pictures = np.random.default_rng(0).integers(0, 256, (count, 2, side, side, 3), dtype=np.uint8)
-    return [{"id": f"q{q}", "question": f"Start from Image-1 and turn left {5 * q + 5} degrees. Then which object "
-             "looks largest?", "options": ["A. red", "B. green", "C. blue", "D. white"], "answer": "A", "images": list(pair)}
+    return [{"id": f"q{q}", "images": list(pair), "options": ["A. red", "B. green", "C. blue", "D. white"], "answer": "A",
+             "question": f"Start from Image-1 and turn left {5 * q + 5} degrees. Then which object looks largest?"}
             for q, pair in enumerate(pictures)]
 
 

@@ -141,7 +141,7 @@ def test_bench_memory_counts_the_published_models(capsys):
     result = line_of(capsys, "memory", "--preset", "astra", "--gpus", "8", "64")
     assert result["policy_parameters"] == 8_767_123_696 and result["simulator_parameters"] == 14_575_018_464
     assert result["train_wm_update_gb_8"] == result["train_wm_update_gb_64"]        # machines copy, GPUs of one shard
-    features = (4 / 8 + 3) * 128 * 256 * 4 * 4096 * 2 / 1e9         # 128 dialogues, 256 tokens, 4 levels, 4096 wide, bf16
+    features = (4 / 8 + 3) * 128 * 256 * 4 * 4096 * 2 / 1e9        # 128 dialogues, 256 tokens, 4 levels, bf16
     assert result["train_rl_update_gb_8"] - result["train_rl_update_gb_64"] == pytest.approx(features * 7 / 8, abs=2e-3)
     assert line_of(capsys, "memory", "--preset", "tiny")["train_rl_update_gb_1"] < 1
 
