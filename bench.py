@@ -71,8 +71,9 @@ def memory(args):
         tables = {f"train_rl {phase}": parts for phase, parts in budget.rl_budget(
             policy, simulator, gpus, rows, args.length, features, MAX_TOKENS, rl["micro_batch_tokens"], HEAD_TOKENS,
             rl.get("gradient_checkpointing", False)).items()}
-        tables["train_wm update"] = budget.wm_budget(simulator, gpus, wm_flags["micro_contexts"] * context,
-                                                     wm_flags["gradient_checkpointing"])["update"]
+        tables |= {f"train_wm {phase}": parts for phase, parts in budget.wm_budget(
+            simulator, gpus, wm_flags["micro_contexts"] * context, MAX_TOKENS,
+            wm_flags["gradient_checkpointing"]).items()}
         parts = list(tables["train_wm update"])
         print(f"\n{f'{gpus} GPUs':18}" + "".join(f"{part:>12}" for part in parts) + f"{'total':>10}{'of 80 GB':>10}")
         for title, table in tables.items():

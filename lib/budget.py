@@ -127,8 +127,15 @@ def rl_budget(policy, simulator, gpus, rows, length, features, view_tokens, micr
                 policy, micro_batch_tokens, recompute, head_tokens)}}
 
 
-def wm_budget(simulator, gpus, tokens, recompute):
-    """train_wm.py on GPUs -> {"update": {part: bytes}}: everything is trained, and an average is kept."""
-    return {"update": trained(simulator, gpus, average=True) | {
-        "gathered": gathered(simulator, backward=True), "simulator": 0, "features": 0, "KV cache": 0,
-        "activations": activations(simulator, tokens, recompute)}}
+def wm_budget(simulator, gpus, tokens, view_tokens, recompute):
+    """train_wm.py on GPUs -> {"update": {part: bytes}, "look": {…}}: everything is trained, and an average is kept.
+
+    A look at held-out views lays the weights aside, puts the average in their place and gathers all of it in bf16.
+    """
+    standing = trained(simulator, gpus, average=True)
+    nothing = {"gathered": 0, "simulator": 0, "features": 0, "KV cache": 0, "activations": 0}
+    return {"update": standing | nothing | {"gathered": gathered(simulator, backward=True),
+                                            "activations": activations(simulator, tokens, recompute)},
+            "look": standing | nothing | {"weights": standing["weights"] + trained(simulator, gpus)["weights"],
+                                          "gradients": 0, "gathered": BF16 * simulator.learned,
+                                          "KV cache": cache(simulator, view_tokens)}}

@@ -13,7 +13,7 @@ from lib import budget
 from lib.geometry import Query
 from policy import Policy, collate, rollout, token_logprobs
 from tests import gpu_speed, naive, policy_speed, wm_speed
-from world_model import WorldModel
+from world_model import MAX_TOKENS, WorldModel
 
 GUIDED = {"text_scale": 3.0, "image_scale": 2.0}
 BAGEL = {"prediction": "velocity", "motion_to_target": False, "reference_first": False, "learned_places": False}
@@ -143,6 +143,9 @@ def test_bench_memory_counts_the_published_models(capsys):
     assert result["train_wm_update_gb_8"] == result["train_wm_update_gb_64"]        # machines copy, GPUs of one shard
     features = (4 / 8 + 3) * 128 * 256 * 4 * 4096 * 2 / 1e9        # 128 dialogues, 256 tokens, 4 levels, bf16
     assert result["train_rl_update_gb_8"] - result["train_rl_update_gb_64"] == pytest.approx(features * 7 / 8, abs=2e-3)
+    n = result["simulator_parameters"]          # a look: weights, average and own weights aside, moments; all in bf16
+    cache = budget.cache(budget.bagel_shapes(budget.bagel_7b()), MAX_TOKENS)
+    assert result["train_wm_look_gb_8"] == pytest.approx(((3 + 2) * 4 * n / 8 + 2 * n + cache) / 1e9, abs=1e-3)
     assert line_of(capsys, "memory", "--preset", "tiny")["train_rl_update_gb_1"] < 1
 
 
