@@ -426,9 +426,10 @@ def load_data(args, world):
         from data import ensure                         # it reaches for all kinds of data, which training does not
         ensure(first, ["triples"])
     common.wait_for_all()
-    splits = []
+    makes, splits = "python data.py triples" + " --dataset NAME --root DIR" * (args.preset == "astra"), []
     for split in ("train", "val"):
-        rows = [row for folder in args.data for row in load_jsonl(Path(folder) / f"triples_{split}.jsonl")]
+        rows = [row for folder in args.data for row in load_jsonl(
+            common.need(Path(folder) / f"triples_{split}.jsonl", f"{makes} --out {folder}"))]
         if not rows:
             common.fail(f"triples_{split}.jsonl in {', '.join(args.data)}: no triples. Of a few scans none may fall to "
                         f"{split}: name them in a file, `python data.py triples --dataset ... --{split} FILE`.")
