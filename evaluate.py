@@ -56,7 +56,6 @@ from policy import Policy, rollout
 MODES = ("direct", "forced", "agentic")
 OWN_WORDS = ("mindcube", "mmsi", "sat", "vsi")  # benches with mode official
 NEEDED = ("id", "bench", "images", "question", "answer", "category", "kind")        # of a question row
-URLS = ("http://", "https://")
 CALIBRATED = 40                 # triples on which the metrics of --bench wm are calibrated
 
 
@@ -259,7 +258,7 @@ def main_wm(args, world):
             for name in args.simulator if name != "none"}
     for name, folder in kept.items():
         own = [*rows, *doses][world.rank::world.size]
-        if name.startswith(URLS) and folder.exists():
+        if name.startswith(simulators.URLS) and folder.exists():
             common.say(f"Views of {name} that lie in {folder} are not imagined again; remove it to ask anew.")
         try:
             imagine_targets(simulators.load(name, world.device, args.wm), own, folder, args.batch or 64, name)
@@ -463,7 +462,7 @@ def main(argv=None):
     common.wait_for_all()
     simulator = loaded = None
     remote = {url for (mode, name), source in asked.items() for url in (args.policy_url, name)
-              if url and url.startswith(URLS) and predictions.answered(out, run, mode, source, questions)}
+              if url and url.startswith(simulators.URLS) and predictions.answered(out, run, mode, source, questions)}
     if remote:
         common.say(f"Old answers of {' and '.join(sorted(remote))} in {out} count again, whatever serves there now; to "
                    f"ask anew, give another --out.")

@@ -102,7 +102,7 @@ class Policy:
 
     @property
     def turn_limit(self):
-        """Tokens of a turn if the caller gives no limit: a tiny policy thinks in a few words, a published one at length."""
+        """Tokens of a turn if the caller gives no limit: tiny policies think in few words, published ones at length."""
         return 256 if self.images.get("stamped") else 4096
 
     @classmethod

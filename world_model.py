@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +32,7 @@ from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, PositionTable, Settings,
 from lib.bagel_files import resize, to_images, to_pixels, unpatchify
 from lib.checkpoints import contents
 from lib.common import at_least, fail, newest, run, say
-from lib.geometry import Query, instruction, read_phrase
+from lib.geometry import Query, instruction, read_phrase, renumbered, select_context
 from lib.packing import table_ids
 from lib.pictures import load_image
 
@@ -196,18 +195,6 @@ class Taylor:
 
 # ---------------------------------------------------------------- the simulator
 
-def select_context(images, reference, max_context):
-    """Which images the simulator sees when there are many: the reference and its nearest neighbours in the list.
-
-    returns (indices, reference): 0-based indices in list order (of two equally near the earlier), and the 1-based
-    number of the reference among them. Raises ValueError if there is no such image.
-    """
-    if not 1 <= reference <= len(images):
-        raise ValueError(f"there is no Image-{reference}: the images are numbered 1 to {len(images)}")
-    nearest = sorted(range(len(images)), key=lambda i: (abs(i + 1 - reference), i))[:max_context]
-    return sorted(nearest), 1 + sorted(nearest).index(reference - 1)
-
-
 class WorldModel:
     """A simulator: the network, its autoencoder and its tokenizer. To the other stages it is `imagine`, no more."""
 
@@ -308,7 +295,7 @@ class WorldModel:
         images = [images[i] for i in indices]
         if settings.reference_first:
             images, reference = images[reference - 1:] + images[:reference - 1], 1
-        return images, reference, re.sub(r"Image-\d+", f"Image-{reference}", sentence, count=1)
+        return images, reference, renumbered(sentence, reference)
 
     @torch.no_grad()
     def imagine(self, queries, batch=64, **changes):
@@ -356,8 +343,8 @@ def initialise(network):
 
     Which picture, which place in it, and which motion must be told apart in the first few hundred steps, or the model
     learns average rooms only: learned places are drawn at scale 1, words and the ViT's places at 0.5 (a language
-    model's usual 0.02 drowns), and what the pixels bring is scaled down. What is added to the residual stream starts smaller, llm2vae at zero, and
-    each generation expert as a copy of the understanding expert, as in BAGEL.
+    model's usual 0.02 drowns), and what the pixels bring is scaled down. What is added to the residual stream starts
+    smaller, llm2vae at zero, and each generation expert as a copy of the understanding expert, as in BAGEL.
     """
     for name, module in network.named_modules():
         if isinstance(module, nn.Embedding):

@@ -22,6 +22,7 @@ from PIL import Image
 from lib.common import say, stable_seed
 from lib.dialogue import NO_SIMULATOR, PAD, TOOL, UNREADABLE, Trajectory, numbered_image, prompt_text
 from lib.endpoint import Endpoint, RemoteError, check, in_threads
+from lib.geometry import renumbered, select_context
 from lib.pictures import load_image, on_white
 
 MAX_PIXELS = 2**24              # of one picture, as sent or received
@@ -57,7 +58,7 @@ def read_picture(data, max_pixels=MAX_PIXELS):
 
 class RemoteSimulator:
     """A simulator behind a URL, with `imagine` as any other. Of many images it is sent the reference and its nearest
-    neighbours in the list, as `WorldModel.arranged` would choose: a video has hundreds.
+    neighbours in the list, as a world model would choose: a video has hundreds.
 
     at_once   requests on their way at a time: what lib/serve.py can batch
     patience  the other arguments of Endpoint: timeout, tries, ...
@@ -78,11 +79,10 @@ class RemoteSimulator:
         return views
 
     def _imagine(self, query):
-        first = max(0, min(query.reference - 1 - NEAREST // 2, len(query.images) - NEAREST))
-        files = [png(image) for image in query.images[first:first + NEAREST]]
-        reference = query.images[query.reference - 1]
-        sentence = re.sub(r"Image-\d+", f"Image-{query.reference - first}", query.instruction, count=1)
-        fields = {"prompt": sentence, "seed": query.seed, "n": 1, "response_format": "b64_json"}
+        indices, number = select_context(query.images, query.reference, NEAREST)
+        files, reference = [png(query.images[i]) for i in indices], query.images[query.reference - 1]
+        fields = {"prompt": renumbered(query.instruction, number), "seed": query.seed, "n": 1,
+                  "response_format": "b64_json"}
         return self.endpoint.ask(fields, lambda sent: multipart(sent, files),
                                  lambda answer: read_view(answer, reference), optional=("seed", "response_format"))
 

@@ -60,6 +60,18 @@ class Query(NamedTuple):
     scene: dict | None = None  # rooms only: {"room": seed, "poses": one 4x4 list per image}
 
 
+def select_context(images, reference, max_context):
+    """Which images the simulator sees when there are many: the reference and its nearest neighbours in the list.
+
+    returns (indices, reference): 0-based indices in list order (of two equally near the earlier), and the 1-based
+    number of the reference among them. Raises ValueError if there is no such image.
+    """
+    if not 1 <= reference <= len(images):
+        raise ValueError(f"there is no Image-{reference}: the images are numbered 1 to {len(images)}")
+    nearest = sorted(range(len(images)), key=lambda i: (abs(i + 1 - reference), i))[:max_context]
+    return sorted(nearest), 1 + sorted(nearest).index(reference - 1)
+
+
 # ---- words ----------------------------------------------------------------------------------------------------
 
 def phrase(motion):
@@ -83,6 +95,11 @@ def read_phrase(text):
 def instruction(motion, reference):
     """The sentence that conditions the simulator (the paper's overview figure)."""
     return f"Base on the viewpoint of Image-{reference}, {phrase(motion)}."
+
+
+def renumbered(sentence, reference):
+    """An `instruction` whose reference has another number among the images that are shown."""
+    return re.sub(r"Image-\d+", f"Image-{reference}", sentence, count=1)
 
 
 def read_instruction(text):

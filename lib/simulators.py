@@ -22,6 +22,7 @@ from lib.rooms import TrueRenderer, random_room, render
 
 NAMES = ("tuned", "untuned", "reprojection", "truth", "none")
 NEEDS_ROOM = ("reprojection", "truth")
+URLS = ("http://", "https://")           # how the name of a server begins
 FOLDERS = {"tuned": "wm", "untuned": "wm-untuned"}
 COMMANDS = {"tuned": "python train_wm.py", "untuned": "python train_wm.py --shuffle-instructions --out out/wm-untuned"}
 
@@ -49,7 +50,7 @@ def load(name, device="cpu", wm=None):
         return {"truth": TrueRenderer, "reprojection": Reprojection, "none": lambda: None}[name]()
     from world_model import WorldModel
     try:
-        if str(name).startswith(("http://", "https://")):
+        if str(name).startswith(URLS):
             return RemoteSimulator(name)
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         return WorldModel.load(find(name, wm), device, dtype)

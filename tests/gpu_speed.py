@@ -64,7 +64,10 @@ def layers_that_fit(shapes, layers, device):
 
 
 def need_gpu(args):
-    """End with a sentence where the published shapes have no GPU to stand on."""
+    """End with a sentence where the published shapes have no weights, or no GPU to stand on."""
+    if args.what in ("wm", "rollout") and not (args.model or args.random_init):
+        common.fail("--preset astra needs weights: give --model FOLDER, or --random-init to build the shapes without "
+                    "files.")
     if not torch.cuda.is_available():
         common.fail(f"--preset astra needs a GPU. `python bench.py {args.what} --preset tiny` runs on a CPU.")
 
@@ -127,9 +130,6 @@ def bandwidth(device, megabytes):
 
 def wm(args):
     """Seconds per 512 x 512 view, peak memory and MFU of BAGEL in bf16: a table, and the JSON line."""
-    if not (args.model or args.random_init):
-        common.fail("--preset astra needs weights: give --model FOLDER, or --random-init to build the shapes without "
-                    "files.")
     need_gpu(args)
     model = (WorldModel.load(args.model, "cuda", torch.bfloat16) if args.model else
              true_bagel("cuda", torch.bfloat16))
@@ -163,9 +163,6 @@ def sampling(model, pixels, steps, repeats):
 
 def rollout(args):
     """Prefill and decoding of Qwen3-VL-8B in bf16, beside the memory's bound and plain `generate`."""
-    if not (args.model or args.random_init):
-        common.fail("--preset astra needs weights: give --model FOLDER, or --random-init to build the shapes without "
-                    "files.")
     need_gpu(args)
     policy = Policy.load(args.model, "cuda") if args.model else true_policy("cuda", torch.bfloat16)
     print(json.dumps(decoding(policy, 16, 8, 256, 512, args.repeats)))
