@@ -50,9 +50,9 @@ import torch
 from tqdm import tqdm
 
 from lib import quality, real_views, simulators
+from lib.streams import numpy_stream, stream_seed
 from lib.clips import clip_questions
-from lib.common import (at_least, disk, fail, global_sum, is_main, need, read_log, run, say, setup, stable_seed,
-                        wait_for_all, write_json)
+from lib.common import (at_least, disk, fail, global_sum, is_main, need, read_log, run, say, setup, wait_for_all, write_json)
 from lib.corpora import convert
 from lib.endpoint import RemoteError
 from lib.geometry import Motion, coverage, dominant_motion, instruction, matrix, move_camera, pinhole, pose, warp
@@ -117,7 +117,7 @@ def room_triples(seed, out, layout="ring", size=SIZE):
     A target is refused where no camera can stand, where the context covers too little of it, and where the words would
     not be true.
     """
-    rng = np.random.default_rng([11, seed])
+    rng = numpy_stream("triples of a room", seed)
     room, poses = random_room(seed), LAYOUTS[layout](rng)
     reference, given = int(rng.integers(len(poses))), len(poses)
     motions = FINE if layout == "fine" else MOTIONS
@@ -195,7 +195,7 @@ def motion_questions(seeds, out, teacher, space=ROOMS, tries=1):
     space, tries   as in `transitions`; boxes are those of the room, also where the teacher drew something else
     returns        [(records with paths for pictures and a "scene", Counter of the programs that were dropped)]
     """
-    rng, rows = np.random.default_rng([19, seeds[0]]), []
+    rng, rows = numpy_stream("motion questions", seeds[0]), []
     found, dropped = transitions([room_anchor(seed) for seed in seeds], teacher, rng, space, tries=tries)
     for transition in found:
         for record in with_pictures(transition, out, f"{transition.room:07d}", rng, space, room_detections):
@@ -270,7 +270,7 @@ def mine(source, out, policy, samples=5, at_most=1, seed=0):
             if right[question["id"]] <= at_most]
     for question in kept:
         question["images"] = [os.path.relpath(path, out) for path in question["images"]]
-    held = [stable_seed("mined", question["id"]) % 20 == 0 for question in kept]
+    held = [stream_seed("mined", question["id"]) % 20 == 0 for question in kept]
     for split, side in (("train", False), ("val", True)):
         save_jsonl(out / f"questions_{split}.jsonl", [q for q, is_held in zip(kept, held) if is_held == side])
     guess = np.mean([guessers_share(len(question["options"]), samples, at_most) for question in questions])

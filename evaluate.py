@@ -39,6 +39,7 @@ from tqdm import tqdm
 import data
 import rewards
 from lib import common, consistency, predictions, real_views, report, search, simulators, tables
+from lib.streams import stable_hash
 from lib.benchmark_files import FRAMES
 from lib.benchmarks import (BENCHES, LISTED_ONLY, error_group, groups, lenient, load, open_image, prompt, reply,
                             score)
@@ -254,7 +255,7 @@ def main_wm(args, world):
     scans = "room" not in rows[0]
     doses = [] if scans else dose_rows(rows, args.dose_rooms)
     tools = instruments(args, rows, world.device) if scans and common.is_main() else ()     # before the work
-    kept = {name: out / "views" / f"{common.stable_seed(fingerprint(name, args.wm)):016x}"
+    kept = {name: out / "views" / f"{stable_hash(fingerprint(name, args.wm)):016x}"
             for name in args.simulator if name != "none"}
     for name, folder in kept.items():
         own = [*rows, *doses][world.rank::world.size]

@@ -33,8 +33,9 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLay
 from transformers.utils import cached_file, logging
 
 from lib import simulators
+from lib.streams import stream_seed, torch_stream
 from lib.clients import NO_VIEW, imagine_each
-from lib.common import at_least, fail, generator, newest, run, stable_seed
+from lib.common import at_least, fail, newest, run
 from lib.dialogue import NO_SIMULATOR, NOTE, PAD, PHRASES, Trajectory
 from lib.motion_words import PIECES
 from lib.pictures import load_image
@@ -93,7 +94,7 @@ class Policy:
                 num_position_embeddings=(side // patch) ** 2, deepstack_visual_indexes=[0]),
             tie_word_embeddings=True, **names)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(stream_seed("weights", seed, "policy"))
             model = Qwen3VLForConditionalGeneration(config).to(device).eval()
         images = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": patch, "merge_size": merge,
                   "temporal_patch_size": 2, "size": {"shortest_edge": side * side, "longest_edge": side * side},
@@ -275,7 +276,7 @@ def rollout(policy, questions, simulator=None, mode="agentic", group_size=1, tem
         streams = [(seed, dialogue.question.get("id", dialogue.question["question"]), d % group_size)
                    for d, dialogue in enumerate(dialogues)]
         uniforms = torch.stack([torch.rand(max_turns, max_new_tokens, dtype=torch.float64,
-                                           generator=generator("rollout", *stream)) for stream in streams])
+                                           generator=torch_stream("rollout", *stream)) for stream in streams])
         go_on(policy, dialogues, uniforms, temperature, simulator, streams, group_size)
         finished += dialogues
     policy.model.train(was_training)
@@ -298,7 +299,7 @@ def go_on(policy, dialogues, uniforms, temperature=0.0, simulator=None, streams=
         for d, (ids, logprobs) in zip(members, writer.write(members, uniforms[:, turn], temperature, limit)):
             dialogues[d].say(policy, ids, logprobs)
             dialogues[d].truncated |= turn + 1 == turns and dialogues[d].answer is None
-        reply(policy, simulator, [(dialogues[d], stable_seed("imagine", *(streams[d] if streams else ()), turn))
+        reply(policy, simulator, [(dialogues[d], stream_seed("imagine", *(streams[d] if streams else ()), turn))
                                   for d in members if not dialogues[d].done])
 
 

@@ -40,6 +40,7 @@ from torch.nn import functional as F
 
 import rewards
 from lib import checkpoints, common, simulators
+from lib.streams import rows_of_step, stream_seed, torch_stream
 from lib.common import total
 from lib.dialogue import Trajectory
 from lib.endpoint import RemoteError
@@ -203,7 +204,7 @@ class Row:
 
 def dialogues(policy, questions, simulator, mode, args, group=1, temperature=0.0, step=0):
     """`group` dialogues per question, question-major, drawn from the streams of (run seed, mode, step)."""
-    seed = common.stable_seed(args.seed, mode, step)
+    seed = stream_seed("run", args.seed, mode, step)
     try:
         with common.gathered(policy.model):
             return rollout(policy, questions, simulator, mode, group, temperature, seed, MAX_ROUNDS, MAX_TURNS,
@@ -430,8 +431,8 @@ def places_of_step(total, count, step, seed, spread=None):
     """
     if spread:
         weights = torch.tensor(spread, dtype=torch.float64)
-        return torch.multinomial(weights, count, generator=common.generator(seed, "curriculum", step)).tolist()
-    return common.drawn(total, count, step, seed, "questions")
+        return torch.multinomial(weights, count, generator=torch_stream("order", seed, step)).tolist()
+    return rows_of_step(total, count, step, seed)
 
 
 def new_spread(spread, places, earned, group):

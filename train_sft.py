@@ -55,6 +55,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lib import checkpoints, common
+from lib.streams import numpy_stream, rows_of_step, stream_seed
 from lib.dialogue import Trajectory
 from lib.lora import QWEN_LAYERS, add_lora, merged
 from lib.motion_words import INVERSE, TASKS
@@ -153,7 +154,7 @@ class Lesson:
     def __init__(self, question):
         self.question, self.shows, self.command = question, question["shows"], question["command"]
         self.images = [load_image(path) for path in question["images"]]
-        self.view = soften(load_image(question["view"]), np.random.default_rng(question["scene"]["room"]))
+        self.view = soften(load_image(question["view"]), numpy_stream("soft view", question["scene"]["room"], question["id"]))
         self.features = {}                            # of the frozen tower, by (number, id of the image)
 
 
@@ -180,13 +181,13 @@ def teach_to_see(policy, lessons, args):
     pictures = [(image, [-100 if show[ask] is None else NAMES.index(show[ask]) for ask in ASKS])
                 for lesson in lessons for image, show in zip([*lesson.images, lesson.view], lesson.shows)]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
+        torch.manual_seed(stream_seed("weights", args.seed, "probes"))
         facts, number = (nn.Linear(width, n).to(policy.device) for n in (len(ASKS) * len(NAMES), 9))
     optimizer = torch.optim.AdamW([*tower.parameters(), *facts.parameters(), *number.parameters()], lr=2e-3,
                                   betas=(0.9, 0.95), weight_decay=0.01)
     for step in (bar := common.progress(args.see_steps, 0, "learning to see")):
         common.set_rate(optimizer, 2e-3 * common.cosine(step, args.see_steps, 20, 0.05))
-        rng = np.random.default_rng(common.stable_seed(args.seed, "see", step))
+        rng = numpy_stream("tower", args.seed, step)
         drawn = [pictures[i] for i in rng.integers(len(pictures), size=batch)]
         numbers = np.where(rng.random(batch) < 0.8, rng.integers(1, 6, batch), rng.integers(1, 10, batch))
         patches, grids = policy.pixels([(int(n), image) for n, (image, _) in zip(numbers, drawn)])
@@ -318,7 +319,7 @@ def answers_of_step(policy, rows, features, args, step, world):
 
     And 1, what the loss has to be divided by: the shares are of all ranks already.
     """
-    asked = [rows[place] for place in common.drawn(len(rows), args.batch, step, args.seed, "rows")]
+    asked = [rows[place] for place in rows_of_step(len(rows), args.batch, step, args.seed)]
     counts = shares(asked, {True: args.lambda_inv, False: args.lambda_fwd})
     mine = [(answered(policy, row, features), share, row["weight"], row["category"] in INVERSE)
             for row, share in list(zip(asked, counts))[world.rank::world.size]]
@@ -371,7 +372,7 @@ def scripts_of_step(policy, lessons, moving, args, step, world):
     shares = {kind: early + (late - early) * done for kind, (early, late) in LESSONS[args.lessons].items()}
     dialogues = []
     for place in range(world.rank, args.batch, world.size):
-        rng = np.random.default_rng(common.stable_seed(args.seed, "script", step, place))
+        rng = numpy_stream("script", args.seed, step, place)
         kind = str(rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
         known = moving if kind in ("tool", "slip") else lessons
         dialogues.append(script(policy, known[rng.integers(len(known))], kind, rng, calling="tool" in shares))
@@ -451,7 +452,7 @@ def main(argv=None):
             rate = args.lr * common.cosine(step, args.steps, args.warmup, args.lr_floor)
             common.set_rate(optimizer, rate)
             if args.lora:
-                torch.manual_seed(common.stable_seed(args.seed, "dropout", step, world.rank))
+                torch.manual_seed(stream_seed("dropout", args.seed, step, world.rank))
             batches, total = batches_of_step(args, step, world)
             sums = defaultdict(lambda: [0.0, 0.0])                              # {metric: [sum, count]} of this rank
             sums["loss"][1] = total / world.size

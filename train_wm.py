@@ -33,6 +33,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from lib import checkpoints, common, lora
+from lib.streams import torch_stream
 from lib.bagel import LATENT_PATCH, MAX_IMAGES, token_grid
 from lib.bagel_files import patchify, resize, to_pixels
 from lib.geometry import Motion, Query, instruction, phrase
@@ -73,7 +74,7 @@ def contexts_of(rows, most):
 def contexts_of_step(contexts, step, count, seed):
     """The `count` contexts of one update; each epoch has its own order. Depends on nothing but the arguments."""
     places = range(step * count, (step + 1) * count)
-    orders = {epoch: torch.randperm(len(contexts), generator=common.generator(seed, "order", epoch)).tolist()
+    orders = {epoch: torch.randperm(len(contexts), generator=torch_stream("order", seed, epoch)).tolist()
               for epoch in {place // len(contexts) for place in places}}
     return [contexts[orders[place // len(contexts)][place % len(contexts)]] for place in places]
 
@@ -220,7 +221,7 @@ def collate(groups, model, read, args, step, first, with_pose=False, kept=None):
     """
     samples, samples_other, rows = [], [], []
     for i, group in enumerate(groups):
-        stream = common.generator(args.seed, "batch", step, first + i)
+        stream = torch_stream("batch", args.seed, step, first + i)
         part = example(group, model, read, args, stream)
         latents, count = encoded(part, model, kept, stream), len(part["targets"])
         x0, warp = (torch.cat([patchify(z, LATENT_PATCH) for z in zs])                  # (T, n, C)

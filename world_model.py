@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lib import bagel_files
+from lib.streams import stream_seed
 from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, PositionTable, Settings, token_grid
 from lib.bagel_files import resize, to_images, to_pixels, unpatchify
 from lib.checkpoints import contents
@@ -227,7 +228,7 @@ class WorldModel:
                "num_attention_heads": 2, "patch_size": 16, "image_size": size}
         config = Config.read(llm, vit, dataclasses.asdict(settings), len(tokenizer), size // 8, latent_numbers=192)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(stream_seed("weights", seed, "simulator"))
             network = Bagel(config)
             initialise(network)
         files = {"llm_config": llm, "vit_config": vit, "config": {"astra": dataclasses.asdict(settings)}}

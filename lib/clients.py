@@ -19,7 +19,8 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from lib.common import say, stable_seed
+from lib.streams import stream_seed
+from lib.common import say
 from lib.dialogue import NO_SIMULATOR, PAD, TOOL, UNREADABLE, Trajectory, numbered_image, prompt_text
 from lib.endpoint import Endpoint, RemoteError, check, in_threads
 from lib.geometry import renumbered, select_context
@@ -264,7 +265,7 @@ def converse(policy, questions, simulator=None, mode="agentic", seed=0, max_roun
             dialogues[k].truncated |= turn + 1 == max_turns and dialogues[k].answer is None
         waiting = [k for k in answers if not dialogues[k].done]
         calling = [k for k in waiting if dialogues[k].call and simulator]
-        seeds = [stable_seed("imagine", seed, questions[k].get("id", questions[k]["question"]), 0, turn)
+        seeds = [stream_seed("imagine", seed, questions[k].get("id", questions[k]["question"]), 0, turn)
                  for k in calling]
         try:
             views = imagine_each(simulator, [dialogues[k].query(own) for k, own in zip(calling, seeds)])

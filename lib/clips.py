@@ -22,6 +22,7 @@ from functools import partial
 
 import numpy as np
 
+from lib.streams import numpy_stream
 from lib.geometry import Motion, move_camera, phrase, pose
 from lib.pictures import save_image
 from lib.questions import choose, facts
@@ -199,7 +200,7 @@ def clip_questions(seed, out):
     """
     room, records = random_room(seed), []
     for number, (kind, draw) in enumerate(KINDS.items()):
-        rng, letter = np.random.default_rng([31, seed, number]), (seed // 4 + number) % 4
+        rng, letter = numpy_stream("clips of a room", seed, number), (seed // 4 + number) % 4
         draft = next((draft for draft in (draw(rng, room, seed % 4) for _ in range(TRIES)) if draft), None)
         if draft is None:
             continue

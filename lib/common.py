@@ -4,7 +4,7 @@ What every stage shares: process start, random streams, FSDP2 by hand, whole fil
 One process on a laptop uses no torch.distributed at all. Under torchrun (gloo on CPU, NCCL on GPUs) the same calls work
 over all ranks. Three rules make one rank and many give the same numbers:
   - gradients are *summed* over ranks, and a loss is a local sum divided by a *global* count (`global_sum`);
-  - every random draw comes from `generator(seed, purpose, step, index, ...)`: the step is all a resumed run restores;
+  - every random draw comes from a stream of its own (lib/streams.py): the step is all a resumed run restores;
   - a file is written beside its place and renamed when complete, so a killed run never leaves half a checkpoint.
 
 A stage's folder: the model at its top, `training/` (what resumes an interrupted run), `log.jsonl`, `args.json`,
@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import ctypes
 import errno
-import hashlib
 import json
 import math
 import os
@@ -148,27 +147,7 @@ def global_means(totals):
     return {key: number / count for key, (number, count) in zip(totals, sums) if count}
 
 
-# ---------------------------------------------------------------- random streams and schedules
-
-def stable_seed(*keys):
-    """A 63-bit integer that depends on the keys alone: ("rollout", 0, 12) gives the same one on every machine."""
-    digest = hashlib.sha256(json.dumps(keys).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def generator(*keys):
-    """A CPU torch.Generator for the keys, such as (seed, purpose, step, index): no use of one stream moves another."""
-    return torch.Generator().manual_seed(stable_seed(*keys))
-
-
-def drawn(total, count, step, *stream):
-    """Which `count` of `total` things a step takes, none twice: pass after pass, each in an order of its own.
-
-    What is left of a pass when it no longer fills a step waits for the next one. stream   as in `generator`
-    """
-    turn, place = divmod(step, total // max(count, 1))
-    return torch.randperm(total, generator=generator(*stream, turn))[place * count:(place + 1) * count].tolist()
-
+# ---------------------------------------------------------------- schedules
 
 def cosine(step, steps, warmup=0, floor=0.0):
     """Learning-rate factor: a linear rise to 1 over `warmup` steps, then a cosine down to `floor` at `steps`."""

@@ -21,6 +21,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from lib.streams import numpy_stream
 from lib.geometry import DEGREES_PER_METER, TABLE, Motion, decompose, fill_holes, move_camera, pose
 from lib.rooms import COLOURS, random_room, render
 
@@ -229,7 +230,7 @@ def difference(values, others, rooms, resamples=2000):
     """
     _, member = np.unique(rooms, return_inverse=True)
     count = member.max() + 1
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), resamples)   # how often each room
+    drawn = numpy_stream("bootstrap", 0).multinomial(count, np.full(count, 1 / count), resamples)   # how often each room
     drawn = np.vstack([np.ones((1, count)), drawn])                                             # first: each once
     own, other = (scores_of(drawn @ np.stack([np.bincount(member, column, count) for column in part.T], 1))
                   for part in (values, others))

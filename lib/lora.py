@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lib.streams import torch_stream
 from lib.checkpoints import full
-from lib.common import generator
 
 # of BAGEL: queries, keys, values, outputs and the MLP, of both experts
 LANGUAGE_LAYERS = r"language_model\.model\.layers\..*\.(q|k|v|o|gate|up|down)_proj(_moe_gen)?"
@@ -63,7 +63,7 @@ def add_lora(network, rank, alpha, names, seed, device, dropout=0.0):
     if not linears:
         raise ValueError(f"LoRA has nothing to learn: no Linear of the network has a name like {names}")
     for name, linear in linears.items():
-        network.set_submodule(name, LoraLinear(linear, rank, alpha, generator(seed, "lora", name), device, dropout))
+        network.set_submodule(name, LoraLinear(linear, rank, alpha, torch_stream("adapters", seed, name), device, dropout))
     return [p for p in network.parameters() if p.requires_grad]
 
 

@@ -8,6 +8,8 @@ one wall; the linear solution, of six, is not unique there.
 
 import numpy as np
 
+from lib.streams import numpy_stream
+
 from lib.geometry import project
 
 NEAR = 0.02             # focal lengths (1.1 degrees): a match agrees with a camera; what is imagined is not sharp
@@ -92,7 +94,7 @@ def pose_from_matches(points, pixels, K, seed=0):
     K (3, 3) intrinsics of the view. RANSAC over triples of matches; the winner is refined on all that agree. None if
     fewer than LEAST or than SHARE of the matches agree. The same matches give the same camera.
     """
-    least, rng = max(LEAST, SHARE * len(points)), np.random.default_rng(seed)
+    least, rng = max(LEAST, SHARE * len(points)), numpy_stream("pose of a match", seed)
     if len(points) < least:
         return None
     plane = (pixels - K[:2, 2]) / K[[0, 1], [0, 1]]

@@ -15,6 +15,7 @@ from collections import Counter
 import numpy as np
 
 from lib import common
+from lib.streams import stable_hash
 from lib.pictures import save_image
 
 VERSION = 4                     # of what a line holds; lines of another one stay as well
@@ -35,7 +36,7 @@ def keyed(questions):
 
 def digest(question):
     """A number that changes with the words of a question: an old answer to other words is no answer."""
-    return common.stable_seed(question["question"], question.get("options"), question["answer"])
+    return stable_hash(question["question"], question.get("options"), question["answer"])
 
 
 def failure(row):

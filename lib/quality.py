@@ -19,6 +19,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
+from lib.streams import numpy_stream
 from lib.geometry import Motion, coverage, move_camera, pinhole, pose, project, unproject, warp
 from lib.rooms import EYE, random_room, render
 
@@ -248,7 +249,7 @@ def room_triple(seed, size):
 
     As layout `apart` of data.py, and its rule that the context covers 85 % of the target.
     """
-    rng, room = np.random.default_rng([17, seed]), random_room(seed)
+    rng, room = numpy_stream("triples of a room", seed), random_room(seed)
     while True:
         x, z = rng.uniform(-1.2, 1.2, (2, 4))
         near = np.hypot(np.subtract.outer(x, x), np.subtract.outer(z, z))[np.triu_indices(4, 1)].min() < 1
@@ -306,7 +307,7 @@ def study(rooms=range(6_700_000, 6_700_040), size=SIDE, seed=0, faults=(*GOOD, *
     for number, fault in enumerate(faults):
         broken = []
         for room, views in zip(rooms, triples):
-            target, *context = inject(views, fault, np.random.default_rng([seed, room, number]), size)
+            target, *context = inject(views, fault, numpy_stream("faults", seed, room, number), size)
             broken.append(broken_rules(verify(target, context, pinhole(size))))
         shares = {rule: float(np.mean([rule in rules for rules in broken]))
                   for rule in ("blurred", "exposure", "geometric", "photometric")}

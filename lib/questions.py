@@ -11,6 +11,7 @@ from collections import Counter
 
 import numpy as np
 
+from lib.streams import numpy_stream
 from lib.geometry import Motion, matrix, move_camera, phrase
 from lib.pictures import save_image
 from lib.rooms import SIZE, random_room, render, ring
@@ -85,7 +86,7 @@ def room_questions(seed, out, per_kind=2):
     row holds what only a room can know, for the cold start and for diagnosis, never shown to a policy in a question:
     `view`, the true view that `command` leads to, and `shows`, the facts of every image and last of that view.
     """
-    rng = np.random.default_rng([13, seed])
+    rng = numpy_stream("questions of a room", seed)
     room, poses = random_room(seed), ring(rng)
     views = render(room, np.stack(poses), SIZE)
     given = [facts(ids, len(room.things)) for ids in views["ids"]]
@@ -199,7 +200,7 @@ def text_only_chance(questions_train, questions_test, epochs=12):
     coded = [[np.array([[index.get(feature, -1) for feature in row] for row in rows]) for rows in part[0]]
              for part in (train, test)]                     # (options, features) per question
     for epoch in range(epochs):                             # conditional logit by stochastic gradient descent
-        for q in np.random.default_rng(epoch).permutation(len(coded[0])):
+        for q in numpy_stream("text guess", epoch).permutation(len(coded[0])):
             rows = coded[0][q]
             odds = np.exp(weights[rows].sum(1) - weights[rows].sum(1).max())
             slope = (np.arange(len(rows)) == train[1][q]) - odds / odds.sum()

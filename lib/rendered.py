@@ -39,7 +39,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from lib import real_views
-from lib.common import fail, say, stable_seed
+from lib.streams import numpy_stream
+from lib.common import fail, say
 from lib.geometry import TABLE, Motion, move_camera, phrase
 from lib.motion_words import GRID, on_grid
 from lib.rows import SPLITS, build
@@ -326,7 +327,7 @@ def rendered_questions(folder, root, space, rng, detect=None):
 
 def rendered_part(folder, out, root, space, detect=None):
     """`rendered_questions` of one folder, pictures by their way from `out` -> [(records, what is wrong or None)]."""
-    rng = np.random.default_rng([19, stable_seed(folder.relative_to(root).as_posix())])
+    rng = numpy_stream("motion questions", folder.relative_to(root).as_posix())
     rows, fault = rendered_questions(folder, root, space, rng, detect)
     return [([row | {"images": [os.path.relpath(path, out) for path in row["images"]]} for row in rows],
              fault and f"{folder}: {fault}")]
@@ -355,7 +356,7 @@ def make_rendered(out, root, detector=None, threads=2):
     for split in SPLITS:
         own = [row for row in rows if split_of("rendered", row["cluster"], {}) == split]
         wrong = write_motion_questions(out, split, own, f"{len({row['cluster'] for row in own})} places",
-                                       stable_seed(split))
+                                       split)
         if not own:
             say(f"  no place fell to {split}: few in a hundred do. Training and evaluation miss it: render more.")
         for reason, number in wrong.most_common():

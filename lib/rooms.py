@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lib.streams import numpy_stream
 from lib.geometry import move_camera, pinhole, pose, read_instruction
 
 COLOURS = {
@@ -72,7 +73,7 @@ def random_room(seed, things=None):
     The objects stand in sectors of equal angle, one per sector, 1.6 metres from the origin or further unless a wall is
     too near. The same seed gives the same room; disjoint seeds make disjoint sets of scenes.
     """
-    rng = np.random.default_rng([7, seed])
+    rng = numpy_stream("room", seed)
     things = things or next((n for first, n in FURNISHED.values() if first <= seed < first + 1_000_000), 6)
     width, length = rng.uniform(5.0, 7.0, 2)
     colours = rng.permutation(list(COLOURS))[:things]

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib.common import disk, fail, say, stable_seed, write_json, write_text
+from lib.streams import numpy_stream, stable_hash, stream_seed
+from lib.common import disk, fail, say, write_json, write_text
 from lib.consistency import pose_errors
 from lib.geometry import decompose
 from lib.pictures import save_image
@@ -53,7 +54,7 @@ def places_of(dataset, root, ids):
 def split_of(dataset, place, listed, given=()):
     """"train", "val" or "test" of a place: as `listed` {place: split} says, else drawn by its name, 5 % for tests and
     2 % for validation; nothing is drawn into the splits that are `given` by lists."""
-    draw = stable_seed("split", dataset, place) % 100
+    draw = stream_seed("split", dataset, place) % 100
     drawn = "test" if draw < 5 else "val" if draw < 7 else "train"
     return listed.get(place) or ("train" if drawn in given else drawn)
 
@@ -125,7 +126,7 @@ def scan_triples(id, dataset, root, out, seed, rules):
     start, report = time.process_time(), asked | {"rows": [], "counts": {}, "skipped": {}, "note": "", "error": ""}
     try:
         scene = read_scene(dataset, root, id)
-        rows, counts = write_triples(scene, Path(out), stable_seed(seed, dataset, id), rules)
+        rows, counts = write_triples(scene, Path(out), stable_hash(seed, dataset, id), rules)
         report |= {"rows": rows, "counts": dict(counts), "skipped": dict(scene.skipped), "note": scene.note}
     except ValueError as error:
         report["error"] = str(error)
@@ -232,7 +233,7 @@ def make_heldout(sources, out, per_dataset=200, seed=0):
         if len(test) < per_dataset:
             fail(f"{source} has {len(test)} triples of test scans that do what their words say, and {per_dataset} are "
                  f"asked for: read more scans, or give --per-dataset {len(test)}.")
-        by_scan, rng = {}, np.random.default_rng([19, seed])
+        by_scan, rng = {}, numpy_stream("held-out scans", seed)
         for i in rng.permutation(len(test)):
             by_scan.setdefault(test[i]["scene"], []).append(test[i])
         turns = [row for round_ in zip_longest(*by_scan.values()) for row in round_ if row]

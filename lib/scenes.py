@@ -33,6 +33,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 from PIL import Image
 
+from lib.streams import numpy_stream
 from lib.geometry import pinhole, pose
 from lib.rooms import EYE, random_room, render
 
@@ -563,7 +564,7 @@ def plain_folder(folder):
 
 def room_scene(seed, frames=40, size=64):
     """A walk through a room of lib/rooms.py, on a figure of eight in its middle, as a reader would give it."""
-    rng = np.random.default_rng([17, seed])
+    rng = numpy_stream("walk through a room", seed)
     room, (a, b, start), t = random_room(seed), rng.uniform(0, 2 * np.pi, 3), np.linspace(0, 1, frames, endpoint=False)
     x, z = 0.8 * np.sin(2 * np.pi * t + a), 0.8 * np.sin(4 * np.pi * t + b)
     yaw = np.degrees(start) + 360 * t + 30 * np.sin(6 * np.pi * t + b)

@@ -11,6 +11,7 @@ from collections import Counter
 import numpy as np
 
 from lib import benchmarks
+from lib.streams import numpy_stream
 from lib.benchmarks import LISTED_ONLY, group_weights, weights
 
 STRATA = {"needs_view": True, "answerable": False}
@@ -28,7 +29,7 @@ def interval(values, clusters=None, counted=None, seed=0):
     names = np.arange(len(values)) if clusters is None else [str(cluster) for cluster in clusters]
     _, member = np.unique(names, return_inverse=True)
     sums, counts = np.bincount(member, values * counted), np.bincount(member, counted)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
+    drawn = numpy_stream("bootstrap", seed).integers(len(sums), size=(RESAMPLES, len(sums)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     return np.quantile(means, [0.025, 0.975]).round(4).tolist()
 

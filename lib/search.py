@@ -35,9 +35,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from lib.streams import numpy_stream, stream_seed
 from lib.benchmarks import option_letter
 from lib.clients import RemotePolicy, converse, imagine_each
-from lib.common import stable_seed
 from lib.dialogue import LIMITS, Trajectory
 from lib.endpoint import RemoteError
 from lib.geometry import KINDS, Motion, phrase
@@ -176,7 +176,7 @@ def imagine(run, wanted):
         dialogues = [tree.nodes[path[:-1]].fork() for tree, path in level]
         for (_, path), dialogue in zip(level, dialogues):
             dialogue.say(run.policy, call_turn(path[0] if length == 2 else len(dialogue.images), path[-1]))
-        queries = [dialogue.query(stable_seed("imagine", run.seed, tree.name, told(path)))
+        queries = [dialogue.query(stream_seed("imagine", run.seed, tree.name, told(path)))
                    for (tree, path), dialogue in zip(level, dialogues)]
         try:
             views = imagine_each(run.simulator, queries) if run.simulator else [None] * len(level)
@@ -287,10 +287,10 @@ def rate(run, trees, sheets, counts):
     for attempt in range(1 + RETRIES):
         left = [k for k, tree in enumerate(trees) if scores[k] is None and not tree.error]
         texts = ask(run, [trees[k] for k in left], [sheets[k] for k in left], float(attempt > 0),
-                    stable_seed("scores", run.seed, attempt)) if left else []
+                    stream_seed("scores", run.seed, attempt)) if left else []
         for k, text in zip(left, texts):
             scores[k] = read_scores(text, counts[k])
-    return [np.random.default_rng(stable_seed("scores", run.seed, tree.name, name)).integers(0, 6, count).tolist()
+    return [numpy_stream("scores", run.seed, tree.name, name).integers(0, 6, count).tolist()
             if found is None else found for tree, (name, *_), count, found in zip(trees, sheets, counts, scores)]
 
 

@@ -10,12 +10,12 @@ import os
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from lib import real_views, simulators
-from lib.common import disk, fail, read_log, say, stable_seed
+from lib.streams import numpy_stream, stable_hash
+from lib.common import disk, fail, read_log, say
 from lib.pictures import load_image
 from lib.rendered import in_pixels
 from lib.rows import SPLITS, load_jsonl, save_jsonl
@@ -51,7 +51,7 @@ def make_taught(out, source, teacher, detector=None, limit=None):
         save_jsonl(log, done.values())                                                 # without a line that a kill tore
         rows, dropped = [], Counter()
         for key, row in tqdm(contexts.items(), desc=f"world2vlm, {split}"):
-            asked = {"of": stable_seed(*key), "teacher": str(teacher), "detector": detector}
+            asked = {"of": stable_hash(*key), "teacher": str(teacher), "detector": detector}
             part = done.get(tuple(asked.values()))
             if part is None:
                 part = asked | told(row, f"{split}_{asked['of']:016x}", simulator, detect, out, asked["of"])
@@ -59,14 +59,14 @@ def make_taught(out, source, teacher, detector=None, limit=None):
                     lines.write(json.dumps(part) + "\n")
             rows += part["records"]
             dropped.update(part["lost"])
-        faults = write_motion_questions(out, split, rows, f"{len(contexts)} views of scans", stable_seed(split))
+        faults = write_motion_questions(out, split, rows, f"{len(contexts)} views of scans", split)
         for reason, count in (dropped + faults).most_common():
             say(f"  {count:6}  left out: {reason}")
 
 
 def told(row, name, simulator, detect, out, seed):
     """What a teacher shows from the context of a triple -> {"records", "lost": {reason: programs}}."""
-    rng, place = np.random.default_rng([29, seed]), row["reference"] - 1
+    rng, place = numpy_stream("motion questions", seed), row["reference"] - 1
     anchor = Anchor(name, [load_image(path) for path in row["context"]], row["reference"])
     found, lost = transitions([anchor], simulator, rng, PAPER, AT_ONCE, tries=2)
     focal = row["context_intrinsics"][place][0][0] / anchor.images[place].shape[1]

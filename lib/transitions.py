@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from lib.streams import numpy_stream
 from lib.clients import imagine_each
 from lib.consistency import recover
 from lib.geometry import Motion, Query, instruction, matrix, move_camera, phrase
@@ -130,7 +131,7 @@ class Transition(NamedTuple):
 
 def room_anchor(seed):
     """A view of a room, with the ring of four that the teacher knows as its context."""
-    rng = np.random.default_rng([17, seed])
+    rng = numpy_stream("anchor of a room", seed)
     poses, reference = ring(rng), int(rng.integers(4)) + 1
     scene = {"room": seed, "poses": [matrix(c2w) for c2w in poses]}
     return Anchor(f"room_{seed}", list(render(random_room(seed), scene["poses"], SIZE)["rgb"]), reference, scene)

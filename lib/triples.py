@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lib import quality
+from lib.streams import numpy_stream
 from lib.geometry import (Motion, coverage, decompose, dominant_component, instruction, motion_of, unproject, visible,
                           warp)
 from lib.pictures import load_image, save_image
@@ -196,7 +197,7 @@ def write_triples(scene, out, seed, rules):
     the poses' unit (millimetres where the scene is metric), 0 = unknown or too far to be written. Nothing but `seed`,
     the scene and the rules decides what comes out.
     """
-    rng = np.random.default_rng([17, seed])
+    rng = numpy_stream("triples of a scan", seed)
     found, counts, frames = find_triples(scene, rng, rules)
     counts["frames"] = len(frames)
     folder, rows, views, written = Path(scene.dataset) / scene.id.replace("/", "_"), [], {}, set()

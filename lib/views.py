@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lib import common
+from lib.streams import stable_hash, stream_seed
 from lib.endpoint import RemoteError
 from lib.geometry import Motion, Query, instruction
 from lib.pictures import save_image
@@ -37,7 +38,7 @@ def load_triples(path, limit=None):
 
 def fingers(row):
     """A number that changes with the pictures a simulator is shown: an old view of other pictures is no view."""
-    return common.stable_seed([hashlib.sha256(image.tobytes()).hexdigest() for image in row["context"]])
+    return stable_hash([hashlib.sha256(image.tobytes()).hexdigest() for image in row["context"]])
 
 
 def imagine_targets(simulator, rows, folder=None, batch=64, title="imagine"):
@@ -50,7 +51,7 @@ def imagine_targets(simulator, rows, folder=None, batch=64, title="imagine"):
         part = rows[start:start + batch]
         kept = [folder and Path(folder) / f"{row['id'].replace('/', '_')}_{fingers(row):016x}.png" for row in part]
         queries = [Query(row["context"], row["reference"], instruction(Motion(**row["motion"]), row["reference"]),
-                         common.stable_seed("wm", row["id"]),
+                         stream_seed("imagine", row["id"]),
                          {"room": row["room"], "poses": row["context_c2w"]} if "room" in row else None)
                    for row, place in zip(part, kept) if not (place and place.exists())]
         try:

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lib.streams import numpy_stream
 from lib.common import say
 from lib.geometry import Motion
 from lib.motion_words import (BOX, COUNTS, PROMPTS, TASKS, box_text, claim_text, on_grid, program_text, read_actions,
@@ -340,7 +341,7 @@ def write_motion_questions(out, split, rows, about, seed):
     Says so of each task of which less than a tenth stays.
     """
     rows, faults = validated(rows)
-    kept = balanced(rows, np.random.default_rng([23, seed]))
+    kept = balanced(rows, numpy_stream("balance", seed))
     save_jsonl(out / f"questions_{split}.jsonl", [
         {"id": row["id"], "bench": "world2vlm", "images": row["images"], "question": row["prompt"], "options": [],
          "answer": row["answer"], "category": row["task"], "kind": "na", "needs_view": None, "weight": row["weight"],

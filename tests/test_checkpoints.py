@@ -175,7 +175,7 @@ def train(folder, first, last):
     tensors = checkpoints.training_tensors(model, optimizer)
     assert (checkpoints.load_state(folder / "training", tensors) or (0, {})) == (first, {"note": 5} if first else {})
     for step in range(first, last):
-        x = torch.randn(5, 6, generator=common.generator("x", step)) * (world.rank == 0)
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step)) * (world.rank == 0)
         ((model(x) * model.scale).square().sum() * (world.rank == 0)).backward()
         common.sum_gradients(model.parameters())
         optimizer.step()

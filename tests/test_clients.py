@@ -15,7 +15,7 @@ import pytest
 from lib import clients
 from lib.clients import NO_VIEW, ONE_CALL, UNREADABLE_HERE, RemotePolicy, RemoteSimulator, png, read_picture, turn_text
 from lib.endpoint import Endpoint, RemoteError, seconds_of, sentence_of
-from lib.common import stable_seed
+from lib.streams import stream_seed
 from lib.dialogue import CALL_FIRST, ENOUGH, NO_SIMULATOR, NO_TOOL, NOT_JSON, TOOL, Trajectory, parse_turn, prompt_text
 from lib.bagel import MAX_IMAGES
 from lib.geometry import Query, read_instruction
@@ -399,7 +399,7 @@ def test_only_the_reference_and_its_neighbours_are_sent_and_the_sentence_names_i
 def test_views_come_from_the_seeds_of_the_local_rollout():
     simulator = Mirror()
     talk(says("", LOOK), ANSWER, simulator=simulator, seed=3)
-    assert simulator.batches[0][0].seed == stable_seed("imagine", 3, "q1", 0, 0)
+    assert simulator.batches[0][0].seed == stream_seed("imagine", 3, "q1", 0, 0)
 
 
 def test_all_views_of_a_round_are_one_batch_and_dialogues_keep_their_order():

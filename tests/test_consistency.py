@@ -15,7 +15,7 @@ from lib.simulators import Reprojection, find, load, points, splat
 
 MOTIONS = [Motion("turn left", 45.0), Motion("turn right", 135.0), Motion("look up", 20.0), Motion("move left", 1.0),
            Motion("move forward", 0.5)]
-ROOMS = range(5_000_000, 5_000_006)
+ROOMS = range(5_000_072, 5_000_072 + 6)
 
 
 def triples():

@@ -16,8 +16,8 @@ from lib.rows import SPLITS, save_jsonl
 from rewards import world2vlm
 
 ROOMS = 24
-RING_0 = ["3_move_right_1", "3_turn_left_135", "3_move_forward_1", "3_move_right_0.5", "3_move_left_1",
-          "3_turn_left_90", "3_move_forward_0.5", "3_turn_left_180"]
+RING_0 = ["1_turn_right_90", "1_turn_right_135", "1_turn_right_45", "1_turn_left_135", "1_turn_left_180",
+          "1_turn_left_90", "1_move_right_0.5", "1_move_forward_1"]
 
 
 @pytest.fixture(scope="module")

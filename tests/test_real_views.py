@@ -14,7 +14,7 @@ from lib.rooms import COLOURS, EYE, random_room, render
 from lib.triples import thousandths
 
 SIZE, K = 96, pinhole(96)
-ROOM = random_room(5_000_000)
+ROOM = random_room(1)
 CONTEXT = [pose(0.1, -EYE, -0.1, 17.0 - 90 * k) for k in range(4)]
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from evaluate import dialogues, record_of
 from lib import predictions, report
-from lib.dialogue import Trajectory
+from lib.dialogue import Trajectory, motion_in
+from lib.geometry import phrase
 from lib.pictures import save_image
 from lib.questions import room_questions
 from lib.scores import summarise
@@ -80,7 +81,7 @@ def test_every_question_is_there_in_every_mode_and_filters_know_it(page):
 def test_a_dialogue_shows_what_was_imagined_beside_the_truth_and_what_it_earned(page):
     html = report.dialogue(page[1][3], report.Pictures(), page[0])              # the second question, agentic
     call = page[1][3]["calls"][0]
-    assert f"Image-5: imagined from Image-{call['image']}, {call['motion']}" in html
+    assert f"Image-5: imagined from Image-{call['image']}, {phrase(motion_in(call))}" in html
     assert "the true view" in html and "There is no such image" in html and "What is there?" in html
     assert "phase 2" in html and "gain -1" in html and "diagnosis: " in html and "true answer" in html
 

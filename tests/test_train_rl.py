@@ -1,6 +1,7 @@
 """pytest tests/test_train_rl.py: GRPO's loss, its gradient however it is batched, the stage.  CPU, about 25 s."""
 
 import itertools
+from functools import partial
 import json
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 import rewards
 import train_rl
-from lib import common, rl_log
+from lib import common, rl_log, streams
 from lib.clients import RemoteSimulator
 from lib.endpoint import RemoteError
 from policy import Policy, Trajectory
@@ -379,17 +380,17 @@ def scripted(inputs, tmp_path, monkeypatch):
 def test_what_a_stage_asks_and_of_whom(scripted):
     """Held-out questions greedily, then a step's own with the tool, and the same ones without it four times each."""
     asked, _ = scripted("--steps", "2", "--eval-every", "1")
-    held_out = [f"val{place}" for place in common.drawn(4, 2, 0, 0, "questions")]
-    seed = common.stable_seed
+    held_out = [f"val{place}" for place in streams.rows_of_step(4, 2, 0, 0)]
+    seed = partial(streams.stream_seed, "run")
     evaluation = [(held_out, True, "agentic", 1, 0.0, seed(3, "agentic", 0)),
                   (held_out, True, "direct", 1, 0.0, seed(3, "direct", 0))]
     want = []
     for step in range(2):
-        own = [f"train{place}" for place in common.drawn(6, 2, step, 3, "questions")]
+        own = [f"train{place}" for place in streams.rows_of_step(6, 2, step, 3)]
         want += [*evaluation, (own, True, "agentic", 2, 0.7, seed(3, "agentic", step)),
                  (own, False, "direct", 4, 0.7, seed(3, "direct", step))]
     assert asked == want + evaluation
-    assert asked[2][0] != [f"train{place}" for place in common.drawn(6, 2, 0, 0, "questions")]      # of another seed
+    assert asked[2][0] != [f"train{place}" for place in streams.rows_of_step(6, 2, 0, 0)]      # of another seed
 
 
 def test_every_rollout_is_measured_against_direct_answers_to_its_own_question(scripted):

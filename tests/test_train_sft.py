@@ -8,7 +8,7 @@ import torch
 
 import data
 import train_sft
-from lib import common
+from lib import streams
 from lib.common import World
 from policy import Policy, collate, token_logprobs
 from ranks import on_ranks
@@ -140,7 +140,7 @@ def test_the_loss_is_the_papers_by_hand(motions):
     rows = [row | {"weight": 1.0 if i % 2 else 0.25} for i, row in enumerate(rows)]
     args = parse_args(["--task", "world2vlm", "--lambda-inv", "2", "--lambda-fwd", "0.5", "--batch", "12"])
     parts = {True: np.zeros(2), False: np.zeros(2)}
-    for row in [rows[place] for place in common.drawn(len(rows), 12, 1, 0, "rows")]:
+    for row in [rows[place] for place in streams.rows_of_step(len(rows), 12, 1, 0)]:
         dialogue = train_sft.answered(policy, row)
         text = policy.tokenizer.decode([i for i, wrote in zip(dialogue.ids, dialogue.loss_mask) if wrote])
         assert text == f"<think></think><answer>{row['answer']}</answer><|im_end|>"

@@ -117,7 +117,7 @@ def test_the_same_triples_come_out_of_a_folder_as_out_of_the_room(scans, tmp_pat
 def test_a_blurred_capture_gives_no_triples(tmp_path):
     def spoil(rgb):
         return np.mean([np.roll(rgb, shift, 1) for shift in range(9)], 0).astype(np.uint8)
-    write_scan(tmp_path / "scans" / "shaky", 0, spoil=spoil)
+    write_scan(tmp_path / "scans" / "shaky", 2, spoil=spoil)
     rows, counts = write_triples(read_scene("folder", tmp_path / "scans", "shaky"), tmp_path / "out", 0, SMALL)
     assert not rows and counts["blurred"] > 3
 

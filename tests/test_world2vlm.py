@@ -356,7 +356,7 @@ def test_views_that_disagree_make_a_transition_weigh_less():
 
 
 def test_the_true_renderer_does_not_drift_and_a_copier_does():
-    anchors, rng = [room_anchor(0)], np.random.default_rng(0)
+    anchors, rng = [room_anchor(4)], np.random.default_rng(0)
     for row in drift(TrueRenderer(), anchors, Motion("turn left", 20.0), 3, rng):
         assert row["mse"] == 0 and row["degrees"] < 0.5 and row["meters"] < 0.03
     rows = drift(Copies(), anchors, Motion("turn left", 20.0), 3, rng)

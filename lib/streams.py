@@ -1,0 +1,83 @@
+"""
+Every random stream of the project, by name.
+
+A draw depends on the name of its stream and on the keys beside it (seed, step, index), never on what was drawn before.
+So no use of one stream moves another, any number of ranks draws the same, and the step is all that a resumed run has to
+restore.
+"""
+
+import hashlib
+import json
+
+import numpy as np
+import torch
+
+STREAMS = {
+    # the small world: keys (seed of the room, ...)
+    "room": "size, colours and furniture of a room",
+    "triples of a room": "where the cameras stand, and which motions are asked for",
+    "questions of a room": "which questions, their options and their order",
+    "clips of a room": "cameras and questions of a clip",
+    "walk through a room": "the cameras of a room told as a scan",
+    "soft view": "how blurred a true view is that stands for an imagined one",
+    # scans: keys (seed, ...)
+    "triples of a scan": "which frames become context and target",
+    "held-out scans": "which triples of test scans are kept",
+    "faults": "what a study of the verification breaks",
+    "split": "which part a place belongs to",
+    # World2VLM: keys (seed or place, ...)
+    "anchor of a room": "where the motions of a room start",
+    "motion questions": "programs and options of the questions about a motion",
+    "balance": "which records stay where one answer is too frequent",
+    # training: keys (seed, step, ...)
+    "weights": "what a network starts from",
+    "adapters": "what LoRA starts from",
+    "dropout": "of the adapters",
+    "order": "which rows a step takes",
+    "batch": "augmentation, condition dropout, times and noise of one context",
+    "tower": "pictures and numbers of a step that teaches the tower to see",
+    "script": "kind, lesson and wording of a scripted dialogue",
+    # dialogues: keys (seed, question, number in the group, ...)
+    "rollout": "the tokens a policy samples",
+    "run": "one seed for all rollouts of a step",
+    "imagine": "the noise of a simulator's view",
+    "scores": "what a search takes where a policy gives no score",
+    "mined": "which mined questions are held out",
+    # measuring: keys (seed, ...)
+    "bootstrap": "which rooms an interval draws",
+    "text guess": "the order in which the text-only guesser learns",
+    "pose of a match": "which matches RANSAC tries",
+}
+
+
+def stable_hash(*keys) -> int:
+    """A 63-bit integer that depends on the keys alone: ("rollout", 0, 12) gives the same one on every machine."""
+    digest = hashlib.sha256(json.dumps(keys, default=int).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def stream_seed(name: str, *keys) -> int:
+    """The seed of a stream. Raises KeyError for a name that STREAMS does not list."""
+    if name not in STREAMS:
+        raise KeyError(f"there is no random stream {name!r}: lib/streams.py lists them")
+    return stable_hash(name, *keys)
+
+
+def torch_stream(name: str, *keys) -> torch.Generator:
+    """A generator on the CPU for one stream."""
+    return torch.Generator().manual_seed(stream_seed(name, *keys))
+
+
+def numpy_stream(name: str, *keys) -> np.random.Generator:
+    """The same for numpy."""
+    return np.random.default_rng(stream_seed(name, *keys))
+
+
+def rows_of_step(total: int, count: int, step: int, *keys) -> list[int]:
+    """Which `count` of `total` rows a step takes, none twice: pass after pass, each in an order of its own.
+
+    What is left of a pass when it no longer fills a step waits for the next one.   keys   of the stream "order"
+    """
+    turn, place = divmod(step, total // max(count, 1))
+    order = torch.randperm(total, generator=torch_stream("order", *keys, turn))
+    return order[place * count : (place + 1) * count].tolist()
