@@ -31,21 +31,23 @@ from world_model import WorldModel
 
 class Data(NamedTuple):
     """A set of triples: flags of `data.py triples` and of train_wm.py, CPU-minutes of 1,000 steps and of a look."""
+
     make: str
     train: str
     minutes: float
-    look: float             # imagining and scoring all test views
+    look: float  # imagining and scoring all test views
 
 
 class Run(NamedTuple):
     """A row: its data, and what its views come from: a simulator trained with these flags, or views that need none."""
+
     name: str
     data: str
     flags: str = ""
     views: str = ""
 
 
-DATA = {                    # each takes about 2 CPU-minutes to make, that of 64px 8
+DATA = {  # each takes about 2 CPU-minutes to make, that of 64px 8
     "ring": Data("--layout ring", "", 3.7, 0.5),
     "fine": Data("--layout fine", "", 3.7, 0.5),
     "shuffled": Data("--layout shuffled", "", 3.7, 0.5),
@@ -59,26 +61,35 @@ HARD = ("fine", "shuffled", "apart", "six", "64px")
 PLAIN, CONTENT, POSE = "--warp-weight 0", "--warp-weight 0.5", "--warp-weight 0 --pose-weight 1"
 RUNS = [
     Run("ring-plain", "ring", PLAIN),
-    Run("ring-content", "ring", CONTENT),                                           # agreement with the warped context
-    Run("ring-content-control", "ring", f"{CONTENT} --control"),                    # … at random places
-    Run("ring-seen", "ring", f"{PLAIN} --seen-weight 0.5"),                         # more weight where the context sees
-    Run("ring-seen-control", "ring", f"{PLAIN} --seen-weight 0.5 --control"),       # … at random places
-    Run("ring-pose", "ring", POSE),                                                 # the true sentence before another
-    Run("ring-pose-0.1", "ring", "--warp-weight 0 --pose-weight 0.1"),              # … a tenth of it
+    Run("ring-content", "ring", CONTENT),  # agreement with the warped context
+    Run("ring-content-control", "ring", f"{CONTENT} --control"),  # … at random places
+    Run("ring-seen", "ring", f"{PLAIN} --seen-weight 0.5"),  # more weight where the context sees
+    Run("ring-seen-control", "ring", f"{PLAIN} --seen-weight 0.5 --control"),  # … at random places
+    Run("ring-pose", "ring", POSE),  # the true sentence before another
+    Run("ring-pose-0.1", "ring", "--warp-weight 0 --pose-weight 0.1"),  # … a tenth of it
     Run("ring-both", "ring", f"{CONTENT} --pose-weight 1"),
-    Run("ring-untuned", "ring", f"{PLAIN} --shuffle-instructions"),                 # the twin that learned no motion
+    Run(
+        "ring-untuned", "ring", f"{PLAIN} --shuffle-instructions"
+    ),  # the twin that learned no motion
     Run("rooms250-plain", "rooms250", PLAIN),
     Run("rooms1000-plain", "rooms1000", PLAIN),
     Run("64px-content-control", "64px", f"{CONTENT} --control"),
     Run("fine-untuned", "fine", f"{PLAIN} --shuffle-instructions"),
-    *(Run(f"{data}-{term}", data, flags) for data in HARD
-      for term, flags in (("plain", PLAIN), ("content", CONTENT), ("pose", POSE))),
-    *(Run(f"{data}-{views.split()[0]}", data, views=views) for data in ("ring", *HARD)
-      for views in ("nearest context view", "warp with true depth and pose")),                  # a baseline, an oracle
+    *(
+        Run(f"{data}-{term}", data, flags)
+        for data in HARD
+        for term, flags in (("plain", PLAIN), ("content", CONTENT), ("pose", POSE))
+    ),
+    *(
+        Run(f"{data}-{views.split()[0]}", data, views=views)
+        for data in ("ring", *HARD)
+        for views in ("nearest context view", "warp with true depth and pose")
+    ),  # a baseline, an oracle
 ]
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
+
 
 def minutes(run, steps):
     """CPU-minutes that a row is expected to take, its data not counted; the pose term adds a pass to every 4th step."""
@@ -89,8 +100,11 @@ def minutes(run, steps):
 
 def call(*command):
     """Run a stage on one CPU thread and wait for it. Ctrl-C reaches it through us, and it saves before it leaves."""
-    child = subprocess.Popen([sys.executable, *command], start_new_session=True,
-                             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    child = subprocess.Popen(
+        [sys.executable, *command],
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
     try:
         code = child.wait()
     except KeyboardInterrupt:
@@ -98,22 +112,38 @@ def call(*command):
         child.wait()
         raise
     if code:
-        common.fail(f"`python {' '.join(command)}` ended with code {code}; what it said stands above.")
+        common.fail(
+            f"`python {' '.join(command)}` ended with code {code}; what it said stands above."
+        )
 
 
 def chosen(runs, patterns, script):
     """The rows whose names match one of the patterns, in the order of the list; a sentence if none does."""
     named = [run for run in runs if any(fnmatch(run.name, pattern) for pattern in patterns)]
-    return named or common.fail(f"No row is called {' or '.join(patterns)}. `python {script} --list` names them all.")
+    return named or common.fail(
+        f"No row is called {' or '.join(patterns)}. `python {script} --list` names them all."
+    )
 
 
 def list_parser(doc, example, out, where=""):
     """The parser of a list of rows: which rows, which seeds, where, or only the list."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="+", default=["*"], help=f"names of rows, or patterns such as '{example}'")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of training; what trains nothing is of seed 0")
+    p = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--only", nargs="+", default=["*"], help=f"names of rows, or patterns such as '{example}'"
+    )
+    p.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="of training; what trains nothing is of seed 0",
+    )
     p.add_argument("--out", default=out, help=f"folder of the rows{where}")
-    p.add_argument("--list", action="store_true", help="print the rows and what they need, and run nothing")
+    p.add_argument(
+        "--list", action="store_true", help="print the rows and what they need, and run nothing"
+    )
     return p
 
 
@@ -121,8 +151,11 @@ def show_jobs(jobs, commands, out):
     """Print --list: every (row, seed), whether it is finished, and its commands."""
     for run, seed in jobs:
         place = out / f"{run.name}-s{seed}"
-        print(place.name.ljust(32) + ("done  " if (place / "result.json").exists() else "      ")
-              + "; ".join(" ".join([script, *flags]) for script, flags in commands(run, seed, out)))
+        print(
+            place.name.ljust(32)
+            + ("done  " if (place / "result.json").exists() else "      ")
+            + "; ".join(" ".join([script, *flags]) for script, flags in commands(run, seed, out))
+        )
 
 
 def markdown(head, rows):
@@ -148,8 +181,9 @@ def is_made(place, setting):
         return False
     before = json.loads((place / "result.json").read_text())
     return setting.items() <= before.items() or common.fail(
-        f"{place} was made with {({key: before.get(key) for key in setting})}, not with {setting}. Remove it, or give "
-        f"another --out.")
+        f"{place} was made with { ({key: before.get(key) for key in setting}) }, not with {setting}. Remove it, or give "
+        f"another --out."
+    )
 
 
 def finish(run, seed, steps, out):
@@ -161,15 +195,38 @@ def finish(run, seed, steps, out):
         return
     common.say(f"{folder.name}: about {minutes(run, steps):.1f} CPU-minutes")
     if not (data / "triples_test.jsonl").exists():
-        call("data.py", "triples", "--out", str(data), "--threads", "1", *DATA[run.data].make.split())
+        call(
+            "data.py", "triples", "--out", str(data), "--threads", "1", *DATA[run.data].make.split()
+        )
     if trains:
-        call("train_wm.py", "--data", str(data), "--out", str(folder), "--steps", str(steps), "--seed", str(seed),
-             "--threads", "1", *DATA[run.data].train.split(), *run.flags.split())
+        call(
+            "train_wm.py",
+            "--data",
+            str(data),
+            "--out",
+            str(folder),
+            "--steps",
+            str(steps),
+            "--seed",
+            str(seed),
+            "--threads",
+            "1",
+            *DATA[run.data].train.split(),
+            *run.flags.split(),
+        )
     start = time.process_time()
     values = look(run, folder, data)
-    spent = json.loads((folder / "done.json").read_text())["cpu_seconds"] if trains else time.process_time() - start
-    scores = common.readable({key: float(value) for key, value in consistency.scores_of(values.sum(0)).items()})
-    common.write_json(folder / "result.json", {**setting, **scores, "views": len(values), "cpu_seconds": spent})
+    spent = (
+        json.loads((folder / "done.json").read_text())["cpu_seconds"]
+        if trains
+        else time.process_time() - start
+    )
+    scores = common.readable(
+        {key: float(value) for key, value in consistency.scores_of(values.sum(0)).items()}
+    )
+    common.write_json(
+        folder / "result.json", {**setting, **scores, "views": len(values), "cpu_seconds": spent}
+    )
 
 
 def look(run, folder, data):
@@ -184,18 +241,28 @@ def look(run, folder, data):
         views = imagine_targets(WorldModel.load(folder), rows, title=run.name)
     values = consistency.per_view(rows, views, consistency.recover_all(rows, views)[0])
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "views.npz", id=[row["id"] for row in rows], room=[row["room"] for row in rows], values=values)
+    np.savez(
+        folder / "views.npz",
+        id=[row["id"] for row in rows],
+        room=[row["room"] for row in rows],
+        values=values,
+    )
     return values
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
+
 def finished(name, out):
     """The finished seeds of a row -> ({seed: result}, views.npz with the mean of their values), or ({}, None)."""
     files = sorted(out.glob(f"{name}-s*/result.json"))
-    results = {int(file.parent.name.rsplit("-s", 1)[1]): json.loads(file.read_text()) for file in files}
+    results = {
+        int(file.parent.name.rsplit("-s", 1)[1]): json.loads(file.read_text()) for file in files
+    }
     views = [dict(np.load(file.parent / "views.npz")) for file in files]
-    return results, views[0] | {"values": np.mean([part["values"] for part in views], 0)} if views else None
+    return results, views[0] | {
+        "values": np.mean([part["values"] for part in views], 0)
+    } if views else None
 
 
 def table(out):
@@ -208,13 +275,24 @@ def table(out):
         if not results:
             continue
         means = {key: np.mean([result[key] for result in results.values()]) for key in digits}
-        line = [run.name, " ".join(map(str, sorted(results))), *(f"{means[key]:.{digits[key]}f}" for key in digits)]
+        line = [
+            run.name,
+            " ".join(map(str, sorted(results))),
+            *(f"{means[key]:.{digits[key]}f}" for key in digits),
+        ]
         name = "ring-plain" if run.data.startswith("rooms") else f"{run.data}-plain"
         plain = finished(name, out)[1] if run.name != name else None
         if plain and not np.array_equal(views["id"], plain["id"]):
-            common.fail(f"{run.name} and {name} in {out} saw different test views. Remove the older and run it again.")
-        gaps = consistency.difference(views["values"], plain["values"], views["room"]) if plain else {}
-        line += ["{:+.{d}f} [{:+.{d}f} {:+.{d}f}]".format(*gap, d=digits[key]) for key, gap in gaps.items()]
+            common.fail(
+                f"{run.name} and {name} in {out} saw different test views. Remove the older and run it again."
+            )
+        gaps = (
+            consistency.difference(views["values"], plain["values"], views["room"]) if plain else {}
+        )
+        line += [
+            "{:+.{d}f} [{:+.{d}f} {:+.{d}f}]".format(*gap, d=digits[key])
+            for key, gap in gaps.items()
+        ]
         lines.append(line + [""] * (len(head) - len(line)))
     return markdown(head, lines)
 
@@ -234,14 +312,22 @@ def main(argv=None):
     if args.list:
         left = [job for job in jobs if job[1] not in finished(job[0].name, out)[0]]
         for run, seed in jobs:
-            print(f"{run.name}-s{seed}".ljust(26) + f"{minutes(run, args.steps):5.1f} CPU-min  "
-                  f"{'    ' if (run, seed) in left else 'done'}  "
-                  f"{run.flags or run.views}")
-        return print(f"{sum(minutes(run, args.steps) for run, _ in left):.0f} CPU-minutes to go, the data not counted")
+            print(
+                f"{run.name}-s{seed}".ljust(26) + f"{minutes(run, args.steps):5.1f} CPU-min  "
+                f"{'    ' if (run, seed) in left else 'done'}  "
+                f"{run.flags or run.views}"
+            )
+        return print(
+            f"{sum(minutes(run, args.steps) for run, _ in left):.0f} CPU-minutes to go, the data not counted"
+        )
     common.setup(1)
     for run, seed in jobs:
         finish(run, seed, args.steps, out)
-    publish(table(out), out, "Means over seeds; over plain: on the same views, [95 % interval over rooms].")
+    publish(
+        table(out),
+        out,
+        "Means over seeds; over plain: on the same views, [95 % interval over rooms].",
+    )
 
 
 if __name__ == "__main__":

@@ -25,26 +25,32 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoTokenizer, Qwen3VLConfig,
-                          Qwen3VLForConditionalGeneration)
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoTokenizer,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 from transformers.utils import cached_file, logging
 
 from lib import simulators
-from lib.streams import stream_seed, torch_stream
 from lib.clients import NO_VIEW, imagine_each
 from lib.common import at_least, fail, newest, run
 from lib.dialogue import NO_SIMULATOR, NOTE, PAD, PHRASES, Trajectory
 from lib.motion_words import PIECES
 from lib.pictures import load_image
 from lib.rollout import Writer
+from lib.streams import stream_seed, torch_stream
 from lib.tokenizer import tiny_tokenizer
 
-logging.disable_progress_bar()                  # of loading and saving: seconds at most, inside our own bars
+logging.disable_progress_bar()  # of loading and saving: seconds at most, inside our own bars
 
 # ---- weights, tokens, pixels ----------------------------------------------------------------------------------------
+
 
 class Policy:
     """A Qwen3-VL with its tokenizer and image preparation; `tiny`, `load` and `save` are the ways in and out.
@@ -55,50 +61,108 @@ class Policy:
     """
 
     def __init__(self, model, tokenizer, images):
-        if "mm_encoder_outputs" not in signature(model.model.forward).parameters:       # it would not see its images
-            fail("This version of transformers cannot take images that are encoded already: install 5.23 or later.")
+        if (
+            "mm_encoder_outputs" not in signature(model.model.forward).parameters
+        ):  # it would not see its images
+            fail(
+                "This version of transformers cannot take images that are encoded already: install 5.23 or later."
+            )
         self.model, self.tokenizer, self.images = model, tokenizer, images
         self.vision = model.model.visual
         model.model.language_model.set_attn_implementation("shared_attention")
-        model.model.language_model.layers[-1].__class__ = LastLayer             # the same parameters
+        model.model.language_model.layers[-1].__class__ = LastLayer  # the same parameters
         self.device = model.lm_head.weight.device
         self.banned = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
-        self.banned[: len(tokenizer)] = False                       # rows beyond the tokenizer pad the embedding
-        self.banned[[i for i, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
+        self.banned[: len(tokenizer)] = False  # rows beyond the tokenizer pad the embedding
+        self.banned[[i for i, token in tokenizer.added_tokens_decoder.items() if token.special]] = (
+            True
+        )
         self.banned[tokenizer.eos_token_id] = False
         self.banned = self.banned.to(self.device)
         self.pad_id = model.config.image_token_id
-        self.tokens = lru_cache(20_000)(lambda text: tokenizer.encode(text, add_special_tokens=False))
+        self.tokens = lru_cache(20_000)(
+            lambda text: tokenizer.encode(text, add_special_tokens=False)
+        )
 
     @classmethod
-    def tiny(cls, seed=0, width=128, depth=4, heads=4, kv_heads=2, mlp=384, vision_width=128, vision_depth=2,
-             patch=8, merge=2, side=32, device="cpu"):
+    def tiny(
+        cls,
+        seed=0,
+        width=128,
+        depth=4,
+        heads=4,
+        kv_heads=2,
+        mlp=384,
+        vision_width=128,
+        vision_depth=2,
+        patch=8,
+        merge=2,
+        side=32,
+        device="cpu",
+    ):
         """Random weights, 1.9 M of them; an image of side² pixels becomes (side / patch / merge)² = 4 tokens."""
         tokenizer = tiny_tokenizer(PHRASES + PIECES)
-        names = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in (
-            ("image", PAD), ("video", "<|video_pad|>"),
-            ("vision_start", "<|vision_start|>"), ("vision_end", "<|vision_end|>"))}
+        names = {
+            f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
+            for name, token in (
+                ("image", PAD),
+                ("video", "<|video_pad|>"),
+                ("vision_start", "<|vision_start|>"),
+                ("vision_end", "<|vision_end|>"),
+            )
+        }
         head = width // heads
         config = Qwen3VLConfig(
             text_config=dict(
-                vocab_size=len(tokenizer), hidden_size=width, intermediate_size=mlp, num_hidden_layers=depth,
-                num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head, tie_word_embeddings=True,
-                max_position_embeddings=4096, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-                initializer_range=width**-0.5,      # the usual 0.02 is for wide models; this keeps a vector's length
-                eos_token_id=tokenizer.eos_token_id, rope_parameters=dict(
-                    rope_type="default", rope_theta=5e6, mrope_interleaved=True,
-                    mrope_section=[head // 2 - 2 * (head // 8), head // 8, head // 8])),    # time, row, column
+                vocab_size=len(tokenizer),
+                hidden_size=width,
+                intermediate_size=mlp,
+                num_hidden_layers=depth,
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads,
+                head_dim=head,
+                tie_word_embeddings=True,
+                max_position_embeddings=4096,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=None,
+                initializer_range=width
+                ** -0.5,  # the usual 0.02 is for wide models; this keeps a vector's length
+                eos_token_id=tokenizer.eos_token_id,
+                rope_parameters=dict(
+                    rope_type="default",
+                    rope_theta=5e6,
+                    mrope_interleaved=True,
+                    mrope_section=[head // 2 - 2 * (head // 8), head // 8, head // 8],
+                ),
+            ),  # time, row, column
             vision_config=dict(
-                depth=vision_depth, hidden_size=vision_width, intermediate_size=3 * vision_width, num_heads=4,
-                patch_size=patch, spatial_merge_size=merge, temporal_patch_size=2, out_hidden_size=width,
-                num_position_embeddings=(side // patch) ** 2, deepstack_visual_indexes=[0]),
-            tie_word_embeddings=True, **names)
+                depth=vision_depth,
+                hidden_size=vision_width,
+                intermediate_size=3 * vision_width,
+                num_heads=4,
+                patch_size=patch,
+                spatial_merge_size=merge,
+                temporal_patch_size=2,
+                out_hidden_size=width,
+                num_position_embeddings=(side // patch) ** 2,
+                deepstack_visual_indexes=[0],
+            ),
+            tie_word_embeddings=True,
+            **names,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed("weights", seed, "policy"))
             model = Qwen3VLForConditionalGeneration(config).to(device).eval()
-        images = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": patch, "merge_size": merge,
-                  "temporal_patch_size": 2, "size": {"shortest_edge": side * side, "longest_edge": side * side},
-                  "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "stamped": True}
+        images = {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "patch_size": patch,
+            "merge_size": merge,
+            "temporal_patch_size": 2,
+            "size": {"shortest_edge": side * side, "longest_edge": side * side},
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+            "stamped": True,
+        }
         return cls(model, tokenizer, images)
 
     @property
@@ -117,11 +181,19 @@ class Policy:
         dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else "auto")
         try:
             images = json.loads(Path(cached_file(path, "preprocessor_config.json")).read_text())
-            model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype).to(device).eval()
+            model = (
+                Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype).to(device).eval()
+            )
             return cls(model, AutoTokenizer.from_pretrained(path), images)
-        except Exception as error:              # the file system, JSON, safetensors and the hub each have their own
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            fail(f"No policy could be read from {path}: {reason} A tiny one is made by: python train_sft.py")
+        except (
+            Exception
+        ) as error:  # the file system, JSON, safetensors and the hub each have their own
+            reason = (
+                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            )
+            fail(
+                f"No policy could be read from {path}: {reason} A tiny one is made by: python train_sft.py"
+            )
 
     def save(self, folder, state_dict=None):
         """Write weights, tokenizer and image preparation in the public layout.
@@ -130,15 +202,22 @@ class Policy:
         """
         self.model.save_pretrained(folder, state_dict=state_dict)
         self.tokenizer.save_pretrained(folder)
-        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(self.images, indent=1) + "\n")
+        (Path(folder) / "preprocessor_config.json").write_text(
+            json.dumps(self.images, indent=1) + "\n"
+        )
 
     def grid(self, image):
         """Rows and columns of language tokens an image (H, W, 3) becomes: Qwen's rounding, area within the limits."""
         height, width = image.shape[:2]
         unit = self.images["patch_size"] * self.images["merge_size"]
-        low, high = self.images["size"]["shortest_edge"], self.images["size"]["longest_edge"]       # areas, in pixels
+        low, high = (
+            self.images["size"]["shortest_edge"],
+            self.images["size"]["longest_edge"],
+        )  # areas, in pixels
         if max(height, width) > 200 * min(height, width):
-            raise ValueError(f"an image of {width} x {height} pixels is too narrow: the limit is 1 : 200")
+            raise ValueError(
+                f"an image of {width} x {height} pixels is too narrow: the limit is 1 : 200"
+            )
         rows, columns = round(height / unit), round(width / unit)
         if rows * columns * unit**2 > high:
             shrink = math.sqrt(height * width / high)
@@ -164,7 +243,9 @@ class Policy:
             if self.images.get("stamped"):
                 image = stamp(image, number)
             x = image.reshape(rows, merge, patch, columns, merge, patch, 3)
-            x = x.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]   # row, column, merge, merge, 3, 1, patch, patch
+            x = x.transpose(0, 3, 1, 4, 6, 2, 5)[
+                :, :, :, :, :, None
+            ]  # row, column, merge, merge, 3, 1, patch, patch
             patches.append(np.repeat(x, 2, axis=5).reshape(rows * columns * merge**2, -1))
             grids.append((1, rows * merge, columns * merge))
         patches = torch.from_numpy(np.concatenate(patches)).to(self.device)
@@ -184,7 +265,9 @@ class Policy:
             keys, part = zip(*(item for _, item in chunk))
             patches, grids = self.pixels(part)
             out = self.vision(patches.to(self.vision.dtype), grid_thw=grids)
-            levels = torch.stack([out.pooler_output, *out.deepstack_features])      # (1 + levels, tokens, width)
+            levels = torch.stack(
+                [out.pooler_output, *out.deepstack_features]
+            )  # (1 + levels, tokens, width)
             levels = levels.to(torch.bfloat16 if self.device.type == "cuda" else levels.dtype)
             sizes = (grids.prod(1) // self.images["merge_size"] ** 2).tolist()
             found |= dict(zip(keys, levels.split(sizes, 1)))
@@ -207,22 +290,43 @@ class Policy:
         # The whole model is called, not its language part alone: FSDP gathers weights in the root's hook. To keep no
         # logits skips the head.
         nowhere = ids.new_empty(0)
-        return self._run(ids, positions, mask, features, past_key_values=cache, use_cache=cache is not None,
-                         output_hidden_states=[-1], logits_to_keep=nowhere,
-                         read=nowhere if read is None else read).hidden_states[-1][0]
+        return self._run(
+            ids,
+            positions,
+            mask,
+            features,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            output_hidden_states=[-1],
+            logits_to_keep=nowhere,
+            read=nowhere if read is None else read,
+        ).hidden_states[-1][0]
 
     def logits(self, hidden):
         """The language head: hidden states (..., width) -> logits (..., vocabulary), float32."""
         return self._allowed(self.model.lm_head(hidden))
 
     def _run(self, ids, positions, mask, features, **options):
-        vision = None if features is None else {"image": SimpleNamespace(
-            pooler_output=(features[0],), deepstack_features=[(level,) for level in features[1:]])}
-        return self.model(input_ids=ids, position_ids=positions, attention_mask=mask, mm_encoder_outputs=vision,
-                          **options)
+        vision = (
+            None
+            if features is None
+            else {
+                "image": SimpleNamespace(
+                    pooler_output=(features[0],),
+                    deepstack_features=[(level,) for level in features[1:]],
+                )
+            }
+        )
+        return self.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            mm_encoder_outputs=vision,
+            **options,
+        )
 
     def _allowed(self, logits):
-        return logits.float().masked_fill(self.banned, -1e9)                    # exp gives exactly 0
+        return logits.float().masked_fill(self.banned, -1e9)  # exp gives exactly 0
 
 
 class LastLayer(Qwen3VLTextDecoderLayer):
@@ -247,15 +351,27 @@ def stamp(image, number):
     """
     image, side = image.copy(), max(1, image.shape[0] // 16)
     for k in range(number):
-        image[:side, 3 * side * k // 2: 3 * side * k // 2 + side] = 0
+        image[:side, 3 * side * k // 2 : 3 * side * k // 2 + side] = 0
     return image
 
 
 # ---- sampling dialogues ---------------------------------------------------------------------------------------------
 
+
 @torch.no_grad()
-def rollout(policy, questions, simulator=None, mode="agentic", group_size=1, temperature=1.0, seed=0, max_rounds=3,
-            max_turns=10, max_new_tokens=64, rows=64):
+def rollout(
+    policy,
+    questions,
+    simulator=None,
+    mode="agentic",
+    group_size=1,
+    temperature=1.0,
+    seed=0,
+    max_rounds=3,
+    max_turns=10,
+    max_new_tokens=64,
+    rows=64,
+):
     """Let the policy hold `group_size` dialogues per question; returns Trajectories, question-major.
 
     questions        rows of out/data/questions_*.jsonl; "images" are paths or arrays
@@ -266,17 +382,32 @@ def rollout(policy, questions, simulator=None, mode="agentic", group_size=1, tem
                      (seed, question id, number in the group), so what it samples does not depend on the others.
     """
     was_training = policy.model.training
-    policy.model.eval()                                 # checkpointing in training mode would drop the cache silently
+    policy.model.eval()  # checkpointing in training mode would drop the cache silently
     finished, step = [], max(1, rows // group_size)
     for start in range(0, len(questions), step):
-        prompts = [Trajectory.start(policy, question, [load_image(i) for i in question["images"]], mode, max_rounds)
-                   for question in questions[start: start + step]]
+        prompts = [
+            Trajectory.start(
+                policy, question, [load_image(i) for i in question["images"]], mode, max_rounds
+            )
+            for question in questions[start : start + step]
+        ]
         encode_images(policy, prompts)
         dialogues = [prompt.fork() for prompt in prompts for _ in range(group_size)]
-        streams = [(seed, dialogue.question.get("id", dialogue.question["question"]), d % group_size)
-                   for d, dialogue in enumerate(dialogues)]
-        uniforms = torch.stack([torch.rand(max_turns, max_new_tokens, dtype=torch.float64,
-                                           generator=torch_stream("rollout", *stream)) for stream in streams])
+        streams = [
+            (seed, dialogue.question.get("id", dialogue.question["question"]), d % group_size)
+            for d, dialogue in enumerate(dialogues)
+        ]
+        uniforms = torch.stack(
+            [
+                torch.rand(
+                    max_turns,
+                    max_new_tokens,
+                    dtype=torch.float64,
+                    generator=torch_stream("rollout", *stream),
+                )
+                for stream in streams
+            ]
+        )
         go_on(policy, dialogues, uniforms, temperature, simulator, streams, group_size)
         finished += dialogues
     policy.model.train(was_training)
@@ -296,11 +427,20 @@ def go_on(policy, dialogues, uniforms, temperature=0.0, simulator=None, streams=
         members = [d for d, dialogue in enumerate(dialogues) if not dialogue.done]
         if not members:
             break
-        for d, (ids, logprobs) in zip(members, writer.write(members, uniforms[:, turn], temperature, limit)):
+        for d, (ids, logprobs) in zip(
+            members, writer.write(members, uniforms[:, turn], temperature, limit)
+        ):
             dialogues[d].say(policy, ids, logprobs)
             dialogues[d].truncated |= turn + 1 == turns and dialogues[d].answer is None
-        reply(policy, simulator, [(dialogues[d], stream_seed("imagine", *(streams[d] if streams else ()), turn))
-                                  for d in members if not dialogues[d].done])
+        reply(
+            policy,
+            simulator,
+            [
+                (dialogues[d], stream_seed("imagine", *(streams[d] if streams else ()), turn))
+                for d in members
+                if not dialogues[d].done
+            ],
+        )
 
 
 def reply(policy, simulator, waiting):
@@ -320,15 +460,17 @@ def reply(policy, simulator, waiting):
 
 def encode_images(policy, trajectories):
     """Fill in the `features` that are missing: the tower is frozen, so what it made of an image stays true."""
-    missing = [pair for t in trajectories for pair in list(enumerate(t.images, 1))[len(t.features):]]
+    missing = [
+        pair for t in trajectories for pair in list(enumerate(t.images, 1))[len(t.features) :]
+    ]
     encoded = iter(policy.encode(missing))
     for t in trajectories:
-        t.features += [next(encoded) for _ in t.images[len(t.features):]]
+        t.features += [next(encoded) for _ in t.images[len(t.features) :]]
 
 
 # ---- log-probabilities for training ---------------------------------------------------------------------------------
 
-HEAD_TOKENS = 512               # at the language head at a time: 0.3 GB of logits with the published vocabulary
+HEAD_TOKENS = 512  # at the language head at a time: 0.3 GB of logits with the published vocabulary
 
 
 def collate(policy, trajectories, share=False):
@@ -349,11 +491,15 @@ def collate(policy, trajectories, share=False):
     sharing = {}
     for number, t in enumerate(trajectories):
         sharing.setdefault(prompt_of(t) if share else number, []).append(number)
-    share = share and len(sharing) < len(trajectories)      # a dialogue alone is an ordinary row, without a mask
+    share = share and len(sharing) < len(
+        trajectories
+    )  # a dialogue alone is an ordinary row, without a mask
     groups = [[trajectories[number] for number in numbers] for numbers in sharing.values()]
     starts = [group[0].loss_mask.index(1) if share else len(group[0].ids) - 1 for group in groups]
-    prompt = max(starts)                                                            # cells of the prompts' column
-    rest = max(len(t.ids) - 1 - start for group, start in zip(groups, starts) for t in group)       # of a branch
+    prompt = max(starts)  # cells of the prompts' column
+    rest = max(
+        len(t.ids) - 1 - start for group, start in zip(groups, starts) for t in group
+    )  # of a branch
     empty = policy.tokenizer.pad_token_id, (0, 0, 0)
     ids, positions, features, where = [], [], [], {}
     for row, (numbers, group, start) in enumerate(zip(sharing.values(), groups, starts)):
@@ -362,20 +508,35 @@ def collate(policy, trajectories, share=False):
         for branch, (number, t) in enumerate(zip(numbers, group)):
             at = prompt + branch * rest
             cells += [empty] * (at - len(cells)) + list(zip(t.ids[start:-1], t.positions[start:-1]))
-            features += t.features[t.provenance.count(None):] if branch else []     # what it imagined: the prompt's
-            where[number] = row, [*range(start), *range(at, at + len(t.ids) - 1 - start)]       # stand there already
+            features += (
+                t.features[t.provenance.count(None) :] if branch else []
+            )  # what it imagined: the prompt's
+            where[number] = (
+                row,
+                [*range(start), *range(at, at + len(t.ids) - 1 - start)],
+            )  # stand there already
         ids.append([token for token, _ in cells])
         positions.append([place for _, place in cells])
     branches = max(map(len, groups))
     width = prompt + branches * rest
     ids, positions = padded(ids, empty[0], width), padded(positions, 0, width).permute(2, 0, 1)
-    mask = shared_mask(starts, prompt, branches, rest) if share else (
-        torch.arange(width) < torch.tensor(starts)[:, None]).long()                                 # (R, C)
-    cells = [[row * width + column for column in columns] for _, (row, columns) in sorted(where.items())]
-    batch = {"ids": ids, "positions": positions, "mask": mask,
-             "token": padded([t.ids[1:] for t in trajectories]),
-             "loss_mask": padded([t.loss_mask[1:] for t in trajectories]).float(),
-             "logprobs": padded([t.logprobs[1:] for t in trajectories]), "before": padded(cells)}
+    mask = (
+        shared_mask(starts, prompt, branches, rest)
+        if share
+        else (torch.arange(width) < torch.tensor(starts)[:, None]).long()
+    )  # (R, C)
+    cells = [
+        [row * width + column for column in columns] for _, (row, columns) in sorted(where.items())
+    ]
+    batch = {
+        "ids": ids,
+        "positions": positions,
+        "mask": mask,
+        "token": padded([t.ids[1:] for t in trajectories]),
+        "loss_mask": padded([t.loss_mask[1:] for t in trajectories]).float(),
+        "logprobs": padded([t.logprobs[1:] for t in trajectories]),
+        "before": padded(cells),
+    }
     batch = {key: value.to(policy.device) for key, value in batch.items()}
     batch["features"] = torch.cat(features, 1) if features else None
     return batch
@@ -386,7 +547,7 @@ def shared_mask(starts, prompt, branches, rest):
 
     Its row's own prompt, the first starts[row] cells of the `prompt` columns, and of itself what came before.
     """
-    seen = torch.arange(prompt) < torch.tensor(starts)[:, None, None, None]                         # (R, 1, 1, prompt)
+    seen = torch.arange(prompt) < torch.tensor(starts)[:, None, None, None]  # (R, 1, 1, prompt)
     own = torch.ones(rest, rest, dtype=torch.bool).tril()
     shape = len(starts), branches, rest, -1
     return torch.cat([seen.expand(shape), own.expand(shape)], -1)
@@ -401,38 +562,53 @@ def shared_attention(module, query, key, value, mask, scaling=None, **options):
            itself causally. A mask as long as the query, or none, is the ordinary case
     The arithmetic is that of separate rows: no cell is compared with another branch's.
     """
-    attend = partial(sdpa_attention_forward, module, scaling=scaling, **options)    # -> (R, cells, heads, width), None
+    attend = partial(
+        sdpa_attention_forward, module, scaling=scaling, **options
+    )  # -> (R, cells, heads, width), None
     if mask is None or mask.shape[2] == query.shape[2]:
         return attend(query, key, value, mask)
     rows, branches, rest, seen = mask.shape
     prompt = seen - rest
-    first, _ = attend(*(x[:, :, :prompt] for x in (query, key, value)), None)                       # None: causal
+    first, _ = attend(*(x[:, :, :prompt] for x in (query, key, value)), None)  # None: causal
 
-    def of_branch(x):                                   # -> (R, branches, heads, rest, head dim)
+    def of_branch(x):  # -> (R, branches, heads, rest, head dim)
         return x[:, :, prompt:].unflatten(2, (branches, rest)).transpose(1, 2)
 
-    def with_prompt(x):                                 # -> (R * branches, kv heads, prompt + rest, head dim)
+    def with_prompt(x):  # -> (R * branches, kv heads, prompt + rest, head dim)
         again = x[:, None, :, :prompt].expand(-1, branches, -1, -1, -1)
         return torch.cat([again, of_branch(x)], 3).flatten(0, 1)
-    then, _ = attend(of_branch(query).flatten(0, 1), with_prompt(key), with_prompt(value),
-                     mask.flatten(0, 1)[:, None])
+
+    then, _ = attend(
+        of_branch(query).flatten(0, 1),
+        with_prompt(key),
+        with_prompt(value),
+        mask.flatten(0, 1)[:, None],
+    )
     return torch.cat([first, then.unflatten(0, (rows, branches)).flatten(1, 2)], 1), None
 
 
 AttentionInterface.register("shared_attention", shared_attention)
-AttentionMaskInterface.register("shared_attention", sdpa_mask)                          # of ordinary masks (B, L)
+AttentionMaskInterface.register("shared_attention", sdpa_mask)  # of ordinary masks (B, L)
 
 
 def prompt_of(trajectory):
     """What dialogues that share their prompt have in common: tokens up to the first turn, and the very same images."""
-    return (*trajectory.ids[:trajectory.loss_mask.index(1)],
-            *(id(image) for image, call in zip(trajectory.images, trajectory.provenance) if call is None))
+    return (
+        *trajectory.ids[: trajectory.loss_mask.index(1)],
+        *(
+            id(image)
+            for image, call in zip(trajectory.images, trajectory.provenance)
+            if call is None
+        ),
+    )
 
 
 def padded(lists, value=0, width=0):
     """Lists of unequal length -> one tensor, `value` behind the shorter ones; (lists, at least `width`, ...)."""
     table = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in lists], True, value)
-    return F.pad(table, (0, 0) * (table.dim() - 2) + (0, max(0, width - table.shape[1])), value=value)
+    return F.pad(
+        table, (0, 0) * (table.dim() - 2) + (0, max(0, width - table.shape[1])), value=value
+    )
 
 
 def token_logprobs(policy, batch, temperature=1.0):
@@ -443,18 +619,23 @@ def token_logprobs(policy, batch, temperature=1.0):
     The language head runs on the policy's tokens alone, HEAD_TOKENS at a time, and once more in backward: of a whole
     batch the logits, 151,936 per token, would be larger than the model.
     """
-    wrote = batch["loss_mask"] > 0                                                              # (B, L - 1)
-    hidden = policy.hidden(batch["ids"], batch["positions"], batch["mask"], batch["features"],
-                           batch["before"][wrote])                                              # (n, width)
-    parts = [checkpoint(chosen_logprobs, policy, *part, temperature, use_reentrant=False) for part in
-             zip(hidden.split(HEAD_TOKENS), batch["token"][wrote].split(HEAD_TOKENS))]
-    return tuple(torch.zeros(wrote.shape, device=wrote.device).masked_scatter(wrote, torch.cat(part))
-                 for part in zip(*parts))
+    wrote = batch["loss_mask"] > 0  # (B, L - 1)
+    hidden = policy.hidden(
+        batch["ids"], batch["positions"], batch["mask"], batch["features"], batch["before"][wrote]
+    )  # (n, width)
+    parts = [
+        checkpoint(chosen_logprobs, policy, *part, temperature, use_reentrant=False)
+        for part in zip(hidden.split(HEAD_TOKENS), batch["token"][wrote].split(HEAD_TOKENS))
+    ]
+    return tuple(
+        torch.zeros(wrote.shape, device=wrote.device).masked_scatter(wrote, torch.cat(part))
+        for part in zip(*parts)
+    )
 
 
 def chosen_logprobs(policy, hidden, tokens, temperature):
     """Hidden states (n, width) before tokens (n,) -> their log-probabilities and, without gradient, entropies."""
-    logprobs = torch.log_softmax(policy.logits(hidden) / temperature, -1)                       # (n, vocabulary)
+    logprobs = torch.log_softmax(policy.logits(hidden) / temperature, -1)  # (n, vocabulary)
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, tokens[:, None])[:, 0], entropy
@@ -462,19 +643,44 @@ def chosen_logprobs(policy, hidden, tokens, temperature):
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
+
 def parse_args(argv=None):
     """The command line's flags."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--images", nargs="+", required=True, help="the given views, in order: Image-1, Image-2, ...")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--images",
+        nargs="+",
+        required=True,
+        help="the given views, in order: Image-1, Image-2, ...",
+    )
     p.add_argument("--ask", required=True, help="the question")
-    p.add_argument("--options", nargs="*", default=[], help="answers to choose from; they are lettered A, B, C, ...")
-    p.add_argument("--model", help="policy folder or hub id (default: the last stage trained, in out/ or out/demo/)")
+    p.add_argument(
+        "--options",
+        nargs="*",
+        default=[],
+        help="answers to choose from; they are lettered A, B, C, ...",
+    )
+    p.add_argument(
+        "--model",
+        help="policy folder or hub id (default: the last stage trained, in out/ or out/demo/)",
+    )
     p.add_argument("--wm", help="world model folder or hub id (default: out/wm or out/demo/wm)")
-    p.add_argument("--mode", choices=list(NOTE), default="agentic", help="direct: no tool; forced: must imagine first")
+    p.add_argument(
+        "--mode",
+        choices=list(NOTE),
+        default="agentic",
+        help="direct: no tool; forced: must imagine first",
+    )
     p.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
-    p.add_argument("--max-new-tokens", type=int, help="per turn (default: 4096, of a tiny policy 256)")
+    p.add_argument(
+        "--max-new-tokens", type=int, help="per turn (default: 4096, of a tiny policy 256)"
+    )
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default="out/ask", help="imagined views and the dialogue are saved here")
+    p.add_argument(
+        "--out", default="out/ask", help="imagined views and the dialogue are saved here"
+    )
     return at_least(p, p.parse_args(argv), [("max_new_tokens", 1), ("temperature", 0)])
 
 
@@ -482,26 +688,47 @@ def main(argv=None):
     """Ask one question and show the dialogue."""
     args = parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = [text if re.match(r"[A-Z]\. ", text) else f"{chr(65 + i)}. {text}" for i, text in enumerate(args.options)]
-    question = {"question": args.ask, "options": options, "images": [load_image(path) for path in args.images]}
-    model = args.model or newest(("phase2", "phase1", "sft")) or fail(
-        "There is no policy in out/ yet. Train one with: python train_sft.py   (or name one with --model)")
+    options = [
+        text if re.match(r"[A-Z]\. ", text) else f"{chr(65 + i)}. {text}"
+        for i, text in enumerate(args.options)
+    ]
+    question = {
+        "question": args.ask,
+        "options": options,
+        "images": [load_image(path) for path in args.images],
+    }
+    model = (
+        args.model
+        or newest(("phase2", "phase1", "sft"))
+        or fail(
+            "There is no policy in out/ yet. Train one with: python train_sft.py   (or name one with --model)"
+        )
+    )
     simulator = None if args.mode == "direct" else simulators.load("tuned", device, args.wm)
     try:
         policy = Policy.load(model, device)
-        trajectory, = rollout(policy, [question], simulator, args.mode, temperature=args.temperature, seed=args.seed,
-                              max_new_tokens=args.max_new_tokens or policy.turn_limit)
+        (trajectory,) = rollout(
+            policy,
+            [question],
+            simulator,
+            args.mode,
+            temperature=args.temperature,
+            seed=args.seed,
+            max_new_tokens=args.max_new_tokens or policy.turn_limit,
+        )
     except (OSError, ValueError) as error:
         fail(str(error))
     for kind, content in trajectory.lines():
         print(content if kind == "text" else " ".join(f"[Image-{number}]" for number in content))
-    if (Path(args.out) / "dialogue.json").exists():             # of another dialogue, with its pictures
+    if (Path(args.out) / "dialogue.json").exists():  # of another dialogue, with its pictures
         for picture in Path(args.out).glob("image_*.png"):
             picture.unlink()
     trajectory.save(args.out)
     trajectory.draw(Path(args.out) / "dialogue.png")
-    print(f"{'No answer.' if trajectory.answer is None else f'Answer: {trajectory.answer}.'} "
-          f"Imagined views: {trajectory.valid_calls}. Pictures: {args.out}")
+    print(
+        f"{'No answer.' if trajectory.answer is None else f'Answer: {trajectory.answer}.'} "
+        f"Imagined views: {trajectory.valid_calls}. Pictures: {args.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ import torch
 from lib.benchmarks import option_letter
 from lib.motion_words import read_actions, read_box, read_truth
 
-LAMBDA_FMT = 0.5        # worth of a dialogue in good form, half a right answer
-LAMBDA_USE = 0.02       # worth of looking at all
-CALL_CAP = 1            # c: calls that are paid
-ALPHA = 0.1             # gain of imagining where answering directly fails
-BETA = 0.03             # price of imagining where answering directly succeeds
+LAMBDA_FMT = 0.5  # worth of a dialogue in good form, half a right answer
+LAMBDA_USE = 0.02  # worth of looking at all
+CALL_CAP = 1  # c: calls that are paid
+ALPHA = 0.1  # gain of imagining where answering directly fails
+BETA = 0.03  # price of imagining where answering directly succeeds
 
 
 def exact_match(answer, question):
@@ -66,7 +66,11 @@ def phase2_reward(match, form, n_tool, match_direct, lambda_use=LAMBDA_USE, alph
     The paper's overview figure prints the last term without its inner minus; the formula in its text is this one.
     """
     gain = tool_gain(match, n_tool, match_direct)
-    return phase1_reward(match, form, n_tool, lambda_use) + alpha * max(0.0, gain) - beta * max(0.0, -gain)
+    return (
+        phase1_reward(match, form, n_tool, lambda_use)
+        + alpha * max(0.0, gain)
+        - beta * max(0.0, -gain)
+    )
 
 
 def group_advantages(rewards, group_size, divide_by_std=True, eps=1e-6):
@@ -80,12 +84,14 @@ def group_advantages(rewards, group_size, divide_by_std=True, eps=1e-6):
     """
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     if group_size < 2 or rewards.numel() % group_size:
-        raise ValueError(f"{rewards.numel()} rewards do not fill groups of {group_size}: every question needs the same "
-                         f"number of rollouts, two or more.")
-    groups = rewards.view(-1, group_size)                                               # (Q, G)
+        raise ValueError(
+            f"{rewards.numel()} rewards do not fill groups of {group_size}: every question needs the same "
+            f"number of rollouts, two or more."
+        )
+    groups = rewards.view(-1, group_size)  # (Q, G)
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if divide_by_std:
-        advantages = advantages / (groups.std(dim=1, keepdim=True) + eps)               # ddof 1
+        advantages = advantages / (groups.std(dim=1, keepdim=True) + eps)  # ddof 1
     advantages = advantages * varied(rewards, group_size)[:, None]
     return advantages.flatten().float()
 
@@ -98,10 +104,13 @@ def varied(rewards, group_size, tolerance=1e-9):
 
 # ---- World2VLM: what an answer about a camera motion is worth -------------------------------------------------------
 
-MAX_LENGTH, TOO_LONG = 200, -1.0            # characters; -1 is the released code's, "the minimum" the paper's
-TOLERANCE = {"move": (0.5, 5.0), "turn": (5.0, 90.0)}   # full marks up to the first, none from the second on
-EXTRA_ACTION = 0.03                         # the fee per action too many
-FULL = 1 - 1e-6                             # a total above it is 1 up to rounding
+MAX_LENGTH, TOO_LONG = 200, -1.0  # characters; -1 is the released code's, "the minimum" the paper's
+TOLERANCE = {
+    "move": (0.5, 5.0),
+    "turn": (5.0, 90.0),
+}  # full marks up to the first, none from the second on
+EXTRA_ACTION = 0.03  # the fee per action too many
+FULL = 1 - 1e-6  # a total above it is 1 up to rounding
 
 
 def world2vlm(task, answer, response):
@@ -148,7 +157,12 @@ def score_action(answer, response):
     form = float(bool(said))
     action = max((float(k == kind) for k, _ in said), default=0.0)
     number = max((numeric(k, v, true) for k, v in said if k == kind), default=0.0)
-    return {"total": 0.10 * form + 0.35 * action + 0.55 * number, "format": form, "action": action, "numeric": number}
+    return {
+        "total": 0.10 * form + 0.35 * action + 0.55 * number,
+        "format": form,
+        "action": action,
+        "numeric": number,
+    }
 
 
 def score_sequence(answer, response):
@@ -159,11 +173,21 @@ def score_sequence(answer, response):
     true, said = true_actions(answer), read_actions(response)
     n, m = len(said), len(true)
     form, kinds = float(n > 0), [kind for kind, _ in true]
-    action = sum(min(kinds.count(k), sum(k == kind for kind, _ in said)) for k in set(kinds)) / max(n, m)
+    action = sum(min(kinds.count(k), sum(k == kind for kind, _ in said)) for k in set(kinds)) / max(
+        n, m
+    )
     places = [(k, v, w) for (k, v), (kind, w) in zip(said, true) if k == kind]
     order, number = len(places) / m, sum(numeric(*place) for place in places) / m
-    total = 0.10 * form + 0.25 * action + 0.35 * order + 0.30 * number - EXTRA_ACTION * max(0, n - m)
-    return {"total": max(0.0, total), "format": form, "action": action, "order": order, "numeric": number}
+    total = (
+        0.10 * form + 0.25 * action + 0.35 * order + 0.30 * number - EXTRA_ACTION * max(0, n - m)
+    )
+    return {
+        "total": max(0.0, total),
+        "format": form,
+        "action": action,
+        "order": order,
+        "numeric": number,
+    }
 
 
 def true_actions(answer):
@@ -191,7 +215,9 @@ def score_box(answer, response):
         raise ValueError(f"the reference {answer!r} is not a box such as '[48, 558, 226, 681]'")
     box, alone = read_box(response)
     if box is None:
-        return dict.fromkeys(("total", "format", "validity", "geometry", "iou", "center", "size", "l1"), 0.0)
+        return dict.fromkeys(
+            ("total", "format", "validity", "geometry", "iou", "center", "size", "l1"), 0.0
+        )
     form = 1.0 if alone else 0.4
     overflow = sum(max(-v, v - 1000, 0) for v in box) / 4
     b, t = canonical(box), canonical(true)
@@ -208,8 +234,16 @@ def score_box(answer, response):
     if min(w, h, w_true, h_true) > 0:
         size = max(0.0, 1 - (abs(math.log(w / w_true)) + abs(math.log(h / h_true))) / 1.6)
     geometry = (0.45 * iou + 0.20 * center + 0.20 * l1 + 0.15 * size) * (0.3 + 0.7 * valid)
-    return {"total": 0.20 * form + 0.15 * valid + 0.65 * geometry, "format": form, "validity": valid,
-            "geometry": geometry, "iou": iou, "center": center, "size": size, "l1": l1}
+    return {
+        "total": 0.20 * form + 0.15 * valid + 0.65 * geometry,
+        "format": form,
+        "validity": valid,
+        "geometry": geometry,
+        "iou": iou,
+        "center": center,
+        "size": size,
+        "l1": l1,
+    }
 
 
 def canonical(box):
@@ -218,5 +252,13 @@ def canonical(box):
     return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
 
 
-SCORES = {"A1": score_action, "A2": score_action, "A3": score_sequence, "D3": score_sequence,
-          "A4": score_truth, "D2": score_truth, "D4": score_truth, "D1": score_box}
+SCORES = {
+    "A1": score_action,
+    "A2": score_action,
+    "A3": score_sequence,
+    "D3": score_sequence,
+    "A4": score_truth,
+    "D2": score_truth,
+    "D4": score_truth,
+    "D1": score_box,
+}

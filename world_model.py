@@ -28,7 +28,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lib import bagel_files
-from lib.streams import stream_seed
 from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, PositionTable, Settings, token_grid
 from lib.bagel_files import resize, to_images, to_pixels, unpatchify
 from lib.checkpoints import contents
@@ -36,14 +35,29 @@ from lib.common import at_least, fail, newest, run, say
 from lib.geometry import Query, instruction, read_phrase, renumbered, select_context
 from lib.packing import table_ids
 from lib.pictures import load_image
+from lib.streams import stream_seed
 
-TINY = Settings(prediction="x0", motion_to_target=True, reference_first=True, learned_places=True, latent="pixels",
-                steps=4, shift=1.0, text_scale=1.0, image_scale=1.0)
-RENORMS = {"text_channel": -1, "channel": -1, "global": (-2, -1)}        # lengths that guidance keeps: over which axes
-MAX_TOKENS = 50_000             # of all contexts that are imagined at once: 2.9 GB of BAGEL's keys and values
+TINY = Settings(
+    prediction="x0",
+    motion_to_target=True,
+    reference_first=True,
+    learned_places=True,
+    latent="pixels",
+    steps=4,
+    shift=1.0,
+    text_scale=1.0,
+    image_scale=1.0,
+)
+RENORMS = {
+    "text_channel": -1,
+    "channel": -1,
+    "global": (-2, -1),
+}  # lengths that guidance keeps: over which axes
+MAX_TOKENS = 50_000  # of all contexts that are imagined at once: 2.9 GB of BAGEL's keys and values
 
 
 # ---------------------------------------------------------------- the sampler
+
 
 def velocity(output, x, t, prediction):
     """The network's output at (x_t, t) as a velocity. output, x (R, n, C); t above 0; prediction: see Settings."""
@@ -78,23 +92,32 @@ def sample(network, inputs, noise, grid, settings):
     markers = network.embed_markers(rows)
     tau = torch.linspace(1, 0, s.steps + 1)
     times, x = (s.shift * tau / (1 + (s.shift - 1) * tau)).tolist(), noise
-    low, high = torch.tensor(s.interval, dtype=torch.float32).tolist()      # rounded like `times`
-    places = network.latent_pos_embed(table_ids(grid, network.config.latent_grid).to(x.device)).to(network.dtype)
-    each_time = network.time_embedder(torch.tensor(times, device=x.device))                  # (steps + 1, H)
+    low, high = torch.tensor(s.interval, dtype=torch.float32).tolist()  # rounded like `times`
+    places = network.latent_pos_embed(table_ids(grid, network.config.latent_grid).to(x.device)).to(
+        network.dtype
+    )
+    each_time = network.time_embedder(torch.tensor(times, device=x.device))  # (steps + 1, H)
     series = [Taylor() for _ in branches]
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
         guide = low < t <= high
         used = range(len(branches) if guide else 1)
         due = [k for k in used if not s.taylor or series[k].due()]
-        if due:                                     # every branch of every row in one pass
-            pick = lambda parts: torch.cat([parts[k] for k in due])                          # noqa: E731
-            hidden = network.denoise(x.repeat(len(due), 1, 1), each_time[i] + places + pick(motions),
-                                     markers.repeat(len(due), 1, 1), list(map(pick, zip(*ropes))),
-                                     [branches[k] for k in due]).chunk(len(due))
+        if due:  # every branch of every row in one pass
+            pick = lambda parts: torch.cat([parts[k] for k in due])  # noqa: E731
+            hidden = network.denoise(
+                x.repeat(len(due), 1, 1),
+                each_time[i] + places + pick(motions),
+                markers.repeat(len(due), 1, 1),
+                list(map(pick, zip(*ropes))),
+                [branches[k] for k in due],
+            ).chunk(len(due))
             hidden = dict(zip(due, hidden))
         if s.taylor:
             hidden = {k: series[k].next(hidden.get(k) if k in due else None) for k in used}
-        v = [velocity(network.output(hidden[k]), x, t, network.config.settings.prediction) for k in used]
+        v = [
+            velocity(network.output(hidden[k]), x, t, network.config.settings.prediction)
+            for k in used
+        ]
         x = x - (t - t_next) * guided(v, s)
     return x
 
@@ -109,7 +132,9 @@ def guidance_branches(network, inputs, noise, settings):
     rows, room = len(noise), noise.shape[1] + 2
     texts = [part for part in inputs if isinstance(part, Words)]
     silence = network.no_motion().expand(rows, -1, -1)
-    motion = [network.embed_motion(*part)[:, None].expand(rows, -1, -1) for part in texts[-1:]] or [silence]
+    motion = [network.embed_motion(*part)[:, None].expand(rows, -1, -1) for part in texts[-1:]] or [
+        silence
+    ]
     memory = network.memory(rows, sum(map(network.length_of, inputs)), room)
     length, next = read(network, memory, inputs)
     if settings.text_scale <= 1:
@@ -188,13 +213,14 @@ class Taylor:
             return sum(term * k**i / math.factorial(i) for i, term in enumerate(self.terms))
         terms = [y]
         if self.step >= self.first - 1:
-            for before in self.terms[:self.orders]:
+            for before in self.terms[: self.orders]:
                 terms.append((terms[-1] - before) / (self.step - self.computed))
         self.terms, self.computed = terms, self.step
         return y
 
 
 # ---------------------------------------------------------------- the simulator
+
 
 class WorldModel:
     """A simulator: the network, its autoencoder and its tokenizer. To the other stages it is `imagine`, no more."""
@@ -203,13 +229,25 @@ class WorldModel:
         """What is to be written back: files, the contents of {"llm_config", "vit_config", "config"}.json, and layout, a
         meta tensor of the shape and type of each one in ema.safetensors; None: as the network has them.
         """
-        self.network, self.autoencoder, self.tokenizer, self.files = network, autoencoder, tokenizer, files
-        self.layout = layout or {name: value.to("meta") for name, value in network.state_dict().items()}
+        self.network, self.autoencoder, self.tokenizer, self.files = (
+            network,
+            autoencoder,
+            tokenizer,
+            files,
+        )
+        self.layout = layout or {
+            name: value.to("meta") for name, value in network.state_dict().items()
+        }
         self.settings, self.told = network.config.settings, False
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
         self.bos, self.eos, *network.markers = tokenizer.convert_tokens_to_ids(names)
         self.words = functools.lru_cache(10_000)(
-            lambda text: [self.bos, *tokenizer(text, add_special_tokens=False)["input_ids"], self.eos])
+            lambda text: [
+                self.bos,
+                *tokenizer(text, add_special_tokens=False)["input_ids"],
+                self.eos,
+            ]
+        )
 
     @property
     def device(self):
@@ -219,19 +257,47 @@ class WorldModel:
     def tiny(cls, seed=0, size=32, **changes):
         """About 2 M parameters for size x size pictures, random weights; `changes` are fields of Settings."""
         from lib.tokenizer import tiny_tokenizer
-        tokenizer, settings = tiny_tokenizer(), dataclasses.replace(TINY, vae_limits=(size, size, 8),
-                                                                    vit_limits=(size, size, 16), **changes)
-        llm = {"model_type": "qwen2", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-               "num_key_value_heads": 2, "intermediate_size": 352, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-               "vocab_size": len(tokenizer), "hidden_act": "silu", "tie_word_embeddings": False}
-        vit = {"model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-               "num_attention_heads": 2, "patch_size": 16, "image_size": size}
-        config = Config.read(llm, vit, dataclasses.asdict(settings), len(tokenizer), size // 8, latent_numbers=192)
+
+        tokenizer, settings = (
+            tiny_tokenizer(),
+            dataclasses.replace(
+                TINY, vae_limits=(size, size, 8), vit_limits=(size, size, 16), **changes
+            ),
+        )
+        llm = {
+            "model_type": "qwen2",
+            "hidden_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 352,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "vocab_size": len(tokenizer),
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+        }
+        vit = {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "patch_size": 16,
+            "image_size": size,
+        }
+        config = Config.read(
+            llm, vit, dataclasses.asdict(settings), len(tokenizer), size // 8, latent_numbers=192
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed("weights", seed, "simulator"))
             network = Bagel(config)
             initialise(network)
-        files = {"llm_config": llm, "vit_config": vit, "config": {"astra": dataclasses.asdict(settings)}}
+        files = {
+            "llm_config": llm,
+            "vit_config": vit,
+            "config": {"astra": dataclasses.asdict(settings)},
+        }
         return cls(network, bagel_files.PixelLatents(), tokenizer, files)
 
     @classmethod
@@ -242,32 +308,62 @@ class WorldModel:
                   reads its own rows only
         """
         folder = bagel_files.find(path)
-        llm, vit = (bagel_files.read_json(folder / f"{name}_config.json") for name in ("llm", "vit"))
+        llm, vit = (
+            bagel_files.read_json(folder / f"{name}_config.json") for name in ("llm", "vit")
+        )
         ours = bagel_files.read_json(folder / "config.json", missing={})
         file = folder / bagel_files.NETWORK
-        layout, sizes = contents(file), ("language_model.model.embed_tokens.weight", "latent_pos_embed.pos_embed",
-                                         "vae2llm.weight")
-        bagel_files.complain(f"{file} is not a BAGEL", [f"{key} (missing)" for key in sizes if key not in layout])
+        layout, sizes = (
+            contents(file),
+            (
+                "language_model.model.embed_tokens.weight",
+                "latent_pos_embed.pos_embed",
+                "vae2llm.weight",
+            ),
+        )
+        bagel_files.complain(
+            f"{file} is not a BAGEL", [f"{key} (missing)" for key in sizes if key not in layout]
+        )
         words, places, latents = (layout[key].shape for key in sizes)
-        config = Config.read(llm, vit, ours.get("astra", {}), vocabulary=words[0], latent_grid=round(places[0] ** 0.5),
-                             latent_numbers=latents[1])
+        config = Config.read(
+            llm,
+            vit,
+            ours.get("astra", {}),
+            vocabulary=words[0],
+            latent_grid=round(places[0] ** 0.5),
+            latent_numbers=latents[1],
+        )
         with torch.device("meta"):
             network = Bagel(config)
         if prepare:
             prepare(network)
         bagel_files.load_network(network, file, device, dtype)
-        autoencoder = bagel_files.PixelLatents() if config.settings.latent == "pixels" else \
-            bagel_files.FluxLatents(load_file(folder / bagel_files.AUTOENCODER)).to(device)
-        return cls(network, autoencoder, bagel_files.load_tokenizer(folder),
-                   {"llm_config": llm, "vit_config": vit, "config": ours}, layout)
+        autoencoder = (
+            bagel_files.PixelLatents()
+            if config.settings.latent == "pixels"
+            else bagel_files.FluxLatents(load_file(folder / bagel_files.AUTOENCODER)).to(device)
+        )
+        return cls(
+            network,
+            autoencoder,
+            bagel_files.load_tokenizer(folder),
+            {"llm_config": llm, "vit_config": vit, "config": ours},
+            layout,
+        )
 
     def save(self, folder, named=None):
         """Write the public layout, in the types it came in. Called on every rank; rank 0 writes.
 
         named   (name, tensor) pairs that stand in for the network's own, such as lora.merged(network); maybe sharded
         """
-        bagel_files.write_folder(folder, self.network.state_dict().items() if named is None else named, self.layout,
-                                 self.files, self.tokenizer, self.autoencoder)
+        bagel_files.write_folder(
+            folder,
+            self.network.state_dict().items() if named is None else named,
+            self.layout,
+            self.files,
+            self.tokenizer,
+            self.autoencoder,
+        )
 
     def texts(self, sentences):
         """Sentences between <|im_start|> and <|im_end|> -> Words of R rows."""
@@ -280,8 +376,13 @@ class WorldModel:
         """Pictures of one size (R, H, W, 3) uint8 -> latents (R, c, 2 h, 2 w); R generators draw the posterior."""
         pixels, noise = to_pixels(images).to(self.device), None
         if self.autoencoder.random:
-            shape = (self.autoencoder.channels, *(side // self.autoencoder.cell for side in pixels.shape[-2:]))
-            noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(self.device)
+            shape = (
+                self.autoencoder.channels,
+                *(side // self.autoencoder.cell for side in pixels.shape[-2:]),
+            )
+            noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(
+                self.device
+            )
         return self.autoencoder.encode(pixels, noise)
 
     def see(self, images, streams):
@@ -295,7 +396,7 @@ class WorldModel:
         indices, reference = select_context(images, reference, settings.max_context)
         images = [images[i] for i in indices]
         if settings.reference_first:
-            images, reference = images[reference - 1:] + images[:reference - 1], 1
+            images, reference = images[reference - 1 :] + images[: reference - 1], 1
         return images, reference, renumbered(sentence, reference)
 
     @torch.no_grad()
@@ -308,10 +409,14 @@ class WorldModel:
         """
         settings, groups = dataclasses.replace(self.settings, **changes), {}
         if not self.told and any(len(query.images) > settings.max_context for query in queries):
-            say(f"Of more than {settings.max_context} images the simulator sees the reference and its neighbours.")
-            self.told = True                                                                    # once
+            say(
+                f"Of more than {settings.max_context} images the simulator sees the reference and its neighbours."
+            )
+            self.told = True  # once
         for place, query in enumerate(queries):
-            images, reference, sentence = self.arranged(query.images, query.reference, query.instruction, settings)
+            images, reference, sentence = self.arranged(
+                query.images, query.reference, query.instruction, settings
+            )
             images = [resize(np.asarray(image), settings.vae_limits) for image in images]
             shape = (reference, *(image.shape for image in images))
             groups.setdefault(shape, []).append((place, query.seed, images, sentence))
@@ -321,7 +426,7 @@ class WorldModel:
             tokens = sum(height * width for height, width, _ in shapes) / 100
             count = max(1, min(batch, int(MAX_TOKENS / tokens)))
             for start in range(0, len(group), count):
-                places, *rows = zip(*group[start:start + count])
+                places, *rows = zip(*group[start : start + count])
                 for place, view in zip(places, self._imagine_alike(reference, *rows, settings)):
                     views[place] = view
         return views
@@ -329,10 +434,16 @@ class WorldModel:
     def _imagine_alike(self, reference, seeds, images, sentences, settings):
         """`imagine` for rows whose images have the same number and sizes."""
         streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-        context = [self.see(place, streams) for place in zip(*images)]              # image 1 of all rows, image 2 ...
+        context = [
+            self.see(place, streams) for place in zip(*images)
+        ]  # image 1 of all rows, image 2 ...
         grid = token_grid(context[reference - 1][0])
-        noise = torch.stack([torch.randn(grid[0] * grid[1], self.network.config.latent_numbers, generator=stream)
-                             for stream in streams]).to(self.device)
+        noise = torch.stack(
+            [
+                torch.randn(grid[0] * grid[1], self.network.config.latent_numbers, generator=stream)
+                for stream in streams
+            ]
+        ).to(self.device)
         x = sample(self.network, [*context, self.texts(sentences)], noise, grid, settings)
         if not torch.isfinite(x).all():
             raise ValueError("The view is not made of numbers: the simulator's weights are broken.")
@@ -354,7 +465,13 @@ def initialise(network):
             nn.init.normal_(module.pos_embed)
         elif isinstance(module, nn.Linear):
             into_stream = name.endswith(("o_proj", "down_proj", "out_proj", "fc2"))
-            scale = (2 * network.config.layers) ** -0.5 if into_stream else 0.3 if name == "vae2llm" else 1.0
+            scale = (
+                (2 * network.config.layers) ** -0.5
+                if into_stream
+                else 0.3
+                if name == "vae2llm"
+                else 1.0
+            )
             nn.init.normal_(module.weight, std=scale * module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -368,18 +485,36 @@ def initialise(network):
 
 # ---------------------------------------------------------------- command line
 
+
 def parse_args(argv=None):
     """The command line's flags."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--images", nargs="+", help="context views in order (tiny: a ring of left turns)")
-    p.add_argument("--reference", type=int, default=1, help="number of the image that the motion starts from")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--images", nargs="+", help="context views in order (tiny: a ring of left turns)"
+    )
+    p.add_argument(
+        "--reference", type=int, default=1, help="number of the image that the motion starts from"
+    )
     p.add_argument("--motion", help='such as "turn left 30 degrees" or "move 1.5 meters forward"')
     p.add_argument("--out", default="view.png")
-    p.add_argument("--model", help="folder or Hugging Face id; default: the newer of out/wm and out/demo/wm")
+    p.add_argument(
+        "--model", help="folder or Hugging Face id; default: the newer of out/wm and out/demo/wm"
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--steps", type=int, help="network evaluations; default: the checkpoint's")
-    p.add_argument("--serve", type=int, metavar="PORT", help="answer requests until Ctrl-C instead (lib/serve.py)")
-    p.add_argument("--host", default="127.0.0.1", help="--serve: the address to listen on; 0.0.0.0 lets everyone in")
+    p.add_argument(
+        "--serve",
+        type=int,
+        metavar="PORT",
+        help="answer requests until Ctrl-C instead (lib/serve.py)",
+    )
+    p.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="--serve: the address to listen on; 0.0.0.0 lets everyone in",
+    )
     args = at_least(p, p.parse_args(argv), [("steps", 1)])
     if args.serve is None and not (args.images and args.motion):
         p.error("give --images and --motion, or --serve PORT")
@@ -389,18 +524,24 @@ def parse_args(argv=None):
 def main(argv=None):
     """Imagine one view and save it, or serve."""
     args = parse_args(argv)
-    path = args.model or newest(("wm",)) or fail(
-        "There is no world model yet. `python train_wm.py` trains one in out/wm; or give --model.")
+    path = (
+        args.model
+        or newest(("wm",))
+        or fail(
+            "There is no world model yet. `python train_wm.py` trains one in out/wm; or give --model."
+        )
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if args.serve is None:                          # what is wrong with a motion is said before weights are read
+        if args.serve is None:  # what is wrong with a motion is said before weights are read
             sentence = instruction(read_phrase(args.motion), args.reference)
             images = [load_image(image) for image in args.images]
         model = WorldModel.load(path, device, torch.bfloat16 if device == "cuda" else torch.float32)
         if args.steps is not None:
             model.settings = dataclasses.replace(model.settings, steps=args.steps)
         if args.serve is not None:
-            from lib.serve import serve                 # an HTTP server, which imagining does not need
+            from lib.serve import serve  # an HTTP server, which imagining does not need
+
             return serve(model, args.serve, args.host)
         view = model.imagine([Query(images, args.reference, sentence, args.seed)])[0]
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)

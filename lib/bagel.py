@@ -31,9 +31,9 @@ from lib.bagel_files import patchify
 from lib.memory import Memory
 from lib.packing import HIDDEN, attention, table_ids
 
-GEN = "_moe_gen"                # what the generation expert's modules are called after the understanding expert's
-LATENT_PATCH = 2                # latent cells per token and side
-MAX_IMAGES = 8                  # context images that Settings.learned_places can number
+GEN = "_moe_gen"  # what the generation expert's modules are called after the understanding expert's
+LATENT_PATCH = 2  # latent cells per token and side
+MAX_IMAGES = 8  # context images that Settings.learned_places can number
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,19 @@ class Settings:
     # Places inside a picture, and the number of a context image, as learned embeddings of scale 1. BAGEL has smooth
     # sin-cos tables for the one and only RoPE for the other; random embeddings are told apart from the first step.
     learned_places: bool = False
-    max_context: int = 4                            # images shown at most: the reference and its nearest neighbours
-    latent: str = "flux"                            # "flux", or "pixels": no autoencoder (lib/bagel_files.PixelLatents)
-    vae_limits: tuple = (1024, 512, 16)             # (max_side, min_side, stride) of the pictures, pixels
+    max_context: int = 4  # images shown at most: the reference and its nearest neighbours
+    latent: str = "flux"  # "flux", or "pixels": no autoencoder (lib/bagel_files.PixelLatents)
+    vae_limits: tuple = (1024, 512, 16)  # (max_side, min_side, stride) of the pictures, pixels
     vit_limits: tuple = (980, 224, 14)
     # the sampler; BAGEL's numbers for editing
-    steps: int = 49                                 # network evaluations ("50 timesteps" in the original)
-    shift: float = 3.0                              # > 1 spends more of them near noise
-    text_scale: float = 4.0                         # guidance away from "no sentence"; 1 = no guidance at all
-    image_scale: float = 2.0                        # guidance away from "no images"; 1 = off
-    renorm: str = "text_channel"                    # "text_channel", "channel" or "global"
+    steps: int = 49  # network evaluations ("50 timesteps" in the original)
+    shift: float = 3.0  # > 1 spends more of them near noise
+    text_scale: float = 4.0  # guidance away from "no sentence"; 1 = no guidance at all
+    image_scale: float = 2.0  # guidance away from "no images"; 1 = off
+    renorm: str = "text_channel"  # "text_channel", "channel" or "global"
     renorm_min: float = 0.0
-    interval: tuple = (0.0, 1.0)                    # guide only while low < t <= high
-    taylor: bool = False                            # approximate: compute one step in three (world_model.Taylor)
+    interval: tuple = (0.0, 1.0)  # guide only while low < t <= high
+    taylor: bool = False  # approximate: compute one step in three (world_model.Taylor)
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ class Config:
     vit_layers: int
     vit_heads: int
     vit_mlp: int
-    vit_patch: int              # pixels
-    vit_grid: int               # ViT patches per side that have a position
-    latent_grid: int            # latent tokens per side that have a position
-    latent_numbers: int         # numbers per latent token
+    vit_patch: int  # pixels
+    vit_grid: int  # ViT patches per side that have a position
+    latent_grid: int  # latent tokens per side that have a position
+    latent_numbers: int  # numbers per latent token
     settings: Settings
 
     @classmethod
@@ -96,19 +96,35 @@ class Config:
         Raises ValueError where "astra" holds what this code does not know, a departure it could only ignore.
         """
         if unknown := set(astra) - {field.name for field in fields(Settings)}:
-            raise ValueError(f"config.json asks for {', '.join(sorted(unknown))}, which this version of the code does "
-                             f"not know: it would compute something else.")
-        return cls(width=llm["hidden_size"], layers=llm["num_hidden_layers"], heads=llm["num_attention_heads"],
-                   kv_heads=llm["num_key_value_heads"], mlp=llm["intermediate_size"], vocabulary=vocabulary,
-                   eps=llm["rms_norm_eps"], rope_base=llm.get("rope_theta", 1e6), vit_width=vit["hidden_size"],
-                   vit_layers=vit["num_hidden_layers"] - 1,         # BAGEL drops the last one
-                   vit_heads=vit["num_attention_heads"], vit_mlp=vit["intermediate_size"], vit_patch=vit["patch_size"],
-                   vit_grid=vit["image_size"] // vit["patch_size"], latent_grid=latent_grid,
-                   latent_numbers=latent_numbers,
-                   settings=Settings(**{key: tuple(v) if isinstance(v, list) else v for key, v in astra.items()}))
+            raise ValueError(
+                f"config.json asks for {', '.join(sorted(unknown))}, which this version of the code does "
+                f"not know: it would compute something else."
+            )
+        return cls(
+            width=llm["hidden_size"],
+            layers=llm["num_hidden_layers"],
+            heads=llm["num_attention_heads"],
+            kv_heads=llm["num_key_value_heads"],
+            mlp=llm["intermediate_size"],
+            vocabulary=vocabulary,
+            eps=llm["rms_norm_eps"],
+            rope_base=llm.get("rope_theta", 1e6),
+            vit_width=vit["hidden_size"],
+            vit_layers=vit["num_hidden_layers"] - 1,  # BAGEL drops the last one
+            vit_heads=vit["num_attention_heads"],
+            vit_mlp=vit["intermediate_size"],
+            vit_patch=vit["patch_size"],
+            vit_grid=vit["image_size"] // vit["patch_size"],
+            latent_grid=latent_grid,
+            latent_numbers=latent_numbers,
+            settings=Settings(
+                **{key: tuple(v) if isinstance(v, list) else v for key, v in astra.items()}
+            ),
+        )
 
 
 # ---------------------------------------------------------------- parts
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight; the statistics in fp32, the rest in x's own type."""
@@ -119,7 +135,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        ) * self.weight
 
 
 class SwiGLU(nn.Module):
@@ -136,8 +154,14 @@ class SwiGLU(nn.Module):
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         # Many tokens fall out of a CPU's cache between the two steps; in pieces of 8 MB, and in place, they stay.
         pieces = x.flatten(0, -2).split(max(1, 2**21 // self.up_proj.out_features))
-        return torch.cat([self.down_proj(F.silu(self.gate_proj(piece), inplace=True).mul_(self.up_proj(piece)))
-                          for piece in pieces]).view_as(x)
+        return torch.cat(
+            [
+                self.down_proj(
+                    F.silu(self.gate_proj(piece), inplace=True).mul_(self.up_proj(piece))
+                )
+                for piece in pieces
+            ]
+        ).view_as(x)
 
 
 class GeluMLP(nn.Module):
@@ -157,10 +181,14 @@ class TimeEmbedder(nn.Module):
     def __init__(self, width, frequencies=128):
         super().__init__()
         self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width)
+        )
 
     def forward(self, t):
-        angle = t.float()[:, None] * 10_000.0 ** (-torch.arange(self.frequencies, device=t.device) / self.frequencies)
+        angle = t.float()[:, None] * 10_000.0 ** (
+            -torch.arange(self.frequencies, device=t.device) / self.frequencies
+        )
         return self.mlp(torch.cat([angle.cos(), angle.sin()], -1).to(self.mlp[0].weight.dtype))
 
 
@@ -174,7 +202,7 @@ class PositionTable(nn.Module):
         super().__init__()
         w = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
         angle = torch.arange(grid, dtype=torch.float64)[:, None] * w
-        s = torch.cat([angle.sin(), angle.cos()], -1)                                        # (grid, H / 2)
+        s = torch.cat([angle.sin(), angle.cos()], -1)  # (grid, H / 2)
         table = torch.cat([s[None].expand(grid, -1, -1), s[:, None].expand(-1, grid, -1)], -1)
         self.grid = grid
         table = table.reshape(grid * grid, width).float()
@@ -199,15 +227,23 @@ class VisionLayer(nn.Module):
         super().__init__()
         self.heads = c.vit_heads
         self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(c.vit_width, eps=1e-6) for _ in range(2))
-        self.self_attn = nn.ModuleDict({name: nn.Linear(c.vit_width, c.vit_width)
-                                        for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
+        self.self_attn = nn.ModuleDict(
+            {
+                name: nn.Linear(c.vit_width, c.vit_width)
+                for name in ("q_proj", "k_proj", "v_proj", "out_proj")
+            }
+        )
         self.mlp = GeluMLP(c.vit_width, c.vit_mlp, c.vit_width)
 
     def forward(self, x, mask):
         y = self.layer_norm1(x)
-        q, k, v = (self.self_attn[name](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for name in ("q_proj", "k_proj", "v_proj"))
-        x = x + self.self_attn["out_proj"](F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        q, k, v = (
+            self.self_attn[name](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        x = x + self.self_attn["out_proj"](
+            F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        )
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -216,9 +252,15 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.embeddings = nn.ModuleDict({"patch_embedding": nn.Linear(3 * c.vit_patch**2, c.vit_width),
-                                         "position_embedding": nn.Embedding(c.vit_grid**2, c.vit_width)})
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(VisionLayer(c) for _ in range(c.vit_layers))})
+        self.embeddings = nn.ModuleDict(
+            {
+                "patch_embedding": nn.Linear(3 * c.vit_patch**2, c.vit_width),
+                "position_embedding": nn.Embedding(c.vit_grid**2, c.vit_width),
+            }
+        )
+        self.encoder = nn.ModuleDict(
+            {"layers": nn.ModuleList(VisionLayer(c) for _ in range(c.vit_layers))}
+        )
         self.post_layernorm = nn.LayerNorm(c.vit_width, eps=1e-6)
 
     def forward(self, patches, ids, mask=None, recompute=False):
@@ -253,10 +295,14 @@ class Attention(nn.Module):
 
     def joined(self, name, und, gen):
         """Queries, keys or values of und (B, U, H) and gen (B, G, H) tokens, side by side: (B, heads, U + G, d)."""
-        parts = [getattr(self, f"{name}_proj{expert}")(x).unflatten(-1, (-1, self.head))
-                 for x, expert in ((und, ""), (gen, GEN))]
+        parts = [
+            getattr(self, f"{name}_proj{expert}")(x).unflatten(-1, (-1, self.head))
+            for x, expert in ((und, ""), (gen, GEN))
+        ]
         if name != "v":
-            parts = [getattr(self, f"{name}_norm{expert}")(x) for x, expert in zip(parts, ("", GEN))]
+            parts = [
+                getattr(self, f"{name}_norm{expert}")(x) for x, expert in zip(parts, ("", GEN))
+            ]
         return torch.cat(parts, 1).transpose(1, 2)
 
 
@@ -286,7 +332,9 @@ class Layer(nn.Module):
         if needed == "none":
             attend(None, key, value)
             return und, gen
-        y = attend(rotate(a.joined("q", u, g), rope), key, value).transpose(1, 2)             # (B, N, heads, d)
+        y = attend(rotate(a.joined("q", u, g), rope), key, value).transpose(
+            1, 2
+        )  # (B, N, heads, d)
         gen = gen + a.o_proj_moe_gen(y[:, split:].flatten(2))
         gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
         if needed == "all":
@@ -297,35 +345,52 @@ class Layer(nn.Module):
 
 # ---------------------------------------------------------------- the network
 
+
 class Bagel(nn.Module):
     """The network of the checkpoint, its modules named as the checkpoint's keys."""
 
     def __init__(self, c):
         super().__init__()
         self.config = c
-        self.language_model = nn.ModuleDict({
-            "model": nn.ModuleDict({
-                "embed_tokens": nn.Embedding(c.vocabulary, c.width),
-                "layers": nn.ModuleList(Layer(c) for _ in range(c.layers)),
-                "norm": RMSNorm(c.width, c.eps), "norm" + GEN: RMSNorm(c.width, c.eps)}),
-            "lm_head": nn.Linear(c.width, c.vocabulary, bias=False)})   # BAGEL can write; a simulator never does
+        self.language_model = nn.ModuleDict(
+            {
+                "model": nn.ModuleDict(
+                    {
+                        "embed_tokens": nn.Embedding(c.vocabulary, c.width),
+                        "layers": nn.ModuleList(Layer(c) for _ in range(c.layers)),
+                        "norm": RMSNorm(c.width, c.eps),
+                        "norm" + GEN: RMSNorm(c.width, c.eps),
+                    }
+                ),
+                "lm_head": nn.Linear(c.width, c.vocabulary, bias=False),
+            }
+        )  # BAGEL can write; a simulator never does
         self.vit_model = nn.ModuleDict({"vision_model": VisionTransformer(c)})
         self.connector = GeluMLP(c.vit_width, c.width, c.width)
         self.vit_pos_embed = PositionTable(c.vit_grid, c.width, c.settings.learned_places)
         self.latent_pos_embed = PositionTable(c.latent_grid, c.width, c.settings.learned_places)
         self.time_embedder = TimeEmbedder(c.width)
-        self.vae2llm, self.llm2vae = nn.Linear(c.latent_numbers, c.width), nn.Linear(c.width, c.latent_numbers)
+        self.vae2llm, self.llm2vae = (
+            nn.Linear(c.latent_numbers, c.width),
+            nn.Linear(c.width, c.latent_numbers),
+        )
         if c.settings.motion_to_target:
             self.motion2llm = nn.Linear(c.width, c.width)
         if c.settings.learned_places:
             self.image_number = nn.Embedding(MAX_IMAGES, c.width)
-        self.markers = (0, 1)           # ids of <|vision_start|>, <|vision_end|>; WorldModel asks its tokenizer
-        self.recompute = False          # activation checkpointing of every layer, the ViT's too
+        self.markers = (
+            0,
+            1,
+        )  # ids of <|vision_start|>, <|vision_end|>; WorldModel asks its tokenizer
+        self.recompute = False  # activation checkpointing of every layer, the ViT's too
 
     @property
     def blocks(self):
         """The modules that FSDP gathers one at a time."""
-        return [*self.language_model["model"]["layers"], *self.vit_model["vision_model"].encoder["layers"]]
+        return [
+            *self.language_model["model"]["layers"],
+            *self.vit_model["vision_model"].encoder["layers"],
+        ]
 
     @property
     def dtype(self):
@@ -341,7 +406,9 @@ class Bagel(nn.Module):
     def rope(self, positions):
         """RoPE positions (B, N) or (B, 1), on the CPU -> (cos, sin), each (B, 1, N, d); the angles are fp32."""
         head = self.config.width // self.config.heads
-        frequencies = self.config.rope_base ** (-torch.arange(0, head, 2, device=self.device) / head)
+        frequencies = self.config.rope_base ** (
+            -torch.arange(0, head, 2, device=self.device) / head
+        )
         angle = positions.to(self.device)[:, None, :, None] * frequencies
         angle = torch.cat([angle, angle], -1)
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
@@ -350,8 +417,15 @@ class Bagel(nn.Module):
         """Through all layers, `attends` holding one function each -> (und, gen); only what is `needed` is right."""
         layers = self.language_model["model"]["layers"]
         for i, (layer, attend) in enumerate(zip(layers, attends)):
-            und, gen = kept_or_recomputed(self.recompute, layer, und, gen, rope, attend,
-                                          needed if i == len(layers) - 1 else "all")
+            und, gen = kept_or_recomputed(
+                self.recompute,
+                layer,
+                und,
+                gen,
+                rope,
+                attend,
+                needed if i == len(layers) - 1 else "all",
+            )
         return und, gen
 
     def output(self, gen):
@@ -372,25 +446,36 @@ class Bagel(nn.Module):
         """What the last layer gives for the tokens of a pack: und (B, U, H), gen (B, G, H)."""
         und, gen = self.embed(pack)
         attend = attention(pack.tokens, pack.tokens, self.device, self.dtype)
-        return self.run(und, gen, self.rope(pack.tokens.position), [attend] * self.config.layers, needed)
+        return self.run(
+            und, gen, self.rope(pack.tokens.position), [attend] * self.config.layers, needed
+        )
 
     def embed(self, pack):
         """The embeddings of a pack: und (B, U, H) and gen (B, G, H), with x_t = (1 - t) x0 + t eps (t = 0: clean)."""
-        t = pack.t[pack.image][..., None]                                                    # (B, G, 1)
+        t = pack.t[pack.image][..., None]  # (B, G, 1)
         x = (1 - t) * pack.latents + t * pack.noise
-        each = self.time_embedder(pack.t)                                                    # (I, H)
+        each = self.time_embedder(pack.t)  # (I, H)
         if self.config.settings.learned_places:
-            each = each + self.image_number(pack.numbers.clamp(min=0)) * (pack.numbers >= 0)[:, None]
+            each = (
+                each + self.image_number(pack.numbers.clamp(min=0)) * (pack.numbers >= 0)[:, None]
+            )
         if self.config.settings.motion_to_target:
             words = (self.embed_text(pack.said) * pack.said_mask[..., None].to(self.dtype)).sum(1)
             each = each + self.motion2llm(words) * (pack.numbers < 0)[:, None]
-        gen = self.vae2llm(x.to(self.dtype)) + each[pack.image] + self.latent_pos_embed(pack.latent_ids).to(self.dtype)
+        gen = (
+            self.vae2llm(x.to(self.dtype))
+            + each[pack.image]
+            + self.latent_pos_embed(pack.latent_ids).to(self.dtype)
+        )
         und, vit = self.embed_text(pack.ids), self.embed_vit(pack.patches, pack.patch_ids)
         if self.config.settings.learned_places:
             vit = vit + self.image_number(pack.patch_numbers)[:, None]
         where = pack.patch_ids.flatten() >= 0
         # A pack without any picture holds one of padding alone, so that every rank of FSDP runs the ViT once.
-        flat = und.flatten(0, 1).index_copy(0, pack.patch_places, vit.flatten(0, 1)[where]) + 0 * vit.mean()
+        flat = (
+            und.flatten(0, 1).index_copy(0, pack.patch_places, vit.flatten(0, 1)[where])
+            + 0 * vit.mean()
+        )
         return flat.view_as(und), gen
 
     # ---- embeddings: every kind of token -> (B, tokens, H)
@@ -405,8 +490,13 @@ class Bagel(nn.Module):
     def embed_vit(self, patches, ids):
         """patches (B, n, 3 * patch²) of pictures in [-1, 1], ids (n,) or (B, n) in the tables, -1 = padding."""
         # -1e4, not -inf or the least number: kernels multiply by log2(e), and a row without a picture sees nothing else
-        mask = None if ids.dim() == 1 else torch.zeros(ids.shape, device=ids.device, dtype=self.dtype) \
-            .masked_fill_(ids < 0, -1e4)[:, None, None]
+        mask = (
+            None
+            if ids.dim() == 1
+            else torch.zeros(ids.shape, device=ids.device, dtype=self.dtype).masked_fill_(
+                ids < 0, -1e4
+            )[:, None, None]
+        )
         ids = ids.clamp(min=0)
         features = self.vit_model["vision_model"](patches.to(self.dtype), ids, mask, self.recompute)
         return self.connector(features) + self.vit_pos_embed(ids).to(self.dtype)
@@ -437,7 +527,9 @@ class Bagel(nn.Module):
         if a is not None and a.dim() == 2:
             return a.shape[1]
         sizes = ((a, LATENT_PATCH), (b, self.config.vit_patch))
-        return sum(x.shape[-2] // side * (x.shape[-1] // side) + 2 for x, side in sizes if x is not None)
+        return sum(
+            x.shape[-2] // side * (x.shape[-1] // side) + 2 for x, side in sizes if x is not None
+        )
 
     def read_images(self, memory, images):
         """Context images into a memory: a list of (latent (R, c, 2 h, 2 w), ViT pixels (R, 3, H, W)), either or None.
@@ -445,7 +537,10 @@ class Bagel(nn.Module):
         Each latent and each ViT image takes one position. Sizes may differ from image to image, not from row to row.
         """
         rows, order, und, gen, und_order, gen_order = len(memory.next), 0, [], [], [], []
-        zero, marker = self.time_embedder(torch.zeros(1, device=self.device)), self.embed_markers(rows)
+        zero, marker = (
+            self.time_embedder(torch.zeros(1, device=self.device)),
+            self.embed_markers(rows),
+        )
         for i, (latent, pixels) in enumerate(images):
             number = self.image_number.weight[i] if self.config.settings.learned_places else 0
             if latent is not None:
@@ -454,16 +549,25 @@ class Bagel(nn.Module):
                 tokens = self.vae2llm(patchify(latent, LATENT_PATCH).to(self.dtype))
                 gen.append(tokens + (zero + self.latent_pos_embed(ids).to(self.dtype) + number))
                 und.append(marker)
-                und_order, gen_order, order = und_order + [order] * 2, gen_order + [order] * len(ids), order + 1
+                und_order, gen_order, order = (
+                    und_order + [order] * 2,
+                    gen_order + [order] * len(ids),
+                    order + 1,
+                )
             if pixels is not None:
                 grid = [side // self.config.vit_patch for side in pixels.shape[-2:]]
                 ids = table_ids(grid, self.config.vit_grid).to(self.device)
-                und += [marker[:, :1], self.embed_vit(patchify(pixels, self.config.vit_patch), ids) + number,
-                        marker[:, 1:]]
+                und += [
+                    marker[:, :1],
+                    self.embed_vit(patchify(pixels, self.config.vit_patch), ids) + number,
+                    marker[:, 1:],
+                ]
                 und_order, order = und_order + [order] * (len(ids) + 2), order + 1
         positions = memory.next[:, None] + torch.tensor(und_order + gen_order)
         gen = torch.cat(gen, 1) if gen else marker[:, :0]
-        self.run(torch.cat(und, 1), gen, self.rope(positions), memory.extend(positions), needed="none")
+        self.run(
+            torch.cat(und, 1), gen, self.rope(positions), memory.extend(positions), needed="none"
+        )
         memory.next = memory.next + order
 
     def read_text(self, memory, ids, lengths, needed="none"):
@@ -487,7 +591,9 @@ class Bagel(nn.Module):
             def attend(q, k, v):
                 parts = zip(branches, *(part.chunk(len(branches)) for part in (q, k, v)))
                 return torch.cat([branch.attend(layer, *part) for branch, *part in parts])
+
             return attend
+
         attends = [attending(layer) for layer in range(self.config.layers)]
         return self.run(markers, gen, rope, attends, needed="gen")[1]
 

@@ -31,6 +31,7 @@ MAX_PIXELS = 14 * 14 * 9 * 1024
 
 # ---------------------------------------------------------------- pictures
 
+
 def resized(width, height, limits, max_pixels=MAX_PIXELS):
     """The size BAGEL gives a picture: (width, height) in pixels, multiples of the stride.
 
@@ -41,7 +42,9 @@ def resized(width, height, limits, max_pixels=MAX_PIXELS):
     max_side, min_side, stride = limits
 
     def snapped(scale):
-        return tuple(max(stride, round(round(side * scale) / stride) * stride) for side in (width, height))
+        return tuple(
+            max(stride, round(round(side * scale) / stride) * stride) for side in (width, height)
+        )
 
     scale = max(min(max_side / max(width, height), 1.0), min_side / min(width, height))
     width, height = snapped(scale)
@@ -58,7 +61,9 @@ def resize(image, limits):
     size = resized(width, height, limits)
     if size == (width, height):
         return image
-    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC))
+    return np.asarray(
+        Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC)
+    )
 
 
 def to_pixels(images):
@@ -86,11 +91,12 @@ def unpatchify(tokens, size, rows, columns):
 
 # ---------------------------------------------------------------- autoencoders: two classes with the same two calls
 
+
 class PixelLatents:
     """An "autoencoder" without weights for the tiny model: every 4 x 4 pixels become one latent cell of 48 numbers."""
 
-    cell, channels = 4, 48      # pixels per latent cell and side, numbers per cell
-    random = False              # encode draws no noise
+    cell, channels = 4, 48  # pixels per latent cell and side, numbers per cell
+    random = False  # encode draws no noise
 
     def encode(self, pixels, noise=None):
         """pixels (B, 3, H, W) in [-1, 1] -> latent (B, 48, H/4, W/4)."""
@@ -119,8 +125,11 @@ class FluxLatents:
         fp32 tensors are used as they are, not copied. Raises ValueError naming what is missing, unknown or misshapen.
         """
         from diffusers import AutoencoderKL
+
         self.levels = len({key.split(".")[2] for key in tensors if key.startswith("encoder.down.")})
-        blocks = len({key.split(".")[4] for key in tensors if key.startswith("encoder.down.0.block.")})
+        blocks = len(
+            {key.split(".")[4] for key in tensors if key.startswith("encoder.down.0.block.")}
+        )
         sizes = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(max(1, self.levels))]
         sizes.append("encoder.conv_out.weight")
         complain(UNFIT, [f"{key} (missing)" for key in sizes if key not in tensors])
@@ -128,23 +137,40 @@ class FluxLatents:
         self.channels = numbers // 2
         with torch.device("meta"):
             self.vae = AutoencoderKL(
-                block_out_channels=widths, layers_per_block=blocks, latent_channels=self.channels, norm_num_groups=32,
-                down_block_types=["DownEncoderBlock2D"] * self.levels, use_quant_conv=False, use_post_quant_conv=False,
-                up_block_types=["UpDecoderBlock2D"] * self.levels)
+                block_out_channels=widths,
+                layers_per_block=blocks,
+                latent_channels=self.channels,
+                norm_num_groups=32,
+                down_block_types=["DownEncoderBlock2D"] * self.levels,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+                up_block_types=["UpDecoderBlock2D"] * self.levels,
+            )
         self.names = {key: to_flux(key, self.levels) for key in self.vae.state_dict()}
         # FLUX's attention is made of 1 x 1 convolutions, (out, in, 1, 1), diffusers' of linear layers, (out, in).
-        wanted = {self.names[key]: (*value.shape, 1, 1) if ".attentions." in key and value.dim() == 2 else value.shape
-                  for key, value in self.vae.state_dict().items()}
+        wanted = {
+            self.names[key]: (*value.shape, 1, 1)
+            if ".attentions." in key and value.dim() == 2
+            else value.shape
+            for key, value in self.vae.state_dict().items()
+        }
         complain(UNFIT, misfits(wanted, tensors, "it"))
-        self.vae.load_state_dict({key: tensors[self.names[key]].float().view(value.shape)
-                                  for key, value in self.vae.state_dict().items()}, assign=True)
+        self.vae.load_state_dict(
+            {
+                key: tensors[self.names[key]].float().view(value.shape)
+                for key, value in self.vae.state_dict().items()
+            },
+            assign=True,
+        )
         self.vae.requires_grad_(False).eval()
         self.layout = {key: value.to("meta") for key, value in tensors.items()}
 
     def moments(self, pixels):
         """pixels (B, 3, H, W) in [-1, 1] -> mean and log variance of the posterior, (B, C, H/8, W/8) each."""
-        with torch.no_grad():                       # two pictures at a time: a large one takes gigabytes on the way
-            return torch.cat([self.vae.encoder(part) for part in pixels.float().split(2)]).chunk(2, 1)
+        with torch.no_grad():  # two pictures at a time: a large one takes gigabytes on the way
+            return torch.cat([self.vae.encoder(part) for part in pixels.float().split(2)]).chunk(
+                2, 1
+            )
 
     def draw(self, mean, log_variance, noise=None):
         """The moments of a posterior (B, C, h, w) -> a latent drawn from it, as BAGEL does.
@@ -160,7 +186,9 @@ class FluxLatents:
 
     def decode(self, latent):
         """latent (B, C, h, w) -> pixels (B, 3, 8 h, 8 w), about [-1, 1]."""
-        return torch.cat([self.vae.decoder(part / self.scale + self.shift) for part in latent.float().split(2)])
+        return torch.cat(
+            [self.vae.decoder(part / self.scale + self.shift) for part in latent.float().split(2)]
+        )
 
     def to(self, device):
         self.vae.to(device)
@@ -169,7 +197,9 @@ class FluxLatents:
     def save(self, folder):
         """Write ae.safetensors, every tensor as it came."""
         state = self.vae.state_dict()
-        named = ((name, state[key].view(self.layout[name].shape)) for key, name in self.names.items())
+        named = (
+            (name, state[key].view(self.layout[name].shape)) for key, name in self.names.items()
+        )
         write_file(Path(folder) / AUTOENCODER, named, self.layout)
 
 
@@ -178,23 +208,39 @@ def to_flux(key, levels):
 
     decoder.up_blocks.0.resnets.0.norm1.weight -> decoder.up.3.block.0.norm1.weight     (level 3 of 4 runs first)
     """
-    key = key.replace("encoder.down_blocks.", "encoder.down.").replace("samplers.0.conv", "sample.conv")
-    key = re.sub(r"decoder\.up_blocks\.(\d+)", lambda m: f"decoder.up.{levels - 1 - int(m[1])}", key)
-    key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key).replace("resnets", "block")
-    for old, new in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+    key = key.replace("encoder.down_blocks.", "encoder.down.").replace(
+        "samplers.0.conv", "sample.conv"
+    )
+    key = re.sub(
+        r"decoder\.up_blocks\.(\d+)", lambda m: f"decoder.up.{levels - 1 - int(m[1])}", key
+    )
+    key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key).replace(
+        "resnets", "block"
+    )
+    for old, new in (
+        ("group_norm", "norm"),
+        ("to_q", "q"),
+        ("to_k", "k"),
+        ("to_v", "v"),
+        ("to_out.0", "proj_out"),
+    ):
         key = key.replace(f"mid_block.attentions.0.{old}.", f"mid.attn_1.{new}.")
     return key.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
 
 
 # ---------------------------------------------------------------- folders
 
+
 def find(path):
     """The local folder of a checkpoint: `path` itself, or the download of that Hugging Face hub id."""
     if Path(path).is_dir():
         return Path(path)
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~", "out/")):
-        raise FileNotFoundError(f"There is no world model at {path}. `python train_wm.py` makes one in out/wm.")
+        raise FileNotFoundError(
+            f"There is no world model at {path}. `python train_wm.py` makes one in out/wm."
+        )
     from huggingface_hub import snapshot_download
+
     return Path(snapshot_download(str(path)))
 
 
@@ -206,22 +252,29 @@ def read_json(path, missing=None):
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}). A BAGEL folder holds {NETWORK}, llm_config.json and "
-                         f"vit_config.json.") from error
+        raise ValueError(
+            f"{path} cannot be read ({error}). A BAGEL folder holds {NETWORK}, llm_config.json and "
+            f"vit_config.json."
+        ) from error
 
 
 def misfits(wanted, there, whole):
     """What keeps a file from fitting, as phrases: {name: shape} wanted for `whole`, {name: tensor} there."""
     found = {key: tuple(there[key].shape) if key in there else "missing" for key in wanted}
-    return ([f"{key} {tuple(shape)} (file: {found[key]})" for key, shape in wanted.items() if found[key] != shape]
-            + [f"{key} (not a part of {whole})" for key in there if key not in wanted])
+    return [
+        f"{key} {tuple(shape)} (file: {found[key]})"
+        for key, shape in wanted.items()
+        if found[key] != shape
+    ] + [f"{key} (not a part of {whole})" for key in there if key not in wanted]
 
 
 def complain(sentence, wrong):
     """Raise ValueError with the sentence and the first few phrases of `wrong`, if there are any."""
     if wrong:
-        raise ValueError(f"{sentence}: {'; '.join(wrong[:4])}"
-                         + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
+        raise ValueError(
+            f"{sentence}: {'; '.join(wrong[:4])}"
+            + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        )
 
 
 def load_network(network, path, device, dtype):
@@ -240,9 +293,18 @@ def load_network(network, path, device, dtype):
         for key, value in wanted.items():
             first, mine = share(value)
             # to the device first: the file's type is seldom the larger one
-            tensor = file.get_slice(key)[first:first + len(mine)].to(device).to(dtype)
-            tensors[key] = tensor if mine is value else DTensor.from_local(
-                tensor, value.device_mesh, value.placements, shape=value.shape, stride=value.stride())
+            tensor = file.get_slice(key)[first : first + len(mine)].to(device).to(dtype)
+            tensors[key] = (
+                tensor
+                if mine is value
+                else DTensor.from_local(
+                    tensor,
+                    value.device_mesh,
+                    value.placements,
+                    shape=value.shape,
+                    stride=value.stride(),
+                )
+            )
     network.load_state_dict(tensors, assign=True, strict=len(tensors) == len(state))
 
 
@@ -266,5 +328,6 @@ def write_folder(folder, named, like, files, tokenizer, autoencoder):
 def load_tokenizer(folder):
     """The tokenizer of a checkpoint: Qwen2's, or the tiny one; BAGEL's four markers are looked up in it by name."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    whole = (Path(folder) / "tokenizer.json").exists()              # else vocab.json and merges.txt
+
+    whole = (Path(folder) / "tokenizer.json").exists()  # else vocab.json and merges.txt
     return (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(folder)

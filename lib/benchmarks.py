@@ -21,13 +21,14 @@ from collections import Counter
 
 import numpy as np
 
-from lib.benchmark_files import SAT_ORDER, load, load_mindcube, open_image     # noqa: F401  (callers import them here)
+from lib.benchmark_files import SAT_ORDER, load, load_mindcube, open_image  # noqa: F401  (callers import them here)
 
 BENCHES = ("rooms", "mindcube", "mmsi", "mmsi_video", "sat", "vsi")
-LISTED_ONLY = ("translation",)                              # not in the official overall
+LISTED_ONLY = ("translation",)  # not in the official overall
 
 
 # ---- verdicts -------------------------------------------------------------------------------------------------------
+
 
 def score(bench, question, text):
     """The official verdict on a reply.
@@ -76,21 +77,23 @@ def mindcube_letter(text, question=None):
     The official code stores a reply as one line before it reads it: what its 3a and 4 do with lines is left out.
     """
     text = " ".join(text.split())
-    if found := re.findall(r"([A-E])\.", text):                                                # 1
+    if found := re.findall(r"([A-E])\.", text):  # 1
         return found[-1]
-    if "<Answer>" in text:                                                                     # 2
+    if "<Answer>" in text:  # 2
         inside = text.split("<Answer>", 1)[1].split("<", 1)[0]
         for pattern in (r"[Mm]y answer is ([A-E])", r"[Tt]he answer is ([A-E])", r"\b([A-E])\b"):
             if found := re.findall(pattern, inside):
                 return found[-1]
-    for pattern in (r"^(?:Answer: )?([A-E])(?:\.|\s|$)",                                       # 3a
-                    r"[*\"]([A-E])[*\"]",                                                      # 3b
-                    r"\bAnswer:?\s*([A-E])\b",                                                 # 3c
-                    r"[Mm]y answer is ([A-E])",                                                # 3d
-                    r"answer is ([A-E])"):                                                     # 3e
+    for pattern in (
+        r"^(?:Answer: )?([A-E])(?:\.|\s|$)",  # 3a
+        r"[*\"]([A-E])[*\"]",  # 3b
+        r"\bAnswer:?\s*([A-E])\b",  # 3c
+        r"[Mm]y answer is ([A-E])",  # 3d
+        r"answer is ([A-E])",
+    ):  # 3e
         if found := re.findall(pattern, text):
             return found[-1]
-    found = re.search(r"\b([A-E])\b", text)                                                    # 4
+    found = re.search(r"\b([A-E])\b", text)  # 4
     return found[1] if found else None
 
 
@@ -108,14 +111,18 @@ def mmsi_video_letter(text, question=None):
     """MMSI-Video-Bench's extraction of A to F, upper case: the first rule that applies decides, even if it reads
     nothing. Cues are tried in this order, wherever they stand: "The answer is B. Answer: C." reads B."""
     text = text.replace("<answer>", "").replace("</answer>", "")
-    cues = [cue for cue in ('"answer":', "answer is", "answer:", '"Answer":', "Answer is", "Answer:") if cue in text]
-    if "no answer" in text:                                                                    # 1
+    cues = [
+        cue
+        for cue in ('"answer":', "answer is", "answer:", '"Answer":', "Answer is", "Answer:")
+        if cue in text
+    ]
+    if "no answer" in text:  # 1
         return None
-    if "boxed{" in text:                                                                       # 2
+    if "boxed{" in text:  # 2
         text = text.split("boxed{")[1].split("}")[0]
-    elif cues:                                                                                 # 3
+    elif cues:  # 3
         text = text.split(cues[0])[-1].split(",")[0].split(".")[0]
-    else:                                                                                      # 4
+    else:  # 4
         text = text.split(".")[0]
     text = re.sub("[ \"'\n:]", "", text)
     return text if text in tuple("ABCDEF") else None
@@ -135,8 +142,14 @@ def sat_letter(text, question):
     for cue in ("is located ", "answer: "):
         if cue in text:
             text = text.split(cue)[1].split(" ")[0].strip()
-    return next((option[0] for option in question["options"]
-                 if text == re.sub("[()]", "", option[3:].lower().strip())), None)
+    return next(
+        (
+            option[0]
+            for option in question["options"]
+            if text == re.sub("[()]", "", option[3:].lower().strip())
+        ),
+        None,
+    )
 
 
 def vsi_read(text, question):
@@ -162,12 +175,18 @@ def relative_accuracy(read, gold):
     return float(np.mean(abs(read - gold) / gold <= 1 - np.linspace(0.5, 0.95, 10)))
 
 
-READERS = {"rooms": lambda text, question: option_letter(text, question.get("options", ())),
-           "mindcube": mindcube_letter, "mmsi": mmsi_letter, "mmsi_video": mmsi_video_letter, "sat": sat_letter,
-           "vsi": vsi_read}
+READERS = {
+    "rooms": lambda text, question: option_letter(text, question.get("options", ())),
+    "mindcube": mindcube_letter,
+    "mmsi": mmsi_letter,
+    "mmsi_video": mmsi_video_letter,
+    "sat": sat_letter,
+    "vsi": vsi_read,
+}
 
 
 # ---- the lenient verdict --------------------------------------------------------------------------------------------
+
 
 def lenient(question, text):
     """A forgiving verdict on all that a turn says (rooms: on the answer) -> (what was read or None, correct).
@@ -206,40 +225,46 @@ def easi_letter(text):
 
     Its Chinese cue words and brackets are left out.
     """
-    text = re.sub("[\u200b-\u200d\ufeff]", "", text.strip())                                   # 1
-    if found := re.search(r"<\s*answer\b[^>]*>\s*([A-J]).*?<\s*/\s*answer\s*>", text, re.I | re.S):         # 2
+    text = re.sub("[\u200b-\u200d\ufeff]", "", text.strip())  # 1
+    if found := re.search(
+        r"<\s*answer\b[^>]*>\s*([A-J]).*?<\s*/\s*answer\s*>", text, re.I | re.S
+    ):  # 2
         return found[1].upper()
-    for tag in ("answer", "think"):                                                            # 3
+    for tag in ("answer", "think"):  # 3
         before = rf"(?<![A-Za-z])[(\[{{]?\s*([A-F])\s*[)\]}}]?\s*</\s*{tag}\s*>"
         if found := re.search(before, text[-800:], re.I):
             return found[1].upper()
     listed = re.compile(r"[*_>\-\s]*option\s+[A-J]\s*:", re.I)
-    for part in (after_thoughts(text), text[-800:]):                                           # 4, 5
+    for part in (after_thoughts(text), text[-800:]):  # 4, 5
         for line in reversed([line.strip() for line in part.splitlines()[-6:] if line.strip()]):
             if listed.match(line):
                 continue
-            if found := (re.fullmatch(r"[*_`>()\[\]]*\s*([A-Fa-f])\s*[*_`()\[\]]*", line) or
-                         re.match(r"([A-Fa-f])\s*[.:)\]-]\s+", line)):
+            if found := (
+                re.fullmatch(r"[*_`>()\[\]]*\s*([A-Fa-f])\s*[*_`()\[\]]*", line)
+                or re.match(r"([A-Fa-f])\s*[.:)\]-]\s+", line)
+            ):
                 return found[1].upper()
             alone = set(re.findall(r"(?<![A-Za-z])([A-F])\s*[*_`)\]}]*(?=$|[\s.,:;!?)\]])", line))
             if len(alone) == 1:
                 return alone.pop()
-    cue = r"(?:final\s*answer|the\s*answer\s*is|answer(?:\s*is)?|correct\s*answer)"                         # 6
+    cue = r"(?:final\s*answer|the\s*answer\s*is|answer(?:\s*is)?|correct\s*answer)"  # 6
     if found := re.search(cue + r"\s*[:>=]?\s*[(\[{]?\s*([A-F])\s*[)\]}]?(?:\b|[.)])", text, re.I):
         return found[1].upper()
-    lines = [line for line in text.splitlines() if not listed.match(line)]                     # 7
+    lines = [line for line in text.splitlines() if not listed.match(line)]  # 7
     alone = set(re.findall(r"(?<![A-Za-z])([A-F])(?![A-Za-z])", "\n".join(lines)))
     return alone.pop() if len(alone) == 1 else None
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
 
-ASK = {"mindcube": "Look at the images and answer the question about the space that they show. Reply only with "
-                   "<answer>X. words of the option</answer>.",
-       "mmsi": "Answer directly with the letter of the right option, and put it between double backticks: ``letter``.",
-       "vsi mca": "Answer directly with the letter of the right option.",
-       "vsi na": "Answer with a single word or phrase.",
-       "sat": "Answer with a single word or phrase."}
+ASK = {
+    "mindcube": "Look at the images and answer the question about the space that they show. Reply only with "
+    "<answer>X. words of the option</answer>.",
+    "mmsi": "Answer directly with the letter of the right option, and put it between double backticks: ``letter``.",
+    "vsi mca": "Answer directly with the letter of the right option.",
+    "vsi na": "Answer with a single word or phrase.",
+    "sat": "Answer with a single word or phrase.",
+}
 
 
 def prompt(question):
@@ -262,7 +287,12 @@ def prompt(question):
         options = " or ".join(f'"{option[3:]}"' for option in question["options"])
         return [*before, f"{order}{question['text']} Choose {options}. {ASK['sat']}"]
     options = ["Options:", *question["options"]] if question["options"] else []
-    lines = ["These are frames of a video.", question["text"], *options, ASK[f"vsi {question['kind']}"]]
+    lines = [
+        "These are frames of a video.",
+        question["text"],
+        *options,
+        ASK[f"vsi {question['kind']}"],
+    ]
     return [*before, "\n".join(lines)]
 
 
@@ -281,6 +311,7 @@ def video_prompt(question):
 
 # ---- groups and averages --------------------------------------------------------------------------------------------
 
+
 def groups(question):
     """The official groups that a question belongs to, from the widest to its category, then sub-benches."""
     category, bench = question["category"], question["bench"]
@@ -289,8 +320,11 @@ def groups(question):
     if bench == "vsi":
         return list(dict.fromkeys([task(category), category]))
     if bench == "mmsi_video":
-        inside = [name for sub, kind in question["domains"].items()
-                  for name in ([f"{sub}: {kind}"] if sub == "easy2hard" else [sub, f"{sub}: {kind}"])]
+        inside = [
+            name
+            for sub, kind in question["domains"].items()
+            for name in ([f"{sub}: {kind}"] if sub == "easy2hard" else [sub, f"{sub}: {kind}"])
+        ]
         return list(dict.fromkeys([level(category), category, *inside]))
     return [category]
 
@@ -309,9 +343,12 @@ def error_group(question):
     """
     if question["bench"] != "mmsi_video":
         return None
-    return {"(Spatial Construction)": "geometric reasoning", "(Motion Understanding)": "motion grounding",
-            "Prediction": "long-horizon prediction", "(Cross-Video)": "cross-video correspondence"
-            }.get(re.match(r"\([^)]*\)|.*", question["category"])[0])
+    return {
+        "(Spatial Construction)": "geometric reasoning",
+        "(Motion Understanding)": "motion grounding",
+        "Prediction": "long-horizon prediction",
+        "(Cross-Video)": "cross-video correspondence",
+    }.get(re.match(r"\([^)]*\)|.*", question["category"])[0])
 
 
 def task(category):
@@ -336,8 +373,8 @@ def group_weights(categories):
 
     VSI-Bench's official overall. For SAT some tables print it beside the official one: "give both".
     """
-    counts = Counter(categories)                            # questions of each type
-    types = Counter(map(task, counts))                      # types of each task
+    counts = Counter(categories)  # questions of each type
+    types = Counter(map(task, counts))  # types of each task
     return np.array([1 / (len(types) * types[task(c)] * counts[c]) for c in categories])
 
 

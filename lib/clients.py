@@ -19,18 +19,27 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from lib.streams import stream_seed
 from lib.common import say
-from lib.dialogue import NO_SIMULATOR, PAD, TOOL, UNREADABLE, Trajectory, numbered_image, prompt_text
+from lib.dialogue import (
+    NO_SIMULATOR,
+    PAD,
+    TOOL,
+    UNREADABLE,
+    Trajectory,
+    numbered_image,
+    prompt_text,
+)
 from lib.endpoint import Endpoint, RemoteError, check, in_threads
 from lib.geometry import renumbered, select_context
 from lib.pictures import load_image, on_white
+from lib.streams import stream_seed
 
-MAX_PIXELS = 2**24              # of one picture, as sent or received
-NEAREST = 8                     # images sent: no simulator here is shown more (lib/bagel.MAX_IMAGES)
+MAX_PIXELS = 2**24  # of one picture, as sent or received
+NEAREST = 8  # images sent: no simulator here is shown more (lib/bagel.MAX_IMAGES)
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
+
 
 def png(image):
     """(H, W, 3) uint8 -> the bytes of a PNG file: lossless, so that a view is the same here and there."""
@@ -42,20 +51,29 @@ def png(image):
 def read_picture(data, max_pixels=MAX_PIXELS):
     """The bytes of a PNG, JPEG or WebP file -> (H, W, 3) uint8. Raises ValueError with a sentence."""
     try:
-        picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))     # no decoder that starts programs
-        width, height = picture.size                                                # of the header: nothing is decoded
+        picture = Image.open(
+            io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")
+        )  # no decoder that starts programs
+        width, height = picture.size  # of the header: nothing is decoded
         pixels = None
         if width * height <= max_pixels:
             pixels = np.array(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
-    except Exception as error:                                  # every decoder has its own
-        reason = str(error) if isinstance(error, OSError) and "BytesIO" not in str(error) else "not PNG, JPEG or WebP"
+    except Exception as error:  # every decoder has its own
+        reason = (
+            str(error)
+            if isinstance(error, OSError) and "BytesIO" not in str(error)
+            else "not PNG, JPEG or WebP"
+        )
         raise ValueError(f"the file is no picture that can be read: {reason}") from None
     if pixels is None:
-        raise ValueError(f"a picture of {width} x {height} pixels is too large: the limit is {max_pixels:,} pixels")
+        raise ValueError(
+            f"a picture of {width} x {height} pixels is too large: the limit is {max_pixels:,} pixels"
+        )
     return on_white(pixels)
 
 
 # ---- simulators -----------------------------------------------------------------------------------------------------
+
 
 class RemoteSimulator:
     """A simulator behind a URL, with `imagine` as any other. Of many images it is sent the reference and its nearest
@@ -76,16 +94,29 @@ class RemoteSimulator:
         check(self.endpoint, views)
         failed = [view for view in views if isinstance(view, RemoteError)]
         if failed:
-            raise RemoteError(f"{len(failed)} of {len(views)} views failed: {failed[0]}", False, views)
+            raise RemoteError(
+                f"{len(failed)} of {len(views)} views failed: {failed[0]}", False, views
+            )
         return views
 
     def _imagine(self, query):
         indices, number = select_context(query.images, query.reference, NEAREST)
-        files, reference = [png(query.images[i]) for i in indices], query.images[query.reference - 1]
-        fields = {"prompt": renumbered(query.instruction, number), "seed": query.seed, "n": 1,
-                  "response_format": "b64_json"}
-        return self.endpoint.ask(fields, lambda sent: multipart(sent, files),
-                                 lambda answer: read_view(answer, reference), optional=("seed", "response_format"))
+        files, reference = (
+            [png(query.images[i]) for i in indices],
+            query.images[query.reference - 1],
+        )
+        fields = {
+            "prompt": renumbered(query.instruction, number),
+            "seed": query.seed,
+            "n": 1,
+            "response_format": "b64_json",
+        }
+        return self.endpoint.ask(
+            fields,
+            lambda sent: multipart(sent, files),
+            lambda answer: read_view(answer, reference),
+            optional=("seed", "response_format"),
+        )
 
 
 def multipart(fields, files):
@@ -96,14 +127,18 @@ def multipart(fields, files):
     for number, file in enumerate(files, 1):
         head = f'{start}"image[]"; filename="image_{number}.png"\r\nContent-Type: image/png\r\n\r\n'
         parts += [head.encode(), file, end.encode()]
-    return b"".join([*parts, f"--{boundary}--\r\n".encode()]), f"multipart/form-data; boundary={boundary}"
+    return b"".join(
+        [*parts, f"--{boundary}--\r\n".encode()]
+    ), f"multipart/form-data; boundary={boundary}"
 
 
 def read_view(answer, reference):
     """{"data": [{"b64_json": …}]} -> the view. Its size is the server's, its shape must be near the reference's."""
     view = read_picture(base64.b64decode(answer["data"][0]["b64_json"], validate=True))
     (height, width), (rows, columns) = view.shape[:2], reference.shape[:2]
-    if not 2 / 3 < width / height * rows / columns < 3 / 2:     # another shape is another camera; sizes are rounded
+    if (
+        not 2 / 3 < width / height * rows / columns < 3 / 2
+    ):  # another shape is another camera; sizes are rounded
         raise ValueError(f"a view of {width} x {height} pixels from an image of {columns} x {rows}")
     return view
 
@@ -124,8 +159,10 @@ def imagine_each(simulator, queries):
 END = "<|im_end|>"
 NO_VIEW = "This view could not be imagined. Answer from the images, or ask for another view."
 ONE_CALL = "Only the first call of a turn is obeyed."
-UNREADABLE_HERE = ("This turn cannot be read. Write <think>...</think> and then either call the tool, if there is one, "
-                   "or write <answer>...</answer>.")
+UNREADABLE_HERE = (
+    "This turn cannot be read. Write <think>...</think> and then either call the tool, if there is one, "
+    "or write <answer>...</answer>."
+)
 
 
 class RemotePolicy:
@@ -141,8 +178,16 @@ class RemotePolicy:
     pad_id, turn_limit = None, 4096
     tokenizer = SimpleNamespace(eos_token_id=END, decode="".join)
 
-    def __init__(self, url, model, key_from_env="OPENAI_API_KEY", temperature=0.0, max_new_tokens=None, at_once=8,
-                 **patience):
+    def __init__(
+        self,
+        url,
+        model,
+        key_from_env="OPENAI_API_KEY",
+        temperature=0.0,
+        max_new_tokens=None,
+        at_once=8,
+        **patience,
+    ):
         self.endpoint = Endpoint(url, "/chat/completions", key_from_env, **patience)
         self.model, self.temperature, self.at_once = model, temperature, at_once
         self.max_new_tokens = max_new_tokens or self.turn_limit
@@ -157,13 +202,21 @@ class RemotePolicy:
 
     def ask(self, messages, tool_choice=None):
         """The next message of the model -> (message, True if it was cut off). tool_choice: None is without tools."""
-        fields = {"model": self.model, "messages": messages, "max_completion_tokens": self.max_new_tokens}
+        fields = {
+            "model": self.model,
+            "messages": messages,
+            "max_completion_tokens": self.max_new_tokens,
+        }
         if self.temperature is not None:
             fields["temperature"] = self.temperature
         if tool_choice:
             fields |= {"tools": [TOOL], "tool_choice": tool_choice, "parallel_tool_calls": False}
-        return self.endpoint.ask(fields, lambda sent: (json.dumps(sent).encode(), "application/json"), read_message,
-                                 optional=("temperature", "max_completion_tokens", "parallel_tool_calls"))
+        return self.endpoint.ask(
+            fields,
+            lambda sent: (json.dumps(sent).encode(), "application/json"),
+            read_message,
+            optional=("temperature", "max_completion_tokens", "parallel_tool_calls"),
+        )
 
 
 def read_message(answer):
@@ -172,14 +225,16 @@ def read_message(answer):
     message = choice["message"]
     if not all(isinstance(call["function"], dict) for call in message.get("tool_calls") or ()):
         raise ValueError("a tool call without a function")
-    words(message)                                      # raises if the content is neither text nor parts
+    words(message)  # raises if the content is neither text nor parts
     return message, choice.get("finish_reason") == "length"
 
 
 def words(message):
     """The text of a message, which comes as a string, as parts, or not at all."""
     content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+    return (
+        content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+    )
 
 
 def turn_text(message):
@@ -196,7 +251,10 @@ def turn_text(message):
         arguments = arguments if isinstance(arguments, str) else json.dumps(arguments)
         act = f'<tool_call>{{"name": {json.dumps(function.get("name"))}, "arguments": {arguments}}}</tool_call>'
     elif len(answers) == 1 and "<tool_call>" not in text:
-        act, text = f"<answer>{answers[0]}</answer>", text.replace(f"<answer>{answers[0]}</answer>", "")
+        act, text = (
+            f"<answer>{answers[0]}</answer>",
+            text.replace(f"<answer>{answers[0]}</answer>", ""),
+        )
     else:
         return text
     thought = re.sub("</?(think|tool_call|answer)>", "", text).strip()
@@ -216,9 +274,13 @@ def said(text):
 
 def prompt_messages(question, mode, images):
     """The prompt of lib/dialogue.py in the API's form: the tool is not told in words here but in its own field."""
-    text = prompt_text(question, mode, len(images)).split("<|im_start|>user\n", 1)[1].rsplit(END, 1)[0]
+    text = (
+        prompt_text(question, mode, len(images)).split("<|im_start|>user\n", 1)[1].rsplit(END, 1)[0]
+    )
     before, *after = text.split(f"<|vision_start|>{PAD}<|vision_end|>")
-    parts = [said(before)] + [part for image, text in zip(images, after) for part in (shown(image), said(text))]
+    parts = [said(before)] + [
+        part for image, text in zip(images, after) for part in (shown(image), said(text))
+    ]
     return [{"role": "user", "content": parts}]
 
 
@@ -231,8 +293,10 @@ def echo(message):
 def reply_messages(message, text, number=None, view=None):
     """What the protocol answers to a message. A tool can only speak, so its view is shown by the user."""
     calls = message.get("tool_calls") or ()
-    told = [{"role": "tool", "tool_call_id": call.get("id") or "", "content": ONE_CALL if k else text}
-            for k, call in enumerate(calls)]
+    told = [
+        {"role": "tool", "tool_call_id": call.get("id") or "", "content": ONE_CALL if k else text}
+        for k, call in enumerate(calls)
+    ]
     parts = [] if calls else [said(text)]
     if view is not None:
         parts += [said(numbered_image(number).split("<|")[0]), shown(view)]
@@ -246,33 +310,47 @@ def converse(policy, questions, simulator=None, mode="agentic", seed=0, max_roun
     down, the dialogues that can go on do; then a RemoteError is raised whose `results` are the list. All dialogues take
     their turns together: the views of a turn are imagined in one batch, from the same seeds as in `policy.rollout`.
     """
-    dialogues = [Trajectory.start(policy, question, [load_image(image) for image in question["images"]], mode,
-                                  max_rounds) for question in questions]
+    dialogues = [
+        Trajectory.start(
+            policy, question, [load_image(image) for image in question["images"]], mode, max_rounds
+        )
+        for question in questions
+    ]
     chats, failed = [prompt_messages(d.question, mode, d.images) for d in dialogues], {}
 
     def ask(k):
         must_call = mode == "forced" and not dialogues[k].valid_calls
-        return policy.ask(chats[k], None if mode == "direct" else "required" if must_call else "auto")
+        return policy.ask(
+            chats[k], None if mode == "direct" else "required" if must_call else "auto"
+        )
 
     for turn in range(max_turns):
-        members = [k for k, dialogue in enumerate(dialogues) if not dialogue.done and k not in failed]
+        members = [
+            k for k, dialogue in enumerate(dialogues) if not dialogue.done and k not in failed
+        ]
         answers = dict(zip(members, in_threads(ask, members, policy.at_once)))
         failed |= {k: answer for k, answer in answers.items() if isinstance(answer, RemoteError)}
         answers = {k: answer for k, answer in answers.items() if k not in failed}
         for k, (message, cut) in answers.items():
             text = turn_text(message)
-            dialogues[k].say(policy, [text] if cut else text)               # without its end a turn is truncated
+            dialogues[k].say(policy, [text] if cut else text)  # without its end a turn is truncated
             dialogues[k].truncated |= turn + 1 == max_turns and dialogues[k].answer is None
         waiting = [k for k in answers if not dialogues[k].done]
         calling = [k for k in waiting if dialogues[k].call and simulator]
-        seeds = [stream_seed("imagine", seed, questions[k].get("id", questions[k]["question"]), 0, turn)
-                 for k in calling]
+        seeds = [
+            stream_seed("imagine", seed, questions[k].get("id", questions[k]["question"]), 0, turn)
+            for k in calling
+        ]
         try:
-            views = imagine_each(simulator, [dialogues[k].query(own) for k, own in zip(calling, seeds)])
+            views = imagine_each(
+                simulator, [dialogues[k].query(own) for k, own in zip(calling, seeds)]
+            )
         except RemoteError as error:
             views = error.results or [error] * len(calling)
         views = dict(zip(calling, views))
-        failed |= {k: view for k, view in views.items() if isinstance(view, RemoteError) and view.down}
+        failed |= {
+            k: view for k, view in views.items() if isinstance(view, RemoteError) and view.down
+        }
         for k in waiting:
             dialogue, message = dialogues[k], answers[k][0]
             view = None if isinstance(views.get(k), RemoteError) else views.get(k)

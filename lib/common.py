@@ -35,14 +35,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-
 # ---------------------------------------------------------------- processes
 
-PATIENCE = timedelta(hours=6)           # of a rank for the others: while they sample, they share nothing for long
+PATIENCE = timedelta(
+    hours=6
+)  # of a rank for the others: while they sample, they share nothing for long
 
 
 class World(NamedTuple):
     """This process among the others: `rank` of `size`, `local_rank` on its machine, and the device it computes on."""
+
     rank: int
     size: int
     local_rank: int
@@ -56,8 +58,10 @@ def setup(threads=None):
     On a GPU there is always a process group, of one if need be: FSDP's mixed precision (bf16 arithmetic, fp32 weights
     in the optimiser) then works on one GPU as on many.
     """
-    rank, size, local_rank = (int(os.environ.get(key, default)) for key, default in
-                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, size, local_rank = (
+        int(os.environ.get(key, default))
+        for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     cuda = torch.cuda.is_available()
     if threads or size > 1:
         torch.set_num_threads(threads or 1)
@@ -80,7 +84,7 @@ def keep_freed_memory():
     By itself it gives them back to the system, which hands them out again page by page, each one filled with zeros
     (README, Speed).
     """
-    trim, top_pad, mmap = -1, -2, -3                        # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+    trim, top_pad, mmap = -1, -2, -3  # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for option, size in ((trim, 2**31 - 1), (top_pad, 2**26), (mmap, 2**30)) if mallopt else ():
         mallopt(option, size)
@@ -104,7 +108,14 @@ def fail(sentence):
 
 def progress(steps, start=0, title=""):
     """A progress bar over `range(start, steps)`, silent on every rank but 0."""
-    return tqdm(range(start, steps), initial=start, total=steps, desc=title, disable=not is_main(), dynamic_ncols=True)
+    return tqdm(
+        range(start, steps),
+        initial=start,
+        total=steps,
+        desc=title,
+        disable=not is_main(),
+        dynamic_ncols=True,
+    )
 
 
 def wait_for_all():
@@ -126,7 +137,9 @@ def global_sum(x):
 
 def global_max(x):
     """The largest of a number over all ranks, as a float."""
-    value = torch.tensor(float(x), dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    value = torch.tensor(
+        float(x), dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu"
+    )
     if dist.is_initialized():
         dist.all_reduce(value, dist.ReduceOp.MAX)
     return value.item()
@@ -142,12 +155,13 @@ def global_means(totals):
 
     A sum over a count, never a mean of means: ranks may have counted different numbers.
     """
-    sums = torch.tensor(list(totals.values()), dtype=torch.float64)                         # (keys, 2)
+    sums = torch.tensor(list(totals.values()), dtype=torch.float64)  # (keys, 2)
     sums = global_sum(sums.cuda() if torch.cuda.is_available() else sums).tolist()
     return {key: number / count for key, (number, count) in zip(totals, sums) if count}
 
 
 # ---------------------------------------------------------------- schedules
+
 
 def cosine(step, steps, warmup=0, floor=0.0):
     """Learning-rate factor: a linear rise to 1 over `warmup` steps, then a cosine down to `floor` at `steps`."""
@@ -165,6 +179,7 @@ def set_rate(optimizer, rate):
 
 # ---------------------------------------------------------------- sharding
 
+
 def shard(model, blocks, world, ignored=()):
     """Shard each block, then the root (FSDP2). Does nothing where there is no process group.
 
@@ -178,11 +193,16 @@ def shard(model, blocks, world, ignored=()):
     if not dist.is_initialized():
         return model
     per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    shape, names = (((world.size,), ("shard",)) if per_machine >= world.size else
-                    ((world.size // per_machine, per_machine), ("replicate", "shard")))
+    shape, names = (
+        ((world.size,), ("shard",))
+        if per_machine >= world.size
+        else ((world.size // per_machine, per_machine), ("replicate", "shard"))
+    )
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     dtype = torch.bfloat16 if world.device.type == "cuda" else None
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     ignored = set(ignored)
     for module in [*blocks, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
@@ -194,7 +214,7 @@ def shard(model, blocks, world, ignored=()):
 @contextlib.contextmanager
 def gathered(model):
     """Hold the whole model on every rank, for rollouts: ranks may then run different numbers of forward passes."""
-    wait_for_all()                              # with PATIENCE; groups across machines have NCCL's ten minutes
+    wait_for_all()  # with PATIENCE; groups across machines have NCCL's ten minutes
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -213,8 +233,12 @@ def sum_gradients(parameters):
     if not dist.is_initialized() or not parameters:
         return
     for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad          # all ranks sum, whatever they have seen
-    flat = global_sum(torch.cat([p.grad.flatten() for p in parameters]))    # one collective, not one for each
+        p.grad = (
+            torch.zeros_like(p) if p.grad is None else p.grad
+        )  # all ranks sum, whatever they have seen
+    flat = global_sum(
+        torch.cat([p.grad.flatten() for p in parameters])
+    )  # one collective, not one for each
     for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad.copy_(gradient.view_as(p))
 
@@ -226,11 +250,17 @@ def clip_gradients(parameters, max_norm):
     """
     norm = torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    return norm if math.isfinite(norm) else fail(
-        "The gradient is not finite. The last checkpoint is kept; give a smaller --lr and another --out.")
+    return (
+        norm
+        if math.isfinite(norm)
+        else fail(
+            "The gradient is not finite. The last checkpoint is kept; give a smaller --lr and another --out."
+        )
+    )
 
 
 # ---------------------------------------------------------------- files
+
 
 def write_text(path, text):
     """Write a text file whole: beside its place, then renamed. Folders above it are made."""
@@ -257,9 +287,13 @@ def disk(path):
         yield
     except Exception as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            fail(f"The disk is full: {path} could not be written. What was saved before is untouched; free some space "
-                 f"and run the same command again, it continues.")
-        if isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)):
+            fail(
+                f"The disk is full: {path} could not be written. What was saved before is untouched; free some space "
+                f"and run the same command again, it continues."
+            )
+        if isinstance(
+            error, (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+        ):
             fail(f"{error.filename}: {error.strerror}. Name another file or folder.")
         raise
 
@@ -304,7 +338,12 @@ class MetricLog:
         if not is_main():
             return
         with disk(self.path), open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **{key: readable(value) for key, value in metrics.items()}}) + "\n")
+            file.write(
+                json.dumps(
+                    {"step": step, **{key: readable(value) for key, value in metrics.items()}}
+                )
+                + "\n"
+            )
 
 
 def read_log(path):
@@ -322,10 +361,13 @@ def readable(value):
         value = value.item()
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
-    return {key: readable(part) for key, part in value.items()} if isinstance(value, dict) else value
+    return (
+        {key: readable(part) for key, part in value.items()} if isinstance(value, dict) else value
+    )
 
 
 # ---------------------------------------------------------------- a stage's beginning and end
+
 
 def parse_with_preset(parser, presets, argv=None, least=()):
     """Parse flags whose defaults come from `--preset`: a preset is a dict {flag: default}; what the user types wins.
@@ -334,7 +376,12 @@ def parse_with_preset(parser, presets, argv=None, least=()):
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for p in (first, parser):
-        p.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="defaults of other flags")
+        p.add_argument(
+            "--preset",
+            choices=list(presets),
+            default=next(iter(presets)),
+            help="defaults of other flags",
+        )
     parser.allow_abbrev = False
     preset = presets[first.parse_known_args(argv)[0].preset]
     unknown = set(preset) - {action.dest for action in parser._actions}
@@ -348,9 +395,13 @@ def at_least(parser, args, least):
     """The parsed flags, if none of them is out of bounds: (flag, smallest value) or (flag, smallest, largest)."""
     for key, low, *high in least:
         value = getattr(args, key)
-        if value is not None and not (low <= value <= (high[0] if high else math.inf)):                 # nan fails too
-            parser.error(f"--{key.replace('_', '-')} {value}: must be {low} or more" +
-                         (f", and {high[0]} at most" if high else ""))
+        if value is not None and not (
+            low <= value <= (high[0] if high else math.inf)
+        ):  # nan fails too
+            parser.error(
+                f"--{key.replace('_', '-')} {value}: must be {low} or more"
+                + (f", and {high[0]} at most" if high else "")
+            )
     return args
 
 
@@ -362,22 +413,41 @@ def begin(title, args, neutral=(), needs=()):
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    say(f"{title}: {args.preset} preset on {device}" + (f" x {processes}" if processes > 1 else "") +
-        ("" if args.preset == "astra" else "; the paper's run is --preset astra"))
-    out, flags = Path(args.out), {key: value for key, value in vars(args).items() if key not in neutral}
+    say(
+        f"{title}: {args.preset} preset on {device}"
+        + (f" x {processes}" if processes > 1 else "")
+        + ("" if args.preset == "astra" else "; the paper's run is --preset astra")
+    )
+    out, flags = (
+        Path(args.out),
+        {key: value for key, value in vars(args).items() if key not in neutral},
+    )
     done = None
     if (out / "done.json").exists() or (out / "training").exists():
         try:
-            done = json.loads((out / "done.json").read_text()) if (out / "done.json").exists() else None
+            done = (
+                json.loads((out / "done.json").read_text())
+                if (out / "done.json").exists()
+                else None
+            )
             before = json.loads((out / "args.json").read_text())
         except (OSError, json.JSONDecodeError):
-            fail(f"{out} holds a run whose args.json or done.json cannot be read. Remove {out} or give another --out.")
-        changed = [f"--{key.replace('_', '-')} {before[key]} (now {value})" for key, value in flags.items()
-                   if before.get(key, value) != value]                  # a flag that is new since then changed nothing
+            fail(
+                f"{out} holds a run whose args.json or done.json cannot be read. Remove {out} or give another --out."
+            )
+        changed = [
+            f"--{key.replace('_', '-')} {before[key]} (now {value})"
+            for key, value in flags.items()
+            if before.get(key, value) != value
+        ]  # a flag that is new since then changed nothing
         if changed:
-            fail(f"{out} holds a run with {', '.join(changed)}. Give another --out, or remove {out} to start over.")
+            fail(
+                f"{out} holds a run with {', '.join(changed)}. Give another --out, or remove {out} to start over."
+            )
     if done:
-        say(f"{out} is finished ({done['steps']} steps, {done['seconds']:.0f} s). Remove it to train again.")
+        say(
+            f"{out} is finished ({done['steps']} steps, {done['seconds']:.0f} s). Remove it to train again."
+        )
         raise SystemExit(0)
     for path, command in needs:
         need(path, command)
@@ -388,7 +458,9 @@ def begin(title, args, neutral=(), needs=()):
 def need(path, command):
     """The path of an input, or a sentence that says which command makes it. A hub id such as Qwen/Qwen3-VL passes."""
     here = Path(path)
-    if not here.exists() and (str(path).startswith(("out/", ".", "/", "~")) or str(path).count("/") != 1):
+    if not here.exists() and (
+        str(path).startswith(("out/", ".", "/", "~")) or str(path).count("/") != 1
+    ):
         fail(f"{path} is missing. `{command}` makes it.")
     if (here / "args.json").exists() and not (here / "done.json").exists():
         fail(f"{path} is not finished. Run `{command}` again: it continues where it stopped.")
@@ -401,7 +473,9 @@ def finish(folder, steps, clock):
     if is_main():
         write_json(Path(folder) / "done.json", {**spent, "steps": steps})
         shutil.rmtree(Path(folder) / "training", ignore_errors=True)
-    say(f"{folder} is complete: {steps} steps, {spent['seconds']:.0f} s, {spent['cpu_seconds']:.0f} CPU-s.")
+    say(
+        f"{folder} is complete: {steps} steps, {spent['seconds']:.0f} s, {spent['cpu_seconds']:.0f} CPU-s."
+    )
     wait_for_all()
 
 
@@ -450,8 +524,12 @@ class Clock:
 
     def read(self):
         """{"seconds", "cpu_seconds"} so far (a collective)."""
-        return {"seconds": round(self.before["seconds"] + time.time() - self.start, 2),
-                "cpu_seconds": round(self.before["cpu_seconds"] + global_sum(time.process_time() - self.cpu_start), 2)}
+        return {
+            "seconds": round(self.before["seconds"] + time.time() - self.start, 2),
+            "cpu_seconds": round(
+                self.before["cpu_seconds"] + global_sum(time.process_time() - self.cpu_start), 2
+            ),
+        }
 
 
 class Stopwatch(dict):
@@ -472,7 +550,9 @@ class Interrupt:
 
     def __enter__(self):
         self.flag = False
-        self.handlers = {sig: signal.signal(sig, self.raised) for sig in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {
+            sig: signal.signal(sig, self.raised) for sig in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *error):

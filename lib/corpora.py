@@ -27,7 +27,9 @@ def read_question(conversations):
     said = [turn.get("value", "") for turn in conversations if isinstance(turn, dict)]
     if len(said) != 2:
         return None, "not one question with one answer"
-    whole = re.sub(r"<image>|<\|image_pad\|>|^\s*Image-?\d+:\s*", "", said[0], flags=re.MULTILINE).strip()
+    whole = re.sub(
+        r"<image>|<\|image_pad\|>|^\s*Image-?\d+:\s*", "", said[0], flags=re.MULTILINE
+    ).strip()
     text, rest = options_last(whole)
     answer = (ANSWER.findall(said[1]) or [said[1]])[-1].strip()
     # "(A) left" and "A: left" become "A. left", each on a line of its own
@@ -36,10 +38,19 @@ def read_question(conversations):
     if options:
         found = LETTER.fullmatch(answer)
         words = answer.lower().rstrip(".")
-        letter = found[1] if found else next((option[0] for option in options if option[3:].lower() == words), None)
+        letter = (
+            found[1]
+            if found
+            else next((option[0] for option in options if option[3:].lower() == words), None)
+        )
         if letter not in {option[0] for option in options}:
             return None, "the answer is none of the options"
-        return {"question": f"{question} {rest}".strip(), "options": options, "answer": letter, "kind": "mca"}, None
+        return {
+            "question": f"{question} {rest}".strip(),
+            "options": options,
+            "answer": letter,
+            "kind": "mca",
+        }, None
     if not answer or len(answer.split()) > 3:
         return None, "an answer that cannot be verified"
     return {"question": whole, "options": [], "answer": answer.rstrip("."), "kind": "na"}, None
@@ -51,9 +62,9 @@ def options_last(text):
     What follows, such as a word on how to answer, is no part of the last option.
     """
     own = list(re.finditer(r"^[ \t]*\(?([A-E])[).:][ \t]+\S.*$", text, re.MULTILINE))
-    if len(own) < 2 or "".join(line[1] for line in own) != "ABCDE"[:len(own)]:
+    if len(own) < 2 or "".join(line[1] for line in own) != "ABCDE"[: len(own)]:
         return text, ""
-    return text[:own[-1].end()], " ".join(text[own[-1].end():].split())
+    return text[: own[-1].end()], " ".join(text[own[-1].end() :].split())
 
 
 def records(corpus, root, out):
@@ -65,26 +76,40 @@ def records(corpus, root, out):
     if corpus == "sensenova":
         file = root / "SenseNova-SI-800K.jsonl"
         if not file.exists():
-            fail(f"{file} does not exist. Fetch sensenova/SenseNova-SI-800K from the Hugging Face hub, unpack its "
-                 f"images beside it, and give --root <its folder>.")
+            fail(
+                f"{file} does not exist. Fetch sensenova/SenseNova-SI-800K from the Hugging Face hub, unpack its "
+                f"images beside it, and give --root <its folder>."
+            )
         with file.open() as lines:
             for number, line in enumerate(lines):
                 try:
                     record = json.loads(line)
-                    images = record["image"] if isinstance(record["image"], list) else [record["image"]]
-                    yield str(record.get("id", number)), "", [str(root / path) for path in images], \
-                        record["conversations"]
+                    images = (
+                        record["image"] if isinstance(record["image"], list) else [record["image"]]
+                    )
+                    yield (
+                        str(record.get("id", number)),
+                        "",
+                        [str(root / path) for path in images],
+                        record["conversations"],
+                    )
                 except (ValueError, KeyError, TypeError):
                     yield str(number), "", [], []
         return
     files = sorted(root.glob("*/*.parquet"))
     if not files:
-        fail(f"There is no <task>/*.parquet in {root}. Fetch rayruiyang/VST-500K from the Hugging Face hub and give "
-             f"--root <its folder>.")
+        fail(
+            f"There is no <task>/*.parquet in {root}. Fetch rayruiyang/VST-500K from the Hugging Face hub and give "
+            f"--root <its folder>."
+        )
     for file in files:
         for record in parquet_rows(file):
-            yield f"{file.parent.name}/{record.get('id', file.stem)}", file.parent.name, \
-                kept(record["images"], out / "images"), record["conversations"]
+            yield (
+                f"{file.parent.name}/{record.get('id', file.stem)}",
+                file.parent.name,
+                kept(record["images"], out / "images"),
+                record["conversations"],
+            )
 
 
 def convert(corpus, root, out):
@@ -104,6 +129,14 @@ def convert(corpus, root, out):
             continue
         named[id] += 1
         id = f"{corpus}/{id}" + (f"#{named[id]}" if named[id] > 1 else "")
-        rows.append({"id": id, "bench": corpus, "images": images, **row, "category": category,
-                     "needs_view": None})
+        rows.append(
+            {
+                "id": id,
+                "bench": corpus,
+                "images": images,
+                **row,
+                "category": category,
+                "needs_view": None,
+            }
+        )
     return rows, counts

@@ -41,19 +41,25 @@ from lib.dialogue import call_poses
 from lib.geometry import Motion, Query, decompose, instruction, move_camera
 from lib.rooms import COLOURS, SIZE, TrueRenderer, random_room
 
-CASES = {"resolved": "right: a view was needed, and a call showed the answer",
-         "guessed": "right: a view was needed, and none showed the answer",
-         "unaided": "right: the given images answer the question",
-         "no_answer": "wrong: no option was named",
-         "under_use": "wrong: a view was needed, and nothing was imagined",
-         "ignored": "wrong: a call showed the answer",
-         "trusted": "wrong: the answer is what a wrong view shows",
-         "deviates": "wrong: the view is wrong, and the answer another",
-         "confused": "wrong: the right motion from another image, or what another image shows",
-         "off_target": "wrong: no call led to a view that shows the answer",
-         "misread": "wrong: the given images answer the question"}
-USES = {(True, True): "needed, called", (True, False): "under-use: needed, not called",
-        (False, True): "over-use: not needed, called", (False, False): "not needed, not called"}
+CASES = {
+    "resolved": "right: a view was needed, and a call showed the answer",
+    "guessed": "right: a view was needed, and none showed the answer",
+    "unaided": "right: the given images answer the question",
+    "no_answer": "wrong: no option was named",
+    "under_use": "wrong: a view was needed, and nothing was imagined",
+    "ignored": "wrong: a call showed the answer",
+    "trusted": "wrong: the answer is what a wrong view shows",
+    "deviates": "wrong: the view is wrong, and the answer another",
+    "confused": "wrong: the right motion from another image, or what another image shows",
+    "off_target": "wrong: no call led to a view that shows the answer",
+    "misread": "wrong: the given images answer the question",
+}
+USES = {
+    (True, True): "needed, called",
+    (True, False): "under-use: needed, not called",
+    (False, True): "over-use: not needed, called",
+    (False, False): "not needed, not called",
+}
 
 
 def true_views(question, calls):
@@ -62,9 +68,18 @@ def true_views(question, calls):
     if not scene or not calls:
         return []
     poses, blank = call_poses(scene, calls).tolist(), np.zeros((SIZE, SIZE, 3), np.uint8)
-    return TrueRenderer().imagine([Query([blank], call["image"], instruction(Motion(call["motion"], call["amount"]),
-                                                                             call["image"]), 0,
-                                         {"room": scene["room"], "poses": poses}) for call in calls])
+    return TrueRenderer().imagine(
+        [
+            Query(
+                [blank],
+                call["image"],
+                instruction(Motion(call["motion"], call["amount"]), call["image"]),
+                0,
+                {"room": scene["room"], "poses": poses},
+            )
+            for call in calls
+        ]
+    )
 
 
 def reads(view, ask):
@@ -88,7 +103,9 @@ def deviation(question, poses, call, view):
     """Why a view is wrong: "pose" or "content". poses: `call_poses`."""
     motion = Motion(call["motion"], call["amount"])
     small = np.asarray(Image.fromarray(view).resize((SIZE, SIZE), Image.BOX))
-    found, _ = recover(random_room(question["scene"]["room"]), poses[call["image"] - 1], small[None])
+    found, _ = recover(
+        random_room(question["scene"]["room"]), poses[call["image"] - 1], small[None]
+    )
     return "content" if pose_error(delta_of(motion), found[0])["within"] else "pose"
 
 
@@ -101,21 +118,39 @@ def diagnose(question, trajectory):
     if trajectory.mode == "direct" or "shows" not in question:
         return None
     calls = [call for call in trajectory.provenance if call]
-    views = trajectory.images[len(trajectory.images) - len(calls):]
+    views = trajectory.images[len(trajectory.images) - len(calls) :]
     options, ask, needed = question["options"], question["ask"], bool(question["needs_view"])
     said, gold = option_letter(trajectory.answer or "", options), question["answer"]
     words = {option[0]: option[3:] for option in options}
     found = {"case": None, "use": USES[needed, bool(calls)], "deviation": None}
     imagined = [reads(view, ask) for view in views] if ask else []
     if not needed:
-        others = [told[ask] for k, told in enumerate(question["shows"][:-1], 1) if ask and k != question["shown_by"]]
-        return found | {"case": "unaided" if said == gold else "no_answer" if said not in words else
-                        "trusted" if words[said] in imagined else "confused" if words[said] in others else "misread"}
+        others = [
+            told[ask]
+            for k, told in enumerate(question["shows"][:-1], 1)
+            if ask and k != question["shown_by"]
+        ]
+        return found | {
+            "case": "unaided"
+            if said == gold
+            else "no_answer"
+            if said not in words
+            else "trusted"
+            if words[said] in imagined
+            else "confused"
+            if words[said] in others
+            else "misread"
+        }
 
     poses, asked = call_poses(question["scene"], calls), question["command"]
-    goal, useful, wrong = move_camera(poses[asked["image"] - 1], Motion(asked["kind"], asked["amount"])), 0, []
-    for pose, call, view, told, true in zip(poses[len(poses) - len(calls):], calls, views, imagined,
-                                            true_views(question, calls)):
+    goal, useful, wrong = (
+        move_camera(poses[asked["image"] - 1], Motion(asked["kind"], asked["amount"])),
+        0,
+        [],
+    )
+    for pose, call, view, told, true in zip(
+        poses[len(poses) - len(calls) :], calls, views, imagined, true_views(question, calls)
+    ):
         answers = {words[gold], *([reads(true, ask)] if near(goal, pose) else [])}
         if reads(true, ask) in answers:
             useful += 1
@@ -133,7 +168,9 @@ def diagnose(question, trajectory):
     if useful:
         followed = words[said] in [told for _, _, told in wrong]
         return found | {"case": "ignored" if shown else "trusted" if followed else "deviates"}
-    elsewhere = any((call["motion"], call["amount"]) == (asked["kind"], asked["amount"]) for call in calls)
+    elsewhere = any(
+        (call["motion"], call["amount"]) == (asked["kind"], asked["amount"]) for call in calls
+    )
     return found | {"case": "confused" if elsewhere else "off_target"}
 
 
@@ -143,6 +180,9 @@ def tally(records):
     if not found:
         return None
     cases = Counter(one["case"] for one in found)
-    return {"n": len(found), "cases": {case: cases[case] for case in CASES},
-            "uses": dict(Counter(one["use"] for one in found)),
-            "deviations": dict(Counter(one["deviation"] for one in found if one["deviation"]))}
+    return {
+        "n": len(found),
+        "cases": {case: cases[case] for case in CASES},
+        "uses": dict(Counter(one["use"] for one in found)),
+        "deviations": dict(Counter(one["deviation"] for one in found if one["deviation"])),
+    }

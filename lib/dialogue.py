@@ -29,46 +29,84 @@ from lib.pictures import load_image
 # ---- the prompt: one template for training and inference ----------------------------------------------------------
 
 PAD = "<|image_pad|>"
-TOOL = {"type": "function", "function": {
-    "name": "imagine",
-    "description": "Imagine the view after moving or turning the camera of one of the images.",
-    "parameters": {"type": "object", "properties": {
-        "image": {"type": "integer", "description": "number of the image to start from"},
-        "motion": {"type": "string", "enum": list(KINDS)},
-        "amount": {"type": "number", "description": "meters for move, degrees for turn and look"}},
-        "required": ["image", "motion", "amount"]}}}
-TOOLS = ("# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"        # Qwen's own words
-         "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n" + json.dumps(TOOL) +
-         "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
-         '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
-         "</tool_call>")
-NOTE = {"direct": "\nThink in <think></think>, then give the answer (an option, if there are any) in "
-                  "<answer></answer>.",
-        "agentic": "\nIn every turn think in <think></think>, then either call imagine to see a view that is missing, "
-                   "or give the answer (an option, if there are any) in <answer></answer>."}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "imagine",
+        "description": "Imagine the view after moving or turning the camera of one of the images.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "image": {"type": "integer", "description": "number of the image to start from"},
+                "motion": {"type": "string", "enum": list(KINDS)},
+                "amount": {
+                    "type": "number",
+                    "description": "meters for move, degrees for turn and look",
+                },
+            },
+            "required": ["image", "motion", "amount"],
+        },
+    },
+}
+TOOLS = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"  # Qwen's own words
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+    + json.dumps(TOOL)
+    + "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
+    "</tool_call>"
+)
+NOTE = {
+    "direct": "\nThink in <think></think>, then give the answer (an option, if there are any) in "
+    "<answer></answer>.",
+    "agentic": "\nIn every turn think in <think></think>, then either call imagine to see a view that is missing, "
+    "or give the answer (an option, if there are any) in <answer></answer>.",
+}
 CALL_FIRST = " Call imagine at least once before you answer."
 NOTE["forced"] = NOTE["agentic"] + CALL_FIRST
 
 # What a policy is told when a turn cannot be obeyed. Its words are never repeated: JSON can smuggle in <|image_pad|>.
 LIMITS = {"meters": 10, "degrees": 360}
-UNREADABLE = ("This turn cannot be read. Write <think>...</think> and then exactly one <tool_call>...</tool_call> or "
-              "one <answer>...</answer>.")
-NOT_JSON = ('The tool call is not JSON of this form: {"name": "imagine", "arguments": {"image": 1, "motion": '
-            '"turn left", "amount": 45}}')
+UNREADABLE = (
+    "This turn cannot be read. Write <think>...</think> and then exactly one <tool_call>...</tool_call> or "
+    "one <answer>...</answer>."
+)
+NOT_JSON = (
+    'The tool call is not JSON of this form: {"name": "imagine", "arguments": {"image": 1, "motion": '
+    '"turn left", "amount": 45}}'
+)
 NO_SUCH_TOOL = "There is no such tool. The only tool is imagine."
 ARGUMENTS = "imagine takes exactly these arguments: image, motion and amount."
 IMAGE_NUMBER = "image must be the number of an image, such as 1."
 NO_SUCH_IMAGE = "There is no such image. The images so far are Image-1 to"
 MOTIONS = f"There is no such motion. The motions are: {', '.join(KINDS)}."
-AMOUNT = (f"The amount must be a number, more than 0 and at most {LIMITS['meters']} (meters) for a move or "
-          f"{LIMITS['degrees']} (degrees) for a turn or look.")
+AMOUNT = (
+    f"The amount must be a number, more than 0 and at most {LIMITS['meters']} (meters) for a move or "
+    f"{LIMITS['degrees']} (degrees) for a turn or look."
+)
 ENOUGH = "No more views can be imagined. Answer now."
 NO_TOOL = "There is no tool here. Answer from the images."
 NO_SIMULATOR = "No simulator is available. Answer from the images."
 # Each is one token of the tiny tokenizer.
-PHRASES = (TOOLS, NOTE["direct"], NOTE["agentic"], CALL_FIRST, CALL_FIRST.strip(), "Imagined from", UNREADABLE,
-           NOT_JSON, NO_SUCH_TOOL, ARGUMENTS, IMAGE_NUMBER, NO_SUCH_IMAGE, MOTIONS, AMOUNT, ENOUGH, NO_TOOL,
-           NO_SIMULATOR)
+PHRASES = (
+    TOOLS,
+    NOTE["direct"],
+    NOTE["agentic"],
+    CALL_FIRST,
+    CALL_FIRST.strip(),
+    "Imagined from",
+    UNREADABLE,
+    NOT_JSON,
+    NO_SUCH_TOOL,
+    ARGUMENTS,
+    IMAGE_NUMBER,
+    NO_SUCH_IMAGE,
+    MOTIONS,
+    AMOUNT,
+    ENOUGH,
+    NO_TOOL,
+    NO_SIMULATOR,
+)
 
 
 def numbered_image(number):
@@ -86,7 +124,9 @@ def prompt_text(question, mode, n_images):
     system = "" if mode == "direct" else f"<|im_start|>system\n{TOOLS}<|im_end|>\n"
     images = [numbered_image(i + 1) for i in range(n_images)]
     options = "".join(f"\n{option}" for option in question.get("options") or ())
-    texts = question.get("prompt") or [""] * n_images + [f"{question['question']}{options}{NOTE[mode]}"]
+    texts = question.get("prompt") or [""] * n_images + [
+        f"{question['question']}{options}{NOTE[mode]}"
+    ]
     said = "".join(text + image for text, image in zip(texts, [*images, ""], strict=True))
     return f"{system}<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -95,22 +135,31 @@ class Turn(NamedTuple):
     """One turn of the policy as read by `parse_turn`: a call or an answer or an error, the other two None."""
 
     think: str
-    call: dict | None       # {"image": 2, "motion": "turn left", "amount": 45.0}
+    call: dict | None  # {"image": 2, "motion": "turn left", "amount": 45.0}
     answer: str | None
-    error: str | None       # a sentence for the policy
+    error: str | None  # a sentence for the policy
 
 
-TURN = re.compile(r"\s*<think>(.*?)</think>\s*(?:<tool_call>(.*?)</tool_call>|<answer>(.*?)</answer>)\s*", re.DOTALL)
+TURN = re.compile(
+    r"\s*<think>(.*?)</think>\s*(?:<tool_call>(.*?)</tool_call>|<answer>(.*?)</answer>)\s*",
+    re.DOTALL,
+)
 
 
 def parse_turn(text):
     """Read a turn strictly; every way to be wrong has its own sentence in `error`, and nothing raises."""
     match = TURN.fullmatch(text)
-    if not match or any(re.search("</?(think|tool_call|answer)>", part or "") for part in match.groups()):
+    if not match or any(
+        re.search("</?(think|tool_call|answer)>", part or "") for part in match.groups()
+    ):
         return Turn("", None, None, UNREADABLE)
     think, call, answer = match.groups()
     if call is None:
-        return Turn(think, None, answer.strip(), None) if answer.strip() else Turn(think, None, None, UNREADABLE)
+        return (
+            Turn(think, None, answer.strip(), None)
+            if answer.strip()
+            else Turn(think, None, None, UNREADABLE)
+        )
     call, error = read_call(call)
     return Turn(think, call, None, error)
 
@@ -121,7 +170,11 @@ def parse_reply(text):
     if len(calls) == 1:
         call, error = read_call(calls[0])
         return Turn("", call, None, error)
-    return Turn("", None, None, UNREADABLE) if calls or not text.strip() else Turn("", None, text.strip(), None)
+    return (
+        Turn("", None, None, UNREADABLE)
+        if calls or not text.strip()
+        else Turn("", None, text.strip(), None)
+    )
 
 
 def read_call(text):
@@ -130,7 +183,11 @@ def read_call(text):
         call = json.loads(text)
     except (ValueError, RecursionError):
         return None, NOT_JSON
-    if not isinstance(call, dict) or not isinstance(call.get("arguments"), dict) or "name" not in call:
+    if (
+        not isinstance(call, dict)
+        or not isinstance(call.get("arguments"), dict)
+        or "name" not in call
+    ):
         return None, NOT_JSON
     if call["name"] != "imagine":
         return None, NO_SUCH_TOOL
@@ -142,7 +199,9 @@ def read_call(text):
         return None, IMAGE_NUMBER
     if motion not in KINDS:
         return None, MOTIONS
-    if type(amount) not in (int, float) or not 0 < amount <= LIMITS[Motion(motion, 1.0).unit]:      # NaN fails too
+    if (
+        type(amount) not in (int, float) or not 0 < amount <= LIMITS[Motion(motion, 1.0).unit]
+    ):  # NaN fails too
         return None, AMOUNT
     return {"image": image, "motion": motion, "amount": float(amount)}, None
 
@@ -161,6 +220,7 @@ def call_poses(scene, calls):
 
 
 # ---- a dialogue -----------------------------------------------------------------------------------------------------
+
 
 @dataclass
 class Trajectory:
@@ -183,13 +243,15 @@ class Trajectory:
     images: list = field(default_factory=list)
     provenance: list = field(default_factory=list)
     features: list = field(default_factory=list)
-    turns: list = field(default_factory=list)           # the policy's turns as text
-    replies: list = field(default_factory=list)         # what it was told: (text, number of the image shown or None)
+    turns: list = field(default_factory=list)  # the policy's turns as text
+    replies: list = field(
+        default_factory=list
+    )  # what it was told: (text, number of the image shown or None)
     valid_calls: int = 0
     invalid_calls: int = 0
-    unreadable: int = 0                                 # turns that were neither a call nor an answer
+    unreadable: int = 0  # turns that were neither a call nor an answer
     answer: str | None = None
-    truncated: bool = False                             # out of tokens or turns before an answer
+    truncated: bool = False  # out of tokens or turns before an answer
     call: dict | None = None
     reply: str | None = None
 
@@ -237,7 +299,9 @@ class Trajectory:
         if error is None:
             self.valid_calls += 1
             self.call = turn.call
-            self.reply = f"Imagined from Image-{self.call['image']}, {phrase(motion_in(self.call))}. "
+            self.reply = (
+                f"Imagined from Image-{self.call['image']}, {phrase(motion_in(self.call))}. "
+            )
         else:
             self.invalid_calls += "<tool_call>" in text
             self.unreadable += "<tool_call>" not in text
@@ -248,8 +312,10 @@ class Trajectory:
         number = len(self.images) + 1 if image is not None else None
         shown = numbered_image(number) if number else ""
         self.replies.append((self.reply, number))
-        before, *after = (f"\n<|im_start|>user\n<tool_response>\n{self.reply}{shown}\n</tool_response><|im_end|>\n"
-                          f"<|im_start|>assistant\n").split(PAD)
+        before, *after = (
+            f"\n<|im_start|>user\n<tool_response>\n{self.reply}{shown}\n</tool_response><|im_end|>\n"
+            f"<|im_start|>assistant\n"
+        ).split(PAD)
         self._text(policy.tokens(before))
         if image is not None:
             self._image(policy, image, self.call)
@@ -260,7 +326,7 @@ class Trajectory:
         """The waiting call as an order to a simulator; rooms are told where every image was taken, as commanded."""
         scene = self.question.get("scene")
         if scene:
-            poses = call_poses(scene, self.provenance[len(scene["poses"]):])
+            poses = call_poses(scene, self.provenance[len(scene["poses"]) :])
             scene = {"room": scene["room"], "poses": poses.tolist()}
         sentence = instruction(motion_in(self.call), self.call["image"])
         return Query(list(self.images), self.call["image"], sentence, seed, scene)
@@ -268,7 +334,9 @@ class Trajectory:
     def fork(self):
         """An independent copy that shares the images."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: list(value) for name, value in values.items() if isinstance(value, list)})
+        return replace(
+            self, **{name: list(value) for name, value in values.items() if isinstance(value, list)}
+        )
 
     def _impossible(self, call):
         if self.mode == "direct":
@@ -292,7 +360,9 @@ class Trajectory:
     def _image(self, policy, image, call):
         start, (rows, columns) = self._next(), policy.grid(image)
         self.ids += [policy.pad_id] * (rows * columns)
-        self.positions += [(start, start + r, start + c) for r in range(rows) for c in range(columns)]
+        self.positions += [
+            (start, start + r, start + c) for r in range(rows) for c in range(columns)
+        ]
         self.loss_mask += [0] * (rows * columns)
         self.logprobs += [0.0] * (rows * columns)
         self.images.append(image)
@@ -302,7 +372,11 @@ class Trajectory:
         """Write dialogue.json and image_1.png, image_2.png, ... `load` gives the dialogue back, ready for `collate`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("images", "features")}
+        record = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("images", "features")
+        }
         record["question"] = {key: value for key, value in self.question.items() if key != "images"}
         for number, image in enumerate(self.images, 1):
             Image.fromarray(image).save(folder / f"image_{number}.png")
@@ -313,7 +387,10 @@ class Trajectory:
         record = json.loads((Path(folder) / "dialogue.json").read_text())
         record["positions"] = [tuple(position) for position in record["positions"]]
         count = len(record["provenance"])
-        return cls(**record, images=[load_image(Path(folder) / f"image_{n}.png") for n in range(1, count + 1)])
+        return cls(
+            **record,
+            images=[load_image(Path(folder) / f"image_{n}.png") for n in range(1, count + 1)],
+        )
 
     def lines(self):
         """The dialogue for people, in order: ("text", words) and ("images", [numbers])."""
@@ -331,12 +408,16 @@ class Trajectory:
     def draw(self, path):
         """Save the dialogue as one picture, as high as it takes."""
         side, font, top, rows = 128, ImageFont.load_default(13), 10, []
-        for kind, content in self.lines():                      # rows: (height, up to five images or a line, colour)
+        for kind, content in self.lines():  # rows: (height, up to five images or a line, colour)
             if kind == "images":
-                rows += [(side + 24, content[i:i + 5], "gray") for i in range(0, len(content), 5)]
+                rows += [(side + 24, content[i : i + 5], "gray") for i in range(0, len(content), 5)]
                 continue
             colour = "black" if content.startswith("Policy") else "gray"
-            rows += [(17, line, colour) for text in content.splitlines() for line in textwrap.wrap(text, 100) or [""]]
+            rows += [
+                (17, line, colour)
+                for text in content.splitlines()
+                for line in textwrap.wrap(text, 100) or [""]
+            ]
             rows.append((6, "", colour))
         page = Image.new("RGB", (720, top + sum(height for height, *_ in rows) + 4), "white")
         pen = ImageDraw.Draw(page)
@@ -345,7 +426,9 @@ class Trajectory:
                 pen.text((10, top), content, colour, font)
             else:
                 for left, number in zip(range(10, 720, side + 10), content):
-                    view = Image.fromarray(self.images[number - 1]).resize((side, side), Image.NEAREST)
+                    view = Image.fromarray(self.images[number - 1]).resize(
+                        (side, side), Image.NEAREST
+                    )
                     page.paste(view, (left, top))
                     pen.text((left, top + side + 2), f"Image-{number}", colour, font)
             top += height

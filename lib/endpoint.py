@@ -23,9 +23,16 @@ from urllib.parse import urlsplit
 from lib.common import say
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-MAX_ANSWER = 2**26              # bytes of one answer
+MAX_ANSWER = 2**26  # bytes of one answer
 RETRIED = (408, 409, 425, 429)  # and 5xx
-SERVER_WIDE = (401, 402, 403, 404, 405, 429)            # refusals that every request would meet: a wrong key, no money
+SERVER_WIDE = (
+    401,
+    402,
+    403,
+    404,
+    405,
+    429,
+)  # refusals that every request would meet: a wrong key, no money
 
 
 class RemoteError(ValueError):
@@ -58,25 +65,40 @@ class Endpoint:
     patience        seconds for which a request bears with a rate limit (429), which is no failure and pauses all
     """
 
-    def __init__(self, url, path, key_from_env=None, timeout=600.0, tries=6, backoff=1.0, longest_wait=60.0,
-                 patience=1800.0):
+    def __init__(
+        self,
+        url,
+        path,
+        key_from_env=None,
+        timeout=600.0,
+        tries=6,
+        backoff=1.0,
+        longest_wait=60.0,
+        patience=1800.0,
+    ):
         parts = urlsplit(url)
         place = re.fullmatch(r"([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?", parts.netloc)
         if parts.scheme not in ("http", "https") or not place or parts.query:
-            raise ValueError("A URL reads http://host:port or https://host/v1, without a password or a query: those "
-                             "would be written to logs. A key belongs in the environment.")
+            raise ValueError(
+                "A URL reads http://host:port or https://host/v1, without a password or a query: those "
+                "would be written to logs. A key belongs in the environment."
+            )
         base = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
         self.url = base if base.endswith(path) else base + path
         self.key_from_env, self.timeout, self.tries = key_from_env, timeout, tries
         self.backoff, self.longest_wait, self.patience = backoff, longest_wait, patience
         near = parts.hostname in LOOPBACK
-        self.opener = urllib.request.build_opener(NoRedirect, *([urllib.request.ProxyHandler({})] if near else []))
+        self.opener = urllib.request.build_opener(
+            NoRedirect, *([urllib.request.ProxyHandler({})] if near else [])
+        )
         self.private = near or parts.scheme == "https"
         if self._key() and not self.private:
-            say(f"The key in {key_from_env} is not sent to {self.url}: it would travel unencrypted.")
-        self.served = False                             # has it ever given an answer?
+            say(
+                f"The key in {key_from_env} is not sent to {self.url}: it would travel unencrypted."
+            )
+        self.served = False  # has it ever given an answer?
         self.dropped, self.resume_at, self.lock = set(), 0.0, threading.Lock()
-        self.jitter = random.Random()                   # not the global one, which an experiment may have seeded
+        self.jitter = random.Random()  # not the global one, which an experiment may have seeded
 
     def ask(self, fields, encode, read, optional=()):
         """Send fields, as encode(fields) -> (body, content type), until read(the answer's JSON) returns; that result.
@@ -100,15 +122,29 @@ class Endpoint:
                         result = read(json.loads(body))
                         self.served = True
                         return result
-                    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                        problem, down = f"gave an answer that cannot be read ({type(error).__name__}: {error})", False
+                    except (
+                        ValueError,
+                        LookupError,
+                        TypeError,
+                        AttributeError,
+                        RecursionError,
+                    ) as error:
+                        problem, down = (
+                            f"gave an answer that cannot be read ({type(error).__name__}: {error})",
+                            False,
+                        )
                 else:
-                    problem, wait = f"answered {status}: {sentence_of(body)}", seconds_of(headers.get("Retry-After"))
+                    problem, wait = (
+                        f"answered {status}: {sentence_of(body)}",
+                        seconds_of(headers.get("Retry-After")),
+                    )
                     # an empty purse is told as a rate limit too, but no wait will fill it
                     final = status < 500 and status not in RETRIED or b"insufficient_quota" in body
                     down = not final or status in SERVER_WIDE or status < 400
             problem = self._without_key(problem)
-            named = [name for name in optional if name in sent and re.search(rf"\b{name}\b", problem)]
+            named = [
+                name for name in optional if name in sent and re.search(rf"\b{name}\b", problem)
+            ]
             if status in (400, 422) and named:
                 self.dropped.update(named)
                 say(f"{self.url} takes no {' and no '.join(named)}: left out from now on.")
@@ -116,8 +152,13 @@ class Endpoint:
             limited = status == 429 and time.monotonic() - start < self.patience
             failures += not limited
             if final or failures >= self.tries:
-                raise RemoteError(f"{self.url} {problem}" + (f" (tries: {failures})" if failures > 1 else ""), down)
-            doubled = min(self.longest_wait, self.backoff * 2 ** min(waits, 30)) * self.jitter.uniform(0.5, 1)
+                raise RemoteError(
+                    f"{self.url} {problem}" + (f" (tries: {failures})" if failures > 1 else ""),
+                    down,
+                )
+            doubled = min(
+                self.longest_wait, self.backoff * 2 ** min(waits, 30)
+            ) * self.jitter.uniform(0.5, 1)
             waits, wait = waits + 1, doubled if wait is None else min(self.longest_wait, wait)
             if limited:
                 self._pause_all(wait)
@@ -135,13 +176,19 @@ class Endpoint:
     def _send(self, body, content_type):
         """-> (status, headers, body), whatever the status; OSError if there is no whole answer in time."""
         deadline, key = time.monotonic() + self.timeout, self._key() if self.private else ""
-        if not re.fullmatch(r"[!-~]*", key):                    # http.client's own error would print it
-            raise RemoteError(f"The key in {self.key_from_env} holds characters that no key has.", down=True)
+        if not re.fullmatch(r"[!-~]*", key):  # http.client's own error would print it
+            raise RemoteError(
+                f"The key in {self.key_from_env} holds characters that no key has.", down=True
+            )
         headers = {"Content-Type": content_type, "User-Agent": "astra"}
-        request = urllib.request.Request(self.url, body, headers | ({"Authorization": f"Bearer {key}"} if key else {}))
+        request = urllib.request.Request(
+            self.url, body, headers | ({"Authorization": f"Bearer {key}"} if key else {})
+        )
         try:
             response = self.opener.open(request, timeout=self.timeout)
-        except urllib.error.HTTPError as error:                 # Python's word for any status but 2xx: an answer too
+        except (
+            urllib.error.HTTPError
+        ) as error:  # Python's word for any status but 2xx: an answer too
             response = error
         with response:
             answer = bytearray()
@@ -149,7 +196,7 @@ class Endpoint:
                 answer += part
                 if len(answer) > MAX_ANSWER:
                     raise OSError(f"its answer is longer than {MAX_ANSWER:,} bytes")
-                if time.monotonic() > deadline:                 # urllib's own time-out starts anew with every byte
+                if time.monotonic() > deadline:  # urllib's own time-out starts anew with every byte
                     raise TimeoutError("timed out")
         return response.status, response.headers, bytes(answer)
 
@@ -206,9 +253,10 @@ def in_threads(function, items, threads):
                 results[place] = error
                 if error.down:
                     waiting.clear()
-            except Exception as error:                          # a slip of ours: the caller shall see it
+            except Exception as error:  # a slip of ours: the caller shall see it
                 errors.append(error)
                 waiting.clear()
+
     workers = [threading.Thread(target=work, daemon=True) for _ in range(min(threads, len(items)))]
     for worker in workers:
         worker.start()
@@ -216,7 +264,9 @@ def in_threads(function, items, threads):
         worker.join()
     if errors:
         raise errors[0]
-    down = next((result for result in results if isinstance(result, RemoteError) and result.down), None)
+    down = next(
+        (result for result in results if isinstance(result, RemoteError) and result.down), None
+    )
     return [down if result is None else result for result in results]
 
 

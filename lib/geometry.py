@@ -29,7 +29,7 @@ TABLE = {
 }
 KINDS = tuple(TABLE)
 DEGREES_PER_METER = 30.0  # components are compared at 1 m = 30 degrees, as the paper asks the cameras of a context to
-                          # differ by 1 m and by 30 degrees
+# differ by 1 m and by 30 degrees
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Motion:
         if self.kind not in TABLE:
             raise ValueError(f"unknown motion {self.kind!r}; the motions are: {', '.join(KINDS)}")
         if not (0 < self.amount < float("inf")):
-            raise ValueError(f"the amount of '{self.kind}' must be a positive number, not {self.amount}")
+            raise ValueError(
+                f"the amount of '{self.kind}' must be a positive number, not {self.amount}"
+            )
 
     @property
     def unit(self):
@@ -53,10 +55,10 @@ class Motion:
 class Query(NamedTuple):
     """One order to a simulator. A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`."""
 
-    images: list            # (H, W, 3) uint8 each: all images so far, imagined ones included
-    reference: int          # 1-based number of the image the motion starts from
-    instruction: str        # `instruction(motion, reference)`
-    seed: int               # of the simulator's noise
+    images: list  # (H, W, 3) uint8 each: all images so far, imagined ones included
+    reference: int  # 1-based number of the image the motion starts from
+    instruction: str  # `instruction(motion, reference)`
+    seed: int  # of the simulator's noise
     scene: dict | None = None  # rooms only: {"room": seed, "poses": one 4x4 list per image}
 
 
@@ -67,12 +69,15 @@ def select_context(images, reference, max_context):
     number of the reference among them. Raises ValueError if there is no such image.
     """
     if not 1 <= reference <= len(images):
-        raise ValueError(f"there is no Image-{reference}: the images are numbered 1 to {len(images)}")
+        raise ValueError(
+            f"there is no Image-{reference}: the images are numbered 1 to {len(images)}"
+        )
     nearest = sorted(range(len(images)), key=lambda i: (abs(i + 1 - reference), i))[:max_context]
     return sorted(nearest), 1 + sorted(nearest).index(reference - 1)
 
 
 # ---- words ----------------------------------------------------------------------------------------------------
+
 
 def phrase(motion):
     """Motion -> words: "move 1.5 meters to the left", "turn left 30 degrees". `read_phrase` is its exact inverse."""
@@ -106,11 +111,14 @@ def read_instruction(text):
     """The inverse of `instruction`: sentence -> (reference, Motion)."""
     match = re.fullmatch(r"Base on the viewpoint of Image-(\d+), (.*)\.", text.strip())
     if not match:
-        raise ValueError(f"cannot read the instruction {text!r}; it reads 'Base on the viewpoint of Image-2, …'")
+        raise ValueError(
+            f"cannot read the instruction {text!r}; it reads 'Base on the viewpoint of Image-2, …'"
+        )
     return int(match[1]), read_phrase(match[2])
 
 
 # ---- poses ----------------------------------------------------------------------------------------------------
+
 
 def rotation(yaw=0.0, pitch=0.0):
     """Camera rotation (3, 3): yaw > 0 turns right, then pitch > 0 looks up; degrees."""
@@ -148,7 +156,9 @@ def decompose(source, target):
     relative = np.linalg.inv(source) @ target
     right, forward = relative[..., :3, 0], relative[..., :3, 2]
     yaw = np.arctan2(forward[..., 0], forward[..., 2])
-    yaw = np.where(yaw > np.pi - 1e-8, yaw - 2 * np.pi, yaw)    # half a turn is told as one to the left
+    yaw = np.where(
+        yaw > np.pi - 1e-8, yaw - 2 * np.pi, yaw
+    )  # half a turn is told as one to the left
     pitch = np.arctan2(-forward[..., 1], np.hypot(forward[..., 0], forward[..., 2]))
     # what is left of the rotation is roll: `right` along the first two columns of rotation(yaw, pitch)
     level = right[..., 0] * np.cos(yaw) - right[..., 2] * np.sin(yaw)
@@ -175,7 +185,9 @@ def motion_of(delta, main):
     """The Motion of component `main` of one relative pose (6,), rounded to 0.1 m or 5 degrees; None if that is zero."""
     step = 0.1 if main < 3 else 5.0
     amount = round(round(abs(delta[main]) / step) * step, 1)
-    kinds = [kind for kind, row in TABLE.items() if row[2] == main and row[3] == np.sign(delta[main])]
+    kinds = [
+        kind for kind, row in TABLE.items() if row[2] == main and row[3] == np.sign(delta[main])
+    ]
     return Motion(kinds[0], amount) if amount > 0 else None
 
 
@@ -187,6 +199,7 @@ def dominant_motion(source, target):
 
 
 # ---- pixels and points ----------------------------------------------------------------------------------------
+
 
 def pinhole(size):
     """Intrinsics (3, 3) of a square image of `size` pixels with a field of view of 90 degrees."""
@@ -226,7 +239,7 @@ def visible(points, depth, intrinsics, c2w, tolerance=0.05):
         column = np.clip(np.floor(pixel[..., 0] + corner[0]), 0, width - 1).astype(int)
         row = np.clip(np.floor(pixel[..., 1] + corner[1]), 0, height - 1).astype(int)
         there = depth[row, column]
-        off = np.where(there > 0, np.abs(there - z) / (1 + z), np.inf)                    # metres near, a share far
+        off = np.where(there > 0, np.abs(there - z) / (1 + z), np.inf)  # metres near, a share far
         better = off < np.minimum(error, tolerance)
         error, where = np.where(better, off, error), np.where(better, (row, column), where)
     best[inside], rows[inside], columns[inside] = error, *where
@@ -247,7 +260,10 @@ def warp(target_depth, target_c2w, context, intrinsics, tolerance=0.05):
     for rgb, depth, c2w, *own in context:
         error, row, column = visible(points, depth, own[0] if own else intrinsics, c2w, tolerance)
         better = error < best
-        best, colour = np.where(better, error, best), np.where(better[..., None], rgb[row, column], colour)
+        best, colour = (
+            np.where(better, error, best),
+            np.where(better[..., None], rgb[row, column], colour),
+        )
     seen = np.isfinite(best) & (target_depth > 0)
     return np.where(seen[..., None], colour, 0).astype(np.uint8), seen
 
@@ -265,7 +281,9 @@ def fill_holes(view, seen):
         before, known = view.copy(), seen.copy()
         for axis, step in ((1, 1), (1, -1), (0, 1), (0, -1)):
             there = np.roll(known, step, axis)
-            there[(slice(None),) * axis + (0 if step == 1 else -1,)] = False       # np.roll wraps round: undo
+            there[(slice(None),) * axis + (0 if step == 1 else -1,)] = (
+                False  # np.roll wraps round: undo
+            )
             take = there & ~seen
             view[take], seen[take] = np.roll(before, step, axis)[take], True
     return view

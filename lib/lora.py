@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lib.streams import torch_stream
 from lib.checkpoints import full
+from lib.streams import torch_stream
 
 # of BAGEL: queries, keys, values, outputs and the MLP, of both experts
 LANGUAGE_LAYERS = r"language_model\.model\.layers\..*\.(q|k|v|o|gate|up|down)_proj(_moe_gen)?"
@@ -31,8 +31,12 @@ class LoraLinear(nn.Linear):
     """A frozen nn.Linear with a low-rank correction that is trained in fp32 and computed in the type of x."""
 
     def __init__(self, linear, rank, alpha, stream, device, dropout):
-        nn.Module.__init__(self)                            # nn.Linear's own would make a weight
-        self.in_features, self.out_features, self.scale = linear.in_features, linear.out_features, alpha / rank
+        nn.Module.__init__(self)  # nn.Linear's own would make a weight
+        self.in_features, self.out_features, self.scale = (
+            linear.in_features,
+            linear.out_features,
+            alpha / rank,
+        )
         self.dropout = dropout
         self.weight, self.bias = linear.weight, linear.bias
         a = (2 * torch.rand(rank, self.in_features, generator=stream) - 1) * self.in_features**-0.5
@@ -40,8 +44,8 @@ class LoraLinear(nn.Linear):
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
 
     def forward(self, x):
-        dropped = F.dropout(x, self.dropout, self.training)                                     # (..., in)
-        low = F.linear(dropped, self.lora_a.to(x.dtype))                                        # (..., r)
+        dropped = F.dropout(x, self.dropout, self.training)  # (..., in)
+        low = F.linear(dropped, self.lora_a.to(x.dtype))  # (..., r)
         return super().forward(x) + self.scale * F.linear(low, self.lora_b.to(x.dtype))
 
     def merged_weight(self, weight):
@@ -58,12 +62,20 @@ def add_lora(network, rank, alpha, names, seed, device, dropout=0.0):
     Raises ValueError if no module has such a name.
     """
     network.requires_grad_(False)
-    linears = {name: module for name, module in network.named_modules()
-               if isinstance(module, nn.Linear) and re.fullmatch(names, name)}
+    linears = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and re.fullmatch(names, name)
+    }
     if not linears:
-        raise ValueError(f"LoRA has nothing to learn: no Linear of the network has a name like {names}")
+        raise ValueError(
+            f"LoRA has nothing to learn: no Linear of the network has a name like {names}"
+        )
     for name, linear in linears.items():
-        network.set_submodule(name, LoraLinear(linear, rank, alpha, torch_stream("adapters", seed, name), device, dropout))
+        network.set_submodule(
+            name,
+            LoraLinear(linear, rank, alpha, torch_stream("adapters", seed, name), device, dropout),
+        )
     return [p for p in network.parameters() if p.requires_grad]
 
 

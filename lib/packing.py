@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-HIDDEN = 2**30                  # the order of a key that no query may see
+HIDDEN = 2**30  # the order of a key that no query may see
 
 
 # ---------------------------------------------------------------- who sees whom
+
 
 class Tokens(NamedTuple):
     """What is known of each token of B sequences, (B, N) integers each; see the top of this file."""
@@ -60,10 +61,15 @@ def sight(queries, keys):
 def dense_attention(queries, keys, dtype):
     """A function (q, k, v) -> y by SDPA with a mask over all pairs, or without one where all see all."""
     seen = sight(queries, keys)
-    mask = None if seen.all() else torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)[:, None]
+    mask = (
+        None
+        if seen.all()
+        else torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)[:, None]
+    )
 
     def attend(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
+
     return attend
 
 
@@ -76,13 +82,25 @@ def flex_attention_for(queries, keys, compiled=True):
     (_, order, sample, group), (_, key_order, key_sample, key_group) = queries, keys
 
     def rule(b, head, q, k):
-        return sees(order[b, q], key_order[b, k], sample[b, q], key_sample[b, k], group[b, q], key_group[b, k])
+        return sees(
+            order[b, q],
+            key_order[b, k],
+            sample[b, q],
+            key_sample[b, k],
+            group[b, q],
+            key_group[b, k],
+        )
 
-    make_blocks, kernel = (compiled_once(f) if compiled else f for f in (create_block_mask, flex_attention))
-    blocks = make_blocks(rule, len(order), None, order.shape[1], key_order.shape[1], device=order.device)
+    make_blocks, kernel = (
+        compiled_once(f) if compiled else f for f in (create_block_mask, flex_attention)
+    )
+    blocks = make_blocks(
+        rule, len(order), None, order.shape[1], key_order.shape[1], device=order.device
+    )
 
     def attend(q, k, v):
         return kernel(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+
     return attend
 
 
@@ -110,6 +128,7 @@ def attention(queries, keys, device, dtype):
 
 # ---------------------------------------------------------------- packing
 
+
 class Text(NamedTuple):
     """Token ids with their <|im_start|> and <|im_end|>. A sentence that is not kept is gone without a trace."""
 
@@ -123,7 +142,7 @@ class View(NamedTuple):
 
     patches: torch.Tensor
     grid: tuple
-    number: int = 0             # which context image it is (Settings.learned_places)
+    number: int = 0  # which context image it is (Settings.learned_places)
     group: int = 0
     keep: bool = True
 
@@ -138,27 +157,27 @@ class Latent(NamedTuple):
     keep: bool = True
     t: float = 0.0
     noise: torch.Tensor = None
-    said: tuple = ()            # the ids of the words that command it (Settings.motion_to_target)
+    said: tuple = ()  # the ids of the words that command it (Settings.motion_to_target)
 
 
 class Pack(NamedTuple):
     """B packed sequences of U und tokens and G gen tokens, padded; I_v ViT pictures, I latent pictures in all."""
 
-    tokens: Tokens              # (B, U + G), on the CPU
-    ids: torch.Tensor           # (B, U) word ids; 0 where a ViT feature stands
-    patches: torch.Tensor       # (I_v, L, 3 * patch²) padded to the longest
-    patch_ids: torch.Tensor     # (I_v, L) row * grid + column; -1 for padding
-    patch_numbers: torch.Tensor     # (I_v,) which context image
+    tokens: Tokens  # (B, U + G), on the CPU
+    ids: torch.Tensor  # (B, U) word ids; 0 where a ViT feature stands
+    patches: torch.Tensor  # (I_v, L, 3 * patch²) padded to the longest
+    patch_ids: torch.Tensor  # (I_v, L) row * grid + column; -1 for padding
+    patch_numbers: torch.Tensor  # (I_v,) which context image
     patch_places: torch.Tensor  # (sum of lengths,) where ViT features go among B * U
-    latents: torch.Tensor       # (B, G, C) clean
-    noise: torch.Tensor         # (B, G, C)
-    latent_ids: torch.Tensor    # (B, G) row * grid + column
-    image: torch.Tensor         # (B, G) which of the I latent pictures
-    t: torch.Tensor             # (I,) fp32
-    numbers: torch.Tensor       # (I,) which context image; -1 for a target
-    said: torch.Tensor          # (I, W) ids of the words that command it, 0 for padding
-    said_mask: torch.Tensor     # (I, W) float
-    target: torch.Tensor        # (B, G) bool: a token that the loss is about
+    latents: torch.Tensor  # (B, G, C) clean
+    noise: torch.Tensor  # (B, G, C)
+    latent_ids: torch.Tensor  # (B, G) row * grid + column
+    image: torch.Tensor  # (B, G) which of the I latent pictures
+    t: torch.Tensor  # (I,) fp32
+    numbers: torch.Tensor  # (I,) which context image; -1 for a target
+    said: torch.Tensor  # (I, W) ids of the words that command it, 0 for padding
+    said_mask: torch.Tensor  # (I, W) float
+    target: torch.Tensor  # (B, G) bool: a token that the loss is about
 
     def to(self, device):
         """The pack on a device; `tokens` stay on the CPU, unless FSDP moves them: masks are decided where they are."""
@@ -170,7 +189,14 @@ class Sequence:
 
     def __init__(self):
         self.und, self.ids = [], []
-        self.gen, self.latents, self.noise, self.latent_ids, self.image, self.target = [], [], [], [], [], []
+        self.gen, self.latents, self.noise, self.latent_ids, self.image, self.target = (
+            [],
+            [],
+            [],
+            [],
+            [],
+            [],
+        )
 
     def add_gen(self, s, rows, image, columns):
         """Append the tokens of Latent `s`, the picture number `image`; `columns`: those of the position table."""
@@ -197,14 +223,16 @@ def pack(sequences, markers, config):
     for samples in sequences:
         out = Sequence()
         for number, segments in enumerate(samples):
-            positions, order = {0: 0}, 0                    # the next RoPE position of each group
+            positions, order = {0: 0}, 0  # the next RoPE position of each group
             for s in segments:
                 position = positions.setdefault(s.group, positions[0])
                 row = (position, order, number, s.group)
                 if isinstance(s, Text):
                     if s.keep:
                         out.ids += s.ids
-                        out.und += [(position + i, order + i, number, s.group) for i in range(len(s.ids))]
+                        out.und += [
+                            (position + i, order + i, number, s.group) for i in range(len(s.ids))
+                        ]
                         positions[s.group], order = position + len(s.ids), order + len(s.ids)
                     continue
                 positions[s.group] = position + 1
@@ -228,25 +256,35 @@ def pack(sequences, markers, config):
 
 def assembled(made, views, places, pictures, config):
     """Finished `Sequence`s and their pictures -> Pack: everything padded to the longest and joined."""
+
     def padded(parts, fill=0):
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
 
     def numbers(lists):
-        longest, nothing = max(map(len, lists)), (0, HIDDEN, -1, 0)         # padding sees padding, is seen by padding
+        longest, nothing = (
+            max(map(len, lists)),
+            (0, HIDDEN, -1, 0),
+        )  # padding sees padding, is seen by padding
         return torch.tensor([rows + [nothing] * (longest - len(rows)) for rows in lists])
 
-    tokens = torch.cat([numbers([s.und for s in made]), numbers([s.gen for s in made])], 1)      # (B, U + G, 4)
+    tokens = torch.cat(
+        [numbers([s.und for s in made]), numbers([s.gen for s in made])], 1
+    )  # (B, U + G, 4)
     width = max(len(s.ids) for s in made)
-    where = [row * width + first + torch.arange(len(v.patches)) for (row, first), v in zip(places, views)]
+    where = [
+        row * width + first + torch.arange(len(v.patches)) for (row, first), v in zip(places, views)
+    ]
     words = [torch.tensor(p.said, dtype=torch.long) for p in pictures]
     words = padded([w if len(w) else torch.zeros(1, dtype=torch.long) for w in words])
     spoken = torch.arange(words.shape[1]) < torch.tensor([[len(p.said)] for p in pictures])
-    nothing = torch.zeros(1, 1, 3 * config.vit_patch**2)            # no ViT picture at all: one of padding
+    nothing = torch.zeros(1, 1, 3 * config.vit_patch**2)  # no ViT picture at all: one of padding
     return Pack(
         tokens=Tokens(*tokens.unbind(-1)),
         ids=padded([torch.tensor(s.ids) for s in made]),
         patches=padded([v.patches for v in views]) if views else nothing,
-        patch_ids=padded([table_ids(v.grid, config.vit_grid) for v in views], -1) if views else torch.full((1, 1), -1),
+        patch_ids=padded([table_ids(v.grid, config.vit_grid) for v in views], -1)
+        if views
+        else torch.full((1, 1), -1),
         patch_numbers=torch.tensor([v.number for v in views] or [0]),
         patch_places=torch.cat(where) if views else torch.zeros(0, dtype=torch.long),
         latents=padded([torch.cat(s.latents) for s in made]),
@@ -257,4 +295,5 @@ def assembled(made, views, places, pictures, config):
         numbers=torch.tensor([-1 if p.noise is not None else p.number for p in pictures]),
         said=words,
         said_mask=spoken.float(),
-        target=padded([torch.tensor(s.target) for s in made], False))
+        target=padded([torch.tensor(s.target) for s in made], False),
+    )

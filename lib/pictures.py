@@ -15,11 +15,18 @@ def load_image(image):
         return image
     try:
         picture = Image.open(image)
-        return on_white(np.array(picture.convert("RGBA" if picture.has_transparency_data else "RGB")))
+        return on_white(
+            np.array(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
+        )
     except FileNotFoundError:
         fail(f"The image {image} does not exist.")
-    except (OSError, SyntaxError) as error:             # Pillow's words for a truncated file or no image at all
-        fail(f"The image {image} cannot be read ({error}); it may be truncated: fetch or make it again.")
+    except (
+        OSError,
+        SyntaxError,
+    ) as error:  # Pillow's words for a truncated file or no image at all
+        fail(
+            f"The image {image} cannot be read ({error}); it may be truncated: fetch or make it again."
+        )
 
 
 def on_white(pixels):
@@ -49,6 +56,7 @@ def drawn(draw):
         return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     made, buffer = draw(pyplot), io.BytesIO()
     made.savefig(buffer, dpi=110, bbox_inches="tight")
     pyplot.close(made)

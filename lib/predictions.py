@@ -15,13 +15,13 @@ from collections import Counter
 import numpy as np
 
 from lib import common
-from lib.streams import stable_hash
 from lib.pictures import save_image
+from lib.streams import stable_hash
 
-VERSION = 4                     # of what a line holds; lines of another one stay as well
+VERSION = 4  # of what a line holds; lines of another one stay as well
 RUN = ("version", "policy", "seed", "max_new_tokens", "frames")
-WHOLE = (False, 0)              # the `failure` of an answer
-LARGE = 128                     # pixels: from here on a view is a JPEG
+WHOLE = (False, 0)  # the `failure` of an answer
+LARGE = 128  # pixels: from here on a view is a JPEG
 
 
 def keyed(questions):
@@ -68,7 +68,9 @@ def gather(out):
         before = failure(lines.setdefault(place, row))
         if before > WHOLE and failure(row) <= before:
             lines[place] = row
-    common.write_text(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in lines.values()))
+    common.write_text(
+        out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in lines.values())
+    )
     for file in parts:
         file.unlink()
 
@@ -77,8 +79,11 @@ def told(out, run, mode, weights, questions):
     """{key: record} of the questions that this run has asked in this mode, with the simulator of these `weights`."""
     wanted = {key: digest(question) for key, question in keyed(questions)}
     own = {**run, "mode": mode, "weights": weights}
-    return {row["key"]: row for row in lines_of(out / "predictions.jsonl")
-            if own.items() <= row.items() and wanted.get(row["key"]) == row["digest"]}
+    return {
+        row["key"]: row
+        for row in lines_of(out / "predictions.jsonl")
+        if own.items() <= row.items() and wanted.get(row["key"]) == row["digest"]
+    }
 
 
 def answered(*run):
@@ -90,7 +95,9 @@ def save_views(out, views):
     """Arrays (H, W, 3) uint8 -> their files below `out`, as text; a view that is there is not written again."""
     places = []
     for view in views:
-        name = hashlib.sha256(np.ascontiguousarray(view).tobytes() + str(view.shape).encode()).hexdigest()[:16]
+        name = hashlib.sha256(
+            np.ascontiguousarray(view).tobytes() + str(view.shape).encode()
+        ).hexdigest()[:16]
         places.append(f"views/{name}.{'jpg' if max(view.shape) >= LARGE else 'png'}")
         if not (out / places[-1]).exists():
             save_image(out / places[-1], view)

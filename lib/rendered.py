@@ -39,24 +39,25 @@ from PIL import Image
 from tqdm import tqdm
 
 from lib import real_views
-from lib.streams import numpy_stream
 from lib.common import fail, say
 from lib.geometry import TABLE, Motion, move_camera, phrase
 from lib.motion_words import GRID, on_grid
 from lib.rows import SPLITS, build
 from lib.scans import split_of
+from lib.streams import numpy_stream
 from lib.transitions import MOVES, TURNS, Space, Transition, is_view, kinds_of
 from lib.world2vlm import Detection, by_label, image_detections, records, write_motion_questions
 
-NEAR = 0.02             # of the grid's step, that is 2 mm and 0.2 degrees: sums of rounded steps are so near
+NEAR = 0.02  # of the grid's step, that is 2 mm and 0.2 degrees: sums of rounded steps are so near
 KIND = {(axis, sign): kind for kind, (_, _, axis, sign) in TABLE.items()}
-MARGIN = {"meters": 0.5, "degrees": 20}     # of a false claim's amount, at least
+MARGIN = {"meters": 0.5, "degrees": 20}  # of a false claim's amount, at least
 THE_OTHER_WAY = "turns the other way"
-MIRRORED = 0.1          # the mirrored turn fits better by this much correlation; of 720 true turns in rooms none does
-WIDEST = 60             # degrees: frames further apart share too little to compare
+MIRRORED = 0.1  # the mirrored turn fits better by this much correlation; of 720 true turns in rooms none does
+WIDEST = 60  # degrees: frames further apart share too little to compare
 
 
 # ---- one folder -----------------------------------------------------------------------------------------------------
+
 
 def read_rendered(folder):
     """One folder -> Transition, with its "files", "place" and, if given, detections and intrinsics.
@@ -74,13 +75,27 @@ def read_rendered(folder):
         raise ValueError(f"{names[last]} shows one flat colour.")
     K = intrinsics_of(info, source)
     for i, j, turn in turns_of(program, steps, there):
-        if looks_mirrored(*(read_picture(folder / names[k], source.shape) for k in (i, j)), turn, K):
-            raise ValueError(f"from {names[i]} to {names[j]} the picture {THE_OTHER_WAY} than '{phrase(turn)}' says, "
-                             f"as if left were right.")
-    found = detections_of(info["detections"], names[0], names[last]) if info.get("detections") else None
+        if looks_mirrored(
+            *(read_picture(folder / names[k], source.shape) for k in (i, j)), turn, K
+        ):
+            raise ValueError(
+                f"from {names[i]} to {names[j]} the picture {THE_OTHER_WAY} than '{phrase(turn)}' says, "
+                f"as if left were right."
+            )
+    found = (
+        detections_of(info["detections"], names[0], names[last]) if info.get("detections") else None
+    )
     place = info.get("place") or sha256((folder / names[0]).read_bytes()).hexdigest()[:16]
-    return Transition(folder.name, source, target, program, detections=found, focal=K[0, 0] / source.shape[1],
-                      files=(folder / names[0], folder / names[last]), place=str(place))
+    return Transition(
+        folder.name,
+        source,
+        target,
+        program,
+        detections=found,
+        focal=K[0, 0] / source.shape[1],
+        files=(folder / names[0], folder / names[last]),
+        place=str(place),
+    )
 
 
 def walked(folder, info):
@@ -89,11 +104,16 @@ def walked(folder, info):
     The program is what was done by the last frame that exists, `merged`. Raises ValueError, a sentence: an action that
     is not one of the six or off the grid, steps that are not the program, no first or no other frame.
     """
-    program, steps = read_program(info), info.get("steps") and [motion_of(step) for step in info["steps"]]
+    program, steps = (
+        read_program(info),
+        info.get("steps") and [motion_of(step) for step in info["steps"]],
+    )
     names = info.get("frames") or pictures_of(folder)
     if steps and len(steps) != len(names) - 1:
-        raise ValueError(f"it has {len(names)} frames and {len(steps)} steps; there is one step before each frame but "
-                         f"the first. If frames are missing, list them all as \"frames\".")
+        raise ValueError(
+            f"it has {len(names)} frames and {len(steps)} steps; there is one step before each frame but "
+            f'the first. If frames are missing, list them all as "frames".'
+        )
     if steps and all(map(on_grid, program)) and done_by(program, steps) != program:
         raise ValueError("its steps end before its program does.")
     there = [k for k, name in enumerate(names) if (folder / name).exists()]
@@ -103,14 +123,18 @@ def walked(folder, info):
     if last == 0:
         raise ValueError("no frame after the first exists.")
     if last < len(names) - 1 and not steps:
-        raise ValueError(f"{names[last + 1]} and what follows is missing, and without \"steps\" nobody knows how far "
-                         f"the camera got.")
+        raise ValueError(
+            f'{names[last + 1]} and what follows is missing, and without "steps" nobody knows how far '
+            f"the camera got."
+        )
     program = merged(done_by(program, steps[:last]) if steps else program)
     if not program:
         raise ValueError("its actions undo each other.")
     if off := [motion for motion in program if not on_grid(motion)]:
-        raise ValueError(f"'{phrase(off[0])}' is off the grid of 0.1 m and 10 degrees"
-                         f"{f'; that far it got by {names[last]}, the last frame' if last < len(names) - 1 else ''}.")
+        raise ValueError(
+            f"'{phrase(off[0])}' is off the grid of 0.1 m and 10 degrees"
+            f"{f'; that far it got by {names[last]}, the last frame' if last < len(names) - 1 else ''}."
+        )
     return program, steps, names, there
 
 
@@ -121,11 +145,17 @@ def read_actions_file(folder):
     except (OSError, ValueError) as error:
         raise ValueError(f"actions.json cannot be read ({error}).") from None
     if not isinstance(info, dict) or not isinstance(info.get("program"), list):
-        raise ValueError("actions.json has no \"program\", a list of actions.")
+        raise ValueError('actions.json has no "program", a list of actions.')
     names, steps = info.get("frames") or [], info.get("steps") or []
-    if not (isinstance(steps, list) and isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError("\"frames\" should be a list of file names and \"steps\" a list of actions.")
-    if outside := [name for name in names if not (folder / name).resolve().is_relative_to(folder.resolve())]:
+    if not (
+        isinstance(steps, list)
+        and isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+    ):
+        raise ValueError('"frames" should be a list of file names and "steps" a list of actions.')
+    if outside := [
+        name for name in names if not (folder / name).resolve().is_relative_to(folder.resolve())
+    ]:
         raise ValueError(f"its frame {outside[0]} is not below the folder.")
     return info
 
@@ -134,17 +164,23 @@ def read_program(info):
     """Its program: one to three Motions of the six kinds. Raises ValueError."""
     program = [motion_of(action) for action in info["program"]]
     if not 1 <= len(program) <= 3:
-        raise ValueError(f"its program has {len(program)} actions; the questions are about one to three.")
+        raise ValueError(
+            f"its program has {len(program)} actions; the questions are about one to three."
+        )
     return program
 
 
 def motion_of(action):
     """{"kind", "amount"} -> Motion. Raises ValueError."""
-    kind, amount = (action.get(key) if isinstance(action, dict) else None for key in ("kind", "amount"))
+    kind, amount = (
+        action.get(key) if isinstance(action, dict) else None for key in ("kind", "amount")
+    )
     if kind not in MOVES + TURNS:
         raise ValueError(f"there is no action {kind!r}; the six are: {', '.join(MOVES + TURNS)}.")
     if not (isinstance(amount, (int, float)) and 0 < amount < 1e6):
-        raise ValueError(f"the amount of '{kind}' is {amount!r:.40} and should be a number above 0, below a million.")
+        raise ValueError(
+            f"the amount of '{kind}' is {amount!r:.40} and should be a number above 0, below a million."
+        )
     return Motion(kind, round(float(amount), 6))
 
 
@@ -157,15 +193,25 @@ def merged(program):
         for motion in run:
             _, _, axis, sign = TABLE[motion.kind]
             sums[axis] += sign * motion.amount
-        found += [Motion(KIND[axis, np.sign(total)], round(abs(total), 6))
-                  for axis, total in sorted(sums.items()) if abs(total) > 1e-6]
+        found += [
+            Motion(KIND[axis, np.sign(total)], round(abs(total), 6))
+            for axis, total in sorted(sums.items())
+            if abs(total) > 1e-6
+        ]
     return found
 
 
 def pictures_of(folder):
     """Names of a folder's pictures in the order of their names; 10.png comes after 9.png."""
-    names = [path.name for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
-    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    names = [
+        path.name for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg")
+    ]
+    return sorted(
+        names,
+        key=lambda name: [
+            int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)
+        ],
+    )
 
 
 def done_by(program, steps):
@@ -179,11 +225,15 @@ def done_by(program, steps):
             number, amount, slack = number + 1, 0.0, NEAR * GRID[program[number + 1].unit]
         amount += step.amount
         if step.kind != program[number].kind or amount > program[number].amount + slack:
-            raise ValueError(f"its steps do not add up to its program: '{phrase(step)}' does not belong to "
-                             f"'{phrase(program[number])}', or goes beyond it.")
+            raise ValueError(
+                f"its steps do not add up to its program: '{phrase(step)}' does not belong to "
+                f"'{phrase(program[number])}', or goes beyond it."
+            )
     unit = GRID[program[number].unit]
-    near = round(amount / unit) * unit                                  # the program's own, if it was done in full
-    return program[:number] + [Motion(step.kind, round(near if abs(amount - near) <= slack else amount, 4))]
+    near = round(amount / unit) * unit  # the program's own, if it was done in full
+    return program[:number] + [
+        Motion(step.kind, round(near if abs(amount - near) <= slack else amount, 4))
+    ]
 
 
 def read_picture(path, shape=None):
@@ -191,11 +241,14 @@ def read_picture(path, shape=None):
     try:
         image = np.array(Image.open(path).convert("RGB"))
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path.name} cannot be read ({error}); it may be truncated: render or copy it again."
-                         ) from None
+        raise ValueError(
+            f"{path.name} cannot be read ({error}); it may be truncated: render or copy it again."
+        ) from None
     if shape not in (None, image.shape):
-        raise ValueError(f"{path.name} has {image.shape[1]} x {image.shape[0]} pixels and the first frame "
-                         f"{shape[1]} x {shape[0]}.")
+        raise ValueError(
+            f"{path.name} has {image.shape[1]} x {image.shape[0]} pixels and the first frame "
+            f"{shape[1]} x {shape[0]}."
+        )
     return image
 
 
@@ -209,19 +262,33 @@ def intrinsics_of(info, image):
     except (TypeError, ValueError, OverflowError):
         K = np.zeros(0)
     if K.shape != (3, 3) or not min(K[0, 0], K[1, 1]) > 0 or K[2].tolist() != [0, 0, 1]:
-        raise ValueError("\"intrinsics\" should be 3 rows of 3 numbers: focal lengths above 0, the last row 0, 0, 1.")
+        raise ValueError(
+            '"intrinsics" should be 3 rows of 3 numbers: focal lengths above 0, the last row 0, 0, 1.'
+        )
     return K
 
 
 def detections_of(given, first, last):
     """{frame: rows} -> (Detections of the first frame, of the last). Raises ValueError."""
     if not (isinstance(given, dict) and first in given and last in given):
-        raise ValueError(f"\"detections\" should have those of {first} and of {last}, be they none.")
+        raise ValueError(f'"detections" should have those of {first} and of {last}, be they none.')
     try:
-        pair = tuple([Detection(str(row["label"]), tuple(map(float, row["box"])), float(row.get("confidence", 1)),
-                                row.get("track")) for row in given[name]] for name in (first, last))
+        pair = tuple(
+            [
+                Detection(
+                    str(row["label"]),
+                    tuple(map(float, row["box"])),
+                    float(row.get("confidence", 1)),
+                    row.get("track"),
+                )
+                for row in given[name]
+            ]
+            for name in (first, last)
+        )
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
-        raise ValueError(f"a detection has no label and no box of four numbers ({error}).") from None
+        raise ValueError(
+            f"a detection has no label and no box of four numbers ({error})."
+        ) from None
     if any(len(found.box) != 4 for part in pair for found in part):
         raise ValueError("the box of a detection should be four numbers: left, top, right, bottom.")
     known = any(found.track is not None for part in pair for found in part)
@@ -229,6 +296,7 @@ def detections_of(given, first, last):
 
 
 # ---- mirrored turns -------------------------------------------------------------------------------------------------
+
 
 def turns_of(program, steps, there):
     """Pairs of frames between which the camera only turned: [(frame, later frame, Motion)], at most WIDEST degrees.
@@ -262,9 +330,16 @@ def turn_fit(source, target, turn, K):
     seen = (z > 1e-6) & (column >= 0) & (row >= 0) & (column < width) & (row < height)
     if seen.mean() < 0.1:
         return None
-    before, after = source[row[seen], column[seen]].astype(float).ravel(), target[seen].astype(float).ravel()
+    before, after = (
+        source[row[seen], column[seen]].astype(float).ravel(),
+        target[seen].astype(float).ravel(),
+    )
     spread = before.std() * after.std()
-    return float(np.mean((before - before.mean()) * (after - after.mean())) / spread) if spread > 1e-6 else None
+    return (
+        float(np.mean((before - before.mean()) * (after - after.mean())) / spread)
+        if spread > 1e-6
+        else None
+    )
 
 
 def looks_mirrored(source, target, turn, K):
@@ -276,11 +351,14 @@ def looks_mirrored(source, target, turn, K):
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
 
+
 def rendered_folders(root):
     """Sorted folders below `root` that hold an actions.json. Raises ValueError if there is none."""
     folders = sorted(path.parent for path in Path(root).rglob("actions.json"))
     if not folders:
-        raise ValueError(f"{root} holds no folder with an actions.json; lib/rendered.py tells the layout.")
+        raise ValueError(
+            f"{root} holds no folder with an actions.json; lib/rendered.py tells the layout."
+        )
     return folders
 
 
@@ -293,19 +371,31 @@ def space_of(folders):
             program, *_ = walked(folder, read_actions_file(folder))
         except ValueError:
             continue
-        for amounts, motion in zip(often.setdefault(kinds_of(program), [Counter() for _ in program]), program):
+        for amounts, motion in zip(
+            often.setdefault(kinds_of(program), [Counter() for _ in program]), program
+        ):
             amounts[motion.amount] += 1
-    told = {kinds: tuple(zip(kinds, map(sorted, places))) for kinds, places in sorted(often.items())}
-    return Space({kinds[0]: sequence[0][1] for kinds, sequence in told.items() if len(kinds) == 1},
-                 tuple(sequence for kinds, sequence in told.items() if len(kinds) > 1), MARGIN, often)
+    told = {
+        kinds: tuple(zip(kinds, map(sorted, places))) for kinds, places in sorted(often.items())
+    }
+    return Space(
+        {kinds[0]: sequence[0][1] for kinds, sequence in told.items() if len(kinds) == 1},
+        tuple(sequence for kinds, sequence in told.items() if len(kinds) > 1),
+        MARGIN,
+        often,
+    )
 
 
 def in_pixels(detect):
     """lib/real_views.detector, which tells boxes in shares of the picture, as `image_detections` wants it."""
+
     def find(image):
         height, width = image.shape[:2]
-        return [(label, tuple(np.asarray(box) * (width, height, width, height)), score)
-                for label, box, score in detect(image, real_views.INDOOR)]
+        return [
+            (label, tuple(np.asarray(box) * (width, height, width, height)), score)
+            for label, box, score in detect(image, real_views.INDOOR)
+        ]
+
     return find
 
 
@@ -321,16 +411,25 @@ def rendered_questions(folder, root, space, rng, detect=None):
         return [], str(error)
     given = transition.detections
     rows = records(transition, rng, space, (lambda _: given) if given is not None else detect)
-    return [row | {"images": list(transition.files[:len(row["images"])]), "cluster": transition.place}
-            for row in rows], None
+    return [
+        row | {"images": list(transition.files[: len(row["images"])]), "cluster": transition.place}
+        for row in rows
+    ], None
 
 
 def rendered_part(folder, out, root, space, detect=None):
     """`rendered_questions` of one folder, pictures by their way from `out` -> [(records, what is wrong or None)]."""
     rng = numpy_stream("motion questions", folder.relative_to(root).as_posix())
     rows, fault = rendered_questions(folder, root, space, rng, detect)
-    return [([row | {"images": [os.path.relpath(path, out) for path in row["images"]]} for row in rows],
-             fault and f"{folder}: {fault}")]
+    return [
+        (
+            [
+                row | {"images": [os.path.relpath(path, out) for path in row["images"]]}
+                for row in rows
+            ],
+            fault and f"{folder}: {fault}",
+        )
+    ]
 
 
 def make_rendered(out, root, detector=None, threads=2):
@@ -347,21 +446,42 @@ def make_rendered(out, root, detector=None, threads=2):
     except ValueError as error:
         fail(error)
     part = partial(rendered_part, root=root, space=space_of(folders), detect=detect)
-    if detector:                                                # a network stays in this process
-        parts = [found for folder in tqdm(folders, desc="world2vlm, rendered") for found in part(folder, out)]
+    if detector:  # a network stays in this process
+        parts = [
+            found
+            for folder in tqdm(folders, desc="world2vlm, rendered")
+            for found in part(folder, out)
+        ]
     else:
         parts = build("world2vlm, rendered", part, folders, out, threads)
-        say("Without --detector only folders with boxes of their own are asked about objects (D1 to D4).")
-    rows, faults = [row for part, _ in parts for row in part], [fault for _, fault in parts if fault]
+        say(
+            "Without --detector only folders with boxes of their own are asked about objects (D1 to D4)."
+        )
+    rows, faults = (
+        [row for part, _ in parts for row in part],
+        [fault for _, fault in parts if fault],
+    )
     for split in SPLITS:
         own = [row for row in rows if split_of("rendered", row["cluster"], {}) == split]
-        wrong = write_motion_questions(out, split, own, f"{len({row['cluster'] for row in own})} places",
-                                       split)
+        wrong = write_motion_questions(
+            out, split, own, f"{len({row['cluster'] for row in own})} places", split
+        )
         if not own:
-            say(f"  no place fell to {split}: few in a hundred do. Training and evaluation miss it: render more.")
+            say(
+                f"  no place fell to {split}: few in a hundred do. Training and evaluation miss it: render more."
+            )
         for reason, number in wrong.most_common():
             say(f"  {number:6}  left out: {reason}")
-    say("\n".join([f"{len(faults)} of {len(folders)} folders cannot be used{':' if faults else '.'}", *faults]))
+    say(
+        "\n".join(
+            [
+                f"{len(faults)} of {len(folders)} folders cannot be used{':' if faults else '.'}",
+                *faults,
+            ]
+        )
+    )
     if mirrored := sum(THE_OTHER_WAY in fault for fault in faults):
-        say(f"{mirrored} folders turn the other way than they say. Turns within longer programs and turns of more than "
-            f"{WIDEST} degrees are not seen without steps: mend the sign where the frames were rendered.")
+        say(
+            f"{mirrored} folders turn the other way than they say. Turns within longer programs and turns of more than "
+            f"{WIDEST} degrees are not seen without steps: mend the sign where the frames were rendered."
+        )

@@ -11,8 +11,20 @@ from lib import common
 from lib.common import total
 from lib.pictures import drawn, save_image
 
-PARTS = ("total", "format", "action", "order", "numeric", "accuracy", "validity", "geometry", "iou", "center", "size",
-         "l1")                          # of rewards.world2vlm, each task has some
+PARTS = (
+    "total",
+    "format",
+    "action",
+    "order",
+    "numeric",
+    "accuracy",
+    "validity",
+    "geometry",
+    "iou",
+    "center",
+    "size",
+    "l1",
+)  # of rewards.world2vlm, each task has some
 
 LOG = {  # log.jsonl: one line per step; means over all rollouts of the step, on all ranks, unless said otherwise
     "reward": "mean reward",
@@ -48,21 +60,36 @@ LOG = {  # log.jsonl: one line per step; means over all rollouts of the step, on
 def by_need(name, rows, value):
     """Totals of value(row) under name, name_needs_view and name_answerable, the latter two where the data knows."""
     need = [row.trajectory.question.get("needs_view") for row in rows]
-    return {name: total([value(row) for row in rows]),
-            f"{name}_needs_view": total([value(row) for row, needs in zip(rows, need) if needs is True]),
-            f"{name}_answerable": total([value(row) for row, needs in zip(rows, need) if needs is False])}
+    return {
+        name: total([value(row) for row in rows]),
+        f"{name}_needs_view": total(
+            [value(row) for row, needs in zip(rows, need) if needs is True]
+        ),
+        f"{name}_answerable": total(
+            [value(row) for row, needs in zip(rows, need) if needs is False]
+        ),
+    }
 
 
 def by_task(rows):
     """Totals of the parts of World2VLM's reward, per task; nothing where the rows have no parts."""
-    return {f"{task}_{part}": total([row.parts[part] for row in rows
-                                     if row.trajectory.question["category"] == task and part in row.parts])
-            for task in rewards.SCORES for part in PARTS if rows[0].parts}
+    return {
+        f"{task}_{part}": total(
+            [
+                row.parts[part]
+                for row in rows
+                if row.trajectory.question["category"] == task and part in row.parts
+            ]
+        )
+        for task in rewards.SCORES
+        for part in PARTS
+        if rows[0].parts
+    }
 
 
 def rollout_totals(rows, group):
     """What this rank's rollouts did: {key of LOG: (sum, count)}."""
-    groups = [rows[i:i + group] for i in range(0, len(rows), group)]
+    groups = [rows[i : i + group] for i in range(0, len(rows), group)]
     flat = (~rewards.varied([row.reward for row in rows], group)).tolist()
     trajectories = [row.trajectory for row in rows]
     against_direct = [row for row in rows if row.match_direct is not None]
@@ -74,41 +101,62 @@ def rollout_totals(rows, group):
         "valid_calls": total([t.valid_calls for t in trajectories]),
         "invalid_calls": total([t.invalid_calls for t in trajectories]),
         "match_direct": total([row.match_direct for row in against_direct]),
-        "gain": total([row.match - row.match_direct for row in against_direct if row.trajectory.valid_calls]),
+        "gain": total(
+            [row.match - row.match_direct for row in against_direct if row.trajectory.valid_calls]
+        ),
         "length": total([sum(t.loss_mask) for t in trajectories]),
         "turns": total([len(t.turns) for t in trajectories]),
         "truncated": total([t.truncated for t in trajectories]),
         **by_task(rows),
         "groups_flat": total(flat),
-        "groups_bonus": total([not equal and len({row.match for row in g}) == 1 for equal, g in zip(flat, groups)]),
+        "groups_bonus": total(
+            [not equal and len({row.match for row in g}) == 1 for equal, g in zip(flat, groups)]
+        ),
     }
 
 
 def draw_curves(out):
     """curves.png from log.jsonl: rewards, calls and distances in training, accuracy and calls in evaluation."""
-    panels = {"rewards": ("reward", "match", "match_direct", "format"),
-              "policy": ("entropy", "kl", "clipped_low", "clipped_high", "gain"),
-              "calls": ("call_rate", "call_rate_needs_view", "call_rate_answerable", "invalid_calls"),
-              "held out, greedy": ("agentic accuracy", "agentic accuracy_needs_view", "direct accuracy",
-                                   "agentic call_rate")}
+    panels = {
+        "rewards": ("reward", "match", "match_direct", "format"),
+        "policy": ("entropy", "kl", "clipped_low", "clipped_high", "gain"),
+        "calls": ("call_rate", "call_rate_needs_view", "call_rate_answerable", "invalid_calls"),
+        "held out, greedy": (
+            "agentic accuracy",
+            "agentic accuracy_needs_view",
+            "direct accuracy",
+            "agentic call_rate",
+        ),
+    }
     curves = defaultdict(list)
     for row in common.read_log(out / "log.jsonl"):
-        held_out = {f"{mode} {key}": v for mode, means in row.get("eval", {}).items() for key, v in means.items()}
+        held_out = {
+            f"{mode} {key}": v
+            for mode, means in row.get("eval", {}).items()
+            for key, v in means.items()
+        }
         for key, value in {**row, **held_out}.items():
             if isinstance(value, float):
                 curves[key].append((row["step"], value))
 
     def draw(pyplot):
         """A panel per title, a line per key that the log has."""
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
+        figure, axes = pyplot.subplots(
+            1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained"
+        )
         for axis, (title, keys) in zip(axes, panels.items()):
             for key in filter(curves.get, keys):
-                axis.plot(*zip(*curves[key]), label=key, marker="." if len(curves[key]) < 20 else None)
+                axis.plot(
+                    *zip(*curves[key]), label=key, marker="." if len(curves[key]) < 20 else None
+                )
             axis.set(title=title, xlabel="step")
             if axis.lines:
                 axis.legend(fontsize=7)
         return figure
+
     image = drawn(draw)
     if not image:
-        return common.say("No curves.png without matplotlib (pip install matplotlib); log.jsonl has the numbers.")
+        return common.say(
+            "No curves.png without matplotlib (pip install matplotlib); log.jsonl has the numbers."
+        )
     save_image(out / "curves.png", np.array(image))

@@ -25,9 +25,9 @@ class RowCache:
 
     def __init__(self, rows):
         self.rows = rows
-        self.layers = []        # per layer (2, rows, kv heads, capacity, head dim): keys and values
-        self.slots = None       # (n, m) where the next forward pass writes, n <= rows
-        self.seen = 0           # how many slots that pass attends to
+        self.layers = []  # per layer (2, rows, kv heads, capacity, head dim): keys and values
+        self.slots = None  # (n, m) where the next forward pass writes, n <= rows
+        self.seen = 0  # how many slots that pass attends to
 
     def aim(self, slots, device):
         """slots from the CPU, which then need not wait for a GPU to know their largest."""
@@ -39,7 +39,7 @@ class RowCache:
         if layer == len(self.layers):
             self.layers.append(keys.new_zeros(2, self.rows, heads, 0, width))
         store = self.layers[layer]
-        if self.seen > store.shape[3]:                                      # room for 64 more tokens at a time
+        if self.seen > store.shape[3]:  # room for 64 more tokens at a time
             room = keys.new_zeros(2, self.rows, heads, self.seen + 64 - store.shape[3], width)
             store = self.layers[layer] = torch.cat([store, room], 3)
         place = self.slots[:, None, :, None].expand_as(keys)
@@ -67,10 +67,12 @@ class Writer:
     def __init__(self, policy, dialogues, group_size=1):
         self.policy, self.dialogues = policy, dialogues
         self.cache = RowCache(len(dialogues) // group_size)
-        self.filled = [0] * len(dialogues)                  # tokens of dialogue d in the cache
-        self.images = [0] * len(dialogues)                  # images of dialogue d in the cache
-        self.order = list(range(0, len(dialogues), group_size))     # which dialogue stands in which row
-        self.feed(len(self.order))                          # every prompt once
+        self.filled = [0] * len(dialogues)  # tokens of dialogue d in the cache
+        self.images = [0] * len(dialogues)  # images of dialogue d in the cache
+        self.order = list(
+            range(0, len(dialogues), group_size)
+        )  # which dialogue stands in which row
+        self.feed(len(self.order))  # every prompt once
         self.cache.repeat(group_size)
         self.order = list(range(len(dialogues)))
         heads = [d - d % group_size for d in self.order]
@@ -81,7 +83,9 @@ class Writer:
         device = self.policy.device
         ids, positions = ids.to(device), positions.to(device)
         self.cache.aim(slots, device)
-        mask = torch.arange(self.cache.seen, device=device) <= self.cache.slots[:, None, :, None]   # (n, 1, m, seen)
+        mask = (
+            torch.arange(self.cache.seen, device=device) <= self.cache.slots[:, None, :, None]
+        )  # (n, 1, m, seen)
         self.policy.hidden(ids, positions, mask, features, cache=self.cache)
 
     def step(self, tokens, slots, positions):
@@ -93,15 +97,21 @@ class Writer:
         text, device, n = self.policy.model.model.language_model, self.policy.device, len(tokens)
         tokens, positions = tokens.to(device), positions.to(device)
         self.cache.aim(slots[:, None], device)
-        x = text.embed_tokens(tokens)                                                           # (n, width)
-        mask = torch.arange(self.cache.seen, device=device) <= self.cache.slots[..., None, None]    # (n, 1, 1, seen)
-        mask = mask.to(x.dtype).log()                                   # 0 or -inf, as SDPA would make it per layer
-        cos, sin = text.rotary_emb(x, positions.expand(3, 1, -1))       # text: one number for time, row and column
-        cos, sin = cos[0, :, None], sin[0, :, None]                                             # (n, 1, head dim)
+        x = text.embed_tokens(tokens)  # (n, width)
+        mask = (
+            torch.arange(self.cache.seen, device=device) <= self.cache.slots[..., None, None]
+        )  # (n, 1, 1, seen)
+        mask = mask.to(x.dtype).log()  # 0 or -inf, as SDPA would make it per layer
+        cos, sin = text.rotary_emb(
+            x, positions.expand(3, 1, -1)
+        )  # text: one number for time, row and column
+        cos, sin = cos[0, :, None], sin[0, :, None]  # (n, 1, head dim)
         for number, layer in enumerate(text.layers):
             attention, y = layer.self_attn, layer.input_layernorm(x)
-            q, k, v = (project(y).view(n, -1, attention.head_dim)                               # (n, heads, head dim)
-                       for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+            q, k, v = (
+                project(y).view(n, -1, attention.head_dim)  # (n, heads, head dim)
+                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
             q, k = (z * cos + rotated(z) * sin for z in (attention.q_norm(q), attention.k_norm(k)))
             keys, values = self.cache.update(k[:, :, None], v[:, :, None], number)
             # query heads that share a key head stand as that many queries of it: no key is copied
@@ -124,7 +134,7 @@ class Writer:
             piece = dialogue.ids[start:-1]
             ids[row, : len(piece)] = torch.tensor(piece)
             positions[:, row, : len(piece)] = torch.tensor(dialogue.positions[start:-1]).T
-            features += dialogue.features[self.images[d]:]
+            features += dialogue.features[self.images[d] :]
             self.filled[d], self.images[d] = start + len(piece), len(dialogue.features)
         slots = torch.tensor([start for *_, start in new])[:, None] + torch.arange(longest)
         self.forward(ids, slots, positions, torch.cat(features, 1) if features else None)
@@ -143,18 +153,20 @@ class Writer:
         stop, n = self.policy.tokenizer.eos_token_id, len(members)
         for step in range(limit):
             now = self.order[:n]
-            tokens, places = torch.tensor([last[d] for d in now]).T                             # (n,), (n,)
+            tokens, places = torch.tensor([last[d] for d in now]).T  # (n,), (n,)
             slots = torch.tensor([self.filled[d] for d in now])
             logits = self.step(tokens, slots, places)
             sampled = [x.tolist() for x in sample(logits, uniforms[now, step], temperature)]
             if any(map(math.isnan, sampled[1])):
-                fail("The policy's logits are not numbers: its weights are broken. Take an earlier checkpoint.")
+                fail(
+                    "The policy's logits are not numbers: its weights are broken. Take an earlier checkpoint."
+                )
             for row, (d, token, logprob) in reversed(list(enumerate(zip(now, *sampled)))):
                 ids[d].append(token)
                 logprobs[d].append(logprob)
                 self.filled[d] += 1
                 last[d] = (token, last[d][1] + 1)
-                if token == stop:                                           # the row leaves the batch
+                if token == stop:  # the row leaves the batch
                     n -= 1
                     self.swap(row, n)
             if n == 0:
@@ -194,6 +206,8 @@ def sample(logits, uniforms, temperature):
     else:
         cumulative = logprobs.exp().double().cumsum(-1)
         aim = uniforms.to(cumulative.device) * cumulative[:, -1]
-        tokens = torch.searchsorted(cumulative, aim[:, None], right=True)[:, 0]     # right: never a token of mass zero
-        tokens = tokens.clamp(max=logits.shape[1] - 1)                              # of logits that are not numbers
+        tokens = torch.searchsorted(cumulative, aim[:, None], right=True)[
+            :, 0
+        ]  # right: never a token of mass zero
+        tokens = tokens.clamp(max=logits.shape[1] - 1)  # of logits that are not numbers
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]

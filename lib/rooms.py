@@ -11,21 +11,41 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.streams import numpy_stream
 from lib.geometry import move_camera, pinhole, pose, read_instruction
+from lib.streams import numpy_stream
 
 COLOURS = {
-    "red": (215, 25, 30), "green": (20, 150, 45), "blue": (35, 60, 225), "yellow": (240, 220, 20),
-    "purple": (135, 30, 190), "orange": (250, 130, 10), "cyan": (30, 205, 220), "pink": (250, 110, 185),
+    "red": (215, 25, 30),
+    "green": (20, 150, 45),
+    "blue": (35, 60, 225),
+    "yellow": (240, 220, 20),
+    "purple": (135, 30, 190),
+    "orange": (250, 130, 10),
+    "cyan": (30, 205, 220),
+    "pink": (250, 110, 185),
 }
 KINDS = ("cabinet", "barrel", "ball", "table")
-WALLS = np.array([(172, 160, 148), (150, 162, 172), (160, 172, 152), (178, 172, 150), (168, 152, 166), (140, 146, 150),
-                  (186, 180, 176), (152, 140, 132)], np.float32)
+WALLS = np.array(
+    [
+        (172, 160, 148),
+        (150, 162, 172),
+        (160, 172, 152),
+        (178, 172, 150),
+        (168, 152, 166),
+        (140, 146, 150),
+        (186, 180, 176),
+        (152, 140, 132),
+    ],
+    np.float32,
+)
 FLOORS = np.array([(120, 104, 88), (104, 100, 100), (132, 120, 100), (96, 104, 98)], np.float32)
 CEILINGS = np.array([(226, 224, 220), (214, 218, 222), (222, 214, 208)], np.float32)
-EYE = 1.3   # metres above the floor
-SIZE = 32   # pixels of the tiny world's pictures; the field of view is 90 degrees, so a ring of four tiles
-FURNISHED = {"bare": (10_000_000, 2), "cluttered": (11_000_000, 8)}    # the first of a million seeds, objects
+EYE = 1.3  # metres above the floor
+SIZE = 32  # pixels of the tiny world's pictures; the field of view is 90 degrees, so a ring of four tiles
+FURNISHED = {
+    "bare": (10_000_000, 2),
+    "cluttered": (11_000_000, 8),
+}  # the first of a million seeds, objects
 
 
 @dataclass(frozen=True)
@@ -36,7 +56,7 @@ class Thing:
     colour: str
     x: float
     z: float
-    yaw: float      # degrees
+    yaw: float  # degrees
     half: float
     height: float
 
@@ -74,7 +94,9 @@ def random_room(seed, things=None):
     too near. The same seed gives the same room; disjoint seeds make disjoint sets of scenes.
     """
     rng = numpy_stream("room", seed)
-    things = things or next((n for first, n in FURNISHED.values() if first <= seed < first + 1_000_000), 6)
+    things = things or next(
+        (n for first, n in FURNISHED.values() if first <= seed < first + 1_000_000), 6
+    )
     width, length = rng.uniform(5.0, 7.0, 2)
     colours = rng.permutation(list(COLOURS))[:things]
     start = rng.uniform(0, 360)
@@ -83,18 +105,28 @@ def random_room(seed, things=None):
         half, tall = rng.uniform(0.30, 0.50), rng.uniform(0.6, 1.6)
         angle = np.radians(start + 360 / things * (i + rng.uniform(0.15, 0.85)))
         direction = np.array([np.sin(angle), np.cos(angle)])
-        to_wall = np.min((np.array([width, length]) / 2 - half - 0.05) / np.maximum(np.abs(direction), 1e-9))
+        to_wall = np.min(
+            (np.array([width, length]) / 2 - half - 0.05) / np.maximum(np.abs(direction), 1e-9)
+        )
         near = min(1.6 + half, to_wall)
         x, z = direction * rng.uniform(near, max(near, min(to_wall, 3.0)))
         kind, yaw = str(rng.choice(KINDS)), float(rng.uniform(0, 90))
         placed.append(Thing(kind, str(colour), float(x), float(z), yaw, half, tall))
-    return Room(width, length, rng.uniform(2.6, 3.0), tuple(rng.permutation(len(WALLS))[:4].tolist()),
-                int(rng.integers(len(FLOORS))), int(rng.integers(len(CEILINGS))), tuple(placed))
+    return Room(
+        width,
+        length,
+        rng.uniform(2.6, 3.0),
+        tuple(rng.permutation(len(WALLS))[:4].tolist()),
+        int(rng.integers(len(FLOORS))),
+        int(rng.integers(len(CEILINGS))),
+        tuple(placed),
+    )
 
 
 # ---- ray casting ----------------------------------------------------------------------------------------------
 # V cameras with P rays each, N = V P rays in all; a ray leaves its eye (3,) along direction (3,), whose length along
 # the camera's z axis is 1, so that a hit at distance t is a point eye + t * direction at depth t. inf = missed.
+
 
 def _slab(eye, direction, low, high):
     """Entry and exit distance of the slab low <= coordinate <= high along one axis."""
@@ -116,9 +148,9 @@ def _may_hit(solid, thing, eyes, directions, length):
     """
     shape, half, bottom, top = solid
     radius2 = (2 if shape == "box" else 1) * half**2 + (top - bottom) ** 2 / 4
-    centre = np.array([thing.x, -(top + bottom) / 2, thing.z], np.float32) - eyes                  # (V, 3)
+    centre = np.array([thing.x, -(top + bottom) / 2, thing.z], np.float32) - eyes  # (V, 3)
     reach = np.sqrt(np.maximum((centre**2).sum(1) - radius2, 0))
-    reach[reach == 0] = -np.inf                                                                # an eye inside the ball
+    reach[reach == 0] = -np.inf  # an eye inside the ball
     return np.flatnonzero((centre[:, None] @ directions)[:, 0] >= length * reach[:, None])
 
 
@@ -133,8 +165,12 @@ def _hit(solid, thing, eye, direction):
             near, far = _slab(o, d, -half, half)
             enter, leave = np.maximum(enter, near), np.minimum(leave, far)
         return np.where((enter < leave) & (enter > 1e-4), enter, np.float32(np.inf))
-    a, b, c = dx * dx + dz * dz, x * dx + z * dz, x * x + z * z - half**2      # |o + t d|² = half² over (x, z)
-    if shape == "sphere":                            # … and y; a ball rests on the floor
+    a, b, c = (
+        dx * dx + dz * dz,
+        x * dx + z * dz,
+        x * x + z * z - half**2,
+    )  # |o + t d|² = half² over (x, z)
+    if shape == "sphere":  # … and y; a ball rests on the floor
         y = y + half
         a, b, c = a + dy * dy, b + y * dy, c + y * y
     root = b * b - a * c
@@ -147,7 +183,7 @@ def _shade(solid, thing, point):
     """Brightness (n,) of surface points (3, n): light falls from above and from one side, so edges can be seen."""
     shape, half, _, top = solid
     x, y, z = (point - np.array([[thing.x], [-half], [thing.z]], np.float32)) / half
-    if shape == "box":                               # the face whose coordinate is largest, in the box's own axes
+    if shape == "box":  # the face whose coordinate is largest, in the box's own axes
         u, v = _turned(thing, x, z)
         side = np.where(np.abs(u) > np.abs(v), 0.88 + 0.06 * np.sign(u), 0.76 + 0.06 * np.sign(v))
     else:
@@ -158,12 +194,14 @@ def _shade(solid, thing, point):
 def _cast(room, c2w, size, with_colour):
     """One ray through every pixel centre of V cameras: depth (V, H, W), ids (V, H, W), colour (V, H, W, 3) or None."""
     centres = (np.arange(size) + 0.5 - size / 2) / pinhole(size)[0, 0]
-    rays = np.stack(np.broadcast_arrays(centres[None, :], centres[:, None], 1.0)).reshape(3, -1)   # (3, P), z = 1
-    eyes = c2w[:, :3, 3].astype(np.float32)                                                        # (V, 3)
-    directions = c2w[:, :3, :3].astype(np.float32) @ rays.astype(np.float32)                       # (V, 3, P)
-    length = np.linalg.norm(directions, axis=1)                                                    # (V, P)
-    direction = np.ascontiguousarray(directions.transpose(1, 0, 2)).reshape(3, -1)                 # (3, N)
-    eye = np.repeat(eyes.T, rays.shape[1], 1)                                                      # (3, N)
+    rays = np.stack(np.broadcast_arrays(centres[None, :], centres[:, None], 1.0)).reshape(
+        3, -1
+    )  # (3, P), z = 1
+    eyes = c2w[:, :3, 3].astype(np.float32)  # (V, 3)
+    directions = c2w[:, :3, :3].astype(np.float32) @ rays.astype(np.float32)  # (V, 3, P)
+    length = np.linalg.norm(directions, axis=1)  # (V, P)
+    direction = np.ascontiguousarray(directions.transpose(1, 0, 2)).reshape(3, -1)  # (3, N)
+    eye = np.repeat(eyes.T, rays.shape[1], 1)  # (3, N)
 
     half_x, half_z = room.width / 2, room.length / 2
     walls = ((0, -half_x, half_x), (1, -room.height, 0), (2, -half_z, half_z))
@@ -171,8 +209,14 @@ def _cast(room, c2w, size, with_colour):
     distance = np.minimum(np.minimum(exits[0], exits[1]), exits[2])
     ids = np.zeros(len(distance), np.int64)
     if with_colour:
-        tones = np.stack([*WALLS[list(room.walls[:2])], CEILINGS[room.ceiling], FLOORS[room.floor],
-                          *WALLS[list(room.walls[2:])]])                       # (6, 3): each axis, minus and plus side
+        tones = np.stack(
+            [
+                *WALLS[list(room.walls[:2])],
+                CEILINGS[room.ceiling],
+                FLOORS[room.floor],
+                *WALLS[list(room.walls[2:])],
+            ]
+        )  # (6, 3): each axis, minus and plus side
         axis = np.where(distance == exits[0], 0, np.where(distance == exits[1], 1, 2))
         colour = tones[2 * axis + (direction[axis, np.arange(len(axis))] > 0)]
     for i, thing in enumerate(room.things):
@@ -186,7 +230,11 @@ def _cast(room, c2w, size, with_colour):
                 shade = _shade(solid, thing, eye[:, near] + t * direction[:, near])
                 colour[near] = np.array(COLOURS[thing.colour], np.float32) * shade[:, None]
     shape = (len(c2w), size, size)
-    return distance.reshape(shape), ids.reshape(shape), colour.reshape(*shape, 3) if with_colour else None
+    return (
+        distance.reshape(shape),
+        ids.reshape(shape),
+        colour.reshape(*shape, 3) if with_colour else None,
+    )
 
 
 def render(room, c2w, size=32, supersample=2):
@@ -218,11 +266,18 @@ class TrueRenderer:
         views = []
         for query in queries:
             if query.scene is None:
-                raise ValueError("the true renderer works in rooms only: this question carries no scene")
+                raise ValueError(
+                    "the true renderer works in rooms only: this question carries no scene"
+                )
             reference, motion = read_instruction(query.instruction)
-            room, start = random_room(query.scene["room"]), np.array(query.scene["poses"][reference - 1])
+            room, start = (
+                random_room(query.scene["room"]),
+                np.array(query.scene["poses"][reference - 1]),
+            )
             target = move_camera(start, motion)
             half = np.array([room.width / 2, 0, room.length / 2]) - 0.1
-            target[:3, 3] = np.clip(target[:3, 3], [-half[0], 0.1 - room.height, -half[2]], [half[0], -0.1, half[2]])
+            target[:3, 3] = np.clip(
+                target[:3, 3], [-half[0], 0.1 - room.height, -half[2]], [half[0], -0.1, half[2]]
+            )
             views.append(render(room, target, size=query.images[0].shape[0])["rgb"][0])
         return views

@@ -20,7 +20,9 @@ def load_jsonl(path):
     """
     path, rows = Path(path), []
     if not path.exists():
-        fail(f"{path} does not exist; `python data.py {path.name.split('_')[0]} --out {path.parent}` makes it")
+        fail(
+            f"{path} does not exist; `python data.py {path.name.split('_')[0]} --out {path.parent}` makes it"
+        )
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -57,5 +59,9 @@ def worker():
 def build(title, make, seeds, out, threads):
     """Run `make(seed, out)` for every room (or group of rooms) on `threads` processes, in order -> all rows."""
     with disk(out), Pool(threads, worker) as pool:
-        per_room = list(tqdm(pool.imap(partial(make, out=out), seeds, chunksize=8), total=len(seeds), desc=title))
+        per_room = list(
+            tqdm(
+                pool.imap(partial(make, out=out), seeds, chunksize=8), total=len(seeds), desc=title
+            )
+        )
     return [row for rows in per_room for row in rows]

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib.streams import numpy_stream, stable_hash, stream_seed
 from lib.common import disk, fail, say, write_json, write_text
 from lib.consistency import pose_errors
 from lib.geometry import decompose
@@ -27,9 +26,10 @@ from lib.pictures import save_image
 from lib.rows import SPLITS, load_jsonl, save_jsonl, worker
 from lib.scene_depth import depth_network, estimate_depth
 from lib.scenes import read_scene, scene_ids
+from lib.streams import numpy_stream, stable_hash, stream_seed
 from lib.triples import Rules, Summary, contact_sheet, write_triples
 
-SAMPLES = 12                                          # lines of a contact sheet
+SAMPLES = 12  # lines of a contact sheet
 
 
 def places_of(dataset, root, ids):
@@ -45,14 +45,16 @@ def places_of(dataset, root, ids):
     for file in (*Path(root).glob("metadata.csv"), *Path(root).glob("*/metadata.csv")):
         with file.open(newline="") as lines:
             for row in csv.DictReader(lines):
-                visit = (row.get("visit_id") or "").removesuffix(".0")          # pandas writes whole numbers like this
+                visit = (row.get("visit_id") or "").removesuffix(
+                    ".0"
+                )  # pandas writes whole numbers like this
                 if visit.isdigit():
                     visits[row.get("video_id")] = visit
     return {id: visits[id] for id in ids if id in visits}
 
 
 def split_of(dataset, place, listed, given=()):
-    """"train", "val" or "test" of a place: as `listed` {place: split} says, else drawn by its name, 5 % for tests and
+    """ "train", "val" or "test" of a place: as `listed` {place: split} says, else drawn by its name, 5 % for tests and
     2 % for validation; nothing is drawn into the splits that are `given` by lists."""
     draw = stream_seed("split", dataset, place) % 100
     drawn = "test" if draw < 5 else "val" if draw < 7 else "train"
@@ -62,15 +64,24 @@ def split_of(dataset, place, listed, given=()):
 def read_list(split, file, ids):
     """The scans that a list names, one per line: of a CSV's line the first field that is one of `ids`."""
     if not Path(file).is_file():
-        fail(f"{file} does not exist; --{split} names a file with the ids of its scans, one per line.")
+        fail(
+            f"{file} does not exist; --{split} names a file with the ids of its scans, one per line."
+        )
     lines = [line.split(",") for line in Path(file).read_text().splitlines() if line.strip()]
     known = set(ids)
-    named = [next((id for id in (field.strip(' "') for field in line) if id in known), None) for line in lines]
+    named = [
+        next((id for id in (field.strip(' "') for field in line) if id in known), None)
+        for line in lines
+    ]
     if not any(named):
-        fail(f"No line of {file} names a scan that is there; --{split} needs ids such as {ids[0]}, one per line.")
+        fail(
+            f"No line of {file} names a scan that is there; --{split} needs ids such as {ids[0]}, one per line."
+        )
     if None in named:
-        say(f"--{split}: {named.count(None)} of {len(named)} lines of {file} name no scan that is there (a header is "
-            f"such a line).")
+        say(
+            f"--{split}: {named.count(None)} of {len(named)} lines of {file} name no scan that is there (a header is "
+            f"such a line)."
+        )
     return [id for id in named if id]
 
 
@@ -84,18 +95,24 @@ def sides_of(dataset, root, ids, lists):
     places, sides = places_of(dataset, root, ids), {}
     if not places:
         if len(lists) < 2:
-            fail(f"{root} has no metadata.csv with the visit_id of its captures, and without it captures of one place "
-                 f"would stand on both sides of the split. Copy it there (download_data.py of ARKitScenes fetches it), "
-                 f"or give both --val FILE and --test FILE.")
+            fail(
+                f"{root} has no metadata.csv with the visit_id of its captures, and without it captures of one place "
+                f"would stand on both sides of the split. Copy it there (download_data.py of ARKitScenes fetches it), "
+                f"or give both --val FILE and --test FILE."
+            )
         places = dict(zip(ids, ids))
     for split, of_split in named.items():
         for id in of_split:
             place = places.setdefault(id, id)
             if sides.setdefault(place, split) != split:
-                fail(f"{lists[split]} and another list name the same place by {id}: a place stands on one side of the "
-                     f"split.")
+                fail(
+                    f"{lists[split]} and another list name the same place by {id}: a place stands on one side of the "
+                    f"split."
+                )
     if lost := len(ids) - len(places):
-        say(f"{lost} scans are left out: nobody knows which place they show. Name them in a list to keep them.")
+        say(
+            f"{lost} scans are left out: nobody knows which place they show. Name them in a list to keep them."
+        )
     return places, sides
 
 
@@ -123,11 +140,19 @@ def scan_triples(id, dataset, root, out, seed, rules):
         report = json.loads(file.read_text())
         if asked.items() <= report.items() and not report["error"]:
             return file
-    start, report = time.process_time(), asked | {"rows": [], "counts": {}, "skipped": {}, "note": "", "error": ""}
+    start, report = (
+        time.process_time(),
+        asked | {"rows": [], "counts": {}, "skipped": {}, "note": "", "error": ""},
+    )
     try:
         scene = read_scene(dataset, root, id)
         rows, counts = write_triples(scene, Path(out), stable_hash(seed, dataset, id), rules)
-        report |= {"rows": rows, "counts": dict(counts), "skipped": dict(scene.skipped), "note": scene.note}
+        report |= {
+            "rows": rows,
+            "counts": dict(counts),
+            "skipped": dict(scene.skipped),
+            "note": scene.note,
+        }
     except ValueError as error:
         report["error"] = str(error)
     write_text(file, json.dumps(report | {"cpu_seconds": round(time.process_time() - start, 2)}))
@@ -143,16 +168,26 @@ def make_scans(dataset, root, out, workers=None, seed=0, rules=Rules(), lists=No
     Whatever the workers, the files are the same.
     """
     out, lists, ids = Path(out), lists or {}, scenes_of(dataset, root)
-    if holds_others([out / f"triples_{split}.jsonl" for split in SPLITS], "scene", {f"{dataset}/{id}" for id in ids}):
-        fail(f"{out} holds triples of something else, and they would be lost. Give {dataset} of {root} an --out of its "
-             f"own: train_wm.py --data takes several folders.")
+    if holds_others(
+        [out / f"triples_{split}.jsonl" for split in SPLITS],
+        "scene",
+        {f"{dataset}/{id}" for id in ids},
+    ):
+        fail(
+            f"{out} holds triples of something else, and they would be lost. Give {dataset} of {root} an --out of its "
+            f"own: train_wm.py --data takes several folders."
+        )
     places, sides = sides_of(dataset, root, ids, lists)
     ids = [id for id in ids if id in places]
     if limit and limit < len(ids):
         ids = [ids[i] for i in np.linspace(0, len(ids) - 1, limit).astype(int)]
-    job = partial(scan_triples, dataset=dataset, root=str(root), out=str(out), seed=seed, rules=rules)
+    job = partial(
+        scan_triples, dataset=dataset, root=str(root), out=str(out), seed=seed, rules=rules
+    )
     with disk(out), Pool(workers, worker) as pool:
-        files = list(tqdm(pool.imap(job, ids), total=len(ids), desc=f"triples of {dataset}", unit="scan"))
+        files = list(
+            tqdm(pool.imap(job, ids), total=len(ids), desc=f"triples of {dataset}", unit="scan")
+        )
     # one report in memory at a time: the paper's dataset has half a million rows
     parts = {split: out / f"triples_{split}.jsonl.partial" for split in SPLITS}
     total, samples = Summary(), []
@@ -162,17 +197,21 @@ def make_scans(dataset, root, out, workers=None, seed=0, rules=Rules(), lists=No
             report = json.loads(file.read_text())
             place = places[report["id"]]
             split = split_of(dataset, place, sides, lists)
-            lines[split].writelines(json.dumps(row | {"place": place}) + "\n" for row in report["rows"])
+            lines[split].writelines(
+                json.dumps(row | {"place": place}) + "\n" for row in report["rows"]
+            )
             total.add(report, split)
-            samples += report["rows"][:1 + SAMPLES // len(files)]
+            samples += report["rows"][: 1 + SAMPLES // len(files)]
     for part in parts.values():
         part.replace(part.with_suffix(""))
     write_json(out / "summary.json", total.as_dict())
     say(total.text())
     if samples:
         contact_sheet(out, samples, out / "sheet.jpg")
-        say(f"Look at {out}/sheet.jpg: the last column is the target with every other square taken from the context; "
-            f"where edges break at the squares, depth or poses are wrong.")
+        say(
+            f"Look at {out}/sheet.jpg: the last column is the target with every other square taken from the context; "
+            f"where edges break at the squares, depth or poses are wrong."
+        )
 
 
 def make_depth(root, model):
@@ -182,8 +221,10 @@ def make_depth(root, model):
     try:
         predict = depth_network(model, device)
     except (OSError, ValueError) as error:
-        fail(f"The depth network {model} cannot be read ({str(error).splitlines()[0]}). Give --model a folder, or "
-             f"fetch it where there is a network.")
+        fail(
+            f"The depth network {model} cannot be read ({str(error).splitlines()[0]}). Give --model a folder, or "
+            f"fetch it where there is a network."
+        )
     for id in tqdm(ids, desc="depth", unit="scene"):
         try:
             info = estimate_depth(root, id, model, predict=predict)
@@ -214,25 +255,39 @@ def make_heldout(sources, out, per_dataset=200, seed=0):
     """
     chosen, untrue = [], 0
     if not sources:
-        fail("There are no triples of scans in out/ yet: python data.py triples --dataset NAME --root DIR, or give "
-             "--sources FOLDER ...")
+        fail(
+            "There are no triples of scans in out/ yet: python data.py triples --dataset NAME --root DIR, or give "
+            "--sources FOLDER ..."
+        )
     for source in map(Path, sources):
         if not (source / "triples_test.jsonl").exists():
-            fail(f"{source} holds no triples of scans: python data.py triples --dataset NAME --root DIR --out {source}")
+            fail(
+                f"{source} holds no triples of scans: python data.py triples --dataset NAME --root DIR --out {source}"
+            )
         train, test = (load_jsonl(source / f"triples_{split}.jsonl") for split in ("train", "test"))
         if any("place" not in row for row in train + test):
-            fail(f"{source} does not tell the place of every triple: python data.py triples --dataset NAME --root DIR "
-                 f"--out {source} writes it, and makes no finished scan again.")
+            fail(
+                f"{source} does not tell the place of every triple: python data.py triples --dataset NAME --root DIR "
+                f"--out {source} writes it, and makes no finished scan again."
+            )
         if shared := {row["place"] for row in train} & {row["place"] for row in test}:
-            fail(f"{source}: {len(shared)} places stand on both sides of the split, such as {min(shared)}. Make its "
-                 f"triples again.")
-        way = [decompose(np.array(row["context_c2w"][row["reference"] - 1]), np.array(row["target_c2w"]))[:5]
-               for row in test]
+            fail(
+                f"{source}: {len(shared)} places stand on both sides of the split, such as {min(shared)}. Make its "
+                f"triples again."
+            )
+        way = [
+            decompose(
+                np.array(row["context_c2w"][row["reference"] - 1]), np.array(row["target_c2w"])
+            )[:5]
+            for row in test
+        ]
         true = [row for row, error in zip(test, pose_errors(test, way)) if error["within"]]
         test, untrue = true, untrue + len(test) - len(true)
         if len(test) < per_dataset:
-            fail(f"{source} has {len(test)} triples of test scans that do what their words say, and {per_dataset} are "
-                 f"asked for: read more scans, or give --per-dataset {len(test)}.")
+            fail(
+                f"{source} has {len(test)} triples of test scans that do what their words say, and {per_dataset} are "
+                f"asked for: read more scans, or give --per-dataset {len(test)}."
+            )
         by_scan, rng = {}, numpy_stream("held-out scans", seed)
         for i in rng.permutation(len(test)):
             by_scan.setdefault(test[i]["scene"], []).append(test[i])
@@ -240,13 +295,24 @@ def make_heldout(sources, out, per_dataset=200, seed=0):
         chosen += turns[:per_dataset]
     chosen.sort(key=lambda row: (row["scene"], row["context"], row["reference"]))
     Path(out).mkdir(parents=True, exist_ok=True)
-    relative = lambda place: os.path.relpath(place, out)                                                    # noqa: E731
-    save_jsonl(Path(out) / "triples_test.jsonl",
-               [{**row, "context": list(map(relative, row["context"])), "target": relative(row["target"]),
-                 "context_depth": list(map(relative, row["context_depth"])), "warp": relative(row["warp"])}
-                for row in chosen])
-    say(f"{out}/triples_test.jsonl: {len(chosen)} triples of {len({row['scene'] for row in chosen})} test scans; left "
-        f"out: {untrue} whose own pose is not within the thresholds of their words")
+    relative = lambda place: os.path.relpath(place, out)  # noqa: E731
+    save_jsonl(
+        Path(out) / "triples_test.jsonl",
+        [
+            {
+                **row,
+                "context": list(map(relative, row["context"])),
+                "target": relative(row["target"]),
+                "context_depth": list(map(relative, row["context_depth"])),
+                "warp": relative(row["warp"]),
+            }
+            for row in chosen
+        ],
+    )
+    say(
+        f"{out}/triples_test.jsonl: {len(chosen)} triples of {len({row['scene'] for row in chosen})} test scans; left "
+        f"out: {untrue} whose own pose is not within the thresholds of their words"
+    )
 
 
 def write_folder(folder, frames, up, pictures=".jpg", per_metre=1000):
@@ -261,5 +327,12 @@ def write_folder(folder, frames, up, pictures=".jpg", per_metre=1000):
         save_image(folder / row["image"], frame.image())
         save_image(folder / row["depth"], (per_metre * frame.depth()).round().astype(np.uint16))
         rows.append(row)
-    write_json(folder / "scene.json", {"frames": rows, "intrinsics": frames[0].intrinsics.tolist(),
-                                       "depth_scale": per_metre, "up": np.asarray(up).tolist()})
+    write_json(
+        folder / "scene.json",
+        {
+            "frames": rows,
+            "intrinsics": frames[0].intrinsics.tolist(),
+            "depth_scale": per_metre,
+            "up": np.asarray(up).tolist(),
+        },
+    )

@@ -13,11 +13,23 @@ from PIL import Image
 from lib.common import write_json
 from lib.geometry import project, unproject
 from lib.pictures import save_image
-from lib.scenes import collect, dl3dv_folder, dl3dv_frames, dl3dv_rows, longer, read_json, scene_folders
+from lib.scenes import (
+    collect,
+    dl3dv_folder,
+    dl3dv_frames,
+    dl3dv_rows,
+    longer,
+    read_json,
+    scene_folders,
+)
 
 DEPTH_MODEL = "depth-anything/Depth-Anything-V2-Metric-Indoor-Small-hf"
-MAX_DISAGREEMENT = 0.15         # of depth and poses, as a share of the depth; sensors stay below 0.05, networks do not
-UNFINISHED = "its depth is estimated in part; run `python data.py depth --root DIR` again, it continues."
+MAX_DISAGREEMENT = (
+    0.15  # of depth and poses, as a share of the depth; sensors stay below 0.05, networks do not
+)
+UNFINISHED = (
+    "its depth is estimated in part; run `python data.py depth --root DIR` again, it continues."
+)
 
 
 def estimate_depth(root, id, model, predict):
@@ -33,8 +45,10 @@ def estimate_depth(root, id, model, predict):
     note, how = folder / "depth.json", f"depth of single pictures by {model}"
     info = read_json(note) if note.is_file() else {}
     if (info or (folder / "depth").exists()) and info.get("how") != how:
-        raise ValueError(f"{folder} has depth from elsewhere ({info.get('how', 'no depth.json says where')}). Remove "
-                         f"depth/ and depth.json to estimate it by {model}.")
+        raise ValueError(
+            f"{folder} has depth from elsewhere ({info.get('how', 'no depth.json says where')}). Remove "
+            f"depth/ and depth.json to estimate it by {model}."
+        )
     if info and info["refused"] != UNFINISHED:
         return info
     rows, full, load = dl3dv_rows(folder)
@@ -44,14 +58,28 @@ def estimate_depth(root, id, model, predict):
             continue
         try:
             pixels = load(image)
-        except ValueError:                      # missing or broken; the reader will count it among those without depth
+        except ValueError:  # missing or broken; the reader will count it among those without depth
             continue
         thousandths = np.nan_to_num(1000 * np.float64(predict(pixels)), nan=0, posinf=0, neginf=0)
-        save_image(depth, np.where((thousandths > 0) & (thousandths < 65535), thousandths, 0).round().astype(np.uint16))
+        save_image(
+            depth,
+            np.where((thousandths > 0) & (thousandths < 65535), thousandths, 0)
+            .round()
+            .astype(np.uint16),
+        )
     scale, off = scale_of(collect(dl3dv_frames(rows, full, load, 1)).frames)
-    refused = "" if scale else (f"its depth and poses fix no scale: they disagree by {off:.0%} of the depth, or "
-                                f"the camera hardly moved. Put better depth beside transforms.json.")
-    write_json(note, info := {"scale": scale, "how": how, "disagreement": round(off, 4), "refused": refused})
+    refused = (
+        ""
+        if scale
+        else (
+            f"its depth and poses fix no scale: they disagree by {off:.0%} of the depth, or "
+            f"the camera hardly moved. Put better depth beside transforms.json."
+        )
+    )
+    write_json(
+        note,
+        info := {"scale": scale, "how": how, "disagreement": round(off, 4), "refused": refused},
+    )
     return info
 
 
@@ -60,15 +88,21 @@ def depth_network(model, device):
     import torch
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
-    processor, network = (kind.from_pretrained(model) for kind in (AutoImageProcessor, AutoModelForDepthEstimation))
+    processor, network = (
+        kind.from_pretrained(model) for kind in (AutoImageProcessor, AutoModelForDepthEstimation)
+    )
     if getattr(network.config, "depth_estimation_type", "metric") != "metric":
-        raise ValueError(f"{model} knows relative depth only; take one trained for metres, such as {DEPTH_MODEL}.")
+        raise ValueError(
+            f"{model} knows relative depth only; take one trained for metres, such as {DEPTH_MODEL}."
+        )
     network = network.to(device).eval()
 
     def predict(pixels):
         inputs = processor(images=Image.fromarray(pixels), return_tensors="pt").to(device)
         with torch.inference_mode():
-            depth, = processor.post_process_depth_estimation(network(**inputs), target_sizes=[pixels.shape[:2]])
+            (depth,) = processor.post_process_depth_estimation(
+                network(**inputs), target_sizes=[pixels.shape[:2]]
+            )
         return depth["predicted_depth"].float().cpu().numpy()
 
     return predict
@@ -82,7 +116,13 @@ def depth_ratios(one, other):
     (depth, K, c2w), (other_depth, other_K, other_c2w) = one, other
     pixel, z = project(unproject(depth, K, c2w)[depth > 0], other_K, other_c2w)
     column, row = np.floor(pixel.T)
-    inside = (z > 0) & (column >= 0) & (row >= 0) & (column < other_depth.shape[1]) & (row < other_depth.shape[0])
+    inside = (
+        (z > 0)
+        & (column >= 0)
+        & (row >= 0)
+        & (column < other_depth.shape[1])
+        & (row < other_depth.shape[0])
+    )
     there = other_depth[row[inside].astype(int), column[inside].astype(int)]
     return z[inside][there > 0] / there[there > 0], float((there > 0).sum() / max(1, len(pixel)))
 
@@ -109,11 +149,20 @@ def scale_of(frames, views=24, width=40):
         size = (width, max(1, round(width * frame.size[1] / frame.size[0])))
         looks.append((frame.depth(size), frame.K(size), frame.c2w))
     poses = np.array([c2w for *_, c2w in looks])
-    apart = np.linalg.norm(poses[:, None, :3, 3] - poses[:, :3, 3], axis=-1)                # (views, views)
+    apart = np.linalg.norm(poses[:, None, :3, 3] - poses[:, :3, 3], axis=-1)  # (views, views)
     alike = poses[:, :3, 2] @ poses[:, :3, 2].T > np.cos(np.radians(40))
-    choices = [[j for j in range(i + 1, min(i + 7, len(looks))) if alike[i, j]] for i in range(len(looks))]
-    pairs = [(i, j) for i, near in enumerate(choices) for j in sorted(near, key=lambda j: -apart[i, j])[:2]]
-    baseline, deep = np.median([apart[pair] for pair in pairs] or [0]), np.concatenate([d.ravel() for d, *_ in looks])
+    choices = [
+        [j for j in range(i + 1, min(i + 7, len(looks))) if alike[i, j]] for i in range(len(looks))
+    ]
+    pairs = [
+        (i, j)
+        for i, near in enumerate(choices)
+        for j in sorted(near, key=lambda j: -apart[i, j])[:2]
+    ]
+    baseline, deep = (
+        np.median([apart[pair] for pair in pairs] or [0]),
+        np.concatenate([d.ravel() for d, *_ in looks]),
+    )
     if baseline == 0 or not deep.any():
         return None, 1.0
 
@@ -123,10 +172,14 @@ def scale_of(frames, views=24, width=40):
 
     def spread(scale):
         found = [depth_ratios(*pair) for pair in pairs_at(scale)]
-        return np.median([np.median(np.abs(ratios / np.median(ratios) - 1)) if share > 0.2 else 1
-                          for ratios, share in found])
+        return np.median(
+            [
+                np.median(np.abs(ratios / np.median(ratios) - 1)) if share > 0.2 else 1
+                for ratios, share in found
+            ]
+        )
 
-    scale = np.median(deep[deep > 0]) / baseline                            # cameras as far apart as things are away
+    scale = np.median(deep[deep > 0]) / baseline  # cameras as far apart as things are away
     scale = min(scale * np.logspace(-2, 0.5, 41), key=spread)
     scale = float(min(scale * np.logspace(-0.06, 0.06, 25), key=spread))
     off = float(np.median([min(1, disagreement(*pair)[0]) for pair in pairs_at(scale)]))

@@ -33,12 +33,14 @@ from typing import Callable, NamedTuple
 import numpy as np
 from PIL import Image
 
-from lib.streams import numpy_stream
 from lib.geometry import pinhole, pose
 from lib.rooms import EYE, random_room, render
+from lib.streams import numpy_stream
 
-HALF = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])      # + K: pixel centres from whole numbers to +0.5
-OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])                    # on the right of a c2w: y up, z back -> y down, z forward
+HALF = np.array(
+    [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]
+)  # + K: pixel centres from whole numbers to +0.5
+OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # on the right of a c2w: y up, z back -> y down, z forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,14 +50,16 @@ class Frame:
     `image` and `depth` raise ValueError, a sentence, where a file is broken or has not the size of its scene.
     """
 
-    name: str                       # unique within the scene; names sort in capture order
-    c2w: np.ndarray                 # (4, 4) float64
-    intrinsics: np.ndarray          # (3, 3) of the image
-    size: tuple                     # of the image
-    load: Callable                  # () -> (H, W, 3) uint8
-    depth_intrinsics: np.ndarray    # (3, 3) of the depth camera, which may be another than the image's
+    name: str  # unique within the scene; names sort in capture order
+    c2w: np.ndarray  # (4, 4) float64
+    intrinsics: np.ndarray  # (3, 3) of the image
+    size: tuple  # of the image
+    load: Callable  # () -> (H, W, 3) uint8
+    depth_intrinsics: (
+        np.ndarray
+    )  # (3, 3) of the depth camera, which may be another than the image's
     depth_size: tuple
-    load_depth: Callable            # () -> (H', W') float32 metres
+    load_depth: Callable  # () -> (H', W') float32 metres
 
     def K(self, size=None):
         """Intrinsics (3, 3) of the image at `size`."""
@@ -64,7 +68,11 @@ class Frame:
     def image(self, size=None):
         """(h, w, 3) uint8, antialiased where it shrinks."""
         pixels = self._sized("image", self.load(), self.size)
-        return pixels if size in (None, self.size) else np.array(Image.fromarray(pixels).resize(size, Image.LANCZOS))
+        return (
+            pixels
+            if size in (None, self.size)
+            else np.array(Image.fromarray(pixels).resize(size, Image.LANCZOS))
+        )
 
     def depth(self, size=None):
         """(h, w) float32 metres on the pixels of `image(size)`, 0 = invalid or outside the depth camera.
@@ -79,12 +87,19 @@ class Frame:
         # rounded: a ray between two pixels goes to the right or lower one, whatever the last digits of K are
         column, row = (np.floor(np.round(x, 6)).astype(int) for x in (column, row))
         inside = ((row >= 0) & (row < height))[:, None] & ((column >= 0) & (column < width))
-        return np.where(inside, measured[np.ix_(row.clip(0, height - 1), column.clip(0, width - 1))], np.float32(0))
+        return np.where(
+            inside,
+            measured[np.ix_(row.clip(0, height - 1), column.clip(0, width - 1))],
+            np.float32(0),
+        )
 
     def _sized(self, what, pixels, size):
         if pixels.shape[1::-1] != tuple(size):
-            raise ValueError("Frame {}: the {} has {} x {} pixels and should have {} x {}; fetch or extract it again."
-                             .format(self.name, what, *pixels.shape[1::-1], *size))
+            raise ValueError(
+                "Frame {}: the {} has {} x {} pixels and should have {} x {}; fetch or extract it again.".format(
+                    self.name, what, *pixels.shape[1::-1], *size
+                )
+            )
         return pixels
 
 
@@ -94,10 +109,10 @@ class Scene(NamedTuple):
     dataset: str
     id: str
     frames: list
-    up: np.ndarray          # (3,) unit vector of the world
-    metric: bool            # lengths are metres; if not, no motion may be told in metres
-    skipped: dict           # reason -> number of frames left out
-    note: str               # where depth and scale come from, if they were not measured; else ""
+    up: np.ndarray  # (3,) unit vector of the world
+    metric: bool  # lengths are metres; if not, no motion may be told in metres
+    skipped: dict  # reason -> number of frames left out
+    note: str  # where depth and scale come from, if they were not measured; else ""
 
 
 def scene_ids(dataset, root):
@@ -122,8 +137,12 @@ def scene_folders(dataset, root, id="*"):
     if id != "*" and (Path(id).name != id or set(id) & set("*?[")):
         raise ValueError(f"{id!r} is not the id of a scene: that is the name of its folder.")
     _, places, marks = READERS[dataset]
-    folders = [folder for place in places for folder in sorted(Path(root).glob(place.format(id)))
-               if any(next(folder.glob(mark), None) for mark in marks)]
+    folders = [
+        folder
+        for place in places
+        for folder in sorted(Path(root).glob(place.format(id)))
+        if any(next(folder.glob(mark), None) for mark in marks)
+    ]
     if not folders:
         scene = "<id>" if id == "*" else id
         wanted = " or ".join(f"{place.format(scene)}/{mark}" for place in places for mark in marks)
@@ -133,6 +152,7 @@ def scene_folders(dataset, root, id="*"):
 
 # ---- what the readers share -----------------------------------------------------------------------------------
 # A reader lists a row for each frame: (name, path of the image, path of the depth, c2w, K), or why there is none.
+
 
 def frames_of(rows, at=None, D=None, load=None, load_depth=None):
     """Rows -> list of Frames and, in the place of those that cannot be used, reasons.
@@ -151,9 +171,16 @@ def frames_of(rows, at=None, D=None, load=None, load_depth=None):
     for i, row in enumerate(rows):
         if not isinstance(row, str):
             name, image, depth, c2w, K = row
-            rows[i] = Frame(name, c2w, scaled(K, at or size, size), size, partial(load or read_colour, image),
-                            scaled(K, at or size, depth_size) if D is None else D, depth_size,
-                            partial(load_depth or read_depth, depth))
+            rows[i] = Frame(
+                name,
+                c2w,
+                scaled(K, at or size, size),
+                size,
+                partial(load or read_colour, image),
+                scaled(K, at or size, depth_size) if D is None else D,
+                depth_size,
+                partial(load_depth or read_depth, depth),
+            )
     return rows
 
 
@@ -164,7 +191,11 @@ def collect(found, up=None, metric=True, note=""):
     """
     frames, skipped = {}, Counter()
     for frame in found:
-        reason = frame if isinstance(frame, str) else fault(frame) or "name given twice" * (frame.name in frames)
+        reason = (
+            frame
+            if isinstance(frame, str)
+            else fault(frame) or "name given twice" * (frame.name in frames)
+        )
         if reason:
             skipped[reason] += 1
         else:
@@ -194,7 +225,9 @@ def unusable(image, depth):
     """Why a pair of paths (None: it left the scene) cannot be used, or ""."""
     if image is None or depth is None:
         return "path leaves the scene"
-    return "" if image.is_file() and depth.is_file() else "no depth" if image.is_file() else "no image"
+    return (
+        "" if image.is_file() and depth.is_file() else "no depth" if image.is_file() else "no image"
+    )
 
 
 def inside(folder, path):
@@ -248,8 +281,13 @@ def decode(source, where, mode=None):
     try:
         with Image.open(source) as picture:
             return np.array(picture.convert(mode) if mode else picture)
-    except (OSError, SyntaxError) as error:             # Pillow's words for a truncated file or no image at all
-        raise ValueError(f"{where} cannot be read ({error}); it may be truncated: fetch or extract it again.") from None
+    except (
+        OSError,
+        SyntaxError,
+    ) as error:  # Pillow's words for a truncated file or no image at all
+        raise ValueError(
+            f"{where} cannot be read ({error}); it may be truncated: fetch or extract it again."
+        ) from None
 
 
 def read_colour(path):
@@ -274,16 +312,29 @@ def read_depth(path, per_metre=1000):
 
 # ---- ScanNet --------------------------------------------------------------------------------------------------
 
+
 def scannet(folder):
     """color/<i>.jpg, depth/<i>.png (mm), pose/<i>.txt (c2w; -inf where tracking was lost), intrinsic/; or the .sens."""
     if not (folder / "color").is_dir():
         return scannet_sens(next(folder.glob("*.sens")))
-    K, D = (np.loadtxt(folder / f"intrinsic/intrinsic_{kind}.txt")[:3, :3] + HALF for kind in ("color", "depth"))
+    K, D = (
+        np.loadtxt(folder / f"intrinsic/intrinsic_{kind}.txt")[:3, :3] + HALF
+        for kind in ("color", "depth")
+    )
     rows = []
     for image in (path for path in folder.glob("color/*.jpg") if path.stem.isdigit()):
         text = folder / f"pose/{image.stem}.txt"
-        rows.append((f"{int(image.stem):06d}", image, folder / f"depth/{image.stem}.png",
-                     matrix(text.read_text().split(), (4, 4)), K) if text.is_file() else "no pose")
+        rows.append(
+            (
+                f"{int(image.stem):06d}",
+                image,
+                folder / f"depth/{image.stem}.png",
+                matrix(text.read_text().split(), (4, 4)),
+                K,
+            )
+            if text.is_file()
+            else "no pose"
+        )
     return collect(frames_of(rows, D=D), up=(0, 0, 1))
 
 
@@ -291,24 +342,42 @@ def scannet_sens(path):
     """The published stream, version 4: a header, then of each frame the pose, JPEG colour and deflated uint16 depth."""
     found, end = [], path.stat().st_size
     with open(path, "rb") as file:
+
         def take(form):
             return struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))
 
         version, letters = take("IQ")
         if version != 4:
             raise ValueError(f"{path.name} has version {version}; this reads version 4.")
-        file.seek(letters, 1)                                               # the sensor's name
-        K, _, D, _ = (np.reshape(take("16f"), (4, 4))[:3, :3] + HALF for _ in range(4))     # extrinsics: the identity
+        file.seek(letters, 1)  # the sensor's name
+        K, _, D, _ = (
+            np.reshape(take("16f"), (4, 4))[:3, :3] + HALF for _ in range(4)
+        )  # extrinsics: the identity
         *kinds, width, height, depth_width, depth_height, per_metre, count = take("iiIIIIfQ")
         if kinds != [2, 1]:
-            raise ValueError(f"{path.name} has compressions {kinds}; this reads 2 (JPEG colour) and 1 (zlib depth).")
+            raise ValueError(
+                f"{path.name} has compressions {kinds}; this reads 2 (JPEG colour) and 1 (zlib depth)."
+            )
         for i in range(count):
-            c2w, (_, _, colour, depth), at = np.reshape(take("16f"), (4, 4)), take("QQQQ"), file.tell()
+            c2w, (_, _, colour, depth), at = (
+                np.reshape(take("16f"), (4, 4)),
+                take("QQQQ"),
+                file.tell(),
+            )
             if file.seek(colour + depth, 1) > end:
                 raise ValueError(f"{path.name} ends within frame {i} of {count}; copy it again.")
-            found.append(Frame(f"{i:06d}", c2w.astype(np.float64), K, (width, height),
-                               partial(read_sens_colour, path, at, colour), D, (depth_width, depth_height),
-                               partial(read_sens_depth, path, at + colour, depth, depth_width, per_metre)))
+            found.append(
+                Frame(
+                    f"{i:06d}",
+                    c2w.astype(np.float64),
+                    K,
+                    (width, height),
+                    partial(read_sens_colour, path, at, colour),
+                    D,
+                    (depth_width, depth_height),
+                    partial(read_sens_depth, path, at + colour, depth, depth_width, per_metre),
+                )
+            )
     return collect(found, up=(0, 0, 1))
 
 
@@ -329,21 +398,33 @@ def read_sens_depth(path, at, count, width, per_metre):
     try:
         units = np.frombuffer(zlib.decompress(piece(path, at, count)), "<u2").reshape(-1, width)
     except (zlib.error, ValueError) as error:
-        raise ValueError(f"The depth at byte {at} of {path} cannot be read ({error}); copy the file again.") from None
+        raise ValueError(
+            f"The depth at byte {at} of {path} cannot be read ({error}); copy the file again."
+        ) from None
     return (units / per_metre).astype(np.float32)
 
 
 # ---- ScanNet++ ------------------------------------------------------------------------------------------------
+
 
 def scannetpp(folder):
     """iphone: `aligned_pose` (c2w in the mesh's world; `pose` is in ARKit's own), `intrinsic` of 1920 x 1440 pixels."""
     folder = folder / "iphone"
     for made, packed in (("rgb", "rgb.mkv"), ("depth", "depth.bin")):
         if not (folder / made).is_dir():
-            raise ValueError(f"{folder / made} is missing: extract {packed} with the ScanNet++ toolkit.")
-    rows = [(name, folder / f"rgb/{name}.jpg", folder / f"depth/{name}.png", matrix(row.get("aligned_pose"), (4, 4)),
-             matrix(row["intrinsic"], (3, 3)) + HALF)
-            for name, row in read_json(folder / "pose_intrinsic_imu.json").items()]
+            raise ValueError(
+                f"{folder / made} is missing: extract {packed} with the ScanNet++ toolkit."
+            )
+    rows = [
+        (
+            name,
+            folder / f"rgb/{name}.jpg",
+            folder / f"depth/{name}.png",
+            matrix(row.get("aligned_pose"), (4, 4)),
+            matrix(row["intrinsic"], (3, 3)) + HALF,
+        )
+        for name, row in read_json(folder / "pose_intrinsic_imu.json").items()
+    ]
     return collect(frames_of(rows, at=(1920, 1440)), up=(0, 0, 1))
 
 
@@ -355,17 +436,26 @@ def scannetpp_dslr(folder):
     folder = folder / "dslr"
     info, rows = read_json(folder / "nerfstudio/transforms_undistorted.json"), []
     if info["camera_model"] != "PINHOLE":
-        raise ValueError(f"its pictures are {info['camera_model']}; undistort them with the ScanNet++ toolkit.")
+        raise ValueError(
+            f"its pictures are {info['camera_model']}; undistort them with the ScanNet++ toolkit."
+        )
     K = camera(info["fl_x"], info["fl_y"], info["cx"], info["cy"])
     for row in info["frames"] + info.get("test_frames", []):
-        stem, c2w = Path(row["file_path"]).stem, P @ matrix(row["transform_matrix"], (4, 4)) @ OPENGL
+        stem, c2w = (
+            Path(row["file_path"]).stem,
+            P @ matrix(row["transform_matrix"], (4, 4)) @ OPENGL,
+        )
         image = inside(folder / "resized_undistorted_images", row["file_path"])
-        rows.append("marked as bad" if row.get("is_bad") else
-                    (stem, image, folder / f"render_depth/{stem}.png", c2w, K))
+        rows.append(
+            "marked as bad"
+            if row.get("is_bad")
+            else (stem, image, folder / f"render_depth/{stem}.png", c2w, K)
+        )
     return collect(frames_of(rows, at=(info["w"], info["h"])), up=(0, 0, 1))
 
 
 # ---- Matterport3D ---------------------------------------------------------------------------------------------
+
 
 def matterport(folder):
     """A house: 18 views of every tripod, whose uuid begins their names. Depth in quarters of a millimetre.
@@ -380,14 +470,21 @@ def matterport(folder):
             K = matrix(words, (3, 3)) + HALF
             K[1, 2] = 1024 - K[1, 2]
         elif key == "scan":
-            depth, image = (inside(folder, Path(folders[kind], name)) for kind, name in zip(("depth", "color"), words))
+            depth, image = (
+                inside(folder, Path(folders[kind], name))
+                for kind, name in zip(("depth", "color"), words)
+            )
             rows.append((Path(words[1]).stem, image, depth, matrix(words[2:], (4, 4)) @ OPENGL, K))
         elif key.endswith("_directory"):
             folders[key.removesuffix("_directory")] = words[0]
-    return collect(frames_of(rows, at=(1280, 1024), load_depth=partial(read_depth, per_metre=4000)), up=(0, 0, 1))
+    return collect(
+        frames_of(rows, at=(1280, 1024), load_depth=partial(read_depth, per_metre=4000)),
+        up=(0, 0, 1),
+    )
 
 
 # ---- ARKitScenes ----------------------------------------------------------------------------------------------
+
 
 def arkitscenes(folder):
     """lowres_wide/, lowres_depth/ (mm), lowres_wide_intrinsics/, lowres_wide.traj (world to *camera*, 10 a second).
@@ -395,27 +492,48 @@ def arkitscenes(folder):
     A frame takes the pose nearest to its time stamp, at most 5 ms away, or is skipped; the official loader would keep
     the pose before. Captures held sideways or upside down are turned upright, all frames alike.
     """
-    folder, rows = next(folder.glob("*_frames"), folder), []               # 3dod has one folder more than raw
-    lines = [matrix(line.split(), (7,)) for line in (folder / "lowres_wide.traj").read_text().splitlines()]
+    folder, rows = next(folder.glob("*_frames"), folder), []  # 3dod has one folder more than raw
+    lines = [
+        matrix(line.split(), (7,))
+        for line in (folder / "lowres_wide.traj").read_text().splitlines()
+    ]
     lines = np.array([line for line in lines if np.isfinite(line[0])]).reshape(-1, 7)
-    stamps = np.round(1000 * lines[:, 0])                                   # milliseconds
+    stamps = np.round(1000 * lines[:, 0])  # milliseconds
     for image in folder.glob("lowres_wide/*.png"):
         video, _, seconds = image.stem.rpartition("_")
         ms = round(1000 * float(seconds))
-        pincams = [folder / f"lowres_wide_intrinsics/{video}_{(ms + off) / 1000:.3f}.pincam" for off in (0, -1, 1)]
+        pincams = [
+            folder / f"lowres_wide_intrinsics/{video}_{(ms + off) / 1000:.3f}.pincam"
+            for off in (0, -1, 1)
+        ]
         pincam = next((path for path in pincams if path.is_file()), None)
         nearest = np.abs(stamps - ms).argsort()[:1]
         if pincam is None or len(nearest) == 0 or abs(stamps[nearest[0]] - ms) > 5:
             rows.append("no intrinsics" if pincam is None else "no pose near the time stamp")
             continue
-        K = camera(*matrix(pincam.read_text().split(), (6,))[2:]) + HALF    # width and height come first
+        K = (
+            camera(*matrix(pincam.read_text().split(), (6,))[2:]) + HALF
+        )  # width and height come first
         line = lines[nearest[0]]
-        rows.append((f"{ms / 1000:012.3f}", image, folder / "lowres_depth" / image.name,
-                     camera_at(line[1:4], line[4:]), K))
+        rows.append(
+            (
+                f"{ms / 1000:012.3f}",
+                image,
+                folder / "lowres_depth" / image.name,
+                camera_at(line[1:4], line[4:]),
+                K,
+            )
+        )
     scene = collect(frames_of(rows, load_depth=read_sure_depth), up=(0, 0, 1))
-    skies = np.array([frame.c2w[2, :3] for frame in scene.frames])          # the world's up in each camera's axes
-    upright_after = np.array([[0, -1, 0], [-1, 0, 0], [0, 1, 0], [1, 0, 0]])    # ... 0, 1, 2, 3 quarter turns clockwise
-    turns = int(np.bincount((skies @ upright_after.T).argmax(1)).argmax())  # the majority's, or sizes would mix
+    skies = np.array(
+        [frame.c2w[2, :3] for frame in scene.frames]
+    )  # the world's up in each camera's axes
+    upright_after = np.array(
+        [[0, -1, 0], [-1, 0, 0], [0, 1, 0], [1, 0, 0]]
+    )  # ... 0, 1, 2, 3 quarter turns clockwise
+    turns = int(
+        np.bincount((skies @ upright_after.T).argmax(1)).argmax()
+    )  # the majority's, or sizes would mix
     return scene._replace(frames=[turned(frame, turns) for frame in scene.frames])
 
 
@@ -423,7 +541,9 @@ def read_sure_depth(path):
     """(H, W) float32 metres; 0 where confidence/, if the capture has it, is not 2, the highest."""
     sure = path.parents[1] / "confidence" / path.name
     metres = read_depth(path)
-    return np.where(decode(sure, sure) == 2, metres, np.float32(0)) if sure.parent.is_dir() else metres
+    return (
+        np.where(decode(sure, sure) == 2, metres, np.float32(0)) if sure.parent.is_dir() else metres
+    )
 
 
 def camera_at(turn, shift):
@@ -439,14 +559,30 @@ def camera_at(turn, shift):
 
 def turned(frame, times):
     """The frame after quarter turns clockwise of its image, depth, K and camera; the camera's place stays."""
-    Q = np.array([[0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])       # the new x axis is the old -y
+    Q = np.array(
+        [[0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]
+    )  # the new x axis is the old -y
     for _ in range(times):
-        K, D = (camera(K[1, 1], K[0, 0], height - K[1, 2], K[0, 2]) for K, (_, height) in
-                ((frame.intrinsics, frame.size), (frame.depth_intrinsics, frame.depth_size)))
-        frame = replace(frame, c2w=frame.c2w @ Q, intrinsics=K, size=frame.size[::-1],
-                        depth_intrinsics=D, depth_size=frame.depth_size[::-1])
-    return replace(frame, load=partial(read_turned, frame.load, times),
-                   load_depth=partial(read_turned, frame.load_depth, times))
+        K, D = (
+            camera(K[1, 1], K[0, 0], height - K[1, 2], K[0, 2])
+            for K, (_, height) in (
+                (frame.intrinsics, frame.size),
+                (frame.depth_intrinsics, frame.depth_size),
+            )
+        )
+        frame = replace(
+            frame,
+            c2w=frame.c2w @ Q,
+            intrinsics=K,
+            size=frame.size[::-1],
+            depth_intrinsics=D,
+            depth_size=frame.depth_size[::-1],
+        )
+    return replace(
+        frame,
+        load=partial(read_turned, frame.load, times),
+        load_depth=partial(read_turned, frame.load_depth, times),
+    )
 
 
 def read_turned(load, times):
@@ -455,6 +591,7 @@ def read_turned(load, times):
 
 
 # ---- DL3DV ----------------------------------------------------------------------------------------------------
+
 
 def dl3dv(folder):
     """Pictures with COLMAP's poses: the dataset has no depth and no metres. They come from beside transforms.json:
@@ -466,16 +603,26 @@ def dl3dv(folder):
     """
     folder = dl3dv_folder(folder)
     if not (folder / "depth.json").is_file():
-        raise ValueError("DL3DV has no depth. Put depth/<image>.png or .npy and depth.json beside transforms.json, or "
-                         "let `python data.py depth --root DIR` estimate them.")
+        raise ValueError(
+            "DL3DV has no depth. Put depth/<image>.png or .npy and depth.json beside transforms.json, or "
+            "let `python data.py depth --root DIR` estimate them."
+        )
     info = read_json(folder / "depth.json")
     if info.get("refused"):
         raise ValueError(info["refused"])
     scale = info["scale"]
     if scale is not None and not 0 < scale < float("inf"):
-        raise ValueError(f"depth.json has the scale {scale}; that is a positive number of metres, or null.")
-    unit = f"a unit of its poses is {scale:.4g} m" if scale else "lengths are in the unit of its poses"
-    return collect(dl3dv_frames(*dl3dv_rows(folder), scale or 1), metric=bool(scale), note=f"{info['how']}; {unit}")
+        raise ValueError(
+            f"depth.json has the scale {scale}; that is a positive number of metres, or null."
+        )
+    unit = (
+        f"a unit of its poses is {scale:.4g} m" if scale else "lengths are in the unit of its poses"
+    )
+    return collect(
+        dl3dv_frames(*dl3dv_rows(folder), scale or 1),
+        metric=bool(scale),
+        note=f"{info['how']}; {unit}",
+    )
 
 
 def dl3dv_folder(folder):
@@ -486,17 +633,30 @@ def dl3dv_folder(folder):
 def dl3dv_rows(folder):
     """Rows with poses in COLMAP's unit, the size of the full pictures that K belongs to, and how to load an image."""
     info, rows = read_json(folder / "transforms.json"), []
-    pictures = next((name for name in ("images_4", "images_8", "images_2", "images") if (folder / name).is_dir()), None)
+    pictures = next(
+        (
+            name
+            for name in ("images_4", "images_8", "images_2", "images")
+            if (folder / name).is_dir()
+        ),
+        None,
+    )
     if pictures is None:
         raise ValueError("there is no images_4/ (960P) or images_8/ (480P) beside transforms.json.")
     full, K = (info["w"], info["h"]), camera(info["fl_x"], info["fl_y"], info["cx"], info["cy"])
     distortion = tuple(info.get(key, 0.0) for key in ("k1", "k2", "p1", "p2"))
     for row in info["frames"]:
-        named = Path(row["file_path"])                                      # images/frame_00001.png
+        named = Path(row["file_path"])  # images/frame_00001.png
         depth = folder / f"depth/{named.stem}.npy"
-        rows.append((named.stem, inside(folder, Path(pictures, *named.parts[1:])),
-                     depth if depth.is_file() else depth.with_suffix(".png"),
-                     matrix(row["transform_matrix"], (4, 4)) @ OPENGL, K))
+        rows.append(
+            (
+                named.stem,
+                inside(folder, Path(pictures, *named.parts[1:])),
+                depth if depth.is_file() else depth.with_suffix(".png"),
+                matrix(row["transform_matrix"], (4, 4)) @ OPENGL,
+                K,
+            )
+        )
     return rows, full, partial(read_undistorted, K=K, size=full, distortion=distortion)
 
 
@@ -524,16 +684,22 @@ def read_undistorted(path, K, size, distortion):
     y = ((np.arange(height) + 0.5 - K[1, 2]) / K[1, 1])[:, None]
     r2 = x * x + y * y
     radial = 1 + k1 * r2 + k2 * r2 * r2
-    column = (x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x)) * K[0, 0] + K[0, 2] - 0.5    # 0 is a pixel's centre
+    column = (
+        (x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x)) * K[0, 0] + K[0, 2] - 0.5
+    )  # 0 is a pixel's centre
     row = (y * radial + 2 * p2 * x * y + p1 * (r2 + 2 * y * y)) * K[1, 1] + K[1, 2] - 0.5
     column, row = column.clip(0, width - 1), row.clip(0, height - 1)
     left, top = column.astype(int).clip(0, width - 2), row.astype(int).clip(0, height - 2)
     right_share, low_share = (column - left)[..., None], (row - top)[..., None]
-    high, low = (pixels[r, left] * (1 - right_share) + pixels[r, left + 1] * right_share for r in (top, top + 1))
+    high, low = (
+        pixels[r, left] * (1 - right_share) + pixels[r, left + 1] * right_share
+        for r in (top, top + 1)
+    )
     return np.round(high * (1 - low_share) + low * low_share).astype(np.uint8)
 
 
 # ---- a plain folder, and the rooms ----------------------------------------------------------------------------
+
 
 def plain_folder(folder):
     """Your own scans: <id>/scene.json and the files it names, all below its folder.
@@ -554,23 +720,44 @@ def plain_folder(folder):
         K = matrix(row.get("intrinsics", info.get("intrinsics")), (3, 3))
         row = (f"{i:06d}_{Path(row['image']).stem}", image, depth, matrix(row["c2w"], (4, 4)), K)
         try:
-            found += ["name given twice"] if image and image in named else frames_of([row], load_depth=load_depth)
-        except ValueError as reason:                                # a picture that does not open, or of another shape
+            found += (
+                ["name given twice"]
+                if image and image in named
+                else frames_of([row], load_depth=load_depth)
+            )
+        except ValueError as reason:  # a picture that does not open, or of another shape
             found.append(str(reason))
         named.add(image)
     metric = info.get("metric", True)
-    return collect(found, info.get("up"), metric, "" if metric else "lengths are in an unknown unit")
+    return collect(
+        found, info.get("up"), metric, "" if metric else "lengths are in an unknown unit"
+    )
 
 
 def room_scene(seed, frames=40, size=64):
     """A walk through a room of lib/rooms.py, on a figure of eight in its middle, as a reader would give it."""
     rng = numpy_stream("walk through a room", seed)
-    room, (a, b, start), t = random_room(seed), rng.uniform(0, 2 * np.pi, 3), np.linspace(0, 1, frames, endpoint=False)
+    room, (a, b, start), t = (
+        random_room(seed),
+        rng.uniform(0, 2 * np.pi, 3),
+        np.linspace(0, 1, frames, endpoint=False),
+    )
     x, z = 0.8 * np.sin(2 * np.pi * t + a), 0.8 * np.sin(4 * np.pi * t + b)
     yaw = np.degrees(start) + 360 * t + 30 * np.sin(6 * np.pi * t + b)
     poses, K = [pose(x[i], -EYE, z[i], yaw[i]) for i in range(frames)], pinhole(size)
-    found = [Frame(f"{i:06d}", c2w, K, (size, size), partial(read_room, room, c2w, size, "rgb"),
-                   K, (size, size), partial(read_room, room, c2w, size, "depth")) for i, c2w in enumerate(poses)]
+    found = [
+        Frame(
+            f"{i:06d}",
+            c2w,
+            K,
+            (size, size),
+            partial(read_room, room, c2w, size, "rgb"),
+            K,
+            (size, size),
+            partial(read_room, room, c2w, size, "depth"),
+        )
+        for i, c2w in enumerate(poses)
+    ]
     return collect(found, up=(0, -1, 0))._replace(dataset="rooms", id=f"room_{seed}")
 
 
@@ -583,10 +770,21 @@ def read_room(room, c2w, size, kind):
 READERS = {
     "scannet": (scannet, ("{}", "scans/{}", "scans_test/{}"), ("color", "*.sens")),
     "scannetpp": (scannetpp, ("{}", "data/{}"), ("iphone/pose_intrinsic_imu.json",)),
-    "scannetpp_dslr": (scannetpp_dslr, ("{}", "data/{}"), ("dslr/nerfstudio/transforms_undistorted.json",)),
+    "scannetpp_dslr": (
+        scannetpp_dslr,
+        ("{}", "data/{}"),
+        ("dslr/nerfstudio/transforms_undistorted.json",),
+    ),
     "matterport": (matterport, ("{}", "v1/scans/{}"), ("undistorted_camera_parameters/*.conf",)),
-    "arkitscenes": (arkitscenes, ("3dod/*/{}", "raw/*/{}", "Training/{}", "Validation/{}", "{}"),
-                    ("*_frames/lowres_wide.traj", "lowres_wide.traj")),
-    "dl3dv": (dl3dv, ("{}", "*K/{}"), tuple(f"{place}transforms.json" for place in ("", "colmap/", "nerfstudio/"))),
+    "arkitscenes": (
+        arkitscenes,
+        ("3dod/*/{}", "raw/*/{}", "Training/{}", "Validation/{}", "{}"),
+        ("*_frames/lowres_wide.traj", "lowres_wide.traj"),
+    ),
+    "dl3dv": (
+        dl3dv,
+        ("{}", "*K/{}"),
+        tuple(f"{place}transforms.json" for place in ("", "colmap/", "nerfstudio/")),
+    ),
     "folder": (plain_folder, ("{}",), ("scene.json",)),
 }

@@ -11,11 +11,11 @@ from collections import Counter
 import numpy as np
 
 from lib import benchmarks
-from lib.streams import numpy_stream
 from lib.benchmarks import LISTED_ONLY, group_weights, weights
+from lib.streams import numpy_stream
 
 STRATA = {"needs_view": True, "answerable": False}
-TOOLLESS = ("direct", "official")                            # modes that know no tool
+TOOLLESS = ("direct", "official")  # modes that know no tool
 RESAMPLES = 2000
 
 
@@ -41,9 +41,17 @@ def brief(records, counted=None):
     World2VLM's accuracy is its mean reward; beside it stands "exact", the share of rewards of 1.
     """
     correct, scenes = ([record[key] for record in records] for key in ("correct", "scene"))
-    exact = {"exact": float(np.mean([record["exact"] for record in records]))} if "exact" in records[0] else {}
-    return {"accuracy": float(np.average(correct, weights=counted)), "ci95": interval(correct, scenes, counted),
-            "call_rate": float(np.mean([record["valid_calls"] > 0 for record in records])), "n": len(records)} | exact
+    exact = (
+        {"exact": float(np.mean([record["exact"] for record in records]))}
+        if "exact" in records[0]
+        else {}
+    )
+    return {
+        "accuracy": float(np.average(correct, weights=counted)),
+        "ci95": interval(correct, scenes, counted),
+        "call_rate": float(np.mean([record["valid_calls"] > 0 for record in records])),
+        "n": len(records),
+    } | exact
 
 
 def gain_over(alone, records, counted=None):
@@ -52,8 +60,14 @@ def gain_over(alone, records, counted=None):
 
     alone     {key: "correct" in mode direct};  counted   as in `brief`
     """
-    gain, scenes = [record["correct"] - alone[record["key"]] for record in records], [r["scene"] for r in records]
-    return {"difference": float(np.average(gain, weights=counted)), "ci95": interval(gain, scenes, counted)}
+    gain, scenes = (
+        [record["correct"] - alone[record["key"]] for record in records],
+        [r["scene"] for r in records],
+    )
+    return {
+        "difference": float(np.average(gain, weights=counted)),
+        "ci95": interval(gain, scenes, counted),
+    }
 
 
 def summarise(records, direct=None, truth=None):
@@ -70,8 +84,10 @@ def summarise(records, direct=None, truth=None):
     counted = [record for record in gold if record["category"] not in LISTED_ONLY]
     if not counted:
         raise ValueError("no question has a gold answer: there is nothing to summarise")
-    total = {key: sum(record[key] for record in counted) / len(counted)
-             for key in ("valid_calls", "invalid_calls", "unreadable", "truncated", "seconds")}
+    total = {
+        key: sum(record[key] for record in counted) / len(counted)
+        for key in ("valid_calls", "invalid_calls", "unreadable", "truncated", "seconds")
+    }
     bench, categories = counted[0]["bench"], [record["category"] for record in counted]
     total["lenient"] = float(weights(bench, categories) @ [record["lenient"] for record in counted])
     alone = direct and {record["key"]: record["correct"] for record in direct}
@@ -79,26 +95,56 @@ def summarise(records, direct=None, truth=None):
     def part_of(part):
         weighed = weights(bench, [record["category"] for record in part])
         return brief(part, weighed) | ({"gain": gain_over(alone, part, weighed)} if direct else {})
-    summary = part_of(counted) | total | {
-        "by_category": {c: part_of([record for record in gold if c in record["groups"]])
-                        for c in sorted({group for record in gold for group in record["groups"]})},
-        "by_need": {title: part_of(part) for title, need in STRATA.items()
-                    if (part := [record for record in counted if record["needs_view"] is need])},
-        "letters": dict(sorted(Counter(record["answer"] or "none" for record in counted
-                                       if record["kind"] == "mca").items())),
-        "counts": {"no answer read": sum(record["answer"] is None for record in counted),
-                   "empty reply": sum(record["turns"] != [] and not record["turns"][-1].strip() for record in counted),
-                   "image unreadable (counted as wrong)": sum(
-                       (record["error"] or "").startswith("image: ") for record in counted),
-                   "refused by the endpoint (counted as wrong)": sum(
-                       not (record["error"] or "image: ").startswith("image: ") for record in counted),
-                   "asked without a missing image": sum(record["missing_images"] > 0 for record in counted),
-                   "duplicate id": sum("#" in record["key"] for record in records),
-                   "no gold answer (left out)": len(records) - len(gold)}}
-    if bench == "sat":                                          # some tables print this one beside the official one
-        summary["mean_of_groups"] = float(group_weights(categories) @ [record["correct"] for record in counted])
-    failures = Counter(record["error_group"] for record in counted if record["error_group"] and not record["correct"])
-    if failures:                                                # MMSI-Video: the four error groups of its abstract
+
+    summary = (
+        part_of(counted)
+        | total
+        | {
+            "by_category": {
+                c: part_of([record for record in gold if c in record["groups"]])
+                for c in sorted({group for record in gold for group in record["groups"]})
+            },
+            "by_need": {
+                title: part_of(part)
+                for title, need in STRATA.items()
+                if (part := [record for record in counted if record["needs_view"] is need])
+            },
+            "letters": dict(
+                sorted(
+                    Counter(
+                        record["answer"] or "none" for record in counted if record["kind"] == "mca"
+                    ).items()
+                )
+            ),
+            "counts": {
+                "no answer read": sum(record["answer"] is None for record in counted),
+                "empty reply": sum(
+                    record["turns"] != [] and not record["turns"][-1].strip() for record in counted
+                ),
+                "image unreadable (counted as wrong)": sum(
+                    (record["error"] or "").startswith("image: ") for record in counted
+                ),
+                "refused by the endpoint (counted as wrong)": sum(
+                    not (record["error"] or "image: ").startswith("image: ") for record in counted
+                ),
+                "asked without a missing image": sum(
+                    record["missing_images"] > 0 for record in counted
+                ),
+                "duplicate id": sum("#" in record["key"] for record in records),
+                "no gold answer (left out)": len(records) - len(gold),
+            },
+        }
+    )
+    if bench == "sat":  # some tables print this one beside the official one
+        summary["mean_of_groups"] = float(
+            group_weights(categories) @ [record["correct"] for record in counted]
+        )
+    failures = Counter(
+        record["error_group"]
+        for record in counted
+        if record["error_group"] and not record["correct"]
+    )
+    if failures:  # MMSI-Video: the four error groups of its abstract
         summary["failures"] = dict(failures.most_common())
     called = {record["key"]: record["valid_calls"] > 0 for record in counted}
     if direct and records[0].get("mode") not in TOOLLESS:
@@ -117,8 +163,12 @@ def paired_bootstrap(records_a, records_b):
     """
     a, b = ({record["key"]: record for record in records} for records in (records_a, records_b))
     if a.keys() != b.keys() or not a:
-        raise ValueError(f"a paired comparison needs the same questions: {len(a.keys() ^ b.keys())} stand in one list")
-    return gain_over({key: record["correct"] for key, record in b.items()}, list(a.values())) | {"n": len(a)}
+        raise ValueError(
+            f"a paired comparison needs the same questions: {len(a.keys() ^ b.keys())} stand in one list"
+        )
+    return gain_over({key: record["correct"] for key, record in b.items()}, list(a.values())) | {
+        "n": len(a)
+    }
 
 
 def chance(questions):

@@ -27,13 +27,13 @@ from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from lib.clients import png, read_picture
-from lib.endpoint import LOOPBACK
 from lib.common import fail, say
+from lib.endpoint import LOOPBACK
 from lib.geometry import Query, read_instruction
 
 PATH = "/v1/images/edits"
 NOTHING_ELSE = f"There are POST {PATH} and GET /health, no more."
-MAX_PARTS, MAX_PROMPT = 64, 1000        # of a form; letters: the error repeats them
+MAX_PARTS, MAX_PROMPT = 64, 1000  # of a form; letters: the error repeats them
 
 
 class Refusal(Exception):
@@ -46,14 +46,19 @@ class Refusal(Exception):
 
 # ---- a request ------------------------------------------------------------------------------------------------------
 
+
 def read_form(body, content_type):
     """multipart/form-data -> [(name, bytes)], in order."""
-    boundary = re.fullmatch(r'multipart/form-data\s*;.*?boundary="?([^";]{1,70})"?.*', content_type, re.I | re.S)
+    boundary = re.fullmatch(
+        r'multipart/form-data\s*;.*?boundary="?([^";]{1,70})"?.*', content_type, re.I | re.S
+    )
     if not boundary:
         raise Refusal(415, "The request must be a form: multipart/form-data with a boundary.")
     _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary[1].encode(), MAX_PARTS)
     if not parts or not parts[-1].startswith(b"--"):
-        raise Refusal(400, f"The form has no end: it is cut off, or has more than {MAX_PARTS - 1} parts.")
+        raise Refusal(
+            400, f"The form has no end: it is cut off, or has more than {MAX_PARTS - 1} parts."
+        )
     form = []
     for part in parts[:-1]:
         head, found, value = part.partition(b"\r\n\r\n")
@@ -67,16 +72,28 @@ def read_form(body, content_type):
 def read_query(form, max_images, max_pixels):
     """The parts of a form -> Query. Raises Refusal for everything that `imagine` could not obey."""
     files = [value for name, value in form if name in ("image", "image[]")]
-    fields = {name: value.decode(errors="replace").strip() for name, value in form if name not in ("image", "image[]")}
-    granted = {"n": "1", "size": "auto", "response_format": "b64_json", "output_format": "png", "stream": "false"}
+    fields = {
+        name: value.decode(errors="replace").strip()
+        for name, value in form
+        if name not in ("image", "image[]")
+    }
+    granted = {
+        "n": "1",
+        "size": "auto",
+        "response_format": "b64_json",
+        "output_format": "png",
+        "stream": "false",
+    }
     for name, value in granted.items():
         if fields.get(name, value).lower() != value:
             raise Refusal(400, f"{name} can only be {value}.")
     if "mask" in fields:
         raise Refusal(400, "There are no masks here: the whole view is imagined.")
     if not 1 <= len(files) <= max_images:
-        raise Refusal(400, f"The form has {len(files)} images (image[]); 1 to {max_images} are needed.")
-    seed = fields.get("seed", str(uuid.uuid4().int >> 65))                  # without a seed: another view each time
+        raise Refusal(
+            400, f"The form has {len(files)} images (image[]); 1 to {max_images} are needed."
+        )
+    seed = fields.get("seed", str(uuid.uuid4().int >> 65))  # without a seed: another view each time
     if not re.fullmatch(r"\d{1,19}", seed) or int(seed) >= 2**63:
         raise Refusal(400, "seed must be a whole number from 0 to 2^63 - 1.")
     try:
@@ -84,22 +101,24 @@ def read_query(form, max_images, max_pixels):
     except ValueError as error:
         raise Refusal(400, f"prompt: {error}") from None
     if not 1 <= reference <= len(files):
-        raise Refusal(400, f"prompt: there is no Image-{reference}; the form has {len(files)} images.")
+        raise Refusal(
+            400, f"prompt: there is no Image-{reference}; the form has {len(files)} images."
+        )
     images = []
     for number, file in enumerate(files, 1):
         try:
             images.append(read_picture(file, max_pixels))
         except ValueError as error:
             raise Refusal(400, f"Image-{number}: {error}.") from None
-        max_pixels -= images[-1].size // 3                                  # the limit is for all of them together
+        max_pixels -= images[-1].size // 3  # the limit is for all of them together
     return Query(images, reference, fields["prompt"], int(seed))
 
 
 class Handler(BaseHTTPRequestHandler):
     """One connection, one request, one answer."""
 
-    protocol_version = "HTTP/1.1"       # curl waits for "100 Continue"
-    timeout = 60                        # seconds without a byte
+    protocol_version = "HTTP/1.1"  # curl waits for "100 Continue"
+    timeout = 60  # seconds without a byte
 
     def log_message(self, *args):
         """Silent: a line per view would drown what the server itself says."""
@@ -116,12 +135,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         """A view, or a refusal once the client has been heard out."""
-        self.unread = 0                     # bytes of the request
+        self.unread = 0  # bytes of the request
         try:
             data = base64.b64encode(png(self.view())).decode()
             self.answer(200, {"created": int(time.time()), "data": [{"b64_json": data}]})
         except Refusal as refusal:
-            left = min(self.unread, 4 * self.server.max_bytes)      # a client that is still sending would not hear us
+            left = min(
+                self.unread, 4 * self.server.max_bytes
+            )  # a client that is still sending would not hear us
             while left > 0 and (part := self.rfile.read(min(left, 2**16))):
                 left -= len(part)
             self.answer(refusal.status, problem(str(refusal)))
@@ -135,7 +156,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != PATH:
             raise Refusal(404, NOTHING_ELSE)
         if self.unread > server.max_bytes:
-            raise Refusal(413, f"The request has {self.unread:,} bytes; the limit is {server.max_bytes:,}.")
+            raise Refusal(
+                413, f"The request has {self.unread:,} bytes; the limit is {server.max_bytes:,}."
+            )
         if not server.places.acquire(blocking=False):
             raise Refusal(429, "Too many requests wait already. Ask again later.")
         try:
@@ -149,8 +172,12 @@ class Handler(BaseHTTPRequestHandler):
         """Send JSON and close: a connection has one request."""
         body = json.dumps(content).encode()
         self.send_response(status)
-        for name, value in (("Content-Type", "application/json"), ("Content-Length", len(body)),
-                            ("Connection", "close"), *([("Retry-After", 1)] if status == 429 else [])):
+        for name, value in (
+            ("Content-Type", "application/json"),
+            ("Content-Length", len(body)),
+            ("Connection", "close"),
+            *([("Retry-After", 1)] if status == 429 else []),
+        ):
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)
@@ -163,20 +190,36 @@ def problem(sentence):
 
 # ---- the server -----------------------------------------------------------------------------------------------------
 
+
 class Server(ThreadingHTTPServer):
     """A thread per connection reads and answers; one more thread imagines for all of them."""
 
-    request_queue_size = 128            # connections that the system holds until a thread takes them
+    request_queue_size = 128  # connections that the system holds until a thread takes them
 
-    def __init__(self, model, port, host="127.0.0.1", max_bytes=2**26, max_images=16, max_pixels=2**25,
-                 max_batch=64, max_waiting=128, wait_ms=10):
+    def __init__(
+        self,
+        model,
+        port,
+        host="127.0.0.1",
+        max_bytes=2**26,
+        max_images=16,
+        max_pixels=2**25,
+        max_batch=64,
+        max_waiting=128,
+        wait_ms=10,
+    ):
         """model and host as in `serve`; port 0 takes a free one, which server_port then tells.
 
         Limits of a request: max_bytes, max_images, max_pixels of all its images together; max_waiting requests (more
         are told 429); max_batch of one call of `imagine`, wait_ms for it to fill.
         """
         super().__init__((host, port), Handler)
-        self.model, self.max_bytes, self.max_images, self.max_pixels = model, max_bytes, max_images, max_pixels
+        self.model, self.max_bytes, self.max_images, self.max_pixels = (
+            model,
+            max_bytes,
+            max_images,
+            max_pixels,
+        )
         self.max_batch, self.wait = max_batch, wait_ms / 1000
         self.places, self.waiting = threading.BoundedSemaphore(max_waiting), queue.Queue()
         threading.Thread(target=self.work, daemon=True).start()
@@ -207,7 +250,9 @@ class Server(ThreadingHTTPServer):
                 self.fulfil([one])
             if len(batch) == 1:
                 traceback.print_exc()
-                batch[0][1].set_exception(Refusal(500, f"The simulator failed: {type(error).__name__}: {error}"))
+                batch[0][1].set_exception(
+                    Refusal(500, f"The simulator failed: {type(error).__name__}: {error}")
+                )
             return
         for (_, future), view in zip(batch, views):
             future.set_result(view)
@@ -227,7 +272,9 @@ def serve(model, port, host="127.0.0.1"):
     try:
         server = Server(model, port, host)
     except (OSError, OverflowError) as error:
-        fail(f"{host}:{port} cannot be listened on ({error}). Give another port to --serve, or another --host.")
+        fail(
+            f"{host}:{port} cannot be listened on ({error}). Give another port to --serve, or another --host."
+        )
     say(f"The simulator answers at http://{host}:{server.server_port}{PATH} (Ctrl-C ends it).")
     if host not in LOOPBACK:
         say("Everyone who can reach this machine can use it: there is no password.")

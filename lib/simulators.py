@@ -22,9 +22,12 @@ from lib.rooms import TrueRenderer, random_room, render
 
 NAMES = ("tuned", "untuned", "reprojection", "truth", "none")
 NEEDS_ROOM = ("reprojection", "truth")
-URLS = ("http://", "https://")           # how the name of a server begins
+URLS = ("http://", "https://")  # how the name of a server begins
 FOLDERS = {"tuned": "wm", "untuned": "wm-untuned"}
-COMMANDS = {"tuned": "python train_wm.py", "untuned": "python train_wm.py --shuffle-instructions --out out/wm-untuned"}
+COMMANDS = {
+    "tuned": "python train_wm.py",
+    "untuned": "python train_wm.py --shuffle-instructions --out out/wm-untuned",
+}
 
 
 def find(name, wm=None):
@@ -40,8 +43,11 @@ def find(name, wm=None):
     if name not in FOLDERS:
         return str(name)
     found = newest((FOLDERS[name],))
-    return str(found) if found else fail(
-        f"There is no simulator in out/{FOLDERS[name]} yet. `{COMMANDS[name]}` makes it.")
+    return (
+        str(found)
+        if found
+        else fail(f"There is no simulator in out/{FOLDERS[name]} yet. `{COMMANDS[name]}` makes it.")
+    )
 
 
 def load(name, device="cpu", wm=None):
@@ -49,6 +55,7 @@ def load(name, device="cpu", wm=None):
     if name in NEEDS_ROOM or name == "none":
         return {"truth": TrueRenderer, "reprojection": Reprojection, "none": lambda: None}[name]()
     from world_model import WorldModel
+
     try:
         if str(name).startswith(URLS):
             return RemoteSimulator(name)
@@ -71,13 +78,21 @@ class Reprojection:
 
     def _imagine(self, query):
         if query.scene is None:
-            raise ValueError("reprojection works in rooms only: this question carries no depth and no poses")
+            raise ValueError(
+                "reprojection works in rooms only: this question carries no depth and no poses"
+            )
         reference, motion = read_instruction(query.instruction)
         poses, size = np.array(query.scene["poses"]), query.images[0].shape[0]
         true = render(random_room(query.scene["room"]), poses, size)
-        given = [k for k, image in enumerate(query.images) if np.abs(image - true["rgb"][k].astype(float)).mean() < 1]
+        given = [
+            k
+            for k, image in enumerate(query.images)
+            if np.abs(image - true["rgb"][k].astype(float)).mean() < 1
+        ]
         clouds = [points(query.images[k], true["depth"][k], poses[k]) for k in given]
-        view, seen = splat(*map(np.concatenate, zip(*clouds)), move_camera(poses[reference - 1], motion), size)
+        view, seen = splat(
+            *map(np.concatenate, zip(*clouds)), move_camera(poses[reference - 1], motion), size
+        )
         return fill_holes(view, seen)
 
 
@@ -93,7 +108,7 @@ def splat(where, colours, c2w, size):
     pixel, z = project(where, pinhole(size), c2w)
     column, row = np.floor(pixel).astype(int).T
     kept = np.flatnonzero((z > 0.05) & (column >= 0) & (column < size) & (row >= 0) & (row < size))
-    kept = kept[np.argsort(-z[kept], kind="stable")]                        # far to near: the last one written stays
+    kept = kept[np.argsort(-z[kept], kind="stable")]  # far to near: the last one written stays
     view, seen = np.zeros((size, size, 3), np.uint8), np.zeros((size, size), bool)
     view[row[kept], column[kept]], seen[row[kept], column[kept]] = colours[kept], True
     return view, seen

@@ -14,15 +14,15 @@ import torch
 from tqdm import tqdm
 
 from lib import real_views, simulators
-from lib.streams import numpy_stream, stable_hash
 from lib.common import disk, fail, read_log, say
 from lib.pictures import load_image
 from lib.rendered import in_pixels
 from lib.rows import SPLITS, load_jsonl, save_jsonl
+from lib.streams import numpy_stream, stable_hash
 from lib.transitions import PAPER, Anchor, transitions
 from lib.world2vlm import image_detections, with_pictures, write_motion_questions
 
-AT_ONCE = {"meters": 1.0, "degrees": 45.0}      # of a motion, in one call of the teacher; ours
+AT_ONCE = {"meters": 1.0, "degrees": 45.0}  # of a motion, in one call of the teacher; ours
 
 
 def make_taught(out, source, teacher, detector=None, limit=None):
@@ -42,19 +42,24 @@ def make_taught(out, source, teacher, detector=None, limit=None):
         fail(error)
     for split in SPLITS:
         file, log = Path(source) / f"triples_{split}.jsonl", out / f"records_{split}.jsonl"
-        contexts = {(*(os.path.relpath(path, source) for path in row["context"]), row["reference"]): row
-                    for row in load_jsonl(file) if row.get("metric")}
+        contexts = {
+            (*(os.path.relpath(path, source) for path in row["context"]), row["reference"]): row
+            for row in load_jsonl(file)
+            if row.get("metric")
+        }
         contexts = dict([*contexts.items()][:limit])
         if not contexts:
             say(f"{file} has no view of a scan with a metric scale.")
         done = {(part["of"], part["teacher"], part["detector"]): part for part in read_log(log)}
-        save_jsonl(log, done.values())                                                 # without a line that a kill tore
+        save_jsonl(log, done.values())  # without a line that a kill tore
         rows, dropped = [], Counter()
         for key, row in tqdm(contexts.items(), desc=f"world2vlm, {split}"):
             asked = {"of": stable_hash(*key), "teacher": str(teacher), "detector": detector}
             part = done.get(tuple(asked.values()))
             if part is None:
-                part = asked | told(row, f"{split}_{asked['of']:016x}", simulator, detect, out, asked["of"])
+                part = asked | told(
+                    row, f"{split}_{asked['of']:016x}", simulator, detect, out, asked["of"]
+                )
                 with disk(log), log.open("a") as lines:
                     lines.write(json.dumps(part) + "\n")
             rows += part["records"]
@@ -70,6 +75,13 @@ def told(row, name, simulator, detect, out, seed):
     anchor = Anchor(name, [load_image(path) for path in row["context"]], row["reference"])
     found, lost = transitions([anchor], simulator, rng, PAPER, AT_ONCE, tries=2)
     focal = row["context_intrinsics"][place][0][0] / anchor.images[place].shape[1]
-    return {"lost": lost, "records": [
-        record | {"cluster": row["scene"]} for transition in found
-        for record in with_pictures(transition._replace(focal=focal), out, name, rng, PAPER, detect)]}
+    return {
+        "lost": lost,
+        "records": [
+            record | {"cluster": row["scene"]}
+            for transition in found
+            for record in with_pictures(
+                transition._replace(focal=focal), out, name, rng, PAPER, detect
+            )
+        ],
+    }

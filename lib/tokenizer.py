@@ -14,38 +14,122 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 # Skipped by decode(skip_special_tokens=True). A policy may write none of them but <|im_end|>.
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-           "<|image_pad|>", "<|video_pad|>")
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 
-TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
-        "<answer>", "</answer>")
+TAGS = (
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<answer>",
+    "</answer>",
+)
 
 # The motion grid: 5-degree and 0.1-metre steps, and the numbers of images.
 NUMBERS = {f"{n:g}" for n in [*range(1, 10), *range(5, 185, 5), *(m / 10 for m in range(1, 31))]}
 
 WORDS = (
     # chat layout
-    "system\n", "user\n", "assistant\n", "<tool_response>\n", "\n</tool_response>",
+    "system\n",
+    "user\n",
+    "assistant\n",
+    "<tool_response>\n",
+    "\n</tool_response>",
     # images and motions
     *(form.format(n) for form in ("Image-{}", " Image-{}", "Image-{}: ") for n in range(1, 10)),
-    "Base on the viewpoint of", ", ", ". ",
-    "turn left", "turn right", "look up", "look down", "move",
-    "move left", "move right", "move up", "move down", "move forward", "move backward",
-    " meters", " degrees", " to the left", " to the right", " forward", " backward", " up", " down",
+    "Base on the viewpoint of",
+    ", ",
+    ". ",
+    "turn left",
+    "turn right",
+    "look up",
+    "look down",
+    "move",
+    "move left",
+    "move right",
+    "move up",
+    "move down",
+    "move forward",
+    "move backward",
+    " meters",
+    " degrees",
+    " to the left",
+    " to the right",
+    " forward",
+    " backward",
+    " up",
+    " down",
     *sorted(f" {n}" for n in NUMBERS),
     # tool call
-    '{"name": "imagine", "arguments": {"image":', ', "motion": "', '", "amount":', "}}",
+    '{"name": "imagine", "arguments": {"image":',
+    ', "motion": "',
+    '", "amount":',
+    "}}",
     # what rooms contain and where
-    " red", " green", " blue", " yellow", " purple", " orange", " cyan", " white", " pink", " black", " none",
-    " box", " barrel", " ball", " table", " cabinet", " lamp", " left", " right", " centre",
+    " red",
+    " green",
+    " blue",
+    " yellow",
+    " purple",
+    " orange",
+    " cyan",
+    " white",
+    " pink",
+    " black",
+    " none",
+    " box",
+    " barrel",
+    " ball",
+    " table",
+    " cabinet",
+    " lamp",
+    " left",
+    " right",
+    " centre",
     # questions (lib/questions.py), options, and the thoughts that the cold start teaches (train_sft.py)
-    "Start from", " and ", ". Then ", "In", "How did the camera get from Image-1 to Image-2?",
-    "which object looks largest?", "which object is furthest to the left?", "which object is furthest to the right?",
+    "Start from",
+    " and ",
+    ". Then ",
+    "In",
+    "How did the camera get from Image-1 to Image-2?",
+    "which object looks largest?",
+    "which object is furthest to the left?",
+    "which object is furthest to the right?",
     *(f"which object fills most of the {third} third?" for third in ("left", "centre", "right")),
     *(f" it moved {way}" for way in ("to the left", "to the right", "forward", "backward")),
-    " A", " B", " C", " D", "A.", "B.", "C.", "D.", "\nA.", "\nB.", "\nC.", "\nD.",
-    "I need to see it.", "The camera:", " the new view:", *(f" Image-{n}:" for n in range(1, 10)),
-    "largest in", "furthest left in", "furthest right in", "left third of", "centre third of", "right third of",
+    " A",
+    " B",
+    " C",
+    " D",
+    "A.",
+    "B.",
+    "C.",
+    "D.",
+    "\nA.",
+    "\nB.",
+    "\nC.",
+    "\nD.",
+    "I need to see it.",
+    "The camera:",
+    " the new view:",
+    *(f" Image-{n}:" for n in range(1, 10)),
+    "largest in",
+    "furthest left in",
+    "furthest right in",
+    "left third of",
+    "centre third of",
+    "right third of",
 )
 
 
@@ -54,13 +138,22 @@ def tiny_tokenizer(phrases=()):
 
     The same WORDS and phrases give the same ids. `save_pretrained` writes it, `AutoTokenizer.from_pretrained` reads it.
     """
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())                    # 256 printable stand-ins for the bytes
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 printable stand-ins for the bytes
     bytes_only = models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
     tokenizer = Tokenizer(bytes_only)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(word, special=word in SPECIAL, normalized=False)
-                          for word in dict.fromkeys((*SPECIAL, *TAGS, *WORDS, *phrases))])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=None, eos_token="<|im_end|>",
-                                   pad_token="<|endoftext|>", additional_special_tokens=list(SPECIAL),
-                                   clean_up_tokenization_spaces=False)
+    tokenizer.add_tokens(
+        [
+            AddedToken(word, special=word in SPECIAL, normalized=False)
+            for word in dict.fromkeys((*SPECIAL, *TAGS, *WORDS, *phrases))
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL),
+        clean_up_tokenization_spaces=False,
+    )

@@ -19,18 +19,19 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lib.streams import numpy_stream
 from lib.clients import imagine_each
 from lib.consistency import recover
 from lib.geometry import Motion, Query, instruction, matrix, move_camera, phrase
 from lib.rooms import SIZE, random_room, render, ring
+from lib.streams import numpy_stream
 
 MOVES = ("move forward", "move backward", "move left", "move right")
 TURNS = ("turn left", "turn right")
-CLEARANCE = 0.1         # metres between the camera's way and walls or furniture
+CLEARANCE = 0.1  # metres between the camera's way and walls or furniture
 
 
 # ---- programs -------------------------------------------------------------------------------------------------------
+
 
 def grid(low, high, step):
     """Amounts from low to high, both included."""
@@ -40,10 +41,10 @@ def grid(low, high, step):
 class Space(NamedTuple):
     """Which programs there are, and by how much a false amount is off at least."""
 
-    single: dict        # kind -> amounts
-    sequences: tuple    # each one a program with open amounts: ((kind, amounts), …)
-    margin: dict        # unit -> amount
-    often: dict = {}    # kinds -> per place a Counter of amounts, where they come unevenly; without it all come alike
+    single: dict  # kind -> amounts
+    sequences: tuple  # each one a program with open amounts: ((kind, amounts), …)
+    margin: dict  # unit -> amount
+    often: dict = {}  # kinds -> per place a Counter of amounts, where they come unevenly; without it all come alike
 
 
 def fixed(*kinds, move, turn):
@@ -55,29 +56,56 @@ def fixed(*kinds, move, turn):
 # heart. And (left, forward, turn) ends where (forward, left, turn) does: its order cannot be seen.
 PAPER = Space(
     {kind: grid(0.1, 6.0, 0.1) if kind in MOVES else grid(10, 100, 10) for kind in MOVES + TURNS},
-    ((("move forward", grid(0.5, 3.5, 0.1)), ("turn left", grid(20, 80, 10))),
-     (("turn right", grid(20, 80, 10)), ("move forward", grid(0.3, 3.0, 0.1))),
-     (("move left", grid(0.3, 3.0, 0.1)), ("move forward", grid(0.5, 3.5, 0.1)), ("turn right", grid(20, 60, 10)))),
-    {"meters": 0.5, "degrees": 20})
+    (
+        (("move forward", grid(0.5, 3.5, 0.1)), ("turn left", grid(20, 80, 10))),
+        (("turn right", grid(20, 80, 10)), ("move forward", grid(0.3, 3.0, 0.1))),
+        (
+            ("move left", grid(0.3, 3.0, 0.1)),
+            ("move forward", grid(0.5, 3.5, 0.1)),
+            ("turn right", grid(20, 60, 10)),
+        ),
+    ),
+    {"meters": 0.5, "degrees": 20},
+)
 
 # Ours, for rooms: a metre from the middle stands no furniture. 32 patterns, in which moves and turns alternate and the
 # turns of three are small, so that no two programs end at the same pose.
 ROOMS = Space(
     {kind: grid(0.1, 1.0, 0.1) if kind in MOVES else grid(10, 100, 10) for kind in MOVES + TURNS},
-    tuple(fixed(*kinds, move=grid(0.2, 1.0, 0.1), turn=grid(20, 80, 10))
-          for move in MOVES for turn in TURNS for kinds in ((move, turn), (turn, move)))
-    + tuple(fixed(a, move, b, move=grid(0.2, 1.0, 0.1), turn=grid(10, 40, 10))
-            for move in MOVES for a in TURNS for b in TURNS),
-    {"meters": 0.3, "degrees": 20})
+    tuple(
+        fixed(*kinds, move=grid(0.2, 1.0, 0.1), turn=grid(20, 80, 10))
+        for move in MOVES
+        for turn in TURNS
+        for kinds in ((move, turn), (turn, move))
+    )
+    + tuple(
+        fixed(a, move, b, move=grid(0.2, 1.0, 0.1), turn=grid(10, 40, 10))
+        for move in MOVES
+        for a in TURNS
+        for b in TURNS
+    ),
+    {"meters": 0.3, "degrees": 20},
+)
 
 # The part of ROOMS that a simulator trained on `data.py triples --layout fine` has seen: 0.1 m and, of its turns by 15
 # degrees, those on our grid; no step backward, which no view of a ring covers.
 SEEN = Space(
-    {kind: grid(0.1, 1.0, 0.1) if kind in MOVES else grid(30, 90, 30)
-     for kind in MOVES + TURNS if kind != "move backward"},
-    tuple(fixed(*(kind for kind, _ in sequence), move=grid(0.2, 1.0, 0.1), turn=[30, 60][:4 - len(sequence)])
-          for sequence in ROOMS.sequences if "move backward" not in dict(sequence)),
-    {"meters": 0.3, "degrees": 20})
+    {
+        kind: grid(0.1, 1.0, 0.1) if kind in MOVES else grid(30, 90, 30)
+        for kind in MOVES + TURNS
+        if kind != "move backward"
+    },
+    tuple(
+        fixed(
+            *(kind for kind, _ in sequence),
+            move=grid(0.2, 1.0, 0.1),
+            turn=[30, 60][: 4 - len(sequence)],
+        )
+        for sequence in ROOMS.sequences
+        if "move backward" not in dict(sequence)
+    ),
+    {"meters": 0.3, "degrees": 20},
+)
 
 
 def draw(sequence, rng):
@@ -88,7 +116,9 @@ def draw(sequence, rng):
 def programs(rng, space):
     """The nine programs of an anchor: each single action once, and three different sequences."""
     sequences = [space.sequences[i] for i in rng.permutation(len(space.sequences))[:3]]
-    return [draw([one], rng) for one in space.single.items()] + [draw(sequence, rng) for sequence in sequences]
+    return [draw([one], rng) for one in space.single.items()] + [
+        draw(sequence, rng) for sequence in sequences
+    ]
 
 
 def kinds_of(program):
@@ -104,29 +134,34 @@ def end_pose(c2w, program):
 
 # ---- transitions ----------------------------------------------------------------------------------------------------
 
+
 class Anchor(NamedTuple):
     """Where programs start: image `reference` (1-based) of the images that the teacher is shown."""
 
     name: str
-    images: list                # (H, W, 3) uint8
+    images: list  # (H, W, 3) uint8
     reference: int = 1
-    scene: dict | None = None   # rooms only, as in lib.geometry.Query
+    scene: dict | None = None  # rooms only, as in lib.geometry.Query
 
 
 class Transition(NamedTuple):
     """What the camera saw before and after a program."""
 
     name: str
-    source: np.ndarray          # (H, W, 3) uint8
+    source: np.ndarray  # (H, W, 3) uint8
     target: np.ndarray
-    program: list               # of Motion
-    agreement: float = 1.0      # of several imagined views of the same end, in (0, 1]
-    room: int | None = None     # rooms only: its seed and the two poses
+    program: list  # of Motion
+    agreement: float = 1.0  # of several imagined views of the same end, in (0, 1]
+    room: int | None = None  # rooms only: its seed and the two poses
     poses: tuple | None = None
-    focal: float = 0.5          # in picture widths; 0.5 is 90 degrees wide
-    files: tuple | None = None  # frames rendered elsewhere only (lib/rendered.py): where the two pictures lie,
-    place: str = ""             # what no two splits may share,
-    detections: tuple | None = None     # and what was found in them: (objects of the source, of the target)
+    focal: float = 0.5  # in picture widths; 0.5 is 90 degrees wide
+    files: tuple | None = (
+        None  # frames rendered elsewhere only (lib/rendered.py): where the two pictures lie,
+    )
+    place: str = ""  # what no two splits may share,
+    detections: tuple | None = (
+        None  # and what was found in them: (objects of the source, of the target)
+    )
 
 
 def room_anchor(seed):
@@ -134,20 +169,30 @@ def room_anchor(seed):
     rng = numpy_stream("anchor of a room", seed)
     poses, reference = ring(rng), int(rng.integers(4)) + 1
     scene = {"room": seed, "poses": [matrix(c2w) for c2w in poses]}
-    return Anchor(f"room_{seed}", list(render(random_room(seed), scene["poses"], SIZE)["rgb"]), reference, scene)
+    return Anchor(
+        f"room_{seed}",
+        list(render(random_room(seed), scene["poses"], SIZE)["rgb"]),
+        reference,
+        scene,
+    )
 
 
 def blocked(anchor, program):
     """Whether walls or furniture of a room stand within CLEARANCE of the way; outside rooms nobody knows."""
     if anchor.scene is None:
         return False
-    room, c2w = random_room(anchor.scene["room"]), np.array(anchor.scene["poses"][anchor.reference - 1])
+    room, c2w = (
+        random_room(anchor.scene["room"]),
+        np.array(anchor.scene["poses"][anchor.reference - 1]),
+    )
     half = np.array([room.width, room.length]) / 2 - CLEARANCE
     for motion in program:
         for share in np.linspace(0, 1, 11)[1:]:
             where = move_camera(c2w, Motion(motion.kind, motion.amount * share))[[0, 2], 3]
             if (np.abs(where) > half).any() or any(
-                    np.hypot(*(where - (thing.x, thing.z))) < thing.half + CLEARANCE for thing in room.things):
+                np.hypot(*(where - (thing.x, thing.z))) < thing.half + CLEARANCE
+                for thing in room.things
+            ):
                 return True
         c2w = move_camera(c2w, motion)
     return False
@@ -164,19 +209,30 @@ def cut(program, longest):
         most = longest[motion.unit] if longest else motion.amount
         whole = int(motion.amount / most + 1e-9)
         rest = round(motion.amount - whole * most, 6)
-        pieces += [(Motion(motion.kind, amount), i) for amount in [most] * whole + [rest] * (rest > 0)]
+        pieces += [
+            (Motion(motion.kind, amount), i) for amount in [most] * whole + [rest] * (rest > 0)
+        ]
     return pieces
 
 
 def is_view(view, like):
     """Whether a teacher's view can be used at all: an image of the anchor's shape that is not of one flat colour."""
-    return isinstance(view, np.ndarray) and view.shape == like.shape and view.dtype == np.uint8 and view.std() > 2
+    return (
+        isinstance(view, np.ndarray)
+        and view.shape == like.shape
+        and view.dtype == np.uint8
+        and view.std() > 2
+    )
 
 
 def fitted(view, like):
     """A view in the size of the anchor: a world model rounds sizes to its patches. Another shape stays as it is."""
     (height, width), size = like.shape[:2], np.shape(view)[:2]
-    if size == (height, width) or len(size) < 2 or abs(size[1] / size[0] * height / width - 1) > 0.1:
+    if (
+        size == (height, width)
+        or len(size) < 2
+        or abs(size[1] / size[0] * height / width - 1) > 0.1
+    ):
         return view
     return np.asarray(Image.fromarray(view).resize((width, height), Image.BICUBIC))
 
@@ -194,8 +250,15 @@ def chains(simulator, anchors, motions, rng):
         for i in going:
             reference = anchors[i].reference if k == 0 else len(images[i])
             scene = poses[i] and {"room": anchors[i].scene["room"], "poses": list(poses[i])}
-            queries.append(Query(list(images[i]), reference, instruction(motions[i][k], reference),
-                                 int(rng.integers(2**31)), scene))
+            queries.append(
+                Query(
+                    list(images[i]),
+                    reference,
+                    instruction(motions[i][k], reference),
+                    int(rng.integers(2**31)),
+                    scene,
+                )
+            )
         for i, query, view in zip(going, queries, imagine_each(simulator, queries)):
             given = anchors[i].images[anchors[i].reference - 1]
             view = fitted(view, given)
@@ -230,10 +293,14 @@ def transitions(anchors, simulator, rng, space=ROOMS, longest=None, tries=1):
                 dropped["the way is blocked"] += 1
             else:
                 plans.append((f"{anchor.name}_{number}", anchor, program, cut(program, longest)))
-    told = [(anchor, [piece for piece, _ in pieces]) for _, anchor, _, pieces in plans for _ in range(tries)]
+    told = [
+        (anchor, [piece for piece, _ in pieces])
+        for _, anchor, _, pieces in plans
+        for _ in range(tries)
+    ]
     views = chains(simulator, *map(list, zip(*told)), rng) if told else []
     for i, (name, anchor, program, pieces) in enumerate(plans):
-        several = views[i * tries:(i + 1) * tries]
+        several = views[i * tries : (i + 1) * tries]
         steps = min(map(len, several))
         if steps == 0:
             dropped["the teacher gave no usable view"] += 1
@@ -248,8 +315,17 @@ def transitions(anchors, simulator, rng, space=ROOMS, longest=None, tries=1):
         if anchor.scene:
             start = np.array(anchor.scene["poses"][anchor.reference - 1])
             room, poses = anchor.scene["room"], (start, end_pose(start, program))
-        found.append(Transition(name, anchor.images[anchor.reference - 1], ends[0], program,
-                                float(np.exp(-np.mean(gaps) / 0.05)) if gaps else 1.0, room, poses))
+        found.append(
+            Transition(
+                name,
+                anchor.images[anchor.reference - 1],
+                ends[0],
+                program,
+                float(np.exp(-np.mean(gaps) / 0.05)) if gaps else 1.0,
+                room,
+                poses,
+            )
+        )
     return found, dropped
 
 
@@ -262,17 +338,24 @@ def drift(simulator, anchors, motion, steps, rng):
     """
     anchors = [anchor for anchor in anchors if not blocked(anchor, [motion] * steps)]
     if not anchors:
-        raise ValueError(f"{steps} times '{phrase(motion)}' is blocked in every room: take fewer or shorter steps.")
+        raise ValueError(
+            f"{steps} times '{phrase(motion)}' is blocked in every room: take fewer or shorter steps."
+        )
     views, rows = chains(simulator, anchors, [[motion] * steps] * len(anchors), rng), []
     for k in range(steps):
         errors = []
         for anchor, chain in zip(anchors, views):
             if k < len(chain):
-                room, start = random_room(anchor.scene["room"]), np.array(anchor.scene["poses"][anchor.reference - 1])
+                room, start = (
+                    random_room(anchor.scene["room"]),
+                    np.array(anchor.scene["poses"][anchor.reference - 1]),
+                )
                 commanded = end_pose(start, [motion] * (k + 1))
                 true = render(room, commanded, len(chain[k]))["rgb"][0]
                 (delta,), _ = recover(room, commanded, chain[k][None], size=len(chain[k]))
-                errors.append((distance(chain[k], true), np.linalg.norm(delta[:3]), np.linalg.norm(delta[3:])))
+                errors.append(
+                    (distance(chain[k], true), np.linalg.norm(delta[:3]), np.linalg.norm(delta[3:]))
+                )
         if errors:
             rows.append(dict(zip(("mse", "meters", "degrees"), np.median(errors, 0).tolist())))
     return rows

@@ -12,11 +12,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from lib import common
-from lib.streams import stable_hash, stream_seed
 from lib.endpoint import RemoteError
 from lib.geometry import Motion, Query, instruction
 from lib.pictures import save_image
 from lib.rows import load_jsonl
+from lib.streams import stable_hash, stream_seed
 
 
 def load_triples(path, limit=None):
@@ -28,12 +28,22 @@ def load_triples(path, limit=None):
         if place not in images:
             images[place] = np.array(Image.open(place).convert(kind))
         return images[place]
+
     try:
-        return [{**row, "context": [read(place) for place in row["context"]], "target": read(row["target"]),
-                 "warp": read(row["warp"], "RGBA")} for row in rows]
+        return [
+            {
+                **row,
+                "context": [read(place) for place in row["context"]],
+                "target": read(row["target"]),
+                "warp": read(row["warp"], "RGBA"),
+            }
+            for row in rows
+        ]
     except OSError as error:
-        common.fail(f"A picture of {path} cannot be read ({error}). Remove {path} and make it again: "
-                    f"python data.py triples")
+        common.fail(
+            f"A picture of {path} cannot be read ({error}). Remove {path} and make it again: "
+            f"python data.py triples"
+        )
 
 
 def fingers(row):
@@ -47,13 +57,25 @@ def imagine_targets(simulator, rows, folder=None, batch=64, title="imagine"):
     Raises RemoteError if a server fails, once the views that it gave are kept.
     """
     views = []
-    for start in tqdm(range(0, len(rows), batch), desc=title, unit="batch", disable=not common.is_main()):
-        part = rows[start:start + batch]
-        kept = [folder and Path(folder) / f"{row['id'].replace('/', '_')}_{fingers(row):016x}.png" for row in part]
-        queries = [Query(row["context"], row["reference"], instruction(Motion(**row["motion"]), row["reference"]),
-                         stream_seed("imagine", row["id"]),
-                         {"room": row["room"], "poses": row["context_c2w"]} if "room" in row else None)
-                   for row, place in zip(part, kept) if not (place and place.exists())]
+    for start in tqdm(
+        range(0, len(rows), batch), desc=title, unit="batch", disable=not common.is_main()
+    ):
+        part = rows[start : start + batch]
+        kept = [
+            folder and Path(folder) / f"{row['id'].replace('/', '_')}_{fingers(row):016x}.png"
+            for row in part
+        ]
+        queries = [
+            Query(
+                row["context"],
+                row["reference"],
+                instruction(Motion(**row["motion"]), row["reference"]),
+                stream_seed("imagine", row["id"]),
+                {"room": row["room"], "poses": row["context_c2w"]} if "room" in row else None,
+            )
+            for row, place in zip(part, kept)
+            if not (place and place.exists())
+        ]
         try:
             new = iter(simulator.imagine(queries) if queries else [])
         except RemoteError as error:
@@ -69,7 +91,7 @@ def imagine_targets(simulator, rows, folder=None, batch=64, title="imagine"):
                 view = np.asarray(next(new))
                 if place:
                     save_image(place, view)
-            shape = row["context"][row["reference"] - 1].shape                  # the target's shape as well
+            shape = row["context"][row["reference"] - 1].shape  # the target's shape as well
             if view.shape != shape:
                 view = np.asarray(Image.fromarray(view).resize(shape[1::-1], Image.BICUBIC))
             views.append(view)

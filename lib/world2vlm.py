@@ -27,28 +27,40 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.streams import numpy_stream
 from lib.common import say
 from lib.geometry import Motion
-from lib.motion_words import (BOX, COUNTS, PROMPTS, TASKS, box_text, claim_text, on_grid, program_text, read_actions,
-                              read_box, read_truth)
+from lib.motion_words import (
+    BOX,
+    COUNTS,
+    PROMPTS,
+    TASKS,
+    box_text,
+    claim_text,
+    on_grid,
+    program_text,
+    read_actions,
+    read_box,
+    read_truth,
+)
 from lib.pictures import save_image
 from lib.rooms import random_room, render
 from lib.rows import save_jsonl
+from lib.streams import numpy_stream
 from lib.transitions import ROOMS, draw, end_pose, kinds_of
 
-SURE = 0.3                                            # confidence of a detection that is believed
+SURE = 0.3  # confidence of a detection that is believed
 TURNED = {"left": "right", "right": "left", "forward": "backward", "backward": "forward"}
 VERBS = {"A1": "move", "A2": "turn"}
 
 
 # ---- objects --------------------------------------------------------------------------------------------------------
 
+
 class Detection(NamedTuple):
     """An object in a picture. Two detections of one `track` are one object; None: nobody knows which one it is."""
 
     label: str
-    box: tuple                  # x1, y1, x2, y2 in pixels
+    box: tuple  # x1, y1, x2, y2 in pixels
     confidence: float
     track: int | str | None
 
@@ -57,11 +69,15 @@ def room_detections(transition):
     """(objects of the source, of the target), exactly. The label is the kind of furniture: a colour would name one."""
     room, size = random_room(transition.room), len(transition.source)
     found = ([], [])
-    for out, ids in zip(found, render(room, np.stack(transition.poses), size, supersample=1)["ids"]):
+    for out, ids in zip(
+        found, render(room, np.stack(transition.poses), size, supersample=1)["ids"]
+    ):
         for i, thing in enumerate(room.things):
             rows, columns = np.nonzero(ids == i + 1)
             if len(rows):
-                box = tuple(int(v) for v in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+                box = tuple(
+                    int(v) for v in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+                )
                 out.append(Detection(thing.kind, box, 1.0, i))
     return found
 
@@ -72,9 +88,15 @@ def image_detections(detector):
     Who is who cannot be told by overlapping boxes when the camera goes far, so only a label that occurs once in the
     source and at most once in the target is tracked. D4 needs two of a label: for it, give tracks of your own.
     """
+
     def detect(transition):
-        return by_label([[Detection(*found, None) for found in detector(image)]
-                         for image in (transition.source, transition.target)])
+        return by_label(
+            [
+                [Detection(*found, None) for found in detector(image)]
+                for image in (transition.source, transition.target)
+            ]
+        )
+
     return detect
 
 
@@ -82,8 +104,17 @@ def by_label(pair):
     """(objects of the source, of the target), tracked where the label occurs once in the first and at most once in the
     second; any tracks that they had are dropped."""
     first, last = (Counter(detection.label for detection in found) for found in pair)
-    return tuple([detection._replace(track=detection.label if first[detection.label] == 1 >= last[detection.label]
-                                     else None) for detection in found] for found in pair)
+    return tuple(
+        [
+            detection._replace(
+                track=detection.label
+                if first[detection.label] == 1 >= last[detection.label]
+                else None
+            )
+            for detection in found
+        ]
+        for found in pair
+    )
 
 
 def share(detection, image):
@@ -95,8 +126,12 @@ def share(detection, image):
 def clear(detection, image):
     """The paper's filter: confidence 0.3, 1 % to 60 % of the picture, all sides at least 1 % away from its edges."""
     (height, width), (x1, y1, x2, y2) = image.shape[:2], detection.box
-    return (detection.confidence >= SURE and 0.01 <= share(detection, image) <= 0.6
-            and min(x1 / width, y1 / height) >= 0.01 and max(x2 / width, y2 / height) <= 0.99)
+    return (
+        detection.confidence >= SURE
+        and 0.01 <= share(detection, image) <= 0.6
+        and min(x1 / width, y1 / height) >= 0.01
+        and max(x2 / width, y2 / height) <= 0.99
+    )
 
 
 def best(candidates, rng):
@@ -107,6 +142,7 @@ def best(candidates, rng):
 
 
 # ---- the eight tasks ------------------------------------------------------------------------------------------------
+
 
 def opposite(motion):
     verb, way = motion.kind.split()
@@ -132,22 +168,36 @@ def false_claim(program, rng, space):
 
     def within(claim):
         pattern = patterns.get(kinds_of(claim), ())
-        return pattern and all(motion.amount in amounts for motion, (_, amounts) in zip(claim, pattern))
+        return pattern and all(
+            motion.amount in amounts for motion, (_, amounts) in zip(claim, pattern)
+        )
+
     if not within(program):
         return None
     sequence, found = patterns[kinds_of(program)], defaultdict(list)
     for i, (motion, (_, amounts)) in enumerate(zip(program, sequence)):
         for shift in range(1, len(amounts)):
             shifted = amounts[shift:] + amounts[:shift]
-            if all(abs(a - b) >= space.margin[motion.unit] - 1e-9 for a, b in zip(amounts, shifted)):
+            if all(
+                abs(a - b) >= space.margin[motion.unit] - 1e-9 for a, b in zip(amounts, shifted)
+            ):
                 amount = float(shifted[amounts.index(motion.amount)])
-                found["amount"].append(program[:i] + [Motion(motion.kind, amount)] + program[i + 1:])
-        found["direction"].append(program[:i] + [opposite(motion)] + program[i + 1:])
+                found["amount"].append(
+                    program[:i] + [Motion(motion.kind, amount)] + program[i + 1 :]
+                )
+        found["direction"].append(program[:i] + [opposite(motion)] + program[i + 1 :])
     if len(program) == 2:
         found["order"].append(program[::-1])
-    found["other"] = [draw(other, rng) for kinds, other in patterns.items()
-                      if len(kinds) == len(program) and kinds != kinds_of(program)]
-    found = {how: kept for how, claims in found.items() if (kept := [claim for claim in claims if within(claim)])}
+    found["other"] = [
+        draw(other, rng)
+        for kinds, other in patterns.items()
+        if len(kinds) == len(program) and kinds != kinds_of(program)
+    ]
+    found = {
+        how: kept
+        for how, claims in found.items()
+        if (kept := [claim for claim in claims if within(claim)])
+    }
     if not found:
         return None
     how = list(found)[rng.integers(len(found))]
@@ -161,8 +211,10 @@ def false_claim(program, rng, space):
 
 def usual(program, space):
     """How often the amounts of a program come (space.often), as a multiple of what they would if all came alike."""
-    return prod(amounts[motion.amount] * len(amounts) / amounts.total()
-                for motion, amounts in zip(program, space.often[kinds_of(program)]))
+    return prod(
+        amounts[motion.amount] * len(amounts) / amounts.total()
+        for motion, amounts in zip(program, space.often[kinds_of(program)])
+    )
 
 
 def blind_column(box, width, program, focal=0.5):
@@ -200,10 +252,20 @@ def records(transition, rng, space=ROOMS, detect=None):
 
     def add(task, answer, label, cell=(), confidence=1.0, negative=None, **words):
         images = [source] if task == "D2" else [source, target]
-        rows.append({"id": f"{transition.name}_{len(rows)}_{task}", "task": task, "images": images,
-                     "prompt": PROMPTS[task].format(sequence=text, **words), "answer": answer,
-                     "weight": transition.agreement * confidence, "program": text, "label": label,
-                     "cell": list(cell), "negative": negative})
+        rows.append(
+            {
+                "id": f"{transition.name}_{len(rows)}_{task}",
+                "task": task,
+                "images": images,
+                "prompt": PROMPTS[task].format(sequence=text, **words),
+                "answer": answer,
+                "weight": transition.agreement * confidence,
+                "program": text,
+                "label": label,
+                "cell": list(cell),
+                "negative": negative,
+            }
+        )
 
     if len(program) == 1:
         add("A1" if program[0].unit == "meters" else "A2", text, program[0].kind)
@@ -212,7 +274,14 @@ def records(transition, rng, space=ROOMS, detect=None):
         if claim := false_claim(program, rng, space):
             said, how = (program, None) if rng.random() < 0.5 else claim
             answer = "true" if how is None else "false"
-            add("A4", answer, answer, kinds_of(said) if space.often else (), negative=how, claim=claim_text(said))
+            add(
+                "A4",
+                answer,
+                answer,
+                kinds_of(said) if space.often else (),
+                negative=how,
+                claim=claim_text(said),
+            )
     if detect is None:
         return rows
 
@@ -222,29 +291,62 @@ def records(transition, rng, space=ROOMS, detect=None):
     moved = any(motion.unit == "meters" for motion in program)
     if pairs:
         a, b = best(pairs, rng)
-        boxes = {"object": a.label, "box1": box_text(a.box, width, height), "box2": box_text(b.box, width, height)}
+        boxes = {
+            "object": a.label,
+            "box1": box_text(a.box, width, height),
+            "box2": box_text(b.box, width, height),
+        }
         sure = a.confidence * b.confidence
         if moved:
             add("D1", boxes["box2"], "", confidence=sure, **boxes)
         if len(program) in COUNTS["D3"]:
             add("D3", text, program[0].kind, confidence=sure, **boxes)
     gone = [(a,) for a in starts if all(b.track != a.track for b in last)]
-    stay = [(a, b) for a in starts for b in last
-            if b.track == a.track and b.confidence >= SURE and share(b, target) >= 0.01]
+    stay = [
+        (a, b)
+        for a in starts
+        for b in last
+        if b.track == a.track and b.confidence >= SURE and share(b, target) >= 0.01
+    ]
     if gone or stay:
-        answer = ("yes" if rng.random() < 0.5 else "no") if gone and stay else "yes" if gone else "no"
+        answer = (
+            ("yes" if rng.random() < 0.5 else "no") if gone and stay else "yes" if gone else "no"
+        )
         a, *seen = best(gone if answer == "yes" else stay, rng)
-        add("D2", answer, answer, tenths(blind_column(a.box, width, program, transition.focal)),
-            prod(detection.confidence for detection in (a, *seen)), object=a.label, box1=box_text(a.box, width, height))
-    others = [(a, b) for a in starts for b in last
-              if b.label == a.label and b.track not in (a.track, None) and clear(b, target)]
+        add(
+            "D2",
+            answer,
+            answer,
+            tenths(blind_column(a.box, width, program, transition.focal)),
+            prod(detection.confidence for detection in (a, *seen)),
+            object=a.label,
+            box1=box_text(a.box, width, height),
+        )
+    others = [
+        (a, b)
+        for a in starts
+        for b in last
+        if b.label == a.label and b.track not in (a.track, None) and clear(b, target)
+    ]
     for answer, candidates in (("yes", pairs), ("no", others)):
         if candidates:
             a, b = best(candidates, rng)
-            off = (b.box[0] + b.box[2]) / 2 / width - 0.5 - blind_column(a.box, width, program, transition.focal)
-            add("D4", answer, answer, tenths(abs(off)), a.confidence * b.confidence,
-                "label" if answer == "no" else None, object=a.label, box1=box_text(a.box, width, height),
-                box2=box_text(b.box, width, height))
+            off = (
+                (b.box[0] + b.box[2]) / 2 / width
+                - 0.5
+                - blind_column(a.box, width, program, transition.focal)
+            )
+            add(
+                "D4",
+                answer,
+                answer,
+                tenths(abs(off)),
+                a.confidence * b.confidence,
+                "label" if answer == "no" else None,
+                object=a.label,
+                box1=box_text(a.box, width, height),
+                box2=box_text(b.box, width, height),
+            )
     return rows
 
 
@@ -255,14 +357,19 @@ def tenths(value):
 
 def with_pictures(transition, out, folder, rng, space, detect):
     """The `records` of a transition, their pictures saved in out/pictures/<folder>."""
-    paths = [f"pictures/{folder}/{name}.png" for name in ("source", transition.name.rsplit("_", 1)[1])]
+    paths = [
+        f"pictures/{folder}/{name}.png" for name in ("source", transition.name.rsplit("_", 1)[1])
+    ]
     for path, image in zip(paths, (transition.source, transition.target)):
         save_image(out / path, image)
-    return [record | {"images": paths[:len(record["images"])]}              # the first, or both
-            for record in records(transition, rng, space, detect)]
+    return [
+        record | {"images": paths[: len(record["images"])]}  # the first, or both
+        for record in records(transition, rng, space, detect)
+    ]
 
 
 # ---- validation and balance -----------------------------------------------------------------------------------------
+
 
 def validate(record):
     """What is wrong with a record, in words; None if nothing is."""
@@ -275,11 +382,17 @@ def validate(record):
         return "a placeholder is left in the prompt"
     if not 0 < record["weight"] <= 1:
         return "the weight is not in (0, 1]"
-    if not program or any(value <= 0 or not on_grid(Motion(kind, value)) for kind, value in program):
+    if not program or any(
+        value <= 0 or not on_grid(Motion(kind, value)) for kind, value in program
+    ):
         return "an amount is not on the grid"
     for box in BOX.findall(record["prompt"]) + (BOX.findall(answer) if task == "D1" else []):
         x1, y1, x2, y2 = map(float, box)
-        if not (0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000 and all(float(v).is_integer() for v in box)):
+        if not (
+            0 <= x1 < x2 <= 1000
+            and 0 <= y1 < y2 <= 1000
+            and all(float(v).is_integer() for v in box)
+        ):
             return "a box is not four integers in order in 0..1000"
     if len(BOX.findall(record["prompt"])) != {"D1": 1, "D2": 1, "D3": 2, "D4": 2}.get(task, 0):
         return "a box is missing in the prompt"
@@ -333,6 +446,7 @@ def balanced(rows, rng):
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
+
 def write_motion_questions(out, split, rows, about, seed):
     """out/questions_<split>.jsonl: what is valid of World2VLM's records, balanced -> Counter of the faults of others.
 
@@ -342,15 +456,35 @@ def write_motion_questions(out, split, rows, about, seed):
     """
     rows, faults = validated(rows)
     kept = balanced(rows, numpy_stream("balance", seed))
-    save_jsonl(out / f"questions_{split}.jsonl", [
-        {"id": row["id"], "bench": "world2vlm", "images": row["images"], "question": row["prompt"], "options": [],
-         "answer": row["answer"], "category": row["task"], "kind": "na", "needs_view": None, "weight": row["weight"],
-         "negative": row["negative"], **{key: row[key] for key in ("scene", "cluster") if key in row}} for row in kept])
+    save_jsonl(
+        out / f"questions_{split}.jsonl",
+        [
+            {
+                "id": row["id"],
+                "bench": "world2vlm",
+                "images": row["images"],
+                "question": row["prompt"],
+                "options": [],
+                "answer": row["answer"],
+                "category": row["task"],
+                "kind": "na",
+                "needs_view": None,
+                "weight": row["weight"],
+                "negative": row["negative"],
+                **{key: row[key] for key in ("scene", "cluster") if key in row},
+            }
+            for row in kept
+        ],
+    )
     tasks, made = (Counter(row["task"] for row in part) for part in (kept, rows))
-    say(f"questions_{split}.jsonl: {len(kept)} questions about {about}, balanced: "
-        + ", ".join(f"{task} {tasks[task]} of {made[task]}" for task in sorted(made)))
+    say(
+        f"questions_{split}.jsonl: {len(kept)} questions about {about}, balanced: "
+        + ", ".join(f"{task} {tasks[task]} of {made[task]}" for task in sorted(made))
+    )
     for task in sorted(task for task in made if tasks[task] < made[task] / 10):
         labels = Counter(row["label"] for row in rows if row["task"] == task)
-        say(f"  {task}: less than a tenth stays, since every label is cut to the rarest of its cell. There were "
-            f"{', '.join(f'{n} {label}' for label, n in labels.most_common())}.")
+        say(
+            f"  {task}: less than a tenth stays, since every label is cut to the rarest of its cell. There were "
+            f"{', '.join(f'{n} {label}' for label, n in labels.most_common())}."
+        )
     return faults

@@ -30,24 +30,47 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import world_model  # noqa: E402
 from lib.bagel import GEN, LATENT_PATCH, token_grid  # noqa: E402
-from lib.bagel_files import (AUTOENCODER, NETWORK, patchify, resize, resized, to_images, to_pixels,  # noqa: E402
-                             unpatchify)
+from lib.bagel_files import (  # noqa: E402
+    AUTOENCODER,
+    NETWORK,
+    patchify,
+    resize,
+    resized,
+    to_images,
+    to_pixels,
+    unpatchify,
+)
 from lib.packing import Latent, Text, View, pack, sight, table_ids  # noqa: E402
-from world_model import WorldModel, Words, read  # noqa: E402
+from world_model import Words, WorldModel, read  # noqa: E402
 
 # From the original's inferencer.py (ByteDance-Seed/Bagel, Apache-2.0): its defaults, for the options that a case leaves
 # out, and what it says first when it is to think before it answers or draws.
-OPTIONS = {"cfg_text_scale": 3.0, "cfg_img_scale": 1.5, "cfg_interval": [0.4, 1.0], "timestep_shift": 3.0,
-           "num_timesteps": 50, "cfg_renorm_min": 0.0, "cfg_renorm_type": "global", "enable_taylorseer": False,
-           "think": False, "understanding_output": False, "max_think_token_n": 1000, "do_sample": False,
-           "text_temperature": 0.3, "image_shapes": None}
-PROMPT = ("You should first think about the {0} process in the mind and then {1}. \nThe {0} process is enclosed "
-          "within <think> </think> tags, i.e. <think> {0} process here </think> {2} here")
+OPTIONS = {
+    "cfg_text_scale": 3.0,
+    "cfg_img_scale": 1.5,
+    "cfg_interval": [0.4, 1.0],
+    "timestep_shift": 3.0,
+    "num_timesteps": 50,
+    "cfg_renorm_min": 0.0,
+    "cfg_renorm_type": "global",
+    "enable_taylorseer": False,
+    "think": False,
+    "understanding_output": False,
+    "max_think_token_n": 1000,
+    "do_sample": False,
+    "text_temperature": 0.3,
+    "image_shapes": None,
+}
+PROMPT = (
+    "You should first think about the {0} process in the mind and then {1}. \nThe {0} process is enclosed "
+    "within <think> </think> tags, i.e. <think> {0} process here </think> {2} here"
+)
 TO_ANSWER = PROMPT.format("reasoning", "provide the user with the answer", "answer")
 TO_DRAW = PROMPT.format("planning", "generate the image", "image")
 
 
 # ---------------------------------------------------------------- one recording
+
 
 class Recording(dict):
     """The tensors of one file; remembers which of them were asked for."""
@@ -62,7 +85,9 @@ class Recording(dict):
 
     def unread(self):
         """The names of the tensors nobody asked for, their numbers left out."""
-        return ", ".join(sorted({re.sub(r"\d+", "*", key) for key in self if key not in self.asked}))
+        return ", ".join(
+            sorted({re.sub(r"\d+", "*", key) for key in self if key not in self.asked})
+        )
 
 
 class Case:
@@ -72,7 +97,9 @@ class Case:
         self.folder, self.name, self.model, self.network = folder, name, model, model.network
         self.reference, self.data, self.error = reference, data, None
         self.found, self.remarks = {}, []
-        self.stride = reference["vae"]["downsample"] * reference["bagel"]["latent_patch_size"]   # pixels per token
+        self.stride = (
+            reference["vae"]["downsample"] * reference["bagel"]["latent_patch_size"]
+        )  # pixels per token
 
     @property
     def told(self):
@@ -83,14 +110,24 @@ class Case:
 
     def other(self, name):
         """Another case of the folder, to take inputs from."""
-        return Case(self.folder, name, self.model, self.reference, Recording(self.folder / f"{name}.safetensors"))
+        return Case(
+            self.folder,
+            name,
+            self.model,
+            self.reference,
+            Recording(self.folder / f"{name}.safetensors"),
+        )
 
     def compare(self, what, ours, theirs, limit=1e-4, scale=1.0):
         """Note the largest difference, times `scale`. Limits 0 and 1 are for whole numbers (indices, grey levels)."""
         ours, theirs = torch.as_tensor(ours), torch.as_tensor(theirs)
         if ours.shape != theirs.shape:
-            raise ValueError(f"{what}: ours has the shape {tuple(ours.shape)}, the recording {tuple(theirs.shape)}")
-        distance = scale * (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0.0
+            raise ValueError(
+                f"{what}: ours has the shape {tuple(ours.shape)}, the recording {tuple(theirs.shape)}"
+            )
+        distance = (
+            scale * (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0.0
+        )
         distance = math.inf if math.isnan(distance) else distance
         if limit in (0, 1) and distance < math.inf:
             distance = round(distance)
@@ -98,17 +135,29 @@ class Case:
 
     @property
     def ok(self):
-        return not self.error and bool(self.found) and all(far <= limit for far, limit in self.found.values())
+        return (
+            not self.error
+            and bool(self.found)
+            and all(far <= limit for far, limit in self.found.values())
+        )
 
     def __str__(self):
         def short(number):
-            return f"{number:.1e}".replace(".0e", "e").replace("e-0", "e-") if 0 < number < 1 else f"{number:g}"
-        parts = [f"{what} {short(far)} ({short(limit)})" for what, (far, limit) in self.found.items()]
+            return (
+                f"{number:.1e}".replace(".0e", "e").replace("e-0", "e-")
+                if 0 < number < 1
+                else f"{number:g}"
+            )
+
+        parts = [
+            f"{what} {short(far)} ({short(limit)})" for what, (far, limit) in self.found.items()
+        ]
         parts += [f"[{remark}]" for remark in self.remarks] + [self.error] * bool(self.error)
         return "  ".join([f"{self.name:<20}", *parts, "ok" if self.ok else "FAILED"])
 
 
 # ---------------------------------------------------------------- pictures and encoders
+
 
 def resize_table(case):
     """Rows of (transform, images in the sample, width, height -> new width, new height)."""
@@ -121,7 +170,10 @@ def resize_table(case):
 
 def transform(case):
     """One picture -> the pixels of the autoencoder and of the ViT, in grey levels (Pillow's versions differ by one)."""
-    for name, limits in (("vae", case.model.settings.vae_limits), ("vit", case.model.settings.vit_limits)):
+    for name, limits in (
+        ("vae", case.model.settings.vae_limits),
+        ("vit", case.model.settings.vit_limits),
+    ):
         ours = to_pixels(resize(case.data["image"].numpy(), limits))
         case.compare(f"{name} pixels", ours, case.data[name], 1, scale=127.5)
 
@@ -137,12 +189,15 @@ def encoders(case):
     ids = table_ids([length // side for length in pixels.shape[-2:]], network.config.vit_grid)
     case.compare("patches", patches[0], data["vit_patches"])
     case.compare("position ids", ids, data["vit_position_ids"], 0)
-    case.compare("features", network.vit_model["vision_model"](patches, ids)[0], data["vit_features"])
+    case.compare(
+        "features", network.vit_model["vision_model"](patches, ids)[0], data["vit_features"]
+    )
     case.compare("ViT tokens", network.embed_vit(patches, ids)[0], data["vit_tokens"])
     case.compare("times", network.time_embedder(data["times"]), data["time_embedding"])
 
 
 # ---------------------------------------------------------------- training
+
 
 def segments(case):
     """A recorded pack, told by its indices -> (samples, order).
@@ -156,14 +211,28 @@ def segments(case):
     ids = dict(zip(data["in.packed_text_indexes"].tolist(), data["in.packed_text_ids"].tolist()))
     ends = {special["eos_token_id"], special["end_of_image"]}
     gaps = bool(told.get("dropout", {}).keys() & {"vae", "vit"})
-    is_vae, grids, latents = set(data["in.packed_vae_token_indexes"].tolist()), told["patchified_vae_latent_shapes"], 0
+    is_vae, grids, latents = (
+        set(data["in.packed_vae_token_indexes"].tolist()),
+        told["patchified_vae_latent_shapes"],
+        0,
+    )
     is_vit, views, pictures = set(), iter(()), zip(data["out.padded_latent"], grids)
     if "in.packed_vit_tokens" in data:
-        is_vit, sizes = set(data["in.packed_vit_token_indexes"].tolist()), data["in.vit_token_seqlens"].tolist()
-        views = zip(data["in.packed_vit_tokens"].split(sizes), data["in.packed_vit_position_ids"].split(sizes))
+        is_vit, sizes = (
+            set(data["in.packed_vit_token_indexes"].tolist()),
+            data["in.vit_token_seqlens"].tolist(),
+        )
+        views = zip(
+            data["in.packed_vit_tokens"].split(sizes),
+            data["in.packed_vit_position_ids"].split(sizes),
+        )
     samples, und, gen, at = [], [], [], 0
     for length in told["sample_lens"]:
-        sample, position, stop = [], 0, min(at + length, told["sequence_length"])           # behind it: padding
+        sample, position, stop = (
+            [],
+            0,
+            min(at + length, told["sequence_length"]),
+        )  # behind it: padding
         while at < stop:
             if gaps:
                 sample += [View(None, None, keep=False)] * (positions[at] - position)
@@ -177,13 +246,29 @@ def segments(case):
                 latent, (rows, width) = next(pictures)
                 u = data["in.packed_timesteps"][latents].sigmoid().item()
                 t = told["timestep_shift"] * u / (1 + (told["timestep_shift"] - 1) * u)
-                noise = {"t": t, "noise": data["out.noise"][latents:latents + len(inside)], "group": len(sample) + 1}
-                tokens = patchify(latent[None, :, :rows * LATENT_PATCH, :width * LATENT_PATCH], LATENT_PATCH)[0]
+                noise = {
+                    "t": t,
+                    "noise": data["out.noise"][latents : latents + len(inside)],
+                    "group": len(sample) + 1,
+                }
+                tokens = patchify(
+                    latent[None, :, : rows * LATENT_PATCH, : width * LATENT_PATCH], LATENT_PATCH
+                )[0]
                 sample.append(Latent(tokens, (rows, width), **(noise if t > 0 else {})))
-                und, gen, latents, position = und + [at, end], gen + inside, latents + len(inside), position + (t == 0)
+                und, gen, latents, position = (
+                    und + [at, end],
+                    gen + inside,
+                    latents + len(inside),
+                    position + (t == 0),
+                )
             elif inside[0] in is_vit:
                 patches, places = next(views)
-                sample.append(View(patches, (places.max().item() // columns + 1, places.max().item() % columns + 1)))
+                sample.append(
+                    View(
+                        patches,
+                        (places.max().item() // columns + 1, places.max().item() % columns + 1),
+                    )
+                )
                 und, position = und + [at, *inside, end], position + 1
             else:
                 raise ValueError(f"token {at} of the pack begins no segment")
@@ -194,29 +279,44 @@ def segments(case):
 
 def attention_of(told, data):
     """(L, L) bool of what the original lets each token see, from its masks or from its splits; None if not recorded."""
-    masks = [data[f"in.nested_attention_mask.{i}"] == 0 for i in range(len(told["sample_lens"]))
-             if f"in.nested_attention_mask.{i}" in data]
+    masks = [
+        data[f"in.nested_attention_mask.{i}"] == 0
+        for i in range(len(told["sample_lens"]))
+        if f"in.nested_attention_mask.{i}" in data
+    ]
     if masks:
         return torch.block_diag(*masks).bool()
     if not {"split_lens", "attn_modes"} <= told.keys():
         return None
 
-    def each(lengths):                                                      # which split, or sample, a token is in
-        return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[:told["sequence_length"]]
+    def each(lengths):  # which split, or sample, a token is in
+        return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[
+            : told["sequence_length"]
+        ]
+
     split, sample = each(told["split_lens"]), each(told["sample_lens"])
-    whole, noise = (torch.tensor([mode in modes for mode in told["attn_modes"]])[split]
-                    for modes in (("full", "noise"), ("noise",)))
-    same, before = split[:, None] == split, torch.arange(len(split))[:, None] >= torch.arange(len(split))
+    whole, noise = (
+        torch.tensor([mode in modes for mode in told["attn_modes"]])[split]
+        for modes in (("full", "noise"), ("noise",))
+    )
+    same, before = (
+        split[:, None] == split,
+        torch.arange(len(split))[:, None] >= torch.arange(len(split)),
+    )
     return (sample[:, None] == sample) & (before | same & whole) & ~(noise & ~same)
 
 
 def losses(case, batch, order):
     """A pack -> squared errors (n, C) of its targets, cross entropies of its words, hidden states (L, H)."""
     und, gen = case.network.hidden(batch)
-    mse = (case.network.output(gen)[batch.target] - (batch.noise - batch.latents)[batch.target]).square()
+    mse = (
+        case.network.output(gen)[batch.target] - (batch.noise - batch.latents)[batch.target]
+    ).square()
     here = {place: i for i, place in enumerate(order.tolist())}
     scored = [here[place] for place in case.data["in.ce_loss_indexes"].tolist()]
-    ce = F.cross_entropy(case.network.write(und)[0, scored], case.data["in.packed_label_ids"], reduction="none")
+    ce = F.cross_entropy(
+        case.network.write(und)[0, scored], case.data["in.packed_label_ids"], reduction="none"
+    )
     norms = case.network.language_model["model"]
     return mse, ce, torch.cat([norms["norm"](und), norms["norm" + GEN](gen)], 1)[0]
 
@@ -229,19 +329,27 @@ def cached_velocities(network, samples):
         size = sum(len(s[0]) + 2 for s in before if s.keep)
         memory = network.memory(1, size, len(target.tokens) + 2)
         for s in before:
-            if not s.keep:                                                                  # a dropped picture
+            if not s.keep:  # a dropped picture
                 memory.next = memory.next + 1
             elif isinstance(s, Text):
                 network.read_text(memory, torch.tensor([s.ids]), torch.tensor([len(s.ids)]))
             elif isinstance(s, View):
-                network.read_images(memory, [(None, unpatchify(s.patches[None], c.vit_patch, *s.grid))])
+                network.read_images(
+                    memory, [(None, unpatchify(s.patches[None], c.vit_patch, *s.grid))]
+                )
             else:
-                network.read_images(memory, [(unpatchify(s.tokens[None], LATENT_PATCH, *s.grid), None)])
+                network.read_images(
+                    memory, [(unpatchify(s.tokens[None], LATENT_PATCH, *s.grid), None)]
+                )
         x, branch = (1 - target.t) * target.tokens + target.t * target.noise, memory.whole()
         place = network.latent_pos_embed(table_ids(target.grid, c.latent_grid))
         extra = network.time_embedder(torch.tensor([target.t])) + place
         rope = network.rope(branch.next[:, None])
-        found.append(network.output(network.denoise(x[None], extra[None], network.embed_markers(1), rope, [branch]))[0])
+        found.append(
+            network.output(
+                network.denoise(x[None], extra[None], network.embed_markers(1), rope, [branch])
+            )[0]
+        )
     return torch.cat(found)
 
 
@@ -255,8 +363,15 @@ def training(case):
     case.compare("positions", batch.tokens.position[0], data["in.packed_position_ids"][order], 0)
     case.compare("positions", batch.latent_ids[0], data["in.packed_latent_position_ids"], 0)
     if "in.packed_vit_position_ids" in data:
-        case.compare("positions", batch.patch_ids[batch.patch_ids >= 0], data["in.packed_vit_position_ids"], 0)
-    case.compare("targets", order[batch.ids.shape[1]:][batch.target[0]], data["in.mse_loss_indexes"], 0)
+        case.compare(
+            "positions",
+            batch.patch_ids[batch.patch_ids >= 0],
+            data["in.packed_vit_position_ids"],
+            0,
+        )
+    case.compare(
+        "targets", order[batch.ids.shape[1] :][batch.target[0]], data["in.mse_loss_indexes"], 0
+    )
     if mask is None:
         case.remarks.append("no mask recorded")
     else:
@@ -268,18 +383,34 @@ def training(case):
     case.compare("losses", mse, data["out.mse"])
     case.compare("losses", ce, data["out.ce"])
     weights = data["in.ce_loss_weights"]
-    for name, mean in (("mse", mse.mean()), ("ce", ce.mean()), ("ce_reweighted", (ce * weights).sum() / weights.sum())):
+    for name, mean in (
+        ("mse", mse.mean()),
+        ("ce", ce.mean()),
+        ("ce_reweighted", (ce * weights).sum() / weights.sum()),
+    ):
         case.compare("means", mean, told[name])
 
 
 def latents_of_a_pack(case):
     """The pictures of a pack: each is one of the sources, resized; together, padded, they give the latents."""
     data, limits = case.data, case.model.settings.vae_limits
-    sources = [to_pixels(resize(data[key].numpy(), limits)) for key in data if key.startswith("image.")]
-    for image, (rows, columns) in zip(data["in.padded_images"], case.told["patchified_vae_latent_shapes"]):
-        image = image[:, :rows * case.stride, :columns * case.stride]
-        alike = [source for source in sources if source.shape == image.shape] or [torch.full_like(image, math.nan)]
-        case.compare("pixels", min(alike, key=lambda source: (source - image).abs().max()), image, 1, scale=127.5)
+    sources = [
+        to_pixels(resize(data[key].numpy(), limits)) for key in data if key.startswith("image.")
+    ]
+    for image, (rows, columns) in zip(
+        data["in.padded_images"], case.told["patchified_vae_latent_shapes"]
+    ):
+        image = image[:, : rows * case.stride, : columns * case.stride]
+        alike = [source for source in sources if source.shape == image.shape] or [
+            torch.full_like(image, math.nan)
+        ]
+        case.compare(
+            "pixels",
+            min(alike, key=lambda source: (source - image).abs().max()),
+            image,
+            1,
+            scale=127.5,
+        )
     ours = case.model.autoencoder.encode(data["in.padded_images"], data["out.vae_eps"])
     case.compare("encoder", ours, data["out.padded_latent"])
 
@@ -304,6 +435,7 @@ def gradients(case):
 
 # ---------------------------------------------------------------- inference
 
+
 def options(case):
     """All options of a case. Raises ValueError for one that would change the outcome in a way unknown here."""
     o = OPTIONS | case.told.get("options", {})
@@ -316,12 +448,18 @@ def options(case):
 def inputs(case, latents=True):
     """The inputs of a case in order: images (latent or None, ViT pixels), and Words; first its prompt, if it thinks."""
     parts, images, model, o = [], 0, case.model, options(case)
-    for item in [TO_ANSWER if o["understanding_output"] else TO_DRAW] * o["think"] + case.told["inputs"]:
+    for item in [TO_ANSWER if o["understanding_output"] else TO_DRAW] * o["think"] + case.told[
+        "inputs"
+    ]:
         if item != "IMAGE":
             parts.append(model.texts([item]))
             continue
         image = resize(case.data[f"input_image.{images}"].numpy(), model.settings.vae_limits)
-        latent = model.autoencoder.encode(to_pixels(image)[None], case.data[f"vae_eps.{images}"]) if latents else None
+        latent = (
+            model.autoencoder.encode(to_pixels(image)[None], case.data[f"vae_eps.{images}"])
+            if latents
+            else None
+        )
         parts.append((latent, to_pixels(resize(image, model.settings.vit_limits))[None]))
         images += 1
     return parts
@@ -338,8 +476,11 @@ def contexts(network, parts, thought, room):
     no_text = read(network, full, parts)
     read(network, full, thought)
     read(network, no_image, texts)
-    return {"full": (full, full.length, full.next), "no_text": (full, *no_text),
-            "no_image": (no_image, no_image.length, no_image.next)}
+    return {
+        "full": (full, full.length, full.next),
+        "no_text": (full, *no_text),
+        "no_image": (no_image, no_image.length, no_image.next),
+    }
 
 
 def reading_order(network, parts):
@@ -361,26 +502,42 @@ def reading_order(network, parts):
 def compare_contexts(case, memories, parts):
     """Lengths, positions, keys and values of the recorded contexts. parts: what "full" has read, in order."""
     orders = [reading_order(case.network, parts)] * 2
-    for (name, (memory, length, next)), order in zip(memories.items(), [*orders, list(range(memories["no_image"][1]))]):
+    for (name, (memory, length, next)), order in zip(
+        memories.items(), [*orders, list(range(memories["no_image"][1]))]
+    ):
         if f"context.{name}.kv_len" not in case.data:
             continue
         told = torch.cat([case.data[f"context.{name}.{key}"] for key in ("kv_len", "rope")])
         case.compare("counts", [length, next.item()], told, 0)
         for kind, kept in (("k", memory.keys), ("v", memory.values)):
             for i, layer in enumerate(kept if length else ()):
-                ours = layer[0, :, memory.room:memory.room + length].transpose(0, 1)             # (L, kv_heads, d)
-                case.compare("caches", ours, case.data[f"context.{name}.{kind}.{i}"][order[:length]])
+                ours = layer[0, :, memory.room : memory.room + length].transpose(
+                    0, 1
+                )  # (L, kv_heads, d)
+                case.compare(
+                    "caches", ours, case.data[f"context.{name}.{kind}.{i}"][order[:length]]
+                )
 
 
 def written(case, parts):
     """Greedy text behind `parts`, compared with the recorded one -> the text without its markers."""
-    network, model, tokens, logits, limit = case.network, case.model, [], [], options(case)["max_think_token_n"]
+    network, model, tokens, logits, limit = (
+        case.network,
+        case.model,
+        [],
+        [],
+        options(case)["max_think_token_n"],
+    )
     memory = network.memory(1, sum(map(network.length_of, parts)) + limit)
     read(network, memory, parts)
     word = model.bos
     while len(tokens) < limit and (word != model.eos or not tokens):
         tokens.append(word)
-        logits.append(network.write(network.read_text(memory, torch.tensor([[word]]), torch.tensor([1]), "all"))[0, 0])
+        logits.append(
+            network.write(
+                network.read_text(memory, torch.tensor([[word]]), torch.tensor([1]), "all")
+            )[0, 0]
+        )
         word = logits[-1].argmax().item()
     case.compare("tokens", tokens, case.data["text_tokens"].flatten(), 0)
     case.compare("logits", torch.stack(logits), case.data["text_logits"].flatten(0, -2))
@@ -400,11 +557,20 @@ def watched_sample(network, parts, noise, grid, settings, branches):
 
     branches   what the target sees, where that is not what `sample` would read by itself; else None
     """
-    def watched(name, **instead):
-        return mock.patch.object(world_model, name, **(instead or {"wraps": getattr(world_model, name)}))
 
-    instead = {"return_value": (branches, [network.no_motion()] * len(branches))} if branches else {}
-    with watched("velocity") as velocity, watched("guided") as guided, watched("guidance_branches", **instead):
+    def watched(name, **instead):
+        return mock.patch.object(
+            world_model, name, **(instead or {"wraps": getattr(world_model, name)})
+        )
+
+    instead = (
+        {"return_value": (branches, [network.no_motion()] * len(branches))} if branches else {}
+    )
+    with (
+        watched("velocity") as velocity,
+        watched("guided") as guided,
+        watched("guidance_branches", **instead),
+    ):
         latent = world_model.sample(network, parts, noise, grid, settings)[0]
     calls, steps = iter(velocity.call_args_list), []
     for v in [call.args[0] for call in guided.call_args_list]:
@@ -417,22 +583,38 @@ def generation(case):
     """An edit, or a picture from words: its contexts, each step of the sampler, which runs by itself, and the image."""
     data, network, o = case.data, case.network, options(case)
     settings = dataclasses.replace(
-        case.model.settings, steps=o["num_timesteps"] - 1, shift=o["timestep_shift"], text_scale=o["cfg_text_scale"],
-        image_scale=o["cfg_img_scale"], renorm=o["cfg_renorm_type"], renorm_min=o["cfg_renorm_min"],
-        interval=tuple(o["cfg_interval"]), taylor=o["enable_taylorseer"])
-    grid, noise = [side // case.stride for side in data["image_shape"].tolist()], data["step.0.x"][None]
+        case.model.settings,
+        steps=o["num_timesteps"] - 1,
+        shift=o["timestep_shift"],
+        text_scale=o["cfg_text_scale"],
+        image_scale=o["cfg_img_scale"],
+        renorm=o["cfg_renorm_type"],
+        renorm_min=o["cfg_renorm_min"],
+        interval=tuple(o["cfg_interval"]),
+        taylor=o["enable_taylorseer"],
+    )
+    grid, noise = (
+        [side // case.stride for side in data["image_shape"].tolist()],
+        data["step.0.x"][None],
+    )
     parts, branches = inputs(case), None
     thought = [case.model.texts([written(case, parts)])] if o["think"] else []
     memories = contexts(network, parts, thought, noise.shape[1] + 2)
     compare_contexts(case, memories, [*parts, *thought])
-    if thought:                                             # `sample` does not think: it is given what it would read
+    if thought:  # `sample` does not think: it is given what it would read
         (full, *_), (_, length, next), (no_image, *_) = memories.values()
         branches = [full.whole(), full.first(length, next), no_image.whole()]
-        branches = branches[:1 if settings.text_scale <= 1 else 2 if settings.image_scale <= 1 else 3]
+        branches = branches[
+            : 1 if settings.text_scale <= 1 else 2 if settings.image_scale <= 1 else 3
+        ]
     latent, steps = watched_sample(network, parts, noise, grid, settings, branches)
-    case.compare("counts", len(steps), len({key.split(".")[1] for key in data if key.startswith("step.")}), 0)
+    case.compare(
+        "counts", len(steps), len({key.split(".")[1] for key in data if key.startswith("step.")}), 0
+    )
     for i, (x, t, v, w) in enumerate(steps):
-        if len(v) == 2 and "IMAGE" not in case.told["inputs"]:              # without images the third is the first
+        if (
+            len(v) == 2 and "IMAGE" not in case.told["inputs"]
+        ):  # without images the third is the first
             v = [*v, v[0]]
         case.compare("latents", [t], data[f"step.{i}.t"])
         case.compare("latents", x, data[f"step.{i}.x"])
@@ -442,7 +624,9 @@ def generation(case):
         case.compare("guided", w, data[f"step.{i}.v"])
     case.compare("latents", latent, data["final_latent"])
     if "image" in data:
-        image = to_images(case.model.autoencoder.decode(unpatchify(latent[None], LATENT_PATCH, *grid)))[0]
+        image = to_images(
+            case.model.autoencoder.decode(unpatchify(latent[None], LATENT_PATCH, *grid))
+        )[0]
         case.compare("image", torch.from_numpy(image), data["image"], 1)
 
 
@@ -453,26 +637,48 @@ def versus(case):
     """
     if "in.packed_text_ids" in case.data:
         return training(case)
-    told, network, patch = case.reference["cases"].get(case.name, {}), case.network, case.network.config.vit_patch
-    x, t = (next((case.data[key] for key in keys if key in case.data), None) for keys in (("x_t", "x"), ("t",)))
+    told, network, patch = (
+        case.reference["cases"].get(case.name, {}),
+        case.network,
+        case.network.config.vit_patch,
+    )
+    x, t = (
+        next((case.data[key] for key in keys if key in case.data), None)
+        for keys in (("x_t", "x"), ("t",))
+    )
     if "input_image.0" in case.data and "inputs" in told and x is not None and t is not None:
         sample = []
-        for a, b in inputs(case):                                   # ids and lengths of Words, latent and pixels
-            images = [] if a.dim() == 2 else [
-                Latent(patchify(a, LATENT_PATCH)[0], token_grid(a)),
-                View(patchify(b, patch)[0], [side // patch for side in b.shape[-2:]])]
+        for a, b in inputs(case):  # ids and lengths of Words, latent and pixels
+            images = (
+                []
+                if a.dim() == 2
+                else [
+                    Latent(patchify(a, LATENT_PATCH)[0], token_grid(a)),
+                    View(patchify(b, patch)[0], [side // patch for side in b.shape[-2:]]),
+                ]
+            )
             sample += images or [Text(a[0].tolist())]
-        grid = next(s.grid for s in reversed(sample) if isinstance(s, Latent) and len(s.tokens) == len(x))
-        samples = [[*sample, Latent(x, grid, group=1, t=t.item(), noise=x)]]                # x_t = x whatever t is
+        grid = next(
+            s.grid for s in reversed(sample) if isinstance(s, Latent) and len(s.tokens) == len(x)
+        )
+        samples = [
+            [*sample, Latent(x, grid, group=1, t=t.item(), noise=x)]
+        ]  # x_t = x whatever t is
     else:
-        packs = [path.stem for path in case.folder.glob("train_*.safetensors") if case.name != path.stem]
+        packs = [
+            path.stem for path in case.folder.glob("train_*.safetensors") if case.name != path.stem
+        ]
         packs = [name for name in packs if name in case.reference["cases"]] or ["train_nested"]
         samples, _ = segments(case.other(min(packs)))
-        case.remarks.append(f"its context is not understood: only our two forwards are compared, on {min(packs)}")
+        case.remarks.append(
+            f"its context is not understood: only our two forwards are compared, on {min(packs)}"
+        )
     batch = pack([samples], network.markers, network.config)
     trained, cached = network(batch)[batch.target], cached_velocities(network, samples)
     case.compare("training against cached", trained, cached)
-    for key in [key for key in case.data if not case.remarks and case.data.get(key).shape == trained.shape]:
+    for key in [
+        key for key in case.data if not case.remarks and case.data.get(key).shape == trained.shape
+    ]:
         if key not in case.data.asked:
             case.compare(key, trained, case.data[key])
             case.compare(key, cached, case.data[key])
@@ -480,10 +686,13 @@ def versus(case):
 
 # ---------------------------------------------------------------- the folder
 
+
 def opened(folder):
     """A folder -> (model, reference.json's contents, the case files). Raises with a sentence if it is none."""
     if not (folder / "reference.json").is_file():
-        raise ValueError(f"{folder} holds no reference.json: give a folder of recordings beside their checkpoint.")
+        raise ValueError(
+            f"{folder} holds no reference.json: give a folder of recordings beside their checkpoint."
+        )
     reference = json.loads((folder / "reference.json").read_text())
     files = [*folder.glob("*_table.json"), *sorted(folder.glob("*.safetensors"))]
     files = [file for file in files if file.name not in (NETWORK, AUTOENCODER)]
@@ -492,14 +701,22 @@ def opened(folder):
     model = WorldModel.load(folder)
     limits = {f"{kind}_limits": tuple(reference[f"{kind}_transform"]) for kind in ("vae", "vit")}
     model.settings = dataclasses.replace(model.settings, **limits)
-    model.autoencoder.scale, model.autoencoder.shift = (reference["vae"][f"{key}_factor"] for key in ("scale", "shift"))
+    model.autoencoder.scale, model.autoencoder.shift = (
+        reference["vae"][f"{key}_factor"] for key in ("scale", "shift")
+    )
     return model, reference, files
 
 
 def reproduction(name, data):
     """Which function reproduces a file: told by its name, or by what it holds."""
-    kinds = {"rows": resize_table, "vit": transform, "vae_moments": encoders, "in.packed_text_ids": training,
-             "step.0.x": generation, "text_logits": understanding}
+    kinds = {
+        "rows": resize_table,
+        "vit": transform,
+        "vae_moments": encoders,
+        "in.packed_text_ids": training,
+        "step.0.x": generation,
+        "text_logits": understanding,
+    }
     if name.startswith("train_versus"):
         return versus
     if name.endswith("_grads"):
@@ -514,20 +731,24 @@ def checked(file, model, reference):
     """Reproduce one file -> its Case. One that cannot be read, or is not understood, has failed."""
     case = Case(file.parent, file.stem, model, reference, {})
     try:
-        case.data = Recording(file) if file.suffix == ".safetensors" else json.loads(file.read_text())
+        case.data = (
+            Recording(file) if file.suffix == ".safetensors" else json.loads(file.read_text())
+        )
         reproduce = reproduction(case.name, case.data)
         with torch.set_grad_enabled(reproduce is gradients):
             reproduce(case)
         if isinstance(case.data, Recording) and case.data.unread():
             case.remarks.append(f"not compared: {case.data.unread()}")
-    except Exception as error:                      # what a strange file causes is a finding, not the end of the run
+    except Exception as error:  # what a strange file causes is a finding, not the end of the run
         case.error = " ".join(f"{type(error).__name__}: {error}".split())
     return case
 
 
 def parse_args(argv=None):
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("folder", type=Path, help="recordings beside their checkpoint")
     return p.parse_args(argv)
 
@@ -537,8 +758,11 @@ def main(argv=None):
     folder = parse_args(argv).folder
     try:
         model, reference, files = opened(folder)
-    except Exception as error:                                                  # each library has its own error class
-        print(error if isinstance(error, (OSError, ValueError)) else f"{folder}: {error!r}", file=sys.stderr)
+    except Exception as error:  # each library has its own error class
+        print(
+            error if isinstance(error, (OSError, ValueError)) else f"{folder}: {error!r}",
+            file=sys.stderr,
+        )
         return 2
     failed = 0
     for file in files:

@@ -31,7 +31,9 @@ from lib.rollout import sample
 @torch.inference_mode()
 def imagine(model, queries, **changes):
     """What `WorldModel.imagine` computes, one query after the other: list of Query -> list of (H, W, 3) uint8."""
-    return [to_images(model.autoencoder.decode(latent(model, query, **changes)))[0] for query in queries]
+    return [
+        to_images(model.autoencoder.decode(latent(model, query, **changes)))[0] for query in queries
+    ]
 
 
 @torch.inference_mode()
@@ -43,7 +45,9 @@ def latent(model, query, **changes):
     """
     network, s = model.network, replace(model.settings, **changes)
     stream = torch.Generator().manual_seed(query.seed)
-    images, reference, sentence = model.arranged(query.images, query.reference, query.instruction, s)
+    images, reference, sentence = model.arranged(
+        query.images, query.reference, query.instruction, s
+    )
     seen = [model.see([resize(np.asarray(image), s.vae_limits)], [stream]) for image in images]
     ids = model.texts([sentence])[0][0]
 
@@ -56,7 +60,9 @@ def latent(model, query, **changes):
     read_text(network, no_image, ids)
 
     grid = [side // LATENT_PATCH for side in seen[reference - 1][0].shape[-2:]]
-    x = torch.randn(grid[0] * grid[1], network.config.latent_numbers, generator=stream).to(model.device)
+    x = torch.randn(grid[0] * grid[1], network.config.latent_numbers, generator=stream).to(
+        model.device
+    )
     motion, silence = motion_to_target(network, ids), motion_to_target(network, ids[:2])
     tau = torch.linspace(1, 0, s.steps + 1)
     times = s.shift * tau / (1 + (s.shift - 1) * tau)
@@ -66,13 +72,16 @@ def latent(model, query, **changes):
         v = velocity(network, full, tokens + motion, x, t)
         if s.text_scale > 1 and low < t <= high:
             v_no_text = velocity(network, no_text, tokens + silence, x, t)
-            v_no_image = velocity(network, no_image, tokens + motion, x, t) if s.image_scale > 1 else None
+            v_no_image = (
+                velocity(network, no_image, tokens + motion, x, t) if s.image_scale > 1 else None
+            )
             v = guided(v, v_no_text, v_no_image, s)
         x = x - (t - t_next) * v
     return unpatchify(x[None], LATENT_PATCH, *grid)
 
 
 # ---------------------------------------------------------------- one step
+
 
 def velocity(network, context, tokens, x, t):
     """The velocity (n, C) at time t of the noisy latents x (n, C), embedded as tokens (n, H), behind a context."""
@@ -84,6 +93,7 @@ def velocity(network, context, tokens, x, t):
 
 def guided(v, v_no_text, v_no_image, s):
     """Guidance by the sentence, then by the images; what is longer than v is shrunk to v's length (Settings.renorm)."""
+
     def shrunk(w, axes=-1):
         ratio = v.norm(dim=axes, keepdim=True) / (w.norm(dim=axes, keepdim=True) + 1e-8)
         return w * ratio.clamp(s.renorm_min, 1.0)
@@ -101,6 +111,7 @@ def guided(v, v_no_text, v_no_image, s):
 
 
 # ---------------------------------------------------------------- what stands before the noisy latents
+
 
 @dataclass
 class Context:
@@ -134,7 +145,9 @@ def read_vae(network, context, clean, number):
 
 def read_vit(network, context, pixels, number):
     """Append the ViT's features of a picture (1, 3, H, W): all of them on one position too."""
-    features = linear(network.connector.fc2, gelu(linear(network.connector.fc1, vit(network, pixels))))
+    features = linear(
+        network.connector.fc2, gelu(linear(network.connector.fc1, vit(network, pixels)))
+    )
     grid = [side // network.config.vit_patch for side in pixels.shape[-2:]]
     features = features + places(network.vit_pos_embed, grid) + image_number(network, number)
     markers = embed_text(network, network.markers)
@@ -142,6 +155,7 @@ def read_vit(network, context, pixels, number):
 
 
 # ---------------------------------------------------------------- the language model with two experts
+
 
 def run(network, context, x, image=0, causal=False, append=False):
     """One segment x (N, H) through all layers, behind a context -> (N, H) after the last norm.
@@ -167,14 +181,29 @@ def run(network, context, x, image=0, causal=False, append=False):
     positions = context.next + (torch.arange(count) if causal else torch.zeros(count))
     rope = rotation(positions.to(x.device), head, c.rope_base)
     past = len(context.keys[0])
-    mask = torch.ones(count, past + count, dtype=torch.bool, device=x.device).tril(past) if causal else None
+    mask = (
+        torch.ones(count, past + count, dtype=torch.bool, device=x.device).tril(past)
+        if causal
+        else None
+    )
     for i, layer in enumerate(lm["layers"]):
         attention, y = layer.self_attn, expert(rms_norm, layer, "input_layernorm", x)
-        q, k, v = (expert(linear, attention, f"{name}_proj", y).unflatten(-1, (-1, head)) for name in "qkv")
-        q, k = (rotate(expert(rms_norm, attention, f"{name}_norm", u), rope) for name, u in (("q", q), ("k", k)))
-        keys, values = torch.cat([context.keys[i], k]), torch.cat([context.values[i], v])        # (K + N, kv_heads, d)
-        y = F.scaled_dot_product_attention(*(u.transpose(0, 1)[None] for u in (q, keys, values)), attn_mask=mask,
-                                           enable_gqa=c.kv_heads != c.heads)
+        q, k, v = (
+            expert(linear, attention, f"{name}_proj", y).unflatten(-1, (-1, head)) for name in "qkv"
+        )
+        q, k = (
+            rotate(expert(rms_norm, attention, f"{name}_norm", u), rope)
+            for name, u in (("q", q), ("k", k))
+        )
+        keys, values = (
+            torch.cat([context.keys[i], k]),
+            torch.cat([context.values[i], v]),
+        )  # (K + N, kv_heads, d)
+        y = F.scaled_dot_product_attention(
+            *(u.transpose(0, 1)[None] for u in (q, keys, values)),
+            attn_mask=mask,
+            enable_gqa=c.kv_heads != c.heads,
+        )
         x = x + expert(linear, attention, "o_proj", y[0].transpose(0, 1).flatten(1))
         x = x + expert(swiglu, layer, "mlp", expert(rms_norm, layer, "post_attention_layernorm", x))
         if append:
@@ -215,6 +244,7 @@ def swiglu(module, x):
 
 # ---------------------------------------------------------------- embeddings
 
+
 def embed_text(network, ids):
     """Word and marker tokens: ids (N,), a tensor or a tuple -> (N, H)."""
     table = network.language_model["model"]["embed_tokens"].weight
@@ -237,13 +267,18 @@ def places(table, grid):
 
 def motion_to_target(network, ids):
     """With Settings.motion_to_target the sentence's words, summed, through one layer: (1, H). Else 0."""
-    return linear(network.motion2llm, embed_text(network, ids[1:-1]).sum(0)[None]) \
-        if network.config.settings.motion_to_target else 0
+    return (
+        linear(network.motion2llm, embed_text(network, ids[1:-1]).sum(0)[None])
+        if network.config.settings.motion_to_target
+        else 0
+    )
 
 
 def image_number(network, number):
     """With Settings.learned_places the embedding (1, H) of context image `number`. Else 0."""
-    return network.image_number.weight[number][None] if network.config.settings.learned_places else 0
+    return (
+        network.image_number.weight[number][None] if network.config.settings.learned_places else 0
+    )
 
 
 def vit(network, pixels):
@@ -255,8 +290,12 @@ def vit(network, pixels):
     x = x + table[:rows, :columns].flatten(0, 1)
     for layer in tower.encoder["layers"]:
         y = layer_norm(layer.layer_norm1, x)
-        q, k, v = (linear(layer.self_attn[f"{name}_proj"], y).unflatten(-1, (c.vit_heads, -1)).transpose(0, 1)[None]
-                   for name in "qkv")
+        q, k, v = (
+            linear(layer.self_attn[f"{name}_proj"], y)
+            .unflatten(-1, (c.vit_heads, -1))
+            .transpose(0, 1)[None]
+            for name in "qkv"
+        )
         y = F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).flatten(1)
         x = x + linear(layer.self_attn["out_proj"], y)
         y = gelu(linear(layer.mlp.fc1, layer_norm(layer.layer_norm2, x)))
@@ -269,6 +308,7 @@ def layer_norm(module, x):
 
 
 # ---------------------------------------------------------------- the turns of many dialogues
+
 
 class Writer:
     """What lib.rollout's Writer does, in one call of transformers' `generate` per turn: it reads everything anew.
@@ -295,14 +335,24 @@ class Writer:
         def draw(so_far, logits):
             """A logits processor: leaves `generate` no choice but the token that is drawn here."""
             step = so_far.shape[1] - longest
-            tokens, chosen = sample(logits.masked_fill(policy.banned, -1e9), uniforms[members, step], temperature)
+            tokens, chosen = sample(
+                logits.masked_fill(policy.banned, -1e9), uniforms[members, step], temperature
+            )
             logprobs.append(chosen)
             return torch.full_like(logits, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
         said = policy.model.generate(
-            input_ids=ids.to(policy.device), attention_mask=mask.to(policy.device), pixel_values=patches,
-            image_grid_thw=grids, mm_token_type_ids=(ids == policy.pad_id).long().to(policy.device), do_sample=False,
-            max_new_tokens=limit, eos_token_id=stop, pad_token_id=pad, logits_processor=LogitsProcessorList([draw]))
+            input_ids=ids.to(policy.device),
+            attention_mask=mask.to(policy.device),
+            pixel_values=patches,
+            image_grid_thw=grids,
+            mm_token_type_ids=(ids == policy.pad_id).long().to(policy.device),
+            do_sample=False,
+            max_new_tokens=limit,
+            eos_token_id=stop,
+            pad_token_id=pad,
+            logits_processor=LogitsProcessorList([draw]),
+        )
         turns, logprobs = said[:, longest:].tolist(), torch.stack(logprobs, 1).tolist()
         ends = [turn.index(stop) + 1 if stop in turn else limit for turn in turns]
         return [(turn[:end], chosen[:end]) for turn, chosen, end in zip(turns, logprobs, ends)]

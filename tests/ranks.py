@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from lib.common import leave
 
-PATIENCE = 300                          # seconds; then all ranks are killed
+PATIENCE = 300  # seconds; then all ranks are killed
 
 
 def on_ranks(ranks, function, *arguments):
@@ -20,9 +20,9 @@ def on_ranks(ranks, function, *arguments):
 
     If one rank fails the others are killed, and what it said is the assertion's. The ranks see what is patched here.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)           # any free port
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # any free port
     told = [tempfile.TemporaryFile("w+", buffering=1) for _ in range(ranks)]
-    sys.stdout.flush()                                          # or each child would write it once more
+    sys.stdout.flush()  # or each child would write it once more
     sys.stderr.flush()
     children, codes, end = [], {}, time.monotonic() + PATIENCE
     try:
@@ -42,7 +42,11 @@ def on_ranks(ranks, function, *arguments):
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
     wrong = [rank for rank in range(ranks) if codes.get(rank) != 0]
-    words = [f"rank {rank} ended with {codes[rank]}:\n{said(told[rank])}" for rank in wrong if rank in codes]
+    words = [
+        f"rank {rank} ended with {codes[rank]}:\n{said(told[rank])}"
+        for rank in wrong
+        if rank in codes
+    ]
     assert not wrong, "\n".join(words) or f"ranks {wrong} were not done after {PATIENCE} s"
 
 
@@ -53,12 +57,19 @@ def be_rank(rank, ranks, port, told, function, arguments):
         os.dup2(told.fileno(), 1)
         os.dup2(told.fileno(), 2)
         sys.stdout = sys.stderr = told
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": str(port),
-                       "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": "",
-                       "TORCHELASTIC_USE_AGENT_STORE": "True"}                              # the store is ours
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_PORT": str(port),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }  # the store is ours
         torch.cuda.is_available = lambda: False
         function(*arguments)
-        leave()                                                 # with a process group, this is the end
+        leave()  # with a process group, this is the end
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -17,29 +17,37 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "tests" / "data" / "logs"
-NOT_COMPARED = {"seconds"}      # a stopwatch
+NOT_COMPARED = {"seconds"}  # a stopwatch
 STEPS = 20
 DATA = "--out {tmp}/data --rooms 64"
-STAGES = {                      # each reads what those before it wrote; RL needs a policy that can say something
+STAGES = {  # each reads what those before it wrote; RL needs a policy that can say something
     "train_wm": "train_wm.py --data {tmp}/data --out {tmp}/wm --steps 20 --look-every 10 --look-contexts 4",
     "train_sft": "train_sft.py --data {tmp}/data --out {tmp}/sft --steps 200 --see-steps 150",
     "train_rl_phase1": "train_rl.py --phase 1 --policy {tmp}/sft --wm {tmp}/wm --data {tmp}/data --out {tmp}/phase1 "
-                       "--steps 20 --questions 4 --eval-every 10 --eval-questions 8",
+    "--steps 20 --questions 4 --eval-every 10 --eval-questions 8",
     "train_rl_phase2": "train_rl.py --phase 2 --policy {tmp}/phase1 --wm {tmp}/wm --data {tmp}/data --out {tmp}/phase2 "
-                       "--steps 20 --questions 4 --eval-every 10 --eval-questions 8",
+    "--steps 20 --questions 4 --eval-every 10 --eval-questions 8",
 }
 
 
 def rows(path):
     """The lines of a log without what no two runs share."""
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in NOT_COMPARED} for line in lines[:STEPS]]
+    return [
+        {key: value for key, value in line.items() if key not in NOT_COMPARED}
+        for line in lines[:STEPS]
+    ]
 
 
 def run(command, tmp):
     """One command of the project, on one thread."""
     alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([sys.executable, *command.format(tmp=tmp).split()], cwd=ROOT, env=os.environ | alone, check=True)
+    subprocess.run(
+        [sys.executable, *command.format(tmp=tmp).split()],
+        cwd=ROOT,
+        env=os.environ | alone,
+        check=True,
+    )
 
 
 def main():
@@ -60,7 +68,9 @@ def main():
             differ = [row["step"] for row, other in zip(kept, made) if row != other]
             if differ or len(kept) != len(made):
                 wrong += 1
-                print(f"{name}: {len(differ)} of {len(kept)} lines differ, first at step {(differ or [len(made)])[0]}")
+                print(
+                    f"{name}: {len(differ)} of {len(kept)} lines differ, first at step {(differ or [len(made)])[0]}"
+                )
             else:
                 print(f"{name}: all {len(kept)} lines are equal")
     sys.exit(wrong)

@@ -7,22 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lib import bagel_files, checkpoints, common
 from lib.bagel_files import FluxLatents, load_network, to_flux, write_folder
-from ranks import on_ranks
-
 
 # ---------------------------------------------------------------- the network
+
 
 class Small(nn.Module):
     """What matters to loading: parameters whose rows do not divide by 2 or 4, fewer rows than ranks, a fixed table."""
 
     def __init__(self):
         super().__init__()
-        self.inside, self.out, self.gate = nn.Linear(6, 7), nn.Linear(7, 3, bias=False), nn.Linear(7, 1)
+        self.inside, self.out, self.gate = (
+            nn.Linear(6, 7),
+            nn.Linear(7, 3, bias=False),
+            nn.Linear(7, 1),
+        )
         self.table = nn.Buffer(torch.zeros(5, 7))
 
     def forward(self, x):
@@ -38,7 +42,9 @@ def on_meta():
 def small_file(path, dtype):
     """A checkpoint of a Small with random weights; returns its tensors."""
     torch.manual_seed(0)
-    tensors = {key: torch.randn_like(value).to(dtype) for key, value in Small().state_dict().items()}
+    tensors = {
+        key: torch.randn_like(value).to(dtype) for key, value in Small().state_dict().items()
+    }
     save_file(tensors, path)
     return tensors
 
@@ -49,7 +55,9 @@ def test_network_has_the_file_s_numbers_in_the_type_asked_for(tmp_path, dtype):
     load_network(network, tmp_path / "f", "cpu", torch.float32)
     state = network.state_dict()
     assert all(torch.equal(state[key], value.float()) for key, value in tensors.items())
-    assert {type(p) for p in network.parameters()} == {nn.Parameter} and not network.table.requires_grad
+    assert {type(p) for p in network.parameters()} == {
+        nn.Parameter
+    } and not network.table.requires_grad
     network(torch.ones(2, 6)).sum().backward()
 
 
@@ -62,7 +70,7 @@ def private_megabytes():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_network_is_the_mapped_file_and_training_leaves_the_file_alone(tmp_path):
     """No copy in memory; what a step writes into the map stays in this process."""
-    save_file({"weight": torch.ones(4000, 4000), "bias": torch.ones(4000)}, tmp_path / "f")             # 64 MB
+    save_file({"weight": torch.ones(4000, 4000), "bias": torch.ones(4000)}, tmp_path / "f")  # 64 MB
     with torch.device("meta"):
         network = nn.Linear(4000, 4000)
     before = private_megabytes()
@@ -73,10 +81,14 @@ def test_network_is_the_mapped_file_and_training_leaves_the_file_alone(tmp_path)
     assert network.weight[:2].mean() == 3 and load_file(tmp_path / "f")["weight"].mean() == 1
 
 
-@pytest.mark.parametrize("change, sentence", [
-    (lambda t: t.pop("out.weight"), r"out.weight \(3, 7\) \(file: missing\)"),
-    (lambda t: t.update(more=torch.zeros(1)), r"more \(not a part of BAGEL\)"),
-    (lambda t: t.update(table=torch.zeros(7, 5)), r"table \(5, 7\) \(file: \(7, 5\)\)")])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda t: t.pop("out.weight"), r"out.weight \(3, 7\) \(file: missing\)"),
+        (lambda t: t.update(more=torch.zeros(1)), r"more \(not a part of BAGEL\)"),
+        (lambda t: t.update(table=torch.zeros(7, 5)), r"table \(5, 7\) \(file: \(7, 5\)\)"),
+    ],
+)
 def test_a_file_that_does_not_fit_is_named(tmp_path, change, sentence):
     tensors = small_file(tmp_path / "f", torch.float32)
     change(tensors)
@@ -91,11 +103,13 @@ def load_sharded(folder, per_machine):
     world, network = common.setup(threads=1), on_meta()
     common.shard(network, [network.inside], world)
     load_network(network, folder / "f", "cpu", torch.float32)
-    assert network.inside.weight.to_local().shape[0] == (4, 3)[world.rank % 2]          # of 7
+    assert network.inside.weight.to_local().shape[0] == (4, 3)[world.rank % 2]  # of 7
     y = network(torch.ones(1, 6)).detach()
     checkpoints.save_state(folder / "training", 1, network.state_dict(), {})
     like = checkpoints.contents(folder / "f")
-    write_folder(folder / f"by_{world.size}", network.state_dict().items(), like, {}, Nothing(), Nothing())
+    write_folder(
+        folder / f"by_{world.size}", network.state_dict().items(), like, {}, Nothing(), Nothing()
+    )
     if common.is_main():
         save_file({"y": y}, folder / f"by_{world.size}" / "y")
 
@@ -118,9 +132,11 @@ def test_sharded_load_is_the_load_of_one_process(tmp_path):
     assert torch.equal(load_file(folder / "y")["y"], network(torch.ones(1, 6)))
     again = load_file(folder / "ema.safetensors")
     assert again.keys() == tensors.keys()
-    assert all(torch.equal(again[key].view(torch.int16), tensors[key].view(torch.int16)) for key in tensors)
+    assert all(
+        torch.equal(again[key].view(torch.int16), tensors[key].view(torch.int16)) for key in tensors
+    )
     state = {key: torch.zeros(value.shape) for key, value in tensors.items()}
-    checkpoints.load_state(tmp_path / "training", state)                                # each row was saved once
+    checkpoints.load_state(tmp_path / "training", state)  # each row was saved once
     assert all(torch.equal(state[key], tensors[key].float()) for key in tensors)
 
 
@@ -129,13 +145,20 @@ def test_saved_file_is_the_loaded_one_byte_for_byte(tmp_path, dtype):
     tensors, network = small_file(tmp_path / "f", dtype), on_meta()
     save_file(tensors, tmp_path / "f", metadata={"format": "pt"})
     load_network(network, tmp_path / "f", "cpu", torch.float32)
-    write_folder(tmp_path / "out", network.state_dict().items(), checkpoints.contents(tmp_path / "f"),
-                 {"llm_config": {"hidden_size": 6}}, Nothing(), Nothing())
+    write_folder(
+        tmp_path / "out",
+        network.state_dict().items(),
+        checkpoints.contents(tmp_path / "f"),
+        {"llm_config": {"hidden_size": 6}},
+        Nothing(),
+        Nothing(),
+    )
     assert (tmp_path / "out" / "ema.safetensors").read_bytes() == (tmp_path / "f").read_bytes()
     assert bagel_files.read_json(tmp_path / "out" / "llm_config.json") == {"hidden_size": 6}
 
 
 # ---------------------------------------------------------------- the FLUX autoencoder
+
 
 def flux_shapes(channels, multipliers, latent):
     """Names and shapes of ae.safetensors, as FLUX.1 publishes it."""
@@ -167,7 +190,11 @@ def flux_shapes(channels, multipliers, latent):
         inside = width
         if i < levels - 1:
             conv(f"encoder.down.{i}.downsample.conv", width, width, 3)
-    middle("encoder.mid", inside), norm("encoder.norm_out", inside), conv("encoder.conv_out", 2 * latent, inside, 3)
+    (
+        middle("encoder.mid", inside),
+        norm("encoder.norm_out", inside),
+        conv("encoder.conv_out", 2 * latent, inside, 3),
+    )
     conv("decoder.conv_in", inside, latent, 3), middle("decoder.mid", inside)
     for i in reversed(range(levels)):
         for j in range(3):
@@ -181,20 +208,35 @@ def flux_shapes(channels, multipliers, latent):
 
 def test_flux_autoencoder_keys_fit_diffusers():
     from diffusers import AutoencoderKL
+
     shapes = flux_shapes(128, (1, 2, 4, 4), 16)
-    assert len(shapes) == 244 and sum(int(np.prod(shape)) for shape in shapes.values()) == 83_819_683
+    assert (
+        len(shapes) == 244 and sum(int(np.prod(shape)) for shape in shapes.values()) == 83_819_683
+    )
     with torch.device("meta"):
-        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
-                            use_quant_conv=False, use_post_quant_conv=False,
-                            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=16,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+        )
     assert {to_flux(key, 4) for key in vae.state_dict()} == set(shapes)
-    assert to_flux("decoder.up_blocks.0.resnets.0.norm1.weight", 4) == "decoder.up.3.block.0.norm1.weight"
+    assert (
+        to_flux("decoder.up_blocks.0.resnets.0.norm1.weight", 4)
+        == "decoder.up.3.block.0.norm1.weight"
+    )
 
 
 @pytest.fixture(scope="module")
 def flux_tensors():
     g = torch.Generator().manual_seed(0)
-    return {key: 0.05 * torch.randn(shape, generator=g) for key, shape in flux_shapes(32, (1, 1, 2, 2), 16).items()}
+    return {
+        key: 0.05 * torch.randn(shape, generator=g)
+        for key, shape in flux_shapes(32, (1, 1, 2, 2), 16).items()
+    }
 
 
 def test_flux_autoencoder_draws_from_its_moments(flux_tensors):
@@ -204,7 +246,9 @@ def test_flux_autoencoder_draws_from_its_moments(flux_tensors):
     assert mean.shape == log_variance.shape == (2, 16, 4, 6)
     noise = torch.randn(mean.shape, generator=g)
     want = 0.3611 * (mean + torch.exp(0.5 * log_variance) * noise - 0.1159)
-    assert torch.equal(flux.encode(pixels, noise), want) and torch.equal(flux.draw(mean, log_variance, noise), want)
+    assert torch.equal(flux.encode(pixels, noise), want) and torch.equal(
+        flux.draw(mean, log_variance, noise), want
+    )
     assert torch.equal(flux.encode(pixels, torch.zeros(())), 0.3611 * (mean - 0.1159))
     assert flux.decode(want).shape == pixels.shape
 
@@ -217,20 +261,35 @@ def test_flux_log_variance_is_not_clamped(flux_tensors):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_flux_autoencoder_is_saved_as_it_came_and_held_once(tmp_path, flux_tensors, dtype):
-    save_file({key: value.to(dtype) for key, value in flux_tensors.items()}, tmp_path / "came",
-              metadata={"format": "pt"})
+    save_file(
+        {key: value.to(dtype) for key, value in flux_tensors.items()},
+        tmp_path / "came",
+        metadata={"format": "pt"},
+    )
     came = load_file(tmp_path / "came")
     flux = FluxLatents(came)
     if dtype == torch.float32:
-        assert {p.data_ptr() for p in flux.vae.parameters()} == {value.data_ptr() for value in came.values()}
+        assert {p.data_ptr() for p in flux.vae.parameters()} == {
+            value.data_ptr() for value in came.values()
+        }
     flux.save(tmp_path)
     assert (tmp_path / "ae.safetensors").read_bytes() == (tmp_path / "came").read_bytes()
 
 
-@pytest.mark.parametrize("key, sentence", [
-    ("encoder.mid.attn_1.q.weight", r"encoder.mid.attn_1.q.weight \(64, 64, 1, 1\) \(file: missing\)"),
-    ("encoder.conv_out.weight", r"encoder.conv_out.weight \(missing\)"),
-    ("decoder.up.3.block.1.norm2.bias", r"decoder.up.3.block.1.norm2.bias \(64,\) \(file: missing\)")])
+@pytest.mark.parametrize(
+    "key, sentence",
+    [
+        (
+            "encoder.mid.attn_1.q.weight",
+            r"encoder.mid.attn_1.q.weight \(64, 64, 1, 1\) \(file: missing\)",
+        ),
+        ("encoder.conv_out.weight", r"encoder.conv_out.weight \(missing\)"),
+        (
+            "decoder.up.3.block.1.norm2.bias",
+            r"decoder.up.3.block.1.norm2.bias \(64,\) \(file: missing\)",
+        ),
+    ],
+)
 def test_missing_and_unknown_tensors_of_the_autoencoder_are_named(flux_tensors, key, sentence):
     with pytest.raises(ValueError, match=f"ae.safetensors is not a FLUX autoencoder: {sentence}"):
         FluxLatents({name: value for name, value in flux_tensors.items() if name != key})

@@ -16,7 +16,12 @@ from tests import gpu_speed, naive, policy_speed, wm_speed
 from world_model import MAX_TOKENS, WorldModel
 
 GUIDED = {"text_scale": 3.0, "image_scale": 2.0}
-BAGEL = {"prediction": "velocity", "motion_to_target": False, "reference_first": False, "learned_places": False}
+BAGEL = {
+    "prediction": "velocity",
+    "motion_to_target": False,
+    "reference_first": False,
+    "learned_places": False,
+}
 
 
 def lively(**changes):
@@ -33,16 +38,35 @@ def queries():
     """Two to four images, two sizes among them: the tiny model sees 32 x 32 and 32 x 16 pixels as they are."""
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (32, width, 3), dtype=np.uint8) for width in (32, 16, 32, 32)]
-    motions = ["turn left 45 degrees", "move 1.5 meters to the left", "look up 10 degrees", "turn right 90 degrees"]
-    return [Query(images[:count], reference, f"Base on the viewpoint of Image-{reference}, {motion}.", seed)
-            for seed, (count, reference, motion) in enumerate(zip((2, 2, 3, 4), (1, 2, 2, 4), motions))]
+    motions = [
+        "turn left 45 degrees",
+        "move 1.5 meters to the left",
+        "look up 10 degrees",
+        "turn right 90 degrees",
+    ]
+    return [
+        Query(
+            images[:count],
+            reference,
+            f"Base on the viewpoint of Image-{reference}, {motion}.",
+            seed,
+        )
+        for seed, (count, reference, motion) in enumerate(zip((2, 2, 3, 4), (1, 2, 2, 4), motions))
+    ]
 
 
 @pytest.mark.parametrize("departures", [{}, BAGEL], ids=["tiny", "bagel"])
-@pytest.mark.parametrize("changes", [{}, {"text_scale": 3.0}, {**GUIDED, "renorm": "text_channel"},
-                                     {**GUIDED, "renorm": "channel", "shift": 3.0, "renorm_min": 0.5},
-                                     {**GUIDED, "renorm": "global", "interval": (0.3, 0.9)}],
-                         ids=["plain", "text", "text_channel", "channel", "global"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"text_scale": 3.0},
+        {**GUIDED, "renorm": "text_channel"},
+        {**GUIDED, "renorm": "channel", "shift": 3.0, "renorm_min": 0.5},
+        {**GUIDED, "renorm": "global", "interval": (0.3, 0.9)},
+    ],
+    ids=["plain", "text", "text_channel", "channel", "global"],
+)
 def test_the_fast_sampler_equals_the_straightforward_one(departures, changes):
     """A mixed batch in one call, against each query alone, branch by branch."""
     model = lively(**departures)
@@ -57,10 +81,14 @@ def test_the_fast_sampler_equals_the_straightforward_one(departures, changes):
 
 def test_attention_may_come_in_any_layout(monkeypatch):
     """Kernels that take a mask lay their result out as (rows, tokens, heads, width), which a CPU never does."""
-    usual, expected = torch.nn.functional.scaled_dot_product_attention, lively().imagine(queries(), **GUIDED)
+    usual, expected = (
+        torch.nn.functional.scaled_dot_product_attention,
+        lively().imagine(queries(), **GUIDED),
+    )
 
     def in_another_layout(*arguments, **options):
         return usual(*arguments, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", in_another_layout)
     for view, other in zip(expected, lively().imagine(queries(), **GUIDED), strict=True):
         assert np.array_equal(view, other)
@@ -69,7 +97,13 @@ def test_attention_may_come_in_any_layout(monkeypatch):
 def test_bench_wm_ends_with_one_line_of_json(capsys):
     bench.main(["wm", "--quick", "--threads", "1"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"speedup_demo32", "speedup_demo32_cpu", "speedup_b1", "speedup_b8", "matmul_share"} <= result.keys()
+    assert {
+        "speedup_demo32",
+        "speedup_demo32_cpu",
+        "speedup_b1",
+        "speedup_b8",
+        "matmul_share",
+    } <= result.keys()
     assert result["max_diff"] < 1e-4 and result["threads"] == 1
 
 
@@ -80,13 +114,16 @@ def test_counted_arithmetic_is_what_the_straightforward_way_does():
     def attention(query, key, *_, **__):
         return 4 * query[0] * query[1] * query[2] * key[2] * query[3]
 
-    with FlopCounterMode(display=False, custom_mapping={
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}) as counter:
+    with FlopCounterMode(
+        display=False,
+        custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention},
+    ) as counter:
         naive.imagine(model, [query], steps=3, text_scale=4.0, image_scale=2.0)
     assert 1.0 < counter.get_total_flops() / wm_speed.work_of(model, query, steps=3) < 1.2
 
 
 # ---------------------------------------------------------------- the policy
+
 
 def line_of(capsys, *command):
     bench.main(list(command))
@@ -117,7 +154,9 @@ def test_bench_grpo_does_the_same_step_as_trl(capsys):
     """Same prompts, and in tool mode the same tokens and gradient, but for the eps beside the group's deviation."""
     pytest.importorskip("trl", reason="TRL is no requirement")
     result = line_of(capsys, "grpo", "--quick")
-    assert result["same_prompts_text"] and result["same_prompts_image"] and result["same_tokens_tool"]
+    assert (
+        result["same_prompts_text"] and result["same_prompts_image"] and result["same_tokens_tool"]
+    )
     assert result["grad_norm_tool"] == pytest.approx(result["grad_norm_trl_tool"], rel=1e-3)
     assert {"ratio_text", "ratio_image", "ratio_tool"} <= result.keys()
 
@@ -131,25 +170,46 @@ def test_memory_is_what_a_tiny_step_allocates():
     dialogue = policy_speed.scripted_dialogue(policy, policy_speed.room_questions(1)[0], seed=0)
     token_logprobs(policy, collate(policy, [dialogue]))[0].sum().backward()
     optimizer.step()
-    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    real = {"weights": policy.model.parameters(), "gradients": [p.grad for p in learned], "optimiser": moments}
+    moments = [
+        state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
+    ]
+    real = {
+        "weights": policy.model.parameters(),
+        "gradients": [p.grad for p in learned],
+        "optimiser": moments,
+    }
     assert budget.trained(budget.policy_shapes(policy.model), gpus=1) == {
-        part: sum(x.numel() * x.element_size() for x in tensors) for part, tensors in real.items()}
+        part: sum(x.numel() * x.element_size() for x in tensors) for part, tensors in real.items()
+    }
 
 
 def test_bench_memory_counts_the_published_models(capsys):
     result = line_of(capsys, "memory", "--preset", "astra", "--gpus", "8", "64")
-    assert result["policy_parameters"] == 8_767_123_696 and result["simulator_parameters"] == 14_575_018_464
-    assert result["train_wm_update_gb_8"] == result["train_wm_update_gb_64"]        # machines copy, GPUs of one shard
-    features = (4 / 8 + 3) * 128 * 256 * 4 * 4096 * 2 / 1e9        # 128 dialogues, 256 tokens, 4 levels, bf16
-    assert result["train_rl_update_gb_8"] - result["train_rl_update_gb_64"] == pytest.approx(features * 7 / 8, abs=2e-3)
-    n = result["simulator_parameters"]          # a look: weights, average and own weights aside, moments; all in bf16
+    assert (
+        result["policy_parameters"] == 8_767_123_696
+        and result["simulator_parameters"] == 14_575_018_464
+    )
+    assert (
+        result["train_wm_update_gb_8"] == result["train_wm_update_gb_64"]
+    )  # machines copy, GPUs of one shard
+    features = (
+        (4 / 8 + 3) * 128 * 256 * 4 * 4096 * 2 / 1e9
+    )  # 128 dialogues, 256 tokens, 4 levels, bf16
+    assert result["train_rl_update_gb_8"] - result["train_rl_update_gb_64"] == pytest.approx(
+        features * 7 / 8, abs=2e-3
+    )
+    n = result[
+        "simulator_parameters"
+    ]  # a look: weights, average and own weights aside, moments; all in bf16
     cache = budget.cache(budget.bagel_shapes(budget.bagel_7b()), MAX_TOKENS)
-    assert result["train_wm_look_gb_8"] == pytest.approx(((3 + 2) * 4 * n / 8 + 2 * n + cache) / 1e9, abs=1e-3)
+    assert result["train_wm_look_gb_8"] == pytest.approx(
+        ((3 + 2) * 4 * n / 8 + 2 * n + cache) / 1e9, abs=1e-3
+    )
     assert line_of(capsys, "memory", "--preset", "tiny")["train_rl_update_gb_1"] < 1
 
 
 # ---------------------------------------------------------------- the published shapes, here on tiny models
+
 
 def counted(step):
     """FLOP of matrix products and attention that torch counts in `step()`."""
@@ -166,7 +226,7 @@ def test_the_work_of_an_update_is_what_torch_counts(name, capsys, monkeypatch):
     result = line_of(capsys, name)
     done = result["seconds_off"] / (result["tflop"] * 1e12)
     assert 0.9 < done < 1.35
-    assert result["seconds_on"] > 1.2 * result["seconds_off"]               # checkpointing: forward once more
+    assert result["seconds_on"] > 1.2 * result["seconds_off"]  # checkpointing: forward once more
 
 
 def test_decoding_is_measured_against_the_memorys_bound():

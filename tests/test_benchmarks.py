@@ -13,56 +13,157 @@ from PIL import Image
 
 import rewards
 from lib import benchmark_files as files
-from lib.benchmark_files import (MMSI_TYPES, SAT_GROUPS, VIDEO_TYPES, VSI_LETTER, VSI_NUMBER, load, load_mindcube,
-                                 load_mmsi, load_mmsi_video, load_sat, load_vsi, mindcube_image, mindcube_setting,
-                                 open_image, sample_frames, split_options)
-from lib.benchmarks import (chance, easi_letter, error_group, group_weights, groups, lenient, level, option_letter,
-                            prompt, reply, score, task, weights)
+from lib.benchmark_files import (
+    MMSI_TYPES,
+    SAT_GROUPS,
+    VIDEO_TYPES,
+    VSI_LETTER,
+    VSI_NUMBER,
+    load,
+    load_mindcube,
+    load_mmsi,
+    load_mmsi_video,
+    load_sat,
+    load_vsi,
+    mindcube_image,
+    mindcube_setting,
+    open_image,
+    sample_frames,
+    split_options,
+)
+from lib.benchmarks import (
+    chance,
+    easi_letter,
+    error_group,
+    group_weights,
+    groups,
+    lenient,
+    level,
+    option_letter,
+    prompt,
+    reply,
+    score,
+    task,
+    weights,
+)
 
-OFFICIAL = [    # a reply, the letter that MindCube's code reads
-    ("<answer>D. Mirror</answer>", "D"), ("B. Red stool is hidden; final: D", "B"), ("See the PC. It stands left", "C"),
-    ("<Answer>The answer is B</Answer>", "B"), ("d) mirror", None), ("Option F. none", None), ("[D]", "D"),
-    (r"\boxed{D}", "D"), ('"D"', "D"), ("**D** (the mirror)", "D"),
+OFFICIAL = [  # a reply, the letter that MindCube's code reads
+    ("<answer>D. Mirror</answer>", "D"),
+    ("B. Red stool is hidden; final: D", "B"),
+    ("See the PC. It stands left", "C"),
+    ("<Answer>The answer is B</Answer>", "B"),
+    ("d) mirror", None),
+    ("Option F. none", None),
+    ("[D]", "D"),
+    (r"\boxed{D}", "D"),
+    ('"D"', "D"),
+    ("**D** (the mirror)", "D"),
     # a line break is a blank by then: the first line decides, the lowest does not
-    ("A\nB\nC", "A"), ("first B\nthen C or A\nnothing", "B"),
+    ("A\nB\nC", "A"),
+    ("first B\nthen C or A\nnothing", "B"),
     # the table for all benches
-    ("B. Red stool", "B"), ("(B)", "B"), ("B)", "B"), ("**B**", "B"), ("<Answer>B</Answer>", "B"),
-    ("<answer>B</answer>", "B"), (r"\boxed{B}", "B"), ("Answer: B", "B"), ("b", None),
-    ("the answer is B because it turns", "B"), ("Not A but B", "A"),
+    ("B. Red stool", "B"),
+    ("(B)", "B"),
+    ("B)", "B"),
+    ("**B**", "B"),
+    ("<Answer>B</Answer>", "B"),
+    ("<answer>B</answer>", "B"),
+    (r"\boxed{B}", "B"),
+    ("Answer: B", "B"),
+    ("b", None),
+    ("the answer is B because it turns", "B"),
+    ("Not A but B", "A"),
     # traps: a thought decides over the answer, a remark overrides it, articles and capitals are read as letters
-    ("<think>It is not A. at all</think><answer>D</answer>", "A"), ("<answer>C</answer> or D.", "D"),
-    ("The answer is Dark", "D"), ("A mirror stands there, so D it is", "A"), ("", None), ("   ", None),
+    ("<think>It is not A. at all</think><answer>D</answer>", "A"),
+    ("<answer>C</answer> or D.", "D"),
+    ("The answer is Dark", "D"),
+    ("A mirror stands there, so D it is", "A"),
+    ("", None),
+    ("   ", None),
     ("I cannot tell", None),
     # rule 2 looks inside the first <Answer> only, and the last hit of the first pattern counts
-    ("<Answer>the answer is C, no, the answer is D</Answer> A", "D"), ("<Answer>A or B", "B"),
+    ("<Answer>the answer is C, no, the answer is D</Answer> A", "D"),
+    ("<Answer>A or B", "B"),
     ("<Answer>none</Answer> C", "C"),
     # rule 3 in its order: quotation marks before "Answer", "Answer" before "answer is"
-    ('it says "B" but Answer: C', "B"), ("Answer C then my answer is D", "C"), ("my answer is E, he said", "E"),
+    ('it says "B" but Answer: C', "B"),
+    ("Answer C then my answer is D", "C"),
+    ("my answer is E, he said", "E"),
 ]
 MMSI = [
-    ("``B``", "B"), ("Answer: B", "B"), ("(B) because", "B"), ('{"final": "B"}', "B"), ("``B: To the east``", "B"),
-    ("I choose B since the door moves", None), ("Neither A nor B; it must be D.", "B"), ("b", None), ("[2B]", None),
-    ("B_1", None), ("``the second one``", None), ("{}B", None), ("B\nThe door moves", None), ("A, B or C", "A"),
-    ("the word `stool` stands there, so B", None), ("```B```", "B"), ("``it is `` then `C`", None), ("B 2", "B"),
-    ("", None), ("{B} or ``C``", "C"), ("E", None)]
-VIDEO = [       # gold C
-    ("C", "C"), ("C. turned right", "C"), ("<answer>C</answer>", "C"), (r"\boxed{ C }", "C"),
-    ("Final answer: C, since it turns", "C"), ('{"answer":"C","why":"x"}', "C"), ('{"answer":"C"}', None),
-    ("(C)", None), ("C) turned", None), ("c", None), ("I think C", None), ("Answer: **C**", None),
-    ("The answer is C since it turns", None), ("Answer: C\nDone", None), ("The answer is B. Answer: C.", "B"),
-    ("there is no answer. Answer: C", None), (r"\boxed{C} or \boxed{D}", "C"), (r"\boxed{C or \boxed{D}", None),
-    ("Answer: A. no, Answer: C", "C"), ("'C'", "C"), ("", None), ("G", None), ("<Answer>C</Answer>", None)]
-ALL = [         # the fact sheet's table, gold B: MindCube, MMSI, MMSI-Video, VSI
-    ("B. Red stool", "1111"), ("(B)", "1100"), ("B)", "1100"), ("**B**", "1100"), ("<Answer>B</Answer>", "1100"),
-    ("<answer>B</answer>", "1110"), (r"\boxed{B}", "1110"), ("Answer: B", "1110"), ("b", "0001"),
-    ("the answer is B because it turns", "1000"), ("Not A but B", "0100")]
+    ("``B``", "B"),
+    ("Answer: B", "B"),
+    ("(B) because", "B"),
+    ('{"final": "B"}', "B"),
+    ("``B: To the east``", "B"),
+    ("I choose B since the door moves", None),
+    ("Neither A nor B; it must be D.", "B"),
+    ("b", None),
+    ("[2B]", None),
+    ("B_1", None),
+    ("``the second one``", None),
+    ("{}B", None),
+    ("B\nThe door moves", None),
+    ("A, B or C", "A"),
+    ("the word `stool` stands there, so B", None),
+    ("```B```", "B"),
+    ("``it is `` then `C`", None),
+    ("B 2", "B"),
+    ("", None),
+    ("{B} or ``C``", "C"),
+    ("E", None),
+]
+VIDEO = [  # gold C
+    ("C", "C"),
+    ("C. turned right", "C"),
+    ("<answer>C</answer>", "C"),
+    (r"\boxed{ C }", "C"),
+    ("Final answer: C, since it turns", "C"),
+    ('{"answer":"C","why":"x"}', "C"),
+    ('{"answer":"C"}', None),
+    ("(C)", None),
+    ("C) turned", None),
+    ("c", None),
+    ("I think C", None),
+    ("Answer: **C**", None),
+    ("The answer is C since it turns", None),
+    ("Answer: C\nDone", None),
+    ("The answer is B. Answer: C.", "B"),
+    ("there is no answer. Answer: C", None),
+    (r"\boxed{C} or \boxed{D}", "C"),
+    (r"\boxed{C or \boxed{D}", None),
+    ("Answer: A. no, Answer: C", "C"),
+    ("'C'", "C"),
+    ("", None),
+    ("G", None),
+    ("<Answer>C</Answer>", None),
+]
+ALL = [  # the fact sheet's table, gold B: MindCube, MMSI, MMSI-Video, VSI
+    ("B. Red stool", "1111"),
+    ("(B)", "1100"),
+    ("B)", "1100"),
+    ("**B**", "1100"),
+    ("<Answer>B</Answer>", "1100"),
+    ("<answer>B</answer>", "1110"),
+    (r"\boxed{B}", "1110"),
+    ("Answer: B", "1110"),
+    ("b", "0001"),
+    ("the answer is B because it turns", "1000"),
+    ("Not A but B", "0100"),
+]
 
 
 # ---- verdicts -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("bench, gold, text, letter", [
-    *(("mindcube", "D", *row) for row in OFFICIAL), *(("mmsi", "B", *row) for row in MMSI),
-    *(("mmsi_video", "C", *row) for row in VIDEO)])
+
+@pytest.mark.parametrize(
+    "bench, gold, text, letter",
+    [
+        *(("mindcube", "D", *row) for row in OFFICIAL),
+        *(("mmsi", "B", *row) for row in MMSI),
+        *(("mmsi_video", "C", *row) for row in VIDEO),
+    ],
+)
 def test_letters_are_read_as_the_official_code_reads_them(bench, gold, text, letter):
     assert score(bench, {"answer": gold}, text) == (letter, float(letter == gold))
 
@@ -70,43 +171,104 @@ def test_letters_are_read_as_the_official_code_reads_them(bench, gold, text, let
 @pytest.mark.parametrize("text, verdicts", ALL)
 def test_the_benches_disagree_on_one_text_as_the_fact_sheet_says(text, verdicts):
     question = {"answer": "B", "kind": "mca", "options": []}
-    assert "".join(f"{score(bench, question, text)[1]:.0f}" for bench in ("mindcube", "mmsi", "mmsi_video", "vsi")) \
+    assert (
+        "".join(
+            f"{score(bench, question, text)[1]:.0f}"
+            for bench in ("mindcube", "mmsi", "mmsi_video", "vsi")
+        )
         == verdicts
+    )
 
 
 def test_rooms_verdict_is_the_reward():
-    for text in ("B", "b", " B ", "B.", "B. red box", "b) red box", "Bx", "red box", "", None, "BB", "C", "A. B."):
+    for text in (
+        "B",
+        "b",
+        " B ",
+        "B.",
+        "B. red box",
+        "b) red box",
+        "Bx",
+        "red box",
+        "",
+        None,
+        "BB",
+        "C",
+        "A. B.",
+    ):
         question = {"bench": "rooms", "answer": "B", "options": ["A. blue box", "B. red box"]}
         assert score("rooms", question, text)[1] == rewards.exact_match(text, question), text
         assert lenient(question, text) == score("rooms", question, text)
-    assert score("rooms", question, "c. blue box") == ("C", 0.0) and score("rooms", question, "red box") == ("B", 1.0)
+    assert score("rooms", question, "c. blue box") == ("C", 0.0) and score(
+        "rooms", question, "red box"
+    ) == ("B", 1.0)
     with pytest.raises(ValueError, match="no bench called"):
         score("nope", {"answer": "B"}, "B")
 
 
 def test_an_option_without_a_letter_is_named_by_its_text():
     options = ["A. red box", "Blue box", "C."]
-    assert [option_letter(text, options) for text in ("blue box", "Red box", "b", "c.")] == ["Blue box", "A", "B", "C."]
+    assert [option_letter(text, options) for text in ("blue box", "Red box", "b", "c.")] == [
+        "Blue box",
+        "A",
+        "B",
+        "C.",
+    ]
 
 
 def test_sat_reads_the_words_of_an_option_and_nothing_else():
     def read(text, *options):
         options = [f"{letter}. {words}" for letter, words in zip("AB", options)]
         return score("sat", {"answer": "A", "kind": "mca", "options": options}, text)
-    for text, letter in [("moved right", "A"), ("moved right.", None), ("B", None), ("A", None), ("Moved left", "B"),
-                         ("Answer: moved right", None), ("moved right### and on", "A"), ("1. moved right", "A"),
-                         ("moved right (highlighted by red)", "A"), ("", None), (" moved right\n", "A")]:
+
+    for text, letter in [
+        ("moved right", "A"),
+        ("moved right.", None),
+        ("B", None),
+        ("A", None),
+        ("Moved left", "B"),
+        ("Answer: moved right", None),
+        ("moved right### and on", "A"),
+        ("1. moved right", "A"),
+        ("moved right (highlighted by red)", "A"),
+        ("", None),
+        (" moved right\n", "A"),
+    ]:
         assert read(text, "moved right", "moved left") == (letter, float(letter == "A")), text
-    for text in ("right", "Answer: right", "ight", "it is located right of it", "answer: right it is"):
+    for text in (
+        "right",
+        "Answer: right",
+        "ight",
+        "it is located right of it",
+        "answer: right it is",
+    ):
         assert read(text, "right", "left")[1] == 1, text
-    assert read("night stand", "night stand", "sofa") == (None, 0)      # becomes "nnight stand"
+    assert read("night stand", "night stand", "sofa") == (None, 0)  # becomes "nnight stand"
     assert read("ight stand", "night stand", "sofa")[1] == 1
-    assert read("left (north)", "left (north)", "right")[1] == 0 and read("left north", "left (north)", "right")[1] == 1
+    assert (
+        read("left (north)", "left (north)", "right")[1] == 0
+        and read("left north", "left (north)", "right")[1] == 1
+    )
 
 
-@pytest.mark.parametrize("text, right", [
-    ("C", 1), ("c.", 1), ("C. sofa", 1), ("C\n", 1), ("C) sofa", 0), ("[C]", 0), ("C, sofa", 0), ("It is C", 0),
-    ("C.sofa", 0), ("C.\n", 0), (" C", 0), ("C...", 1), ("", 0)])
+@pytest.mark.parametrize(
+    "text, right",
+    [
+        ("C", 1),
+        ("c.", 1),
+        ("C. sofa", 1),
+        ("C\n", 1),
+        ("C) sofa", 0),
+        ("[C]", 0),
+        ("C, sofa", 0),
+        ("It is C", 0),
+        ("C.sofa", 0),
+        ("C.\n", 0),
+        (" C", 0),
+        ("C...", 1),
+        ("", 0),
+    ],
+)
 def test_vsi_reads_a_letter_before_the_first_blank(text, right):
     assert score("vsi", {"kind": "mca", "answer": "C"}, text)[1] == right
 
@@ -114,70 +276,156 @@ def test_vsi_reads_a_letter_before_the_first_blank(text, right):
 def test_vsi_gives_relative_accuracy_for_numbers():
     def accuracy(text, gold):
         return score("vsi", {"kind": "na", "answer": gold}, text)[1]
-    for text, want in [("12", .6), ("12.", .6), ("12 m", .6), ("12m", 0), ("~12", 0), ("twelve", 0), ("nan", 0),
-                       ("1e1", 1), ("inf", 0), ("", 0), (" 10", 0), ("-10", 0)]:
+
+    for text, want in [
+        ("12", 0.6),
+        ("12.", 0.6),
+        ("12 m", 0.6),
+        ("12m", 0),
+        ("~12", 0),
+        ("twelve", 0),
+        ("nan", 0),
+        ("1e1", 1),
+        ("inf", 0),
+        ("", 0),
+        (" 10", 0),
+        ("-10", 0),
+    ]:
         assert accuracy(text, "10") == pytest.approx(want), text
-    for text, gold, want in [("2.2", "2", .9), ("1.7", "2", .8), ("3", "4", .6), ("2", "3", .4), ("3", "2", .1),
-                             ("0.45", "0.5", .9), ("1,000", "1000", 0), ("4.9", "10", 0), ("15.2", "10", 0)]:
+    for text, gold, want in [
+        ("2.2", "2", 0.9),
+        ("1.7", "2", 0.8),
+        ("3", "4", 0.6),
+        ("2", "3", 0.4),
+        ("3", "2", 0.1),
+        ("0.45", "0.5", 0.9),
+        ("1,000", "1000", 0),
+        ("4.9", "10", 0),
+        ("15.2", "10", 0),
+    ]:
         assert accuracy(text, gold) == pytest.approx(want), (text, gold)
     assert score("vsi", {"kind": "na", "answer": "10"}, "12 m")[0] == 12.0
 
 
 def test_our_protocol_is_taken_off_where_the_bench_knows_no_thoughts():
     turn = "<think>no answer: not A. at all</think><answer>B</answer>"
-    assert [reply(bench, turn) for bench in ("mindcube", "mmsi", "mmsi_video", "sat", "vsi")] == \
-        [turn, "<answer>B</answer>", "<answer>B</answer>", "B", "B"]
-    assert [score(bench, {"answer": "B", "kind": "mca"}, reply(bench, turn))[1]
-            for bench in ("mindcube", "mmsi", "mmsi_video", "vsi")] == [0, 1, 1, 1]
+    assert [reply(bench, turn) for bench in ("mindcube", "mmsi", "mmsi_video", "sat", "vsi")] == [
+        turn,
+        "<answer>B</answer>",
+        "<answer>B</answer>",
+        "B",
+        "B",
+    ]
+    assert [
+        score(bench, {"answer": "B", "kind": "mca"}, reply(bench, turn))[1]
+        for bench in ("mindcube", "mmsi", "mmsi_video", "vsi")
+    ] == [0, 1, 1, 1]
     assert reply("vsi", "") == "" and reply("vsi", "C. sofa") == "C. sofa"
 
 
-@pytest.mark.parametrize("text, letter", [
-    ("<answer>d) mirror</answer>", "D"), ("<ANSWER>\nB, then</ANSWER>", "B"), ("it is (c)</answer>", "C"),
-    ("so B</think>nothing", "B"), ("A\nB\nC", "C"), ("b) red box", "B"), ("not A\nI choose B.", "B"), ("**D**", "D"),
-    ("thus B\nOption C: it", "B"), ("The answer is (b), A or C", "B"), ("B or C", None), ("", None), ("Dark", None),
-    ("<think>Not A.\n</think>Well, C!", "C"), ("<think>A\n</think>Well, C!", "A"), ("x\u200bB\u200b", None),
-    ("\u200bB\u200b", "B"), ("I think C", "C"),
-    ("Neither A nor C\nhm", None), ("a <answer>J</answer>", "J")])
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("<answer>d) mirror</answer>", "D"),
+        ("<ANSWER>\nB, then</ANSWER>", "B"),
+        ("it is (c)</answer>", "C"),
+        ("so B</think>nothing", "B"),
+        ("A\nB\nC", "C"),
+        ("b) red box", "B"),
+        ("not A\nI choose B.", "B"),
+        ("**D**", "D"),
+        ("thus B\nOption C: it", "B"),
+        ("The answer is (b), A or C", "B"),
+        ("B or C", None),
+        ("", None),
+        ("Dark", None),
+        ("<think>Not A.\n</think>Well, C!", "C"),
+        ("<think>A\n</think>Well, C!", "A"),
+        ("x\u200bB\u200b", None),
+        ("\u200bB\u200b", "B"),
+        ("I think C", "C"),
+        ("Neither A nor C\nhm", None),
+        ("a <answer>J</answer>", "J"),
+    ],
+)
 def test_the_lenient_letter_follows_easi(text, letter):
     assert easi_letter(text) == letter
-    assert lenient({"bench": "mmsi", "kind": "mca", "answer": "B"}, text) == (letter, float(letter == "B"))
+    assert lenient({"bench": "mmsi", "kind": "mca", "answer": "B"}, text) == (
+        letter,
+        float(letter == "B"),
+    )
 
 
 def test_lenient_numbers_and_words():
     number = {"bench": "vsi", "kind": "na", "answer": "10"}
-    assert [lenient(number, text)[0] for text in ("<answer>12 m</answer> or 9", "<think>3</think>from 4 to about 12m",
-                                                  "~1.2e1", "none", None)] == [12, 12, 12, None, None]
-    assert lenient(number, "12m")[1] == pytest.approx(.6)
+    assert [
+        lenient(number, text)[0]
+        for text in (
+            "<answer>12 m</answer> or 9",
+            "<think>3</think>from 4 to about 12m",
+            "~1.2e1",
+            "none",
+            None,
+        )
+    ] == [12, 12, 12, None, None]
+    assert lenient(number, "12m")[1] == pytest.approx(0.6)
     words = {"bench": "sat", "kind": "mca", "answer": "B", "options": ["A. left", "B. right"]}
-    assert [lenient(words, text)[0] for text in ("B", "<think>left</think><answer>B. right</answer>", "It is right.",
-                                                 "left or right", "right", "")] == ["B", "B", "B", None, "B", None]
+    assert [
+        lenient(words, text)[0]
+        for text in (
+            "B",
+            "<think>left</think><answer>B. right</answer>",
+            "It is right.",
+            "left or right",
+            "right",
+            "",
+        )
+    ] == ["B", "B", "B", None, "B", None]
 
 
 # ---- MindCube -------------------------------------------------------------------------------------------------------
 
+
 def test_setting_is_the_first_of_four_words_in_the_id():
-    assert [mindcube_setting(i) for i in ("among_group901_q0_1_2", "aroundnew_group3_q1_2", "Among_turn_AROUND_1",
-                                          "rotation_group902_q1_3", "translation_x", "rotation_among", "", "x")] == \
-        ["among", "around", "around", "rotation", "translation", "rotation", "other", "other"]
+    assert [
+        mindcube_setting(i)
+        for i in (
+            "among_group901_q0_1_2",
+            "aroundnew_group3_q1_2",
+            "Among_turn_AROUND_1",
+            "rotation_group902_q1_3",
+            "translation_x",
+            "rotation_among",
+            "",
+            "x",
+        )
+    ] == ["among", "around", "around", "rotation", "translation", "rotation", "other", "other"]
 
 
 def test_image_paths_follow_the_official_rule():
     root = "/data"
-    for path, want in {"other_all_image/among/1.jpg": "/data/other_all_image/among/1.jpg",
-                       "/data/other_all_image/1.jpg": "/data/other_all_image/1.jpg",
-                       "/mnt/MindCube_image/around/1.jpg": "/data/around/1.jpg",
-                       "/mnt/x/other_all_image/among/1.jpg": "/data/other_all_image/among/1.jpg",
-                       "C:\\x\\1.jpg": "/data/1.jpg", "/mnt/x/1.jpg": "/data/1.jpg"}.items():
+    for path, want in {
+        "other_all_image/among/1.jpg": "/data/other_all_image/among/1.jpg",
+        "/data/other_all_image/1.jpg": "/data/other_all_image/1.jpg",
+        "/mnt/MindCube_image/around/1.jpg": "/data/around/1.jpg",
+        "/mnt/x/other_all_image/among/1.jpg": "/data/other_all_image/among/1.jpg",
+        "C:\\x\\1.jpg": "/data/1.jpg",
+        "/mnt/x/1.jpg": "/data/1.jpg",
+    }.items():
         assert mindcube_image(path, root) == want
 
 
 def test_options_leave_the_question_without_changing_a_word():
-    stem, options = split_options("From image 1, what is behind the lamp? A. Crate B. Stool C. Plant D. Bin")
+    stem, options = split_options(
+        "From image 1, what is behind the lamp? A. Crate B. Stool C. Plant D. Bin"
+    )
     assert stem.endswith("the lamp?") and options == ["A. Crate", "B. Stool", "C. Plant", "D. Bin"]
     for plain in ("What is it?", "Is plan A. better than plan B?", "Who is C. Smith? B. me", ""):
         assert split_options(plain) == (plain, [])
-    assert split_options("Vitamin A. is what? A. Tea B. Milk") == ("Vitamin A. is what?", ["A. Tea", "B. Milk"])
+    assert split_options("Vitamin A. is what? A. Tea B. Milk") == (
+        "Vitamin A. is what?",
+        ["A. Tea", "B. Milk"],
+    )
     assert split_options("Which?\n(A) Tea\n(B) Milk\n", r"[.:)]\s*")[1] == ["A. Tea", "B. Milk"]
 
 
@@ -186,47 +434,80 @@ def mindcube_records(count, rng):
     for i in range(count):
         options = int(rng.integers(2, 5))
         setting = ("among", "around", "rotation", "translation")[i % 4]
-        yield {"id": f"{setting}_group{i}_q0_1", "category": ["perpendicular", "PP", "static", "self"],
-               "type": "0_frame", "meta_info": [["lamp", "crate"], ["face", None]],
-               "question": "What is it? " + " ".join(f"{letter}. Thing {letter}" for letter in "ABCD"[:options]),
-               "images": ["other_all_image/1.png"], "gt_answer": "ABCD"[rng.integers(options)]}
+        yield {
+            "id": f"{setting}_group{i}_q0_1",
+            "category": ["perpendicular", "PP", "static", "self"],
+            "type": "0_frame",
+            "meta_info": [["lamp", "crate"], ["face", None]],
+            "question": "What is it? "
+            + " ".join(f"{letter}. Thing {letter}" for letter in "ABCD"[:options]),
+            "images": ["other_all_image/1.png"],
+            "gt_answer": "ABCD"[rng.integers(options)],
+        }
 
 
 def write_mindcube(folder, records):
     (folder / "raw").mkdir(parents=True)
-    (folder / "raw" / "MindCube_tinybench.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "raw" / "MindCube_tinybench.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records)
+    )
     return folder
 
 
 def test_mindcube_records_become_questions(tmp_path):
     records = [
-        {"id": "among_group901_q0_1_2", "category": ["perpendicular", "PP", "static", "self"], "type": "0_frame",
-         "meta_info": [["lamp", "crate"], ["face", None]],
-         "question": "What is behind the lamp? A. Crate B. Stool C. Plant",
-         "images": ["other_all_image/among/group901/front_001.jpg", "other_all_image/among/group901/left_001.jpg"],
-         "gt_answer": "C"},
-        {"id": "rotation_group902_q1_3", "category": [], "type": "two_view_clockwise", "meta_info": [],
-         "question": "What is on your right? A. Grey door B. Yellow sink",
-         "images": ["other_all_image/rotation/group902/1.png"]}]
+        {
+            "id": "among_group901_q0_1_2",
+            "category": ["perpendicular", "PP", "static", "self"],
+            "type": "0_frame",
+            "meta_info": [["lamp", "crate"], ["face", None]],
+            "question": "What is behind the lamp? A. Crate B. Stool C. Plant",
+            "images": [
+                "other_all_image/among/group901/front_001.jpg",
+                "other_all_image/among/group901/left_001.jpg",
+            ],
+            "gt_answer": "C",
+        },
+        {
+            "id": "rotation_group902_q1_3",
+            "category": [],
+            "type": "two_view_clockwise",
+            "meta_info": [],
+            "question": "What is on your right? A. Grey door B. Yellow sink",
+            "images": ["other_all_image/rotation/group902/1.png"],
+        },
+    ]
     write_mindcube(tmp_path / "data", records)
     picture = tmp_path / "data" / records[0]["images"][0]
     picture.parent.mkdir(parents=True)
     picture.write_bytes(png(800, 600, "RGBA"))
     first, second = load_mindcube(tmp_path / "data")
-    assert (first["category"], first["answer"], first["missing_images"], len(first["images"])) == ("among", "C", 1, 1)
-    assert " ".join([first["question"], *first["options"]]) == records[0]["question"] == first["text"]
+    assert (first["category"], first["answer"], first["missing_images"], len(first["images"])) == (
+        "among",
+        "C",
+        1,
+        1,
+    )
+    assert (
+        " ".join([first["question"], *first["options"]]) == records[0]["question"] == first["text"]
+    )
     assert (second["category"], second["answer"]) == ("rotation", None)
     assert (second["images"], second["missing_images"]) == ([], 1)
     assert [q["cluster"] for q in (first, second)] == ["among_group901", "rotation_group902"]
     image = open_image(first["images"][0], "mindcube")
     assert image.mode == "RGB" and image.width * image.height <= 480 * 480
     assert load_mindcube(tmp_path / "data" / "raw" / "MindCube_tinybench.jsonl") == [first, second]
-    assert load("mindcube", tmp_path) == [first, second]                # where the zip was unpacked
+    assert load("mindcube", tmp_path) == [first, second]  # where the zip was unpacked
     before, text = prompt(first)
-    assert before == "" and text.endswith("[Question]\n" + records[0]["question"]) and "<answer>" in text
+    assert (
+        before == ""
+        and text.endswith("[Question]\n" + records[0]["question"])
+        and "<answer>" in text
+    )
 
 
 # ---- MMSI-Bench -----------------------------------------------------------------------------------------------------
+
 
 def png(width=6, height=4, mode="RGB", value=0):
     stream = io.BytesIO()
@@ -236,9 +517,14 @@ def png(width=6, height=4, mode="RGB", value=0):
 
 def mmsi_records(count, rng):
     for i in range(count):
-        yield {"id": 9000 + i, "images": [png(value=i % 200), png(value=i % 200 + 1)],
-               "question_type": MMSI_TYPES[i % len(MMSI_TYPES)], "answer": "ABCD"[rng.integers(4)],
-               "question": "Where is it?\nOptions: A: Front left, B: Rear, left, C: Far, D: Here", "thought": "secret"}
+        yield {
+            "id": 9000 + i,
+            "images": [png(value=i % 200), png(value=i % 200 + 1)],
+            "question_type": MMSI_TYPES[i % len(MMSI_TYPES)],
+            "answer": "ABCD"[rng.integers(4)],
+            "question": "Where is it?\nOptions: A: Front left, B: Rear, left, C: Far, D: Here",
+            "thought": "secret",
+        }
 
 
 def write_parquet(file, records):
@@ -249,9 +535,17 @@ def write_parquet(file, records):
 
 
 def write_mmsi_tsv(file, records):
-    rows = [{"index": r["id"], "image": json.dumps([base64.b64encode(image).decode() for image in r["images"]]),
-             "question": r["question"], "answer": r["answer"], "category": r["question_type"]} for r in records]
-    rows[0]["image"] = json.loads(rows[0]["image"])[0]                  # one bare string
+    rows = [
+        {
+            "index": r["id"],
+            "image": json.dumps([base64.b64encode(image).decode() for image in r["images"]]),
+            "question": r["question"],
+            "answer": r["answer"],
+            "category": r["question_type"],
+        }
+        for r in records
+    ]
+    rows[0]["image"] = json.loads(rows[0]["image"])[0]  # one bare string
     with open(file, "w", newline="") as lines:
         writer = csv.DictWriter(lines, list(rows[0]), delimiter="\t")
         writer.writeheader()
@@ -268,59 +562,96 @@ def test_mmsi_tsv_becomes_questions(tmp_path):
     assert tuple(q["category"] for q in questions) == MMSI_TYPES and questions[0]["id"] == "9000"
     assert questions[0]["question"] == "Where is it?"
     assert questions[0]["options"] == ["A. Front left", "B. Rear, left", "C. Far", "D. Here"]
-    assert groups(questions[0]) == ["Positional Relationship", "Positional Relationship (Cam.–Cam.)"]
+    assert groups(questions[0]) == [
+        "Positional Relationship",
+        "Positional Relationship (Cam.–Cam.)",
+    ]
     assert [groups(q) for q in questions[-2:]] == [["Motion", "Motion (Obj.)"], ["MSR"]]
     assert np.asarray(open_image(questions[3]["images"][1], "mmsi"))[0, 0, 0] == 4
     pieces = prompt(questions[1])
-    assert len(pieces) == 3 and pieces[2].startswith(records[1]["question"] + "\n") and "``" in pieces[2]
+    assert (
+        len(pieces) == 3
+        and pieces[2].startswith(records[1]["question"] + "\n")
+        and "``" in pieces[2]
+    )
     assert "secret" not in json.dumps(questions)
 
 
 def test_mmsi_parquet_equals_its_tsv_and_images_are_written_once(tmp_path):
     records = list(mmsi_records(5, np.random.default_rng(0)))
     plain = load_mmsi(write_parquet(tmp_path / "MMSI_Bench.parquet", records))
-    assert [q["images"] for q in plain[1:]] == [q["images"] for q in load_mmsi(
-        write_mmsi_tsv(tmp_path / "MMSI_bench.tsv", records))[1:]]
+    assert [q["images"] for q in plain[1:]] == [
+        q["images"] for q in load_mmsi(write_mmsi_tsv(tmp_path / "MMSI_bench.tsv", records))[1:]
+    ]
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
-    wrapped = [{**r, "images": [{"bytes": image, "path": None} for image in r["images"]]} for r in records]
+    wrapped = [
+        {**r, "images": [{"bytes": image, "path": None} for image in r["images"]]} for r in records
+    ]
     assert load_mmsi(write_parquet(tmp_path / "other.parquet", wrapped)) == plain
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()} == written
 
 
 def test_the_circular_file_is_refused_since_its_score_is_another(tmp_path):
-    record, = mmsi_records(1, np.random.default_rng(0))
+    (record,) = mmsi_records(1, np.random.default_rng(0))
     rotated = [{**record, "id": record["id"] + i * 1_000_000} for i in range(4)]
-    with pytest.raises(SystemExit, match="record 2 .* circular score is not computed here; give MMSI_bench.tsv"):
+    with pytest.raises(
+        SystemExit, match="record 2 .* circular score is not computed here; give MMSI_bench.tsv"
+    ):
         load_mmsi(write_mmsi_tsv(tmp_path / "MMSIBench_circular.tsv", rotated))
 
 
 # ---- MMSI-Video-Bench -----------------------------------------------------------------------------------------------
 
+
 def test_frames_are_sampled_as_the_official_code_does():
-    seventy_five, = sample_frames([75], 50)
-    assert seventy_five[:5] == [0, 1, 3, 4, 6] and seventy_five[-3:] == [70, 72, 74] and len(seventy_five) == 50
+    (seventy_five,) = sample_frames([75], 50)
+    assert (
+        seventy_five[:5] == [0, 1, 3, 4, 6]
+        and seventy_five[-3:] == [70, 72, 74]
+        and len(seventy_five) == 50
+    )
     first, second = sample_frames([70, 6], 50)
     assert (len(first), first[-1], second) == (46, 68, [0, 1, 3, 5])
     assert sample_frames([99], 50)[0][-3:] == [94, 96, 98]
     first, second = sample_frames([90, 1], 50)
     assert (len(first), first[-1], second) == (49, 88, [0])
-    assert sample_frames([100, 1, 100], 4) == [[0, 66], [0], [32, 99]]          # 0, 66, 133, 200, and rule 3: one more
-    assert sample_frames([3, 2], 5) == [[0, 1, 2], [0, 1]] and sample_frames([3, 2], 300) == [[0, 1, 2], [0, 1]]
+    assert sample_frames([100, 1, 100], 4) == [
+        [0, 66],
+        [0],
+        [32, 99],
+    ]  # 0, 66, 133, 200, and rule 3: one more
+    assert sample_frames([3, 2], 5) == [[0, 1, 2], [0, 1]] and sample_frames([3, 2], 300) == [
+        [0, 1, 2],
+        [0, 1],
+    ]
     assert sample_frames([9], 1) == [[0]]
     assert max(len(clip) for cap in (50, 300) for clip in sample_frames([1000], cap)) == 300
 
 
 def video_records(count, rng, clips=1):
     for i in range(count):
-        options = "ABCDEF"[:int(rng.integers(3, 7))]
-        yield {"id": f"question_{i:04}", "type": VIDEO_TYPES[i % len(VIDEO_TYPES)], "ref_images": ["toy/r.jpg"],
-               "video_list": [{"path": f"toy/{c}.mp4", "start": 2.0, "end": 77.0, "base_fps": 1.0}
-                              for c in range(clips)],
-               "frames_list": [[f"toy/{c}/00:{n:02}.00_frame_1.00_{n}.jpg" for n in range(75)] for c in range(clips)],
-               "system_prompt": "Frames follow.", "task_prompt": "Judge. ",
-               "user_prompt": "<video> " * clips + "What of <image>?\n" + "\n".join(f"{o}. Thing" for o in options),
-               "format_prompt": "\nGive one letter.", "ground_truth": options[rng.integers(len(options))],
-               "ori_question": "What of <image>?"}
+        options = "ABCDEF"[: int(rng.integers(3, 7))]
+        yield {
+            "id": f"question_{i:04}",
+            "type": VIDEO_TYPES[i % len(VIDEO_TYPES)],
+            "ref_images": ["toy/r.jpg"],
+            "video_list": [
+                {"path": f"toy/{c}.mp4", "start": 2.0, "end": 77.0, "base_fps": 1.0}
+                for c in range(clips)
+            ],
+            "frames_list": [
+                [f"toy/{c}/00:{n:02}.00_frame_1.00_{n}.jpg" for n in range(75)]
+                for c in range(clips)
+            ],
+            "system_prompt": "Frames follow.",
+            "task_prompt": "Judge. ",
+            "user_prompt": "<video> " * clips
+            + "What of <image>?\n"
+            + "\n".join(f"{o}. Thing" for o in options),
+            "format_prompt": "\nGive one letter.",
+            "ground_truth": options[rng.integers(len(options))],
+            "ori_question": "What of <image>?",
+        }
 
 
 def write_video(folder, records):
@@ -330,74 +661,122 @@ def write_video(folder, records):
 
 
 def test_video_prompt_is_the_record_word_for_word(tmp_path):
-    record, = video_records(1, np.random.default_rng(0), clips=2)
-    question, = load("mmsi_video", write_video(tmp_path, [record]))
+    (record,) = video_records(1, np.random.default_rng(0), clips=2)
+    (question,) = load("mmsi_video", write_video(tmp_path, [record]))
     assert (question["clips"], len(question["images"])) == ([25, 25], 51)
     assert question["images"][0].endswith("frames/toy/0/00:00.00_frame_1.00_0.jpg")
     assert question["images"][-1] == str(tmp_path / "ref_images/toy/r.jpg")
     pieces = prompt(question)
     assert len(pieces) == 52 and pieces[0] == "Frames follow.\nJudge. " and pieces[25] == " "
-    assert "".join(pieces) == ("Frames follow.\nJudge. " + record["user_prompt"] + "\nGive one letter.").replace(
-        "<video>", "").replace("<image>", "")
+    assert "".join(pieces) == (
+        "Frames follow.\nJudge. " + record["user_prompt"] + "\nGive one letter."
+    ).replace("<video>", "").replace("<image>", "")
     assert question["question"] == "What of <image>?" and question["options"][0] == "A. Thing"
     assert question["input_fps"] == pytest.approx(50 / 150)
-    full, = load("mmsi_video", tmp_path, frames=300)
+    (full,) = load("mmsi_video", tmp_path, frames=300)
     assert (full["clips"], full["input_fps"], len(prompt(full))) == ([75, 75], 1.0, 152)
-    with pytest.raises(OSError):                                    # a missing frame is not left out: the caller counts
+    with pytest.raises(OSError):  # a missing frame is not left out: the caller counts
         open_image(question["images"][0], "mmsi_video")
 
 
 def test_video_types_levels_domains_and_error_groups(tmp_path):
     records = list(video_records(13, np.random.default_rng(0)))
     (tmp_path / "meta_data").mkdir()
-    for name, kinds in {"robot": {"Manipulation": ["question_0000"], "Navigation": ["question_0009"]},
-                        "easy2hard": {"level_1": ["question_0000"]}}.items():
+    for name, kinds in {
+        "robot": {"Manipulation": ["question_0000"], "Navigation": ["question_0009"]},
+        "easy2hard": {"level_1": ["question_0000"]},
+    }.items():
         (tmp_path / "meta_data" / f"{name}_bench.json").write_text(json.dumps(kinds))
     questions = load_mmsi_video(write_video(tmp_path, records))
-    assert [level(t) for t in VIDEO_TYPES] == 9 * ["Perception"] + ["Planning", "Prediction"] + 2 * ["Cross-Video"]
-    assert groups(questions[0]) == ["Perception", VIDEO_TYPES[0], "easy2hard: level_1", "robot", "robot: Manipulation"]
+    assert [level(t) for t in VIDEO_TYPES] == 9 * ["Perception"] + [
+        "Planning",
+        "Prediction",
+    ] + 2 * ["Cross-Video"]
+    assert groups(questions[0]) == [
+        "Perception",
+        VIDEO_TYPES[0],
+        "easy2hard: level_1",
+        "robot",
+        "robot: Manipulation",
+    ]
     assert groups(questions[9]) == ["Planning", "robot", "robot: Navigation"]
     assert groups(questions[11]) == ["Cross-Video", "(Cross-Video) Memoery Update"]
     assert [error_group(q) for q in questions] == (
-        6 * ["geometric reasoning"] + 3 * ["motion grounding"] + [None, "long-horizon prediction"] +
-        2 * ["cross-video correspondence"])
+        6 * ["geometric reasoning"]
+        + 3 * ["motion grounding"]
+        + [None, "long-horizon prediction"]
+        + 2 * ["cross-video correspondence"]
+    )
     assert error_group({"bench": "mmsi"}) is None
 
 
 # ---- SAT ------------------------------------------------------------------------------------------------------------
 
+
 def sat_records(count, rng=None):
     kinds = list(SAT_GROUPS)
     for i in range(count):
-        yield {"image_bytes": [png(value=i % 200)], "question": "Which way?", "answers": ["turn left", "turn right"],
-               "question_type": kinds[i % len(kinds)], "correct_answer": "turn left"}
+        yield {
+            "image_bytes": [png(value=i % 200)],
+            "question": "Which way?",
+            "answers": ["turn left", "turn right"],
+            "question_type": kinds[i % len(kinds)],
+            "correct_answer": "turn left",
+        }
 
 
 def test_sat_asks_in_both_orders(tmp_path):
     records = list(sat_records(2))
-    records[1] |= {"answers": ["near in the first frame", "far"], "correct_answer": "near in the first frame",
-                   "question_type": "goal_aim"}
+    records[1] |= {
+        "answers": ["near in the first frame", "far"],
+        "correct_answer": "near in the first frame",
+        "question_type": "goal_aim",
+    }
     questions = load("sat", write_parquet(tmp_path / "SAT_test.parquet", records).parent)
-    assert [q["id"] for q in questions] == ["SAT_test_00001/kept", "SAT_test_00001/reversed", "SAT_test_00002/kept",
-                                            "SAT_test_00002/reversed"]
+    assert [q["id"] for q in questions] == [
+        "SAT_test_00001/kept",
+        "SAT_test_00001/reversed",
+        "SAT_test_00002/kept",
+        "SAT_test_00002/reversed",
+    ]
     assert [q["answer"] for q in questions] == ["A", "B", "A", "B"]
-    assert questions[1]["options"] == ["A. turn right", "B. turn left"] and questions[2]["options"][0] == "A. near"
+    assert (
+        questions[1]["options"] == ["A. turn right", "B. turn left"]
+        and questions[2]["options"][0] == "A. near"
+    )
     assert [q["category"] for q in questions] == ["EgoM", "EgoM", "GoalAim", "GoalAim"]
     first, last = prompt(questions[1])[-1], prompt(questions[3])[-1]
-    assert '"turn right" or "turn left"' in first and first.count("is the start") == 1 and "start" not in last
-    assert [q["question"].count("Image 1 is the start") for q in questions] == [1, 1, 0, 0]         # in our words too
+    assert (
+        '"turn right" or "turn left"' in first
+        and first.count("is the start") == 1
+        and "start" not in last
+    )
+    assert [q["question"].count("Image 1 is the start") for q in questions] == [
+        1,
+        1,
+        0,
+        0,
+    ]  # in our words too
     always_first = [score("sat", q, q["options"][0][3:])[1] for q in questions]
     assert weights("sat", [q["category"] for q in questions]) @ always_first == 0.5
 
 
 # ---- VSI-Bench ------------------------------------------------------------------------------------------------------
 
+
 def vsi_records(count, rng):
     for i in range(count):
         kind = (*VSI_LETTER, *VSI_NUMBER)[i % 10]
         options = [f"{letter}. thing {letter}" for letter in "ABCD"] if kind in VSI_LETTER else None
-        yield {"id": i, "dataset": "scannet", "scene_name": "scene9001_00", "question_type": kind,
-               "question": "Which?", "ground_truth": "ABCD"[rng.integers(4)] if options else "1.8", "options": options}
+        yield {
+            "id": i,
+            "dataset": "scannet",
+            "scene_name": "scene9001_00",
+            "question_type": kind,
+            "question": "Which?",
+            "ground_truth": "ABCD"[rng.integers(4)] if options else "1.8",
+            "options": options,
+        }
 
 
 def write_vsi(folder, records):
@@ -411,9 +790,14 @@ def test_vsi_frames_come_from_a_folder_of_pictures_or_the_video(tmp_path, monkey
     scene = tmp_path / "scannet" / "scene9001_00"
     letter, number = (load("vsi", tmp_path, frames=4)[i] for i in (0, 9))
     assert letter["images"] == [f"{scene}.mp4#{i}/4" for i in (1, 2, 3, 4)]
-    with pytest.raises(FileNotFoundError):                          # no video: the caller counts the question as wrong
+    with pytest.raises(FileNotFoundError):  # no video: the caller counts the question as wrong
         open_image(letter["images"][0], "vsi")
-    assert (letter["kind"], number["kind"], number["options"], number["answer"]) == ("mca", "na", [], "1.8")
+    assert (letter["kind"], number["kind"], number["options"], number["answer"]) == (
+        "mca",
+        "na",
+        [],
+        "1.8",
+    )
     assert groups(letter) == ["object_rel_direction", VSI_LETTER[0]] and chance(number) is None
     assert "Options:\nA. thing A" in prompt(letter)[-1] and "Options" not in prompt(number)[-1]
 
@@ -423,8 +807,17 @@ def test_vsi_frames_come_from_a_folder_of_pictures_or_the_video(tmp_path, monkey
         (scene / f"{i:03}.png").write_bytes(png(value=i))
     images = load_vsi(tmp_path, frames=4)[0]["images"]
     assert [np.asarray(open_image(path, "vsi"))[0, 0, 0] for path in images] == [0, 2, 4, 6]
-    assert len(load_vsi(write_parquet(tmp_path / "test-00000-of-00001.parquet",
-                                      vsi_records(10, np.random.default_rng(0))))) == 10
+    assert (
+        len(
+            load_vsi(
+                write_parquet(
+                    tmp_path / "test-00000-of-00001.parquet",
+                    vsi_records(10, np.random.default_rng(0)),
+                )
+            )
+        )
+        == 10
+    )
 
     files.vsi_frames.cache_clear()
     for picture in scene.iterdir():
@@ -442,7 +835,9 @@ def test_frames_of_a_true_video(tmp_path):
         stream = video.add_stream("mpeg4", rate=5)
         stream.width, stream.height = 64, 64
         for i in range(10):
-            for packet in stream.encode(av.VideoFrame.from_image(Image.new("RGB", (64, 64), (25 * i,) * 3))):
+            for packet in stream.encode(
+                av.VideoFrame.from_image(Image.new("RGB", (64, 64), (25 * i,) * 3))
+            ):
                 video.mux(packet)
         for packet in stream.encode():
             video.mux(packet)
@@ -455,14 +850,20 @@ def test_frames_of_a_true_video(tmp_path):
 
 # ---- averages and chance --------------------------------------------------------------------------------------------
 
+
 def test_official_averages():
-    assert weights("mindcube", ["among", "translation", "other", "around"]) @ [1, 1, 0, 0] == pytest.approx(1 / 3)
-    assert weights("mmsi", ["MSR", "MSR", "MSR", "Motion (Cam.)"]) @ [1, 1, 1, 0] == 0.75           # micro
+    assert weights("mindcube", ["among", "translation", "other", "around"]) @ [
+        1,
+        1,
+        0,
+        0,
+    ] == pytest.approx(1 / 3)
+    assert weights("mmsi", ["MSR", "MSR", "MSR", "Motion (Cam.)"]) @ [1, 1, 1, 0] == 0.75  # micro
     directions = [f"object_rel_direction_{hard}" for hard in ("easy", "medium", "hard", "hard")]
     categories, scores = [*directions, "route_planning", "object_counting"], [1, 0, 1, 0, 0.5, 0.6]
     assert weights("vsi", categories) @ scores == pytest.approx(((1 + 0 + 0.5) / 3 + 0.5 + 0.6) / 3)
-    assert group_weights(["EgoM", "EgoM", "Pers"]) @ [1, 0, 1] == 0.75                              # SAT's other table
-    assert weights("mindcube", ["translation"] * 4) @ [1, 0, 0, 0] == 0.25                # alone, it is listed
+    assert group_weights(["EgoM", "EgoM", "Pers"]) @ [1, 0, 1] == 0.75  # SAT's other table
+    assert weights("mindcube", ["translation"] * 4) @ [1, 0, 0, 0] == 0.25  # alone, it is listed
     for bench in ("mmsi", "vsi"):
         assert weights(bench, categories).sum() == pytest.approx(1)
     assert len({task(kind) for kind in (*VSI_LETTER, *VSI_NUMBER)}) == 8
@@ -471,42 +872,63 @@ def test_official_averages():
 def saying(question, letter):
     """A reply that names an option in the form that the bench asks for."""
     words = next(option[3:] for option in question["options"] if option[0] == letter)
-    return {"mindcube": f"<answer>{letter}. {words}</answer>", "mmsi": f"``{letter}``", "mmsi_video": letter,
-            "sat": words, "vsi": letter}[question["bench"]]
+    return {
+        "mindcube": f"<answer>{letter}. {words}</answer>",
+        "mmsi": f"``{letter}``",
+        "mmsi_video": letter,
+        "sat": words,
+        "vsi": letter,
+    }[question["bench"]]
 
 
 @pytest.mark.parametrize("bench", ["mindcube", "mmsi", "mmsi_video", "sat", "vsi"])
 def test_an_oracle_scores_100_and_random_letters_score_chance(bench, tmp_path):
     rng = np.random.default_rng(len(bench))
-    place = {"mindcube": lambda: write_mindcube(tmp_path, mindcube_records(600, rng)),
-             "mmsi": lambda: write_mmsi_tsv(tmp_path / "MMSI_bench.tsv", mmsi_records(500, rng)),
-             "mmsi_video": lambda: write_video(tmp_path, video_records(1106, rng)),
-             "sat": lambda: write_parquet(tmp_path / "SAT_test.parquet", sat_records(150)),
-             "vsi": lambda: write_vsi(tmp_path, vsi_records(1000, rng))}[bench]()
+    place = {
+        "mindcube": lambda: write_mindcube(tmp_path, mindcube_records(600, rng)),
+        "mmsi": lambda: write_mmsi_tsv(tmp_path / "MMSI_bench.tsv", mmsi_records(500, rng)),
+        "mmsi_video": lambda: write_video(tmp_path, video_records(1106, rng)),
+        "sat": lambda: write_parquet(tmp_path / "SAT_test.parquet", sat_records(150)),
+        "vsi": lambda: write_vsi(tmp_path, vsi_records(1000, rng)),
+    }[bench]()
     questions = load(bench, place)
     categories = [q["category"] for q in questions]
-    perfect = [score(bench, q, q["answer"] if q["kind"] == "na" else saying(q, q["answer"])) for q in questions]
+    perfect = [
+        score(bench, q, q["answer"] if q["kind"] == "na" else saying(q, q["answer"]))
+        for q in questions
+    ]
     assert weights(bench, categories) @ [right for _, right in perfect] == pytest.approx(1)
-    assert all(lenient(q, "<answer>" + (q["answer"] if q["kind"] == "na" else saying(q, q["answer"]).strip("`")) +
-                       "</answer>")[1] == 1 for q in questions)
+    assert all(
+        lenient(
+            q,
+            "<answer>"
+            + (q["answer"] if q["kind"] == "na" else saying(q, q["answer"]).strip("`"))
+            + "</answer>",
+        )[1]
+        == 1
+        for q in questions
+    )
     if bench == "mmsi_video":
-        assert len(questions) == 1106                               # every one is in the denominator
+        assert len(questions) == 1106  # every one is in the denominator
     asked = [q for q in questions if chance(q)]
     guesses = [q["options"][rng.integers(len(q["options"]))][0] for q in asked]
     scores = [score(bench, q, saying(q, guess))[1] for q, guess in zip(asked, guesses)]
     share = weights(bench, [q["category"] for q in asked])
     blind = np.array([chance(q) for q in asked])
-    deviation = (share ** 2 * blind * (1 - blind)).sum() ** 0.5
+    deviation = (share**2 * blind * (1 - blind)).sum() ** 0.5
     assert abs(share @ scores - share @ blind) < 3 * deviation
     if bench in ("mmsi", "sat"):
-        assert share @ blind == pytest.approx({"mmsi": 0.25, "sat": 0.5}[bench])                # as published
+        assert share @ blind == pytest.approx({"mmsi": 0.25, "sat": 0.5}[bench])  # as published
 
 
 # ---- what is missing or broken --------------------------------------------------------------------------------------
 
+
 def test_missing_files_are_told_with_what_to_fetch_and_where_to_put_it(tmp_path):
     for bench, (repo, names) in files.HUB.items():
-        with pytest.raises(SystemExit, match=f"hf download {repo} {names[0]}.*--local-dir data/{bench}"):
+        with pytest.raises(
+            SystemExit, match=f"hf download {repo} {names[0]}.*--local-dir data/{bench}"
+        ):
             load(bench, tmp_path)
     with pytest.raises(ValueError, match="no published bench"):
         load("rooms", tmp_path)
@@ -520,11 +942,14 @@ def test_fetching_unpacks_goes_on_and_leaves_nothing_behind_offline(tmp_path, mo
     def offline(repo, **options):
         calls.append((repo, options))
         raise OSError("no network")
+
     monkeypatch.setattr(hub, "snapshot_download", offline)
     with pytest.raises(SystemExit, match="could not be fetched.*hf download RunsenXu/MMSI-Bench"):
         load("mmsi")
     assert not (tmp_path / "data" / "mmsi").exists() and calls[0][1]["repo_type"] == "dataset"
-    monkeypatch.setattr(hub, "snapshot_download", lambda repo, local_dir, **_: local_dir)       # so does it offline
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda repo, local_dir, **_: local_dir
+    )  # so does it offline
     with pytest.raises(SystemExit, match="could not be fetched .no MMSI_Bench.parquet"):
         load("mmsi")
     assert not (tmp_path / "data" / "mmsi").exists()
@@ -535,28 +960,39 @@ def test_fetching_unpacks_goes_on_and_leaves_nothing_behind_offline(tmp_path, mo
         for name in ("frames", "ref_images"):
             with files.zipfile.ZipFile(local_dir / f"{name}.zip", "w") as archive:
                 archive.writestr(f"{name}/toy.jpg", b"")
+
     monkeypatch.setattr(hub, "snapshot_download", fetch)
     (tmp_path / "data" / "mmsi_video").mkdir()
-    (tmp_path / "data" / "mmsi_video" / ".fetching").touch()            # a download that was cut off
+    (tmp_path / "data" / "mmsi_video" / ".fetching").touch()  # a download that was cut off
     assert len(load("mmsi_video")) == 2 and (tmp_path / "data/mmsi_video/frames/toy.jpg").exists()
     monkeypatch.setattr(hub, "snapshot_download", offline)
-    assert len(load("mmsi_video")) == 2                                 # not fetched again
+    assert len(load("mmsi_video")) == 2  # not fetched again
 
 
 def test_broken_records_are_told_in_a_sentence(tmp_path):
     write_mindcube(tmp_path, [{"id": "among_1"}])
     with pytest.raises(SystemExit, match="record 1 is not one of MindCube .KeyError: 'images'"):
         load_mindcube(tmp_path)
-    good, = video_records(1, np.random.default_rng(0))
-    for wrong in ({"type": "Cooking"}, {"ref_images": []}, {"ground_truth": "AB"}, {"frames_list": [[]]},
-                  {"video_list": []}, {"user_prompt": "no marks"}):
+    (good,) = video_records(1, np.random.default_rng(0))
+    for wrong in (
+        {"type": "Cooking"},
+        {"ref_images": []},
+        {"ground_truth": "AB"},
+        {"frames_list": [[]]},
+        {"video_list": []},
+        {"user_prompt": "no marks"},
+    ):
         with pytest.raises(SystemExit, match="record 2 is not one of MMSI-Video-Bench"):
             load_mmsi_video(write_video(tmp_path, [good, {**good, **wrong}]))
-    fair, = mmsi_records(1, np.random.default_rng(0))
+    (fair,) = mmsi_records(1, np.random.default_rng(0))
     for wrong in ({"question_type": "Cooking"}, {"answer": "E"}):
         with pytest.raises(SystemExit, match="not one of MMSI-Bench"):
             load_mmsi(write_mmsi_tsv(tmp_path / "MMSI_bench.tsv", [{**fair, **wrong}]))
-    room = {**next(vsi_records(1, np.random.default_rng(0))), "question_type": "room_size_estimation", "options": None}
+    room = {
+        **next(vsi_records(1, np.random.default_rng(0))),
+        "question_type": "room_size_estimation",
+        "options": None,
+    }
     for wrong in ({"ground_truth": "0"}, {"ground_truth": "big"}, {"options": ["A. 1", "B. 2"]}):
         with pytest.raises(SystemExit, match="not one of VSI-Bench"):
             load_vsi(write_vsi(tmp_path, [{**room, **wrong}]))
@@ -566,8 +1002,12 @@ def test_broken_records_are_told_in_a_sentence(tmp_path):
 
 
 def test_broken_or_unreadable_parquet_is_told_in_a_sentence(tmp_path, monkeypatch):
-    good, = sat_records(1)
-    for wrong in ({"correct_answer": "up"}, {"question_type": "cooking"}, {"image_bytes": ["text"]}):
+    (good,) = sat_records(1)
+    for wrong in (
+        {"correct_answer": "up"},
+        {"question_type": "cooking"},
+        {"image_bytes": ["text"]},
+    ):
         with pytest.raises(SystemExit, match="record 1 is not one of SAT"):
             load_sat(write_parquet(tmp_path / "SAT_test.parquet", [{**good, **wrong}]))
     (tmp_path / "SAT_test.parquet").write_bytes(b"half")

@@ -8,31 +8,43 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 
 from lib import checkpoints, common
-from ranks import on_ranks
-
 
 # ---------------------------------------------------------------- one file
 
+
 def some_tensors():
     g = torch.Generator().manual_seed(0)
-    return {"b.weight": torch.randn(5, 3, generator=g), "a.weight": torch.randn(4, 2, 3, generator=g),
-            "half": torch.randn(7, generator=g).bfloat16(), "count": torch.tensor(3.0), "ids": torch.arange(3),
-            "flags": torch.tensor([True, False, True]), "bytes": torch.arange(5, dtype=torch.uint8),
-            "none": torch.zeros(0, 4), "naïve": torch.ones(2, dtype=torch.float64),
-            "turned": torch.randn(3, 5, generator=g).T}
+    return {
+        "b.weight": torch.randn(5, 3, generator=g),
+        "a.weight": torch.randn(4, 2, 3, generator=g),
+        "half": torch.randn(7, generator=g).bfloat16(),
+        "count": torch.tensor(3.0),
+        "ids": torch.arange(3),
+        "flags": torch.tensor([True, False, True]),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "none": torch.zeros(0, 4),
+        "naïve": torch.ones(2, dtype=torch.float64),
+        "turned": torch.randn(3, 5, generator=g).T,
+    }
 
 
 def test_file_is_safetensors_own_byte_for_byte(tmp_path):
     tensors = some_tensors()
     checkpoints.write_file(tmp_path / "ours", reversed(tensors.items()), tensors)
-    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "theirs",
-              metadata={"format": "pt"})
+    save_file(
+        {key: value.contiguous() for key, value in tensors.items()},
+        tmp_path / "theirs",
+        metadata={"format": "pt"},
+    )
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     read = load_file(tmp_path / "ours")
-    assert read.keys() == tensors.keys() and all(torch.equal(read[key], tensors[key]) for key in tensors)
+    assert read.keys() == tensors.keys() and all(
+        torch.equal(read[key], tensors[key]) for key in tensors
+    )
     for key, value in checkpoints.contents(tmp_path / "ours").items():
         assert (value.shape, value.dtype) == (tensors[key].shape, tensors[key].dtype)
 
@@ -43,11 +55,15 @@ def test_tensors_take_the_type_of_the_file(tmp_path):
     assert torch.equal(load_file(tmp_path / "file")["w"], torch.full((3, 2), 1 / 3).bfloat16())
 
 
-@pytest.mark.parametrize("named, sentence", [
-    ([("w", torch.zeros(2, 3))], r"cannot hold w \(2, 3\): its shape there is \(3, 2\)"),
-    ([("x", torch.zeros(3, 2))], r"cannot hold x \(3, 2\): there is no such tensor"),
-    ([("w", torch.zeros(3, 2))] * 2, r"cannot hold w \(3, 2\): it is there already"),
-    ([], "lacks w: 1 tensors not given")])
+@pytest.mark.parametrize(
+    "named, sentence",
+    [
+        ([("w", torch.zeros(2, 3))], r"cannot hold w \(2, 3\): its shape there is \(3, 2\)"),
+        ([("x", torch.zeros(3, 2))], r"cannot hold x \(3, 2\): there is no such tensor"),
+        ([("w", torch.zeros(3, 2))] * 2, r"cannot hold w \(3, 2\): it is there already"),
+        ([], "lacks w: 1 tensors not given"),
+    ],
+)
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, named, sentence):
     with pytest.raises(ValueError, match=sentence):
         checkpoints.write_file(tmp_path / "file", named, {"w": torch.zeros(3, 2)})
@@ -59,7 +75,9 @@ def test_a_model_may_be_saved_over_the_file_that_it_is_a_map_of(tmp_path):
     save_file(big, tmp_path / "file")
     mapped = load_file(tmp_path / "file")
     checkpoints.write_file(tmp_path / "file", [("w", mapped["w"] + 1)], big)
-    assert torch.equal(mapped["w"], big["w"]) and torch.equal(load_file(tmp_path / "file")["w"], big["w"] + 1)
+    assert torch.equal(mapped["w"], big["w"]) and torch.equal(
+        load_file(tmp_path / "file")["w"], big["w"] + 1
+    )
 
 
 def test_a_broken_file_is_a_sentence(tmp_path):
@@ -70,6 +88,7 @@ def test_a_broken_file_is_a_sentence(tmp_path):
 
 
 # ---------------------------------------------------------------- what resumes a run
+
 
 def small_state(value):
     return {"w": torch.full((3,), float(value)), "step": torch.tensor(float(value))}
@@ -91,7 +110,10 @@ def test_of_two_whole_checkpoints_the_newer_is_read(tmp_path):
         checkpoints.save_state(tmp_path / str(step), step, small_state(step), {"note": step})
         (tmp_path / str(step) / f"step_{step:06d}").rename(tmp_path / f"step_{step:06d}")
     tensors = small_state(0)
-    assert checkpoints.load_state(tmp_path, tensors) == (10, {"note": 10}) and tensors["step"].item() == 10
+    assert (
+        checkpoints.load_state(tmp_path, tensors) == (10, {"note": 10})
+        and tensors["step"].item() == 10
+    )
 
 
 def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
@@ -101,8 +123,13 @@ def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"step_000002", "tower.safetensors"}
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
-                                   RuntimeError("Error while serializing: I/O error: No space left on device")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("Error while serializing: I/O error: No space left on device"),
+    ],
+)
 def test_full_disk_is_a_sentence_and_keeps_the_older_checkpoint(tmp_path, monkeypatch, error):
     checkpoints.save_state(tmp_path, 1, small_state(1), {})
 
@@ -120,7 +147,9 @@ def save_and_be_killed(folder):
     """A first checkpoint, and SIGKILL between the tensors and the renaming of a second."""
     rename = os.replace
     checkpoints.save_state(folder, 1, {"w": torch.ones(3)}, {})
-    checkpoints.os.replace = lambda a, b: rename(a, b) if "rank" in str(b) else os.kill(os.getpid(), signal.SIGKILL)
+    checkpoints.os.replace = lambda a, b: (
+        rename(a, b) if "rank" in str(b) else os.kill(os.getpid(), signal.SIGKILL)
+    )
     checkpoints.save_state(folder, 2, {"w": torch.zeros(3)}, {})
 
 
@@ -142,13 +171,19 @@ def test_unreadable_checkpoint_names_the_folder(tmp_path):
         checkpoints.load_state(tmp_path, small_state(0))
 
 
-@pytest.mark.parametrize("tensors, sentence", [
-    ({"w": torch.zeros(4), "step": torch.zeros(())}, r"w \(4,\), saved \(3,\)"),
-    ({"w": torch.zeros(3)}, r"step \(unknown\), saved \(\)"),
-    (small_state(0) | {"v": torch.zeros(2)}, r"v \(2,\), saved nothing")])
+@pytest.mark.parametrize(
+    "tensors, sentence",
+    [
+        ({"w": torch.zeros(4), "step": torch.zeros(())}, r"w \(4,\), saved \(3,\)"),
+        ({"w": torch.zeros(3)}, r"step \(unknown\), saved \(\)"),
+        (small_state(0) | {"v": torch.zeros(2)}, r"v \(2,\), saved nothing"),
+    ],
+)
 def test_checkpoint_of_another_model_is_refused(tmp_path, tensors, sentence):
     checkpoints.save_state(tmp_path, 3, small_state(3), {})
-    with pytest.raises(SystemExit, match=f"does not fit this model: {sentence}.*Give another --out"):
+    with pytest.raises(
+        SystemExit, match=f"does not fit this model: {sentence}.*Give another --out"
+    ):
         checkpoints.load_state(tmp_path, tensors)
 
 
@@ -160,7 +195,10 @@ def small_model(world):
     model[2].weight.requires_grad_(False)
     common.shard(model, [model[0]], world, ignored=[model.scale])
     sharded = [p for p in model.parameters() if p.requires_grad and p is not model.scale]
-    groups = [{"params": sharded}, {"params": [model.scale]}]           # one fused step takes one kind of tensor
+    groups = [
+        {"params": sharded},
+        {"params": [model.scale]},
+    ]  # one fused step takes one kind of tensor
     return model, torch.optim.AdamW(groups, lr=0.1, fused=True)
 
 
@@ -173,7 +211,10 @@ def train(folder, first, last):
     world = common.setup(threads=1)
     model, optimizer = small_model(world)
     tensors = checkpoints.training_tensors(model, optimizer)
-    assert (checkpoints.load_state(folder / "training", tensors) or (0, {})) == (first, {"note": 5} if first else {})
+    assert (checkpoints.load_state(folder / "training", tensors) or (0, {})) == (
+        first,
+        {"note": 5} if first else {},
+    )
     for step in range(first, last):
         x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step)) * (world.rank == 0)
         ((model(x) * model.scale).square().sum() * (world.rank == 0)).backward()
@@ -212,8 +253,12 @@ def test_resumed_on_another_number_of_ranks_equals_an_unbroken_run(tmp_path):
     saved = tmp_path / "narrower" / "training" / "step_000002"
     assert json.loads((saved / "state.json").read_text()) == {"step": 2, "note": 5}
     parts = [checkpoints.contents(saved / f"rank_0000{rank}.safetensors") for rank in range(2)]
-    assert [len(part["model.0.weight"]) for part in parts] == [4, 3]            # rows of the 7, not copies
-    assert "model.scale" in parts[0] and "model.scale" not in parts[1] and "model.2.weight" not in parts[0]
+    assert [len(part["model.0.weight"]) for part in parts] == [4, 3]  # rows of the 7, not copies
+    assert (
+        "model.scale" in parts[0]
+        and "model.scale" not in parts[1]
+        and "model.2.weight" not in parts[0]
+    )
     train(tmp_path / "narrower", 2, 4)
     train(tmp_path / "wider", 0, 2)
     on_ranks(2, train, tmp_path / "wider", 2, 4)
@@ -229,13 +274,20 @@ def write_from_ranks(folder):
     world = common.setup(threads=1)
     model, _ = small_model(world)
     state = model.state_dict()
-    like = {key: torch.empty(value.shape, dtype=torch.bfloat16, device="meta") for key, value in state.items()}
+    like = {
+        key: torch.empty(value.shape, dtype=torch.bfloat16, device="meta")
+        for key, value in state.items()
+    }
     with common.written_whole(folder) as part:
         checkpoints.write_whole(part / "model.safetensors", state.items(), like)
 
 
 def test_sharded_model_is_written_as_one_file(tmp_path):
     on_ranks(2, write_from_ranks, tmp_path / "out")
-    want, got = small_model(common.World(0, 1, 0, torch.device("cpu")))[0].state_dict(), \
-        load_file(tmp_path / "out" / "model.safetensors")
-    assert got.keys() == want.keys() and all(torch.equal(got[key], want[key].bfloat16()) for key in want)
+    want, got = (
+        small_model(common.World(0, 1, 0, torch.device("cpu")))[0].state_dict(),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
+    assert got.keys() == want.keys() and all(
+        torch.equal(got[key], want[key].bfloat16()) for key in want
+    )

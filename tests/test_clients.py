@@ -11,16 +11,35 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from mirror import Mirror
 
 from lib import clients
-from lib.clients import NO_VIEW, ONE_CALL, UNREADABLE_HERE, RemotePolicy, RemoteSimulator, png, read_picture, turn_text
-from lib.endpoint import Endpoint, RemoteError, seconds_of, sentence_of
-from lib.streams import stream_seed
-from lib.dialogue import CALL_FIRST, ENOUGH, NO_SIMULATOR, NO_TOOL, NOT_JSON, TOOL, Trajectory, parse_turn, prompt_text
 from lib.bagel import MAX_IMAGES
+from lib.clients import (
+    NO_VIEW,
+    ONE_CALL,
+    UNREADABLE_HERE,
+    RemotePolicy,
+    RemoteSimulator,
+    png,
+    read_picture,
+    turn_text,
+)
+from lib.dialogue import (
+    CALL_FIRST,
+    ENOUGH,
+    NO_SIMULATOR,
+    NO_TOOL,
+    NOT_JSON,
+    TOOL,
+    Trajectory,
+    parse_turn,
+    prompt_text,
+)
+from lib.endpoint import Endpoint, RemoteError, seconds_of, sentence_of
 from lib.geometry import Query, read_instruction
 from lib.serve import read_form
-from mirror import Mirror
+from lib.streams import stream_seed
 from world_model import select_context
 
 QUICK = {"timeout": 5.0, "tries": 3, "backoff": 0.01, "longest_wait": 0.05, "patience": 5.0}
@@ -37,6 +56,7 @@ def query(seed, images=2):
 
 
 # ---- a server that does what it is told -----------------------------------------------------------------------------
+
 
 class Fake:
     """`with Fake(act, act, …) as fake`: each request meets the next act, and the last one again and again.
@@ -59,7 +79,9 @@ class Fake:
                 found = act(request, self) if callable(act) else act
                 if found is not None:
                     status, content, headers = (*found, {})[:3]
-                    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+                    content = (
+                        content if isinstance(content, bytes) else json.dumps(content).encode()
+                    )
                     self.send_response(status)
                     for name, value in headers.items():
                         self.send_header(name, value)
@@ -75,7 +97,8 @@ class Fake:
             request_queue_size = 64
 
             def handle_error(self, *args):
-                pass                                            # clients that hang up
+                pass  # clients that hang up
+
         self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -126,54 +149,97 @@ def mirrored(request, handler):
 
 # ---- simulators -----------------------------------------------------------------------------------------------------
 
+
 def test_a_remote_simulator_sends_the_query_and_keeps_the_order():
     def uneven(request, handler):
         time.sleep(0.005 * (int(dict(form_of(request))["seed"]) % 3))
         return mirrored(request, handler)
+
     queries = [query(seed, images=2 + seed % 2) for seed in range(9)]
     with Fake(uneven) as fake:
         views = RemoteSimulator(fake.url, at_once=4, **QUICK).imagine(queries)
-        assert RemoteSimulator(fake.url + "/v1/", **QUICK).imagine(queries[:1])[0].shape == (8, 8, 3)
+        assert RemoteSimulator(fake.url + "/v1/", **QUICK).imagine(queries[:1])[0].shape == (
+            8,
+            8,
+            3,
+        )
         assert RemoteSimulator(fake.url, **QUICK).imagine([]) == []
     assert all((view == q.images[1][:, ::-1]).all() for view, q in zip(views, queries))
     assert {request["path"] for request in fake.requests} == {"/v1/images/edits"}
     forms = {dict(form)["seed"]: form for form in map(form_of, fake.requests[:9])}
     form = forms[b"5"]
-    assert [name for name, _ in form] == ["prompt", "seed", "n", "response_format", *["image[]"] * 3]
+    assert [name for name, _ in form] == [
+        "prompt",
+        "seed",
+        "n",
+        "response_format",
+        *["image[]"] * 3,
+    ]
     assert dict(form)["prompt"].decode() == queries[5].instruction
-    assert (read_picture(form[4][1]) == queries[5].images[0]).all()             # lossless, and in their order
+    assert (read_picture(form[4][1]) == queries[5].images[0]).all()  # lossless, and in their order
 
 
 GOOD = view_of(picture(1))
 TRUNCATED = 200, {"data": [{"b64_json": base64.b64encode(png(picture(1))[:90]).decode()}]}
 
 
-@pytest.mark.parametrize("bad", [
-    slow, dribble, reset, (500, {"error": {"message": "out of memory"}}), (503, b"<html>busy</html>"),
-    (429, {"error": "slow down"}, {"Retry-After": "0"}), (408, {}), (200, b'{"data": [{"b64_json"'), (200, b""),
-    (200, {"data": []}), (200, {"data": [{"url": "http://elsewhere/view.png"}]}), (200, [1]),
-    (200, {"data": [{"b64_json": "no base64!"}]}), TRUNCATED, view_of(picture(1, 8, 40))],
-    ids=title)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        slow,
+        dribble,
+        reset,
+        (500, {"error": {"message": "out of memory"}}),
+        (503, b"<html>busy</html>"),
+        (429, {"error": "slow down"}, {"Retry-After": "0"}),
+        (408, {}),
+        (200, b'{"data": [{"b64_json"'),
+        (200, b""),
+        (200, {"data": []}),
+        (200, {"data": [{"url": "http://elsewhere/view.png"}]}),
+        (200, [1]),
+        (200, {"data": [{"b64_json": "no base64!"}]}),
+        TRUNCATED,
+        view_of(picture(1, 8, 40)),
+    ],
+    ids=title,
+)
 def test_a_passing_failure_is_tried_again(bad):
     with Fake(bad, GOOD) as fake:
-        view, = RemoteSimulator(fake.url, **QUICK | {"timeout": 0.4}).imagine([query(0)])
+        (view,) = RemoteSimulator(fake.url, **QUICK | {"timeout": 0.4}).imagine([query(0)])
     assert (view == picture(1)).all() and len(fake.requests) == 2
 
 
-@pytest.mark.parametrize("bad, words, requests, down", [
-    (slow, "could not be reached (timed out)", 3, True),
-    (reset, "Connection reset", 3, True),
-    ((500, {"error": {"message": "out of memory"}}), "answered 500: out of memory (tries: 3)", 3, True),
-    ((401, {"error": {"message": "who are you?"}}), "answered 401: who are you?", 1, True),
-    ((429, {"error": {"message": "no money", "type": "insufficient_quota"}}), "answered 429: no money", 1, True),
-    ((302, b"", {"Location": "http://127.0.0.1:1/"}), "answered 302", 1, True),
-    ((200, b"not JSON"), "cannot be read", 3, False), (TRUNCATED, "cannot be read", 3, False),
-    (view_of(picture(1, 8, 40)), "a view of 40 x 8 pixels from an image of 8 x 8", 3, False),
-    ((422, {"detail": [{"msg": "image is required"}]}), "image is required", 1, False)], ids=title)
+@pytest.mark.parametrize(
+    "bad, words, requests, down",
+    [
+        (slow, "could not be reached (timed out)", 3, True),
+        (reset, "Connection reset", 3, True),
+        (
+            (500, {"error": {"message": "out of memory"}}),
+            "answered 500: out of memory (tries: 3)",
+            3,
+            True,
+        ),
+        ((401, {"error": {"message": "who are you?"}}), "answered 401: who are you?", 1, True),
+        (
+            (429, {"error": {"message": "no money", "type": "insufficient_quota"}}),
+            "answered 429: no money",
+            1,
+            True,
+        ),
+        ((302, b"", {"Location": "http://127.0.0.1:1/"}), "answered 302", 1, True),
+        ((200, b"not JSON"), "cannot be read", 3, False),
+        (TRUNCATED, "cannot be read", 3, False),
+        (view_of(picture(1, 8, 40)), "a view of 40 x 8 pixels from an image of 8 x 8", 3, False),
+        ((422, {"detail": [{"msg": "image is required"}]}), "image is required", 1, False),
+    ],
+    ids=title,
+)
 def test_what_fails_for_good_says_why(bad, words, requests, down):
     with Fake(GOOD, bad) as fake:
         simulator = RemoteSimulator(fake.url, **QUICK | {"timeout": 0.4})
-        simulator.imagine([query(0)])                                           # so the address is known to be right
+        simulator.imagine([query(0)])  # so the address is known to be right
         with pytest.raises(RemoteError) as error:
             simulator.imagine([query(1)])
     assert words in str(error.value) and fake.url in str(error.value)
@@ -192,14 +258,21 @@ def test_a_server_that_is_not_there():
 def test_one_refused_view_costs_the_others_nothing():
     def picky(request, handler):
         refused = dict(form_of(request))["seed"] == b"2"
-        return (400, {"error": {"message": "I do not draw this."}}) if refused else mirrored(request, handler)
+        return (
+            (400, {"error": {"message": "I do not draw this."}})
+            if refused
+            else mirrored(request, handler)
+        )
+
     queries = [query(seed) for seed in range(5)]
     with Fake(picky) as fake:
         simulator = RemoteSimulator(fake.url, **QUICK)
         with pytest.raises(RemoteError, match="1 of 5 views failed.*I do not draw this") as error:
             simulator.imagine(queries)
         views = clients.imagine_each(simulator, queries)
-    assert [isinstance(view, RemoteError) for view in error.value.results] == [k == 2 for k in range(5)]
+    assert [isinstance(view, RemoteError) for view in error.value.results] == [
+        k == 2 for k in range(5)
+    ]
     assert [view is None for view in views] == [k == 2 for k in range(5)] and not error.value.down
     assert (views[4] == queries[4].images[1][:, ::-1]).all()
 
@@ -223,11 +296,14 @@ def test_a_rate_limit_pauses_every_request_for_as_long_as_it_says(capsys):
     def steady(request, handler):
         time.sleep(0.05)
         return GOOD
+
     with Fake((429, {"error": {"message": "slow down"}}, {"Retry-After": "0.3"}), steady) as fake:
         simulator = RemoteSimulator(fake.url, at_once=2, **QUICK | {"longest_wait": 60, "tries": 1})
         simulator.imagine([query(seed) for seed in range(6)])
     late = [moment - fake.times[0] for moment in fake.times]
-    assert sum(moment < 0.29 for moment in late) <= 2 and max(late) < 2     # the first, and one already on its way
+    assert (
+        sum(moment < 0.29 for moment in late) <= 2 and max(late) < 2
+    )  # the first, and one already on its way
     assert capsys.readouterr().out.count("limits the rate") == 1
 
 
@@ -235,7 +311,7 @@ def test_a_long_retry_after_is_capped_and_a_rate_limit_without_end_is_an_error()
     with Fake((429, {}, {"Retry-After": "3600"})) as fake:
         with pytest.raises(RemoteError, match="429") as error:
             RemoteSimulator(fake.url, **QUICK | {"patience": 2, "tries": 1}).imagine([query(0)])
-    assert error.value.down and len(fake.requests) >= 2                     # a wait of an hour would end after one
+    assert error.value.down and len(fake.requests) >= 2  # a wait of an hour would end after one
 
 
 def test_waits_double_and_vary(monkeypatch):
@@ -244,7 +320,9 @@ def test_waits_double_and_vary(monkeypatch):
     endpoint = Endpoint("http://127.0.0.1:1", "/x", tries=6, backoff=1.0, longest_wait=6.0)
     with pytest.raises(RemoteError):
         endpoint.ask({}, lambda fields: (b"", "text/plain"), lambda answer: answer)
-    assert len(waits) == 5 and all(top / 2 <= wait <= top for wait, top in zip(waits, (1, 2, 4, 6, 6)))
+    assert len(waits) == 5 and all(
+        top / 2 <= wait <= top for wait, top in zip(waits, (1, 2, 4, 6, 6))
+    )
     assert len(set(waits)) == 5
 
 
@@ -252,14 +330,31 @@ def test_headers_and_errors_of_every_kind_can_be_read():
     assert seconds_of("2.5") == 2.5 and seconds_of("-1") == 0
     assert seconds_of(None) is seconds_of("soon") is seconds_of("nan") is None
     assert 8 < seconds_of(email.utils.formatdate(time.time() + 10, usegmt=True)) <= 10
-    for body, sentence in ((b'{"error": {"message": "a"}}', "a"), (b'[{"error": {"message": "b"}}]', "b"),
-                           (b'{"detail": "c"}', "c"), (b'{"error": "d"}', "d"), (b"<html>", "<html>"), (b"", "nothing"),
-                           (b"[]", "[]"), (b"3", "3"), (b'{"error": {}}', '{"error": {}}')):
+    for body, sentence in (
+        (b'{"error": {"message": "a"}}', "a"),
+        (b'[{"error": {"message": "b"}}]', "b"),
+        (b'{"detail": "c"}', "c"),
+        (b'{"error": "d"}', "d"),
+        (b"<html>", "<html>"),
+        (b"", "nothing"),
+        (b"[]", "[]"),
+        (b"3", "3"),
+        (b'{"error": {}}', '{"error": {}}'),
+    ):
         assert sentence_of(body) == sentence
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://", "http://me:secret@host/v1",
-                                 "https://host/v1?key=secret", "http://host:port"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000",
+        "ftp://host/v1",
+        "http://",
+        "http://me:secret@host/v1",
+        "https://host/v1?key=secret",
+        "http://host:port",
+    ],
+)
 def test_a_url_that_is_none_or_holds_a_secret_is_refused(url):
     with pytest.raises(ValueError) as error:
         RemoteSimulator(url)
@@ -268,7 +363,7 @@ def test_a_url_that_is_none_or_holds_a_secret_is_refused(url):
 
 def test_a_bomb_is_not_unpacked():
     bomb = bytearray(png(np.zeros((1, 1, 3), np.uint8)))
-    bomb[16:24] = struct.pack(">II", 20_000, 20_000)                            # width and height of the header
+    bomb[16:24] = struct.pack(">II", 20_000, 20_000)  # width and height of the header
     for data in (bytes(bomb), png(np.zeros((64, 65, 3), np.uint8)), b"GIF89a", b""):
         with pytest.raises(ValueError, match="picture"):
             read_picture(data, max_pixels=64 * 64)
@@ -276,24 +371,40 @@ def test_a_bomb_is_not_unpacked():
 
 # ---- the key --------------------------------------------------------------------------------------------------------
 
+
 def test_the_key_is_sent_and_told_to_nobody(monkeypatch, capfd, tmp_path):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")                # as `export KEY=$(cat file)` may leave it
-    with Fake(says("<answer>A</answer>"), (401, {"error": {"message": f"Incorrect API key provided: {KEY}"}})) as fake:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")  # as `export KEY=$(cat file)` may leave it
+    with Fake(
+        says("<answer>A</answer>"),
+        (401, {"error": {"message": f"Incorrect API key provided: {KEY}"}}),
+    ) as fake:
         policy = RemotePolicy(fake.url, "gpt", **QUICK)
-        dialogue, = clients.converse(policy, [question(1)], mode="direct")
+        (dialogue,) = clients.converse(policy, [question(1)], mode="direct")
         dialogue.save(tmp_path)
         with pytest.raises(RemoteError, match=r"401: Incorrect API key provided: \[key\]") as error:
             clients.converse(policy, [question(2)], mode="direct")
-    assert [request["headers"]["Authorization"] for request in fake.requests] == [f"Bearer {KEY}"] * 2
+    assert [request["headers"]["Authorization"] for request in fake.requests] == [
+        f"Bearer {KEY}"
+    ] * 2
     chain = [error.value, error.value.__cause__, error.value.__context__]
-    told = [*map(repr, chain), repr(policy), repr(vars(policy)), repr(vars(policy.endpoint)), *capfd.readouterr(),
-            (tmp_path / "dialogue.json").read_text(), *(request["body"].decode() for request in fake.requests)]
+    told = [
+        *map(repr, chain),
+        repr(policy),
+        repr(vars(policy)),
+        repr(vars(policy.endpoint)),
+        *capfd.readouterr(),
+        (tmp_path / "dialogue.json").read_text(),
+        *(request["body"].decode() for request in fake.requests),
+    ]
     assert not any(KEY in text for text in told)
 
 
 def test_a_key_that_no_header_can_carry_is_not_printed_by_http(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY + "\nHost: elsewhere")
-    with Fake(says("<answer>A</answer>")) as fake, pytest.raises(RemoteError, match="OPENAI_API_KEY") as error:
+    with (
+        Fake(says("<answer>A</answer>")) as fake,
+        pytest.raises(RemoteError, match="OPENAI_API_KEY") as error,
+    ):
         clients.converse(RemotePolicy(fake.url, "gpt", **QUICK), [question(1)], mode="direct")
     assert KEY not in str(error.value) and not fake.requests
 
@@ -308,13 +419,18 @@ class Opener:
 
 def test_the_key_travels_neither_unencrypted_nor_to_where_a_redirect_points(monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with Fake(says("<answer>A</answer>")) as other, Fake((307, b"", {"Location": other.url})) as fake:
+    with (
+        Fake(says("<answer>A</answer>")) as other,
+        Fake((307, b"", {"Location": other.url})) as fake,
+    ):
         with pytest.raises(RemoteError, match="answered 307"):
             clients.converse(RemotePolicy(fake.url, "gpt", **QUICK), [question(1)], mode="direct")
     assert len(fake.requests) == 1 and not other.requests
-    for endpoint, sent in ((RemotePolicy("https://example.org/v1", "gpt").endpoint, f"Bearer {KEY}"),
-                           (RemotePolicy("http://example.org/v1", "gpt").endpoint, None),
-                           (RemoteSimulator("https://example.org/v1").endpoint, None)):   # it has a variable of its own
+    for endpoint, sent in (
+        (RemotePolicy("https://example.org/v1", "gpt").endpoint, f"Bearer {KEY}"),
+        (RemotePolicy("http://example.org/v1", "gpt").endpoint, None),
+        (RemoteSimulator("https://example.org/v1").endpoint, None),
+    ):  # it has a variable of its own
         endpoint.opener = Opener()
         with pytest.raises(ConnectionError):
             endpoint._send(b"", "text/plain")
@@ -324,16 +440,35 @@ def test_the_key_travels_neither_unencrypted_nor_to_where_a_redirect_points(monk
 
 # ---- policies -------------------------------------------------------------------------------------------------------
 
+
 def question(number, **more):
-    return {"id": f"q{number}", "question": f"Question {number}?", "options": ["A. red box", "B. blue ball"],
-            "answer": "A", "images": [picture(10 * number), picture(10 * number + 1)], **more}
+    return {
+        "id": f"q{number}",
+        "question": f"Question {number}?",
+        "options": ["A. red box", "B. blue ball"],
+        "answer": "A",
+        "images": [picture(10 * number), picture(10 * number + 1)],
+        **more,
+    }
 
 
 def says(content, *calls, finish="stop", **more):
     """An answer of a chat server; a call is the text of its arguments."""
-    calls = [{"id": f"call_{k}", "type": "function", "function": {"name": "imagine", "arguments": arguments}}
-             for k, arguments in enumerate(calls)]
-    message = {"role": "assistant", "content": content, "refusal": None, "tool_calls": calls, **more}
+    calls = [
+        {
+            "id": f"call_{k}",
+            "type": "function",
+            "function": {"name": "imagine", "arguments": arguments},
+        }
+        for k, arguments in enumerate(calls)
+    ]
+    message = {
+        "role": "assistant",
+        "content": content,
+        "refusal": None,
+        "tool_calls": calls,
+        **more,
+    }
     return 200, {"choices": [{"index": 0, "message": message, "finish_reason": finish}]}
 
 
@@ -345,7 +480,7 @@ def talk(*acts, mode="agentic", simulator=None, number=1, **flags):
     """One dialogue with a server that says these things -> (trajectory, what it was sent)."""
     with Fake(*acts) as fake:
         policy = RemotePolicy(fake.url, "gpt", **QUICK)
-        dialogue, = clients.converse(policy, [question(number)], simulator, mode, **flags)
+        (dialogue,) = clients.converse(policy, [question(number)], simulator, mode, **flags)
     return dialogue, [json.loads(request["body"]) for request in fake.requests]
 
 
@@ -353,47 +488,89 @@ def test_a_dialogue_with_a_view():
     simulator = Mirror()
     call = says("I look left.", LOOK, extra_content={"google": {"thought_signature": "signed"}})
     dialogue, sent = talk(call, ANSWER, simulator=simulator, seed=3)
-    assert dialogue.answer == "A" and dialogue.valid_calls == 1 and dialogue.well_formed and not dialogue.truncated
-    assert dialogue.turns == [f'<think>I look left.</think>\n<tool_call>{{"name": "imagine", "arguments": {LOOK}}}'
-                              '</tool_call>', "<think>red</think>\n<answer>A</answer>"]
+    assert (
+        dialogue.answer == "A"
+        and dialogue.valid_calls == 1
+        and dialogue.well_formed
+        and not dialogue.truncated
+    )
+    assert dialogue.turns == [
+        f'<think>I look left.</think>\n<tool_call>{{"name": "imagine", "arguments": {LOOK}}}'
+        "</tool_call>",
+        "<think>red</think>\n<answer>A</answer>",
+    ]
     assert dialogue.provenance == [None, None, {"image": 2, "motion": "turn left", "amount": 30.0}]
     assert (dialogue.images[2] == dialogue.images[1][:, ::-1]).all() and dialogue.replies == [
-        ("Imagined from Image-2, turn left 30 degrees. ", 3)]
-    order, = simulator.batches[0]
-    assert order.instruction == "Base on the viewpoint of Image-2, turn left 30 degrees." and order.reference == 2
+        ("Imagined from Image-2, turn left 30 degrees. ", 3)
+    ]
+    (order,) = simulator.batches[0]
+    assert (
+        order.instruction == "Base on the viewpoint of Image-2, turn left 30 degrees."
+        and order.reference == 2
+    )
 
     first, second = sent
     assert first["tools"] == [TOOL] and first["tool_choice"] == "auto" and first["temperature"] == 0
     prompt, own, tool, user = second["messages"]
     texts = [part["text"] for part in prompt["content"] if part["type"] == "text"]
-    local = prompt_text(question(1), "agentic", 2).replace("<|vision_start|><|image_pad|><|vision_end|>", "")
+    local = prompt_text(question(1), "agentic", 2).replace(
+        "<|vision_start|><|image_pad|><|vision_end|>", ""
+    )
     assert "".join(texts) in local
-    assert texts[0] == "Image-1: " and texts[1] == "Image-2: " and texts[2].startswith("Question 1?\nA. red box")
-    shown = [part["image_url"]["url"] for part in prompt["content"] + user["content"] if part["type"] == "image_url"]
-    assert [(read_picture(base64.b64decode(url.split(",")[1])) == image).all()
-            for url, image in zip(shown, dialogue.images)] == [True] * 3
+    assert (
+        texts[0] == "Image-1: "
+        and texts[1] == "Image-2: "
+        and texts[2].startswith("Question 1?\nA. red box")
+    )
+    shown = [
+        part["image_url"]["url"]
+        for part in prompt["content"] + user["content"]
+        if part["type"] == "image_url"
+    ]
+    assert [
+        (read_picture(base64.b64decode(url.split(",")[1])) == image).all()
+        for url, image in zip(shown, dialogue.images)
+    ] == [True] * 3
     assert own["tool_calls"][0]["id"] == tool["tool_call_id"] == "call_0" and "refusal" not in own
     assert own["extra_content"] == {"google": {"thought_signature": "signed"}}
-    assert tool == {"role": "tool", "tool_call_id": "call_0", "content": "Imagined from Image-2, turn left 30 degrees."}
+    assert tool == {
+        "role": "tool",
+        "tool_call_id": "call_0",
+        "content": "Imagined from Image-2, turn left 30 degrees.",
+    }
     assert user["content"][0]["text"] == "Image-3: "
 
 
 def test_only_the_reference_and_its_neighbours_are_sent_and_the_sentence_names_it_by_its_new_number():
     """As the world model chooses among them: its nearest are among those sent, in the same order."""
     assert clients.NEAREST >= MAX_IMAGES
-    for count, reference in ((32, 1), (32, 3), (32, 17), (32, 31), (303, 303), (9, 5), (8, 8), (2, 1)):
+    for count, reference in (
+        (32, 1),
+        (32, 3),
+        (32, 17),
+        (32, 31),
+        (303, 303),
+        (9, 5),
+        (8, 8),
+        (2, 1),
+    ):
         images = [np.full((8, 8, 3), k // 2, np.uint8) for k in range(count)]
         images = [image + np.array([0, 0, k % 2], np.uint8) for k, image in enumerate(images)]
         sentence = f"Base on the viewpoint of Image-{reference}, look up 5 degrees."
         with Fake(view_of(picture(1))) as fake:
             RemoteSimulator(fake.url, **QUICK).imagine([Query(images, reference, sentence, 0)])
         form = form_of(fake.requests[0])
-        sent, told = [read_picture(value) for name, value in form if name == "image[]"], dict(form)["prompt"].decode()
+        sent, told = (
+            [read_picture(value) for name, value in form if name == "image[]"],
+            dict(form)["prompt"].decode(),
+        )
         number, motion = read_instruction(told)
         assert motion == read_instruction(sentence)[1] and len(sent) == min(count, clients.NEAREST)
         indices, place = select_context(images, reference, MAX_IMAGES)
         chosen, here = select_context(sent, number, MAX_IMAGES)
-        assert here == place and all((sent[i] == images[k]).all() for i, k in zip(chosen, indices, strict=True))
+        assert here == place and all(
+            (sent[i] == images[k]).all() for i, k in zip(chosen, indices, strict=True)
+        )
 
 
 def test_views_come_from_the_seeds_of_the_local_rollout():
@@ -407,11 +584,19 @@ def test_all_views_of_a_round_are_one_batch_and_dialogues_keep_their_order():
         messages = json.loads(request["body"])["messages"]
         number = int(messages[0]["content"][-1]["text"].split("?")[0].split()[1])
         time.sleep(0.003 * (number % 3))
-        return says("", LOOK) if len(messages) == 1 and number < 5 else says(f"<answer>{number}</answer>")
+        return (
+            says("", LOOK)
+            if len(messages) == 1 and number < 5
+            else says(f"<answer>{number}</answer>")
+        )
+
     simulator = Mirror()
     with Fake(act) as fake:
-        dialogues = clients.converse(RemotePolicy(fake.url, "gpt", at_once=3, **QUICK), [question(n) for n in range(7)],
-                                     simulator)
+        dialogues = clients.converse(
+            RemotePolicy(fake.url, "gpt", at_once=3, **QUICK),
+            [question(n) for n in range(7)],
+            simulator,
+        )
     assert [dialogue.answer for dialogue in dialogues] == list("0123456")
     assert [len(batch) for batch in simulator.batches] == [5]
 
@@ -419,26 +604,53 @@ def test_all_views_of_a_round_are_one_batch_and_dialogues_keep_their_order():
 def test_forced_demands_a_call_and_direct_has_no_tool():
     dialogue, sent = talk(ANSWER, says("", LOOK), ANSWER, mode="forced", simulator=Mirror())
     assert [request["tool_choice"] for request in sent] == ["required", "required", "auto"]
-    assert dialogue.replies[0][0] == CALL_FIRST.strip() and dialogue.valid_calls == 1 and dialogue.answer == "A"
-    assert sent[1]["messages"][2] == {"role": "user", "content": [{"type": "text", "text": CALL_FIRST.strip()}]}
+    assert (
+        dialogue.replies[0][0] == CALL_FIRST.strip()
+        and dialogue.valid_calls == 1
+        and dialogue.answer == "A"
+    )
+    assert sent[1]["messages"][2] == {
+        "role": "user",
+        "content": [{"type": "text", "text": CALL_FIRST.strip()}],
+    }
     dialogue, sent = talk(says("", LOOK), ANSWER, mode="direct")
-    assert "tools" not in sent[0] and dialogue.replies[0][0] == NO_TOOL and dialogue.invalid_calls == 1
+    assert (
+        "tools" not in sent[0] and dialogue.replies[0][0] == NO_TOOL and dialogue.invalid_calls == 1
+    )
     dialogue, _ = talk(says("", LOOK), ANSWER)
     assert dialogue.replies[0][0] == NO_SIMULATOR and dialogue.valid_calls == 1
 
 
-@pytest.mark.parametrize("message, reply, counts", [
-    (says("", "{not json"), NOT_JSON, (1, 0)), (says("", ""), NOT_JSON, (1, 0)),
-    (says("", '{"image": 9, "motion": "turn left", "amount": 30}'), "There is no such image.", (1, 0)),
-    (says("", '{"image": 1, "motion": "fly", "amount": 30}'), "There is no such motion.", (1, 0)),
-    (says("It is A."), UNREADABLE_HERE, (0, 1)), (says(None), UNREADABLE_HERE, (0, 1)),
-    (says("<answer>A</answer> or <answer>B</answer>"), UNREADABLE_HERE, (0, 1))])
+@pytest.mark.parametrize(
+    "message, reply, counts",
+    [
+        (says("", "{not json"), NOT_JSON, (1, 0)),
+        (says("", ""), NOT_JSON, (1, 0)),
+        (
+            says("", '{"image": 9, "motion": "turn left", "amount": 30}'),
+            "There is no such image.",
+            (1, 0),
+        ),
+        (
+            says("", '{"image": 1, "motion": "fly", "amount": 30}'),
+            "There is no such motion.",
+            (1, 0),
+        ),
+        (says("It is A."), UNREADABLE_HERE, (0, 1)),
+        (says(None), UNREADABLE_HERE, (0, 1)),
+        (says("<answer>A</answer> or <answer>B</answer>"), UNREADABLE_HERE, (0, 1)),
+    ],
+)
 def test_a_turn_that_cannot_be_obeyed_is_told_so_and_costs_a_turn(message, reply, counts):
     dialogue, sent = talk(message, ANSWER, simulator=Mirror())
-    assert dialogue.replies[0][0].startswith(reply) and dialogue.answer == "A" and not dialogue.valid_calls
+    assert (
+        dialogue.replies[0][0].startswith(reply)
+        and dialogue.answer == "A"
+        and not dialogue.valid_calls
+    )
     assert (dialogue.invalid_calls, dialogue.unreadable) == counts and not dialogue.well_formed
     own, last = sent[1]["messages"][1:]
-    assert own.get("content") or own["tool_calls"]                              # an empty message would be refused
+    assert own.get("content") or own["tool_calls"]  # an empty message would be refused
     assert last["role"] == ("tool" if "tool_calls" in own else "user")
 
 
@@ -456,47 +668,83 @@ def test_rounds_and_turns_end():
     assert dialogue.truncated and dialogue.turns == ["Let me th"]
 
 
-@pytest.mark.parametrize("bad", [slow, reset, (500, {}), (429, {}, {"Retry-After": "0.01"}), (200, b"{"), (200, {}),
-                                 (200, {"choices": []}), (200, {"choices": [{"message": None}]}),
-                                 (200, {"choices": [{"message": {"tool_calls": [{"id": "x"}]}}]}),
-                                 (200, {"choices": [{"message": {"content": 3}}]})], ids=title)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        slow,
+        reset,
+        (500, {}),
+        (429, {}, {"Retry-After": "0.01"}),
+        (200, b"{"),
+        (200, {}),
+        (200, {"choices": []}),
+        (200, {"choices": [{"message": None}]}),
+        (200, {"choices": [{"message": {"tool_calls": [{"id": "x"}]}}]}),
+        (200, {"choices": [{"message": {"content": 3}}]}),
+    ],
+    ids=title,
+)
 def test_a_dialogue_survives_a_passing_failure(bad):
     with Fake(says("", LOOK), bad, ANSWER) as fake:
         policy = RemotePolicy(fake.url, "gpt", **QUICK | {"timeout": 0.4})
-        dialogue, = clients.converse(policy, [question(1)], Mirror())
+        (dialogue,) = clients.converse(policy, [question(1)], Mirror())
     assert dialogue.answer == "A" and len(dialogue.images) == 3 and len(fake.requests) == 3
 
 
 def test_parameters_that_a_model_does_not_take_are_left_out():
-    refusal = 400, {"error": {"message": "Unsupported value: 'temperature' does not support 0 with this model."}}
+    refusal = (
+        400,
+        {
+            "error": {
+                "message": "Unsupported value: 'temperature' does not support 0 with this model."
+            }
+        },
+    )
     dialogue, sent = talk(refusal, ANSWER)
     assert dialogue.answer == "A" and "temperature" in sent[0] and "temperature" not in sent[1]
 
 
 def number_of(request):
-    return int(json.loads(request["body"])["messages"][0]["content"][-1]["text"].split("?")[0].split()[1])
+    return int(
+        json.loads(request["body"])["messages"][0]["content"][-1]["text"].split("?")[0].split()[1]
+    )
 
 
 def test_a_refused_question_costs_the_others_nothing():
     def act(request, handler):
         return (400, {"error": {"message": "too long"}}) if number_of(request) == 1 else ANSWER
+
     with Fake(act) as fake:
-        first, refused, last = clients.converse(RemotePolicy(fake.url, "gpt", **QUICK), [question(n) for n in range(3)])
+        first, refused, last = clients.converse(
+            RemotePolicy(fake.url, "gpt", **QUICK), [question(n) for n in range(3)]
+        )
     assert first.answer == last.answer == "A" and "too long" in str(refused) and not refused.down
 
 
 def test_dialogues_that_can_go_on_when_a_server_is_down_do_and_are_handed_over():
     """Question 0 needs no view, 1 gets its view, 2 fails by its own server, 3 by the simulator's."""
+
     def act(request, handler):
         called = len(json.loads(request["body"])["messages"]) > 1
-        return (503, {}) if number_of(request) == 2 else ANSWER if called or number_of(request) == 0 else says("", LOOK)
+        return (
+            (503, {})
+            if number_of(request) == 2
+            else ANSWER
+            if called or number_of(request) == 0
+            else says("", LOOK)
+        )
 
     class Dying(Mirror):
         def imagine(self, queries):
             views = super().imagine(queries[:-1])
             raise RemoteError("The simulator is down.", True, [*views, RemoteError("gone", True)])
+
     with Fake(act) as fake, pytest.raises(RemoteError, match="503") as error:
-        clients.converse(RemotePolicy(fake.url, "gpt", at_once=4, **QUICK), [question(n) for n in range(4)], Dying())
+        clients.converse(
+            RemotePolicy(fake.url, "gpt", at_once=4, **QUICK),
+            [question(n) for n in range(4)],
+            Dying(),
+        )
     first, second, *rest = error.value.results
     assert error.value.down and first.answer == second.answer == "A" and len(second.images) == 3
     assert [isinstance(result, RemoteError) and result.down for result in rest] == [True, True]
@@ -504,7 +752,10 @@ def test_dialogues_that_can_go_on_when_a_server_is_down_do_and_are_handed_over()
 
 def test_an_endpoint_that_has_only_ever_refused_stops_the_run():
     """Else a wrong model name would count as so many wrong answers."""
-    with Fake((400, {"error": {"message": "no such model"}})) as fake, pytest.raises(RemoteError) as error:
+    with (
+        Fake((400, {"error": {"message": "no such model"}})) as fake,
+        pytest.raises(RemoteError) as error,
+    ):
         clients.converse(RemotePolicy(fake.url, "gpt", **QUICK), [question(1), question(2)])
     assert error.value.down and all(result.down for result in error.value.results)
 
@@ -513,18 +764,32 @@ def test_a_view_that_is_refused_is_told_to_the_policy_and_the_dialogue_goes_on()
     class Picky:
         def imagine(self, queries):
             raise RemoteError("1 of 1 views failed.", False, [RemoteError("no")])
+
     dialogue, sent = talk(says("", LOOK), ANSWER, simulator=Picky())
-    assert dialogue.replies == [(NO_VIEW, None)] and dialogue.answer == "A" and len(dialogue.images) == 2
+    assert (
+        dialogue.replies == [(NO_VIEW, None)]
+        and dialogue.answer == "A"
+        and len(dialogue.images) == 2
+    )
     assert sent[1]["messages"][-1] == {"role": "tool", "tool_call_id": "call_0", "content": NO_VIEW}
 
 
 def test_turns_of_every_form_are_read_by_the_one_judge():
-    call = {"function": {"name": "imagine", "arguments": json.loads(LOOK)}}     # some servers give no text
+    call = {
+        "function": {"name": "imagine", "arguments": json.loads(LOOK)}
+    }  # some servers give no text
     assert parse_turn(turn_text({"content": None, "tool_calls": [call]})).call["amount"] == 30
     assert parse_turn(turn_text({"content": "<think>x</think><answer>B</answer>"})).answer == "B"
-    assert parse_turn(turn_text({"content": [{"type": "text", "text": "so <answer>B</answer>"}]})).answer == "B"
+    assert (
+        parse_turn(
+            turn_text({"content": [{"type": "text", "text": "so <answer>B</answer>"}]})
+        ).answer
+        == "B"
+    )
     own = f'<think>x</think><tool_call>{{"name": "imagine", "arguments": {LOOK}}}</tool_call>'
-    assert parse_turn(turn_text({"content": own})).call["image"] == 2           # a server that leaves Qwen's form alone
+    assert (
+        parse_turn(turn_text({"content": own})).call["image"] == 2
+    )  # a server that leaves Qwen's form alone
     assert parse_turn(turn_text({"content": "B"})).error
     assert parse_turn(turn_text({"tool_calls": [{"function": {"name": None}}]})).error
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import on_ranks
 
 from lib import checkpoints, common, streams
-from ranks import on_ranks
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,11 +24,11 @@ def two_steps(out):
     world = common.setup(threads=1)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
-    model.scale = torch.nn.Parameter(torch.ones(3))                                 # whole on every rank
+    model.scale = torch.nn.Parameter(torch.ones(3))  # whole on every rank
     common.shard(model, [model[0]], world, ignored=[model.scale])
     sharded = [p for p in model.parameters() if p is not model.scale]
     optimizer = torch.optim.AdamW(sharded, lr=0.1)
-    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))[world.rank::world.size]
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))[world.rank :: world.size]
     n = common.global_sum(float(len(x)))
     for step in range(2):
         model.zero_grad()
@@ -38,7 +38,7 @@ def two_steps(out):
         norm = common.clip_gradients(sharded, 0.5)
         optimizer.step()
     with common.gathered(model), torch.no_grad():
-        for _ in range(1 + world.rank):                                 # ranks may differ in their number of passes
+        for _ in range(1 + world.rank):  # ranks may differ in their number of passes
             model(x)
     if common.is_main():
         torch.save({"n": n, "norm": norm, "gradients": gradients}, out)
@@ -65,7 +65,9 @@ def one_gives_up(folder):
 
 def test_a_rank_that_fails_is_heard_and_the_others_end(tmp_path):
     start = time.monotonic()
-    with pytest.raises(AssertionError, match="rank 1 ended with 1:\n(.*\n)+SystemExit: This is enough."):
+    with pytest.raises(
+        AssertionError, match="rank 1 ended with 1:\n(.*\n)+SystemExit: This is enough."
+    ):
         on_ranks(2, one_gives_up, tmp_path)
     assert time.monotonic() - start < 30
     for rank in (0, 1):
@@ -94,7 +96,11 @@ def test_streams_are_stable_and_apart():
 
 def test_cosine_rises_then_falls():
     factors = [common.cosine(step, 12, warmup=2, floor=0.1) for step in range(13)]
-    assert factors[:3] == [0.5, 1.0, 1.0] and factors[7] == pytest.approx(0.55) and factors[12] == pytest.approx(0.1)
+    assert (
+        factors[:3] == [0.5, 1.0, 1.0]
+        and factors[7] == pytest.approx(0.55)
+        and factors[12] == pytest.approx(0.1)
+    )
 
 
 def test_log_of_a_resumed_run_has_each_step_once(tmp_path):
@@ -102,11 +108,14 @@ def test_log_of_a_resumed_run_has_each_step_once(tmp_path):
     for step in range(4):
         log.write(step, reward=step / 3, broken=float("nan"))
     with open(log.path, "a") as file:
-        file.write('{"step": 4, "rew')                                   # the process was killed here
+        file.write('{"step": 4, "rew')  # the process was killed here
     log = common.MetricLog(log.path, resume_step=2)
     log.write(2, reward=torch.tensor(7.0))
-    assert common.read_log(log.path) == [{"step": 0, "reward": 0.0, "broken": None},
-                                         {"step": 1, "reward": 0.333333, "broken": None}, {"step": 2, "reward": 7.0}]
+    assert common.read_log(log.path) == [
+        {"step": 0, "reward": 0.0, "broken": None},
+        {"step": 1, "reward": 0.333333, "broken": None},
+        {"step": 2, "reward": 7.0},
+    ]
 
 
 def test_interrupt_only_raises_a_flag(capsys):
@@ -120,14 +129,18 @@ def test_interrupt_only_raises_a_flag(capsys):
 
 
 def arguments(out, **more):
-    return argparse.Namespace(**{"preset": "tiny", "out": str(out), "lr": 1e-4, "threads": 1, **more})
+    return argparse.Namespace(
+        **{"preset": "tiny", "out": str(out), "lr": 1e-4, "threads": 1, **more}
+    )
 
 
 def test_same_command_continues_and_other_flags_are_refused(tmp_path, capsys):
     out = tmp_path / "stage"
     common.begin("stage", arguments(out), neutral=("threads",))
     (out / "training").mkdir()
-    common.begin("stage", arguments(out, threads=2), neutral=("threads",))          # a neutral flag may change
+    common.begin(
+        "stage", arguments(out, threads=2), neutral=("threads",)
+    )  # a neutral flag may change
     with pytest.raises(SystemExit, match="--lr 0.0001 .now 0.5."):
         common.begin("stage", arguments(out, lr=0.5), neutral=("threads",))
     with pytest.raises(SystemExit, match="not finished. Run `python stage.py` again"):
@@ -152,35 +165,51 @@ def test_preset_gives_defaults_and_the_user_wins():
         parser = argparse.ArgumentParser()
         parser.add_argument("--lr", type=float)
         parser.add_argument("--steps", type=int, default=3)
-        return common.parse_with_preset(parser, {"tiny": {"lr": 1.0}, "astra": {"lr": 2.0, "steps": 9}}, argv)
+        return common.parse_with_preset(
+            parser, {"tiny": {"lr": 1.0}, "astra": {"lr": 2.0, "steps": 9}}, argv
+        )
 
     assert vars(parse()) == {"lr": 1.0, "steps": 3, "preset": "tiny"}
-    assert vars(parse("--preset", "astra", "--lr", "5")) == {"lr": 5.0, "steps": 9, "preset": "astra"}
+    assert vars(parse("--preset", "astra", "--lr", "5")) == {
+        "lr": 5.0,
+        "steps": 9,
+        "preset": "astra",
+    }
 
 
 def test_every_pass_draws_each_thing_once_and_no_step_draws_one_twice():
     passes = np.reshape([streams.rows_of_step(8, 4, step, 0) for step in range(6)], (3, 8)).tolist()
     assert all(sorted(each) == list(range(8)) for each in passes) and passes[0] != passes[1]
-    steps = [streams.rows_of_step(10, 4, step, 0) for step in range(40)]                # two are left over in every pass
+    steps = [
+        streams.rows_of_step(10, 4, step, 0) for step in range(40)
+    ]  # two are left over in every pass
     assert all(len(set(a + b)) == 8 for a, b in zip(steps[::2], steps[1::2]))
     assert np.bincount(np.ravel(steps), minlength=10).min() > 8
-    assert streams.rows_of_step(10, 0, 0, 0) == []                                      # --eval-questions 0
+    assert streams.rows_of_step(10, 0, 0, 0) == []  # --eval-questions 0
 
 
 def test_flags_below_their_smallest_value_are_refused(capsys):
     parser = argparse.ArgumentParser()
     parser.add_argument("--save-every", type=int)
-    assert common.parse_with_preset(parser, {"tiny": {}}, [], [("save_every", 1)]).save_every is None
+    assert (
+        common.parse_with_preset(parser, {"tiny": {}}, [], [("save_every", 1)]).save_every is None
+    )
     with pytest.raises(SystemExit):
-        common.parse_with_preset(argparse.ArgumentParser(parents=[parser], add_help=False, conflict_handler="resolve"),
-                                 {"tiny": {}}, ["--save-every", "0"], [("save_every", 1)])
+        common.parse_with_preset(
+            argparse.ArgumentParser(parents=[parser], add_help=False, conflict_handler="resolve"),
+            {"tiny": {}},
+            ["--save-every", "0"],
+            [("save_every", 1)],
+        )
     assert "--save-every 0: must be 1 or more" in capsys.readouterr().err
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run():
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.tensor([3.0, 4.0])
-    assert common.clip_gradients([weight], 1.0) == pytest.approx(5) and weight.grad.norm() == pytest.approx(1)
+    assert common.clip_gradients([weight], 1.0) == pytest.approx(
+        5
+    ) and weight.grad.norm() == pytest.approx(1)
     weight.grad = torch.tensor([1.0, float("nan")])
     with pytest.raises(SystemExit, match="not finite"):
         common.clip_gradients([weight], 1.0)
@@ -188,13 +217,23 @@ def test_a_gradient_that_is_not_finite_ends_the_run():
 
 def test_what_a_script_started_in_the_background_stops_on_sigterm(tmp_path):
     """There Ctrl-C is ignored; a list of evidence and the demo end their stages by SIGTERM."""
-    (tmp_path / "stage.py").write_text("import time\nfrom lib.common import run\n"
-                                       "run(lambda: [print('begun', flush=True), time.sleep(60)])\n")
-    child = subprocess.Popen([sys.executable, str(tmp_path / "stage.py")], stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    (tmp_path / "stage.py").write_text(
+        "import time\nfrom lib.common import run\n"
+        "run(lambda: [print('begun', flush=True), time.sleep(60)])\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, str(tmp_path / "stage.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
     assert child.stdout.readline() == "begun\n"
     child.send_signal(signal.SIGINT)
     child.terminate()
     said, _ = child.communicate(timeout=30)
-    assert child.returncode == 130 and said == "Stopped. The same command goes on from what was saved.\n"
+    assert (
+        child.returncode == 130
+        and said == "Stopped. The same command goes on from what was saved.\n"
+    )

@@ -6,15 +6,38 @@ import numpy as np
 import pytest
 
 from lib import consistency as instrument
-from lib.consistency import (DOSES, ERRORS, along, angle, calibration, classify, compare, consistency, content_scores,
-                             delta_of, describe, difference, dose_response, per_view, pose_error, recover, recover_all,
-                             scores_of, trivial_views)
+from lib.consistency import (
+    DOSES,
+    ERRORS,
+    along,
+    angle,
+    calibration,
+    classify,
+    compare,
+    consistency,
+    content_scores,
+    delta_of,
+    describe,
+    difference,
+    dose_response,
+    per_view,
+    pose_error,
+    recover,
+    recover_all,
+    scores_of,
+    trivial_views,
+)
 from lib.geometry import Motion, Query, fill_holes, instruction, move_camera, pose
 from lib.rooms import COLOURS, EYE, random_room, render
 from lib.simulators import Reprojection, find, load, points, splat
 
-MOTIONS = [Motion("turn left", 45.0), Motion("turn right", 135.0), Motion("look up", 20.0), Motion("move left", 1.0),
-           Motion("move forward", 0.5)]
+MOTIONS = [
+    Motion("turn left", 45.0),
+    Motion("turn right", 135.0),
+    Motion("look up", 20.0),
+    Motion("move left", 1.0),
+    Motion("move forward", 0.5),
+]
 ROOMS = range(5_000_072, 5_000_072 + 6)
 
 
@@ -26,10 +49,19 @@ def triples():
         for motion in MOTIONS:
             target = move_camera(context[1], motion)
             view = render(room, target)["rgb"][0]
-            rows.append({"id": f"{seed}/{motion.kind}", "room": seed, "reference": 2, "context": list(images),
-                         "target": view, "motion": {"kind": motion.kind, "amount": motion.amount},
-                         "target_c2w": target.tolist(), "context_c2w": [c2w.tolist() for c2w in context],
-                         "warp": np.dstack([view, np.full((32, 32), 255, np.uint8)])})
+            rows.append(
+                {
+                    "id": f"{seed}/{motion.kind}",
+                    "room": seed,
+                    "reference": 2,
+                    "context": list(images),
+                    "target": view,
+                    "motion": {"kind": motion.kind, "amount": motion.amount},
+                    "target_c2w": target.tolist(),
+                    "context_c2w": [c2w.tolist() for c2w in context],
+                    "warp": np.dstack([view, np.full((32, 32), 255, np.uint8)]),
+                }
+            )
     return rows
 
 
@@ -48,9 +80,20 @@ def test_true_renders_are_perfect_and_the_trivial_ones_are_not():
 
 
 def test_pose_falls_step_by_step_as_the_camera_is_off():
-    shares, offs, rows = [], (4, 8, 13), [row for row in ROWS if "move" not in row["motion"]["kind"]][:12]
-    lists = [[render(random_room(row["room"]), np.array(row["target_c2w"]) @ pose(0, 0, 0, off))["rgb"][0]
-              for row in rows] for off in offs]
+    shares, offs, rows = (
+        [],
+        (4, 8, 13),
+        [row for row in ROWS if "move" not in row["motion"]["kind"]][:12],
+    )
+    lists = [
+        [
+            render(random_room(row["room"]), np.array(row["target_c2w"]) @ pose(0, 0, 0, off))[
+                "rgb"
+            ][0]
+            for row in rows
+        ]
+        for off in offs
+    ]
     for off, views, found in zip(offs, lists, recover_all(rows, *lists)):
         turns = consistency(rows, views, found)["turns"]
         assert turns["median_degrees"] == pytest.approx(off, abs=1.5)
@@ -62,12 +105,20 @@ def test_content_falls_step_by_step_as_things_go_missing_or_change_colour():
     true, missing, painted = np.stack([row["target"] for row in ROWS]), [], []
     for row in ROWS:
         room = random_room(row["room"])
-        pixels = np.bincount(render(room, row["target_c2w"])["ids"].ravel(), minlength=len(room.things) + 1)[1:]
-        largest, spare = room.things[pixels.argmax()], set(COLOURS) - {thing.colour for thing in room.things}
+        pixels = np.bincount(
+            render(room, row["target_c2w"])["ids"].ravel(), minlength=len(room.things) + 1
+        )[1:]
+        largest, spare = (
+            room.things[pixels.argmax()],
+            set(COLOURS) - {thing.colour for thing in room.things},
+        )
         kept = tuple(thing for thing in room.things if thing is not largest)
-        for views, things in ((missing, kept), (painted, (*kept, replace(largest, colour=min(spare))))):
+        for views, things in (
+            (missing, kept),
+            (painted, (*kept, replace(largest, colour=min(spare)))),
+        ):
             views.append(render(replace(room, things=things), row["target_c2w"])["rgb"][0])
-    for wrong in (missing, painted):                        # in a third of the views, in two thirds, in all
+    for wrong in (missing, painted):  # in a third of the views, in two thirds, in all
         runs = [content_scores(np.stack(wrong[:k] + list(true[k:])), true) for k in (0, 10, 20, 30)]
         assert runs[0]["content"] == 1 and runs[-1]["content"] < 0.4
         for key in ("recall", "f1", "order", "thirds", "content"):
@@ -78,28 +129,41 @@ def test_content_falls_step_by_step_as_things_go_missing_or_change_colour():
 
 def test_both_metrics_fall_step_by_step_with_errors_of_known_size():
     told = calibration(ROWS[:20])
-    assert list(told) == list(ERRORS) and told["none"]["pose"] == 1 and told["none"]["content"] == pytest.approx(1)
+    assert (
+        list(told) == list(ERRORS)
+        and told["none"]["pose"] == 1
+        and told["none"]["content"] == pytest.approx(1)
+    )
     steps = {"turns": ("none", "10 degrees", "20 degrees"), "moves": ("none", "0.3 m", "0.6 m")}
     for family, errors in steps.items():
         for key in ("pose", "content"):
             shares = [told[error][family][key] for error in errors]
             assert all(a > b for a, b in zip(shares, shares[1:])), (family, key, shares)
         assert told[errors[2]][family]["pose"] < 0.1
-        assert all(a["mse"] < b["mse"] for a, b in zip([told[e] for e in errors], [told[e] for e in errors[1:]]))
+        assert all(
+            a["mse"] < b["mse"]
+            for a, b in zip([told[e] for e in errors], [told[e] for e in errors[1:]])
+        )
     for degrees in (10, 20):
-        assert told[f"{degrees} degrees"]["turns"]["median_degrees"] == pytest.approx(degrees, abs=1)
+        assert told[f"{degrees} degrees"]["turns"]["median_degrees"] == pytest.approx(
+            degrees, abs=1
+        )
     assert told["0.3 m"]["moves"]["median_meters"] == pytest.approx(0.3, abs=0.05)
     for changed in ("removed", "moved", "recoloured"):
         assert told[changed]["content"] < 0.7
-    assert told["removed"]["precision"] > 0.9 > told["recoloured"]["precision"]         # nothing is invented
-    assert told["moved"]["f1"] > told["removed"]["f1"] + 0.2                            # it is there, elsewhere
+    assert (
+        told["removed"]["precision"] > 0.9 > told["recoloured"]["precision"]
+    )  # nothing is invented
+    assert told["moved"]["f1"] > told["removed"]["f1"] + 0.2  # it is there, elsewhere
 
 
 def test_the_pose_never_asks_a_depth_nor_the_target(monkeypatch):
     rows = ROWS[:5]
-    views, bare = [row["target"] for row in rows], [{key: row[key] for key in (
-        "room", "reference", "context_c2w")} for row in rows]
-    want, = recover_all(rows, views)
+    views, bare = (
+        [row["target"] for row in rows],
+        [{key: row[key] for key in ("room", "reference", "context_c2w")} for row in rows],
+    )
+    (want,) = recover_all(rows, views)
     seen = instrument.render
     monkeypatch.setattr(instrument, "render", lambda *a, **k: {"rgb": seen(*a, **k)["rgb"]})
     np.testing.assert_array_equal(recover_all(bare, views)[0], want)
@@ -121,12 +185,22 @@ def test_refinement_finds_poses_between_the_grid_points():
 
 def test_thresholds_of_a_pose():
     left, turn = delta_of(Motion("move left", 1.0)), delta_of(Motion("turn right", 90.0))
-    for delta, within in (([-1, 0, 0, 0, 0], True), ([-1.29, 0, 0, 0, 0], True), ([-1.31, 0, 0, 0, 0], False),
-                          ([-0.95, 0, 0.3, 0, 0], True), ([-0.9, 0, 0.4, 0, 0], False), ([1, 0, 0, 0, 0], False),
-                          ([0, 0, 0, 0, 0], False)):
+    for delta, within in (
+        ([-1, 0, 0, 0, 0], True),
+        ([-1.29, 0, 0, 0, 0], True),
+        ([-1.31, 0, 0, 0, 0], False),
+        ([-0.95, 0, 0.3, 0, 0], True),
+        ([-0.9, 0, 0.4, 0, 0], False),
+        ([1, 0, 0, 0, 0], False),
+        ([0, 0, 0, 0, 0], False),
+    ):
         assert pose_error(left, np.array(delta, float))["within"] is within, delta
-    for delta, within in (([0, 0, 0, 99, 0], True), ([0, 0, 0, 101, 0], False), ([0, 0, 0, 90, 11], False),
-                          ([0, 0, 0, -90, 0], False)):
+    for delta, within in (
+        ([0, 0, 0, 99, 0], True),
+        ([0, 0, 0, 101, 0], False),
+        ([0, 0, 0, 90, 11], False),
+        ([0, 0, 0, -90, 0], False),
+    ):
         assert pose_error(turn, np.array(delta, float))["within"] is within, delta
     assert pose_error(delta_of(Motion("turn left", 180.0)), np.array([0, 0, 0, 175.0, 0]))["within"]
     assert angle(np.zeros(3), np.ones(3)) == 180
@@ -158,57 +232,86 @@ def test_describe_does_not_depend_on_the_size_of_a_view():
 
 # ---- differences and doses ------------------------------------------------------------------------------------------
 
+
 def test_scores_are_sums_over_single_views():
     views = [row["context"][0] if i % 3 else row["target"] for i, row in enumerate(ROWS)]
     found = recover_all(ROWS, views)[0]
     result, each = consistency(ROWS, views, found), per_view(ROWS, views, found)
-    assert {key: pytest.approx(value) for key, value in scores_of(each.sum(0)).items()} == \
-        {key: result[key] for key in scores_of(each.sum(0))}
-    assert result["mse"] == pytest.approx(np.mean([np.square((a / 127.5 - 1) - (row["target"] / 127.5 - 1)).mean()
-                                                   for a, row in zip(views, ROWS)]), rel=1e-4)
-    assert result["content"] == content_scores(np.stack(views), np.stack([row["target"] for row in ROWS]))["content"]
+    assert {key: pytest.approx(value) for key, value in scores_of(each.sum(0)).items()} == {
+        key: result[key] for key in scores_of(each.sum(0))
+    }
+    assert result["mse"] == pytest.approx(
+        np.mean(
+            [
+                np.square((a / 127.5 - 1) - (row["target"] / 127.5 - 1)).mean()
+                for a, row in zip(views, ROWS)
+            ]
+        ),
+        rel=1e-4,
+    )
+    assert (
+        result["content"]
+        == content_scores(np.stack(views), np.stack([row["target"] for row in ROWS]))["content"]
+    )
 
 
 def views_of_rooms(share, rooms=60, each=6, spread=0.0, seed=0):
     """(n, 11) as `per_view` gives it: in every room a share of about `share` is right in pose; content is all right."""
     rng = np.random.default_rng(seed)
     right = rng.random((rooms, each)) < share + spread * rng.choice([-1, 1], (rooms, 1))
-    return np.column_stack([np.ones(rooms * each), right.ravel(), np.full(rooms * each, 0.1),
-                            np.ones((rooms * each, 8))]), np.repeat(np.arange(rooms), each)
+    return np.column_stack(
+        [
+            np.ones(rooms * each),
+            right.ravel(),
+            np.full(rooms * each, 0.1),
+            np.ones((rooms * each, 8)),
+        ]
+    ), np.repeat(np.arange(rooms), each)
 
 
 def test_difference_and_its_interval():
     (good, rooms), (bad, _) = views_of_rooms(0.9), views_of_rooms(0.5, seed=1)
     gap, low, high = difference(good, bad, rooms)["pose"]
     assert gap == pytest.approx(good[:, 1].mean() - bad[:, 1].mean()) and 0 < low < gap < high < 0.6
-    assert difference(good, good, rooms)["pose"] == (0, 0, 0) and difference(good, bad, rooms)["mse"] == (0, 0, 0)
-    spread, _ = views_of_rooms(0.5, spread=0.4)             # rooms that are right or wrong as a whole say less
-    width, narrow = (np.diff(difference(values, good, rooms)["pose"][1:]) for values in (spread, bad))
+    assert difference(good, good, rooms)["pose"] == (0, 0, 0) and difference(good, bad, rooms)[
+        "mse"
+    ] == (0, 0, 0)
+    spread, _ = views_of_rooms(0.5, spread=0.4)  # rooms that are right or wrong as a whole say less
+    width, narrow = (
+        np.diff(difference(values, good, rooms)["pose"][1:]) for values in (spread, bad)
+    )
     assert width > 1.3 * narrow
 
 
 def test_the_interval_is_of_95_percent():
     """400 rooms of one view each, half of them right: 1.96 standard errors of 0.025 to either side."""
-    values = np.column_stack([np.ones(400), np.arange(400) % 2, np.full(400, 0.1), np.ones((400, 8))])
+    values = np.column_stack(
+        [np.ones(400), np.arange(400) % 2, np.full(400, 0.1), np.ones((400, 8))]
+    )
     sure = np.column_stack([np.ones(400), np.zeros(400), np.full(400, 0.1), np.ones((400, 8))])
     gap, low, high = difference(values, sure, np.arange(400))["pose"]
-    assert (gap, low, high) == pytest.approx((0.5, 0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), abs=0.005)
+    assert (gap, low, high) == pytest.approx(
+        (0.5, 0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), abs=0.005
+    )
 
 
 def test_doses_are_told_with_their_quartiles():
     rows = [{"motion": {"kind": "move left", "amount": 2.0}} for _ in range(5)]
     recovered = np.zeros((5, 5))
     recovered[:, 0] = [-4.0, 0, -1.0, -3.0, -2.0]
-    point, = dose_response(rows, recovered, [])["move left"]["points"]
+    (point,) = dose_response(rows, recovered, [])["move left"]["points"]
     assert (point["low"], point["median"], point["high"]) == (1, 2, 3)
 
 
 def test_the_nearest_context_view_is_nearest_in_metres_and_degrees():
     """The commanded camera is 1 m from one context view and 20 degrees, two thirds of a metre, from the other."""
-    row = {"reference": 1, "motion": {"kind": "turn left", "amount": 90.0},
-           "context": [np.full((2, 2, 3), level, np.uint8) for level in (0, 1, 2)],
-           "context_c2w": [pose(0, 0, 0), pose(1, 0, 0, -90), pose(0, 0, 0, -70)]}
-    view, = trivial_views([row])["nearest context view"]
+    row = {
+        "reference": 1,
+        "motion": {"kind": "turn left", "amount": 90.0},
+        "context": [np.full((2, 2, 3), level, np.uint8) for level in (0, 1, 2)],
+        "context_c2w": [pose(0, 0, 0), pose(1, 0, 0, -90), pose(0, 0, 0, -70)],
+    }
+    (view,) = trivial_views([row])["nearest context view"]
     assert view[0, 0, 0] == 2
 
 
@@ -216,25 +319,40 @@ def doses(of=lambda motion: motion, kinds=("turn left", "turn right", "move left
     """Rows of DOSES for one room, and the true views from where `of(motion)` leads; None: nowhere."""
     room, context = random_room(5_000_003), [pose(0.1, -EYE, -0.1, 17.0 - 90 * k) for k in range(4)]
     motions = [motion for motion in DOSES if motion.kind in kinds][::2]
-    rows = [{"room": 5_000_003, "reference": 1, "context_c2w": [c2w.tolist() for c2w in context],
-             "motion": {"kind": motion.kind, "amount": motion.amount}} for motion in motions]
-    poses = [move_camera(context[0], of(motion)) if of(motion) else context[0] for motion in motions]
+    rows = [
+        {
+            "room": 5_000_003,
+            "reference": 1,
+            "context_c2w": [c2w.tolist() for c2w in context],
+            "motion": {"kind": motion.kind, "amount": motion.amount},
+        }
+        for motion in motions
+    ]
+    poses = [
+        move_camera(context[0], of(motion)) if of(motion) else context[0] for motion in motions
+    ]
     return rows, list(render(room, np.stack(poses))["rgb"])
 
 
 def test_the_true_renderer_goes_as_far_as_it_is_told():
     rows, views = doses()
-    for kind, told in dose_response(rows, recover_all(rows, views)[0], [Motion("turn left", 45.0)]).items():
+    for kind, told in dose_response(
+        rows, recover_all(rows, views)[0], [Motion("turn left", 45.0)]
+    ).items():
         assert told["slope"] == pytest.approx(1, abs=0.04) and told["correlation"] > 0.995, kind
         for point in told["points"]:
             assert point["within"] == 1 and point["n"] == 1
-            assert point["median"] == pytest.approx(point["amount"], abs=3 if "turn" in kind else 0.08)
+            assert point["median"] == pytest.approx(
+                point["amount"], abs=3 if "turn" in kind else 0.08
+            )
             assert point["trained"] == (kind == "turn left" and point["amount"] == 45)
 
 
 def test_a_camera_that_goes_half_the_way_or_not_at_all():
     for share in (0.5, 0):
-        rows, views = doses(lambda motion: Motion(motion.kind, share * motion.amount) if share else None)
+        rows, views = doses(
+            lambda motion: Motion(motion.kind, share * motion.amount) if share else None
+        )
         for kind, told in dose_response(rows, recover_all(rows, views)[0], DOSES).items():
             assert told["slope"] == pytest.approx(share, abs=0.06), kind
             assert told["slope_trained"] == told["slope"] and told["slope_new"] is None
@@ -243,7 +361,9 @@ def test_a_camera_that_goes_half_the_way_or_not_at_all():
 def test_turning_at_random_is_no_following():
     """The range of a turn is the same for all commands; one centred on the command would give random turns slope 1."""
     rng = np.random.default_rng(0)
-    rows = [{"motion": {"kind": "turn left", "amount": degrees}} for degrees in range(15, 181, 15)] * 60
+    rows = [
+        {"motion": {"kind": "turn left", "amount": degrees}} for degrees in range(15, 181, 15)
+    ] * 60
     random = np.zeros((len(rows), 5))
     random[:, 3] = rng.uniform(-180, 180, len(rows))
     told = dose_response(rows, random, [])["turn left"]
@@ -255,10 +375,16 @@ def test_turning_at_random_is_no_following():
 
 # ---- training-free simulators ---------------------------------------------------------------------------------------
 
+
 def query(row, motion, images=None, poses=None):
     motion = Motion(**row["motion"]) if motion is None else motion
-    return Query(images or row["context"], 2, instruction(motion, 2), 0,
-                 {"room": row["room"], "poses": poses or row["context_c2w"]})
+    return Query(
+        images or row["context"],
+        2,
+        instruction(motion, 2),
+        0,
+        {"room": row["room"], "poses": poses or row["context_c2w"]},
+    )
 
 
 def test_reprojection_shows_the_commanded_view():
@@ -271,8 +397,12 @@ def test_reprojection_takes_no_depth_from_an_imagined_view():
     """An imagined view at a commanded pose adds no points, however wrong it is; a motion may still start from it."""
     row, grey = ROWS[0], np.full((32, 32, 3), 90, np.uint8)
     elsewhere = move_camera(np.array(row["context_c2w"][1]), Motion("move right", 1.0)).tolist()
-    plain, more = Reprojection().imagine([query(row, None), query(row, None, [*row["context"], grey],
-                                                                    [*row["context_c2w"], elsewhere])])
+    plain, more = Reprojection().imagine(
+        [
+            query(row, None),
+            query(row, None, [*row["context"], grey], [*row["context_c2w"], elsewhere]),
+        ]
+    )
     np.testing.assert_array_equal(plain, more)
     with pytest.raises(ValueError, match="no depth"):
         Reprojection().imagine([query(row, None)._replace(scene=None)])
@@ -280,7 +410,9 @@ def test_reprojection_takes_no_depth_from_an_imagined_view():
 
 def test_splat_keeps_the_nearest_and_holes_take_the_nearest_colour():
     colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
-    view, seen = splat(np.array([[0.1, 0.1, 2.0], [0.05, 0.05, 1.0], [0.1, 0.1, -1.0]]), colours, np.eye(4), 4)
+    view, seen = splat(
+        np.array([[0.1, 0.1, 2.0], [0.05, 0.05, 1.0], [0.1, 0.1, -1.0]]), colours, np.eye(4), 4
+    )
     assert seen.sum() == 1 and view[2, 2].tolist() == [0, 255, 0]
     assert (fill_holes(view, seen) == [0, 255, 0]).all()
     black = np.zeros((4, 4, 3), np.uint8)
@@ -290,7 +422,11 @@ def test_splat_keeps_the_nearest_and_holes_take_the_nearest_colour():
 
 
 def test_simulators_by_name(tmp_path, monkeypatch):
-    assert load("none") is None and load("truth").imagine([query(ROWS[0], None)])[0].shape == (32, 32, 3)
+    assert load("none") is None and load("truth").imagine([query(ROWS[0], None)])[0].shape == (
+        32,
+        32,
+        3,
+    )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="train_wm.py"):
         find("tuned")

@@ -8,7 +8,14 @@ import pytest
 
 import data
 from lib import questions
-from lib.geometry import Motion, decompose, dominant_motion, instruction, move_camera, read_instruction
+from lib.geometry import (
+    Motion,
+    decompose,
+    dominant_motion,
+    instruction,
+    move_camera,
+    read_instruction,
+)
 from lib.motion_words import TASKS
 from lib.pictures import load_image, save_image
 from lib.rooms import TrueRenderer, random_room, render
@@ -16,8 +23,16 @@ from lib.rows import SPLITS, save_jsonl
 from rewards import world2vlm
 
 ROOMS = 24
-RING_0 = ["1_turn_right_90", "1_turn_right_135", "1_turn_right_45", "1_turn_left_135", "1_turn_left_180",
-          "1_turn_left_90", "1_move_right_0.5", "1_move_forward_1"]
+RING_0 = [
+    "1_turn_right_90",
+    "1_turn_right_135",
+    "1_turn_right_45",
+    "1_turn_left_135",
+    "1_turn_left_180",
+    "1_turn_left_90",
+    "1_move_right_0.5",
+    "1_move_forward_1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +45,10 @@ def made(tmp_path_factory):
 
 def test_every_file_shows_what_its_row_says(made):
     """Triples and questions of a held-out room stand at different spots: neither may overwrite the other's pictures."""
-    for name, images, poses in (("triples_test", "context", lambda row: row["context_c2w"]),
-                                ("questions_test", "images", lambda row: row["scene"]["poses"])):
+    for name, images, poses in (
+        ("triples_test", "context", lambda row: row["context_c2w"]),
+        ("questions_test", "images", lambda row: row["scene"]["poses"]),
+    ):
         for row in data.load_jsonl(made / f"{name}.jsonl"):
             room = random_room(row["room"] if "room" in row else row["scene"]["room"])
             for path, view in zip(row[images], render(room, np.array(poses(row)))["rgb"]):
@@ -44,13 +61,23 @@ def test_a_triple_is_what_its_words_say(made):
     for row in rows[:12]:
         context, target = [np.array(p) for p in row["context_c2w"]], np.array(row["target_c2w"])
         motion = Motion(**row["motion"])
-        assert dominant_motion(context[row["reference"] - 1], target) == motion and row["coverage"] >= 0.85
+        assert (
+            dominant_motion(context[row["reference"] - 1], target) == motion
+            and row["coverage"] >= 0.85
+        )
         assert row["instruction"] == instruction(motion, row["reference"])
-        assert np.abs(load_image(row["target"]).astype(int) - render(random_room(row["room"]), target)["rgb"][0]).max() <= 1
+        assert (
+            np.abs(
+                load_image(row["target"]).astype(int)
+                - render(random_room(row["room"]), target)["rgb"][0]
+            ).max()
+            <= 1
+        )
 
 
 def test_the_warp_shows_the_target_where_the_context_sees_it(made):
     from PIL import Image
+
     row = data.load_jsonl(made / "triples_train.jsonl")[0]
     warped = np.array(Image.open(row["warp"]))
     seen = warped[..., 3] > 127
@@ -60,6 +87,7 @@ def test_the_warp_shows_the_target_where_the_context_sees_it(made):
 
 
 # ---- layouts --------------------------------------------------------------------------------------------------------
+
 
 def yaw_of(c2w):
     return np.degrees(np.arctan2(c2w[0, 2], c2w[2, 2]))
@@ -71,34 +99,42 @@ def test_cameras_apart_keep_the_papers_distances():
         for i in range(4):
             for j in range(i):
                 turn = abs(yaw_of(poses[i]) - yaw_of(poses[j])) % 360
-                assert np.linalg.norm(poses[i][:3, 3] - poses[j][:3, 3]) >= 1 and min(turn, 360 - turn) >= 30
+                assert (
+                    np.linalg.norm(poses[i][:3, 3] - poses[j][:3, 3]) >= 1
+                    and min(turn, 360 - turn) >= 30
+                )
         assert all(data.stands_free(c2w) for c2w in poses)
 
 
 def test_shuffled_is_the_ring_in_another_order_and_six_is_a_finer_ring():
     orders = set()
     for seed in range(40):
-        ring, shuffled, six = (data.LAYOUTS[name](np.random.default_rng(seed)) for name in ("ring", "shuffled", "six"))
+        ring, shuffled, six = (
+            data.LAYOUTS[name](np.random.default_rng(seed)) for name in ("ring", "shuffled", "six")
+        )
         order = tuple(next(i for i in range(4) if np.array_equal(ring[i], c2w)) for c2w in shuffled)
         assert sorted(order) == [0, 1, 2, 3]
         orders.add(order)
         for views, step in ((ring, 90), (six, 60)):
             turns = [decompose(a, b) for a, b in zip(views, views[1:] + views[:1])]
             np.testing.assert_allclose(turns, [[0, 0, 0, -step, 0, 0]] * (360 // step), atol=1e-6)
-    assert len(orders) > 15                                              # of 24
+    assert len(orders) > 15  # of 24
 
 
 def covered_by_hand(row, size=32, fine=256):
     """Share of the target's pixels whose point stands in the depth map (8 times finer) of some context camera."""
     room, target = random_room(row["room"]), np.array(row["target_c2w"])
     depth, seen = render(room, target, size)["depth"][0], np.zeros((size, size), bool)
-    side = (np.arange(size) + 0.5) / (size / 2) - 1                                  # 90 degrees: from -1 to 1 at z = 1
+    side = (np.arange(size) + 0.5) / (size / 2) - 1  # 90 degrees: from -1 to 1 at z = 1
     rays = np.stack([*np.meshgrid(side, side), np.ones((size, size))], -1)
     points = (rays * depth[..., None]) @ target[:3, :3].T + target[:3, 3]
     for c2w in np.array(row["context_c2w"]):
         x, y, z = np.moveaxis((points - c2w[:3, 3]) @ c2w[:3, :3], -1, 0)
         inside = (z > 0) & (abs(x) < z) & (abs(y) < z)
-        column, line = (np.clip((fine / 2 * (1 + w / np.where(z > 0, z, 1))).astype(int), 0, fine - 1) for w in (x, y))
+        column, line = (
+            np.clip((fine / 2 * (1 + w / np.where(z > 0, z, 1))).astype(int), 0, fine - 1)
+            for w in (x, y)
+        )
         there = render(room, c2w, fine, supersample=1)["depth"][0][line, column]
         seen |= inside & (abs(there - z) < 0.05 * (1 + z))
     return seen.mean()
@@ -110,8 +146,14 @@ def test_triples_of_a_layout_are_what_they_say(layout, tmp_path):
     assert len(rows) > 10 and {len(row["context"]) for row in rows} == {6 if layout == "six" else 4}
     assert min(row["coverage"] for row in rows) >= 0.85
     for row in rows[::4]:
-        poses, target, motion = [np.array(p) for p in row["context_c2w"]], np.array(row["target_c2w"]), row["motion"]
-        np.testing.assert_allclose(move_camera(poses[row["reference"] - 1], Motion(**motion)), target, atol=1e-5)
+        poses, target, motion = (
+            [np.array(p) for p in row["context_c2w"]],
+            np.array(row["target_c2w"]),
+            row["motion"],
+        )
+        np.testing.assert_allclose(
+            move_camera(poses[row["reference"] - 1], Motion(**motion)), target, atol=1e-5
+        )
         seen = render(random_room(row["room"]), np.stack([*poses, target]))["rgb"]
         for path, view in zip([*row["context"], row["target"]], seen):
             assert np.abs(load_image(tmp_path / path).astype(int) - view).max() <= 1
@@ -130,8 +172,12 @@ def test_a_refused_target_is_badly_seen(tmp_path, monkeypatch):
 
 def test_larger_pictures_of_the_same_triples(tmp_path):
     small, large = (data.room_triples(1, tmp_path / str(size), size=size) for size in (32, 64))
-    assert [(row["id"], row["target_c2w"]) for row in small] == [(row["id"], row["target_c2w"]) for row in large]
-    coarse, fine = (load_image(tmp_path / str(size) / small[0]["target"]).astype(int) for size in (32, 64))
+    assert [(row["id"], row["target_c2w"]) for row in small] == [
+        (row["id"], row["target_c2w"]) for row in large
+    ]
+    coarse, fine = (
+        load_image(tmp_path / str(size) / small[0]["target"]).astype(int) for size in (32, 64)
+    )
     assert fine.shape == (64, 64, 3)
     assert np.abs(fine.reshape(32, 2, 32, 2, 3).mean((1, 3)) - coarse).mean() < 4
 
@@ -147,19 +193,25 @@ def test_folders_of_layouts(tmp_path, monkeypatch):
         for size in (32, 64):
             assert data.layout_of(data.folder_of(layout, size)) == (layout, size)
     assert data.layout_of("/x/mine") == data.layout_of("out/data") == ("ring", 32)
-    assert data.parse_args(["triples", "--layout", "apart", "--size", "64"]).out == "out/data-apart-64"
+    assert (
+        data.parse_args(["triples", "--layout", "apart", "--size", "64"]).out == "out/data-apart-64"
+    )
     assert data.parse_args([]).out == "out/data"
     with pytest.raises(SystemExit):
         data.parse_args(["questions", "--layout", "six"])
     made = []
-    monkeypatch.setattr(data, "make_triples", lambda folder, **more: made.append((folder.name, more)))
+    monkeypatch.setattr(
+        data, "make_triples", lambda folder, **more: made.append((folder.name, more))
+    )
     data.ensure(tmp_path / "data-six", ["triples"], threads=1)
     assert made == [("data-six", {"threads": 1, "layout": "six", "size": 32})]
 
 
 def test_same_seed_same_files_whatever_the_number_of_processes(made, tmp_path):
     data.make_questions(tmp_path, rooms=ROOMS, held_out=(2, 2), threads=1)
-    assert (tmp_path / "questions_train.jsonl").read_bytes() == (made / "questions_train.jsonl").read_bytes()
+    assert (tmp_path / "questions_train.jsonl").read_bytes() == (
+        made / "questions_train.jsonl"
+    ).read_bytes()
 
 
 def test_rooms_of_the_four_sets_are_disjoint(made):
@@ -167,9 +219,14 @@ def test_rooms_of_the_four_sets_are_disjoint(made):
         rows = map(json.loads, (made / f"{name}.jsonl").read_text().splitlines())
         return {row["scene"]["room"] if "question" in row else row["room"] for row in rows}
 
-    sets = [rooms(name) for name in ("triples_train", "questions_train", "questions_val", "questions_test")]
+    sets = [
+        rooms(name)
+        for name in ("triples_train", "questions_train", "questions_val", "questions_test")
+    ]
     assert all(sets) and sum(map(len, sets)) == len(set.union(*sets))
-    assert rooms("triples_val") == rooms("questions_val") and rooms("triples_test") == rooms("questions_test")
+    assert rooms("triples_val") == rooms("questions_val") and rooms("triples_test") == rooms(
+        "questions_test"
+    )
 
 
 def true_facts(row, camera):
@@ -187,16 +244,34 @@ def test_answers_are_true_and_an_unseen_view_is_needed(made):
         if row["category"] == "camera-camera":
             assert dominant_motion(*poses).kind == "move " + answer.split()[-1]
             continue
-        camera = poses[row["shown_by"] - 1] if row["shown_by"] else \
-            move_camera(poses[row["motion"]["image"] - 1], Motion(row["motion"]["kind"], row["motion"]["amount"]))
+        camera = (
+            poses[row["shown_by"] - 1]
+            if row["shown_by"]
+            else move_camera(
+                poses[row["motion"]["image"] - 1],
+                Motion(row["motion"]["kind"], row["motion"]["amount"]),
+            )
+        )
         room, found = true_facts(row, camera)
         assert room.things[found[row["ask"]]].colour == answer
         if row["needs_view"]:
-            assert found[row["ask"]] != true_facts(row, poses[row["motion"]["image"] - 1])[1][row["ask"]]
-        if row["category"] == "rotation":                    # the turn ends exactly where the given image stands
-            turned = move_camera(poses[row["motion"]["image"] - 1], Motion(row["motion"]["kind"], row["motion"]["amount"]))
+            assert (
+                found[row["ask"]]
+                != true_facts(row, poses[row["motion"]["image"] - 1])[1][row["ask"]]
+            )
+        if row["category"] == "rotation":  # the turn ends exactly where the given image stands
+            turned = move_camera(
+                poses[row["motion"]["image"] - 1],
+                Motion(row["motion"]["kind"], row["motion"]["amount"]),
+            )
             np.testing.assert_allclose(turned, camera, atol=1e-5)
-    assert set(c for c, _ in counts) == {"camera-object", "object-object", "region", "camera-camera", "rotation"}
+    assert set(c for c, _ in counts) == {
+        "camera-object",
+        "object-object",
+        "region",
+        "camera-camera",
+        "rotation",
+    }
     need = sum(n for (_, needs), n in counts.items() if needs)
     assert abs(need / len(rows) - 0.5) < 0.05
 
@@ -213,20 +288,38 @@ def test_facts_of_a_picture_drawn_by_hand():
     ids = np.zeros((32, 32), int)
     ids[10:20, 0:10], ids[10:15, 26:31] = 1, 2
     found = questions.facts(ids, 3)
-    assert found == {"largest": 0, "leftmost": 0, "rightmost": 1, "left": 0, "centre": -1, "right": 1, "seen": [0, 1]}
-    ids[10:20, 20:30] = 3                                    # as large as thing 1, two columns left of thing 2
+    assert found == {
+        "largest": 0,
+        "leftmost": 0,
+        "rightmost": 1,
+        "left": 0,
+        "centre": -1,
+        "right": 1,
+        "seen": [0, 1],
+    }
+    ids[10:20, 20:30] = 3  # as large as thing 1, two columns left of thing 2
     assert questions.facts(ids, 3)["largest"] is None
     assert questions.facts(np.zeros((32, 32), int), 3)["largest"] == -1
 
 
 def test_mindcube_layout(made, tmp_path):
     data.make_mindcube(tmp_path, made / "questions_test.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "raw" / "MindCube_tinybench.jsonl").read_text().splitlines()]
-    assert len(rows) == 8 and all((tmp_path / image).exists() for row in rows for image in row["images"])
-    assert all(row["id"].startswith(("rotation_", "around_")) and f" {row['gt_answer']}. " in row["question"] for row in rows)
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "raw" / "MindCube_tinybench.jsonl").read_text().splitlines()
+    ]
+    assert len(rows) == 8 and all(
+        (tmp_path / image).exists() for row in rows for image in row["images"]
+    )
+    assert all(
+        row["id"].startswith(("rotation_", "around_"))
+        and f" {row['gt_answer']}. " in row["question"]
+        for row in rows
+    )
 
 
 # ---- World2VLM ------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def motions(tmp_path_factory):
@@ -243,23 +336,57 @@ def test_world2vlm_s_questions_are_complete_and_true(motions, made):
         rooms[split] = {row["scene"]["room"] for row in rows}
         assert rows and len({row["id"] for row in rows}) == len(rows)
         for row in rows:
-            assert row.keys() == {"id", "bench", "images", "question", "options", "answer", "category", "kind",
-                                  "needs_view", "weight", "negative", "scene"}
-            assert (row["bench"], row["kind"], row["options"], row["weight"]) == ("world2vlm", "na", [], 1)
-            assert world2vlm(row["category"], row["answer"], row["answer"])["total"] == pytest.approx(1)
-            assert len(row["images"]) == len(row["scene"]["poses"]) == (1 if row["category"] == "D2" else 2)
+            assert row.keys() == {
+                "id",
+                "bench",
+                "images",
+                "question",
+                "options",
+                "answer",
+                "category",
+                "kind",
+                "needs_view",
+                "weight",
+                "negative",
+                "scene",
+            }
+            assert (row["bench"], row["kind"], row["options"], row["weight"]) == (
+                "world2vlm",
+                "na",
+                [],
+                1,
+            )
+            assert world2vlm(row["category"], row["answer"], row["answer"])[
+                "total"
+            ] == pytest.approx(1)
+            assert (
+                len(row["images"])
+                == len(row["scene"]["poses"])
+                == (1 if row["category"] == "D2" else 2)
+            )
         for row in rows[::20]:
             true = render(random_room(row["scene"]["room"]), np.array(row["scene"]["poses"]))["rgb"]
-            assert all(np.abs(load_image(path).astype(int) - view).max() <= 1 for path, view in zip(row["images"], true))
-    assert {task for row in data.load_jsonl(motions / "questions_train.jsonl") for task in [row["category"]]} == set(TASKS)
+            assert all(
+                np.abs(load_image(path).astype(int) - view).max() <= 1
+                for path, view in zip(row["images"], true)
+            )
+    assert {
+        task
+        for row in data.load_jsonl(motions / "questions_train.jsonl")
+        for task in [row["category"]]
+    } == set(TASKS)
     sets = [others, *rooms.values()]
     assert sum(map(len, sets)) == len(set.union(*sets)) and len(rooms["train"]) == 10
 
 
 def test_world2vlm_s_labels_are_balanced_over_the_whole_split(motions):
     rows = data.load_jsonl(motions / "questions_train.jsonl")
-    said = Counter((row["category"], row["answer"]) for row in rows if row["category"] in ("A4", "D2", "D4"))
-    assert said["A4", "true"] == said["A4", "false"] > 5 and said["D2", "yes"] == said["D2", "no"] > 0
+    said = Counter(
+        (row["category"], row["answer"]) for row in rows if row["category"] in ("A4", "D2", "D4")
+    )
+    assert (
+        said["A4", "true"] == said["A4", "false"] > 5 and said["D2", "yes"] == said["D2", "no"] > 0
+    )
     ways = Counter(" ".join(row["answer"].split()[:2]) for row in rows if row["category"] == "A1")
     assert len(ways) == 4 and len(set(ways.values())) == 1
 
@@ -267,7 +394,9 @@ def test_world2vlm_s_labels_are_balanced_over_the_whole_split(motions):
 def test_world2vlm_s_files_are_the_same_again(motions, tmp_path):
     data.make_world2vlm(tmp_path, rooms=10, held_out=(3, 3), threads=1)
     for split in SPLITS:
-        assert (tmp_path / f"questions_{split}.jsonl").read_bytes() == (motions / f"questions_{split}.jsonl").read_bytes()
+        assert (tmp_path / f"questions_{split}.jsonl").read_bytes() == (
+            motions / f"questions_{split}.jsonl"
+        ).read_bytes()
 
 
 def test_a_world_model_teaches_what_it_imagines(motions, tmp_path, monkeypatch):
@@ -275,19 +404,22 @@ def test_a_world_model_teaches_what_it_imagines(motions, tmp_path, monkeypatch):
 
     What is held out stays true.
     """
+
     class Blurred:
         asked = []
 
         def imagine(self, queries):
             self.asked.append(len(queries))
             views = TrueRenderer().imagine(queries)
-            return [np.random.default_rng(query.seed).normal(view, 10).clip(0, 255).astype(np.uint8)
-                    for query, view in zip(queries, views)]
+            return [
+                np.random.default_rng(query.seed).normal(view, 10).clip(0, 255).astype(np.uint8)
+                for query, view in zip(queries, views)
+            ]
 
     monkeypatch.setattr("world_model.WorldModel.load", lambda *where: Blurred())
     (tmp_path / "wm").mkdir()
     data.make_world2vlm(tmp_path, str(tmp_path / "wm"), rooms=9, held_out=(3, 3))
-    assert Blurred.asked[0] == 8 * 2 * 8                                # eight rooms, two tries, eight programs each
+    assert Blurred.asked[0] == 8 * 2 * 8  # eight rooms, two tries, eight programs each
     rows = data.load_jsonl(tmp_path / "questions_train.jsonl")
     assert not any("backward 0" in row["answer"] or "backward 1" in row["answer"] for row in rows)
     assert all(0.5 < row["weight"] < 1 for row in rows)
@@ -299,22 +431,44 @@ def test_a_world_model_teaches_what_it_imagines(motions, tmp_path, monkeypatch):
 
 def test_a_world_model_teaches_from_scans(tmp_path, monkeypatch):
     """From every context with a scale, by steps that a teacher can do; its pictures come in the size of the scan's."""
+
     class Teacher:
         motions = []
 
         def imagine(self, queries):
             self.motions += [read_instruction(query.instruction)[1] for query in queries]
-            return [np.random.default_rng(query.seed).integers(0, 256, (48, 64, 3), dtype=np.uint8) for query in queries]
+            return [
+                np.random.default_rng(query.seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+                for query in queries
+            ]
 
     monkeypatch.setattr("world_model.WorldModel.load", lambda *where: Teacher())
     (tmp_path / "wm").mkdir()
     for n in range(4):
         save_image(tmp_path / f"{n}.png", np.full((50, 66, 3), 40 * n, np.uint8))
     for split in SPLITS:
-        save_jsonl(tmp_path / f"triples_{split}.jsonl", [
-            {"context": [f"{n}.png", f"{n + 1}.png"], "reference": 2, "scene": f"scannet/{split}{n}", "metric": n != 1,
-             "context_intrinsics": [[[33, 0, 33], [0, 33, 25], [0, 0, 1]]] * 2} for n in (0, 0, 1, 2)])
-    command = ["world2vlm", "--anchors", str(tmp_path), "--teacher", str(tmp_path / "wm"), "--out", str(tmp_path / "out")]
+        save_jsonl(
+            tmp_path / f"triples_{split}.jsonl",
+            [
+                {
+                    "context": [f"{n}.png", f"{n + 1}.png"],
+                    "reference": 2,
+                    "scene": f"scannet/{split}{n}",
+                    "metric": n != 1,
+                    "context_intrinsics": [[[33, 0, 33], [0, 33, 25], [0, 0, 1]]] * 2,
+                }
+                for n in (0, 0, 1, 2)
+            ],
+        )
+    command = [
+        "world2vlm",
+        "--anchors",
+        str(tmp_path),
+        "--teacher",
+        str(tmp_path / "wm"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     data.main([*command, "--limit", "1"])
     first = len(Teacher.motions)
     log = tmp_path / "out" / "records_train.jsonl"
@@ -322,72 +476,123 @@ def test_a_world_model_teaches_from_scans(tmp_path, monkeypatch):
     data.main(command)
     both = len(Teacher.motions)
     data.main(command)
-    assert 1.5 * first < both < 2.5 * first and len(Teacher.motions) == both        # what was done is not done again
+    assert (
+        1.5 * first < both < 2.5 * first and len(Teacher.motions) == both
+    )  # what was done is not done again
     assert max(motion.amount for motion in Teacher.motions if motion.unit == "meters") == 1.0
     assert max(motion.amount for motion in Teacher.motions if motion.unit == "degrees") == 45.0
     for split in SPLITS:
         rows = data.load_jsonl(tmp_path / "out" / f"questions_{split}.jsonl")
-        assert {row["cluster"] for row in rows} <= {f"scannet/{split}0", f"scannet/{split}2"} and rows
+        assert {row["cluster"] for row in rows} <= {
+            f"scannet/{split}0",
+            f"scannet/{split}2",
+        } and rows
         assert {row["category"] for row in rows} <= {"A1", "A2", "A3", "A4"}
         for row in rows:
             assert load_image(row["images"][-1]).shape == (50, 66, 3)
             assert load_image(row["images"][0])[0, 0, 0] in (40, 120)
     with pytest.raises(SystemExit):
-        data.main(["world2vlm", "--anchors", str(tmp_path)])                        # nobody renders scans truly
+        data.main(["world2vlm", "--anchors", str(tmp_path)])  # nobody renders scans truly
 
 
 def test_a_teacher_without_scans_to_start_from_is_told(made, tmp_path, monkeypatch):
     """Rooms' triples name no metric scale: six empty files are no success."""
     monkeypatch.setattr("world_model.WorldModel.load", lambda *where: None)
     (tmp_path / "wm").mkdir()
-    with pytest.raises(SystemExit, match="No question was made: --anchors .* must hold triples of scans"):
-        data.main(["world2vlm", "--anchors", str(made), "--teacher", str(tmp_path / "wm"), "--out", str(tmp_path)])
+    with pytest.raises(
+        SystemExit, match="No question was made: --anchors .* must hold triples of scans"
+    ):
+        data.main(
+            [
+                "world2vlm",
+                "--anchors",
+                str(made),
+                "--teacher",
+                str(tmp_path / "wm"),
+                "--out",
+                str(tmp_path),
+            ]
+        )
 
 
 def test_mining_does_not_drop_another_corpus(tmp_path, monkeypatch):
     def mine(corpus, out):
-        rows = [{"id": f"{corpus}/{i}", "images": [], "options": ["A. red", "B. blue"]} for i in range(40)]
+        rows = [
+            {"id": f"{corpus}/{i}", "images": [], "options": ["A. red", "B. blue"]}
+            for i in range(40)
+        ]
         save_jsonl(tmp_path / corpus / "questions_train.jsonl", rows)
         data.mine(tmp_path / corpus / "questions_train.jsonl", tmp_path / out, "policy")
 
     def mined(out):
-        return [row["id"] for split in ("train", "val")
-                for row in data.load_jsonl(tmp_path / out / f"questions_{split}.jsonl")]
-    monkeypatch.setattr(data, "ask_often", lambda questions, out, asked: save_jsonl(
-        out / "answers.jsonl", [{"id": question["id"], "right": 0, **asked} for question in questions]))
+        return [
+            row["id"]
+            for split in ("train", "val")
+            for row in data.load_jsonl(tmp_path / out / f"questions_{split}.jsonl")
+        ]
+
+    monkeypatch.setattr(
+        data,
+        "ask_often",
+        lambda questions, out, asked: save_jsonl(
+            out / "answers.jsonl",
+            [{"id": question["id"], "right": 0, **asked} for question in questions],
+        ),
+    )
     mine("vst", "mined")
     with pytest.raises(SystemExit, match="holds questions of something else, .* --out of its own"):
         mine("sensenova", "mined")
     mine("sensenova", "other")
-    mine("vst", "mined")                                                            # the same again may be made anew
-    assert {id.split("/")[0] for id in mined("mined")} == {"vst"} and len(mined("mined")) == len(mined("other")) == 40
+    mine("vst", "mined")  # the same again may be made anew
+    assert {id.split("/")[0] for id in mined("mined")} == {"vst"} and len(mined("mined")) == len(
+        mined("other")
+    ) == 40
 
 
-@pytest.mark.parametrize("words, sentence", [
-    (["--at-most", "9", "--samples", "2"], "--at-most 9 of --samples 2: must be"),
-    (["--at-most", "-1"], "--at-most -1 of"), (["--at-most", "5"], "none or all questions are kept")])
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--at-most", "9", "--samples", "2"], "--at-most 9 of --samples 2: must be"),
+        (["--at-most", "-1"], "--at-most -1 of"),
+        (["--at-most", "5"], "none or all questions are kept"),
+    ],
+)
 def test_mining_that_keeps_all_or_none_is_refused(words, sentence, capsys):
     with pytest.raises(SystemExit):
         data.parse_args(["mine", "--questions", "q", "--policy", "p", *words])
     assert sentence in capsys.readouterr().err
-    assert data.parse_args(["mine", "--questions", "q", "--policy", "p", "--at-most", "4"]).at_most == 4
+    assert (
+        data.parse_args(["mine", "--questions", "q", "--policy", "p", "--at-most", "4"]).at_most
+        == 4
+    )
 
 
 def test_folders_that_cannot_be_are_told_before_anything_is_made(tmp_path):
     (tmp_path / "file").write_text("")
     for out in ("file", "file/below/it"):
-        with pytest.raises(SystemExit, match=f"--out .*{out} cannot be a folder: .*/file is a file"):
+        with pytest.raises(
+            SystemExit, match=f"--out .*{out} cannot be a folder: .*/file is a file"
+        ):
             data.main(["triples", "--rooms", "1", "--out", str(tmp_path / out)])
     for root in ("nowhere", "file"):
-        for command in (["triples", "--dataset", "scannet"], ["corpus", "--corpus", "vst"], ["depth"]):
+        for command in (
+            ["triples", "--dataset", "scannet"],
+            ["corpus", "--corpus", "vst"],
+            ["depth"],
+        ):
             with pytest.raises(SystemExit, match=f"--root .*{root} is no folder"):
-                data.main([*command, "--root", str(tmp_path / root), "--out", str(tmp_path / "out")])
+                data.main(
+                    [*command, "--root", str(tmp_path / root), "--out", str(tmp_path / "out")]
+                )
 
 
 def test_the_papers_numbers_stand_in_one_place():
     rules = data.Rules()
     assert (data.MIN_COVERAGE, data.MIN_METERS, data.MIN_DEGREES) == (0.85, 1.0, 30.0)
-    assert data.parse_args(["triples"]).coverage == rules.coverage and rules.apart_degrees == data.MIN_DEGREES
+    assert (
+        data.parse_args(["triples"]).coverage == rules.coverage
+        and rules.apart_degrees == data.MIN_DEGREES
+    )
 
 
 def test_bad_files_stop_with_a_sentence(made, tmp_path):

@@ -22,8 +22,14 @@ def questions(tmp_path_factory):
     """Questions of a few rooms, their pictures as arrays."""
     root = tmp_path_factory.mktemp("questions")
     rows = [row for seed in range(5_000_012, 5_000_024) for row in room_questions(seed, root)]
-    return [{**row, "images": [load_image(root / path) for path in row["images"]],
-             "view": load_image(root / row["view"])} for row in rows]
+    return [
+        {
+            **row,
+            "images": [load_image(root / path) for path in row["images"]],
+            "view": load_image(root / row["view"]),
+        }
+        for row in rows
+    ]
 
 
 def words(question, letter=None):
@@ -32,14 +38,20 @@ def words(question, letter=None):
 
 def wrong(question, avoid=()):
     """The letter of a wrong option whose words are not in `avoid`."""
-    return next(letter for letter in "ABCD" if letter != question["answer"] and words(question, letter) not in avoid)
+    return next(
+        letter
+        for letter in "ABCD"
+        if letter != question["answer"] and words(question, letter) not in avoid
+    )
 
 
 def held(question, answer, *calls, views=None, mode="agentic"):
     """A dialogue that makes these calls (image, motion, amount), is shown the true views or `views`, and answers."""
     t = Trajectory.start(POLICY, question, question["images"], mode)
     for k, (image, motion, amount) in enumerate(calls):
-        call = json.dumps({"name": "imagine", "arguments": {"image": image, "motion": motion, "amount": amount}})
+        call = json.dumps(
+            {"name": "imagine", "arguments": {"image": image, "motion": motion, "amount": amount}}
+        )
         t.say(POLICY, f"<think></think><tool_call>{call}</tool_call>")
         t.observe(POLICY, image=views[k] if views else TrueRenderer().imagine([t.query(0)])[0])
     t.say(POLICY, f"<think></think><answer>{answer}</answer>")
@@ -58,26 +70,43 @@ def unseen(questions, test=lambda question: True):
 def false_view(question, colour):
     """The true view with its largest thing painted in another colour."""
     room = random_room(question["scene"]["room"])
-    target = move_camera(np.array(question["scene"]["poses"][question["command"]["image"] - 1]),
-                         Motion(question["command"]["kind"], question["command"]["amount"]))
-    things = tuple(replace(t, colour=colour) if t.colour == words(question) else
-                   replace(t, colour=words(question)) if t.colour == colour else t for t in room.things)
+    target = move_camera(
+        np.array(question["scene"]["poses"][question["command"]["image"] - 1]),
+        Motion(question["command"]["kind"], question["command"]["amount"]),
+    )
+    things = tuple(
+        replace(t, colour=colour)
+        if t.colour == words(question)
+        else replace(t, colour=words(question))
+        if t.colour == colour
+        else t
+        for t in room.things
+    )
     return render(replace(room, things=things), target)["rgb"][0]
 
 
 def test_a_true_view_reads_like_the_answer(questions):
-    told = [reads(q["view"] if q["needs_view"] else q["images"][q["shown_by"] - 1], q["ask"]) == words(q)
-            for q in questions if q["ask"]]
+    told = [
+        reads(q["view"] if q["needs_view"] else q["images"][q["shown_by"] - 1], q["ask"])
+        == words(q)
+        for q in questions
+        if q["ask"]
+    ]
     assert np.mean(told) > 0.95 and reads(np.full((32, 32, 3), 90, np.uint8), "leftmost") == "none"
     assert set(map(str, COLOURS)) >= {words(q) for q in questions if q["ask"]}
 
 
 def test_the_call_resolved_it_or_its_view_was_ignored(questions):
     q = unseen(questions)
-    assert diagnose(q, held(q, q["answer"], right_call(q))) == {"case": "resolved", "use": "needed, called",
-                                                                "deviation": None}
+    assert diagnose(q, held(q, q["answer"], right_call(q))) == {
+        "case": "resolved",
+        "use": "needed, called",
+        "deviation": None,
+    }
     assert diagnose(q, held(q, wrong(q), right_call(q)))["case"] == "ignored"
-    assert diagnose(q, held(q, words(q), right_call(q)))["case"] == "resolved"             # the option's words will do
+    assert (
+        diagnose(q, held(q, words(q), right_call(q)))["case"] == "resolved"
+    )  # the option's words will do
 
 
 def test_with_the_true_renderer_the_asked_call_is_never_blamed(questions):
@@ -89,11 +118,22 @@ def test_with_the_true_renderer_the_asked_call_is_never_blamed(questions):
 
 def test_a_valid_call_that_leaves_the_target_out_of_view(questions):
     away = (1, "turn left", 5.0)
-    q = unseen(questions, lambda q: reads(true_views(q, [{"image": 1, "motion": "turn left", "amount": 5.0}])[0],
-                                          q["ask"]) != words(q))
-    assert diagnose(q, held(q, wrong(q), away)) == {"case": "off_target", "use": "needed, called", "deviation": None}
+    q = unseen(
+        questions,
+        lambda q: (
+            reads(true_views(q, [{"image": 1, "motion": "turn left", "amount": 5.0}])[0], q["ask"])
+            != words(q)
+        ),
+    )
+    assert diagnose(q, held(q, wrong(q), away)) == {
+        "case": "off_target",
+        "use": "needed, called",
+        "deviation": None,
+    }
     assert diagnose(q, held(q, q["answer"], away))["case"] == "guessed"
-    assert diagnose(q, held(q, q["answer"], away, right_call(q)))["case"] == "resolved"    # a second call may repair it
+    assert (
+        diagnose(q, held(q, q["answer"], away, right_call(q)))["case"] == "resolved"
+    )  # a second call may repair it
 
 
 def test_a_view_of_wrong_content_is_trusted_or_not(questions):
@@ -102,7 +142,10 @@ def test_a_view_of_wrong_content_is_trusted_or_not(questions):
     false = false_view(q, words(q, letter))
     assert reads(false, q["ask"]) == words(q, letter)
     assert diagnose(q, held(q, letter, right_call(q), views=[false])) == {
-        "case": "trusted", "use": "needed, called", "deviation": "content"}
+        "case": "trusted",
+        "use": "needed, called",
+        "deviation": "content",
+    }
     other = wrong(q, avoid=[words(q, letter)])
     assert diagnose(q, held(q, other, right_call(q), views=[false]))["case"] == "deviates"
     assert diagnose(q, held(q, q["answer"], right_call(q), views=[false]))["case"] == "guessed"
@@ -110,12 +153,21 @@ def test_a_view_of_wrong_content_is_trusted_or_not(questions):
 
 def test_a_view_from_the_wrong_pose(questions):
     """The simulator goes nowhere: it shows the reference image again, where the answer is another by construction."""
-    q = unseen(questions, lambda q: q["command"]["kind"].startswith("turn") and reads(
-        q["images"][q["command"]["image"] - 1], q["ask"]) in (words(q, letter) for letter in "ABCD"))
+    q = unseen(
+        questions,
+        lambda q: (
+            q["command"]["kind"].startswith("turn")
+            and reads(q["images"][q["command"]["image"] - 1], q["ask"])
+            in (words(q, letter) for letter in "ABCD")
+        ),
+    )
     still = q["images"][q["command"]["image"] - 1]
     letter = next(letter for letter in "ABCD" if words(q, letter) == reads(still, q["ask"]))
     assert diagnose(q, held(q, letter, right_call(q), views=[still])) == {
-        "case": "trusted", "use": "needed, called", "deviation": "pose"}
+        "case": "trusted",
+        "use": "needed, called",
+        "deviation": "pose",
+    }
 
 
 def test_the_motion_of_the_question_from_another_image(questions):
@@ -125,35 +177,56 @@ def test_the_motion_of_the_question_from_another_image(questions):
 
     def told(q):
         image, kind, amount = elsewhere(q)
-        return reads(true_views(q, [{"image": image, "motion": kind, "amount": amount}])[0], q["ask"])
+        return reads(
+            true_views(q, [{"image": image, "motion": kind, "amount": amount}])[0], q["ask"]
+        )
+
     q = unseen(questions, lambda q: told(q) != words(q))
     assert diagnose(q, held(q, wrong(q), elsewhere(q)))["case"] == "confused"
 
 
 def test_over_use_and_under_use(questions):
     q = unseen(questions)
-    assert diagnose(q, held(q, wrong(q))) == {"case": "under_use", "use": "under-use: needed, not called",
-                                              "deviation": None}
+    assert diagnose(q, held(q, wrong(q))) == {
+        "case": "under_use",
+        "use": "under-use: needed, not called",
+        "deviation": None,
+    }
     assert diagnose(q, held(q, q["answer"]))["case"] == "guessed"
     given = next(q for q in questions if q["shown_by"])
     assert diagnose(given, held(given, given["answer"]))["use"] == "not needed, not called"
     assert diagnose(given, held(given, given["answer"], (1, "turn left", 45.0))) == {
-        "case": "unaided", "use": "over-use: not needed, called", "deviation": None}
+        "case": "unaided",
+        "use": "over-use: not needed, called",
+        "deviation": None,
+    }
 
 
 def test_questions_that_the_given_images_answer(questions):
     def others(q):
         return [told[q["ask"]] for k, told in enumerate(q["shows"][:-1], 1) if k != q["shown_by"]]
-    q, letter = next((q, x) for q in questions if q["shown_by"] for x in "ABCD"
-                     if x != q["answer"] and words(q, x) in others(q))
+
+    q, letter = next(
+        (q, x)
+        for q in questions
+        if q["shown_by"]
+        for x in "ABCD"
+        if x != q["answer"] and words(q, x) in others(q)
+    )
     assert diagnose(q, held(q, letter))["case"] == "confused"
-    q = next(q for q in questions if q["shown_by"] and any(words(q, x) not in others(q) + [words(q)] for x in "ABCD"))
+    q = next(
+        q
+        for q in questions
+        if q["shown_by"] and any(words(q, x) not in others(q) + [words(q)] for x in "ABCD")
+    )
     letter = wrong(q, avoid=others(q))
     assert diagnose(q, held(q, letter))["case"] == "misread"
-    paint = np.full((32, 32, 3), COLOURS[words(q, letter)], np.uint8)                      # an invented view
+    paint = np.full((32, 32, 3), COLOURS[words(q, letter)], np.uint8)  # an invented view
     assert diagnose(q, held(q, letter, (1, "turn left", 45.0), views=[paint]))["case"] == "trusted"
     camera = next(q for q in questions if q["category"] == "camera-camera")
-    assert diagnose(camera, held(camera, wrong(camera), (1, "turn left", 45.0)))["case"] == "misread"
+    assert (
+        diagnose(camera, held(camera, wrong(camera), (1, "turn left", 45.0)))["case"] == "misread"
+    )
 
 
 def test_no_answer_and_no_diagnosis(questions):
@@ -167,8 +240,14 @@ def test_no_answer_and_no_diagnosis(questions):
 
 def test_the_tally_counts_every_dialogue_once(questions):
     q = unseen(questions)
-    records = [{"diagnosis": diagnose(q, t)} for t in (held(q, q["answer"], right_call(q)), held(q, wrong(q)))]
+    records = [
+        {"diagnosis": diagnose(q, t)}
+        for t in (held(q, q["answer"], right_call(q)), held(q, wrong(q)))
+    ]
     counts = tally([*records, {"diagnosis": None}])
     assert counts["n"] == 2 == sum(counts["cases"].values()) and set(counts["cases"]) == set(CASES)
-    assert counts["uses"] == {"needed, called": 1, "under-use: needed, not called": 1} and not counts["deviations"]
+    assert (
+        counts["uses"] == {"needed, called": 1, "under-use: needed, not called": 1}
+        and not counts["deviations"]
+    )
     assert tally([{"diagnosis": None}]) is None

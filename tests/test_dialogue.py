@@ -5,7 +5,17 @@ import json
 import numpy as np
 import pytest
 
-from lib.dialogue import AMOUNT, CALL_FIRST, ENOUGH, LIMITS, UNREADABLE, Trajectory, call_poses, parse_reply, read_call
+from lib.dialogue import (
+    AMOUNT,
+    CALL_FIRST,
+    ENOUGH,
+    LIMITS,
+    UNREADABLE,
+    Trajectory,
+    call_poses,
+    parse_reply,
+    read_call,
+)
 from lib.geometry import KINDS, Motion, move_camera
 from policy import Policy
 
@@ -13,7 +23,9 @@ ANSWER = "<think>red</think><answer>A</answer>"
 
 
 def call(image=1, motion="turn left", amount=45):
-    return json.dumps({"name": "imagine", "arguments": {"image": image, "motion": motion, "amount": amount}})
+    return json.dumps(
+        {"name": "imagine", "arguments": {"image": image, "motion": motion, "amount": amount}}
+    )
 
 
 def turn(**of_call):
@@ -27,7 +39,10 @@ def policy():
 
 def play(policy, mode, *turns):
     """A dialogue about one picture; every valid call is shown the same view -> what was replied, the Trajectory."""
-    view, question = np.full((32, 32, 3), 100, np.uint8), {"question": "Which?", "options": ["A. red", "B. blue"]}
+    view, question = (
+        np.full((32, 32, 3), 100, np.uint8),
+        {"question": "Which?", "options": ["A. red", "B. blue"]},
+    )
     trajectory = Trajectory.start(policy, question, [view], mode)
     for said in turns:
         trajectory.say(policy, said)
@@ -37,17 +52,27 @@ def play(policy, mode, *turns):
 
 
 def test_amounts_just_inside_and_just_outside():
-    assert LIMITS == {"meters": 10, "degrees": 360} and "at most 10 (meters)" in AMOUNT and "360 (degrees)" in AMOUNT
+    assert (
+        LIMITS == {"meters": 10, "degrees": 360}
+        and "at most 10 (meters)" in AMOUNT
+        and "360 (degrees)" in AMOUNT
+    )
     for motion in KINDS:
         most, more = (10, 10.1) if motion.startswith("move") else (360, 361)
         assert read_call(call(motion=motion, amount=most)) == (
-            {"image": 1, "motion": motion, "amount": float(most)}, None)
+            {"image": 1, "motion": motion, "amount": float(most)},
+            None,
+        )
         assert read_call(call(motion=motion, amount=more)) == (None, AMOUNT)
 
 
 def test_only_a_valid_call_lets_forced_answer(policy):
-    replies, trajectory = play(policy, "forced", turn(image=7), ANSWER, turn(amount=400), ANSWER, turn(), ANSWER)
-    assert replies[1] == replies[3] == CALL_FIRST.strip() and replies[4].startswith("Imagined from Image-1, turn left")
+    replies, trajectory = play(
+        policy, "forced", turn(image=7), ANSWER, turn(amount=400), ANSWER, turn(), ANSWER
+    )
+    assert replies[1] == replies[3] == CALL_FIRST.strip() and replies[4].startswith(
+        "Imagined from Image-1, turn left"
+    )
     assert trajectory.answer == "A" and (trajectory.valid_calls, trajectory.invalid_calls) == (1, 2)
 
 
@@ -61,13 +86,26 @@ def test_an_invalid_call_costs_no_view(policy):
 def test_a_reply_in_a_benchs_own_words_may_call_once():
     one = f"Let me look. <tool_call>{call()}</tool_call>"
     assert parse_reply(one) == ("", {"image": 1, "motion": "turn left", "amount": 45.0}, None, None)
-    assert parse_reply(f"{one} and <tool_call>{call(image=2)}</tool_call>") == ("", None, None, UNREADABLE)
-    assert parse_reply(" B. \n") == ("", None, "B.", None) and parse_reply(" ") == ("", None, None, UNREADABLE)
+    assert parse_reply(f"{one} and <tool_call>{call(image=2)}</tool_call>") == (
+        "",
+        None,
+        None,
+        UNREADABLE,
+    )
+    assert parse_reply(" B. \n") == ("", None, "B.", None) and parse_reply(" ") == (
+        "",
+        None,
+        None,
+        UNREADABLE,
+    )
 
 
 def test_calls_lead_where_they_say():
     start = move_camera(np.eye(4), Motion("turn right", 30.0))
-    calls = [{"image": 1, "motion": "move left", "amount": 1.5}, {"image": 2, "motion": "look up", "amount": 10.0}]
+    calls = [
+        {"image": 1, "motion": "move left", "amount": 1.5},
+        {"image": 2, "motion": "look up", "amount": 10.0},
+    ]
     poses = call_poses({"room": 0, "poses": [start.tolist()]}, calls)
     aside = move_camera(start, Motion("move left", 1.5))
     np.testing.assert_allclose(poses, [start, aside, move_camera(aside, Motion("look up", 10.0))])

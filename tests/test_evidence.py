@@ -21,7 +21,13 @@ def row(out, name, right, seed=0):
     pose, mse, n = np.arange(len(ROOMS)) % 5 < right, 0.1 / (1 + right), len(ROOMS)
     values = np.column_stack([np.ones(n), pose, np.full(n, mse), np.ones((n, 8))])
     np.savez(folder / "views.npz", id=[str(i) for i in range(n)], room=ROOMS, values=values)
-    result = {"pose": pose.mean(), "content": 1.0, "mse": mse, "cpu_seconds": 100 + seed, "steps": 9}
+    result = {
+        "pose": pose.mean(),
+        "content": 1.0,
+        "mse": mse,
+        "cpu_seconds": 100 + seed,
+        "steps": 9,
+    }
     (folder / "result.json").write_text(json.dumps(result))
 
 
@@ -36,22 +42,44 @@ def test_every_row_is_one_the_stages_understand():
     for run in RUNS:
         data.parse_args(["triples", *DATA[run.data].make.split()])
         train_wm.parse_args([*DATA[run.data].train.split(), *run.flags.split()])
-    assert {f"{name}-plain" for name in DATA} <= {run.name for run in RUNS}         # what each is compared with
+    assert {f"{name}-plain" for name in DATA} <= {
+        run.name for run in RUNS
+    }  # what each is compared with
 
 
 def test_the_table_says_what_the_files_say(tmp_path):
-    row(tmp_path, "ring-plain", 2), row(tmp_path, "ring-content", 3), row(tmp_path, "ring-untuned", 0)
+    (
+        row(tmp_path, "ring-plain", 2),
+        row(tmp_path, "ring-content", 3),
+        row(tmp_path, "ring-untuned", 0),
+    )
     row(tmp_path, "rooms250-plain", 1), row(tmp_path, "apart-pose", 4)
     told = cells(evidence.table(tmp_path))
-    assert list(told) == ["ring-plain", "ring-content", "ring-untuned", "rooms250-plain", "apart-pose"]
+    assert list(told) == [
+        "ring-plain",
+        "ring-content",
+        "ring-untuned",
+        "rooms250-plain",
+        "apart-pose",
+    ]
     assert told["ring-plain"] == ["0", "9", "0.400", "1.000", "0.0333", "100", "", "", ""]
-    assert told["ring-content"][6:] == ["+0.200 [+0.200 +0.200]", "+0.000 [+0.000 +0.000]", "-0.0083 [-0.0083 -0.0083]"]
-    assert told["ring-untuned"][6].startswith("-0.400") and told["rooms250-plain"][6].startswith("-0.200")
-    assert told["apart-pose"][6:] == ["", "", ""]                                   # its plain row is not there yet
+    assert told["ring-content"][6:] == [
+        "+0.200 [+0.200 +0.200]",
+        "+0.000 [+0.000 +0.000]",
+        "-0.0083 [-0.0083 -0.0083]",
+    ]
+    assert told["ring-untuned"][6].startswith("-0.400") and told["rooms250-plain"][6].startswith(
+        "-0.200"
+    )
+    assert told["apart-pose"][6:] == ["", "", ""]  # its plain row is not there yet
 
 
 def test_seeds_are_averaged(tmp_path):
-    row(tmp_path, "ring-plain", 2), row(tmp_path, "ring-pose", 2), row(tmp_path, "ring-pose", 4, seed=1)
+    (
+        row(tmp_path, "ring-plain", 2),
+        row(tmp_path, "ring-pose", 2),
+        row(tmp_path, "ring-pose", 4, seed=1),
+    )
     told = cells(evidence.table(tmp_path))["ring-pose"]
     assert told[:3] == ["0 1", "9", "0.600"] and told[5:7] == ["100", "+0.200 [+0.200 +0.200]"]
 
@@ -68,7 +96,11 @@ def test_rows_of_other_views_are_not_compared(tmp_path):
 def place(tmp_path, monkeypatch):
     """Two rooms of data, two rows, and a train_wm.py that leaves an untrained model; -> (folder, the calls made)."""
     calls = []
-    rows = [row for seed in (5_000_000, 5_000_001) for row in data.room_triples(seed, tmp_path / "data/ring")]
+    rows = [
+        row
+        for seed in (5_000_000, 5_000_001)
+        for row in data.room_triples(seed, tmp_path / "data/ring")
+    ]
 
     def call(stage, *flags):
         args = dict(zip(flags[::2], flags[1::2]))
@@ -77,9 +109,16 @@ def place(tmp_path, monkeypatch):
             return data.save_jsonl(tmp_path / "data/ring/triples_test.jsonl", rows)
         WorldModel.tiny().save(evidence.Path(args["--out"]))
         (evidence.Path(args["--out"]) / "done.json").write_text('{"cpu_seconds": 7}')
+
     monkeypatch.setattr(evidence, "call", call)
-    monkeypatch.setattr(evidence, "RUNS", [Run("ring-plain", "ring", "--warp-weight 0"),
-                                           Run("ring-warp", "ring", "", "warp with true depth and pose")])
+    monkeypatch.setattr(
+        evidence,
+        "RUNS",
+        [
+            Run("ring-plain", "ring", "--warp-weight 0"),
+            Run("ring-warp", "ring", "", "warp with true depth and pose"),
+        ],
+    )
     return tmp_path, calls
 
 
@@ -87,21 +126,35 @@ def test_a_finished_row_is_not_run_again(place, capsys):
     out, calls = place
     evidence.main(["--out", str(out), "--steps", "3"])
     assert [stage for stage, _ in calls] == ["data.py", "train_wm.py"]
-    assert calls[1][1]["--steps"] == "3" and calls[1][1]["--seed"] == "0" and calls[1][1]["--warp-weight"] == "0"
-    told, again = cells((out / "table.md").read_text().splitlines()), (out / "ring-plain-s0/result.json").read_text()
-    assert float(told["ring-warp"][2]) > 0.9 > float(told["ring-plain"][2]) and told["ring-plain"][5] == "7"
+    assert (
+        calls[1][1]["--steps"] == "3"
+        and calls[1][1]["--seed"] == "0"
+        and calls[1][1]["--warp-weight"] == "0"
+    )
+    told, again = (
+        cells((out / "table.md").read_text().splitlines()),
+        (out / "ring-plain-s0/result.json").read_text(),
+    )
+    assert (
+        float(told["ring-warp"][2]) > 0.9 > float(told["ring-plain"][2])
+        and told["ring-plain"][5] == "7"
+    )
     assert json.loads(again)["views"] == 16
 
     evidence.main(["--out", str(out), "--steps", "3"])
     assert len(calls) == 2 and (out / "ring-plain-s0/result.json").read_text() == again
-    (out / "ring-plain-s0/result.json").unlink()                            # killed between training and looking
+    (out / "ring-plain-s0/result.json").unlink()  # killed between training and looking
     evidence.main(["--out", str(out), "--steps", "3", "--only", "ring-p*"])
     assert len(calls) == 3 and (out / "ring-plain-s0/result.json").read_text() == again
     evidence.main(["--out", str(out), "--steps", "3", "--seeds", "0", "1"])
-    assert [args["--seed"] for _, args in calls[3:]] == ["1"]               # the oracle has no seed
+    assert [args["--seed"] for _, args in calls[3:]] == ["1"]  # the oracle has no seed
     capsys.readouterr()
     evidence.main(["--out", str(out), "--seeds", "0", "2", "--list"])
-    assert [line.split()[3] == "done" for line in capsys.readouterr().out.splitlines()[:3]] == [True, True, False]
+    assert [line.split()[3] == "done" for line in capsys.readouterr().out.splitlines()[:3]] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_rows_of_other_flags_are_not_mixed(place):

@@ -3,9 +3,25 @@
 import numpy as np
 import pytest
 
-from lib.geometry import (KINDS, Motion, coverage, decompose, dominant_component, dominant_motion, fill_holes,
-                          instruction, move_camera, phrase, pinhole, pose, project, read_instruction, read_phrase,
-                          unproject, warp)
+from lib.geometry import (
+    KINDS,
+    Motion,
+    coverage,
+    decompose,
+    dominant_component,
+    dominant_motion,
+    fill_holes,
+    instruction,
+    move_camera,
+    phrase,
+    pinhole,
+    pose,
+    project,
+    read_instruction,
+    read_phrase,
+    unproject,
+    warp,
+)
 from lib.rooms import EYE, random_room, render
 
 AMOUNTS = {"meters": [0.1 * k for k in range(1, 101)], "degrees": [5.0 * k for k in range(1, 73)]}
@@ -21,16 +37,31 @@ def test_words_and_motions_round_trip_over_the_whole_grid():
 
 
 def test_the_papers_sentence():
-    assert instruction(Motion("move left", 1.5), 2) == "Base on the viewpoint of Image-2, move 1.5 meters to the left."
+    assert (
+        instruction(Motion("move left", 1.5), 2)
+        == "Base on the viewpoint of Image-2, move 1.5 meters to the left."
+    )
 
 
-@pytest.mark.parametrize("text", ["turn left", "turn left some degrees", "move 1 meters to the moon", "", "turn left -5 degrees"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "turn left",
+        "turn left some degrees",
+        "move 1 meters to the moon",
+        "",
+        "turn left -5 degrees",
+    ],
+)
 def test_unreadable_motions_are_refused_with_the_list_of_phrases(text):
     with pytest.raises(ValueError, match="turn left <number> degrees"):
         read_phrase(text)
 
 
-@pytest.mark.parametrize("kind, amount", [("fly", 1.0), ("move left", 0.0), ("move left", float("nan")), ("turn left", float("inf"))])
+@pytest.mark.parametrize(
+    "kind, amount",
+    [("fly", 1.0), ("move left", 0.0), ("move left", float("nan")), ("turn left", float("inf"))],
+)
 def test_impossible_motions_are_refused(kind, amount):
     with pytest.raises(ValueError):
         Motion(kind, amount)
@@ -38,13 +69,28 @@ def test_impossible_motions_are_refused(kind, amount):
 
 def test_directions_are_those_of_the_words():
     """From the identity pose (x right, y down, z forward) every motion leads where its name says."""
-    where = {"move left": (-1, 0, 0), "move right": (1, 0, 0), "move up": (0, -1, 0), "move down": (0, 1, 0),
-             "move forward": (0, 0, 1), "move backward": (0, 0, -1)}
+    where = {
+        "move left": (-1, 0, 0),
+        "move right": (1, 0, 0),
+        "move up": (0, -1, 0),
+        "move down": (0, 1, 0),
+        "move forward": (0, 0, 1),
+        "move backward": (0, 0, -1),
+    }
     for kind, expected in where.items():
-        np.testing.assert_allclose(move_camera(np.eye(4), Motion(kind, 1.0))[:3, 3], expected, atol=1e-12)
-    looks = {"turn left": (-1, 0, 0), "turn right": (1, 0, 0), "look up": (0, -1, 0), "look down": (0, 1, 0)}
+        np.testing.assert_allclose(
+            move_camera(np.eye(4), Motion(kind, 1.0))[:3, 3], expected, atol=1e-12
+        )
+    looks = {
+        "turn left": (-1, 0, 0),
+        "turn right": (1, 0, 0),
+        "look up": (0, -1, 0),
+        "look down": (0, 1, 0),
+    }
     for kind, expected in looks.items():
-        np.testing.assert_allclose(move_camera(np.eye(4), Motion(kind, 90.0))[:3, 2], expected, atol=1e-12)
+        np.testing.assert_allclose(
+            move_camera(np.eye(4), Motion(kind, 90.0))[:3, 2], expected, atol=1e-12
+        )
 
 
 def test_dominant_motion_finds_the_commanded_one_and_refuses_a_mixture():
@@ -53,23 +99,37 @@ def test_dominant_motion_finds_the_commanded_one_and_refuses_a_mixture():
         for amount in (0.5, 1.7) if Motion(kind, 1.0).unit == "meters" else (15.0, 85.0):
             motion = Motion(kind, amount)
             assert dominant_motion(start, move_camera(start, motion)) == motion
-    assert dominant_motion(start, move_camera(start, Motion("turn right", 180.0))) == Motion("turn left", 180.0)
+    assert dominant_motion(start, move_camera(start, Motion("turn right", 180.0))) == Motion(
+        "turn left", 180.0
+    )
     both = move_camera(move_camera(start, Motion("move left", 1.0)), Motion("turn left", 25.0))
     assert dominant_motion(start, both) is None
-    slight = move_camera(move_camera(start, Motion("move left", 1.0)), Motion("turn left", 4.0))     # 4 degrees = 0.13 m
+    slight = move_camera(
+        move_camera(start, Motion("move left", 1.0)), Motion("turn left", 4.0)
+    )  # 4 degrees = 0.13 m
     assert dominant_motion(start, slight) == Motion("move left", 1.0)
 
 
 def test_what_may_stand_beside_the_dominant_component():
     """Up to 0.15 m, or a fifth of the dominant one if that is more; 30 degrees count as a metre, and roll counts."""
-    for delta, main in (([0.2, 0, 0.14, 0, 0, 0], 0), ([0.2, 0, 0.16, 0, 0, 0], -1), ([-2, 0.39, 0, 0, 0, 0], 0),
-                        ([-2, 0.41, 0, 0, 0, 0], -1), ([0, 0, 1, 0, 5.9, 0], 2), ([0, 0, 1, 0, 6.1, 0], -1),
-                        ([0, 0, 0, -90, 0.59, 0], 3), ([0, 0, 0.61, -90, 0, 0], -1), ([0, 0, 0, 0, 45, 8.9], 4),
-                        ([0, 0, 0, 0, 45, 9.1], -1), ([0, 1, 0, 0, 0, -7], -1), ([0, 0, 0.1, 0, 0, 4.4], 2),
-                        ([0, 0, 0.1, 0, 0, 170], -1)):
+    for delta, main in (
+        ([0.2, 0, 0.14, 0, 0, 0], 0),
+        ([0.2, 0, 0.16, 0, 0, 0], -1),
+        ([-2, 0.39, 0, 0, 0, 0], 0),
+        ([-2, 0.41, 0, 0, 0, 0], -1),
+        ([0, 0, 1, 0, 5.9, 0], 2),
+        ([0, 0, 1, 0, 6.1, 0], -1),
+        ([0, 0, 0, -90, 0.59, 0], 3),
+        ([0, 0, 0.61, -90, 0, 0], -1),
+        ([0, 0, 0, 0, 45, 8.9], 4),
+        ([0, 0, 0, 0, 45, 9.1], -1),
+        ([0, 1, 0, 0, 0, -7], -1),
+        ([0, 0, 0.1, 0, 0, 4.4], 2),
+        ([0, 0, 0.1, 0, 0, 170], -1),
+    ):
         assert dominant_component(np.array(delta, float)) == main, delta
     tilted = np.eye(4)
-    tilted[:2, :2] = [[0.9, -0.19**0.5], [0.19**0.5, 0.9]]                      # 26 degrees about the optical axis
+    tilted[:2, :2] = [[0.9, -(0.19**0.5)], [0.19**0.5, 0.9]]  # 26 degrees about the optical axis
     assert dominant_motion(np.eye(4), pose(0, 0, 1) @ tilted) is None
 
 
@@ -77,17 +137,26 @@ def test_holes_take_the_nearest_colour_and_none_from_across_the_edge():
     view, seen = np.zeros((1, 5, 3), np.uint8), np.array([[True, False, True, False, False]])
     view[0, 0], view[0, 2] = (255, 0, 0), (0, 255, 0)
     want = np.array([[255, 0, 0], [255, 0, 0], [0, 255, 0], [0, 255, 0], [0, 255, 0]])
-    for turn in (lambda x: x, lambda x: x[:, ::-1], lambda x: x.swapaxes(0, 1), lambda x: x[:, ::-1].swapaxes(0, 1)):
+    for turn in (
+        lambda x: x,
+        lambda x: x[:, ::-1],
+        lambda x: x.swapaxes(0, 1),
+        lambda x: x[:, ::-1].swapaxes(0, 1),
+    ):
         filled = fill_holes(turn(view), turn(seen))
         ours = turn(want[None])
         assert (filled[turn(seen)] == turn(view)[turn(seen)]).all()
-        ends = turn(np.array([[False, False, False, True, True]]))              # the one between may take either
+        ends = turn(
+            np.array([[False, False, False, True, True]])
+        )  # the one between may take either
         assert (filled[ends] == ours[ends]).all()
 
 
 def test_decompose_tells_translation_in_the_axes_of_the_source():
-    start = pose(1.0, -1.0, 2.0, yaw=90)                    # looks along +x
-    np.testing.assert_allclose(decompose(start, pose(3.0, -1.0, 2.0, yaw=120)), [0, 0, 2, 30, 0, 0], atol=1e-9)
+    start = pose(1.0, -1.0, 2.0, yaw=90)  # looks along +x
+    np.testing.assert_allclose(
+        decompose(start, pose(3.0, -1.0, 2.0, yaw=120)), [0, 0, 2, 30, 0, 0], atol=1e-9
+    )
 
 
 def test_unproject_and_project_are_inverse():
@@ -108,7 +177,7 @@ def test_depth_and_pose_reproject_to_sub_pixel():
     inside = (z > 0) & (pixel > 1).all(-1) & (pixel < 63).all(-1)
     column, row = np.floor(pixel[inside].T).astype(int)
     offset = pixel[inside] - np.stack([column, row], -1) - 0.5
-    inverse = 1 / views["depth"][1]                         # linear in the image on every plane: interpolate it
+    inverse = 1 / views["depth"][1]  # linear in the image on every plane: interpolate it
     slope = np.stack(np.gradient(inverse)[::-1], -1)[row, column]
     there = 1 / (inverse[row, column] + (slope * offset).sum(-1))
     error = np.abs(there / z[inside] - 1)
@@ -127,17 +196,30 @@ def test_coverage_against_brute_force():
         pixel, z = project(points, pinhole(size), camera)
         for r, c in np.argwhere((z > 0) & (pixel >= 0).all(-1) & (pixel < size).all(-1)):
             eye = camera[:3, 3]
-            toward = points[r, c] - eye                     # a camera that looks straight at the point: its depth is the range
+            toward = (
+                points[r, c] - eye
+            )  # a camera that looks straight at the point: its depth is the range
             side = np.cross([0, 1, 0], toward)
-            axes = np.stack([side / np.linalg.norm(side), np.cross(toward, side) / np.linalg.norm(np.cross(toward, side)),
-                             toward / np.linalg.norm(toward)], 1)
+            axes = np.stack(
+                [
+                    side / np.linalg.norm(side),
+                    np.cross(toward, side) / np.linalg.norm(np.cross(toward, side)),
+                    toward / np.linalg.norm(toward),
+                ],
+                1,
+            )
             c2w = np.eye(4)
             c2w[:3, :3], c2w[:3, 3] = axes, eye
             reached = render(room, c2w, 1, supersample=1)["depth"][0, 0, 0]
             seen[r, c] |= reached > np.linalg.norm(toward) - 0.02
-    _, found = warp(views["depth"][2], target, [(v, d, p) for v, d, p in zip(views["rgb"], views["depth"], context)], pinhole(size))
-    assert 0.2 < seen.mean() < 0.95                          # the case has both kinds of pixels
-    assert (found == seen).mean() > 0.95                     # they differ only along edges, where a pixel is half seen
+    _, found = warp(
+        views["depth"][2],
+        target,
+        [(v, d, p) for v, d, p in zip(views["rgb"], views["depth"], context)],
+        pinhole(size),
+    )
+    assert 0.2 < seen.mean() < 0.95  # the case has both kinds of pixels
+    assert (found == seen).mean() > 0.95  # they differ only along edges, where a pixel is half seen
     assert abs(coverage(views["depth"][2], found) - coverage(views["depth"][2], seen)) < 0.04
 
 

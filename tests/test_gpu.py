@@ -11,8 +11,13 @@ from policy import Policy, collate, rollout, token_logprobs
 from tests.test_world_model import SMALL, Words, packed, random_network, small_pack
 from world_model import sample
 
-WIDE = dataclasses.replace(SMALL, width=128, mlp=192)          # 32 numbers per head: Triton wants 16 at least
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+WIDE = dataclasses.replace(
+    SMALL, width=128, mlp=192
+)  # 32 numbers per head: Triton wants 16 at least
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 
 def near(a, b, share):
@@ -20,11 +25,16 @@ def near(a, b, share):
     assert (a.float().cpu() - b.float().cpu()).abs().max() <= share * b.float().abs().max().cpu()
 
 
-@pytest.mark.parametrize("dtype, share", [(torch.float32, 1e-2), (torch.bfloat16, 3e-2)])       # Triton rounds to TF32
+@pytest.mark.parametrize(
+    "dtype, share", [(torch.float32, 1e-2), (torch.bfloat16, 3e-2)]
+)  # Triton rounds to TF32
 def test_compiled_flex_attention_equals_the_dense_mask(dtype, share):
     tokens = packed(random_network(), *small_pack(), together=True).tokens.to("cuda")
     n, g = tokens.order.shape[1], torch.Generator().manual_seed(4)
-    q, k, v = (torch.randn(1, heads, n, 64, generator=g).to("cuda", dtype).requires_grad_() for heads in (4, 2, 2))
+    q, k, v = (
+        torch.randn(1, heads, n, 64, generator=g).to("cuda", dtype).requires_grad_()
+        for heads in (4, 2, 2)
+    )
     gradients = []
     for attend in (dense_attention(tokens, tokens, dtype), flex_attention_for(tokens, tokens)):
         y = attend(q, k, v)
@@ -36,7 +46,9 @@ def test_compiled_flex_attention_equals_the_dense_mask(dtype, share):
 @pytest.mark.parametrize("views", [True, False])
 def test_a_training_step_in_bf16_is_near_fp32_on_the_cpu(views):
     """The velocities and every large gradient of a pack: flex attention and bf16 against SDPA and fp32."""
-    keep = None if views else torch.tensor([[True, False] * 2] * 2)                 # dropout took every ViT segment
+    keep = (
+        None if views else torch.tensor([[True, False] * 2] * 2)
+    )  # dropout took every ViT segment
     outcomes = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         network = random_network(WIDE).to(device, dtype)
@@ -51,28 +63,43 @@ def test_a_training_step_in_bf16_is_near_fp32_on_the_cpu(views):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_sampling_in_bf16_is_near_fp32_on_the_cpu(compiled):
-    images, _, ids, lengths, _, _, grid = small_pack()                  # two rows, sentences of 4 and 6 tokens: masked
+    images, _, ids, lengths, _, _, grid = (
+        small_pack()
+    )  # two rows, sentences of 4 and 6 tokens: masked
     settings = dataclasses.replace(SMALL.settings, steps=4, text_scale=2.0, image_scale=1.5)
     noise, views = torch.randn(2, 6, 12, generator=torch.Generator().manual_seed(3)), []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         network = random_network(WIDE).to(device, dtype)
         if compiled and device == "cuda":
             network.denoise = torch.compile(network.denoise, fullgraph=True)
-        inputs = [*((z.to(device), p.to(device)) for z, p in images), Words(ids[:2].to(device), lengths[:2])]
+        inputs = [
+            *((z.to(device), p.to(device)) for z, p in images),
+            Words(ids[:2].to(device), lengths[:2]),
+        ]
         views.append(sample(network, inputs, noise.to(device), grid, settings))
     near(views[1], views[0], 0.15)
 
 
 def test_a_policy_in_bf16_writes_and_learns_near_fp32_on_the_cpu():
     """Log-probs of one rollout, written by the decoding step and computed again for the update, on both devices."""
-    question = {"question": "Which?", "options": ["A. red", "B. blue"], "answer": "A",
-                "images": list(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))}
+    question = {
+        "question": "Which?",
+        "options": ["A. red", "B. blue"],
+        "answer": "A",
+        "images": list(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)),
+    }
     policy = Policy.tiny()
     dialogues = rollout(policy, [question], group_size=4, mode="direct", max_new_tokens=16)
     expected = token_logprobs(policy, collate(policy, dialogues, share=True))[0]
     fast = Policy(Policy.tiny().model.to("cuda", torch.bfloat16), policy.tokenizer, policy.images)
-    near(token_logprobs(fast, collate(fast, [dataclasses.replace(t, features=[]) for t in dialogues], share=True))[0],
-         expected, 0.1)
+    near(
+        token_logprobs(
+            fast,
+            collate(fast, [dataclasses.replace(t, features=[]) for t in dialogues], share=True),
+        )[0],
+        expected,
+        0.1,
+    )
     for t in rollout(fast, [question], group_size=4, mode="direct", max_new_tokens=16):
         again = token_logprobs(fast, collate(fast, [t]))[0][0].cpu()
         near(torch.tensor(t.logprobs[1:]), again.float(), 0.1)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -12,7 +13,6 @@ from lib import checkpoints, common
 from lib.bagel_files import load_network
 from lib.lora import LANGUAGE_LAYERS, QWEN_LAYERS, LoraLinear, add_lora, merged
 from policy import Policy
-from ranks import on_ranks
 from world_model import WorldModel
 
 CPU, NAMES = torch.device("cpu"), r"blocks\.\d\.(q|o)_proj"
@@ -58,7 +58,9 @@ def test_fresh_adapters_change_nothing():
     x = drawn(5, 6)
     assert torch.equal(network(x), plain(x))
     after = dict(merged(network))
-    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+    assert list(after) == list(before) and all(
+        torch.equal(after[key], before[key]) for key in before
+    )
     assert len(adapters) == 8 and sum(p.requires_grad for p in network.parameters()) == 8
 
 
@@ -71,13 +73,15 @@ def test_merged_weights_compute_what_the_trained_adapters_do(dtype):
         network(x).float().square().sum().backward()
         optimizer.step()
     state = network.state_dict()
-    assert all(torch.equal(state[key], before[key]) for key in before)                  # the base did not move
+    assert all(torch.equal(state[key], before[key]) for key in before)  # the base did not move
     assert all(p.dtype == torch.float32 for p in adapters)
     after, plain = dict(merged(network)), Small().to(dtype)
-    assert {key: (value.shape, value.dtype) for key, value in after.items()} == \
-        {key: (value.shape, value.dtype) for key, value in before.items()}
-    assert [key for key in before if not torch.equal(after[key], before[key])] == \
-        [f"blocks.{i}.{name}_proj.weight" for i in range(2) for name in "qo"]
+    assert {key: (value.shape, value.dtype) for key, value in after.items()} == {
+        key: (value.shape, value.dtype) for key, value in before.items()
+    }
+    assert [key for key in before if not torch.equal(after[key], before[key])] == [
+        f"blocks.{i}.{name}_proj.weight" for i in range(2) for name in "qo"
+    ]
     plain.load_state_dict(after)
     limit = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(plain(x), network(x), rtol=limit, atol=limit)
@@ -101,7 +105,9 @@ def test_gradient_of_an_adapter_is_the_finite_difference():
             p -= 2 * step * direction
             down = loss()
             p += step * direction
-        assert (up - down).item() / (2 * step) == pytest.approx((gradient * direction).sum().item(), rel=1e-6)
+        assert (up - down).item() / (2 * step) == pytest.approx(
+            (gradient * direction).sum().item(), rel=1e-6
+        )
 
 
 def test_names_of_bagel_s_language_layers():
@@ -150,28 +156,35 @@ def train_sharded(folder):
     adapters = add_lora(network, 2, 8, NAMES, 0, CPU)
     common.shard(network, network.blocks, world, ignored=adapters)
     load_network(network, folder / "base", "cpu", torch.bfloat16)
-    optimizer, x = torch.optim.AdamW(adapters, lr=0.05), drawn(5, 6).bfloat16()[world.rank::world.size]
+    optimizer, x = (
+        torch.optim.AdamW(adapters, lr=0.05),
+        drawn(5, 6).bfloat16()[world.rank :: world.size],
+    )
     for _ in range(2):
         optimizer.zero_grad()
         network(x).float().square().sum().backward()
         common.sum_gradients(adapters)
         norm = common.clip_gradients(adapters, 1e9)
         optimizer.step()
-    checkpoints.write_whole(folder / f"by_{world.size}", merged(network), checkpoints.contents(folder / "base"))
+    checkpoints.write_whole(
+        folder / f"by_{world.size}", merged(network), checkpoints.contents(folder / "base")
+    )
     state = checkpoints.training_tensors(network, optimizer)
     checkpoints.save_state(folder / "training", 2, state, {"norm": norm})
 
 
 def test_ranks_with_a_sharded_frozen_base_learn_what_one_process_learns(tmp_path):
     save_file(small(torch.bfloat16)[2], tmp_path / "base")
-    one, two = blank(), blank()                                 # what a run saves: the adapters and their moments
+    one, two = blank(), blank()  # what a run saves: the adapters and their moments
     train_sharded(tmp_path)
     norm_of_one = checkpoints.load_state(tmp_path / "training", one)[1]["norm"]
     on_ranks(2, train_sharded, tmp_path)
     norm_of_two = checkpoints.load_state(tmp_path / "training", two)[1]["norm"]
     assert norm_of_two == pytest.approx(norm_of_one, rel=0.02)  # bf16 sums, in another order
     for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=0.05, atol=0.05 * one[key].abs().max().item())
+        torch.testing.assert_close(
+            two[key], one[key], rtol=0.05, atol=0.05 * one[key].abs().max().item()
+        )
     files = [load_file(tmp_path / name) for name in ("base", "by_1", "by_2")]
     assert files[0].keys() == files[1].keys() == files[2].keys()
     for key, base in files[0].items():

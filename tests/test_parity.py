@@ -13,32 +13,51 @@ from pathlib import Path
 
 import pytest
 import torch
+from bagel_parity import TO_DRAW, Case, Recording, checked, generation, main, opened
 from safetensors.torch import load_file, save_file
 
-from bagel_parity import TO_DRAW, Case, Recording, checked, generation, main, opened
 from lib.bagel_files import AUTOENCODER, NETWORK, to_flux
 from lib.packing import Latent, Text, pack
 from world_model import guided
 
 DATA = Path(__file__).parent / "data"
-CASES = sorted(file.stem for file in [*DATA.glob("*_table.json"), *DATA.glob("*.safetensors")] if file.name != NETWORK)
+CASES = sorted(
+    file.stem
+    for file in [*DATA.glob("*_table.json"), *DATA.glob("*.safetensors")]
+    if file.name != NETWORK
+)
 
 
 @pytest.fixture(scope="module")
 def autoencoder():
     """A small FLUX autoencoder with random weights, as the tensors of its file."""
     from diffusers import AutoencoderKL
-    vae = AutoencoderKL(block_out_channels=[32] * 4, layers_per_block=1, latent_channels=16, norm_num_groups=32,
-                        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-                        use_quant_conv=False, use_post_quant_conv=False)
-    return {to_flux(key, 4): value[..., None, None] if ".attentions." in key and value.dim() == 2 else value
-            for key, value in vae.state_dict().items()}
+
+    vae = AutoencoderKL(
+        block_out_channels=[32] * 4,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=32,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    return {
+        to_flux(key, 4): value[..., None, None]
+        if ".attentions." in key and value.dim() == 2
+        else value
+        for key, value in vae.state_dict().items()
+    }
 
 
 def recordings(place, autoencoder):
     """The public recordings in place/recordings, beside a random autoencoder, which none of them needs."""
     shutil.copytree(DATA, place / "recordings")
-    save_file({key: value.contiguous() for key, value in autoencoder.items()}, place / "recordings" / AUTOENCODER)
+    save_file(
+        {key: value.contiguous() for key, value in autoencoder.items()},
+        place / "recordings" / AUTOENCODER,
+    )
     return place / "recordings"
 
 
@@ -86,13 +105,26 @@ def moved(tensor):
     return tensor
 
 
-@pytest.mark.parametrize("case, key", [
-    ("train_nested", "out.hidden"), ("train_nested", "out.velocity"), ("train_nested", "out.ce"),
-    ("train_drop_vae", "out.velocity"), ("train_drop_vit", "out.noise"),
-    ("train_nested", "in.nested_attention_mask.1"), ("train_nested", "in.packed_position_ids"),
-    ("train_flex_grads", "llm2vae.weight"), ("understand", "text_logits"), ("understand", "text_tokens"),
-    ("t2i", "context.full.k.1"), ("t2i", "context.no_image.rope"), ("t2i", "step.3.v_no_text"), ("t2i", "step.4.v"),
-    ("t2i", "final_latent")])
+@pytest.mark.parametrize(
+    "case, key",
+    [
+        ("train_nested", "out.hidden"),
+        ("train_nested", "out.velocity"),
+        ("train_nested", "out.ce"),
+        ("train_drop_vae", "out.velocity"),
+        ("train_drop_vit", "out.noise"),
+        ("train_nested", "in.nested_attention_mask.1"),
+        ("train_nested", "in.packed_position_ids"),
+        ("train_flex_grads", "llm2vae.weight"),
+        ("understand", "text_logits"),
+        ("understand", "text_tokens"),
+        ("t2i", "context.full.k.1"),
+        ("t2i", "context.no_image.rope"),
+        ("t2i", "step.3.v_no_text"),
+        ("t2i", "step.4.v"),
+        ("t2i", "final_latent"),
+    ],
+)
 def test_a_recording_that_says_otherwise_fails(shared, case, key):
     folder, model, reference = shared
     file = folder / f"{case}.safetensors"
@@ -112,15 +144,30 @@ def test_a_recording_that_says_otherwise_fails_alone(folder, capsys):
     assert [name for name, line in said.items() if line.endswith("FAILED")] == ["train_nested"]
 
 
-@pytest.mark.parametrize("key, cases", [
-    ("vit_model.vision_model.post_layernorm.bias", ["train_drop_vae", "train_nested", "understand"]),
-    ("language_model.model.norm_moe_gen.weight", ["t2i", "train_drop_vae", "train_drop_vit", "train_nested"]),
-    ("language_model.model.layers.0.self_attn.q_norm.weight", ["t2i", "train_nested", "understand"])])
+@pytest.mark.parametrize(
+    "key, cases",
+    [
+        (
+            "vit_model.vision_model.post_layernorm.bias",
+            ["train_drop_vae", "train_nested", "understand"],
+        ),
+        (
+            "language_model.model.norm_moe_gen.weight",
+            ["t2i", "train_drop_vae", "train_drop_vit", "train_nested"],
+        ),
+        (
+            "language_model.model.layers.0.self_attn.q_norm.weight",
+            ["t2i", "train_nested", "understand"],
+        ),
+    ],
+)
 def test_a_network_that_is_wrong_somewhere_fails_where_that_is_used(folder, capsys, key, cases):
     change(folder / NETWORK, key, lambda weight: weight + 0.02)
     assert main([str(folder)]) == 1
     said = lines(capsys)
-    assert all(said[case].endswith("FAILED") for case in cases) and said["resize_table"].endswith("ok")
+    assert all(said[case].endswith("FAILED") for case in cases) and said["resize_table"].endswith(
+        "ok"
+    )
 
 
 def test_what_cannot_be_read_or_understood_is_a_failed_line(folder, capsys):
@@ -140,9 +187,15 @@ def test_what_cannot_be_read_or_understood_is_a_failed_line(folder, capsys):
     assert "something" in said["edit_new"] and said["total"] == f"{len(CASES) - 3} passed, 6 failed"
 
 
-@pytest.mark.parametrize("missing, sentence", [
-    ("reference.json", "holds no reference.json"), (NETWORK, NETWORK), (AUTOENCODER, AUTOENCODER),
-    ("llm_config.json", "llm_config.json")])
+@pytest.mark.parametrize(
+    "missing, sentence",
+    [
+        ("reference.json", "holds no reference.json"),
+        (NETWORK, NETWORK),
+        (AUTOENCODER, AUTOENCODER),
+        ("llm_config.json", "llm_config.json"),
+    ],
+)
 def test_a_folder_that_is_none_is_told_so_in_a_sentence(folder, capsys, missing, sentence):
     (folder / missing).unlink()
     assert main([str(folder)]) == 2
@@ -151,14 +204,19 @@ def test_a_folder_that_is_none_is_told_so_in_a_sentence(folder, capsys, missing,
 
 
 def test_a_folder_that_is_not_there_or_holds_no_recordings(folder, capsys):
-    assert main([str(folder / "nowhere")]) == 2 and "nowhere holds no reference.json" in capsys.readouterr().err
+    assert (
+        main([str(folder / "nowhere")]) == 2
+        and "nowhere holds no reference.json" in capsys.readouterr().err
+    )
     for case in CASES:
         for file in folder.glob(f"{case}.*"):
             file.unlink()
     assert main([str(folder)]) == 2 and "no recordings" in capsys.readouterr().err
 
 
-def test_position_gaps_are_read_as_dropped_pictures_only_where_pictures_were_dropped(folder, capsys):
+def test_position_gaps_are_read_as_dropped_pictures_only_where_pictures_were_dropped(
+    folder, capsys
+):
     told = json.loads((folder / "reference.json").read_text())
     told["cases"]["train_drop_vae"]["dropout"] = {}
     (folder / "reference.json").write_text(json.dumps(told))
@@ -168,15 +226,23 @@ def test_position_gaps_are_read_as_dropped_pictures_only_where_pictures_were_dro
 
 # ---------------------------------------------------------------- thinking first: not recorded here, packs stand in
 
+
 def answered(case, before):
     """Greedy text behind segments, from whole packs -> (tokens, logits)."""
     model, network, limit = case.model, case.network, case.told["options"]["max_think_token_n"]
-    blank = Latent(torch.zeros(1, network.config.latent_numbers), (1, 1), group=1, t=1.0,
-                   noise=torch.zeros(1, network.config.latent_numbers))                  # a pack has a target, always
+    blank = Latent(
+        torch.zeros(1, network.config.latent_numbers),
+        (1, 1),
+        group=1,
+        t=1.0,
+        noise=torch.zeros(1, network.config.latent_numbers),
+    )  # a pack has a target, always
     tokens, logits = [model.bos], []
     while len(logits) < limit:
-        und, _ = network.hidden(pack([[[*before, Text(tokens), blank]]], network.markers, network.config))
-        logits.append(network.write(und)[0, -3])                                        # before the target's markers
+        und, _ = network.hidden(
+            pack([[[*before, Text(tokens), blank]]], network.markers, network.config)
+        )
+        logits.append(network.write(und)[0, -3])  # before the target's markers
         tokens.append(logits[-1].argmax().item())
     return torch.tensor(tokens[:-1]), torch.stack(logits)
 
@@ -192,20 +258,33 @@ def test_a_thought_stands_in_the_full_context_alone(folder):
     prompt, text = (Text(model.words(words)) for words in (TO_DRAW, told["inputs"][0]))
     with torch.no_grad():
         data["text_tokens"], data["text_logits"] = answered(case, [prompt, text])
-        thought = Text(model.words(model.tokenizer.decode(data["text_tokens"]).removeprefix("<|im_start|>")))
-        settings = dataclasses.replace(model.settings, text_scale=4.0, image_scale=2.0, renorm="global")
+        thought = Text(
+            model.words(model.tokenizer.decode(data["text_tokens"]).removeprefix("<|im_start|>"))
+        )
+        settings = dataclasses.replace(
+            model.settings, text_scale=4.0, image_scale=2.0, renorm="global"
+        )
         x, grid = data["step.0.x"], [side // case.stride for side in data["image_shape"].tolist()]
         times = [data[f"step.{i}.t"] for i in range(told["steps"])] + [torch.zeros(1)]
         for i, (t, t_next) in enumerate(zip(times, times[1:])):
             target = Latent(x, grid, group=1, t=t.item(), noise=x)
-            packs = [pack([[[*before, target]]], network.markers, network.config)
-                     for before in ([prompt, text, thought], [prompt], [prompt, text])]
+            packs = [
+                pack([[[*before, target]]], network.markers, network.config)
+                for before in ([prompt, text, thought], [prompt], [prompt, text])
+            ]
             v = [network(one)[one.target] for one in packs]
-            data[f"step.{i}.x"], data[f"step.{i}.v"] = x, guided([one[None] for one in v], settings)[0]
-            data |= {f"step.{i}.v_{name}": one for name, one in zip(("full", "no_text", "no_image"), v)}
+            data[f"step.{i}.x"], data[f"step.{i}.v"] = (
+                x,
+                guided([one[None] for one in v], settings)[0],
+            )
+            data |= {
+                f"step.{i}.v_{name}": one for name, one in zip(("full", "no_text", "no_image"), v)
+            }
             x = x - (t - t_next) * data[f"step.{i}.v"]
         data["final_latent"] = x
         for key in [key for key in data if key.startswith("context")]:
             del data[key]
         generation(case)
-    assert case.ok and {"tokens", "logits", "velocities", "guided", "latents"} <= case.found.keys(), case
+    assert (
+        case.ok and {"tokens", "logits", "velocities", "guided", "latents"} <= case.found.keys()
+    ), case

@@ -6,14 +6,28 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from mirror import Mirror
 from PIL import Image
 
 import policy as policy_file
-from lib.dialogue import (AMOUNT, ARGUMENTS, CALL_FIRST, ENOUGH, IMAGE_NUMBER, MOTIONS, NO_SIMULATOR, NO_SUCH_TOOL,
-                          NO_TOOL, NOT_JSON, UNREADABLE, Trajectory, parse_turn, prompt_text)
+from lib.dialogue import (
+    AMOUNT,
+    ARGUMENTS,
+    CALL_FIRST,
+    ENOUGH,
+    IMAGE_NUMBER,
+    MOTIONS,
+    NO_SIMULATOR,
+    NO_SUCH_TOOL,
+    NO_TOOL,
+    NOT_JSON,
+    UNREADABLE,
+    Trajectory,
+    parse_turn,
+    prompt_text,
+)
 from lib.geometry import Motion, move_camera
 from lib.rollout import Writer, sample
-from mirror import Mirror
 from policy import Policy, collate, encode_images, rollout, token_logprobs
 
 
@@ -41,9 +55,13 @@ def picture(seed, height=32, width=32):
 
 
 def question(number, images=2):
-    return {"id": f"q{number}", "question": f"Question {number}: turn left 45 degrees. Which object?",
-            "options": ["A. red box", "B. blue ball"][: 1 + number % 2], "answer": "A",
-            "images": [picture(10 * number + i) for i in range(images)]}
+    return {
+        "id": f"q{number}",
+        "question": f"Question {number}: turn left 45 degrees. Which object?",
+        "options": ["A. red box", "B. blue ball"][: 1 + number % 2],
+        "answer": "A",
+        "images": [picture(10 * number + i) for i in range(images)],
+    }
 
 
 CALL = '<think>look</think><tool_call>{"name": "imagine", "arguments": %s}</tool_call>'
@@ -68,22 +86,35 @@ class Scripted:
 @pytest.fixture
 def act(policy, monkeypatch):
     """act(turns of dialogue 0, turns of dialogue 1, ..., mode=..., ...) -> (trajectories, simulator)"""
+
     def play(*scripts, simulator=None, **options):
         monkeypatch.setattr(policy_file, "Writer", Scripted)
         monkeypatch.setattr(Scripted, "script", dict(enumerate(scripts)))
         return rollout(policy, [question(d) for d in range(len(scripts))], simulator, **options)
+
     return play
 
 
 # ---- images and weights ---------------------------------------------------------------------------------------------
 
+
 def test_patches_are_those_of_the_library(policy):
     """Our patches against transformers' own PIL image processor, at the published sizes."""
     module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
-    images = {"patch_size": 16, "merge_size": 2, "size": {"shortest_edge": 65536, "longest_edge": 16777216}}
+    images = {
+        "patch_size": 16,
+        "merge_size": 2,
+        "size": {"shortest_edge": 65536, "longest_edge": 16777216},
+    }
     real = Policy(policy.model, policy.tokenizer, images)
-    theirs = module.Qwen2VLImageProcessorPil(patch_size=16, temporal_patch_size=2, merge_size=2, size=images["size"],
-                                             image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    theirs = module.Qwen2VLImageProcessorPil(
+        patch_size=16,
+        temporal_patch_size=2,
+        merge_size=2,
+        size=images["size"],
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
     for height, width in ((480, 640), (100, 100), (33, 500)):
         image = picture(1, height, width)
         want = theirs(images=[image], return_tensors="pt")
@@ -92,10 +123,18 @@ def test_patches_are_those_of_the_library(policy):
         torch.testing.assert_close(patches, want["pixel_values"].float(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("height, width, tokens", [(480, 640, 300), (256, 256, 64), (100, 100, 64), (1080, 1920, 2040)])
+@pytest.mark.parametrize(
+    "height, width, tokens", [(480, 640, 300), (256, 256, 64), (100, 100, 64), (1080, 1920, 2040)]
+)
 def test_token_count_of_published_sizes(policy, height, width, tokens):
-    images = {"patch_size": 16, "merge_size": 2, "size": {"shortest_edge": 65536, "longest_edge": 16777216}}
-    rows, columns = Policy(policy.model, policy.tokenizer, images).grid(np.zeros((height, width, 3), np.uint8))
+    images = {
+        "patch_size": 16,
+        "merge_size": 2,
+        "size": {"shortest_edge": 65536, "longest_edge": 16777216},
+    }
+    rows, columns = Policy(policy.model, policy.tokenizer, images).grid(
+        np.zeros((height, width, 3), np.uint8)
+    )
     assert rows * columns == tokens
 
 
@@ -110,16 +149,27 @@ def test_smaller_patches_give_more_tokens_per_image():
     small = Policy.tiny(patch=4)
     trajectory = Trajectory.start(small, question(0), [picture(0)], "agentic")
     assert trajectory.ids.count(small.pad_id) == 16
-    assert token_logprobs(small, collate(small, [say(small, trajectory, ANSWER)]))[0].isfinite().all()
+    assert (
+        token_logprobs(small, collate(small, [say(small, trajectory, ANSWER)]))[0].isfinite().all()
+    )
 
 
 def test_saved_and_loaded_policy_is_the_same(policy, tmp_path):
     policy.save(tmp_path)
     loaded = Policy.load(tmp_path)
-    a, b = (rollout(p, [question(1)], Mirror(), seed=3, max_turns=2, max_new_tokens=12)[0] for p in (policy, loaded))
-    assert a.ids == b.ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-5) and loaded.images == policy.images
+    a, b = (
+        rollout(p, [question(1)], Mirror(), seed=3, max_turns=2, max_new_tokens=12)[0]
+        for p in (policy, loaded)
+    )
+    assert (
+        a.ids == b.ids
+        and a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+        and loaded.images == policy.images
+    )
     theirs = loaded.model.state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in policy.model.state_dict().items())
+    assert all(
+        torch.equal(value, theirs[name]) for name, value in policy.model.state_dict().items()
+    )
 
 
 def test_missing_or_broken_checkpoint_is_a_sentence(tmp_path):
@@ -130,13 +180,19 @@ def test_missing_or_broken_checkpoint_is_a_sentence(tmp_path):
 
 # ---- prompt and tokens ----------------------------------------------------------------------------------------------
 
+
 def test_prompt_is_qwens_layout(policy):
     text = prompt_text(question(1), "agentic", 2)
-    assert text.startswith("<|im_start|>system\n# Tools\n") and text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert text.startswith("<|im_start|>system\n# Tools\n") and text.endswith(
+        "<|im_end|>\n<|im_start|>assistant\n"
+    )
     tool = json.loads(text.split("<tools>\n")[1].split("\n</tools>")[0])
     arguments = tool["function"]["parameters"]["properties"]
     assert tool["function"]["name"] == "imagine" and len(arguments["motion"]["enum"]) == 10
-    assert "Image-2: <|vision_start|><|image_pad|><|vision_end|>" in text and "\nA. red box\nB. blue ball" in text
+    assert (
+        "Image-2: <|vision_start|><|image_pad|><|vision_end|>" in text
+        and "\nA. red box\nB. blue ball" in text
+    )
     direct = prompt_text(question(1), "direct", 2)
     assert "tool" not in direct and "imagine" not in direct
     assert CALL_FIRST in prompt_text(question(1), "forced", 2)
@@ -153,8 +209,12 @@ def test_pieces_are_tokenised_as_the_whole_text_would_be(policy):
 
 
 def test_four_small_images_make_a_short_prompt(policy):
-    overhead = 4 * (16 + 3) + len(policy.tokens(question(0)["question"])) + 4          # and one option
-    assert len(Trajectory.start(policy, question(0), question(0, 4)["images"], "agentic").ids) - overhead <= 14
+    overhead = 4 * (16 + 3) + len(policy.tokens(question(0)["question"])) + 4  # and one option
+    assert (
+        len(Trajectory.start(policy, question(0), question(0, 4)["images"], "agentic").ids)
+        - overhead
+        <= 14
+    )
 
 
 def say(policy, trajectory, text):
@@ -175,60 +235,111 @@ def full_dialogue(policy, images=None):
 
 def test_positions_are_the_librarys(policy):
     """M-RoPE positions of ragged rows with images of several shapes, against get_rope_index."""
-    wide = Policy(policy.model, policy.tokenizer, policy.images | {"size": {"shortest_edge": 64, "longest_edge": 4096}})
-    rows = [full_dialogue(wide, [picture(0, 32, 32), picture(1, 16, 48)]),
-            full_dialogue(wide, [picture(2, 64, 24)] * 2),
-            Trajectory.start(wide, question(2), [], "direct")]
-    batch, (_, grids) = collate(wide, rows), wide.pixels([(1, image) for row in rows for image in row.images])
-    want, _ = policy.model.model.get_rope_index(batch["ids"], (batch["ids"] == policy.pad_id).int(), grids,
-                                                attention_mask=batch["mask"])
+    wide = Policy(
+        policy.model,
+        policy.tokenizer,
+        policy.images | {"size": {"shortest_edge": 64, "longest_edge": 4096}},
+    )
+    rows = [
+        full_dialogue(wide, [picture(0, 32, 32), picture(1, 16, 48)]),
+        full_dialogue(wide, [picture(2, 64, 24)] * 2),
+        Trajectory.start(wide, question(2), [], "direct"),
+    ]
+    batch, (_, grids) = (
+        collate(wide, rows),
+        wide.pixels([(1, image) for row in rows for image in row.images]),
+    )
+    want, _ = policy.model.model.get_rope_index(
+        batch["ids"], (batch["ids"] == policy.pad_id).int(), grids, attention_mask=batch["mask"]
+    )
     assert torch.equal(batch["positions"], want)
 
 
 def test_loss_mask_covers_the_policys_tokens_and_nothing_else(policy):
     trajectory = full_dialogue(policy)
     wrote = [i for i, m in zip(trajectory.ids, trajectory.loss_mask) if m]
-    assert policy.tokenizer.decode(wrote) == "".join(turn + "<|im_end|>" for turn in trajectory.turns)
-    rest = policy.tokenizer.decode([i for i, m in zip(trajectory.ids, trajectory.loss_mask) if not m])
+    assert policy.tokenizer.decode(wrote) == "".join(
+        turn + "<|im_end|>" for turn in trajectory.turns
+    )
+    rest = policy.tokenizer.decode(
+        [i for i, m in zip(trajectory.ids, trajectory.loss_mask) if not m]
+    )
     prompt = prompt_text(question(1), "agentic", 2)
     around = "\n<|im_start|>user\n<tool_response>\n{}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
-    observations = [around.format(text) for text in (
-        "There is no such image. The images so far are Image-1 to Image-2.",
-        "Imagined from Image-2, turn left 45 degrees. Image-3: <|vision_start|><|image_pad|><|vision_end|>")]
+    observations = [
+        around.format(text)
+        for text in (
+            "There is no such image. The images so far are Image-1 to Image-2.",
+            "Imagined from Image-2, turn left 45 degrees. Image-3: <|vision_start|><|image_pad|><|vision_end|>",
+        )
+    ]
     assert rest == (prompt + "".join(observations)).replace("<|image_pad|>", 4 * "<|image_pad|>")
-    assert len(trajectory.ids) == len(trajectory.loss_mask) == len(trajectory.logprobs) == len(trajectory.positions)
+    assert (
+        len(trajectory.ids)
+        == len(trajectory.loss_mask)
+        == len(trajectory.logprobs)
+        == len(trajectory.positions)
+    )
 
 
 # ---- parser ---------------------------------------------------------------------------------------------------------
 
+
 def test_good_turns():
     assert parse_turn(LOOK).call == {"image": 2, "motion": "turn left", "amount": 45.0}
     assert parse_turn(ANSWER) == ("red", None, "A", None)
-    spread = ('<think>\na\n</think>\n\n<tool_call>\n{"name": "imagine", '
-              '"arguments": {"image": 1, "motion": "move up", "amount": 1e-1}}\n</tool_call>\n')
+    spread = (
+        '<think>\na\n</think>\n\n<tool_call>\n{"name": "imagine", '
+        '"arguments": {"image": 1, "motion": "move up", "amount": 1e-1}}\n</tool_call>\n'
+    )
     assert parse_turn(spread).call == {"image": 1, "motion": "move up", "amount": 0.1}
 
 
-@pytest.mark.parametrize("text, error", [
-    ("", UNREADABLE), ("B", UNREADABLE), ("<answer>B</answer>", UNREADABLE), ("<think>x</think>B", UNREADABLE),
-    ("<think>x</think><answer></answer>", UNREADABLE), (ANSWER + ANSWER, UNREADABLE), (LOOK + ANSWER, UNREADABLE),
-    ("<think>a<think>b</think><answer>B</answer>", UNREADABLE), (ANSWER + " I am sure.", UNREADABLE),
-    ("<think>x</think><answer>A</answer><answer>B</answer>", UNREADABLE),
-    ("<think>x</think><tool_call>imagine(2)</tool_call>", NOT_JSON), (CALL % "[1, 2]", NOT_JSON),
-    (CALL % "{", NOT_JSON),
-    ("<think>x</think><tool_call>[]</tool_call>", NOT_JSON), ("<think>x</think><tool_call>{}</tool_call>", NOT_JSON),
-    ("<think>x</think><tool_call>" + "[" * 100_000 + "</tool_call>", NOT_JSON),
-    (LOOK.replace("imagine", "zoom"), NO_SUCH_TOOL),
-    (CALL % '{"image": 2, "motion": "turn left"}', ARGUMENTS),
-    (CALL % '{"image": 2, "motion": "turn left", "amount": 45, "speed": 1}', ARGUMENTS),
-    (CALL % '{"image": "2", "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
-    (CALL % '{"image": true, "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
-    (CALL % '{"image": 2.5, "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
-    (CALL % '{"image": 2, "motion": "fly", "amount": 45}', MOTIONS),
-    (CALL % '{"image": 2, "motion": ["turn left"], "amount": 45}', MOTIONS),
-    *[(CALL % f'{{"image": 2, "motion": "move left", "amount": {bad}}}', AMOUNT)
-      for bad in ("null", '"1.5"', "NaN", "Infinity", "-1", "0", "10000", "1e999", "1" + "0" * 400, "true", "[1]")],
-])
+@pytest.mark.parametrize(
+    "text, error",
+    [
+        ("", UNREADABLE),
+        ("B", UNREADABLE),
+        ("<answer>B</answer>", UNREADABLE),
+        ("<think>x</think>B", UNREADABLE),
+        ("<think>x</think><answer></answer>", UNREADABLE),
+        (ANSWER + ANSWER, UNREADABLE),
+        (LOOK + ANSWER, UNREADABLE),
+        ("<think>a<think>b</think><answer>B</answer>", UNREADABLE),
+        (ANSWER + " I am sure.", UNREADABLE),
+        ("<think>x</think><answer>A</answer><answer>B</answer>", UNREADABLE),
+        ("<think>x</think><tool_call>imagine(2)</tool_call>", NOT_JSON),
+        (CALL % "[1, 2]", NOT_JSON),
+        (CALL % "{", NOT_JSON),
+        ("<think>x</think><tool_call>[]</tool_call>", NOT_JSON),
+        ("<think>x</think><tool_call>{}</tool_call>", NOT_JSON),
+        ("<think>x</think><tool_call>" + "[" * 100_000 + "</tool_call>", NOT_JSON),
+        (LOOK.replace("imagine", "zoom"), NO_SUCH_TOOL),
+        (CALL % '{"image": 2, "motion": "turn left"}', ARGUMENTS),
+        (CALL % '{"image": 2, "motion": "turn left", "amount": 45, "speed": 1}', ARGUMENTS),
+        (CALL % '{"image": "2", "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
+        (CALL % '{"image": true, "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
+        (CALL % '{"image": 2.5, "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
+        (CALL % '{"image": 2, "motion": "fly", "amount": 45}', MOTIONS),
+        (CALL % '{"image": 2, "motion": ["turn left"], "amount": 45}', MOTIONS),
+        *[
+            (CALL % f'{{"image": 2, "motion": "move left", "amount": {bad}}}', AMOUNT)
+            for bad in (
+                "null",
+                '"1.5"',
+                "NaN",
+                "Infinity",
+                "-1",
+                "0",
+                "10000",
+                "1e999",
+                "1" + "0" * 400,
+                "true",
+                "[1]",
+            )
+        ],
+    ],
+)
 def test_bad_turns_get_a_sentence(text, error):
     turn = parse_turn(text)
     assert turn.error == error and turn.call is None and turn.answer is None
@@ -236,21 +347,28 @@ def test_bad_turns_get_a_sentence(text, error):
 
 # ---- the rules of a dialogue ----------------------------------------------------------------------------------------
 
+
 def test_a_bad_call_costs_a_turn_and_is_counted(act):
     images = "The images so far are Image-1 to Image-2."
-    for bad, told in (('{"image": 5, "motion": "turn left", "amount": 45}', images),
-                      ('{"image": 0, "motion": "turn left", "amount": 45}', images),
-                      ('{"image": 1, "motion": "move up", "amount": 10000}', AMOUNT)):
+    for bad, told in (
+        ('{"image": 5, "motion": "turn left", "amount": 45}', images),
+        ('{"image": 0, "motion": "turn left", "amount": 45}', images),
+        ('{"image": 1, "motion": "move up", "amount": 10000}', AMOUNT),
+    ):
         simulator = Mirror()
-        trajectory, = act([CALL % bad, LOOK, ANSWER], simulator=simulator)
+        (trajectory,) = act([CALL % bad, LOOK, ANSWER], simulator=simulator)
         assert told in trajectory.replies[0][0] and trajectory.answer == "A"
-        assert (trajectory.valid_calls, trajectory.invalid_calls, trajectory.well_formed) == (1, 1, False)
+        assert (trajectory.valid_calls, trajectory.invalid_calls, trajectory.well_formed) == (
+            1,
+            1,
+            False,
+        )
 
 
 def test_smuggled_image_token_stays_outside(act, policy):
     """JSON escapes can spell <|image_pad|>; repeated in an observation it would shift every image of the batch."""
     call = CALL % r'{"image": 1, "motion": "\u003c|image_pad|\u003e", "amount": 1}'
-    trajectory, = act([call, ANSWER], simulator=Mirror())
+    (trajectory,) = act([call, ANSWER], simulator=Mirror())
     assert trajectory.ids.count(policy.pad_id) == 8
     assert token_logprobs(policy, collate(policy, [trajectory]))[0].isfinite().all()
 
@@ -261,34 +379,54 @@ def test_views_of_a_turn_are_imagined_in_one_batch(act):
     one, two, three = act([LOOK, again, ANSWER], [ANSWER], [LOOK, ANSWER], simulator=simulator)
     assert [len(batch) for batch in simulator.batches] == [2, 1]
     assert simulator.batches[1][0].reference == 3 and len(simulator.batches[1][0].images) == 3
-    assert simulator.batches[0][0].instruction == "Base on the viewpoint of Image-2, turn left 45 degrees."
-    assert np.array_equal(one.images[3], one.images[1]) and one.provenance[2]["image"] == 2 and not two.valid_calls
+    assert (
+        simulator.batches[0][0].instruction
+        == "Base on the viewpoint of Image-2, turn left 45 degrees."
+    )
+    assert (
+        np.array_equal(one.images[3], one.images[1])
+        and one.provenance[2]["image"] == 2
+        and not two.valid_calls
+    )
     seeds = [query.seed for batch in simulator.batches for query in batch]
     assert len(set(seeds)) == 3
     assert one.well_formed and two.well_formed and three.well_formed
 
 
 def test_fourth_view_is_refused(act):
-    trajectory, = act([LOOK] * 4 + [ANSWER], simulator=Mirror())
+    (trajectory,) = act([LOOK] * 4 + [ANSWER], simulator=Mirror())
     assert (trajectory.valid_calls, trajectory.invalid_calls, len(trajectory.images)) == (3, 1, 5)
     assert trajectory.replies[3] == (ENOUGH, None) and trajectory.answer == "A"
 
 
 def test_modes(act):
-    direct, = act([LOOK, ANSWER], mode="direct", simulator=Mirror())
+    (direct,) = act([LOOK, ANSWER], mode="direct", simulator=Mirror())
     assert direct.replies == [(NO_TOOL, None)] and not direct.valid_calls and not direct.well_formed
-    forced, = act([ANSWER, LOOK, ANSWER], mode="forced", simulator=Mirror())
-    assert forced.replies[0][0] == CALL_FIRST.strip() and forced.valid_calls == 1 and forced.answer == "A"
-    alone, = act([LOOK, ANSWER], mode="agentic", simulator=None)
-    assert alone.replies == [(NO_SIMULATOR, None)] and alone.valid_calls == 1 and len(alone.images) == 2
+    (forced,) = act([ANSWER, LOOK, ANSWER], mode="forced", simulator=Mirror())
+    assert (
+        forced.replies[0][0] == CALL_FIRST.strip()
+        and forced.valid_calls == 1
+        and forced.answer == "A"
+    )
+    (alone,) = act([LOOK, ANSWER], mode="agentic", simulator=None)
+    assert (
+        alone.replies == [(NO_SIMULATOR, None)]
+        and alone.valid_calls == 1
+        and len(alone.images) == 2
+    )
 
 
 def test_running_out_of_tokens_or_turns_ends_the_dialogue(act):
-    cut, = act([LOOK], max_new_tokens=4, simulator=Mirror())
+    (cut,) = act([LOOK], max_new_tokens=4, simulator=Mirror())
     assert cut.truncated and cut.answer is None and not cut.well_formed and sum(cut.loss_mask) == 4
-    chatter, = act([LOOK.replace("}}", "")] * 10, simulator=Mirror())
-    assert chatter.truncated and len(chatter.turns) == 10 and chatter.invalid_calls == 10 and len(chatter.replies) == 9
-    late, = act(["hm"] * 9 + [ANSWER], simulator=Mirror())
+    (chatter,) = act([LOOK.replace("}}", "")] * 10, simulator=Mirror())
+    assert (
+        chatter.truncated
+        and len(chatter.turns) == 10
+        and chatter.invalid_calls == 10
+        and len(chatter.replies) == 9
+    )
+    (late,) = act(["hm"] * 9 + [ANSWER], simulator=Mirror())
     assert not late.truncated and late.answer == "A" and not late.well_formed
 
 
@@ -312,7 +450,10 @@ def test_saved_and_loaded_dialogue_is_the_same(policy, tmp_path):
     for f in fields(Trajectory):
         if f.name not in ("images", "features", "question", "replies"):
             assert getattr(loaded, f.name) == getattr(trajectory, f.name), f.name
-    assert all(np.array_equal(a, b) for a, b in zip(loaded.images, trajectory.images)) and len(loaded.images) == 3
+    assert (
+        all(np.array_equal(a, b) for a, b in zip(loaded.images, trajectory.images))
+        and len(loaded.images) == 3
+    )
     a, b = (token_logprobs(policy, collate(policy, [t]))[0] for t in (trajectory, loaded))
     assert torch.equal(a, b) and list(loaded.lines()) == list(trajectory.lines())
     loaded.draw(tmp_path / "dialogue.png")
@@ -321,13 +462,16 @@ def test_saved_and_loaded_dialogue_is_the_same(policy, tmp_path):
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
+
 def test_sampling_inverts_the_distribution():
     logits = torch.tensor([0.2, 0.5, 0.3]).log().repeat(5, 1)
-    tokens, logprobs = sample(logits, torch.tensor([0.0, 0.19, 0.21, 0.69, 0.9999999], dtype=torch.float64), 1.0)
+    tokens, logprobs = sample(
+        logits, torch.tensor([0.0, 0.19, 0.21, 0.69, 0.9999999], dtype=torch.float64), 1.0
+    )
     assert tokens.tolist() == [0, 0, 1, 1, 2]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.2, 0.2, 0.5, 0.5, 0.3]))
     assert sample(logits, torch.zeros(5), 0)[0].tolist() == [1] * 5
-    banned = torch.tensor([[-1e9, 0.0, -1e9, 0.0]] * 2)                             # at 0 and on a step, mass zero too
+    banned = torch.tensor([[-1e9, 0.0, -1e9, 0.0]] * 2)  # at 0 and on a step, mass zero too
     assert sample(banned, torch.tensor([0.0, 0.5], dtype=torch.float64), 1.0)[0].tolist() == [1, 3]
 
 
@@ -338,26 +482,39 @@ def chatter(policy, questions, views=2, tokens=14, **options):
 
     def say_and_look(self, policy, turn, logprobs=None):
         turn, logprobs = list(turn), list(logprobs)
-        if turn[-1] != policy.tokenizer.eos_token_id:                       # a random policy seldom ends a turn itself
+        if turn[-1] != policy.tokenizer.eos_token_id:  # a random policy seldom ends a turn itself
             turn[-1] = policy.tokenizer.eos_token_id
         original(self, policy, turn, logprobs)
-        if len(self.turns) <= views and sum(turn) % 3:                 # rows see different things at the same time
-            self.call, self.reply = {"image": 1, "motion": "turn left", "amount": 5.0}, "Imagined from Image-1. "
+        if len(self.turns) <= views and sum(turn) % 3:  # rows see different things at the same time
+            self.call, self.reply = (
+                {"image": 1, "motion": "turn left", "amount": 5.0},
+                "Imagined from Image-1. ",
+            )
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trajectory, "say", say_and_look)
-        return rollout(policy, questions, Mirror(), max_turns=views + 1, max_new_tokens=tokens, **options)
+        return rollout(
+            policy, questions, Mirror(), max_turns=views + 1, max_new_tokens=tokens, **options
+        )
 
 
 def test_cached_rollouts_equal_a_full_pass(policy):
     """Log-probs written down while sampling with a cache, new images in mid-dialogue, groups, rows leaving early."""
-    trajectories = chatter(policy, [question(0), question(1, images=3), question(2, images=1)], group_size=3, seed=1)
-    assert len({len(t.images) for t in trajectories}) > 2 and len({len(t.ids) for t in trajectories}) > 3
+    trajectories = chatter(
+        policy, [question(0), question(1, images=3), question(2, images=1)], group_size=3, seed=1
+    )
+    assert (
+        len({len(t.images) for t in trajectories}) > 2
+        and len({len(t.ids) for t in trajectories}) > 3
+    )
     batch = collate(policy, trajectories)
     with torch.no_grad():
         logprobs, entropy = token_logprobs(policy, batch)
     wrote = batch["loss_mask"] > 0
-    end = batch["token"] == policy.tokenizer.eos_token_id              # the helper above forces some of these
-    torch.testing.assert_close(logprobs[wrote & ~end], batch["logprobs"][wrote & ~end], rtol=0, atol=1e-4)
+    end = batch["token"] == policy.tokenizer.eos_token_id  # the helper above forces some of these
+    torch.testing.assert_close(
+        logprobs[wrote & ~end], batch["logprobs"][wrote & ~end], rtol=0, atol=1e-4
+    )
     assert not logprobs[~wrote].any() and not entropy[~wrote].any() and (entropy[wrote] > 0).all()
 
 
@@ -375,7 +532,7 @@ def test_every_cached_logit_equals_a_full_pass(policy):
         writer = Writer(policy, [growing])
         for t in range(start, len(whole.ids) - 1):
             if whole.ids[t] == policy.pad_id:
-                continue                                    # an image reaches the cache together with the text after it
+                continue  # an image reaches the cache together with the text after it
             growing.ids, growing.positions = whole.ids[: t + 1], whole.positions[: t + 1]
             growing.features = whole.features[: growing.ids.count(policy.pad_id) // 4]
             writer.feed(1)
@@ -403,7 +560,9 @@ def test_a_question_draws_from_its_id_and_without_one_from_its_words(policy):
     asked = question(1)
     named, other, words = (asked | {"id": name} for name in ("a", "b", asked["question"]))
     unnamed = {key: value for key, value in asked.items() if key != "id"}
-    a, b, same, again = (t.ids for t in rollout(policy, [named, other, words, unnamed], max_turns=1, seed=1))
+    a, b, same, again = (
+        t.ids for t in rollout(policy, [named, other, words, unnamed], max_turns=1, seed=1)
+    )
     assert a != b and same == again != a
 
 
@@ -413,10 +572,15 @@ def test_greedy_rollouts_repeat_and_ignore_the_seed(policy):
 
 
 def test_banned_tokens_are_never_sampled_and_have_no_probability(policy):
-    special = {policy.tokenizer.convert_tokens_to_ids(token) for token in policy.tokenizer.all_special_tokens}
+    special = {
+        policy.tokenizer.convert_tokens_to_ids(token)
+        for token in policy.tokenizer.all_special_tokens
+    }
     banned = set(policy.banned.nonzero()[:, 0].tolist())
     assert banned == special - {policy.tokenizer.eos_token_id} and policy.pad_id in banned
-    trajectories = rollout(policy, [question(n) for n in range(4)], group_size=8, temperature=8.0, max_turns=1)
+    trajectories = rollout(
+        policy, [question(n) for n in range(4)], group_size=8, temperature=8.0, max_turns=1
+    )
     wrote = [i for t in trajectories for i, m in zip(t.ids, t.loss_mask) if m]
     assert len(wrote) > 300 and not banned & set(wrote)
     batch = collate(policy, trajectories[:2])
@@ -429,6 +593,7 @@ def test_banned_tokens_are_never_sampled_and_have_no_probability(policy):
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
+
 
 def test_gradients_stop_at_the_frozen_tower(policy):
     policy.model.zero_grad()
@@ -449,11 +614,20 @@ def test_the_stamp_counts_and_leaves_the_image_alone(policy):
 
 
 def test_the_tower_sees_many_images_in_several_passes(policy, monkeypatch):
-    wide = Policy(policy.model, policy.tokenizer, policy.images | {"size": {"shortest_edge": 64, "longest_edge": 4096}})
-    numbered = [(1 + n % 3, picture(n, 16 * (1 + n % 4), 32)) for n in range(9)]            # 2, 4, 6 or 8 tokens each
+    wide = Policy(
+        policy.model,
+        policy.tokenizer,
+        policy.images | {"size": {"shortest_edge": 64, "longest_edge": 4096}},
+    )
+    numbered = [
+        (1 + n % 3, picture(n, 16 * (1 + n % 4), 32)) for n in range(9)
+    ]  # 2, 4, 6 or 8 tokens each
     want, calls, tower = wide.encode(numbered), [], policy.vision.forward
-    monkeypatch.setattr(policy.vision, "forward", lambda patches, **rest: calls.append(len(patches) // 4) or tower(
-        patches, **rest))
+    monkeypatch.setattr(
+        policy.vision,
+        "forward",
+        lambda patches, **rest: calls.append(len(patches) // 4) or tower(patches, **rest),
+    )
     got = wide.encode(numbered + numbered[:2], at_once=10)
     assert sum(calls) == sum(x.shape[1] for x in want) == 42 and len(calls) > 3 and max(calls) < 20
     for a, b in zip(got, want + want[:2], strict=True):
@@ -461,8 +635,11 @@ def test_the_tower_sees_many_images_in_several_passes(policy, monkeypatch):
 
 
 def test_padding_and_company_do_not_change_logprobs(policy):
-    rows = [full_dialogue(policy), say(policy, Trajectory.start(policy, question(3), [], "direct"), ANSWER),
-            say(policy, Trajectory.start(policy, question(4), [picture(1)], "forced"), LOOK)]
+    rows = [
+        full_dialogue(policy),
+        say(policy, Trajectory.start(policy, question(3), [], "direct"), ANSWER),
+        say(policy, Trajectory.start(policy, question(4), [picture(1)], "forced"), LOOK),
+    ]
     with torch.no_grad():
         together, _ = token_logprobs(policy, collate(policy, rows))
         for row, trajectory in zip(together, rows):
@@ -491,14 +668,18 @@ def test_a_shared_prompt_changes_no_logprob_and_no_gradient(policy, checkpointin
     """Groups with and without views in mid-dialogue, rows of all lengths, a dialogue alone with its prompt."""
     together = chatter(policy, [question(0), question(1, images=3)], group_size=4, seed=5)
     alone = say(policy, Trajectory.start(policy, question(4), [], "direct"), ANSWER)
-    words = say(policy, Trajectory.start(policy, question(0), question(8)["images"], "agentic"), ANSWER)
+    words = say(
+        policy, Trajectory.start(policy, question(0), question(8)["images"], "agentic"), ANSWER
+    )
     start = words.loss_mask.index(1)
-    assert words.ids[:start] == together[0].ids[:start]                                 # but it sees other images
-    trajectories = [alone, *together[::2], words, *together[1::2]]                      # neighbours or not
+    assert words.ids[:start] == together[0].ids[:start]  # but it sees other images
+    trajectories = [alone, *together[::2], words, *together[1::2]]  # neighbours or not
     assert len({len(t.images) for t in together}) > 2 and len({len(t.ids) for t in together}) > 3
     shared, apart = (collate(policy, trajectories, share) for share in (True, False))
     assert shared["ids"].shape[0] == 4 and apart["ids"].shape[0] == 10
-    assert shared["features"].shape[1] == apart["features"].shape[1] - 3 * 4 * (2 + 3)         # prompts' images, once
+    assert shared["features"].shape[1] == apart["features"].shape[1] - 3 * 4 * (
+        2 + 3
+    )  # prompts' images, once
     if checkpointing:
         policy.model.gradient_checkpointing_enable()
         policy.model.train()
@@ -511,14 +692,21 @@ def test_a_shared_prompt_changes_no_logprob_and_no_gradient(policy, checkpointin
 
 def test_what_nobody_reads_is_left_out_of_the_last_layer_alone(policy, monkeypatch):
     """Log-probs and gradients against a pass that computes every layer of every token."""
+
     def everywhere(policy, ids, positions, mask, features, read):
         return plainly(policy, ids, positions, mask, features, torch.arange(ids.numel()))[read]
-    batch, plainly = collate(policy, chatter(policy, [question(0), question(1, images=3)], group_size=2, seed=5)), \
-        Policy.hidden
+
+    batch, plainly = (
+        collate(
+            policy, chatter(policy, [question(0), question(1, images=3)], group_size=2, seed=5)
+        ),
+        Policy.hidden,
+    )
     want, worked = gradients(policy, batch), []
     monkeypatch.setattr(Policy, "hidden", everywhere)
     hook = policy.model.model.language_model.layers[-1].mlp.register_forward_hook(
-        lambda module, given, made: worked.append(made.numel() // made.shape[-1]))
+        lambda module, given, made: worked.append(made.numel() // made.shape[-1])
+    )
     same(gradients(policy, batch), want)
     monkeypatch.undo()
     gradients(policy, batch)
@@ -530,9 +718,13 @@ def test_the_language_head_sees_a_few_tokens_at_a_time(policy, monkeypatch):
     batch = collate(policy, [full_dialogue(policy), say(policy, full_dialogue(policy), LOOK)])
     want, sizes, logits = gradients(policy, batch), [], Policy.logits
     monkeypatch.setattr(policy_file, "HEAD_TOKENS", 7)
-    monkeypatch.setattr(Policy, "logits", lambda self, hidden: sizes.append(len(hidden)) or logits(self, hidden))
+    monkeypatch.setattr(
+        Policy, "logits", lambda self, hidden: sizes.append(len(hidden)) or logits(self, hidden)
+    )
     same(gradients(policy, batch), want)
-    assert max(sizes) == 7 and sum(sizes) == 2 * (batch["loss_mask"] > 0).sum()         # and once more in backward
+    assert (
+        max(sizes) == 7 and sum(sizes) == 2 * (batch["loss_mask"] > 0).sum()
+    )  # and once more in backward
 
 
 def test_rollout_leaves_the_training_mode_as_it_was_and_its_cache_works_in_it(policy):
@@ -554,7 +746,9 @@ def test_entropy_by_hand(policy):
     batch = collate(policy, [dialogue])
     with torch.no_grad():
         _, entropy = token_logprobs(policy, batch, temperature=0.7)
-        logits = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"])[0].double()
+        logits = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"])[
+            0
+        ].double()
     p = (logits[:, ~policy.banned] / 0.7).softmax(-1)
     want = -(p * p.log()).sum(-1)
     wrote = batch["loss_mask"][0] > 0
@@ -563,35 +757,71 @@ def test_entropy_by_hand(policy):
 
 
 def test_turns_are_as_long_as_the_policy_thinks_where_nobody_says(policy, monkeypatch):
-    published = Policy(policy.model, policy.tokenizer, {key: v for key, v in policy.images.items() if key != "stamped"})
+    published = Policy(
+        policy.model,
+        policy.tokenizer,
+        {key: v for key, v in policy.images.items() if key != "stamped"},
+    )
     limits = []
-    monkeypatch.setattr(policy_file, "rollout", lambda *_, max_new_tokens, **__: limits.append(max_new_tokens) or [])
+    monkeypatch.setattr(
+        policy_file, "rollout", lambda *_, max_new_tokens, **__: limits.append(max_new_tokens) or []
+    )
     monkeypatch.setattr(policy_file, "load_image", lambda path: picture(0))
     for asked, flags in ((policy, []), (published, []), (published, ["--max-new-tokens", "9"])):
         monkeypatch.setattr(Policy, "load", lambda *_: asked)
         with pytest.raises(SystemExit, match="not enough values to unpack"):
-            policy_file.main(["--images", "a.png", "--ask", "?", "--mode", "direct", "--model", "somewhere", *flags])
+            policy_file.main(
+                [
+                    "--images",
+                    "a.png",
+                    "--ask",
+                    "?",
+                    "--mode",
+                    "direct",
+                    "--model",
+                    "somewhere",
+                    *flags,
+                ]
+            )
     assert limits == [256, 4096, 9]
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
+
 def test_command_line_prints_a_dialogue_and_saves_it(policy, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(picture(0)).save("a.png")
-    arguments = ["--images", "a.png", "--ask", "Which?", "--mode", "direct", "--max-new-tokens", "8"]
+    arguments = [
+        "--images",
+        "a.png",
+        "--ask",
+        "Which?",
+        "--mode",
+        "direct",
+        "--max-new-tokens",
+        "8",
+    ]
     with pytest.raises(SystemExit, match="python train_sft.py"):
         policy_file.main(arguments)
     policy.save("out/demo/sft")
     policy_file.main([*arguments, "--options", "red box", "blue ball"])
     printed = capsys.readouterr().out
-    assert "[Image-1]\nWhich?\nA. red box\nB. blue ball\nPolicy: " in printed and "out/ask" in printed
-    assert (tmp_path / "out/ask/dialogue.png").exists() and (tmp_path / "out/ask/image_1.png").exists()
+    assert (
+        "[Image-1]\nWhich?\nA. red box\nB. blue ball\nPolicy: " in printed and "out/ask" in printed
+    )
+    assert (tmp_path / "out/ask/dialogue.png").exists() and (
+        tmp_path / "out/ask/image_1.png"
+    ).exists()
     for name in ("image_9.png", "thesis.txt"):
         (tmp_path / "out/ask" / name).write_text("of another dialogue, and of somebody else")
     policy_file.main(arguments)
     assert sorted(p.name for p in (tmp_path / "out/ask").iterdir()) == [
-        "dialogue.json", "dialogue.png", "image_1.png", "thesis.txt"]
+        "dialogue.json",
+        "dialogue.png",
+        "image_1.png",
+        "thesis.txt",
+    ]
     (tmp_path / "broken.png").write_text("no image")
     with pytest.raises(SystemExit, match="broken.png cannot be read"):
         policy_file.main(["--images", "broken.png", *arguments[2:]])

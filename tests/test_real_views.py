@@ -9,7 +9,16 @@ from lib.consistency import classify, delta_of, pose_error
 from lib.geometry import Motion, decompose, move_camera, pinhole, pose, project, unproject, visible
 from lib.pictures import save_image
 from lib.pnp import pose_from_matches, three_points
-from lib.real_views import INDOOR, categories, compare, detector, lift, matcher, object_agreement, recover_pose
+from lib.real_views import (
+    INDOOR,
+    categories,
+    compare,
+    detector,
+    lift,
+    matcher,
+    object_agreement,
+    recover_pose,
+)
 from lib.rooms import COLOURS, EYE, random_room, render
 from lib.triples import thousandths
 
@@ -31,13 +40,15 @@ class Matcher:
         return found["rgb"][0], found["depth"][0]
 
     def __call__(self, image, other):
-        (depth, c2w), (other_depth, other_c2w) = (self.seen.get(x.tobytes(), (None, None)) for x in (image, other))
+        (depth, c2w), (other_depth, other_c2w) = (
+            self.seen.get(x.tobytes(), (None, None)) for x in (image, other)
+        )
         if depth is None:
             return np.zeros((0, 2)), np.zeros((0, 2))
         rng, points = np.random.default_rng(0), unproject(depth, K, c2w).reshape(-1, 3)
         mine, theirs = project(points, K, c2w)[0], project(points, K, other_c2w)[0]
         both = np.flatnonzero(np.isfinite(visible(points, other_depth, K, other_c2w)[0]))
-        both = rng.permutation(both)[:self.most]
+        both = rng.permutation(both)[: self.most]
         mine, theirs = (x[both] + rng.normal(0, self.noise, (len(both), 2)) for x in (mine, theirs))
         wrong = rng.random(len(both)) < self.wrong
         mine[wrong] = rng.uniform(0, SIZE, (wrong.sum(), 2))
@@ -64,6 +75,7 @@ def detect(image, names=None):
 
 # ---- pose -----------------------------------------------------------------------------------------------------------
 
+
 def test_three_points_and_their_rays_give_the_camera():
     rng, c2w = np.random.default_rng(0), pose(0.3, -1.2, 0.5, 40, 10)
     camera = rng.uniform([-2, -1, 1], [2, 1, 4], (50, 3, 3))
@@ -72,21 +84,32 @@ def test_three_points_and_their_rays_give_the_camera():
     found = three_points(world, rays)
     assert 50 <= len(found) <= 200 and (np.abs(found - c2w).max((1, 2)) < 1e-5).sum() >= 48
     gaps = []
-    for points, seen in zip(world, rays):                                       # other cameras see the three there too
+    for points, seen in zip(world, rays):  # other cameras see the three there too
         for other in three_points(points[None], seen[None]):
             looked = (points - other[:3, 3]) @ other[:3, :3]
-            gaps.append(np.abs(looked / np.linalg.norm(looked, axis=-1, keepdims=True) - seen).max())
-    assert len(gaps) == len(found) and np.mean(np.array(gaps) < 1e-5) >= 0.98   # not where two solutions nearly meet
+            gaps.append(
+                np.abs(looked / np.linalg.norm(looked, axis=-1, keepdims=True) - seen).max()
+            )
+    assert (
+        len(gaps) == len(found) and np.mean(np.array(gaps) < 1e-5) >= 0.98
+    )  # not where two solutions nearly meet
 
 
 def test_three_points_in_line_give_no_camera():
     start, step = np.random.default_rng(0).integers(-2, 3, (2, 50, 1, 3)) + [0, 0, 3]
-    line = (start + step * np.arange(3)[:, None]).astype(float)                 # whole numbers: in line exactly
+    line = (start + step * np.arange(3)[:, None]).astype(float)  # whole numbers: in line exactly
     assert len(three_points(line, line / np.linalg.norm(line, axis=-1, keepdims=True))) == 0
 
 
-@pytest.mark.parametrize("motion, wrong", [(Motion("look up", 20.0), 0.0), (Motion("turn left", 45.0), 0.3),
-                                           (Motion("move left", 1.0), 0.3), (Motion("move forward", 0.5), 0.6)])
+@pytest.mark.parametrize(
+    "motion, wrong",
+    [
+        (Motion("look up", 20.0), 0.0),
+        (Motion("turn left", 45.0), 0.3),
+        (Motion("move left", 1.0), 0.3),
+        (Motion("move forward", 0.5), 0.6),
+    ],
+)
 def test_the_camera_is_found_among_outliers(motion, wrong):
     match, context = scene(wrong=wrong)
     target = move_camera(CONTEXT[1], motion)
@@ -111,14 +134,30 @@ def test_points_on_one_wall_are_enough():
 def test_wrong_motions_are_found_where_they_are_and_fall_step_by_step():
     match, context = scene()
     turned, moved = Motion("turn right", 30.0), Motion("move right", 1.0)
-    right = [[pose_error(delta_of(motion), decompose(CONTEXT[0], recover_pose(
-        match.look(move_camera(CONTEXT[0], motion) @ off)[0], K, context, match))[:5]) for off in offs]
-        for motion, offs in ((turned, [pose(0, 0, 0, a) for a in (0, 5, 9, 13, 30)]),
-                             (moved, [pose(0, 0, z) for z in (0, 0.15, 0.3, 0.5, 1.0)]))]
+    right = [
+        [
+            pose_error(
+                delta_of(motion),
+                decompose(
+                    CONTEXT[0],
+                    recover_pose(
+                        match.look(move_camera(CONTEXT[0], motion) @ off)[0], K, context, match
+                    ),
+                )[:5],
+            )
+            for off in offs
+        ]
+        for motion, offs in (
+            (turned, [pose(0, 0, 0, a) for a in (0, 5, 9, 13, 30)]),
+            (moved, [pose(0, 0, z) for z in (0, 0.15, 0.3, 0.5, 1.0)]),
+        )
+    ]
     assert [error["within"] for error in right[0]] == [True, True, True, False, False]
     assert [error["degrees"] for error in right[0]] == pytest.approx([0, 5, 9, 13, 30], abs=0.3)
     assert [error["within"] for error in right[1]] == [True, True, True, False, False]
-    assert [error["meters"] for error in right[1]] == pytest.approx([0, 0.15, 0.3, 0.5, 1.0], abs=0.015)
+    assert [error["meters"] for error in right[1]] == pytest.approx(
+        [0, 0.15, 0.3, 0.5, 1.0], abs=0.015
+    )
 
 
 def test_where_nothing_matches_there_is_no_camera():
@@ -133,12 +172,15 @@ def test_where_nothing_matches_there_is_no_camera():
 
 def test_a_match_without_depth_is_left_out():
     depth = np.array([[2.0, 0], [0, 4.0]])
-    points, there = lift(np.array([[0.5, 0.5], [1.5, 0.5], [1.25, 1.75], [5, 5]]), depth, pinhole(2), np.eye(4))
+    points, there = lift(
+        np.array([[0.5, 0.5], [1.5, 0.5], [1.25, 1.75], [5, 5]]), depth, pinhole(2), np.eye(4)
+    )
     assert there.tolist() == [True, False, True, False]
     np.testing.assert_allclose(points[there], [[-1, -1, 2], [1, 3, 4]])
 
 
 # ---- content --------------------------------------------------------------------------------------------------------
+
 
 def box(left, top=0.4, side=0.1):
     return np.array([left, top, left + side, top + side])
@@ -147,24 +189,39 @@ def box(left, top=0.4, side=0.1):
 def test_agreement_counts_objects_pairs_and_what_is_missing():
     true = [("chair", box(0.1), 0.9), ("lamp", box(0.4), 0.5), ("chair", box(0.8), 0.4)]
     whole = object_agreement(true[::-1], true)
-    assert whole["precision"] == whole["recall"] == whole["f1"] == whole["order"] == whole["content"] == 1
+    assert (
+        whole["precision"]
+        == whole["recall"]
+        == whole["f1"]
+        == whole["order"]
+        == whole["content"]
+        == 1
+    )
     removed = object_agreement(true[1:], true)
     assert removed["precision"] == 1 and removed["recall"] == pytest.approx(2 / 3)
-    assert removed["order"] == pytest.approx(1 / 3)                             # two of three pairs had the first chair
+    assert removed["order"] == pytest.approx(1 / 3)  # two of three pairs had the first chair
     renamed = object_agreement([("plant", box(0.1), 0.9), *true[1:]], true)
     assert renamed["precision"] == renamed["recall"] == pytest.approx(2 / 3)
-    swapped = object_agreement([("chair", box(0.1), 0.4), ("lamp", box(0.9), 0.9), ("chair", box(0.8), 0.5)], true)
+    swapped = object_agreement(
+        [("chair", box(0.1), 0.4), ("lamp", box(0.9), 0.9), ("chair", box(0.8), 0.5)], true
+    )
     assert swapped["f1"] == 1 and swapped["order"] == pytest.approx(2 / 3)
-    assert object_agreement([], true)["content"] == 0 and np.isnan(object_agreement([], [])["order"])
+    assert object_agreement([], true)["content"] == 0 and np.isnan(
+        object_agreement([], [])["order"]
+    )
 
 
 def test_a_vlm_lists_categories_and_without_one_they_are_fixed():
-    assert categories([], lambda images, question: "Chair, wooden table,chair,\n lamp. ") == ("chair", "wooden table",
-                                                                                              "lamp")
+    assert categories([], lambda images, question: "Chair, wooden table,chair,\n lamp. ") == (
+        "chair",
+        "wooden table",
+        "lamp",
+    )
     assert categories([]) == INDOOR and categories([], lambda *_: "") == INDOOR
 
 
 # ---- both -----------------------------------------------------------------------------------------------------------
+
 
 def triples(match, folder, motions):
     """Rows of scans, as `lib.views.load_triples` gives them, from a room."""
@@ -175,11 +232,21 @@ def triples(match, folder, motions):
     for motion in motions:
         target = move_camera(CONTEXT[2], motion)
         view = match.look(target)[0]
-        rows.append({"id": motion.kind, "reference": 3, "context": [rgb for rgb, _ in context], "target": view,
-                     "motion": {"kind": motion.kind, "amount": motion.amount}, "intrinsics": K.tolist(),
-                     "context_c2w": [c2w.tolist() for c2w in CONTEXT], "context_intrinsics": [K.tolist()] * 4,
-                     "context_depth": [folder / f"{k}_depth.png" for k in range(4)], "target_c2w": target.tolist(),
-                     "warp": np.dstack([view, np.full((SIZE, SIZE), 255, np.uint8)])})
+        rows.append(
+            {
+                "id": motion.kind,
+                "reference": 3,
+                "context": [rgb for rgb, _ in context],
+                "target": view,
+                "motion": {"kind": motion.kind, "amount": motion.amount},
+                "intrinsics": K.tolist(),
+                "context_c2w": [c2w.tolist() for c2w in CONTEXT],
+                "context_intrinsics": [K.tolist()] * 4,
+                "context_depth": [folder / f"{k}_depth.png" for k in range(4)],
+                "target_c2w": target.tolist(),
+                "warp": np.dstack([view, np.full((SIZE, SIZE), 255, np.uint8)]),
+            }
+        )
     return rows
 
 
@@ -188,12 +255,26 @@ def test_a_table_of_scans_has_the_columns_of_rooms(tmp_path):
     rows = triples(match, tmp_path, [Motion("turn left", 45.0), Motion("move right", 0.5)])
     recoloured = [row["target"][..., ::-1].copy() for row in rows]
     grey = [np.full_like(row["target"], 128) for row in rows]
-    found = compare(rows, {"true": [row["target"] for row in rows], "other": recoloured, "grey": grey}, match, detect)
+    found = compare(
+        rows,
+        {"true": [row["target"] for row in rows], "other": recoloured, "grey": grey},
+        match,
+        detect,
+    )
     true, other, lost = found["simulators"].values()
     for perfect in (true, *found["oracles"].values()):
-        assert perfect["pose"] == perfect["found"] == perfect["f1"] == perfect["content"] == 1 and perfect["mse"] == 0
-    assert true["moves"]["median_meters"] < 0.01 and true["turns"]["median_degrees"] < 0.3 and true["turns"]["n"] == 1
-    assert other["content"] < true["content"] and lost["pose"] == lost["found"] == lost["content"] == 0
+        assert (
+            perfect["pose"] == perfect["found"] == perfect["f1"] == perfect["content"] == 1
+            and perfect["mse"] == 0
+        )
+    assert (
+        true["moves"]["median_meters"] < 0.01
+        and true["turns"]["median_degrees"] < 0.3
+        and true["turns"]["n"] == 1
+    )
+    assert (
+        other["content"] < true["content"] and lost["pose"] == lost["found"] == lost["content"] == 0
+    )
     assert lost["turns"]["median_degrees"] == lost["moves"]["median_meters"] == np.inf
     assert found["baselines"]["copy of the reference"]["pose"] == 0
     blind = compare(rows[:1], {"true": [rows[0]["target"]]}, match)["simulators"]["true"]
@@ -201,6 +282,7 @@ def test_a_table_of_scans_has_the_columns_of_rooms(tmp_path):
 
 
 # ---- transformers ---------------------------------------------------------------------------------------------------
+
 
 def test_missing_weights_are_told_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="cannot be read or fetched .*--matcher"):
@@ -211,9 +293,19 @@ def test_missing_weights_are_told_in_a_sentence(tmp_path):
 
 def test_a_transformers_matcher_is_asked_in_its_own_format(tmp_path):
     """Untrained weights: what comes back is pixels of both pictures, as many of each."""
-    from transformers import EfficientLoFTRConfig, EfficientLoFTRForKeypointMatching, EfficientLoFTRImageProcessorPil
-    config = EfficientLoFTRConfig(stage_num_blocks=[1, 1, 1, 1], out_features=[16, 16, 16, 32], hidden_size=32,
-                                  num_attention_layers=1, coarse_matching_threshold=0.0)
+    from transformers import (
+        EfficientLoFTRConfig,
+        EfficientLoFTRForKeypointMatching,
+        EfficientLoFTRImageProcessorPil,
+    )
+
+    config = EfficientLoFTRConfig(
+        stage_num_blocks=[1, 1, 1, 1],
+        out_features=[16, 16, 16, 32],
+        hidden_size=32,
+        num_attention_layers=1,
+        coarse_matching_threshold=0.0,
+    )
     EfficientLoFTRForKeypointMatching(config).save_pretrained(tmp_path)
     EfficientLoFTRImageProcessorPil(size={"height": 96, "width": 96}).save_pretrained(tmp_path)
     image, other = (render(ROOM, c2w, SIZE)["rgb"][0] for c2w in CONTEXT[:2])
@@ -224,24 +316,63 @@ def test_a_transformers_matcher_is_asked_in_its_own_format(tmp_path):
 
 def test_grounding_dino_is_asked_in_its_own_format(tmp_path, monkeypatch):
     """Untrained weights and a threshold of 0: what comes back is categories, boxes in shares of the picture, scores."""
-    from transformers import (BertConfig, BertTokenizerFast, GroundingDinoConfig, GroundingDinoForObjectDetection,
-                              GroundingDinoImageProcessorPil, GroundingDinoProcessor, SwinConfig)
+    from transformers import (
+        BertConfig,
+        BertTokenizerFast,
+        GroundingDinoConfig,
+        GroundingDinoForObjectDetection,
+        GroundingDinoImageProcessorPil,
+        GroundingDinoProcessor,
+        SwinConfig,
+    )
+
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "chair", "lamp", "trash", "can"]
-    swin = SwinConfig(image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4,
-                      out_indices=[2, 3, 4])
-    bert = BertConfig(vocab_size=10, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    config = GroundingDinoConfig(backbone_config=swin.to_dict(), text_config=bert.to_dict(), d_model=32,
-                                 encoder_layers=1, decoder_layers=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
-                                 num_queries=20, encoder_attention_heads=2, decoder_attention_heads=2)
+    swin = SwinConfig(
+        image_size=64,
+        embed_dim=8,
+        depths=[1] * 4,
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_indices=[2, 3, 4],
+    )
+    bert = BertConfig(
+        vocab_size=10,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    config = GroundingDinoConfig(
+        backbone_config=swin.to_dict(),
+        text_config=bert.to_dict(),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_queries=20,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         GroundingDinoForObjectDetection(config).save_pretrained(tmp_path)
-    GroundingDinoProcessor(GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96}),
-                           BertTokenizerFast(vocab={w: i for i, w in enumerate(words)})).save_pretrained(tmp_path)
+    GroundingDinoProcessor(
+        GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96}),
+        BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}),
+    ).save_pretrained(tmp_path)
     monkeypatch.setattr(real_views, "SCORE", 0.0)
     monkeypatch.setattr(real_views, "TEXT_SCORE", 0.0)
-    found = detector(str(tmp_path))(render(ROOM, CONTEXT[0], SIZE)["rgb"][0][:64], ("chair", "trash can"))
+    found = detector(str(tmp_path))(
+        render(ROOM, CONTEXT[0], SIZE)["rgb"][0][:64], ("chair", "trash can")
+    )
     assert len(found) == 20 and {name for name, *_ in found} <= {"chair", "trash can"}
-    assert all(box.shape == (4,) and (box[:2] < box[2:]).all() and np.abs(box).max() < 1.5 for _, box, _ in found)
+    assert all(
+        box.shape == (4,) and (box[:2] < box[2:]).all() and np.abs(box).max() < 1.5
+        for _, box, _ in found
+    )
     scores = [score for *_, score in found]
-    assert all(isinstance(score, float) and 0 <= score <= 1 for score in scores) and len(set(scores)) > 1
+    assert (
+        all(isinstance(score, float) and 0 <= score <= 1 for score in scores)
+        and len(set(scores)) > 1
+    )

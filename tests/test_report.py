@@ -26,7 +26,9 @@ def held(question, mode, answer, calls, views):
     """A scripted dialogue: (image, motion, amount) per call, and what it is shown."""
     t = Trajectory.start(POLICY, question, question["images"], mode)
     for (image, motion, amount), view in zip(calls, views):
-        call = json.dumps({"name": "imagine", "arguments": {"image": image, "motion": motion, "amount": amount}})
+        call = json.dumps(
+            {"name": "imagine", "arguments": {"image": image, "motion": motion, "amount": amount}}
+        )
         t.say(POLICY, f"<think>What is there?</think><tool_call>{call}</tool_call>")
         t.observe(POLICY, image=view if t.call else None)
     t.say(POLICY, f"<think>I see {EVIL}</think><answer>{answer}</answer>")
@@ -39,17 +41,27 @@ def page(tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
     rows = [row for seed in range(5_000_000, 5_000_003) for row in room_questions(seed, out)]
     rows = [{**row, "images": [str(out / path) for path in row["images"]]} for row in rows]
-    rows[0] = {**rows[0], "question": EVIL, "id": EVIL, "images": [*rows[0]["images"][:3], str(out / "missing.png")]}
+    rows[0] = {
+        **rows[0],
+        "question": EVIL,
+        "id": EVIL,
+        "images": [*rows[0]["images"][:3], str(out / "missing.png")],
+    }
     records = {("direct", "none"): {}, ("agentic", "truth"): {}}
     for k, row in enumerate(rows):
         arrays = {**row, "images": [np.full((32, 32, 3), 20 * k, np.uint8)] * len(row["images"])}
-        view, wrong = np.full((32, 32, 3), (k, 90, 90), np.uint8), "BCDA"["ABCD".index(row["answer"])]
+        view, wrong = (
+            np.full((32, 32, 3), (k, 90, 90), np.uint8),
+            "BCDA"["ABCD".index(row["answer"])],
+        )
         call = tuple(row["command"][key] for key in ("image", "kind", "amount"))
-        calls = [(9, "turn left", 45.0), call] * (k % 2)                             # the first is impossible
+        calls = [(9, "turn left", 45.0), call] * (k % 2)  # the first is impossible
         asked = held(arrays, "agentic", wrong if k % 3 else row["answer"], calls, [view] * 2)
         for (mode, name), t in zip(records, (held(arrays, "direct", row["answer"], [], []), asked)):
-            record = record_of(row["id"], arrays, t, None, {"mode": mode, "simulator": name, "seconds": 0.1})
-            record["views"] = predictions.save_views(out, t.images[len(row["images"]):])
+            record = record_of(
+                row["id"], arrays, t, None, {"mode": mode, "simulator": name, "seconds": 0.1}
+            )
+            record["views"] = predictions.save_views(out, t.images[len(row["images"]) :])
             records[mode, name][row["id"]] = json.loads(json.dumps(record))
     summaries = {mode: summarise(list(told.values())) for (mode, _), told in records.items()}
     shown = dialogues(records, rows)
@@ -61,7 +73,9 @@ def page(tmp_path_factory):
 def test_what_models_and_data_say_is_escaped(page):
     html = (page[0] / "report.html").read_text()
     assert EVIL not in html and "<img src=x" not in html and html.count("<script") == 2
-    assert html.count("&lt;script&gt;alert(&quot;x&quot;)") >= 2 + 24               # title, heading, every dialogue
+    assert (
+        html.count("&lt;script&gt;alert(&quot;x&quot;)") >= 2 + 24
+    )  # title, heading, every dialogue
 
 
 def test_every_question_is_there_in_every_mode_and_filters_know_it(page):
@@ -70,20 +84,28 @@ def test_every_question_is_there_in_every_mode_and_filters_know_it(page):
     assert len(lines) == len(page[1]) == 24
     told = [dict(re.findall(r'data-([a-z]+)="([^"]*)"', line)) for line in lines]
     agentic = [line for line in told if line["run"] == "agentic, truth"]
-    for k, line in enumerate(agentic):                              # direct is always right
-        assert line["wrong"] == str(int(k % 3 > 0)) and line["tool"] == line["invalid"] == str(k % 2)
+    for k, line in enumerate(agentic):  # direct is always right
+        assert line["wrong"] == str(int(k % 3 > 0)) and line["tool"] == line["invalid"] == str(
+            k % 2
+        )
         assert line["hurt"] == str(int(k % 3 > 0 and k % 2)) and line["case"]
-    assert all(line["wrong"] == line["tool"] == line["hurt"] == "0" for line in told if line["run"] == "direct")
+    assert all(
+        line["wrong"] == line["tool"] == line["hurt"] == "0"
+        for line in told
+        if line["run"] == "direct"
+    )
     names = set(re.findall(r'<(?:input type="checkbox"|select) name="([a-z]+)"', html))
     assert names == set(told[0]) == {"wrong", "tool", "hurt", "invalid", "run", "case"}
 
 
 def test_a_dialogue_shows_what_was_imagined_beside_the_truth_and_what_it_earned(page):
-    html = report.dialogue(page[1][3], report.Pictures(), page[0])              # the second question, agentic
+    html = report.dialogue(page[1][3], report.Pictures(), page[0])  # the second question, agentic
     call = page[1][3]["calls"][0]
     assert f"Image-5: imagined from Image-{call['image']}, {phrase(motion_in(call))}" in html
     assert "the true view" in html and "There is no such image" in html and "What is there?" in html
-    assert "phase 2" in html and "gain -1" in html and "diagnosis: " in html and "true answer" in html
+    assert (
+        "phase 2" in html and "gain -1" in html and "diagnosis: " in html and "true answer" in html
+    )
 
 
 def test_pictures_stand_in_the_page_once_and_dialogues_name_them(page):
@@ -91,7 +113,9 @@ def test_pictures_stand_in_the_page_once_and_dialogues_name_them(page):
     stored = json.loads(re.search(r'id="pictures">(.*?)</script>', html)[1])
     named = set(map(int, re.findall(r'data-picture="(\d+)"', html)))
     assert named == set(range(len(stored))) and len(stored) < html.count("data-picture=") / 2
-    assert html.count('src="data:') == html.count('class="wide"') and "(no picture)" in html        # the missing one
+    assert (
+        html.count('src="data:') == html.count('class="wide"') and "(no picture)" in html
+    )  # the missing one
 
 
 def test_a_thousand_dialogues_are_light(page, tmp_path):
@@ -104,7 +128,9 @@ def test_a_thousand_dialogues_are_light(page, tmp_path):
 
 
 def test_large_pictures_become_thumbnails_and_videos_show_some_frames(page, tmp_path):
-    save_image(tmp_path / "large.jpg", np.random.default_rng(0).integers(0, 255, (600, 900, 3), np.uint8))
+    save_image(
+        tmp_path / "large.jpg", np.random.default_rng(0).integers(0, 255, (600, 900, 3), np.uint8)
+    )
     question = {**page[1][0]["question"], "images": [str(tmp_path / "large.jpg")] * 50}
     told = {**page[1][0], "calls": [], "question": question}
     pictures = report.Pictures()
@@ -114,25 +140,48 @@ def test_large_pictures_become_thumbnails_and_videos_show_some_frames(page, tmp_
 
 
 def test_a_long_dialogue_is_drawn_to_its_end(tmp_path):
-    short, long = (Trajectory({"question": "?"}, "direct", turns=["a\n" * lines]) for lines in (1, 601))
+    short, long = (
+        Trajectory({"question": "?"}, "direct", turns=["a\n" * lines]) for lines in (1, 601)
+    )
     heights = []
     for dialogue in (short, long):
         dialogue.draw(tmp_path / "dialogue.png")
         page = np.asarray(Image.open(tmp_path / "dialogue.png"))
         heights.append(len(page))
-        assert (page[-24:] < 255).any()                                                 # the last line is there
+        assert (page[-24:] < 255).any()  # the last line is there
     assert heights[1] - heights[0] == 600 * 17
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
 def test_a_browser_opens_and_filters_it(page, tmp_path):
     """In Chromium: open every dialogue, tick "wrong only", and look at what the page then holds."""
-    html = (page[0] / "report.html").read_text().replace("filter();</script>", """filter();
-document.getElementsByName('wrong')[0].click(); for (const d of all) d.open = true;</script>""")
+    html = (
+        (page[0] / "report.html")
+        .read_text()
+        .replace(
+            "filter();</script>",
+            """filter();
+document.getElementsByName('wrong')[0].click(); for (const d of all) d.open = true;</script>""",
+        )
+    )
     (tmp_path / "opened.html").write_text(html)
-    done = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
-                           f"--user-data-dir={tmp_path}/browser", "--dump-dom", str(tmp_path / "opened.html")],
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [
+            "chromium",
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--virtual-time-budget=5000",
+            f"--user-data-dir={tmp_path}/browser",
+            "--dump-dom",
+            str(tmp_path / "opened.html"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     body = re.sub("<script.*?</script>", "", done.stdout, flags=re.DOTALL)
     assert "8 of 24" in body and "<template" not in body and body.count("<details") == 24
-    assert body.count('src="data:image/png') > body.count("data-picture=") > 24        # all are filled in, and a chart
+    assert (
+        body.count('src="data:image/png') > body.count("data-picture=") > 24
+    )  # all are filled in, and a chart

@@ -12,14 +12,30 @@ from lib.dialogue import Trajectory
 OPTIONS = ["A. blue ball", "B. red box", "C. a"]
 
 
-@pytest.mark.parametrize("answer, gold, match", [
-    ("B", "B", 1), (" b ", "B", 1), ("B. red box", "B", 1), ("B) red box", "B", 1), ("Red box", "B", 1), ("a", "C", 1),
-    ("A", "B", 0), (None, "B", 0), ("", "B", 0), ("blue ball", "B", 0), ("box", "B", 0), ("A or B", "B", 0)])
+@pytest.mark.parametrize(
+    "answer, gold, match",
+    [
+        ("B", "B", 1),
+        (" b ", "B", 1),
+        ("B. red box", "B", 1),
+        ("B) red box", "B", 1),
+        ("Red box", "B", 1),
+        ("a", "C", 1),
+        ("A", "B", 0),
+        (None, "B", 0),
+        ("", "B", 0),
+        ("blue ball", "B", 0),
+        ("box", "B", 0),
+        ("A or B", "B", 0),
+    ],
+)
 def test_exact_match_of_options(answer, gold, match):
     assert rewards.exact_match(answer, {"answer": gold, "options": OPTIONS}) == match
 
 
-@pytest.mark.parametrize("answer, gold, match", [("3", "3", 1), ("30", "3", 0), (" Left", "left", 1), (None, "3", 0)])
+@pytest.mark.parametrize(
+    "answer, gold, match", [("3", "3", 1), ("30", "3", 0), (" Left", "left", 1), (None, "3", 0)]
+)
 def test_exact_match_of_free_answers(answer, gold, match):
     assert rewards.exact_match(answer, {"answer": gold}) == match
 
@@ -27,23 +43,41 @@ def test_exact_match_of_free_answers(answer, gold, match):
 def test_format_needs_well_formed_turns_and_an_answer():
     class Held(SimpleNamespace):
         """A dialogue that says of itself what a Trajectory does."""
+
         well_formed = Trajectory.well_formed
+
     for invalid, answer, want in ((0, "B", 1), (1, "B", 0), (0, None, 0)):
-        assert rewards.format_reward(Held(invalid_calls=invalid, unreadable=0, answer=answer)) == want
+        assert (
+            rewards.format_reward(Held(invalid_calls=invalid, unreadable=0, answer=answer)) == want
+        )
 
 
-@pytest.mark.parametrize("match, form, n_tool, want", [
-    (1, 1, 0, 1.50), (1, 1, 1, 1.52), (1, 1, 3, 1.52), (0, 1, 2, 0.52), (0, 0, 0, 0.0), (0, 0, 1, 0.02)])
+@pytest.mark.parametrize(
+    "match, form, n_tool, want",
+    [
+        (1, 1, 0, 1.50),
+        (1, 1, 1, 1.52),
+        (1, 1, 3, 1.52),
+        (0, 1, 2, 0.52),
+        (0, 0, 0, 0.0),
+        (0, 0, 1, 0.02),
+    ],
+)
 def test_phase1_reward(match, form, n_tool, want):
     """r = e + 0.5 f + 0.02 min(n, 1)"""
     assert rewards.phase1_reward(match, form, n_tool) == pytest.approx(want)
 
 
-@pytest.mark.parametrize("match, form, n_tool, direct, want", [
-    (1, 1, 1, 0.25, 1.52 + 0.1 * 0.75),         # imagining helped
-    (0, 1, 1, 0.75, 0.52 - 0.03 * 0.75),        # answering directly was right more often
-    (1, 1, 1, 1.00, 1.52),                      # nothing to gain
-    (1, 1, 0, 0.00, 1.50), (0, 1, 0, 1.00, 0.50)])  # no call: no gain and no price
+@pytest.mark.parametrize(
+    "match, form, n_tool, direct, want",
+    [
+        (1, 1, 1, 0.25, 1.52 + 0.1 * 0.75),  # imagining helped
+        (0, 1, 1, 0.75, 0.52 - 0.03 * 0.75),  # answering directly was right more often
+        (1, 1, 1, 1.00, 1.52),  # nothing to gain
+        (1, 1, 0, 0.00, 1.50),
+        (0, 1, 0, 1.00, 0.50),
+    ],
+)  # no call: no gain and no price
 def test_phase2_reward(match, form, n_tool, direct, want):
     assert rewards.phase2_reward(match, form, n_tool, direct) == pytest.approx(want)
 
@@ -51,10 +85,18 @@ def test_phase2_reward(match, form, n_tool, direct, want):
 def test_advantages_against_numpy():
     rows = np.array([[1.52, 1.5, 0.5, 0.52], [0.02, 0.0, 0.0, 0.0], [1.5, 1.5, 1.5, 1.5]])
     centred = rows - rows.mean(1, keepdims=True)
-    want = np.concatenate([centred[:2] / (rows[:2].std(1, ddof=1, keepdims=True) + 1e-6), np.zeros((1, 4))])
-    np.testing.assert_allclose(rewards.group_advantages(rows.flatten(), 4), want.flatten(), rtol=1e-6)
-    np.testing.assert_allclose(rewards.group_advantages(rows.flatten(), 4, divide_by_std=False), centred.flatten(),
-                               rtol=1e-6, atol=1e-8)
+    want = np.concatenate(
+        [centred[:2] / (rows[:2].std(1, ddof=1, keepdims=True) + 1e-6), np.zeros((1, 4))]
+    )
+    np.testing.assert_allclose(
+        rewards.group_advantages(rows.flatten(), 4), want.flatten(), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        rewards.group_advantages(rows.flatten(), 4, divide_by_std=False),
+        centred.flatten(),
+        rtol=1e-6,
+        atol=1e-8,
+    )
 
 
 def test_dividing_by_the_deviation_makes_a_small_bonus_loud():
@@ -78,23 +120,44 @@ def test_incomplete_groups_are_refused():
 
 # ---- World2VLM ------------------------------------------------------------------------------------------------------
 
+
 def total(task, answer, response):
     return rewards.world2vlm(task, answer, response)["total"]
 
 
-@pytest.mark.parametrize("response, want, parts", [
-    ("move forward 4.3 meters", 1.0, (1, 1, 1)),
-    ("Move  forward\n4.3 METERS.!", 1.0, (1, 1, 1)),                        # case, white space, what stands at the end
-    ("I think: move forward 4.3 meter", 1.0, (1, 1, 1)),                    # anywhere; singular
-    ("remove forward 4.3 meters", 1.0, (1, 1, 1)),                          # no word boundary
-    ("move forward 4.8 meters", 1.0, (1, 1, 1)),                            # |v - v*| = 0.5: still full marks
-    ("move forward 2.05 meters", 0.10 + 0.35 + 0.55 * (1 - 1.75 / 4.5), (1, 1, 1 - 1.75 / 4.5)),    # 2.25 off
-    ("move forward 9.3 meters", 0.45, (1, 1, 0)),                           # 5 m off
-    ("move forward -0.7 meters", 0.45, (1, 1, 0)),                          # a minus sign is read: 5 m off
-    ("move backward 4.3 meters", 0.10, (1, 0, 0)),
-    ("turn left 4.3 degrees", 0.10, (1, 0, 0)),
-    ("move left 4.3 meters; move forward 4.3 meters", 1.0, (1, 1, 1)),      # listing all is not punished
-    ("move forward 9 meters or move left 4.3 meters", 0.10 + 0.35 + 0.55 * (1 - 4.2 / 4.5), (1, 1, 1 - 4.2 / 4.5))])
+@pytest.mark.parametrize(
+    "response, want, parts",
+    [
+        ("move forward 4.3 meters", 1.0, (1, 1, 1)),
+        (
+            "Move  forward\n4.3 METERS.!",
+            1.0,
+            (1, 1, 1),
+        ),  # case, white space, what stands at the end
+        ("I think: move forward 4.3 meter", 1.0, (1, 1, 1)),  # anywhere; singular
+        ("remove forward 4.3 meters", 1.0, (1, 1, 1)),  # no word boundary
+        ("move forward 4.8 meters", 1.0, (1, 1, 1)),  # |v - v*| = 0.5: still full marks
+        (
+            "move forward 2.05 meters",
+            0.10 + 0.35 + 0.55 * (1 - 1.75 / 4.5),
+            (1, 1, 1 - 1.75 / 4.5),
+        ),  # 2.25 off
+        ("move forward 9.3 meters", 0.45, (1, 1, 0)),  # 5 m off
+        ("move forward -0.7 meters", 0.45, (1, 1, 0)),  # a minus sign is read: 5 m off
+        ("move backward 4.3 meters", 0.10, (1, 0, 0)),
+        ("turn left 4.3 degrees", 0.10, (1, 0, 0)),
+        (
+            "move left 4.3 meters; move forward 4.3 meters",
+            1.0,
+            (1, 1, 1),
+        ),  # listing all is not punished
+        (
+            "move forward 9 meters or move left 4.3 meters",
+            0.10 + 0.35 + 0.55 * (1 - 4.2 / 4.5),
+            (1, 1, 1 - 4.2 / 4.5),
+        ),
+    ],
+)
 def test_one_action(response, want, parts):
     """0.10 fmt + 0.35 sem + 0.55 num, each the best of all candidates; num asks for the right kind."""
     got = rewards.world2vlm("A1", "move forward 4.3 meters", response)
@@ -103,35 +166,74 @@ def test_one_action(response, want, parts):
     assert list(got) == ["total", "format", "action", "numeric"]
 
 
-@pytest.mark.parametrize("response", [
-    "move forward 4.3 m", "turn left 20 deg", "turn left 20°", "move forward +4 meters", "move forward .5 meters",
-    "move forward 4,3 meters", "move forward four meters", "move forward by 4 meters", "move forward 4.3meters",
-    "shift left 2 meters", "moved forward 2 meters", "move up 2 meters", "turn forward 20 degrees", "", None])
+@pytest.mark.parametrize(
+    "response",
+    [
+        "move forward 4.3 m",
+        "turn left 20 deg",
+        "turn left 20°",
+        "move forward +4 meters",
+        "move forward .5 meters",
+        "move forward 4,3 meters",
+        "move forward four meters",
+        "move forward by 4 meters",
+        "move forward 4.3meters",
+        "shift left 2 meters",
+        "moved forward 2 meters",
+        "move up 2 meters",
+        "turn forward 20 degrees",
+        "",
+        None,
+    ],
+)
 def test_what_is_no_action(response):
-    assert rewards.world2vlm("A1", "move forward 4.3 meters", response) == {"total": 0, "format": 0, "action": 0,
-                                                                            "numeric": 0}
+    assert rewards.world2vlm("A1", "move forward 4.3 meters", response) == {
+        "total": 0,
+        "format": 0,
+        "action": 0,
+        "numeric": 0,
+    }
 
 
 @pytest.mark.parametrize("degrees, want", [(100, 1), (95, 1), (52.5, 0.5), (10, 0), (460, 0)])
 def test_degrees(degrees, want):
     """lo 5, hi 90: 47.5 off is half way, 90 off is nothing; an angle does not wrap."""
     got = rewards.world2vlm("A2", "turn left 100 degrees", f"turn left {degrees} degrees")
-    assert got["numeric"] == pytest.approx(want) and got["total"] == pytest.approx(0.45 + 0.55 * want)
+    assert got["numeric"] == pytest.approx(want) and got["total"] == pytest.approx(
+        0.45 + 0.55 * want
+    )
 
 
 TWO = "move forward 1.8 meters; turn left 50 degrees"
 
 
-@pytest.mark.parametrize("response, want", [
-    (TWO, 1.0),
-    ("First turn left 50 degrees, then move forward 1.8 meters", 0.10 + 0.25),          # swapped: kinds alone
-    ("move forward 1.8 meters", 0.10 + 0.25 / 2 + 0.35 / 2 + 0.30 / 2),                 # one missing at the end
-    (TWO + "; turn left 5 degrees", 0.10 + 0.25 * 2 / 3 + 0.35 + 0.30 - 0.03),          # one too many, kind used
-    ("move left 1 meters; " * 5, 0.10 - 3 * 0.03), ("move left 1 meters; " * 6, 0.0),   # the fee eats the format
-    ("move forward 4.55 meters; turn left 97.5 degrees", 0.70 + 0.30 * (0.5 + 0.5) / 2),    # each half way
-    ("move forward 1.8 meters; turn right 50 degrees", 0.10 + 0.25 / 2 + 0.35 / 2 + 0.30 / 2),
-    ("move forward 1.8 meters; move forward 1.8 meters", 0.10 + 0.25 / 2 + 0.35 / 2 + 0.30 / 2),
-    ("", 0.0)])
+@pytest.mark.parametrize(
+    "response, want",
+    [
+        (TWO, 1.0),
+        (
+            "First turn left 50 degrees, then move forward 1.8 meters",
+            0.10 + 0.25,
+        ),  # swapped: kinds alone
+        (
+            "move forward 1.8 meters",
+            0.10 + 0.25 / 2 + 0.35 / 2 + 0.30 / 2,
+        ),  # one missing at the end
+        (
+            TWO + "; turn left 5 degrees",
+            0.10 + 0.25 * 2 / 3 + 0.35 + 0.30 - 0.03,
+        ),  # one too many, kind used
+        ("move left 1 meters; " * 5, 0.10 - 3 * 0.03),
+        ("move left 1 meters; " * 6, 0.0),  # the fee eats the format
+        (
+            "move forward 4.55 meters; turn left 97.5 degrees",
+            0.70 + 0.30 * (0.5 + 0.5) / 2,
+        ),  # each half way
+        ("move forward 1.8 meters; turn right 50 degrees", 0.10 + 0.25 / 2 + 0.35 / 2 + 0.30 / 2),
+        ("move forward 1.8 meters; move forward 1.8 meters", 0.10 + 0.25 / 2 + 0.35 / 2 + 0.30 / 2),
+        ("", 0.0),
+    ],
+)
 def test_a_sequence(response, want):
     """max(0, 0.10 fmt + 0.25 sem + 0.35 ord + 0.30 num - 0.03 max(0, n - m)), m = 2"""
     assert total("A3", TWO, response) == total("D3", TWO, response) == pytest.approx(want)
@@ -141,13 +243,30 @@ def test_the_ladder_of_sequences():
     """The fact sheet's values."""
     assert total("A3", TWO, TWO + "; turn left 50 degrees") == pytest.approx(0.8867, abs=1e-4)
     assert total("A3", TWO, "move left 1 meters;" * 5) == pytest.approx(0.01)
-    assert list(rewards.world2vlm("A3", TWO, "")) == ["total", "format", "action", "order", "numeric"]
+    assert list(rewards.world2vlm("A3", TWO, "")) == [
+        "total",
+        "format",
+        "action",
+        "order",
+        "numeric",
+    ]
 
 
-@pytest.mark.parametrize("answer, response, want", [
-    ("yes", "Yes.", 1.0), ("yes", "true", 1.0), ("false", " NO!\n", 1.0), ("no", "yes", 0.2), ("true", "false", 0.2),
-    ("yes", "yes, it does", 0.0), ("yes", "the answer is yes", 0.0), ("yes", "", 0.0), ("yes", None, 0.0),
-    ("A", "yes", 0.2)])                                     # the released code: 0 where the reference is neither
+@pytest.mark.parametrize(
+    "answer, response, want",
+    [
+        ("yes", "Yes.", 1.0),
+        ("yes", "true", 1.0),
+        ("false", " NO!\n", 1.0),
+        ("no", "yes", 0.2),
+        ("true", "false", 0.2),
+        ("yes", "yes, it does", 0.0),
+        ("yes", "the answer is yes", 0.0),
+        ("yes", "", 0.0),
+        ("yes", None, 0.0),
+        ("A", "yes", 0.2),
+    ],
+)  # the released code: 0 where the reference is neither
 def test_yes_or_no(answer, response, want):
     for task in ("A4", "D2", "D4"):
         got = rewards.world2vlm(task, answer, response)
@@ -157,11 +276,25 @@ def test_yes_or_no(answer, response, want):
 BOX = "[100, 200, 300, 400]"
 
 
-@pytest.mark.parametrize("response, want", [
-    (BOX, 1.0), ("  [100,200 , 300,400]\n", 1.0), ("[100.0, 200, 300, 400]", 1.0),
-    (f"{BOX}.", 0.88), (f"It is at {BOX} now, not at [0, 0, 1, 1]", 0.88), (f"bbox {BOX}", 0.88), (f"[{BOX}]", 0.88),
-    ("[300, 200, 100, 400]", 1.0), ("[300, 400, 100, 200]", 1.0),           # released: 0.5765
-    ("100, 200, 300, 400", 0.0), ("[100, 200, 300]", 0.0), ("[a, b, c, d]", 0.0), ("", 0.0), (None, 0.0)])
+@pytest.mark.parametrize(
+    "response, want",
+    [
+        (BOX, 1.0),
+        ("  [100,200 , 300,400]\n", 1.0),
+        ("[100.0, 200, 300, 400]", 1.0),
+        (f"{BOX}.", 0.88),
+        (f"It is at {BOX} now, not at [0, 0, 1, 1]", 0.88),
+        (f"bbox {BOX}", 0.88),
+        (f"[{BOX}]", 0.88),
+        ("[300, 200, 100, 400]", 1.0),
+        ("[300, 400, 100, 200]", 1.0),  # released: 0.5765
+        ("100, 200, 300, 400", 0.0),
+        ("[100, 200, 300]", 0.0),
+        ("[a, b, c, d]", 0.0),
+        ("", 0.0),
+        (None, 0.0),
+    ],
+)
 def test_the_form_of_a_box(response, want):
     assert total("D1", BOX, response) == pytest.approx(want)
 
@@ -174,7 +307,9 @@ def test_a_box_that_is_a_little_off():
     got = rewards.world2vlm("D1", BOX, "[150, 200, 350, 400]")
     center, l1 = 1 - 50 / (0.6 * 200 * 2**0.5), 1 - 25 / 180
     geometry = 0.45 * 0.6 + 0.20 * center + 0.20 * l1 + 0.15
-    assert (got["iou"], got["center"], got["l1"], got["size"]) == pytest.approx((0.6, center, l1, 1.0))
+    assert (got["iou"], got["center"], got["l1"], got["size"]) == pytest.approx(
+        (0.6, center, l1, 1.0)
+    )
     assert got["validity"] == 1 and got["geometry"] == pytest.approx(geometry)
     assert got["total"] == pytest.approx(0.20 + 0.15 + 0.65 * geometry)
     assert list(got) == ["total", "format", "validity", "geometry", "iou", "center", "size", "l1"]
@@ -182,8 +317,10 @@ def test_a_box_that_is_a_little_off():
 
 def test_the_size_of_a_box_and_the_least_radius_of_its_centre():
     """Half as wide: |ln 0.5| / 1.6 is lost. A small true box: 80, not 0.6 d*, is the radius."""
-    assert rewards.world2vlm("D1", BOX, "[100, 200, 200, 400]")["size"] == pytest.approx(1 - np.log(2) / 1.6)
-    got = rewards.world2vlm("D1", "[500, 500, 530, 540]", "[520, 500, 550, 540]")       # d* = 50
+    assert rewards.world2vlm("D1", BOX, "[100, 200, 200, 400]")["size"] == pytest.approx(
+        1 - np.log(2) / 1.6
+    )
+    got = rewards.world2vlm("D1", "[500, 500, 530, 540]", "[520, 500, 550, 540]")  # d* = 50
     assert got["center"] == pytest.approx(1 - 20 / 80)
 
 
@@ -201,18 +338,22 @@ def test_a_box_beyond_the_picture():
     valid = 0.7 + 0.3 * (1 - 25 / 200)
     assert got["validity"] == pytest.approx(valid) and got["iou"] == 1
     assert got["total"] == pytest.approx(0.20 + 0.15 * valid + 0.65 * (0.3 + 0.7 * valid))
-    got = rewards.world2vlm("D1", BOX, "[5000, 5000, 6000, 6000]")     # wholly outside: becomes the point (1000, 1000)
-    assert got["validity"] == 0 and got["total"] == pytest.approx(0.20)     # released: 0.305
+    got = rewards.world2vlm(
+        "D1", BOX, "[5000, 5000, 6000, 6000]"
+    )  # wholly outside: becomes the point (1000, 1000)
+    assert got["validity"] == 0 and got["total"] == pytest.approx(0.20)  # released: 0.305
 
 
 def test_a_box_without_width():
     """No size without a width (released: sides count as 1 at least), and it is no valid box."""
     got = rewards.world2vlm("D1", "[500, 500, 501, 600]", "[500, 500, 500, 600]")
     assert got["size"] == 0 and got["iou"] == 0 and got["validity"] == pytest.approx(0.3)
-    assert rewards.world2vlm("D1", "[7, 7, 7, 7]", "[7, 7, 7, 7]")["iou"] == 0           # an empty union
+    assert rewards.world2vlm("D1", "[7, 7, 7, 7]", "[7, 7, 7, 7]")["iou"] == 0  # an empty union
 
 
-@pytest.mark.parametrize("task, answer", [("A1", "move left 2 meters"), ("A3", TWO), ("D2", "yes"), ("D1", BOX)])
+@pytest.mark.parametrize(
+    "task, answer", [("A1", "move left 2 meters"), ("A3", TWO), ("D2", "yes"), ("D1", BOX)]
+)
 def test_too_long_is_worst_whatever_it_says(task, answer):
     """200 characters are scored, 201 are not; outer white space counts (released: it does not)."""
     assert total(task, answer, answer + " " * (200 - len(answer))) == pytest.approx(1.0)
@@ -222,16 +363,44 @@ def test_too_long_is_worst_whatever_it_says(task, answer):
 
 
 def test_no_response_raises_and_all_lie_in_the_range():
-    rng, answers = np.random.default_rng(0), {"A1": "move left 2 meters", "A2": "turn left 20 degrees", "A3": TWO,
-                                              "A4": "true", "D1": BOX, "D2": "no", "D3": TWO, "D4": "yes"}
-    pieces = [*answers.values(), "[", "]", "-", "9" * 60, "٣", "\0", "\ud800", " ", ";", "move left 1e9 meters",
-              "[0,0,0,0]", "[9e9, -1, 2, 3]", "turn left -0 degrees", "[-99999999, 0, 1, 99999999.5]"]
+    rng, answers = (
+        np.random.default_rng(0),
+        {
+            "A1": "move left 2 meters",
+            "A2": "turn left 20 degrees",
+            "A3": TWO,
+            "A4": "true",
+            "D1": BOX,
+            "D2": "no",
+            "D3": TWO,
+            "D4": "yes",
+        },
+    )
+    pieces = [
+        *answers.values(),
+        "[",
+        "]",
+        "-",
+        "9" * 60,
+        "٣",
+        "\0",
+        "\ud800",
+        " ",
+        ";",
+        "move left 1e9 meters",
+        "[0,0,0,0]",
+        "[9e9, -1, 2, 3]",
+        "turn left -0 degrees",
+        "[-99999999, 0, 1, 99999999.5]",
+    ]
     for task, answer in answers.items():
         for _ in range(200):
             response = "".join(rng.choice(pieces) for _ in range(rng.integers(0, 5)))
             got = rewards.world2vlm(task, answer, response)
             low = -1 if len(response) > 200 else 0
-            assert low <= got.pop("total") <= 1 + 1e-9 and all(0 <= part <= 1 + 1e-9 for part in got.values())
+            assert low <= got.pop("total") <= 1 + 1e-9 and all(
+                0 <= part <= 1 + 1e-9 for part in got.values()
+            )
 
 
 def test_a_bad_reference_is_refused():

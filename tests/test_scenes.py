@@ -17,15 +17,26 @@ from PIL import Image
 
 from lib.geometry import coverage, decompose, dominant_motion, pinhole, warp
 from lib.rooms import random_room, render
-from lib.scene_depth import depth_network, disagreement, estimate_depth, scale_of
 from lib.scans import write_folder
-from lib.scenes import OPENGL, READERS, collect, frames_of, read_scene, room_scene, scaled, scene_ids
+from lib.scene_depth import depth_network, disagreement, estimate_depth, scale_of
+from lib.scenes import (
+    OPENGL,
+    READERS,
+    collect,
+    frames_of,
+    read_scene,
+    room_scene,
+    scaled,
+    scene_ids,
+)
 
 SEED, SIZE, ROWS, COLUMNS = 4, 80, slice(20, 68), slice(5, 69)
 WIDTH, HEIGHT = 64, 48
 HALF = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
-Z_UP = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])        # rooms have y down; scans z up
-INDICES = (0, 2, 4, 6, 8, 10, 20, 100, 101, 102)                                    # as text, 10 and 100 come before 2
+Z_UP = np.array(
+    [[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]]
+)  # rooms have y down; scans z up
+INDICES = (0, 2, 4, 6, 8, 10, 20, 100, 101, 102)  # as text, 10 and 100 come before 2
 
 
 def crop(load):
@@ -36,14 +47,25 @@ def crop(load):
 def truth():
     """Ten frames of a room in a z-up world, 64 x 48 with the optical axis at (35, 20), kept in memory."""
     frames, K = [], pinhole(SIZE) - [[0, 0, COLUMNS.start], [0, 0, ROWS.start], [0, 0, 0]]
-    for frame in room_scene(SEED, frames=36, size=SIZE).frames[:len(INDICES)]:
+    for frame in room_scene(SEED, frames=36, size=SIZE).frames[: len(INDICES)]:
         image, depth = crop(frame.load), crop(frame.load_depth)
-        frames.append(replace(frame, c2w=Z_UP @ frame.c2w, intrinsics=K, size=(WIDTH, HEIGHT), load=lambda x=image: x,
-                              depth_intrinsics=K, depth_size=(WIDTH, HEIGHT), load_depth=lambda x=depth: x))
+        frames.append(
+            replace(
+                frame,
+                c2w=Z_UP @ frame.c2w,
+                intrinsics=K,
+                size=(WIDTH, HEIGHT),
+                load=lambda x=image: x,
+                depth_intrinsics=K,
+                depth_size=(WIDTH, HEIGHT),
+                load_depth=lambda x=depth: x,
+            )
+        )
     return frames
 
 
 # ---- writers: a room in each layout -------------------------------------------------------------------------------
+
 
 def jpeg(path, pixels):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +99,9 @@ def four(K):
 def fine_depth(frame):
     """Depth of ScanNet's depth camera: another K and another shape than the colour's. Every third of its pixels lies
     on the ray of a colour pixel, so nearest neighbours are exact."""
-    depth = render(random_room(SEED), np.linalg.inv(Z_UP) @ frame.c2w, 3 * SIZE, supersample=1)["depth"][0]
+    depth = render(random_room(SEED), np.linalg.inv(Z_UP) @ frame.c2w, 3 * SIZE, supersample=1)[
+        "depth"
+    ][0]
     return depth[45:225, 9:231], pinhole(3 * SIZE) - [[0, 0, 9], [0, 0, 45], [0, 0, 0]]
 
 
@@ -101,9 +125,16 @@ def write_sens(root, frames):
     parts.append(struct.pack("<iiIIIIfQ", 2, 1, WIDTH, HEIGHT, 222, 180, 1000.0, len(frames)))
     for i, frame in enumerate(frames):
         jpeg(root / "tmp.jpg", frame.image())
-        colour, depth = (root / "tmp.jpg").read_bytes(), zlib.compress(units(fine_depth(frame)[0]).tobytes())
-        parts += [struct.pack("<16f", *frame.c2w.ravel()), struct.pack("<QQQQ", i, i, len(colour), len(depth)), colour,
-                  depth]
+        colour, depth = (
+            (root / "tmp.jpg").read_bytes(),
+            zlib.compress(units(fine_depth(frame)[0]).tobytes()),
+        )
+        parts += [
+            struct.pack("<16f", *frame.c2w.ravel()),
+            struct.pack("<QQQQ", i, i, len(colour), len(depth)),
+            colour,
+            depth,
+        ]
     path.parent.mkdir()
     path.write_bytes(b"".join(parts))
     return "scannet", "scene0000_00"
@@ -116,8 +147,13 @@ def write_scannetpp(root, frames):
         jpeg(folder / f"rgb/{name}.jpg", frame.image())
         png(folder / f"depth/{name}.png", units(frame.depth()))
         K = scaled(frame.K(), (WIDTH, HEIGHT), (1920, 1440)) - HALF
-        rows[name] = {"timestamp": i / 60, "pose": np.eye(4).tolist(), "intrinsic": K.tolist(), "imu": {},
-                      "aligned_pose": frame.c2w.tolist()}
+        rows[name] = {
+            "timestamp": i / 60,
+            "pose": np.eye(4).tolist(),
+            "intrinsic": K.tolist(),
+            "imu": {},
+            "aligned_pose": frame.c2w.tolist(),
+        }
     text(folder / "pose_intrinsic_imu.json", dict(reversed(rows.items())))
     return "scannetpp", "0a7cc12c0e"
 
@@ -125,9 +161,19 @@ def write_scannetpp(root, frames):
 def nerfstudio(frames, names, world, **more):
     """transforms.json of cameras in another world: OpenGL axes, K at four times the size."""
     K = frames[0].K((4 * WIDTH, 4 * HEIGHT))
-    return {"w": 4 * WIDTH, "h": 4 * HEIGHT, "fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2], "cy": K[1, 2], **more,
-            "frames": [{"file_path": name, "transform_matrix": (world @ frame.c2w @ OPENGL).tolist()}
-                       for name, frame in zip(names, frames)]}
+    return {
+        "w": 4 * WIDTH,
+        "h": 4 * HEIGHT,
+        "fl_x": K[0, 0],
+        "fl_y": K[1, 1],
+        "cx": K[0, 2],
+        "cy": K[1, 2],
+        **more,
+        "frames": [
+            {"file_path": name, "transform_matrix": (world @ frame.c2w @ OPENGL).tolist()}
+            for name, frame in zip(names, frames)
+        ],
+    }
 
 
 P = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1.0]])
@@ -148,14 +194,24 @@ def write_dslr(root, frames):
 def write_matterport(root, frames):
     folder, house = root / "v1" / "scans" / "17DRP5sb8fy", "17DRP5sb8fy"
     K = scaled(frames[0].K(), (WIDTH, HEIGHT), (1280, 1024)) - HALF
-    lines = ["dataset matterport", f"n_images {len(frames)}", "depth_directory  undistorted_depth_images",
-             "color_directory undistorted_color_images", "",
-             f"intrinsics_matrix {K[0, 0]} 0  {K[0, 2]}  0 {K[1, 1]} {1023 - K[1, 2]}  0 0 1"]
+    lines = [
+        "dataset matterport",
+        f"n_images {len(frames)}",
+        "depth_directory  undistorted_depth_images",
+        "color_directory undistorted_color_images",
+        "",
+        f"intrinsics_matrix {K[0, 0]} 0  {K[0, 2]}  0 {K[1, 1]} {1023 - K[1, 2]}  0 0 1",
+    ]
     for i, frame in enumerate(frames):
-        image, depth = (f"{i // 6:032x}_{kind}1_{i % 6}.{end}" for kind, end in (("i", "jpg"), ("d", "png")))
+        image, depth = (
+            f"{i // 6:032x}_{kind}1_{i % 6}.{end}" for kind, end in (("i", "jpg"), ("d", "png"))
+        )
         jpeg(folder / "undistorted_color_images" / image, frame.image())
         png(folder / "undistorted_depth_images" / depth, units(frame.depth(), 4000))
-        lines.insert(6, f"scan {depth} {image}  " + " ".join(map(repr, (frame.c2w @ OPENGL).ravel().tolist())))
+        lines.insert(
+            6,
+            f"scan {depth} {image}  " + " ".join(map(repr, (frame.c2w @ OPENGL).ravel().tolist())),
+        )
     text(folder / f"undistorted_camera_parameters/{house}.conf", "\n".join(lines) + "\n")
     return "matterport", house
 
@@ -168,10 +224,21 @@ def rotation_vector(R):
 
 # §5.5 told backwards: how a camera is held whose pictures k clockwise quarter turns make upright
 # k -> its axes in the upright camera's, as columns; fx fy cx cy (whole-number centres) from the upright K and w x h
-HELD = {0: (np.eye(3), lambda K, w, h: K),
-        1: ([[0, -1, 0], [1, 0, 0], [0, 0, 1]], lambda K, w, h: flat(K[1, 1], K[0, 0], K[1, 2], w - 1 - K[0, 2])),
-        2: (np.diag([-1, -1, 1]), lambda K, w, h: flat(K[0, 0], K[1, 1], w - 1 - K[0, 2], h - 1 - K[1, 2])),
-        3: ([[0, 1, 0], [-1, 0, 0], [0, 0, 1]], lambda K, w, h: flat(K[1, 1], K[0, 0], h - 1 - K[1, 2], K[0, 2]))}
+HELD = {
+    0: (np.eye(3), lambda K, w, h: K),
+    1: (
+        [[0, -1, 0], [1, 0, 0], [0, 0, 1]],
+        lambda K, w, h: flat(K[1, 1], K[0, 0], K[1, 2], w - 1 - K[0, 2]),
+    ),
+    2: (
+        np.diag([-1, -1, 1]),
+        lambda K, w, h: flat(K[0, 0], K[1, 1], w - 1 - K[0, 2], h - 1 - K[1, 2]),
+    ),
+    3: (
+        [[0, 1, 0], [-1, 0, 0], [0, 0, 1]],
+        lambda K, w, h: flat(K[1, 1], K[0, 0], h - 1 - K[1, 2], K[0, 2]),
+    ),
+}
 
 
 def flat(fx, fy, cx, cy):
@@ -183,41 +250,64 @@ def write_arkit(root, frames, held=0, layout="3dod"):
     folder = folder / "47331606_frames" if layout == "3dod" else folder
     lines, (Q, new_K) = [], HELD[held]
     for i, frame in enumerate(frames):
-        stamp = f"47331606_{99.9 + 0.1 * i:.3f}"                # 99.9 comes before 100.0, as text it does not
+        stamp = f"47331606_{99.9 + 0.1 * i:.3f}"  # 99.9 comes before 100.0, as text it does not
         K = new_K(frame.K() - HALF, WIDTH, HEIGHT)
         w2c = np.linalg.inv(frame.c2w @ four(Q))
-        image, depth = (np.ascontiguousarray(np.rot90(x, held)) for x in (frame.image(), frame.depth()))
+        image, depth = (
+            np.ascontiguousarray(np.rot90(x, held)) for x in (frame.image(), frame.depth())
+        )
         png(folder / f"lowres_wide/{stamp}.png", image)
         png(folder / f"lowres_depth/{stamp}.png", units(depth))
         if layout == "raw":
             sure = np.full(depth.shape, 2, np.uint8)
             sure[0, 0] = 1
             png(folder / f"confidence/{stamp}.png", sure)
-        text(folder / f"lowres_wide_intrinsics/{stamp}.pincam",
-             table([*depth.shape[::-1], K[0, 0], K[1, 1], K[0, 2], K[1, 2]]))
+        text(
+            folder / f"lowres_wide_intrinsics/{stamp}.pincam",
+            table([*depth.shape[::-1], K[0, 0], K[1, 1], K[0, 2], K[1, 2]]),
+        )
         lines.append(table([99.9 + 0.1 * i, *rotation_vector(w2c[:3, :3]), *w2c[:3, 3]]))
     text(folder / "lowres_wide.traj", "".join(lines))
     return "arkitscenes", "47331606"
 
 
-SCALE = 2.5                                                      # metres per unit of COLMAP's poses
-TILTED = np.array([[2, -2, 1, 9], [1, 2, 2, 3], [-2, -1, 2, 6], [0, 0, 0, 3]]) / 3     # a rotation and a shift
+SCALE = 2.5  # metres per unit of COLMAP's poses
+TILTED = (
+    np.array([[2, -2, 1, 9], [1, 2, 2, 3], [-2, -1, 2, 6], [0, 0, 0, 3]]) / 3
+)  # a rotation and a shift
 
 
 def shrunk(frames, factor):
-    return [replace(frame, c2w=frame.c2w / ([[1, 1, 1, factor]] * 3 + [[1] * 4])) for frame in frames]
+    return [
+        replace(frame, c2w=frame.c2w / ([[1, 1, 1, factor]] * 3 + [[1] * 4])) for frame in frames
+    ]
 
 
 def write_dl3dv(root, frames, scale=SCALE, depth=True, inner="", **distortion):
     """depth False: the dataset as published; scale None: depth in the unit of the poses."""
-    folder, names = root / "1K" / "0b3f9a" / inner, [f"images/frame_{i + 1:05d}.png" for i in range(len(frames))]
+    folder, names = (
+        root / "1K" / "0b3f9a" / inner,
+        [f"images/frame_{i + 1:05d}.png" for i in range(len(frames))],
+    )
     small = shrunk(frames, SCALE)
     for name, frame in zip(names, frames):
         png(folder / name.replace("images", "images_4"), frame.image())
         if depth:
-            png(folder / name.replace("images", "depth"), units(frame.depth(), 1000 if scale else 1000 / SCALE))
-    info = nerfstudio(small, names, TILTED, camera_model="OPENCV", k1=0, k2=0, p1=0, p2=0,
-                      applied_transform=TILTED[:3].tolist())
+            png(
+                folder / name.replace("images", "depth"),
+                units(frame.depth(), 1000 if scale else 1000 / SCALE),
+            )
+    info = nerfstudio(
+        small,
+        names,
+        TILTED,
+        camera_model="OPENCV",
+        k1=0,
+        k2=0,
+        p1=0,
+        p2=0,
+        applied_transform=TILTED[:3].tolist(),
+    )
     info["frames"].reverse()
     text(folder / "transforms.json", info | distortion)
     if depth:
@@ -236,11 +326,19 @@ def write_plain(root, frames):
     return "folder", "my_scan"
 
 
-WRITERS = {"scannet": write_scannet, "scannet .sens": write_sens, "scannetpp": write_scannetpp,
-           "scannetpp_dslr": write_dslr, "matterport": write_matterport, "arkitscenes": write_arkit,
-           "arkitscenes raw": partial(write_arkit, layout="raw"), "dl3dv": write_dl3dv,
-           "dl3dv sample": partial(write_dl3dv, inner="colmap"), "folder": write_plain,
-           **{f"arkitscenes held {k}": partial(write_arkit, held=k) for k in (1, 2, 3)}}
+WRITERS = {
+    "scannet": write_scannet,
+    "scannet .sens": write_sens,
+    "scannetpp": write_scannetpp,
+    "scannetpp_dslr": write_dslr,
+    "matterport": write_matterport,
+    "arkitscenes": write_arkit,
+    "arkitscenes raw": partial(write_arkit, layout="raw"),
+    "dl3dv": write_dl3dv,
+    "dl3dv sample": partial(write_dl3dv, inner="colmap"),
+    "folder": write_plain,
+    **{f"arkitscenes held {k}": partial(write_arkit, held=k) for k in (1, 2, 3)},
+}
 
 
 @pytest.fixture(scope="module", params=list(WRITERS))
@@ -254,12 +352,15 @@ def read(request, truth, tmp_path_factory):
 
 # ---- the same room comes out of every layout ------------------------------------------------------------------------
 
+
 def test_every_layout_gives_the_rooms_cameras_in_capture_order(read, truth):
     layout, scene = read
     assert len(scene.frames) == len(truth) and scene.skipped == {} and scene.metric
     assert [frame.name for frame in scene.frames] == sorted({frame.name for frame in scene.frames})
     world = TILTED if "dl3dv" in layout else np.eye(4)
-    world = np.c_[world[:, :3], world[:, 3] * [SCALE, SCALE, SCALE, 1]] if "dl3dv" in layout else world
+    world = (
+        np.c_[world[:, :3], world[:, 3] * [SCALE, SCALE, SCALE, 1]] if "dl3dv" in layout else world
+    )
     for frame, true in zip(scene.frames, truth):
         assert np.abs(frame.c2w - world @ true.c2w).max() < 1e-5 and frame.c2w.dtype == np.float64
         assert frame.size == (WIDTH, HEIGHT) and np.abs(frame.K() - true.K()).max() < 1e-4
@@ -270,10 +371,12 @@ def test_every_layout_gives_the_rooms_pictures_and_metres(read, truth):
     layout, scene = read
     for frame, true in zip(scene.frames, truth):
         image, depth = frame.image(), frame.depth()
-        assert image.dtype == np.uint8 and depth.dtype == np.float32 and depth.shape == (HEIGHT, WIDTH)
+        assert (
+            image.dtype == np.uint8 and depth.dtype == np.float32 and depth.shape == (HEIGHT, WIDTH)
+        )
         assert np.abs(image.astype(int) - true.image()).mean() < 2
         error = np.abs(depth - true.depth())
-        if layout == "arkitscenes raw":                                     # one pixel was not sure
+        if layout == "arkitscenes raw":  # one pixel was not sure
             assert depth[0, 0] == 0
             error[0, 0] = 0
         assert error.max() <= 0.5 / {"matterport": 4000, "folder": 5000}.get(layout, 1000) + 1e-5
@@ -283,8 +386,12 @@ def test_views_agree_and_wrong_axes_would_not(read):
     """Check 2 of the fact sheet: points of one view lie on the depth of the next."""
     _, scene = read
     views = [(frame.depth(), frame.K(), frame.c2w) for frame in scene.frames]
-    pairs = [(one, other) for one in range(10) for other in range(10)
-             if 0.2 < disagreement(views[one], views[other])[1] < 0.8]
+    pairs = [
+        (one, other)
+        for one in range(10)
+        for other in range(10)
+        if 0.2 < disagreement(views[one], views[other])[1] < 0.8
+    ]
     right = [disagreement(views[one], views[other])[0] for one, other in pairs]
     views = [(depth, K, c2w @ OPENGL) for depth, K, c2w in views]
     wrong = [disagreement(views[one], views[other])[0] for one, other in pairs]
@@ -302,12 +409,14 @@ def test_every_layout_gives_the_rooms_triples(read, truth):
             way = decompose(frames[a].c2w, frames[b].c2w)
         assert abs(covered[0] - covered[1]) <= 0.005
         assert np.abs(way - decompose(truth[a].c2w, truth[b].c2w)).max() < 1e-3
-        assert dominant_motion(scene.frames[a].c2w, scene.frames[b].c2w) == dominant_motion(truth[a].c2w, truth[b].c2w)
+        assert dominant_motion(scene.frames[a].c2w, scene.frames[b].c2w) == dominant_motion(
+            truth[a].c2w, truth[b].c2w
+        )
 
 
 def test_pictures_of_another_size_keep_their_rays(read, truth):
     _, scene = read
-    frame, true, size = scene.frames[1], truth[1], (32, 16)                 # another shape, too
+    frame, true, size = scene.frames[1], truth[1], (32, 16)  # another shape, too
     assert np.allclose(frame.K(size), np.diag([1 / 2, 1 / 3, 1]) @ true.K(), atol=1e-4)
     assert frame.image(size).shape == (16, 32, 3)
     assert np.abs(frame.image(size).astype(int) - true.image(size)).mean() < 2
@@ -321,13 +430,20 @@ def test_pictures_of_another_size_keep_their_rays(read, truth):
 
 # ---- frames and rooms -----------------------------------------------------------------------------------------------
 
+
 def test_depth_outside_the_depth_camera_is_invalid(truth):
     """The depth camera sees the middle half of the image, and no more is made up."""
     true = truth[0]
-    narrow = replace(true, load_depth=lambda: true.depth()[12:36, 16:48], depth_size=(32, 24),
-                     depth_intrinsics=true.K() - [[0, 0, 16], [0, 0, 12], [0, 0, 0]])
+    narrow = replace(
+        true,
+        load_depth=lambda: true.depth()[12:36, 16:48],
+        depth_size=(32, 24),
+        depth_intrinsics=true.K() - [[0, 0, 16], [0, 0, 12], [0, 0, 0]],
+    )
     depth = narrow.depth()
-    assert (depth[12:36, 16:48] == true.depth()[12:36, 16:48]).all() and (depth > 0).sum() == 32 * 24
+    assert (depth[12:36, 16:48] == true.depth()[12:36, 16:48]).all() and (
+        depth > 0
+    ).sum() == 32 * 24
 
 
 def test_a_room_is_a_scene_and_repeats():
@@ -336,16 +452,23 @@ def test_a_room_is_a_scene_and_repeats():
     places = np.array([frame.c2w[:3, 3] for frame in one.frames])
     assert np.hypot(places[:, 0], places[:, 2]).max() <= 1.2
     steps = [decompose(a.c2w, b.c2w) for a, b in zip(one.frames[:-1], one.frames[1:])]
-    assert np.abs(steps)[:, :3].max() < 0.4 and np.abs(steps)[:, 3].max() < 30      # smooth
-    assert (one.frames[7].image() == same.frames[7].image()).all() and (one.frames[7].c2w == same.frames[7].c2w).all()
+    assert np.abs(steps)[:, :3].max() < 0.4 and np.abs(steps)[:, 3].max() < 30  # smooth
+    assert (one.frames[7].image() == same.frames[7].image()).all() and (
+        one.frames[7].c2w == same.frames[7].c2w
+    ).all()
     assert np.abs(one.frames[7].c2w - other.frames[7].c2w).max() > 0.1
     view = render(random_room(5), one.frames[7].c2w, 64)
-    assert (one.frames[7].image() == view["rgb"][0]).all() and (one.frames[7].depth() == view["depth"][0]).all()
+    assert (one.frames[7].image() == view["rgb"][0]).all() and (
+        one.frames[7].depth() == view["depth"][0]
+    ).all()
 
 
 # ---- fixtures of the fact sheet (§3.3, 4.3, 5.3, 7) -----------------------------------------------------------------
 
-GREY, ONE_METRE = np.full((HEIGHT, WIDTH, 3), 128, np.uint8), np.full((HEIGHT, WIDTH), 1000, np.uint16)
+GREY, ONE_METRE = (
+    np.full((HEIGHT, WIDTH, 3), 128, np.uint8),
+    np.full((HEIGHT, WIDTH), 1000, np.uint16),
+)
 PLAIN_K = flat(40, 40, 31.5, 23.5)
 
 
@@ -363,7 +486,9 @@ def test_scannet_fixture(tmp_path):
     for kind in ("color", "depth"):
         text(folder / f"intrinsic/intrinsic_{kind}.txt", table(four(PLAIN_K)))
     scene = read_scene("scannet", tmp_path, "scene0000_00")
-    assert [frame.name for frame in scene.frames] == ["000000", "000010"] and scene.skipped == {"pose not finite": 1}
+    assert [frame.name for frame in scene.frames] == ["000000", "000010"] and scene.skipped == {
+        "pose not finite": 1
+    }
     assert (scene.frames[0].depth() == 1.5).all() and scene.frames[0].K()[0, 2] == WIDTH / 2
 
 
@@ -373,17 +498,25 @@ def test_scannetpp_fixture(tmp_path):
     for i in (0, 10, 20):
         aligned = np.eye(4)
         aligned[0, 3] = i
-        rows[f"frame_{i:06d}"] = {"pose": np.eye(4).tolist(), "aligned_pose": aligned.tolist(),
-                                  "intrinsic": flat(1440, 1440, 959.5, 719.5).tolist()}
+        rows[f"frame_{i:06d}"] = {
+            "pose": np.eye(4).tolist(),
+            "aligned_pose": aligned.tolist(),
+            "intrinsic": flat(1440, 1440, 959.5, 719.5).tolist(),
+        }
         png(folder / f"depth/frame_{i:06d}.png", np.full((192, 256), 1500, np.uint16))
     for i in (0, 10):
         jpeg(folder / f"rgb/frame_{i:06d}.jpg", np.full((1440, 1920, 3), 90, np.uint8))
     text(folder / "pose_intrinsic_imu.json", rows)
     scene = read_scene("scannetpp", tmp_path, "0a7cc12c0e")
-    assert [frame.c2w[0, 3] for frame in scene.frames] == [0, 10] and scene.skipped == {"no image": 1}
+    assert [frame.c2w[0, 3] for frame in scene.frames] == [0, 10] and scene.skipped == {
+        "no image": 1
+    }
     frame = scene.frames[1]
     assert np.allclose(frame.depth_intrinsics, flat(192, 192, 128, 96)) and frame.K()[0, 0] == 1440
-    assert np.allclose(frame.K((256, 192)), frame.depth_intrinsics) and (frame.depth((256, 192)) == 1.5).all()
+    assert (
+        np.allclose(frame.K((256, 192)), frame.depth_intrinsics)
+        and (frame.depth((256, 192)) == 1.5).all()
+    )
 
 
 def test_scannetpp_dslr_fixture(tmp_path, truth):
@@ -392,8 +525,13 @@ def test_scannetpp_dslr_fixture(tmp_path, truth):
     info = json.loads(path.read_text())
     matrix = np.eye(4)
     matrix[:3, 3] = 1, 2, 3
-    info["frames"], info["test_frames"] = [{"file_path": "DSC00000.JPG", "transform_matrix": matrix.tolist()},
-                                           {**info["frames"][0], "file_path": "DSC00002.JPG", "is_bad": True}], []
+    info["frames"], info["test_frames"] = (
+        [
+            {"file_path": "DSC00000.JPG", "transform_matrix": matrix.tolist()},
+            {**info["frames"][0], "file_path": "DSC00002.JPG", "is_bad": True},
+        ],
+        [],
+    )
     text(path, info)
     scene = read_scene(dataset, tmp_path, id)
     assert rows_of(scene.frames[0].c2w) == [[0, -1, 0, 2], [1, 0, 0, 1], [0, 0, 1, -3]]
@@ -403,8 +541,12 @@ def test_scannetpp_dslr_fixture(tmp_path, truth):
 def test_matterport_fixture(tmp_path):
     """Two intrinsics lines with 6 + 1 scan lines, double blanks and a blank line; 4000 is 1 m; cy from the bottom."""
     folder = tmp_path / "house"
-    lines = ["dataset matterport", "n_images  7", "color_directory undistorted_color_images",
-             "depth_directory  undistorted_depth_images"]
+    lines = [
+        "dataset matterport",
+        "n_images  7",
+        "color_directory undistorted_color_images",
+        "depth_directory  undistorted_depth_images",
+    ]
     names = [f"0a_1_{yaw}" for yaw in range(6)] + ["0b_1_0"]
     for i, name in enumerate(names):
         image, depth = name.replace("_1_", "_i1_") + ".jpg", name.replace("_1_", "_d1_") + ".png"
@@ -416,7 +558,9 @@ def test_matterport_fixture(tmp_path):
         lines.append(f"scan {depth}  {image} 1 0 0 2  0 0 -1 0  0 1 0 1.5  0 0 0 1")
     text(folder / "undistorted_camera_parameters/house.conf", "\n".join(lines))
     scene = read_scene("matterport", tmp_path, "house")
-    assert [frame.name for frame in scene.frames] == [f"0a_i1_{yaw}" for yaw in range(6)] + ["0b_i1_0"]
+    assert [frame.name for frame in scene.frames] == [f"0a_i1_{yaw}" for yaw in range(6)] + [
+        "0b_i1_0"
+    ]
     assert [frame.K()[0, 0] for frame in scene.frames] == [1076.45] * 6 + [1082.45]
     assert scene.frames[0].K()[:2, 2] == pytest.approx([631.116 + 0.5, 513.798 + 0.5])
     assert (scene.frames[6].depth() == 1).all()
@@ -429,30 +573,51 @@ def arkit(folder, stamps, traj, early=0.0):
     for stamp in stamps:
         png(folder / f"lowres_wide/1_{stamp:.3f}.png", GREY)
         png(folder / f"lowres_depth/1_{stamp:.3f}.png", ONE_METRE)
-        text(folder / f"lowres_wide_intrinsics/1_{stamp - early:.3f}.pincam", f"{WIDTH} {HEIGHT} 40 40 31.5 23.5\n")
+        text(
+            folder / f"lowres_wide_intrinsics/1_{stamp - early:.3f}.pincam",
+            f"{WIDTH} {HEIGHT} 40 40 31.5 23.5\n",
+        )
     text(folder / "lowres_wide.traj", traj)
 
 
 def test_arkitscenes_fixture(tmp_path):
     """The pose of the image's stamp, or of at most 5 ms beside it; a pincam 1 ms early; no pose is carried on."""
     turn = np.pi / 2
-    arkit(tmp_path / "Validation/1/1_frames", (100.0, 100.004, 100.204), f"100.000 {turn} 0 0 1 2 3\n\n", early=0.001)
+    arkit(
+        tmp_path / "Validation/1/1_frames",
+        (100.0, 100.004, 100.204),
+        f"100.000 {turn} 0 0 1 2 3\n\n",
+        early=0.001,
+    )
     scene = read_scene("arkitscenes", tmp_path, "1")
     assert len(scene.frames) == 2 and scene.skipped == {"no pose near the time stamp": 1}
     for frame in scene.frames:
-        assert rows_of(frame.c2w) == [[1, 0, 0, -1], [0, 0, 1, -3], [0, -1, 0, 2]] and (frame.depth() == 1).all()
+        assert (
+            rows_of(frame.c2w) == [[1, 0, 0, -1], [0, 0, 1, -3], [0, -1, 0, 2]]
+            and (frame.depth() == 1).all()
+        )
 
 
 def test_arkitscenes_upside_down_capture_is_turned_as_one(tmp_path):
     """Two of three frames are upside down; the third, upright, is turned with them: sizes never mix."""
-    traj = "".join(f"{stamp} {table(vector).strip()} 0 0 0\n" for stamp, vector in
-                   ((100, [np.pi / 2, 0, 0]), (101, [-np.pi / 2, 0, 0]), (102, [-np.pi / 2, 0, 0])))
+    traj = "".join(
+        f"{stamp} {table(vector).strip()} 0 0 0\n"
+        for stamp, vector in (
+            (100, [np.pi / 2, 0, 0]),
+            (101, [-np.pi / 2, 0, 0]),
+            (102, [-np.pi / 2, 0, 0]),
+        )
+    )
     arkit(tmp_path / "1", (100, 101, 102), traj)
     picture = GREY.copy()
     picture[0, 0] = 0
     png(tmp_path / "1/lowres_wide/1_101.000.png", picture)
     frames = read_scene("arkitscenes", tmp_path, "1").frames
-    assert [round(frame.c2w[2, 1]) for frame in frames] == [1, -1, -1]              # where each camera's y axis points
+    assert [round(frame.c2w[2, 1]) for frame in frames] == [
+        1,
+        -1,
+        -1,
+    ]  # where each camera's y axis points
     assert frames[1].image()[-1, -1, 0] == 0 and frames[1].image()[0, 0, 0] == 128
 
 
@@ -460,22 +625,41 @@ def test_dl3dv_fixture(tmp_path):
     """fl_x 3000 of 3840 pixels is 750 of 960; `images/` means images_4/; no depth is said, not returned as zeros."""
     folder = tmp_path / "1K" / "abc"
     png(folder / "images_4/frame_00001.png", np.full((540, 960, 3), 90, np.uint8))
-    text(folder / "transforms.json", {
-        "camera_model": "OPENCV", "w": 3840, "h": 2160, "fl_x": 3000, "fl_y": 3000, "cx": 1920, "cy": 1080,
-        "frames": [{"file_path": f"images/frame_0000{i}.png", "transform_matrix": np.eye(4).tolist()} for i in (2, 1)]})
-    with pytest.raises(ValueError, match=r"DL3DV has no depth. Put .* or let `python data.py depth"):
+    text(
+        folder / "transforms.json",
+        {
+            "camera_model": "OPENCV",
+            "w": 3840,
+            "h": 2160,
+            "fl_x": 3000,
+            "fl_y": 3000,
+            "cx": 1920,
+            "cy": 1080,
+            "frames": [
+                {"file_path": f"images/frame_0000{i}.png", "transform_matrix": np.eye(4).tolist()}
+                for i in (2, 1)
+            ],
+        },
+    )
+    with pytest.raises(
+        ValueError, match=r"DL3DV has no depth. Put .* or let `python data.py depth"
+    ):
         read_scene("dl3dv", tmp_path, "abc")
     (folder / "depth").mkdir()
     np.save(folder / "depth/frame_00001.npy", np.ones((540, 960)))
     text(folder / "depth.json", {"scale": None, "how": "by hand"})
     scene = read_scene("dl3dv", tmp_path, "abc")
-    assert np.allclose(scene.frames[0].K(), flat(750, 750, 480, 270)) and (scene.frames[0].depth() == 1).all()
+    assert (
+        np.allclose(scene.frames[0].K(), flat(750, 750, 480, 270))
+        and (scene.frames[0].depth() == 1).all()
+    )
     assert (scene.frames[0].c2w == OPENGL).all() and scene.up @ [0, 1, 0] == 1
     assert not scene.metric and scene.note == "by hand; lengths are in the unit of its poses"
     assert scene.skipped == {"no image": 1}
 
 
 # ---- DL3DV: distortion, scale, depth --------------------------------------------------------------------------------
+
 
 def test_dl3dv_undoes_the_lens(tmp_path, truth):
     """A picture whose colour is a function of the ray, seen through a lens, comes back as a pinhole sees it."""
@@ -486,11 +670,20 @@ def test_dl3dv_undoes_the_lens(tmp_path, truth):
     def lens(x, y):
         r2 = x * x + y * y
         radial = 1 + k1 * r2 + k2 * r2**2
-        return np.stack([x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x),
-                         y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y])
+        return np.stack(
+            [
+                x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x),
+                y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y,
+            ]
+        )
 
     def colour(x, y):
-        return np.stack([128 + 100 * x, 128 + 100 * y, 128 + 60 * (x - y)], -1).clip(0, 255).round().astype(np.uint8)
+        return (
+            np.stack([128 + 100 * x, 128 + 100 * y, 128 + 60 * (x - y)], -1)
+            .clip(0, 255)
+            .round()
+            .astype(np.uint8)
+        )
 
     undone = ray
     for _ in range(50):
@@ -498,7 +691,7 @@ def test_dl3dv_undoes_the_lens(tmp_path, truth):
     dataset, id = write_dl3dv(tmp_path, truth[:1], k1=k1, k2=k2, p1=p1, p2=p2)
     png(tmp_path / "1K" / id / "images_4" / "frame_00001.png", colour(*undone))
     image, straight = read_scene(dataset, tmp_path, id).frames[0].image(), colour(*ray)
-    inner = (slice(4, -4), slice(4, -4))                                    # rays of the border left the picture
+    inner = (slice(4, -4), slice(4, -4))  # rays of the border left the picture
     assert np.abs(image.astype(int) - straight)[inner].max() <= 2
     assert np.abs(colour(*undone).astype(int) - straight)[inner].max() >= 5
 
@@ -515,7 +708,10 @@ def test_dl3dv_without_a_scale_is_not_metric_and_still_consistent(tmp_path, trut
 @pytest.fixture(scope="module")
 def walk():
     """A whole walk, its pictures in memory."""
-    return [replace(frame, load_depth=lambda x=frame.load_depth(): x) for frame in room_scene(SEED, size=48).frames]
+    return [
+        replace(frame, load_depth=lambda x=frame.load_depth(): x)
+        for frame in room_scene(SEED, size=48).frames
+    ]
 
 
 def test_the_scale_of_poses_is_found_from_metric_depth(walk):
@@ -537,8 +733,14 @@ def test_no_scale_where_nothing_shows_it(walk):
     """One frame; cameras that only turn; depth that belongs to other frames."""
     room = random_room(SEED)
     poses = [np.c_[frame.c2w[:, :3], [0, -1.3, 0, 1]] for frame in walk[:8]]
-    turning = [replace(frame, c2w=c2w, load_depth=lambda c2w=c2w: render(room, c2w, 48, supersample=1)["depth"][0])
-               for frame, c2w in zip(walk, poses)]
+    turning = [
+        replace(
+            frame,
+            c2w=c2w,
+            load_depth=lambda c2w=c2w: render(room, c2w, 48, supersample=1)["depth"][0],
+        )
+        for frame, c2w in zip(walk, poses)
+    ]
     order = np.random.default_rng(0).permutation(10)
     foreign = [replace(frame, load_depth=walk[i].load_depth) for frame, i in zip(walk, order)]
     for frames in (walk[:1], turning, foreign):
@@ -555,7 +757,9 @@ class Oracle:
         if self.calls == self.stop_after:
             raise KeyboardInterrupt
         self.calls += 1
-        return min(self.frames, key=lambda frame: np.abs(frame.image().astype(int) - pixels).sum()).depth()
+        return min(
+            self.frames, key=lambda frame: np.abs(frame.image().astype(int) - pixels).sum()
+        ).depth()
 
 
 def test_depth_is_estimated_resumed_and_fixes_the_scale(tmp_path, truth):
@@ -566,12 +770,21 @@ def test_depth_is_estimated_resumed_and_fixes_the_scale(tmp_path, truth):
         read_scene(dataset, tmp_path, id)
     rest = Oracle(truth)
     info = estimate_depth(tmp_path, id, "oracle", predict=rest)
-    assert rest.calls == len(truth) - 4 and info["scale"] == pytest.approx(SCALE, rel=0.05) and not info["refused"]
-    assert estimate_depth(tmp_path, id, "oracle", predict=rest) == info and rest.calls == len(truth) - 4
+    assert (
+        rest.calls == len(truth) - 4
+        and info["scale"] == pytest.approx(SCALE, rel=0.05)
+        and not info["refused"]
+    )
+    assert (
+        estimate_depth(tmp_path, id, "oracle", predict=rest) == info
+        and rest.calls == len(truth) - 4
+    )
     scene = read_scene(dataset, tmp_path, id)
     assert scene.metric and f"by oracle; a unit of its poses is {info['scale']:.4g} m" in scene.note
     way, true = (decompose(frames[0].c2w, frames[1].c2w) for frames in (scene.frames, truth))
-    assert np.allclose(way[:3], true[:3], rtol=0.05, atol=1e-3) and np.allclose(way[3:], true[3:], atol=1e-3)
+    assert np.allclose(way[:3], true[:3], rtol=0.05, atol=1e-3) and np.allclose(
+        way[3:], true[3:], atol=1e-3
+    )
     with pytest.raises(ValueError, match="depth from elsewhere .*oracle.*Remove"):
         estimate_depth(tmp_path, id, "another", predict=rest)
 
@@ -581,32 +794,61 @@ def test_depth_that_contradicts_the_poses_is_refused(tmp_path, truth):
     picture = tmp_path / "1K" / id / "images_4/frame_00003.png"
     picture.write_bytes(picture.read_bytes()[:200])
     noise = np.random.default_rng(0)
-    info = estimate_depth(tmp_path, id, "noise", predict=lambda pixels: noise.uniform(0.5, 5, pixels.shape[:2]))
+    info = estimate_depth(
+        tmp_path, id, "noise", predict=lambda pixels: noise.uniform(0.5, 5, pixels.shape[:2])
+    )
     assert info["scale"] is None and info["refused"]
     with pytest.raises(ValueError, match="fix no scale"):
         read_scene(dataset, tmp_path, id)
-    assert len(list((tmp_path / "1K" / id / "depth").glob("*.png"))) == len(truth) - 1      # a broken picture has none
+    assert (
+        len(list((tmp_path / "1K" / id / "depth").glob("*.png"))) == len(truth) - 1
+    )  # a broken picture has none
 
 
 def test_a_transformers_network_gives_metres_of_the_pictures_size(tmp_path):
     """A random Depth Anything of the published architecture, small; a relative one is refused."""
-    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessor
-    backbone = Dinov2Config(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=14,
-                            out_features=["stage1", "stage2", "stage3", "stage4"], reshape_hidden_states=False)
-    shape = dict(backbone_config=backbone, reassemble_hidden_size=16, neck_hidden_sizes=[8, 8, 8, 8],
-                 fusion_hidden_size=8, head_hidden_size=8)
+    from transformers import (
+        DepthAnythingConfig,
+        DepthAnythingForDepthEstimation,
+        Dinov2Config,
+        DPTImageProcessor,
+    )
+
+    backbone = Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+        reshape_hidden_states=False,
+    )
+    shape = dict(
+        backbone_config=backbone,
+        reassemble_hidden_size=16,
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        head_hidden_size=8,
+    )
     for kind in ("metric", "relative"):
         config = DepthAnythingConfig(**shape, depth_estimation_type=kind, max_depth=20)
         DepthAnythingForDepthEstimation(config).save_pretrained(tmp_path / kind)
-        DPTImageProcessor(size={"height": 56, "width": 56}, keep_aspect_ratio=True,
-                          ensure_multiple_of=14).save_pretrained(tmp_path / kind)
+        DPTImageProcessor(
+            size={"height": 56, "width": 56}, keep_aspect_ratio=True, ensure_multiple_of=14
+        ).save_pretrained(tmp_path / kind)
     depth = depth_network(tmp_path / "metric", "cpu")(GREY)
-    assert depth.shape == (HEIGHT, WIDTH) and depth.dtype == np.float32 and (depth >= 0).all() and (depth <= 20).all()
+    assert (
+        depth.shape == (HEIGHT, WIDTH)
+        and depth.dtype == np.float32
+        and (depth >= 0).all()
+        and (depth <= 20).all()
+    )
     with pytest.raises(ValueError, match="relative depth only"):
         depth_network(tmp_path / "relative", "cpu")
 
 
 # ---- bad input: skipped and counted, or refused with a sentence -----------------------------------------------------
+
 
 @pytest.fixture
 def scan(tmp_path, truth):
@@ -625,7 +867,7 @@ def scan(tmp_path, truth):
 def test_a_truncated_picture_is_refused_when_it_is_read(scan):
     folder, _, again = scan
     whole = (folder / "rgb/2.jpg").read_bytes()
-    (folder / "rgb/2.jpg").write_bytes(whole[:-100])                     # its header still opens
+    (folder / "rgb/2.jpg").write_bytes(whole[:-100])  # its header still opens
     scene = again()
     assert len(scene.frames) == 4 and scene.frames[1].image().shape == (HEIGHT, WIDTH, 3)
     with pytest.raises(ValueError, match="2.jpg cannot be read .*truncated"):
@@ -636,11 +878,16 @@ def test_a_truncated_picture_is_refused_when_it_is_read(scan):
 
 def test_depth_of_a_wrong_size_or_kind_is_refused(tmp_path, scan, truth):
     folder, _, again = scan
-    png(folder / "depth/1.png", np.full((HEIGHT // 2, WIDTH // 2), 10000, np.uint16))       # half the size is fine
-    png(folder / "depth/2.png", np.full((WIDTH, HEIGHT), 1000, np.uint16))                  # on its side is not
+    png(
+        folder / "depth/1.png", np.full((HEIGHT // 2, WIDTH // 2), 10000, np.uint16)
+    )  # half the size is fine
+    png(folder / "depth/2.png", np.full((WIDTH, HEIGHT), 1000, np.uint16))  # on its side is not
     png(folder / "depth/3.png", np.full((HEIGHT, WIDTH), 100, np.uint8))
     scene = again()
-    assert scene.skipped == {"depth of another shape than the image": 1} and (scene.frames[1].depth() == 2).all()
+    assert (
+        scene.skipped == {"depth of another shape than the image": 1}
+        and (scene.frames[1].depth() == 2).all()
+    )
     with pytest.raises(ValueError, match="3.png is no depth: .* 16 bits"):
         scene.frames[2].depth()
     (folder / "depth/0.npy").write_bytes((folder / "depth/0.npy").read_bytes()[:300])
@@ -649,7 +896,9 @@ def test_depth_of_a_wrong_size_or_kind_is_refused(tmp_path, scan, truth):
     dataset, id = write_scannetpp(tmp_path, truth)
     png(tmp_path / "data" / id / "iphone/depth/frame_000002.png", ONE_METRE[::2, ::2].copy())
     frames = read_scene(dataset, tmp_path, id).frames
-    with pytest.raises(ValueError, match="frame_000002: the depth has 32 x 24 pixels and should have 64 x 48"):
+    with pytest.raises(
+        ValueError, match="frame_000002: the depth has 32 x 24 pixels and should have 64 x 48"
+    ):
         frames[1].depth()
     assert frames[2].depth().shape == (HEIGHT, WIDTH)
 
@@ -657,12 +906,18 @@ def test_depth_of_a_wrong_size_or_kind_is_refused(tmp_path, scan, truth):
 def test_impossible_poses_and_cameras_are_counted(scan):
     _, info, again = scan
     info["frames"][0]["c2w"][1][1] = float("nan")
-    info["frames"][1]["c2w"] = np.diag([1, 1, -1, 1]).tolist()              # a mirror
+    info["frames"][1]["c2w"] = np.diag([1, 1, -1, 1]).tolist()  # a mirror
     info["frames"][2]["intrinsics"] = [[0, 0, 0]] * 3
     scene = again()
-    assert scene.skipped == {"pose not finite": 1, "pose not rigid": 1, "bad intrinsics": 1} and len(scene.frames) == 1
+    assert (
+        scene.skipped == {"pose not finite": 1, "pose not rigid": 1, "bad intrinsics": 1}
+        and len(scene.frames) == 1
+    )
     info["frames"][3]["c2w"] = [[1, 2], [3]]
-    with pytest.raises(ValueError, match=r"scene .*my_scan cannot be used: .*no usable frame \(2 x pose not finite, "):
+    with pytest.raises(
+        ValueError,
+        match=r"scene .*my_scan cannot be used: .*no usable frame \(2 x pose not finite, ",
+    ):
         again()
     info["frames"] = []
     with pytest.raises(ValueError, match="no usable frame"):
@@ -700,17 +955,23 @@ def test_missing_files_of_a_frame_are_counted(tmp_path, truth):
     dataset, id = write_scannet(tmp_path, truth)
     for i, file in zip(INDICES, ("color/{}.jpg", "depth/{}.png", "pose/{}.txt")):
         (tmp_path / "scans" / id / file.format(i)).unlink()
-    text(tmp_path / "scans" / id / "pose/6.txt", "1 0 0")                   # cut off
+    text(tmp_path / "scans" / id / "pose/6.txt", "1 0 0")  # cut off
     scene = read_scene(dataset, tmp_path, id)
-    assert scene.skipped == {"no depth": 1, "no pose": 1, "pose not finite": 1} and len(scene.frames) == len(truth) - 4
+    assert (
+        scene.skipped == {"no depth": 1, "no pose": 1, "pose not finite": 1}
+        and len(scene.frames) == len(truth) - 4
+    )
 
 
 def test_a_broken_sens_file_is_refused(tmp_path, truth):
     dataset, id = write_sens(tmp_path, truth[:2])
     path = tmp_path / id / f"{id}.sens"
     whole = path.read_bytes()
-    for content, sentence in ((whole[:-40], "ends within frame 1 of 2"), (b"\3" + whole[1:], "version 3"),
-                              (whole[:50], "cannot be used")):
+    for content, sentence in (
+        (whole[:-40], "ends within frame 1 of 2"),
+        (b"\3" + whole[1:], "version 3"),
+        (whole[:50], "cannot be used"),
+    ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=sentence):
             read_scene(dataset, tmp_path, id)
@@ -723,7 +984,9 @@ def test_a_broken_sens_file_is_refused(tmp_path, truth):
 
 def test_what_is_not_unpacked_or_not_there_is_said(tmp_path, truth):
     for dataset in READERS:
-        with pytest.raises(ValueError, match=f"holds no scene <id> of {dataset}. Looked in it for .*<id>/"):
+        with pytest.raises(
+            ValueError, match=f"holds no scene <id> of {dataset}. Looked in it for .*<id>/"
+        ):
             scene_ids(dataset, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no reader for 'kitti'; there are: scannet, "):
         scene_ids("kitti", tmp_path)

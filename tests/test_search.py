@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from test_clients import QUICK, Fake, says
 
 import data
 import evaluate
@@ -17,10 +18,22 @@ from lib.endpoint import RemoteError
 from lib.geometry import Motion, read_instruction
 from lib.pictures import load_image
 from lib.rooms import TrueRenderer, random_room, render
-from lib.search import SPACES, Run, Tree, along, best, elect, expand, gate, read_plan, read_scores, standpoint, told
+from lib.search import (
+    SPACES,
+    Run,
+    Tree,
+    along,
+    best,
+    elect,
+    expand,
+    gate,
+    read_plan,
+    read_scores,
+    standpoint,
+    told,
+)
 from lib.transitions import end_pose
 from policy import Policy, collate, token_logprobs
-from test_clients import QUICK, Fake, says
 from train_sft import call_parts
 
 F, L, R = "move forward", "turn left", "turn right"
@@ -33,10 +46,18 @@ def path(start, *steps):
 
 def question(number, **more):
     rng = np.random.default_rng(number)
-    return {"id": f"q{number}", "bench": "rooms", "images": [rng.integers(0, 256, (32, 32, 3), np.uint8)] * 2,
-            "question": "Start from Image-2 and turn left 45 degrees. Then which object looks largest?",
-            "options": ["A. red", "B. blue", "C. pink", "D. cyan"], "answer": "B", "kind": "mca", "category": "region",
-            "needs_view": True, **more}
+    return {
+        "id": f"q{number}",
+        "bench": "rooms",
+        "images": [rng.integers(0, 256, (32, 32, 3), np.uint8)] * 2,
+        "question": "Start from Image-2 and turn left 45 degrees. Then which object looks largest?",
+        "options": ["A. red", "B. blue", "C. pink", "D. cyan"],
+        "answer": "B",
+        "kind": "mca",
+        "category": "region",
+        "needs_view": True,
+        **more,
+    }
 
 
 class Noise:
@@ -47,8 +68,12 @@ class Noise:
 
     def imagine(self, queries):
         self.queries += queries
-        views = [RemoteError("this view is refused") if any(word in query.instruction for word in self.fails) else
-                 np.random.default_rng(query.seed).integers(0, 256, (32, 32, 3), np.uint8) for query in queries]
+        views = [
+            RemoteError("this view is refused")
+            if any(word in query.instruction for word in self.fails)
+            else np.random.default_rng(query.seed).integers(0, 256, (32, 32, 3), np.uint8)
+            for query in queries
+        ]
         if any(isinstance(view, RemoteError) for view in views):
             raise RemoteError("some views are refused", False, views)
         return views
@@ -62,13 +87,16 @@ def policy():
     trees = [Tree(policy, question(k)) for k in range(4)]
     search.imagine(run, {tree: expand(tree.start, ROOMS) for tree in trees})
     script = [tree.nodes[way].fork() for tree in trees for way in expand(tree.start, ROOMS)]
-    script += [Trajectory.start(policy, question(k), question(k)["images"], mode) for k in range(4)
-               for mode in ("direct", "agentic")]
+    script += [
+        Trajectory.start(policy, question(k), question(k)["images"], mode)
+        for k in range(4)
+        for mode in ("direct", "agentic")
+    ]
     for k, dialogue in enumerate(script):
         dialogue.say(policy, f"<think></think><answer> {('red', 'blue', 'red')[k % 3]}</answer>")
     optimizer = torch.optim.AdamW(policy.model.parameters(), 3e-3)
     for step in range(20):
-        batch = collate(policy, script[step % 7::7])
+        batch = collate(policy, script[step % 7 :: 7])
         (-token_logprobs(policy, batch)[0].sum() / 8).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -77,20 +105,30 @@ def policy():
 
 # ---- paths ----------------------------------------------------------------------------------------------------------
 
+
 def test_a_step_adds_each_primitive_at_every_interval():
     ways = expand((1,), JOURNEY)
-    assert ways == [path(1, (kind, amount)) for kind, amounts in ((F, (0.25, 0.5, 0.75)), (L, (9, 18, 27)),
-                                                                  (R, (9, 18, 27))) for amount in amounts]
+    assert ways == [
+        path(1, (kind, amount))
+        for kind, amounts in ((F, (0.25, 0.5, 0.75)), (L, (9, 18, 27)), (R, (9, 18, 27)))
+        for amount in amounts
+    ]
     assert expand(path(1, (F, 0.5)), JOURNEY)[3] == path(1, (F, 0.5), (L, 9))
 
 
 def test_a_step_does_not_turn_straight_back_and_repeats_up_to_a_bound():
-    ways = expand(path(1, (L, 27)), JOURNEY)                                    # 27 + 27 <= 60 degrees
-    assert ways[3:] == [path(1, (L, 36)), path(1, (L, 45)), path(1, (L, 54))]   # one motion, and no turn right
-    assert {way[-1].kind for way in expand(path(1, (L, 36)), JOURNEY)} == {F}   # 36 + 27 > 60
-    assert path(1, (F, 1.5)) in expand(path(1, (F, 0.75)), JOURNEY)             # 0.75 + 0.75 <= 1.5 m
+    ways = expand(path(1, (L, 27)), JOURNEY)  # 27 + 27 <= 60 degrees
+    assert ways[3:] == [
+        path(1, (L, 36)),
+        path(1, (L, 45)),
+        path(1, (L, 54)),
+    ]  # one motion, and no turn right
+    assert {way[-1].kind for way in expand(path(1, (L, 36)), JOURNEY)} == {F}  # 36 + 27 > 60
+    assert path(1, (F, 1.5)) in expand(path(1, (F, 0.75)), JOURNEY)  # 0.75 + 0.75 <= 1.5 m
     assert {way[-1].kind for way in expand(path(1, (F, 1.0)), JOURNEY)} == {L, R}
-    assert R in {way[-1].kind for way in expand(path(1, (L, 27), (F, 0.25)), JOURNEY)}      # not directly after
+    assert R in {
+        way[-1].kind for way in expand(path(1, (L, 27), (F, 0.25)), JOURNEY)
+    }  # not directly after
 
 
 def test_the_steps_in_rooms_are_what_the_tiny_simulator_was_trained_on():
@@ -99,7 +137,11 @@ def test_the_steps_in_rooms_are_what_the_tiny_simulator_was_trained_on():
 
 def test_beams_and_evidence_pass_the_threshold_best_first():
     scores = {"a": 8, "b": 7.9, "c": 9, "d": 8, "e": 9}
-    assert best(scores, 8, 2) == ["c", "e"] and best(scores, 8, 18) == ["c", "e", "a", "d"] and best({}, 8, 2) == []
+    assert (
+        best(scores, 8, 2) == ["c", "e"]
+        and best(scores, 8, 18) == ["c", "e", "a", "d"]
+        and best({}, 8, 2) == []
+    )
 
 
 def test_the_search_starts_from_the_image_that_the_words_name():
@@ -108,40 +150,72 @@ def test_the_search_starts_from_the_image_that_the_words_name():
 
 
 def test_a_path_is_told_with_all_its_motions():
-    assert told(path(3, (L, 27), (F, 0.5))) == "from Image-3: turn left 27 degrees, and then move 0.5 meters forward"
+    assert (
+        told(path(3, (L, 27), (F, 0.5)))
+        == "from Image-3: turn left 27 degrees, and then move 0.5 meters forward"
+    )
 
 
 # ---- what is read ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, scores", [
-    ("Well.\nOutput: 9, 0, 8", [9, 0, 8]), ("**Output:** [1,2,3].", [1, 2, 3]),
-    ("Output: 1, 1, 1\nOutput: 2,2,2", [2, 2, 2]),
-    ("Output: 9, 0", None), ("9, 0, 8", None), ("Output: 9, 10, 8", None), ("Output: 9, -1, 8", None), (None, None),
-    ("Output: 9 0 8", None), ("Output:", None), ("Output: nine, 0, 8", None), ("Output: ９, 0, 8", None)])
+
+@pytest.mark.parametrize(
+    "text, scores",
+    [
+        ("Well.\nOutput: 9, 0, 8", [9, 0, 8]),
+        ("**Output:** [1,2,3].", [1, 2, 3]),
+        ("Output: 1, 1, 1\nOutput: 2,2,2", [2, 2, 2]),
+        ("Output: 9, 0", None),
+        ("9, 0, 8", None),
+        ("Output: 9, 10, 8", None),
+        ("Output: 9, -1, 8", None),
+        (None, None),
+        ("Output: 9 0 8", None),
+        ("Output:", None),
+        ("Output: nine, 0, 8", None),
+        ("Output: ９, 0, 8", None),
+    ],
+)
 def test_scores_are_read_strictly(text, scores):
     assert read_scores(text, 3) == scores
 
 
-@pytest.mark.parametrize("text, plan", [
-    ('Too little. {"decision": "call_wm", "actions": [{"type": "turn-left", "value": 30}, {"type": "move-forward", '
-     '"value": 0.5}], "reason": "x"} Done.', path(2, (L, 30), (F, 0.5))),
-    ('{"decision": "skip"}', ()), ('{"decision": "skip", "actions": []} {not json}', ()),
-    ('{"decision": "call_wm", "actions": []}', None), ('{"decision": "call_wm"}', None), ("skip", None), (None, None),
-    ('{"decision": "call_wm", "actions": [{"type": "fly", "value": 1}]}', None),
-    ('{"decision": "call_wm", "actions": [{"type": "turn-right", "value": 30}]}', None),        # not on offer
-    ('{"decision": "call_wm", "actions": [{"type": "turn-left", "value": -30}]}', None),
-    ('{"decision": "call_wm", "actions": [{"type": "turn-left", "value": true}]}', None),
-    ('{"decision": "call_wm", "actions": [{"type": "turn-left", "value": NaN}]}', None),
-    ('{"decision": "call_wm", "actions": [{"type": "turn-left", "value": 1e9}]}', None),
-    ('{"decision": "call_wm", "actions": ["turn-left"]}', None), ('{"decision": "call_wm", "actions": 3}', None),
-    ('{"decision": "maybe", "actions": [{"type": "turn-left", "value": 30}]}', None), ("{" * 20_000, None)])
+@pytest.mark.parametrize(
+    "text, plan",
+    [
+        (
+            'Too little. {"decision": "call_wm", "actions": [{"type": "turn-left", "value": 30}, {"type": "move-forward", '
+            '"value": 0.5}], "reason": "x"} Done.',
+            path(2, (L, 30), (F, 0.5)),
+        ),
+        ('{"decision": "skip"}', ()),
+        ('{"decision": "skip", "actions": []} {not json}', ()),
+        ('{"decision": "call_wm", "actions": []}', None),
+        ('{"decision": "call_wm"}', None),
+        ("skip", None),
+        (None, None),
+        ('{"decision": "call_wm", "actions": [{"type": "fly", "value": 1}]}', None),
+        (
+            '{"decision": "call_wm", "actions": [{"type": "turn-right", "value": 30}]}',
+            None,
+        ),  # not on offer
+        ('{"decision": "call_wm", "actions": [{"type": "turn-left", "value": -30}]}', None),
+        ('{"decision": "call_wm", "actions": [{"type": "turn-left", "value": true}]}', None),
+        ('{"decision": "call_wm", "actions": [{"type": "turn-left", "value": NaN}]}', None),
+        ('{"decision": "call_wm", "actions": [{"type": "turn-left", "value": 1e9}]}', None),
+        ('{"decision": "call_wm", "actions": ["turn-left"]}', None),
+        ('{"decision": "call_wm", "actions": 3}', None),
+        ('{"decision": "maybe", "actions": [{"type": "turn-left", "value": 30}]}', None),
+        ("{" * 20_000, None),
+    ],
+)
 def test_plans_are_read_or_dropped(text, plan):
     assert read_plan(text, (2,), {"turn left", "move forward"}) == plan
 
 
 def test_the_gate_opens_with_a_strict_majority_of_what_can_be_read():
     a, b = path(1, (L, 27)), path(1, (R, 27))
-    assert elect([a, (), b, b, ()]) == [b, a]                                   # most votes first
+    assert elect([a, (), b, b, ()]) == [b, a]  # most votes first
     assert elect([a, (), None, None, None]) == [] == elect([None] * 5) == elect([(), (), a, a, ()])
     assert elect([a, None, None, None, None]) == [a]
     assert len(elect([path(1, (L, k)) for k in range(1, 8)])) == search.PLANS
@@ -149,19 +223,33 @@ def test_the_gate_opens_with_a_strict_majority_of_what_can_be_read():
 
 def test_plans_are_cut_into_atoms():
     ways = along((1,), [Motion(L, 20.0), Motion(F, 0.75)], JOURNEY.every)
-    assert ways == [path(1, (L, 9)), path(1, (L, 18)), path(1, (L, 20)), path(1, (L, 20), (F, 0.25)),
-                    path(1, (L, 20), (F, 0.5)), path(1, (L, 20), (F, 0.75))]
+    assert ways == [
+        path(1, (L, 9)),
+        path(1, (L, 18)),
+        path(1, (L, 20)),
+        path(1, (L, 20), (F, 0.25)),
+        path(1, (L, 20), (F, 0.5)),
+        path(1, (L, 20), (F, 0.75)),
+    ]
     assert along((1,), [Motion(L, 20.0)]) == [path(1, (L, 20))]
 
 
 # ---- what is imagined -----------------------------------------------------------------------------------------------
 
+
 def test_every_view_is_the_one_at_the_end_of_its_whole_path_from_the_original_image(tmp_path):
     row = data.room_questions(5_000_000, tmp_path)[0]
     row["images"] = [tmp_path / name for name in row["images"]]
     tree, spy = Tree(Policy.tiny(), row), Noise()
-    ways = [path(2, (L, 45)), path(2, (L, 90)), path(2, (L, 45), (F, 0.5)), path(2, (L, 45), (F, 1.0))]
-    search.imagine(Run(tree.root, TrueRenderer(), 0, ROOMS, 8, 8)._replace(policy=Policy.tiny()), {tree: ways})
+    ways = [
+        path(2, (L, 45)),
+        path(2, (L, 90)),
+        path(2, (L, 45), (F, 0.5)),
+        path(2, (L, 45), (F, 1.0)),
+    ]
+    search.imagine(
+        Run(tree.root, TrueRenderer(), 0, ROOMS, 8, 8)._replace(policy=Policy.tiny()), {tree: ways}
+    )
     start, room = np.array(row["scene"]["poses"][1]), random_room(row["scene"]["room"])
     for way in ways:
         true = render(room, end_pose(start, way[1:]), 32)["rgb"][0]
@@ -186,20 +274,36 @@ def test_the_calls_are_the_turns_that_the_cold_start_teaches():
 
 def test_an_answer_shows_views_by_kind_and_magnitude_and_what_leads_to_them():
     policy = Policy.tiny()
-    tree, ways = Tree(policy, question(0)), [path(2, (L, 45), (F, 0.5)), path(2, (L, 90)), path(2, (F, 1.0))]
+    tree, ways = (
+        Tree(policy, question(0)),
+        [path(2, (L, 45), (F, 0.5)), path(2, (L, 90)), path(2, (F, 1.0))],
+    )
     search.imagine(Run(policy, Noise(), 0, ROOMS, 8, 8), {tree: [path(2, (L, 45)), *ways]})
     dialogue = tree.dialogue(policy, ways)
-    calls = [(call["image"], call["motion"], call["amount"]) for call in dialogue.provenance if call]
-    assert calls == [(2, F, 1.0), (2, L, 45.0), (4, F, 0.5), (2, L, 90.0)]      # Image-4 is the turn by 45 degrees
+    calls = [
+        (call["image"], call["motion"], call["amount"]) for call in dialogue.provenance if call
+    ]
+    assert calls == [
+        (2, F, 1.0),
+        (2, L, 45.0),
+        (4, F, 0.5),
+        (2, L, 90.0),
+    ]  # Image-4 is the turn by 45 degrees
     shown = [path(2, (F, 1.0)), path(2, (L, 45)), *ways[:2]]
-    assert all(image is tree.nodes[way].images[-1] for image, way in zip(dialogue.images[2:], shown))
+    assert all(
+        image is tree.nodes[way].images[-1] for image, way in zip(dialogue.images[2:], shown)
+    )
     words = search.shown_at_once(tree, dialogue)["question"]
-    assert "Image-5 is imagined from Image-2: turn left 45 degrees, and then move 0.5 meters forward.\n" in words
+    assert (
+        "Image-5 is imagined from Image-2: turn left 45 degrees, and then move 0.5 meters forward.\n"
+        in words
+    )
     own = search.shown_at_once(Tree(policy, question(0, prompt=["a", "b", "c"])), dialogue)
     assert len(own["prompt"]) == 1 + len(own["images"]) and own["prompt"][-1] == "c"
 
 
 # ---- confidence -----------------------------------------------------------------------------------------------------
+
 
 def slowly(policy, dialogue, limit):
     """The score of one dialogue, token by token, without a cache or a batch."""
@@ -208,9 +312,13 @@ def slowly(policy, dialogue, limit):
     start = fork._next()
     with torch.no_grad():
         for n in range(limit):
-            positions = torch.tensor(fork.positions + [(start + k,) * 3 for k in range(n)]).T[:, None]
+            positions = torch.tensor(fork.positions + [(start + k,) * 3 for k in range(n)]).T[
+                :, None
+            ]
             every = torch.tensor([fork.ids + ids])
-            logits = policy.forward(every, positions, torch.ones_like(every), torch.cat(encode, 1))[0, -1]
+            logits = policy.forward(every, positions, torch.ones_like(every), torch.cat(encode, 1))[
+                0, -1
+            ]
             ids.append(int(logits.argmax()))
             total += float(torch.log_softmax(logits, -1)[ids[-1]])
             if ids[-1] == policy.tokenizer.eos_token_id:
@@ -220,12 +328,14 @@ def slowly(policy, dialogue, limit):
 
 
 def test_confidence_is_what_a_slow_computation_says(policy):
-    run = Run(policy, Noise(), 0, ROOMS, 12, 3)                                 # batches of 3
+    run = Run(policy, Noise(), 0, ROOMS, 12, 3)  # batches of 3
     tree = Tree(policy, question(1))
     search.imagine(run, {tree: [*expand((2,), ROOMS), path(2, (L, 45), (F, 0.5))]})
     dialogues = [tree.root, *(tree.nodes[way] for way in tree.nodes if len(way) > 1)][::3]
     scores = search.confidence(run, dialogues)
-    assert scores == pytest.approx([slowly(policy, dialogue, 12) for dialogue in dialogues], abs=1e-4)
+    assert scores == pytest.approx(
+        [slowly(policy, dialogue, 12) for dialogue in dialogues], abs=1e-4
+    )
     assert max(scores) > 0 and len(tree.root.turns) == 0
     assert search.confidence(run, [Tree(policy, question(1, options=["A. x", "B. y"])).root]) == [0]
 
@@ -243,31 +353,47 @@ def test_search_gives_the_same_whatever_the_batch(policy, monkeypatch):
         if method is search.search:
             assert any(t.valid_calls for t in together) and together[0].mode == "search"
             assert {t.cost["shown"] for t in together} == {t.valid_calls for t in together}
-            assert all(t.cost["rendered"] >= 12 and t.cost["policy_calls"] > t.cost["rendered"] for t in together)
+            assert all(
+                t.cost["rendered"] >= 12 and t.cost["policy_calls"] > t.cost["rendered"]
+                for t in together
+            )
     seeds = []
     for seed in (5, 6, 5):
         noise = Noise()
-        search.imagine(Run(policy, noise, seed, ROOMS, 8, 8), {Tree(policy, asked[0]): [path(1, (L, 45))]})
+        search.imagine(
+            Run(policy, noise, seed, ROOMS, 8, 8), {Tree(policy, asked[0]): [path(1, (L, 45))]}
+        )
         seeds.append(noise.queries[0].seed)
     assert seeds[0] == seeds[2] != seeds[1]
 
 
 def test_nothing_helps_then_the_images_alone_answer(policy, monkeypatch):
     monkeypatch.setattr(search, "HELP", 9.1)
-    found, = search.search(policy, [question(0)], Noise(), 0, ROOMS, 24)
+    (found,) = search.search(policy, [question(0)], Noise(), 0, ROOMS, 24)
     plain = Trajectory.start(policy, question(0), question(0)["images"], "direct")
-    assert found.valid_calls == 0 and found.ids[:len(plain.ids)] == plain.ids and found.mode == "search"
-    nothing, = search.search(policy, [question(0)], None, 0, ROOMS, 24)
-    assert nothing.turns == found.turns and nothing.cost["rendered"] == 0 and nothing.cost["policy_calls"] == 1
+    assert (
+        found.valid_calls == 0
+        and found.ids[: len(plain.ids)] == plain.ids
+        and found.mode == "search"
+    )
+    (nothing,) = search.search(policy, [question(0)], None, 0, ROOMS, 24)
+    assert (
+        nothing.turns == found.turns
+        and nothing.cost["rendered"] == 0
+        and nothing.cost["policy_calls"] == 1
+    )
 
 
-def test_a_view_that_is_refused_costs_no_answer_and_a_simulator_that_is_down_does(policy, monkeypatch):
-    found, = search.search(policy, [question(0)], Noise(fails=("turn left",)), 0, ROOMS, 24)
+def test_a_view_that_is_refused_costs_no_answer_and_a_simulator_that_is_down_does(
+    policy, monkeypatch
+):
+    (found,) = search.search(policy, [question(0)], Noise(fails=("turn left",)), 0, ROOMS, 24)
     assert found.turns and not any(call["motion"] == L for call in found.provenance if call)
 
     class Down:
         def imagine(self, queries):
             raise RemoteError("nobody there", True)
+
     voting(monkeypatch, *[Motion(L, 45.0)] * 5)
     for method in (search.search, gate):
         with pytest.raises(RemoteError, match="nobody there") as error:
@@ -279,43 +405,74 @@ def test_a_local_model_that_follows_instructions_is_asked_in_words(policy, monke
     """The tiny one does not, so nothing that it says can be read: no view passes, and the gate stays shut."""
     monkeypatch.setattr(search, "way_of", lambda policy: "words")
     asked, real = [], search.rollout
-    monkeypatch.setattr(search, "rollout", lambda policy, sheets, *a, **flags: asked.extend(
-        (sheet["prompt"][-1].split()[-1], len(sheet["images"]), flags["temperature"]) for sheet in sheets) or real(
-            policy, sheets, *a, **flags))
-    found, = search.search(policy, [question(0)], Noise(), 0, JOURNEY, 4)
+    monkeypatch.setattr(
+        search,
+        "rollout",
+        lambda policy, sheets, *a, **flags: (
+            asked.extend(
+                (sheet["prompt"][-1].split()[-1], len(sheet["images"]), flags["temperature"])
+                for sheet in sheets
+            )
+            or real(policy, sheets, *a, **flags)
+        ),
+    )
+    (found,) = search.search(policy, [question(0)], Noise(), 0, JOURNEY, 4)
     assert found.valid_calls == 0 and found.cost["rendered"] == 9 and found.turns
     assert asked == ([("commas.", 11, 0.0)] + [("commas.", 11, 1.0)] * search.RETRIES) * 2
     asked.clear()
-    found, = gate(policy, [question(0)], Noise(), 0, JOURNEY, 4)
+    (found,) = gate(policy, [question(0)], Noise(), 0, JOURNEY, 4)
     assert found.valid_calls == 0 and found.cost["rendered"] == 0 and len(asked) == 5
     assert search.search(policy, [], Noise()) == [] == gate(policy, [], Noise())
 
 
 # ---- the gate -------------------------------------------------------------------------------------------------------
 
+
 def voting(monkeypatch, *turns):
     """Let the first turns sampled be these: a motion, an answer "B", or None for nonsense."""
+
     def sampled(policy, asked, simulator, mode, group_size, temperature, seed, **flags):
-        assert (simulator, mode, group_size, temperature, flags["max_turns"]) == (None, "agentic", 5, 1.0, 1)
+        assert (simulator, mode, group_size, temperature, flags["max_turns"]) == (
+            None,
+            "agentic",
+            5,
+            1.0,
+            1,
+        )
         dialogues = []
         for row in asked:
             for turn in turns:
                 dialogue = Trajectory.start(policy, row, row["images"], mode)
-                dialogue.say(policy, search.call_turn(1, turn) if isinstance(turn, Motion) else
-                             "<think></think><answer>B</answer>" if turn else "hm")
+                dialogue.say(
+                    policy,
+                    search.call_turn(1, turn)
+                    if isinstance(turn, Motion)
+                    else "<think></think><answer>B</answer>"
+                    if turn
+                    else "hm",
+                )
                 dialogues.append(dialogue)
         return dialogues
+
     monkeypatch.setattr(search, "rollout", sampled)
 
 
-@pytest.mark.parametrize("turns, rendered, shown", [
-    ((Motion(L, 45.0),) * 3 + ("B",) * 2, 1, 1), ((Motion(L, 45.0),) * 2 + ("B",) * 3, 0, 0),
-    ((Motion(L, 45.0), "B", None, None, None), 0, 0), ((Motion(L, 45.0), None, None, None, None), 1, 1),
-    ((Motion(L, 45.0), Motion(F, 1.0), Motion(L, 45.0), "B", "B"), 2, 1)])
-def test_the_gate_reads_the_first_turns_of_the_tiny_policy(policy, monkeypatch, turns, rendered, shown):
+@pytest.mark.parametrize(
+    "turns, rendered, shown",
+    [
+        ((Motion(L, 45.0),) * 3 + ("B",) * 2, 1, 1),
+        ((Motion(L, 45.0),) * 2 + ("B",) * 3, 0, 0),
+        ((Motion(L, 45.0), "B", None, None, None), 0, 0),
+        ((Motion(L, 45.0), None, None, None, None), 1, 1),
+        ((Motion(L, 45.0), Motion(F, 1.0), Motion(L, 45.0), "B", "B"), 2, 1),
+    ],
+)
+def test_the_gate_reads_the_first_turns_of_the_tiny_policy(
+    policy, monkeypatch, turns, rendered, shown
+):
     voting(monkeypatch, *turns)
     simulator = Noise()
-    found, = gate(policy, [question(0)], simulator, 0, ROOMS, 24)
+    (found,) = gate(policy, [question(0)], simulator, 0, ROOMS, 24)
     assert (found.cost["rendered"], found.cost["shown"], found.mode) == (rendered, shown, "gate")
     assert len(simulator.queries) == rendered and found.valid_calls == shown
     assert found.cost["policy_calls"] >= 5 + 1 + (2 if rendered == 2 else 0)
@@ -323,10 +480,17 @@ def test_the_gate_reads_the_first_turns_of_the_tiny_policy(policy, monkeypatch, 
 
 def test_of_several_plans_the_one_that_scores_best_is_shown(policy, monkeypatch):
     voting(monkeypatch, Motion(L, 45.0), Motion(F, 1.0), Motion(R, 90.0), "B", "B")
-    monkeypatch.setattr(search, "confidence", lambda run, dialogues: [
-        9.0 * (dialogue.provenance[-1]["motion"] == F) for dialogue in dialogues])
-    found, = gate(policy, [question(0)], Noise(), 0, ROOMS, 24)
-    assert [call["motion"] for call in found.provenance if call] == [F] and found.cost["rendered"] == 3
+    monkeypatch.setattr(
+        search,
+        "confidence",
+        lambda run, dialogues: [
+            9.0 * (dialogue.provenance[-1]["motion"] == F) for dialogue in dialogues
+        ],
+    )
+    (found,) = gate(policy, [question(0)], Noise(), 0, ROOMS, 24)
+    assert [call["motion"] for call in found.provenance if call] == [F] and found.cost[
+        "rendered"
+    ] == 3
 
 
 def test_a_further_call_is_refused_once_the_search_has_chosen(policy):
@@ -340,8 +504,13 @@ def test_a_further_call_is_refused_once_the_search_has_chosen(policy):
 
 # ---- a policy behind a URL ------------------------------------------------------------------------------------------
 
+
 def texts_of(request):
-    return [part["text"] for part in json.loads(request["body"])["messages"][0]["content"] if part["type"] == "text"]
+    return [
+        part["text"]
+        for part in json.loads(request["body"])["messages"][0]["content"]
+        if part["type"] == "text"
+    ]
 
 
 def judging(request, handler):
@@ -349,7 +518,9 @@ def judging(request, handler):
     said = "".join(texts_of(request))
     views = [line for line in said.splitlines() if line.startswith("Imagined from")]
     if "call_wm" in said:
-        return says('A view is missing. {"decision": "call_wm", "actions": [{"type": "turn-right", "value": 20}]}')
+        return says(
+            'A view is missing. {"decision": "call_wm", "actions": [{"type": "turn-right", "value": 20}]}'
+        )
     if "Output:" in said:
         wanted = "turn left 18 degrees" if "explore further" in said else "turn right 9 degrees"
         return says("Output: " + ", ".join("9" if view.endswith(wanted) else "7" for view in views))
@@ -360,7 +531,7 @@ def test_a_remote_policy_searches_by_two_scoring_calls_a_step():
     simulator = Noise()
     with Fake(judging) as fake:
         policy = RemotePolicy(fake.url, "vlm", **QUICK)
-        found, = search.search(policy, [question(0)], simulator, 0, JOURNEY)
+        (found,) = search.search(policy, [question(0)], simulator, 0, JOURNEY)
     assert found.answer == "B" and found.mode == "search" and search.way_of(policy) == "words"
     calls = [(call["image"], call["motion"], call["amount"]) for call in found.provenance if call]
     assert calls == [(2, R, 9.0)]
@@ -368,28 +539,46 @@ def test_a_remote_policy_searches_by_two_scoring_calls_a_step():
     assert search.cost_of(found) == {"rendered": 14, "shown": 1, "policy_calls": 5, "tokens": None}
     assert len(simulator.queries) == 14 and len(fake.requests) == 5
     asked = texts_of(fake.requests[-1])[-1]
-    assert "Image-3 is imagined from Image-2: turn right 9 degrees.\nStart from" in asked and "A. red" in asked
+    assert (
+        "Image-3 is imagined from Image-2: turn right 9 degrees.\nStart from" in asked
+        and "A. red" in asked
+    )
     scoring = json.loads(fake.requests[0]["body"])["messages"][0]["content"]
     assert sum(part["type"] == "image_url" for part in scoring) == 2 + 9
-    assert f"data:image/png;base64,{base64.b64encode(png(question(0)['images'][0])).decode()}" == next(
-        part["image_url"]["url"] for part in scoring if part["type"] == "image_url")
+    assert (
+        f"data:image/png;base64,{base64.b64encode(png(question(0)['images'][0])).decode()}"
+        == next(part["image_url"]["url"] for part in scoring if part["type"] == "image_url")
+    )
 
 
 def test_scores_that_cannot_be_read_are_asked_for_again_and_then_nothing_passes():
     def babbles(request, handler):
         scoring = "Output:" in "".join(texts_of(request))
         return says("All are nice." if scoring else "<think>x</think><answer>B</answer>")
+
     with Fake(babbles) as fake:
-        found, = search.search(RemotePolicy(fake.url, "vlm", **QUICK), [question(0)], Noise(), 0, JOURNEY)
+        (found,) = search.search(
+            RemotePolicy(fake.url, "vlm", **QUICK), [question(0)], Noise(), 0, JOURNEY
+        )
     sent = [json.loads(request["body"])["temperature"] for request in fake.requests]
-    assert sent == ([0] + [1] * search.RETRIES) * 2 + [0] and found.valid_calls == 0 and found.answer == "B"
+    assert (
+        sent == ([0] + [1] * search.RETRIES) * 2 + [0]
+        and found.valid_calls == 0
+        and found.answer == "B"
+    )
 
 
 def test_a_remote_policy_gates_by_votes():
     with Fake(judging) as fake:
-        found, = gate(RemotePolicy(fake.url, "vlm", **QUICK), [question(0)], Noise(), 0, JOURNEY)
-    assert [call["amount"] for call in found.provenance if call] == [9, 18, 20] and found.answer == "B"
-    assert [json.loads(request["body"])["temperature"] for request in fake.requests] == [1] * 5 + [0]
+        (found,) = gate(RemotePolicy(fake.url, "vlm", **QUICK), [question(0)], Noise(), 0, JOURNEY)
+    assert [call["amount"] for call in found.provenance if call] == [
+        9,
+        18,
+        20,
+    ] and found.answer == "B"
+    assert [json.loads(request["body"])["temperature"] for request in fake.requests] == [1] * 5 + [
+        0
+    ]
 
 
 def test_several_plans_of_a_remote_policy_are_verified():
@@ -398,13 +587,24 @@ def test_several_plans_of_a_remote_policy_are_verified():
     def plans(request, handler):
         said = "".join(texts_of(request))
         if "call_wm" in said:
-            return says(f'{{"decision": "call_wm", "actions": [{{"type": "turn-left", "value": {next(amounts)}}}]}}')
-        return says("Output: 2, 8") if "these plans" in said else says("<think>x</think><answer>A</answer>")
+            return says(
+                f'{{"decision": "call_wm", "actions": [{{"type": "turn-left", "value": {next(amounts)}}}]}}'
+            )
+        return (
+            says("Output: 2, 8")
+            if "these plans" in said
+            else says("<think>x</think><answer>A</answer>")
+        )
+
     with Fake(plans) as fake:
-        found, = gate(RemotePolicy(fake.url, "vlm", at_once=1, **QUICK), [question(0)], Noise(), 0, JOURNEY)
-    verified, = [text for request in fake.requests for text in texts_of(request) if "these plans" in text]
+        (found,) = gate(
+            RemotePolicy(fake.url, "vlm", at_once=1, **QUICK), [question(0)], Noise(), 0, JOURNEY
+        )
+    (verified,) = [
+        text for request in fake.requests for text in texts_of(request) if "these plans" in text
+    ]
     assert "from Image-2: turn left 18 degrees; from Image-2: turn left 9 degrees?" in verified
-    assert [call["amount"] for call in found.provenance if call] == [9]         # the second one scored 8
+    assert [call["amount"] for call in found.provenance if call] == [9]  # the second one scored 8
 
 
 def test_one_refusal_costs_one_question_and_a_server_that_is_down_costs_no_finished_one():
@@ -413,34 +613,62 @@ def test_one_refusal_costs_one_question_and_a_server_that_is_down_costs_no_finis
         if "Question 1" in said and "Output:" in said:
             return 400, {"error": {"message": "too long"}}
         return judging(request, handler)
+
     asked = [question(0), question(1, question="Question 1?"), question(2)]
     with Fake(refuses) as fake:
         found = search.search(RemotePolicy(fake.url, "vlm", **QUICK), asked, Noise(), 0, JOURNEY)
-    assert [isinstance(result, RemoteError) for result in found] == [False, True, False] and not found[1].down
+    assert [isinstance(result, RemoteError) for result in found] == [
+        False,
+        True,
+        False,
+    ] and not found[1].down
 
     def goes(request, handler):
         down = "Output:" not in "".join(texts_of(request)) and len(done) >= 1
         done.extend([1] * ("Output:" not in "".join(texts_of(request))))
         return (401, {"error": {"message": "no money"}}) if down else judging(request, handler)
+
     done = []
     with Fake(goes) as fake, pytest.raises(RemoteError, match="no money") as error:
         search.search(RemotePolicy(fake.url, "vlm", at_once=1, **QUICK), asked, Noise(), 0, JOURNEY)
-    assert [isinstance(result, RemoteError) for result in error.value.results] == [False, True, True]
+    assert [isinstance(result, RemoteError) for result in error.value.results] == [
+        False,
+        True,
+        True,
+    ]
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, policy):
     root = tmp_path_factory.mktemp("search")
-    data.save_jsonl(root / "data" / "questions_test.jsonl", data.room_questions(5_000_000, root / "data"))
+    data.save_jsonl(
+        root / "data" / "questions_test.jsonl", data.room_questions(5_000_000, root / "data")
+    )
     policy.save(root / "policy")
     return root
 
 
 def command(root, mode, *more):
-    return ["--bench", "rooms", "--data", str(root / "data"), "--simulator", "truth", "--mode", mode, "--limit", "3",
-            "--out", str(root / mode), "--max-new-tokens", "16", *more]
+    return [
+        "--bench",
+        "rooms",
+        "--data",
+        str(root / "data"),
+        "--simulator",
+        "truth",
+        "--mode",
+        mode,
+        "--limit",
+        "3",
+        "--out",
+        str(root / mode),
+        "--max-new-tokens",
+        "16",
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("mode", ["search", "gate"])
@@ -449,28 +677,54 @@ def test_rooms_from_end_to_end(place, mode, capsys, monkeypatch):
     evaluate.main(own)
     results = json.loads((place / mode / "results.json").read_text())
     summary = results["modes"][mode]
-    assert summary["n"] == 3 and results["search"] == {"judged_by": "confidence", "primitives": "rooms"}
+    assert summary["n"] == 3 and results["search"] == {
+        "judged_by": "confidence",
+        "primitives": "rooms",
+    }
     assert set(summary["cost"]) == {"rendered", "shown", "policy_calls", "tokens"}
-    assert summary["cost"]["rendered"] >= 12 * (mode == "search") and summary["cost"]["policy_calls"] >= 5
+    assert (
+        summary["cost"]["rendered"] >= 12 * (mode == "search")
+        and summary["cost"]["policy_calls"] >= 5
+    )
     assert f"{mode}, truth, per question: rendered" in capsys.readouterr().out
     rows = read_log(place / mode / "predictions.jsonl")
-    assert len(rows) == 3 and all(row["mode"] == mode and len(row["views"]) == row["cost"]["shown"] for row in rows)
-    assert f"{mode}, truth" in (place / mode / "report.html").read_text() and results["diagnosis"][mode]["truth"]["n"]
+    assert len(rows) == 3 and all(
+        row["mode"] == mode and len(row["views"]) == row["cost"]["shown"] for row in rows
+    )
+    assert (
+        f"{mode}, truth" in (place / mode / "report.html").read_text()
+        and results["diagnosis"][mode]["truth"]["n"]
+    )
     monkeypatch.setitem(search.METHODS, mode, lambda *_: pytest.fail("asked again"))
     evaluate.main([*own, "--no-report"])
-    assert results["search"]["primitives"] == "rooms"                       # what the tiny simulator knows
+    assert results["search"]["primitives"] == "rooms"  # what the tiny simulator knows
     with pytest.raises(SystemExit):
         evaluate.parse_args(["--bench", "world2vlm", "--mode", mode])
 
 
 def test_a_remote_policy_from_end_to_end_and_a_server_that_goes_down(place, monkeypatch):
     with Fake(judging) as fake:
-        own = command(place, "search", "--policy-url", fake.url, "--model", "vlm", "--primitives", "mindjourney")
+        own = command(
+            place,
+            "search",
+            "--policy-url",
+            fake.url,
+            "--model",
+            "vlm",
+            "--primitives",
+            "mindjourney",
+        )
         own[own.index("--out") + 1] = str(place / "remote")
         evaluate.main([*own, "--no-report"])
     results = json.loads((place / "remote" / "results.json").read_text())
-    assert results["search"]["judged_by"] == "words" and "tokens" not in results["modes"]["search"]["cost"]
-    assert results["modes"]["search"]["cost"]["shown"] == 1 and results["modes"]["search"]["call_rate"] == 1
+    assert (
+        results["search"]["judged_by"] == "words"
+        and "tokens" not in results["modes"]["search"]["cost"]
+    )
+    assert (
+        results["modes"]["search"]["cost"]["shown"] == 1
+        and results["modes"]["search"]["call_rate"] == 1
+    )
     own[own.index("--out") + 1] = str(place / "down")
     with Fake((401, {"error": {"message": "who are you?"}})) as fake:
         own[own.index("--policy-url") + 1] = fake.url

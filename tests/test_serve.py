@@ -60,7 +60,14 @@ class running:
         self.server.server_close()
 
 
-def send(server, body=b"", content_type="multipart/form-data; boundary=x", method="POST", path=PATH, **headers):
+def send(
+    server,
+    body=b"",
+    content_type="multipart/form-data; boundary=x",
+    method="POST",
+    path=PATH,
+    **headers,
+):
     """-> (status, what the answer's JSON says, headers)."""
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
     connection.request(method, path, body, {"Content-Type": content_type, **headers})
@@ -71,7 +78,11 @@ def send(server, body=b"", content_type="multipart/form-data; boundary=x", metho
 
 def order(files=None, **fields):
     """The form of a good request, with changes; a field that is None is left out."""
-    fields = {name: value for name, value in ({"prompt": SENTENCE, "seed": 7} | fields).items() if value is not None}
+    fields = {
+        name: value
+        for name, value in ({"prompt": SENTENCE, "seed": 7} | fields).items()
+        if value is not None
+    }
     return multipart(fields, [png(picture(1))] if files is None else files)
 
 
@@ -80,8 +91,15 @@ def test_a_remote_view_is_the_local_view():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     model = WorldModel.tiny()
-    queries = [Query([picture(10 * k + i, *((32, 32) if k % 3 else (24, 40))) for i in range(1 + k % 4)], 1 + k % 4,
-                     instruction(Motion("turn left", 15.0 * (k + 1)), 1 + k % 4), 1000 + k) for k in range(5)]
+    queries = [
+        Query(
+            [picture(10 * k + i, *((32, 32) if k % 3 else (24, 40))) for i in range(1 + k % 4)],
+            1 + k % 4,
+            instruction(Motion("turn left", 15.0 * (k + 1)), 1 + k % 4),
+            1000 + k,
+        )
+        for k in range(5)
+    ]
     local = model.imagine(queries)
     with running(model) as server:
         remote = RemoteSimulator(server.url).imagine(queries)
@@ -96,7 +114,7 @@ def test_a_video_gives_the_view_that_it_gives_here():
     with running(model) as server:
         remote = RemoteSimulator(server.url).imagine(queries)
     for here, there, query in zip(model.imagine(queries), remote, queries):
-        assert np.abs(here.astype(int) - there).max() <= 1, query.reference         # batches may differ
+        assert np.abs(here.astype(int) - there).max() <= 1, query.reference  # batches may differ
 
 
 def test_requests_that_wait_are_imagined_together():
@@ -112,39 +130,70 @@ def test_one_bad_query_costs_the_others_of_its_batch_nothing_and_the_server_live
     model = Mirror(seconds=0.02)
     with running(model, wait_ms=100) as server:
         simulator = RemoteSimulator(server.url, **QUICK | {"tries": 1})
-        with pytest.raises(RemoteError, match="500: The simulator failed: RuntimeError: a bad day") as error:
+        with pytest.raises(
+            RemoteError, match="500: The simulator failed: RuntimeError: a bad day"
+        ) as error:
             simulator.imagine([Query([picture(k)], 1, SENTENCE, 10 + k) for k in range(6)])
-        assert [isinstance(view, RemoteError) for view in error.value.results] == [k == 3 for k in range(6)]
+        assert [isinstance(view, RemoteError) for view in error.value.results] == [
+            k == 3 for k in range(6)
+        ]
         assert max(map(len, model.batches)) > 1
         assert simulator.imagine([Query([picture(0)], 1, SENTENCE, 5)])[0].shape == (32, 32, 3)
-    assert "a bad day" in capfd.readouterr().err                                # whoever runs the server sees where
+    assert "a bad day" in capfd.readouterr().err  # whoever runs the server sees where
 
 
 BOMB = bytearray(png(np.zeros((1, 1, 3), np.uint8)))
 BOMB[16:24] = (60_000).to_bytes(4, "big") * 2
 
 
-@pytest.mark.parametrize("status, sentence, request_", [
-    (400, "cannot read the instruction ''", order(prompt=None)),
-    (400, "cannot read the instruction 'make it nice'", order(prompt="make it nice")),
-    (400, "cannot read the motion", order(prompt="Base on the viewpoint of Image-1, fly 3 meters.")),
-    (400, "there is no Image-2", order(prompt=SENTENCE.replace("-1", "-2"))),
-    (400, "there is no Image-0", order(prompt=SENTENCE.replace("-1", "-0"))),
-    (400, "0 images", order(files=[])), (400, "4 images", order(files=[png(picture(1))] * 4)),
-    (400, "seed", order(seed="-1")), (400, "seed", order(seed=2**63)), (400, "seed", order(seed="seven")),
-    (400, "n can only be 1", order(n=2)), (400, "size can only be auto", order(size="1024x1024")),
-    (400, "response_format can only be b64_json", order(response_format="url")), (400, "masks", order(mask="x")),
-    (400, "Image-1: the file is no picture", order(files=[b"%!PS-Adobe-3.0 EPSF-3.0\n"])),
-    (400, "Image-2: the file is no picture", order(files=[png(picture(1)), png(picture(2))[:200]])),
-    (400, "Image-1: a picture of 64 x 65 pixels is too large", order(files=[png(picture(1, 65, 64))])),
-    (400, "Image-2: a picture of 48 x 48 pixels is too large", order(files=[png(picture(1, 48, 48))] * 2)),
-    (400, "cannot read the instruction 'aaa", order(prompt="a" * 30_000)),
-    (400, "picture", order(files=[bytes(BOMB)])),
-    (415, "must be a form", (b"{}", "application/json")), (415, "must be a form", (b"", "")),
-    (400, "has no end", (order()[0][:-20], order()[1])), (400, "has no end", (b"", "multipart/form-data; boundary=x")),
-    (400, "has no name", (b"--x\r\n\r\nvalue\r\n--x--", "multipart/form-data; boundary=x")),
-    (400, "has no end", (b"--x" + b"\r\n--x" * 100, "multipart/form-data; boundary=x")),
-    (413, "the limit is 40,000", (b"0" * 40_001, "multipart/form-data; boundary=x"))])
+@pytest.mark.parametrize(
+    "status, sentence, request_",
+    [
+        (400, "cannot read the instruction ''", order(prompt=None)),
+        (400, "cannot read the instruction 'make it nice'", order(prompt="make it nice")),
+        (
+            400,
+            "cannot read the motion",
+            order(prompt="Base on the viewpoint of Image-1, fly 3 meters."),
+        ),
+        (400, "there is no Image-2", order(prompt=SENTENCE.replace("-1", "-2"))),
+        (400, "there is no Image-0", order(prompt=SENTENCE.replace("-1", "-0"))),
+        (400, "0 images", order(files=[])),
+        (400, "4 images", order(files=[png(picture(1))] * 4)),
+        (400, "seed", order(seed="-1")),
+        (400, "seed", order(seed=2**63)),
+        (400, "seed", order(seed="seven")),
+        (400, "n can only be 1", order(n=2)),
+        (400, "size can only be auto", order(size="1024x1024")),
+        (400, "response_format can only be b64_json", order(response_format="url")),
+        (400, "masks", order(mask="x")),
+        (400, "Image-1: the file is no picture", order(files=[b"%!PS-Adobe-3.0 EPSF-3.0\n"])),
+        (
+            400,
+            "Image-2: the file is no picture",
+            order(files=[png(picture(1)), png(picture(2))[:200]]),
+        ),
+        (
+            400,
+            "Image-1: a picture of 64 x 65 pixels is too large",
+            order(files=[png(picture(1, 65, 64))]),
+        ),
+        (
+            400,
+            "Image-2: a picture of 48 x 48 pixels is too large",
+            order(files=[png(picture(1, 48, 48))] * 2),
+        ),
+        (400, "cannot read the instruction 'aaa", order(prompt="a" * 30_000)),
+        (400, "picture", order(files=[bytes(BOMB)])),
+        (415, "must be a form", (b"{}", "application/json")),
+        (415, "must be a form", (b"", "")),
+        (400, "has no end", (order()[0][:-20], order()[1])),
+        (400, "has no end", (b"", "multipart/form-data; boundary=x")),
+        (400, "has no name", (b"--x\r\n\r\nvalue\r\n--x--", "multipart/form-data; boundary=x")),
+        (400, "has no end", (b"--x" + b"\r\n--x" * 100, "multipart/form-data; boundary=x")),
+        (413, "the limit is 40,000", (b"0" * 40_001, "multipart/form-data; boundary=x")),
+    ],
+)
 def test_a_bad_request_gets_a_sentence(status, sentence, request_):
     model = Mirror()
     with running(model, max_bytes=40_000, max_images=3, max_pixels=64 * 64) as server:
@@ -154,12 +203,23 @@ def test_a_bad_request_gets_a_sentence(status, sentence, request_):
 
 def test_other_paths_methods_and_missing_lengths():
     with running(Mirror()) as server:
-        assert send(server, method="GET", path="/health")[:2] == (200, {"status": "ok", "waiting": 0})
-        assert send(server, method="GET", path="/")[0] == send(server, *order(), path="/v1/chat/completions")[0] == 404
-        assert send(server, *order(), method="PUT")[:2] == (405, "Unsupported method ('PUT'). There are POST "
-                                                            "/v1/images/edits and GET /health, no more.")
+        assert send(server, method="GET", path="/health")[:2] == (
+            200,
+            {"status": "ok", "waiting": 0},
+        )
+        assert (
+            send(server, method="GET", path="/")[0]
+            == send(server, *order(), path="/v1/chat/completions")[0]
+            == 404
+        )
+        assert send(server, *order(), method="PUT")[:2] == (
+            405,
+            "Unsupported method ('PUT'). There are POST /v1/images/edits and GET /health, no more.",
+        )
         with socket.create_connection(("127.0.0.1", server.server_port), 5) as raw:
-            raw.sendall(f"POST {PATH} HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode())
+            raw.sendall(
+                f"POST {PATH} HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode()
+            )
             assert b" 411 " in raw.recv(1000)
         with socket.create_connection(("127.0.0.1", server.server_port), 5) as raw:
             raw.sendall(f"POST {PATH} HTTP/1.1\r\nContent-Length: 50\r\n\r\nhung up".encode())
@@ -183,7 +243,9 @@ def test_too_many_waiting_requests_are_told_to_come_back():
         first.join()
         assert status == 429 and headers["Retry-After"] == "1" and "Too many" in words
         queries = [Query([picture(k)], 1, SENTENCE, k) for k in range(3)]
-        views = RemoteSimulator(server.url, **QUICK | {"tries": 1}).imagine(queries)   # the client knows how to wait
+        views = RemoteSimulator(server.url, **QUICK | {"tries": 1}).imagine(
+            queries
+        )  # the client knows how to wait
     assert len(views) == 3
 
 
@@ -191,20 +253,30 @@ def test_forms_of_other_clients_are_understood():
     """`image` as well as `image[]`, JPEG, fields that would change nothing, a quoted boundary, no seed."""
     file = io.BytesIO()
     Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(file, "jpeg")
-    body, content_type = order([file.getvalue()], seed=None, model="bagel", user="me", n=1, size="auto")
+    body, content_type = order(
+        [file.getvalue()], seed=None, model="bagel", user="me", n=1, size="auto"
+    )
     body = body.replace(b'name="image[]"', b"name=image")
     content_type = content_type.replace("boundary=", 'charset=utf-8; boundary="') + '"'
     with running(Mirror()) as server:
         status, content, _ = send(server, body, content_type)
-        seeds = {query.seed for _ in range(2) if send(server, body, content_type) for query in server.model.batches[-1]}
-    assert status == 200 and len(seeds) == 2                                    # another view each time
+        seeds = {
+            query.seed
+            for _ in range(2)
+            if send(server, body, content_type)
+            for query in server.model.batches[-1]
+        }
+    assert status == 200 and len(seeds) == 2  # another view each time
     assert (read_picture(base64.b64decode(content["data"][0]["b64_json"])) == 90).all()
 
 
 def test_a_form_is_read_exactly():
     values = [b"", b"\r\n", b"--", b"\r\n--", bytes(range(256)) * 3]
     body, content_type = multipart({"prompt": "Größe"}, values)
-    assert read_form(body, content_type) == [("prompt", "Größe".encode()), *(("image[]", value) for value in values)]
+    assert read_form(body, content_type) == [
+        ("prompt", "Größe".encode()),
+        *(("image[]", value) for value in values),
+    ]
 
 
 def test_a_port_that_is_taken_is_a_sentence():
@@ -218,9 +290,15 @@ def test_it_listens_to_this_machine_alone_and_ctrl_c_ends_it_in_a_sentence(monke
     def interrupted(server):
         addresses.append(server.server_address[0])
         raise KeyboardInterrupt
+
     monkeypatch.setattr(Server, "serve_forever", interrupted)
     serve(Mirror(), 0)
     first, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("The simulator answers at http://127.0.0.1:") and last.startswith("Stopped.")
+    assert first.startswith("The simulator answers at http://127.0.0.1:") and last.startswith(
+        "Stopped."
+    )
     serve(Mirror(), 0, host="0.0.0.0")
-    assert "there is no password" in capsys.readouterr().out and addresses == ["127.0.0.1", "0.0.0.0"]
+    assert "there is no password" in capsys.readouterr().out and addresses == [
+        "127.0.0.1",
+        "0.0.0.0",
+    ]

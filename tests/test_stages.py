@@ -10,15 +10,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("data", "world_model", "policy", "rewards", "train_wm", "train_sft", "train_rl", "evaluate", "evidence",
-          "evidence_policy", "evidence_world2vlm", "demo")
+STAGES = (
+    "data",
+    "world_model",
+    "policy",
+    "rewards",
+    "train_wm",
+    "train_sft",
+    "train_rl",
+    "evaluate",
+    "evidence",
+    "evidence_policy",
+    "evidence_world2vlm",
+    "demo",
+)
 
 
 def test_every_stage_imports_with_the_core_packages_alone():
     """matplotlib and pyarrow are extras: with both blocked, all stages and all of lib/ import."""
     modules = [*STAGES, *(f"lib.{file.stem}" for file in sorted((ROOT / "lib").glob("*.py")))]
-    code = ("import sys; sys.modules['matplotlib'] = sys.modules['pyarrow'] = None; sys.path.insert(0, '.')\n"
-            + "\n".join(f"import {name}" for name in modules))
+    code = (
+        "import sys; sys.modules['matplotlib'] = sys.modules['pyarrow'] = None; sys.path.insert(0, '.')\n"
+        + "\n".join(f"import {name}" for name in modules)
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -35,7 +49,7 @@ def test_readme_commands_parse(command):
     words = shlex.split(command)
     place = next(i for i, word in enumerate(words) if word.endswith(".py"))
     module = importlib.import_module(words[place].removesuffix(".py").replace("/", "."))
-    module.parse_args(words[place + 1:])
+    module.parse_args(words[place + 1 :])
 
 
 def test_the_readme_has_commands():

@@ -6,8 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from lib.geometry import KINDS, Motion, instruction
-from lib.tokenizer import SPECIAL, TAGS, WORDS, tiny_tokenizer
 from lib.motion_words import PIECES, PROMPTS
+from lib.tokenizer import SPECIAL, TAGS, WORDS, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -15,9 +15,19 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-@pytest.mark.parametrize("text", ["", "turn left 45 degrees", "reduce  two\n\n spaces\t", "é 漢字 🙂 \x00", "<think",
-                                  "</answer>", "a<|im_end|>\nb",
-                                  '{"name": "imagine", "arguments": {"image": 12, "motion": "'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "turn left 45 degrees",
+        "reduce  two\n\n spaces\t",
+        "é 漢字 🙂 \x00",
+        "<think",
+        "</answer>",
+        "a<|im_end|>\nb",
+        '{"name": "imagine", "arguments": {"image": 12, "motion": "',
+    ],
+)
 def test_any_text_is_decoded_exactly(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -31,24 +41,37 @@ def test_vocabulary_stays_small_and_words_are_single_tokens(tokenizer):
 def test_every_motion_of_the_grid_takes_few_tokens(tokenizer):
     """Base on the viewpoint of | Image-2 | , | turn left | 45 | degrees | ."""
     for kind in KINDS:
-        for amount in ([0.1 * n for n in range(1, 31)] if kind.startswith("move") else range(5, 185, 5)):
+        for amount in (
+            [0.1 * n for n in range(1, 31)] if kind.startswith("move") else range(5, 185, 5)
+        ):
             text = instruction(Motion(kind, round(amount, 1)), 2)
             ids = tokenizer.encode(text)
             assert len(ids) <= 8 and tokenizer.decode(ids) == text, text
 
 
 def test_special_tokens_are_skipped_and_tags_are_not(tokenizer):
-    ids = tokenizer.encode("<|im_start|>user\n<think>x</think><|vision_start|><|image_pad|><|vision_end|><|im_end|>")
+    ids = tokenizer.encode(
+        "<|im_start|>user\n<think>x</think><|vision_start|><|image_pad|><|vision_end|><|im_end|>"
+    )
     assert tokenizer.decode(ids, skip_special_tokens=True) == "user\n<think>x</think>"
-    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == ("<|im_end|>", "<|endoftext|>", None)
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == (
+        "<|im_end|>",
+        "<|endoftext|>",
+        None,
+    )
 
 
 def test_saved_and_loaded_tokenizer_is_the_same(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     text = "<|im_start|>assistant\n<think> red  é</think><answer>B</answer><|im_end|>"
-    assert loaded.encode(text) == tokenizer.encode(text) and loaded.decode(loaded.encode(text)) == text
-    assert loaded.get_vocab() == tokenizer.get_vocab() and loaded.eos_token_id == tokenizer.eos_token_id
+    assert (
+        loaded.encode(text) == tokenizer.encode(text) and loaded.decode(loaded.encode(text)) == text
+    )
+    assert (
+        loaded.get_vocab() == tokenizer.get_vocab()
+        and loaded.eos_token_id == tokenizer.eos_token_id
+    )
 
 
 def test_further_phrases_become_tokens_and_keep_the_ids_of_the_others(tokenizer):
@@ -60,9 +83,13 @@ def test_further_phrases_become_tokens_and_keep_the_ids_of_the_others(tokenizer)
 
 
 def test_prompts_of_world2vlm_are_short_in_their_pieces():
-    words = {"object": "barrel", "box1": "[48, 558, 226, 681]", "box2": "[30, 504, 199, 1000]",
-             "sequence": "move left 0.5 meters; turn right 40 degrees",
-             "claim": "move left 0.5 meters and turn right 40 degrees"}
+    words = {
+        "object": "barrel",
+        "box1": "[48, 558, 226, 681]",
+        "box2": "[30, 504, 199, 1000]",
+        "sequence": "move left 0.5 meters; turn right 40 degrees",
+        "claim": "move left 0.5 meters and turn right 40 degrees",
+    }
     tokenizer, lengths = tiny_tokenizer(PIECES), {}
     for task, prompt in PROMPTS.items():
         text = prompt.format(**words)
@@ -70,5 +97,9 @@ def test_prompts_of_world2vlm_are_short_in_their_pieces():
         assert tokenizer.decode(ids) == text
         lengths[task] = len(ids)
     assert lengths["A1"] == lengths["A2"] == lengths["A3"] == 1 and max(lengths.values()) < 50
-    for answer, length in (("true", 1), ("no", 1), ("move left 0.5 meters; turn right 40 degrees", 7)):
+    for answer, length in (
+        ("true", 1),
+        ("no", 1),
+        ("move left 0.5 meters; turn right 40 degrees", 7),
+    ):
         assert len(tokenizer.encode(answer)) == length

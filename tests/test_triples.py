@@ -12,8 +12,18 @@ import data
 from lib.geometry import Motion, decompose, dominant_motion, move_camera, pose
 from lib.scans import places_of, sides_of, split_of, write_folder
 from lib.scenes import read_scene, room_scene
-from lib.triples import (Rules, Summary, apart, assorted, choose_context, find_triples, fit, motions_between,
-                         thousandths, write_triples)
+from lib.triples import (
+    Rules,
+    Summary,
+    apart,
+    assorted,
+    choose_context,
+    find_triples,
+    fit,
+    motions_between,
+    thousandths,
+    write_triples,
+)
 
 UP = np.array([0.0, -1.0, 0.0])
 SMALL = Rules(size=64, frames=40, contexts=2, targets=3)
@@ -22,8 +32,11 @@ SMALL = Rules(size=64, frames=40, contexts=2, targets=3)
 def write_scan(folder, seed, spoil=None):
     """A walk through a room as a plain folder; spoil(rgb) may change its pictures."""
     scene = room_scene(seed, 40, 64)
-    frames = scene.frames if spoil is None else [replace(frame, load=lambda rgb=frame.image(): spoil(rgb))
-                                                 for frame in scene.frames]
+    frames = (
+        scene.frames
+        if spoil is None
+        else [replace(frame, load=lambda rgb=frame.image(): spoil(rgb)) for frame in scene.frames]
+    )
     write_folder(folder, frames, scene.up, ".png")
 
 
@@ -36,27 +49,50 @@ def scans(tmp_path_factory):
 
 
 def files(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
-            and path.parent.parent.name != "scans" and path.name != "summary.json"}      # reports hold CPU seconds
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.parent.parent.name != "scans" and path.name != "summary.json"
+    }  # reports hold CPU seconds
 
 
 # ---- by pose --------------------------------------------------------------------------------------------------------
 
+
 def test_pairs_fall_out_by_pose_with_the_reason():
     start = pose(0, -1.3, 0)
-    cameras = [start, move_camera(start, Motion("move left", 1.0)), move_camera(start, Motion("turn right", 60.0)),
-               move_camera(start, Motion("move up", 0.1)), move_camera(pose(1, -1.3, 0), Motion("turn right", 45.0))]
+    cameras = [
+        start,
+        move_camera(start, Motion("move left", 1.0)),
+        move_camera(start, Motion("turn right", 60.0)),
+        move_camera(start, Motion("move up", 0.1)),
+        move_camera(pose(1, -1.3, 0), Motion("turn right", 45.0)),
+    ]
     _, main, counts = motions_between(np.stack(cameras), True, Rules())
-    assert main[0].tolist() == [-1, 0, 3, -1, -1]            # itself; a move; a turn; too small; a move and a turn
+    assert main[0].tolist() == [
+        -1,
+        0,
+        3,
+        -1,
+        -1,
+    ]  # itself; a move; a turn; too small; a move and a turn
     assert main[1, 0] == 0 and main[2, 0] == 3
-    assert counts["too small a motion"] == 2                 # 0 to 3 and back
+    assert counts["too small a motion"] == 2  # 0 to 3 and back
     _, main, counts = motions_between(np.stack(cameras), False, Rules())
     assert main[0].tolist() == [-1, -1, 3, -1, -1] and counts["a move without a metric scale"] > 0
 
 
 def test_context_cameras_are_apart_by_the_papers_rule():
-    cameras = np.stack([pose(0, -1.3, 0), pose(1.0, -1.3, 0, 30), pose(0.9, -1.3, 0, 30), pose(1.0, -1.3, 0, 29),
-                        pose(0, -2.3, 0, 0, 30), pose(0.8, -2.1, 0, 30)])
+    cameras = np.stack(
+        [
+            pose(0, -1.3, 0),
+            pose(1.0, -1.3, 0, 30),
+            pose(0.9, -1.3, 0, 30),
+            pose(1.0, -1.3, 0, 29),
+            pose(0, -2.3, 0, 0, 30),
+            pose(0.8, -2.1, 0, 30),
+        ]
+    )
     # far and turned; 10 cm short; one degree short; a metre higher and looking up; neither way far enough
     assert apart(cameras, UP, True, Rules())[0].tolist() == [False, True, False, False, True, False]
     assert apart(cameras, UP, False, Rules())[0].tolist() == [False, True, True, False, True, True]
@@ -72,11 +108,19 @@ def test_kinds_of_motion_take_turns():
 
 
 def test_a_context_grows_by_the_camera_that_covers_most_and_stays_apart():
-    seen = {0: np.array([1, 0, 0, 0, 0, 0], bool), 1: np.array([0, 1, 0, 0, 0, 0], bool),
-            2: np.array([0, 1, 1, 1, 0, 0], bool), 3: np.array([0, 0, 0, 0, 1, 1], bool)}
-    shares = lambda mask: np.array([mask.mean()])                                       # noqa: E731, one target
+    seen = {
+        0: np.array([1, 0, 0, 0, 0, 0], bool),
+        1: np.array([0, 1, 0, 0, 0, 0], bool),
+        2: np.array([0, 1, 1, 1, 0, 0], bool),
+        3: np.array([0, 0, 0, 0, 1, 1], bool),
+    }
+    shares = lambda mask: np.array([mask.mean()])  # noqa: E731, one target
     free = np.ones((4, 4), bool)
-    assert choose_context(0, [1, 2, 3], free, seen, shares, Rules()) == [0, 2, 3]       # 1 would bring nothing more
+    assert choose_context(0, [1, 2, 3], free, seen, shares, Rules()) == [
+        0,
+        2,
+        3,
+    ]  # 1 would bring nothing more
     near = free.copy()
     near[2, 3] = near[3, 2] = False
     assert choose_context(0, [1, 2, 3], near, seen, shares, Rules()) == [0, 2]
@@ -91,7 +135,9 @@ def test_found_targets_keep_every_rule():
     stands = apart(c2w, UP, True, Rules())
     for group in found:
         context, reference = group["context"], group["context"][group["reference"]]
-        assert 2 <= len(context) <= 4 and all(stands[a, b] for a in context for b in context if a != b)
+        assert 2 <= len(context) <= 4 and all(
+            stands[a, b] for a in context for b in context if a != b
+        )
         for k, motion in group["targets"]:
             assert k not in context and dominant_motion(c2w[reference], c2w[k]) == motion
 
@@ -103,9 +149,12 @@ def test_a_picture_is_never_enlarged():
 
 # ---- by picture -----------------------------------------------------------------------------------------------------
 
+
 def test_the_same_triples_come_out_of_a_folder_as_out_of_the_room(scans, tmp_path):
     room, _ = write_triples(room_scene(1, 40), tmp_path / "room", 5, Rules(size=64))
-    folder, _ = write_triples(read_scene("folder", scans, "scan1"), tmp_path / "folder", 5, Rules(size=64))
+    folder, _ = write_triples(
+        read_scene("folder", scans, "scan1"), tmp_path / "folder", 5, Rules(size=64)
+    )
     assert len(room) == len(folder) > 8
     for a, b in zip(room, folder):
         assert (a["instruction"], a["reference"]) == (b["instruction"], b["reference"])
@@ -117,17 +166,24 @@ def test_the_same_triples_come_out_of_a_folder_as_out_of_the_room(scans, tmp_pat
 def test_a_blurred_capture_gives_no_triples(tmp_path):
     def spoil(rgb):
         return np.mean([np.roll(rgb, shift, 1) for shift in range(9)], 0).astype(np.uint8)
+
     write_scan(tmp_path / "scans" / "shaky", 2, spoil=spoil)
-    rows, counts = write_triples(read_scene("folder", tmp_path / "scans", "shaky"), tmp_path / "out", 0, SMALL)
+    rows, counts = write_triples(
+        read_scene("folder", tmp_path / "scans", "shaky"), tmp_path / "out", 0, SMALL
+    )
     assert not rows and counts["blurred"] > 3
 
 
 def test_rows_are_what_training_reads(scans, tmp_path):
-    data.make_scans("folder", scans, tmp_path, 1, rules=SMALL, lists={"test": listed(tmp_path, "scan2")})
+    data.make_scans(
+        "folder", scans, tmp_path, 1, rules=SMALL, lists={"test": listed(tmp_path, "scan2")}
+    )
     rows = data.load_jsonl(tmp_path / "triples_train.jsonl")
     assert rows and {row["scene"] for row in rows} <= {"folder/scan0", "folder/scan1"}
     for row in rows:
-        pictures = [np.array(Image.open(place)) for place in (*row["context"], row["target"], row["warp"])]
+        pictures = [
+            np.array(Image.open(place)) for place in (*row["context"], row["target"], row["warp"])
+        ]
         assert [p.shape for p in pictures] == [(64, 64, 3)] * (len(pictures) - 1) + [(64, 64, 4)]
         warped, target = pictures[-1], pictures[-2].astype(float)
         seen = warped[..., 3] > 0
@@ -139,19 +195,27 @@ def test_the_depth_of_every_context_view_stands_beside_its_picture(tmp_path):
     rows, _ = write_triples(scene, tmp_path, 5, Rules(size=64, contexts=2, targets=2))
     frames = {frame.name: frame for frame in scene.frames}
     for row in rows:
-        for k, (picture, depth) in enumerate(zip(row["context"], row["context_depth"], strict=True)):
+        for k, (picture, depth) in enumerate(
+            zip(row["context"], row["context_depth"], strict=True)
+        ):
             assert depth == picture.replace(".jpg", "_depth.png")
-            metres, frame = np.array(Image.open(tmp_path / depth)) / 1000, frames[Path(picture).stem]
+            metres, frame = (
+                np.array(Image.open(tmp_path / depth)) / 1000,
+                frames[Path(picture).stem],
+            )
             assert metres.shape == (64, 64) and (metres > 0).all()
             np.testing.assert_allclose(metres, frame.depth((64, 64)), atol=6e-4)
             np.testing.assert_allclose(row["context_intrinsics"][k], frame.K((64, 64)), atol=1e-4)
     shown = {place for row in rows for place in row["context_depth"]}
-    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*_depth.png")} == shown
+    assert {
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*_depth.png")
+    } == shown
     odd = thousandths(np.array([0.0, 1.2346, 65.535, 65.6, np.nan, np.inf, -1]))
     assert odd.tolist() == [0, 1235, 65535, 0, 0, 0, 0] and odd.dtype == np.uint16
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
+
 
 def listed(folder, *ids):
     file = folder / "ids.txt"
@@ -169,8 +233,13 @@ def test_the_files_are_the_same_whatever_the_workers_and_after_an_interruption(s
     report.unlink()
     (two / "triples_train.jsonl").unlink()
     data.make_scans("folder", scans, two, 1, rules=SMALL)
-    assert files(one) == files(two) and json.loads(before)["rows"] == json.loads(report.read_bytes())["rows"]
-    assert (two / "scans" / "folder" / "scan0.json").stat().st_mtime_ns == kept         # finished: not done again
+    assert (
+        files(one) == files(two)
+        and json.loads(before)["rows"] == json.loads(report.read_bytes())["rows"]
+    )
+    assert (
+        two / "scans" / "folder" / "scan0.json"
+    ).stat().st_mtime_ns == kept  # finished: not done again
     data.make_scans("folder", scans, two, 1, seed=1, rules=SMALL)
     assert files(one) != files(two)
 
@@ -188,10 +257,17 @@ def test_a_broken_scan_is_named_and_the_rest_goes_on(tmp_path, capsys):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert list(summary["broken"]) == ["empty"] and summary["scans"] == 3 and summary["kept"] > 3
     assert "broken: empty: The folder scene" in capsys.readouterr().out
-    rows = [json.loads(line) for line in (tmp_path / "out" / "triples_train.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "triples_train.jsonl").read_text().splitlines()
+    ]
     assert {row["scene"] for row in rows} == {"folder/good", "folder/torn"}
-    shown = {Path(place).stem for row in rows if row["scene"] == "folder/torn"
-             for place in (*row["context"], row["target"])}
+    shown = {
+        Path(place).stem
+        for row in rows
+        if row["scene"] == "folder/torn"
+        for place in (*row["context"], row["target"])
+    }
     assert len(shown) > 4 and not shown & {f"{i:06d}_{i}" for i in range(0, 40, 10)}
     with pytest.raises(SystemExit, match="nowhere"):
         data.make_scans("folder", tmp_path / "nowhere", tmp_path / "out", 1)
@@ -200,21 +276,37 @@ def test_a_broken_scan_is_named_and_the_rest_goes_on(tmp_path, capsys):
 def test_a_summary_adds_up():
     total, row = Summary(), {"motion": {"kind": "turn left", "amount": 45.0}}
     for id, error in (("a", ""), ("b", "It is empty.")):
-        total.add({"id": id, "counts": {"kept": 1, "coverage": 2}, "skipped": {"no depth": 3}, "note": "",
-                   "error": error, "cpu_seconds": 1.0, "rows": [row, {"motion": {"kind": "move up", "amount": 0.5}}]},
-                  "train")
+        total.add(
+            {
+                "id": id,
+                "counts": {"kept": 1, "coverage": 2},
+                "skipped": {"no depth": 3},
+                "note": "",
+                "error": error,
+                "cpu_seconds": 1.0,
+                "rows": [row, {"motion": {"kind": "move up", "amount": 0.5}}],
+            },
+            "train",
+        )
     found = total.as_dict()
-    assert found["kept"] == 2 and found["rejected"] == {"coverage": 4} and found["broken"] == {"b": "It is empty."}
+    assert (
+        found["kept"] == 2
+        and found["rejected"] == {"coverage": 4}
+        and found["broken"] == {"b": "It is empty."}
+    )
     assert found["amounts"] == {"degrees": {30: 2}, "meters": {0.5: 2}} and found["per_scan"] == 1.0
     assert "kept, by meters" in total.text()
 
 
 # ---- held out -------------------------------------------------------------------------------------------------------
 
+
 def test_no_place_is_on_two_sides_of_the_split(tmp_path):
     ids = [f"scene{place:04d}_{scan:02d}" for place in range(300) for scan in range(3)]
     places = places_of("scannet", tmp_path, ids)
-    assert places == {id: id[:9] for id in ids} and places_of("dl3dv", tmp_path, ids) == dict(zip(ids, ids))
+    assert places == {id: id[:9] for id in ids} and places_of("dl3dv", tmp_path, ids) == dict(
+        zip(ids, ids)
+    )
     sides = [split_of("scannet", place, {}) for place in places.values()]
     shares = [sides.count(side) / len(sides) for side in ("test", "val")]
     assert 0.02 < shares[0] < 0.09 and 0.005 < shares[1] < 0.045
@@ -226,9 +318,12 @@ def test_a_list_replaces_the_draw_and_takes_whole_places(tmp_path):
     places, sides = sides_of("scannet", tmp_path, ids, lists)
     assert sides == {"scene0007": "test"}
     splits = {id: split_of("scannet", places[id], sides, lists) for id in ids}
-    assert [id for id, split in splits.items() if split == "test"] == ["scene0007_00", "scene0007_01"]
-    assert "val" in splits.values()                                             # this one is still drawn
-    for id in set(ids) - {"scene0007_00", "scene0007_01"}:                      # and nothing else goes elsewhere
+    assert [id for id, split in splits.items() if split == "test"] == [
+        "scene0007_00",
+        "scene0007_01",
+    ]
+    assert "val" in splits.values()  # this one is still drawn
+    for id in set(ids) - {"scene0007_00", "scene0007_01"}:  # and nothing else goes elsewhere
         drawn = split_of("scannet", places[id], {})
         assert splits[id] == ("train" if drawn == "test" else drawn)
     (tmp_path / "val.txt").write_text("scene0007_00")
@@ -236,11 +331,19 @@ def test_a_list_replaces_the_draw_and_takes_whole_places(tmp_path):
         sides_of("scannet", tmp_path, ids, lists | {"val": tmp_path / "val.txt"})
 
 
-@pytest.mark.parametrize("text", ["scan1\nscan2\n", "id,place,fold\nscan1,x,Validation\n\nscan2,y,Validation\n",
-                                  ',video_id,fold\n0,"scan1",Validation\n1,scan2,Validation\nscan9'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "scan1\nscan2\n",
+        "id,place,fold\nscan1,x,Validation\n\nscan2,y,Validation\n",
+        ',video_id,fold\n0,"scan1",Validation\n1,scan2,Validation\nscan9',
+    ],
+)
 def test_official_lists_are_read(text, tmp_path, capsys):
     (tmp_path / "list.csv").write_text(text)
-    _, sides = sides_of("folder", tmp_path, ["scan1", "scan2", "scan3"], {"test": tmp_path / "list.csv"})
+    _, sides = sides_of(
+        "folder", tmp_path, ["scan1", "scan2", "scan3"], {"test": tmp_path / "list.csv"}
+    )
     assert sides == {"scan1": "test", "scan2": "test"}
     missing = {"s": None, "i": "1 of 3 lines", ",": "2 of 4 lines"}[text[0]]
     assert (f"--test: {missing} " in capsys.readouterr().out) == bool(missing)
@@ -253,23 +356,31 @@ def test_official_lists_are_read(text, tmp_path, capsys):
 def test_arkit_captures_of_one_visit_stay_together(tmp_path, capsys):
     """As in the official metadata: some captures have no visit, and numbers may be those of pandas."""
     ids = [str(41000000 + k) for k in range(300)]
-    with pytest.raises(SystemExit, match="no metadata.csv with the visit_id .* both --val FILE and --test FILE"):
+    with pytest.raises(
+        SystemExit, match="no metadata.csv with the visit_id .* both --val FILE and --test FILE"
+    ):
         sides_of("arkitscenes", tmp_path, ids, {"test": listed(tmp_path, ids[0])})
     (tmp_path / "val.txt").write_text(ids[1])
     both = {"test": listed(tmp_path, ids[0]), "val": tmp_path / "val.txt"}
     places, sides = sides_of("arkitscenes", tmp_path, ids, both)
     assert len(places) == 300 and sides == {ids[0]: "test", ids[1]: "val"}
     (tmp_path / "raw").mkdir()
-    (tmp_path / "raw/metadata.csv").write_text("video_id,visit_id,fold\n" + "".join(
-        f"{id},{'NA' if k >= 298 else f'{380000 + k // 3}.0' if k % 2 else 380000 + k // 3},Training\n"
-        for k, id in enumerate(ids)))
+    (tmp_path / "raw/metadata.csv").write_text(
+        "video_id,visit_id,fold\n"
+        + "".join(
+            f"{id},{'NA' if k >= 298 else f'{380000 + k // 3}.0' if k % 2 else 380000 + k // 3},Training\n"
+            for k, id in enumerate(ids)
+        )
+    )
     places, sides = sides_of("arkitscenes", tmp_path, ids, {})
     assert places == {id: str(380000 + k // 3) for k, id in enumerate(ids[:298])} and not sides
     assert "2 scans are left out: nobody knows which place" in capsys.readouterr().out
     lists = {"test": listed(tmp_path, ids[4], ids[299])}
     places, sides = sides_of("arkitscenes", tmp_path, ids, lists)
     splits = {id: split_of("arkitscenes", place, sides, lists) for id, place in places.items()}
-    assert [id for id, split in splits.items() if split == "test"] == [ids[k] for k in (3, 4, 5, 299)]
+    assert [id for id, split in splits.items() if split == "test"] == [
+        ids[k] for k in (3, 4, 5, 299)
+    ]
 
 
 def test_a_second_dataset_does_not_drop_the_first(scans, tmp_path):
@@ -280,28 +391,44 @@ def test_a_second_dataset_does_not_drop_the_first(scans, tmp_path):
     with pytest.raises(SystemExit, match="train_wm.py --data takes several folders"):
         data.make_scans("folder", tmp_path / "more", out, 1, rules=SMALL)
     assert files(out) == before
-    data.make_scans("folder", scans, out, 1, rules=SMALL, limit=2)              # more scans of the same are welcome
+    data.make_scans(
+        "folder", scans, out, 1, rules=SMALL, limit=2
+    )  # more scans of the same are welcome
     rows = data.load_jsonl(out / "triples_train.jsonl")
-    assert len({row["scene"] for row in rows}) == 2 and all(f"folder/{row['place']}" == row["scene"] for row in rows)
+    assert len({row["scene"] for row in rows}) == 2 and all(
+        f"folder/{row['place']}" == row["scene"] for row in rows
+    )
 
 
 def test_the_held_out_set_takes_as_many_of_each_dataset_and_refuses_shared_places(scans, tmp_path):
     source = tmp_path / "a"
-    data.make_scans("folder", scans, source, 1, rules=SMALL, lists={"test": listed(tmp_path, "scan1", "scan2")})
+    data.make_scans(
+        "folder", scans, source, 1, rules=SMALL, lists={"test": listed(tmp_path, "scan1", "scan2")}
+    )
     data.make_heldout([source], tmp_path / "held", per_dataset=5)
     rows = data.load_jsonl(tmp_path / "held" / "triples_test.jsonl")
-    with pytest.raises(SystemExit, match="python data.py triples --dataset NAME --root DIR --out .*nowhere"):
+    with pytest.raises(
+        SystemExit, match="python data.py triples --dataset NAME --root DIR --out .*nowhere"
+    ):
         data.make_heldout([tmp_path / "nowhere"], tmp_path / "held", per_dataset=5)
     assert len(rows) == 5 and {row["scene"] for row in rows} == {"folder/scan1", "folder/scan2"}
-    assert all(Image.open(place).size == (64, 64) for row in rows for place in (*row["context"], row["target"]))
+    assert all(
+        Image.open(place).size == (64, 64)
+        for row in rows
+        for place in (*row["context"], row["target"])
+    )
     with pytest.raises(SystemExit, match="triples of test scans"):
         data.make_heldout([source], tmp_path / "held", per_dataset=500)
     train = source / "triples_train.jsonl"
     train.write_text(train.read_text() + (source / "triples_test.jsonl").read_text())
     with pytest.raises(SystemExit, match="both sides"):
         data.make_heldout([source], tmp_path / "held", per_dataset=5)
-    train.write_text(json.dumps({**json.loads(train.read_text().splitlines()[0]), "place": None}).replace(
-        '"place": null', '"older": 0') + "\n")
+    train.write_text(
+        json.dumps({**json.loads(train.read_text().splitlines()[0]), "place": None}).replace(
+            '"place": null', '"older": 0'
+        )
+        + "\n"
+    )
     with pytest.raises(SystemExit, match="does not tell the place"):
         data.make_heldout([source], tmp_path / "held", per_dataset=5)
 
@@ -309,16 +436,32 @@ def test_the_held_out_set_takes_as_many_of_each_dataset_and_refuses_shared_place
 def test_what_its_own_photograph_would_fail_is_not_held_out(tmp_path, capsys):
     """0.2 m to the right and 0.14 m forward is told as "move right 0.2 meters", and is 35 degrees off these words."""
     rows = []
-    for k, way in enumerate([(0.2, 0, 0.14), (0.2, 0, 0.06), (-1.0, 0, 0.15), (0, 0, 0, 12.0), (0, 0, 0, 90.0, 17.0)]):
+    for k, way in enumerate(
+        [(0.2, 0, 0.14), (0.2, 0, 0.06), (-1.0, 0, 0.15), (0, 0, 0, 12.0), (0, 0, 0, 90.0, 17.0)]
+    ):
         motion = dominant_motion(np.eye(4), pose(*way))
-        rows.append({"id": str(k), "scene": "folder/a", "place": "a", "dataset": "folder", "reference": 2,
-                     "motion": {"kind": motion.kind, "amount": motion.amount}, "context": ["0.jpg"] * 2,
-                     "context_depth": ["0.png"] * 2, "target": "1.jpg", "warp": "2.png",
-                     "context_c2w": [pose(5, 5, 5).tolist(), pose(1, -1, 2, 70).tolist()],
-                     "target_c2w": (pose(1, -1, 2, 70) @ pose(*way)).tolist()})
+        rows.append(
+            {
+                "id": str(k),
+                "scene": "folder/a",
+                "place": "a",
+                "dataset": "folder",
+                "reference": 2,
+                "motion": {"kind": motion.kind, "amount": motion.amount},
+                "context": ["0.jpg"] * 2,
+                "context_depth": ["0.png"] * 2,
+                "target": "1.jpg",
+                "warp": "2.png",
+                "context_c2w": [pose(5, 5, 5).tolist(), pose(1, -1, 2, 70).tolist()],
+                "target_c2w": (pose(1, -1, 2, 70) @ pose(*way)).tolist(),
+            }
+        )
     assert rows[0]["motion"] == {"kind": "move right", "amount": 0.2}
-    np.testing.assert_allclose(decompose(*np.array([rows[0]["context_c2w"][1], rows[0]["target_c2w"]]))[:3],
-                               [0.2, 0, 0.14], atol=1e-9)
+    np.testing.assert_allclose(
+        decompose(*np.array([rows[0]["context_c2w"][1], rows[0]["target_c2w"]]))[:3],
+        [0.2, 0, 0.14],
+        atol=1e-9,
+    )
     (tmp_path / "a").mkdir()
     (tmp_path / "a/triples_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "a/triples_train.jsonl").write_text("")
@@ -326,5 +469,7 @@ def test_what_its_own_photograph_would_fail_is_not_held_out(tmp_path, capsys):
     assert "3 triples of 1 test scans; left out: 2 whose own pose" in capsys.readouterr().out
     kept = data.load_jsonl(tmp_path / "held" / "triples_test.jsonl")
     assert sorted(row["id"] for row in kept) == ["1", "2", "3"]
-    with pytest.raises(SystemExit, match="has 3 triples of test scans that do what their words say, and 4"):
+    with pytest.raises(
+        SystemExit, match="has 3 triples of test scans that do what their words say, and 4"
+    ):
         data.make_heldout([tmp_path / "a"], tmp_path / "held", per_dataset=4)

@@ -13,13 +13,51 @@ import rewards
 from data import FINE
 from lib.consistency import classify
 from lib.geometry import Motion, matrix, pinhole, pose, project, read_instruction
-from lib.motion_words import (BOX, PROMPTS, TASKS, action_text, box_text, claim_text, program_text, read_actions,
-                              read_box)
+from lib.motion_words import (
+    BOX,
+    PROMPTS,
+    TASKS,
+    action_text,
+    box_text,
+    claim_text,
+    program_text,
+    read_actions,
+    read_box,
+)
 from lib.rooms import COLOURS, EYE, TrueRenderer, random_room, render
-from lib.transitions import (MOVES, PAPER, ROOMS, SEEN, TURNS, Anchor, Space, Transition, blocked, cut, draw, drift,
-                             end_pose, is_view, kinds_of, programs, room_anchor, transitions)
-from lib.world2vlm import (Detection, balanced, blind_column, clear, false_claim, image_detections, records,
-                           room_detections, validate, validated, write_motion_questions)
+from lib.transitions import (
+    MOVES,
+    PAPER,
+    ROOMS,
+    SEEN,
+    TURNS,
+    Anchor,
+    Space,
+    Transition,
+    blocked,
+    cut,
+    draw,
+    drift,
+    end_pose,
+    is_view,
+    kinds_of,
+    programs,
+    room_anchor,
+    transitions,
+)
+from lib.world2vlm import (
+    Detection,
+    balanced,
+    blind_column,
+    clear,
+    false_claim,
+    image_detections,
+    records,
+    room_detections,
+    validate,
+    validated,
+    write_motion_questions,
+)
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
 
@@ -37,9 +75,11 @@ def questions(teacher, seeds):
     for seed in seeds:
         rng = np.random.default_rng([19, seed])
         new, dropped = transitions([room_anchor(seed)], teacher, rng)
-        assert not dropped                            # from a ring every way is free
+        assert not dropped  # from a ring every way is free
         found += new
-        rows += [row for transition in new for row in records(transition, rng, detect=room_detections)]
+        rows += [
+            row for transition in new for row in records(transition, rng, detect=room_detections)
+        ]
     return found, rows
 
 
@@ -57,12 +97,18 @@ def told():
 
 # ---- programs -------------------------------------------------------------------------------------------------------
 
+
 def test_the_papers_ranges():
     assert set(PAPER.single) == set(MOVES + TURNS)
     assert PAPER.single["move left"][:2] == [0.1, 0.2] and PAPER.single["move left"][-1] == 6.0
-    assert len(PAPER.single["move left"]) == 60 and PAPER.single["turn right"] == list(range(10, 101, 10))
+    assert len(PAPER.single["move left"]) == 60 and PAPER.single["turn right"] == list(
+        range(10, 101, 10)
+    )
     assert [(kind, amounts[0], amounts[-1]) for kind, amounts in PAPER.sequences[2]] == [
-        ("move left", 0.3, 3.0), ("move forward", 0.5, 3.5), ("turn right", 20, 60)]
+        ("move left", 0.3, 3.0),
+        ("move forward", 0.5, 3.5),
+        ("turn right", 20, 60),
+    ]
 
 
 def test_an_anchor_gets_every_single_action_and_every_preset_once():
@@ -71,8 +117,13 @@ def test_an_anchor_gets_every_single_action_and_every_preset_once():
     for nine in drawn:
         assert {kinds_of(program) for program in nine[:6]} == {(kind,) for kind in MOVES + TURNS}
         assert {kinds_of(program) for program in nine[6:]} == presets
-    turned = {program[0].amount for nine in drawn for program in nine if kinds_of(program) == ("turn left",)}
-    assert turned == set(range(10, 101, 10))          # both ends are drawn
+    turned = {
+        program[0].amount
+        for nine in drawn
+        for program in nine
+        if kinds_of(program) == ("turn left",)
+    }
+    assert turned == set(range(10, 101, 10))  # both ends are drawn
 
 
 def test_in_rooms_no_two_programs_end_at_the_same_pose_and_in_the_paper_some_do():
@@ -81,27 +132,44 @@ def test_in_rooms_no_two_programs_end_at_the_same_pose_and_in_the_paper_some_do(
     ends = Counter()
     for pattern in patterns:
         for amounts in product(*(amounts for _, amounts in pattern)):
-            place = end_pose(np.eye(4), [Motion(kind, amount) for (kind, _), amount in zip(pattern, amounts)])
+            place = end_pose(
+                np.eye(4), [Motion(kind, amount) for (kind, _), amount in zip(pattern, amounts)]
+            )
             ends[tuple(np.round(place[[0, 2, 0, 2], [3, 3, 2, 2]], 4) + 0.0)] += 1
     assert len(ends) > 3000 and max(ends.values()) == 1
     way = [Motion("move left", 1.0), Motion("move forward", 2.0), Motion("turn right", 20.0)]
-    np.testing.assert_allclose(end_pose(np.eye(4), way), end_pose(np.eye(4), [way[1], way[0], way[2]]), atol=1e-12)
+    np.testing.assert_allclose(
+        end_pose(np.eye(4), way), end_pose(np.eye(4), [way[1], way[0], way[2]]), atol=1e-12
+    )
 
 
 def test_a_small_simulator_is_told_only_what_it_has_seen():
     """`--layout fine` has turns of every 15 degrees and moves of every 0.1 m, none of them backward."""
     seen = {(motion.kind, motion.amount) for motion in FINE}
     patterns = [*((one,) for one in SEEN.single.items()), *SEEN.sequences]
-    assert all((kind, amount) in seen for pattern in patterns for kind, amounts in pattern for amount in amounts)
-    rooms = {tuple(kind for kind, _ in pattern): [amounts for _, amounts in pattern]
-             for pattern in [*((one,) for one in ROOMS.single.items()), *ROOMS.sequences]}
+    assert all(
+        (kind, amount) in seen
+        for pattern in patterns
+        for kind, amounts in pattern
+        for amount in amounts
+    )
+    rooms = {
+        tuple(kind for kind, _ in pattern): [amounts for _, amounts in pattern]
+        for pattern in [*((one,) for one in ROOMS.single.items()), *ROOMS.sequences]
+    }
     assert len(SEEN.sequences) == 24 and all(
-        set(amounts) <= set(more) for pattern in patterns
-        for (_, amounts), more in zip(pattern, rooms[tuple(kind for kind, _ in pattern)], strict=True))
+        set(amounts) <= set(more)
+        for pattern in patterns
+        for (_, amounts), more in zip(
+            pattern, rooms[tuple(kind for kind, _ in pattern)], strict=True
+        )
+    )
 
 
-@pytest.mark.parametrize("space, hows", [(ROOMS, {"amount", "order", "direction", "other"}),
-                                         (PAPER, {"amount", "other"})])
+@pytest.mark.parametrize(
+    "space, hows",
+    [(ROOMS, {"amount", "order", "direction", "other"}), (PAPER, {"amount", "other"})],
+)
 def test_false_claims_differ_visibly_and_stay_within_the_space(space, hows):
     rng, seen = np.random.default_rng(0), set()
     patterns = {tuple(kind for kind, _ in sequence): sequence for sequence in space.sequences}
@@ -109,9 +177,14 @@ def test_false_claims_differ_visibly_and_stay_within_the_space(space, hows):
         for program in programs(rng, space)[6:]:
             claim, how = false_claim(program, rng, space)
             seen.add(how)
-            assert all(motion.amount in amounts for motion, (_, amounts) in zip(claim, patterns[kinds_of(claim)]))
+            assert all(
+                motion.amount in amounts
+                for motion, (_, amounts) in zip(claim, patterns[kinds_of(claim)])
+            )
             if how == "amount":
-                gaps = [(abs(a.amount - b.amount), a.unit) for a, b in zip(program, claim) if a != b]
+                gaps = [
+                    (abs(a.amount - b.amount), a.unit) for a, b in zip(program, claim) if a != b
+                ]
                 assert len(gaps) == 1 and kinds_of(claim) == kinds_of(program)
                 assert gaps[0][0] >= space.margin[gaps[0][1]] - 1e-9
             if how == "order":
@@ -120,40 +193,63 @@ def test_false_claims_differ_visibly_and_stay_within_the_space(space, hows):
                 assert [a.amount for a in claim] == [a.amount for a in program]
                 assert sum(a.kind != b.kind for a, b in zip(claim, program)) == 1
     assert seen == hows
-    for outside in ([Motion("move left", 1.0)], [Motion("turn right", 45.0), Motion("move forward", 0.5)]):
+    for outside in (
+        [Motion("move left", 1.0)],
+        [Motion("turn right", 45.0), Motion("move forward", 0.5)],
+    ):
         assert false_claim(outside, rng, space) is None
 
 
 def amounts_claimed(program, space, place):
     """What false claims of the kind "amount" say at a place of a program."""
     claims = (false_claim(program, np.random.default_rng(seed), space) for seed in range(400))
-    return {found[0][place].amount for found in claims if found and found[1] == "amount"} - {program[place].amount}
+    return {found[0][place].amount for found in claims if found and found[1] == "amount"} - {
+        program[place].amount
+    }
 
 
 def test_a_false_amount_is_the_margin_away_whatever_the_grid():
     """Turns of 30 and 60 degrees are 30 apart, one place on their grid. In rooms nothing is new: a circle of places."""
     assert amounts_claimed([Motion("move left", 1.0), Motion("turn left", 60.0)], SEEN, 1) == {30.0}
     for amount, others in ((0.2, {0.5, 0.6, 0.7, 0.8}), (0.5, {0.2, 0.8, 0.9, 1.0})):
-        assert amounts_claimed([Motion("move left", amount), Motion("turn left", 60.0)], ROOMS, 0) == others
+        assert (
+            amounts_claimed([Motion("move left", amount), Motion("turn left", 60.0)], ROOMS, 0)
+            == others
+        )
 
     def uneven(*moves):
-        return Space({}, ((("move left", list(moves)), ("turn left", [60])),), {"meters": 0.5, "degrees": 20})
+        return Space(
+            {}, ((("move left", list(moves)), ("turn left", [60])),), {"meters": 0.5, "degrees": 20}
+        )
+
     way = [Motion("move left", 0.3), Motion("turn left", 60.0)]
     assert amounts_claimed(way, uneven(0.3, 1.0, 4.0), 0) == {1.0, 4.0}
-    assert not amounts_claimed(way, uneven(0.3, 0.4, 4.0), 0)           # 4.0 would be claimed falsely twice as often
+    assert not amounts_claimed(
+        way, uneven(0.3, 0.4, 4.0), 0
+    )  # 4.0 would be claimed falsely twice as often
 
 
 def test_what_ends_where_the_program_does_is_no_false_claim():
-    moves = Space({}, tuple((("move left", [0.5, 1.5]), ("move forward", [0.5, 1.5]))[::way] for way in (1, -1)),
-                  {"meters": 0.5, "degrees": 20})
+    moves = Space(
+        {},
+        tuple((("move left", [0.5, 1.5]), ("move forward", [0.5, 1.5]))[::way] for way in (1, -1)),
+        {"meters": 0.5, "degrees": 20},
+    )
     hows, rng = Counter(), np.random.default_rng(0)
     for _ in range(200):
         program = draw(moves.sequences[rng.integers(2)], rng)
         claim, how = false_claim(program, rng, moves) or (None, None)
         hows[how] += 1
-        assert claim is None or np.abs(end_pose(np.eye(4), claim) - end_pose(np.eye(4), program)).max() > 0.4
+        assert (
+            claim is None
+            or np.abs(end_pose(np.eye(4), claim) - end_pose(np.eye(4), program)).max() > 0.4
+        )
     assert set(hows) == {"amount", "other", None}
-    both = Space({}, tuple((("move left", [0.5]), ("move forward", [0.5]))[::way] for way in (1, -1)), moves.margin)
+    both = Space(
+        {},
+        tuple((("move left", [0.5]), ("move forward", [0.5]))[::way] for way in (1, -1)),
+        moves.margin,
+    )
     assert false_claim(draw(both.sequences[0], rng), rng, both) is None
 
 
@@ -161,26 +257,47 @@ def test_where_programs_come_unevenly_neither_pattern_nor_amount_tells_a_false_c
     """Most go 0.5 m forward and turn left by 90 degrees. What is rare must not be false because it is rare."""
     rng, found, often = np.random.default_rng(0), [], {}
     for _ in range(2500):
-        kinds = [("move forward", "turn left"), ("move forward", "turn right"), ("turn left", "move forward"),
-                 ("turn right", "move left")][rng.choice(4, p=[0.7, 0.2, 0.05, 0.05])]
-        amounts = {"move": rng.choice([0.5, 1.0, 1.5, 2.0], p=[0.7, 0.1, 0.1, 0.1]),
-                   "turn": rng.choice([30.0, 60.0, 90.0], p=[0.1, 0.1, 0.8])}
+        kinds = [
+            ("move forward", "turn left"),
+            ("move forward", "turn right"),
+            ("turn left", "move forward"),
+            ("turn right", "move left"),
+        ][rng.choice(4, p=[0.7, 0.2, 0.05, 0.05])]
+        amounts = {
+            "move": rng.choice([0.5, 1.0, 1.5, 2.0], p=[0.7, 0.1, 0.1, 0.1]),
+            "turn": rng.choice([30.0, 60.0, 90.0], p=[0.1, 0.1, 0.8]),
+        }
         found.append([Motion(kind, float(amounts[kind.split()[0]])) for kind in kinds])
         for counts, motion in zip(often.setdefault(kinds, [Counter(), Counter()]), found[-1]):
             counts[motion.amount] += 1
-    space = Space({}, tuple(tuple(zip(kinds, map(sorted, places))) for kinds, places in often.items()), PAPER.margin)
-    clues = {"the claim": lambda row: row["prompt"], "its words": lambda row: re.sub(r"[0-9.]+", "#", row["prompt"]),
-             "its amounts": lambda row: str(re.findall(r"[0-9.]+", row["prompt"]))}
+    space = Space(
+        {},
+        tuple(tuple(zip(kinds, map(sorted, places))) for kinds, places in often.items()),
+        PAPER.margin,
+    )
+    clues = {
+        "the claim": lambda row: row["prompt"],
+        "its words": lambda row: re.sub(r"[0-9.]+", "#", row["prompt"]),
+        "its amounts": lambda row: str(re.findall(r"[0-9.]+", row["prompt"])),
+    }
 
     def told(space):
-        rows = [row for program in found for row in records(Transition("t", NOISE, NOISE, program), rng, space)]
+        rows = [
+            row
+            for program in found
+            for row in records(Transition("t", NOISE, NOISE, program), rng, space)
+        ]
         rows = balanced([row for row in rows if row["task"] == "A4"], np.random.default_rng(0))
         assert len(rows) > 600
-        return max(blind(rows, clue, lambda row: row["label"])[0] / len(rows) for clue in clues.values())
+        return max(
+            blind(rows, clue, lambda row: row["label"])[0] / len(rows) for clue in clues.values()
+        )
+
     assert told(space._replace(often=often)) <= 0.5 + 3 * 0.5 / 600**0.5 < 0.6 < told(space)
 
 
 # ---- words ----------------------------------------------------------------------------------------------------------
+
 
 def test_every_action_of_both_grids_is_read_as_written():
     for space in (PAPER, ROOMS):
@@ -194,10 +311,14 @@ def test_every_action_of_both_grids_is_read_as_written():
 
 def test_sequences_and_claims():
     way = [Motion("move left", 0.3), Motion("move forward", 3.5), Motion("turn right", 60.0)]
-    assert program_text(way) == "move left 0.3 meters; move forward 3.5 meters; turn right 60 degrees"
+    assert (
+        program_text(way) == "move left 0.3 meters; move forward 3.5 meters; turn right 60 degrees"
+    )
     assert [claim_text(way[:n]) for n in (1, 2, 3)] == [
-        "move left 0.3 meters", "move left 0.3 meters and move forward 3.5 meters",
-        "move left 0.3 meters, move forward 3.5 meters and turn right 60 degrees"]
+        "move left 0.3 meters",
+        "move left 0.3 meters and move forward 3.5 meters",
+        "move left 0.3 meters, move forward 3.5 meters and turn right 60 degrees",
+    ]
     for text in (program_text(way), claim_text(way)):
         assert [Motion(*action) for action in read_actions(text)] == way
 
@@ -206,15 +327,23 @@ def test_boxes_as_text():
     assert box_text((48.2, 10, 226, 20), 1000, 20) == "[48, 500, 226, 1000]"
     assert box_text((-3, 0, 40, 32), 32, 32) == "[0, 0, 1000, 1000]"
     assert read_box(" [48, 558, 226, 681]\n") == ([48, 558, 226, 681], True)
-    assert read_box("at [1, 2, 3, 4].") == ([1, 2, 3, 4], False) and read_box("[1, 2, 3]") == (None, False)
+    assert read_box("at [1, 2, 3, 4].") == ([1, 2, 3, 4], False) and read_box("[1, 2, 3]") == (
+        None,
+        False,
+    )
 
 
 # ---- transitions ----------------------------------------------------------------------------------------------------
 
+
 def test_turning_left_and_moving_left_move_the_scene_to_the_right():
     """The released HY table has its turns mirrored. Objects are found by their colours in the pictures themselves."""
-    space = Space({"turn left": [20], "turn right": [20], "move left": [0.5], "move right": [0.5]}, (), {})
-    found, _ = transitions([room_anchor(seed) for seed in range(8)], TrueRenderer(), np.random.default_rng(0), space)
+    space = Space(
+        {"turn left": [20], "turn right": [20], "move left": [0.5], "move right": [0.5]}, (), {}
+    )
+    found, _ = transitions(
+        [room_anchor(seed) for seed in range(8)], TrueRenderer(), np.random.default_rng(0), space
+    )
     shifts = defaultdict(list)
     for transition in found:
         before, after = classify(np.stack([transition.source, transition.target]))
@@ -223,14 +352,20 @@ def test_turning_left_and_moving_left_move_the_scene_to_the_right():
             if all(len(c) >= 16 and c.min() > 0 and c.max() < 31 for c in columns):
                 shifts[transition.program[0].kind].append(columns[1].mean() - columns[0].mean())
     assert all(len(shifts[kind]) >= 4 for kind in space.single)
-    assert min(shifts["turn left"] + shifts["move left"]) > 0 > max(shifts["turn right"] + shifts["move right"])
+    assert (
+        min(shifts["turn left"] + shifts["move left"])
+        > 0
+        > max(shifts["turn right"] + shifts["move right"])
+    )
 
 
 def test_the_target_is_the_true_view_from_where_the_program_ends(true):
     for transition in true[0][::3]:
         anchor = room_anchor(transition.room)
         start = np.array(anchor.scene["poses"][anchor.reference - 1])
-        np.testing.assert_allclose(transition.poses[1], end_pose(start, transition.program), atol=1e-9)
+        np.testing.assert_allclose(
+            transition.poses[1], end_pose(start, transition.program), atol=1e-9
+        )
         view = render(random_room(transition.room), transition.poses[1])["rgb"][0]
         assert (view == transition.target).all() and transition.agreement == 1
 
@@ -240,13 +375,25 @@ def test_long_motions_are_cut_and_chained_and_lose_nothing():
     way = [Motion("move left", 4.3), Motion("turn right", 100.0)]
     pieces = cut(way, {"meters": 1.0, "degrees": 45.0})
     assert [(piece.amount, owner) for piece, owner in pieces] == [
-        (1.0, 0), (1.0, 0), (1.0, 0), (1.0, 0), (0.3, 0), (45.0, 1), (45.0, 1), (10.0, 1)]
+        (1.0, 0),
+        (1.0, 0),
+        (1.0, 0),
+        (1.0, 0),
+        (0.3, 0),
+        (45.0, 1),
+        (45.0, 1),
+        (10.0, 1),
+    ]
     assert [piece for piece, _ in cut(way, None)] == way
     whole = transitions([room_anchor(3)], TrueRenderer(), np.random.default_rng(0))[0]
-    steps = transitions([room_anchor(3)], TrueRenderer(), np.random.default_rng(0),
-                        longest={"meters": 0.1, "degrees": 10.0})[0]
+    steps = transitions(
+        [room_anchor(3)],
+        TrueRenderer(),
+        np.random.default_rng(0),
+        longest={"meters": 0.1, "degrees": 10.0},
+    )[0]
     for one, many in zip(whole, steps):
-        assert one.program == many.program            # 0.1 m is not lost, sums are exact
+        assert one.program == many.program  # 0.1 m is not lost, sums are exact
         assert np.abs(one.target.astype(int) - many.target).mean() < 0.1
 
 
@@ -255,11 +402,14 @@ def test_each_step_starts_from_the_view_before():
 
     class Teacher(Noise):
         def imagine(self, queries):
-            asked.append([(len(q.images), read_instruction(q.instruction), q.seed) for q in queries])
+            asked.append(
+                [(len(q.images), read_instruction(q.instruction), q.seed) for q in queries]
+            )
             return super().imagine(queries)
+
     anchor = Anchor("picture", [NOISE, NOISE[::-1].copy()], 1)
     transitions([anchor], Teacher(), np.random.default_rng(0), PAPER)
-    assert [len(step) for step in asked] == [9, 3, 1]                           # all chains take a step in one call
+    assert [len(step) for step in asked] == [9, 3, 1]  # all chains take a step in one call
     assert all((n, reference) == (2, 1) for n, (reference, _), _ in asked[0])
     assert all((n, reference) == (3, 3) for n, (reference, _), _ in asked[1])
     assert len({seed for step in asked for *_, seed in step}) == 13
@@ -267,68 +417,114 @@ def test_each_step_starts_from_the_view_before():
 
 def test_the_farthest_usable_view_is_taken_and_told_as_what_was_done():
     """The teacher's second view is flat, so sequences end after their first action, as commanded; never a mismatch."""
+
     class Tears(Noise):
         def imagine(self, queries):
-            return [np.zeros_like(NOISE) if q.scene is None and len(q.images) == 2 else NOISE for q in queries]
-    found, dropped = transitions([Anchor("picture", [NOISE])], Tears(), np.random.default_rng(0), PAPER)
+            return [
+                np.zeros_like(NOISE) if q.scene is None and len(q.images) == 2 else NOISE
+                for q in queries
+            ]
+
+    found, dropped = transitions(
+        [Anchor("picture", [NOISE])], Tears(), np.random.default_rng(0), PAPER
+    )
     planned = programs(np.random.default_rng(0), PAPER)
-    assert [transition.program for transition in found] == [program[:1] for program in planned] and not dropped
+    assert [transition.program for transition in found] == [
+        program[:1] for program in planned
+    ] and not dropped
 
     class Blind(Noise):
         def imagine(self, queries):
             return [None for _ in queries]
-    found, dropped = transitions([Anchor("picture", [NOISE])], Blind(), np.random.default_rng(0), PAPER)
+
+    found, dropped = transitions(
+        [Anchor("picture", [NOISE])], Blind(), np.random.default_rng(0), PAPER
+    )
     assert not found and dropped == {"the teacher gave no usable view": 9}
 
 
 def test_several_tries_end_where_the_first_of_them_ends():
     """The second try goes flat after one step: the first may not go on alone."""
+
     class SecondTears(Noise):
         def imagine(self, queries):
-            return [np.zeros_like(NOISE) if len(q.images) == 2 and i % 2 else NOISE for i, q in enumerate(queries)]
-    found, dropped = transitions([Anchor("picture", [NOISE])], SecondTears(), np.random.default_rng(0), PAPER, tries=2)
+            return [
+                np.zeros_like(NOISE) if len(q.images) == 2 and i % 2 else NOISE
+                for i, q in enumerate(queries)
+            ]
+
+    found, dropped = transitions(
+        [Anchor("picture", [NOISE])], SecondTears(), np.random.default_rng(0), PAPER, tries=2
+    )
     planned = programs(np.random.default_rng(0), PAPER)
-    assert [transition.program for transition in found] == [program[:1] for program in planned] and not dropped
+    assert [transition.program for transition in found] == [
+        program[:1] for program in planned
+    ] and not dropped
 
 
 def test_agreement_by_hand():
     """Three views, 10 and 20 of 255 levels brighter: squared distances in [-1, 1] are (10, 20, 10 / 127.5)^2."""
+
     class Brighter:
         def imagine(self, queries):
             return [NOISE // 2 + np.uint8(10 * (i % 3)) for i, _ in enumerate(queries)]
+
     space = Space({"turn left": [20]}, (), {})
-    (found,), _ = transitions([Anchor("picture", [NOISE])], Brighter(), np.random.default_rng(0), space, tries=3)
-    assert found.agreement == pytest.approx(np.exp(-(100 + 400 + 100) / 3 / 127.5**2 / 0.05), rel=1e-5)
+    (found,), _ = transitions(
+        [Anchor("picture", [NOISE])], Brighter(), np.random.default_rng(0), space, tries=3
+    )
+    assert found.agreement == pytest.approx(
+        np.exp(-(100 + 400 + 100) / 3 / 127.5**2 / 0.05), rel=1e-5
+    )
     assert (found.target == NOISE // 2).all()
 
 
 def test_a_view_of_one_colour_and_a_little_noise_is_no_view():
     stripes = np.zeros((32, 32, 3), np.uint8)
     stripes[::2] = 2
-    assert stripes.std() == 1 and not is_view(100 + stripes, NOISE) and is_view(100 + 3 * stripes, NOISE)
-    assert not is_view(NOISE[:16], NOISE) and not is_view(NOISE.astype(float), NOISE) and not is_view(None, NOISE)
+    assert (
+        stripes.std() == 1
+        and not is_view(100 + stripes, NOISE)
+        and is_view(100 + 3 * stripes, NOISE)
+    )
+    assert (
+        not is_view(NOISE[:16], NOISE)
+        and not is_view(NOISE.astype(float), NOISE)
+        and not is_view(None, NOISE)
+    )
 
 
 def test_the_way_keeps_a_tenth_of_a_metre(monkeypatch):
     """Beside one thing, or before one wall, of a room: 0.3 m are free, 0.05 m are not."""
     room = random_room(0)
     thing = room.things[0]
-    x, z = np.array([thing.x, thing.z]) / np.hypot(thing.x, thing.z)            # from the middle to the thing
-    for things, place in (((thing,), lambda gap: (thing.x - x * (thing.half + gap), thing.z - z * (thing.half + gap))),
-                          ((), lambda gap: (room.width / 2 - gap, 0))):
-        monkeypatch.setattr("lib.transitions.random_room", lambda seed, things=things: replace(room, things=things))
+    x, z = np.array([thing.x, thing.z]) / np.hypot(thing.x, thing.z)  # from the middle to the thing
+    for things, place in (
+        (
+            (thing,),
+            lambda gap: (thing.x - x * (thing.half + gap), thing.z - z * (thing.half + gap)),
+        ),
+        ((), lambda gap: (room.width / 2 - gap, 0)),
+    ):
+        monkeypatch.setattr(
+            "lib.transitions.random_room", lambda seed, things=things: replace(room, things=things)
+        )
         ways = []
         for gap in (0.3, 0.05):
             at_x, at_z = place(gap)
-            anchor = Anchor("here", [NOISE], 1, {"room": 0, "poses": [matrix(pose(at_x, -EYE, at_z))]})
+            anchor = Anchor(
+                "here", [NOISE], 1, {"room": 0, "poses": [matrix(pose(at_x, -EYE, at_z))]}
+            )
             ways.append(blocked(anchor, [Motion("turn left", 20.0)]))
         assert ways == [False, True]
 
 
 def test_walls_and_furniture_stop_a_program():
     anchor = room_anchor(0)
-    assert blocked(anchor, [Motion("move forward", 6.0)]) and not blocked(anchor, [Motion("turn left", 90.0)])
-    assert not blocked(Anchor("picture", [NOISE]), [Motion("move forward", 6.0)])       # nobody knows
+    assert blocked(anchor, [Motion("move forward", 6.0)]) and not blocked(
+        anchor, [Motion("turn left", 90.0)]
+    )
+    assert not blocked(Anchor("picture", [NOISE]), [Motion("move forward", 6.0)])  # nobody knows
     found, dropped = transitions([anchor], TrueRenderer(), np.random.default_rng(0), PAPER)
     assert len(found) + dropped["the way is blocked"] == 9 and dropped["the way is blocked"] >= 2
 
@@ -337,8 +533,10 @@ class Shaky(TrueRenderer):
     """The truth, brighter by some luck of the seed: a chain renders truth each time, so this adds no drift."""
 
     def imagine(self, queries):
-        return [np.clip(view + np.random.default_rng(q.seed).integers(0, 40), 0, 255).astype(np.uint8)
-                for q, view in zip(queries, super().imagine(queries))]
+        return [
+            np.clip(view + np.random.default_rng(q.seed).integers(0, 40), 0, 255).astype(np.uint8)
+            for q, view in zip(queries, super().imagine(queries))
+        ]
 
 
 class Copies:
@@ -368,58 +566,103 @@ def test_the_true_renderer_does_not_drift_and_a_copier_does():
 
 # ---- objects --------------------------------------------------------------------------------------------------------
 
+
 def test_the_papers_filter_of_detections():
     image, box = np.zeros((100, 200, 3), np.uint8), (20, 20, 60, 60)
-    assert clear(Detection("chair", box, 0.3, 1), image) and not clear(Detection("chair", box, 0.29, 1), image)
-    for bad in ((60, 20, 20, 60), (20, 20, 30, 39), (2, 2, 198, 98), (1, 20, 60, 60), (20, 0.5, 60, 60),
-                (20, 20, 199, 60), (20, 20, 60, 99.5)):
+    assert clear(Detection("chair", box, 0.3, 1), image) and not clear(
+        Detection("chair", box, 0.29, 1), image
+    )
+    for bad in (
+        (60, 20, 20, 60),
+        (20, 20, 30, 39),
+        (2, 2, 198, 98),
+        (1, 20, 60, 60),
+        (20, 0.5, 60, 60),
+        (20, 20, 199, 60),
+        (20, 20, 60, 99.5),
+    ):
         assert not clear(Detection("chair", bad, 1.0, 1), image)
-    assert clear(Detection("chair", (2, 1, 40, 40), 1.0, 1), image)             # exactly 1 % inside is enough
+    assert clear(Detection("chair", (2, 1, 40, 40), 1.0, 1), image)  # exactly 1 % inside is enough
 
 
 def test_a_plain_detector_tracks_only_what_it_cannot_confuse():
-    shown = {0: [("chair", (3, 3, 9, 9), 0.9), ("lamp", (20, 3, 28, 9), 0.5), ("box", (3, 15, 9, 22), 0.6),
-                 ("box", (20, 15, 28, 22), 0.6)],
-             1: [("chair", (10, 3, 16, 9), 0.8), ("box", (10, 15, 16, 22), 0.6)]}
-    transition = Transition("t", np.zeros((32, 32, 3), np.uint8), np.ones((32, 32, 3), np.uint8),
-                            [Motion("move left", 1.0)], agreement=0.5)
+    shown = {
+        0: [
+            ("chair", (3, 3, 9, 9), 0.9),
+            ("lamp", (20, 3, 28, 9), 0.5),
+            ("box", (3, 15, 9, 22), 0.6),
+            ("box", (20, 15, 28, 22), 0.6),
+        ],
+        1: [("chair", (10, 3, 16, 9), 0.8), ("box", (10, 15, 16, 22), 0.6)],
+    }
+    transition = Transition(
+        "t",
+        np.zeros((32, 32, 3), np.uint8),
+        np.ones((32, 32, 3), np.uint8),
+        [Motion("move left", 1.0)],
+        agreement=0.5,
+    )
     detect = image_detections(lambda image: shown[int(image[0, 0, 0])])
     first, last = detect(transition)
-    assert [d.track for d in first] == ["chair", "lamp", None, None] and [d.track for d in last] == ["chair", None]
+    assert [d.track for d in first] == ["chair", "lamp", None, None] and [
+        d.track for d in last
+    ] == ["chair", None]
     by_task = defaultdict(list)
     for seed in range(20):
         for row in records(transition, np.random.default_rng(seed), detect=detect):
             by_task[row["task"]].append(row)
     assert {row["answer"] for row in by_task["D1"]} == {"[312, 94, 500, 281]"}
-    assert by_task["D1"][0]["weight"] == pytest.approx(0.5 * 0.9 * 0.8)        # agreement times both confidences
-    asked = {(re.search("the (chair|lamp|box)", row["prompt"])[1], row["answer"]) for row in by_task["D2"]}
+    assert by_task["D1"][0]["weight"] == pytest.approx(
+        0.5 * 0.9 * 0.8
+    )  # agreement times both confidences
+    asked = {
+        (re.search("the (chair|lamp|box)", row["prompt"])[1], row["answer"])
+        for row in by_task["D2"]
+    }
     assert asked == {("lamp", "yes"), ("chair", "no")}
-    assert {row["answer"] for row in by_task["D4"]} == {"yes"}                 # which box is which nobody knows
+    assert {row["answer"] for row in by_task["D4"]} == {"yes"}  # which box is which nobody knows
 
 
 def test_what_is_seen_unsurely_afterwards_neither_stays_nor_is_gone():
     """The paper's threshold holds for the target too, and both detections weigh."""
+
     def asked(confidence):
         found = [Detection("chair", (8, 8, 16, 16), sure, 1) for sure in (0.8, confidence)]
         transition = Transition("t", NOISE, NOISE, [Motion("turn left", 10.0)], agreement=0.5)
-        rows = records(transition, np.random.default_rng(0), detect=lambda _: (found[:1], found[1:]))
+        rows = records(
+            transition, np.random.default_rng(0), detect=lambda _: (found[:1], found[1:])
+        )
         return [(row["answer"], row["weight"]) for row in rows if row["task"] == "D2"]
+
     assert asked(0.3) == [("no", pytest.approx(0.5 * 0.8 * 0.3))] and asked(0.29) == []
 
 
 # ---- the eight tasks ------------------------------------------------------------------------------------------------
 
+
 def test_prompts_word_for_word():
     """In A1 and A2 the alternatives stand where the released code says the true direction."""
     transition = Transition("t", NOISE, NOISE, [Motion("move forward", 0.5)])
     chair = [Detection("chair", (8, 8, 16, 16), 1.0, 1)]
-    rows = {row["task"]: row for row in records(transition, np.random.default_rng(0), detect=lambda _: (chair, chair))}
-    assert [row["id"] for row in rows.values()] == ["t_0_A1", "t_1_D1", "t_2_D3", "t_3_D2", "t_4_D4"]
+    rows = {
+        row["task"]: row
+        for row in records(transition, np.random.default_rng(0), detect=lambda _: (chair, chair))
+    }
+    assert [row["id"] for row in rows.values()] == [
+        "t_0_A1",
+        "t_1_D1",
+        "t_2_D3",
+        "t_3_D2",
+        "t_4_D4",
+    ]
     assert rows["D2"]["prompt"] == (
         'In the image, the chair is at bbox [250, 250, 500, 500]. After the camera does "move forward 0.5 meters", '
-        "does this chair disappear from view? Answer: yes or no.")
-    assert rows["D4"]["prompt"].endswith("shows a chair at bbox [250, 250, 500, 500]. Are these the same physical "
-                                         "object instance? Answer: yes or no.")
+        "does this chair disappear from view? Answer: yes or no."
+    )
+    assert rows["D4"]["prompt"].endswith(
+        "shows a chair at bbox [250, 250, 500, 500]. Are these the same physical "
+        "object instance? Answer: yes or no."
+    )
     assert rows["A1"]["answer"] == rows["D3"]["answer"] == "move forward 0.5 meters"
     assert "0.5" not in rows["A1"]["prompt"] + rows["D3"]["prompt"]
     assert [len(rows[task]["images"]) for task in rows] == [2, 2, 2, 1, 2]
@@ -429,7 +672,9 @@ def test_all_records_are_valid_and_earn_full_reward(true, told):
     assert {row["task"] for row in true[1]} == set(TASKS)
     for row in true[1] + told:
         assert validate(row) is None
-        assert rewards.world2vlm(row["task"], row["answer"], row["answer"])["total"] == pytest.approx(1)
+        assert rewards.world2vlm(row["task"], row["answer"], row["answer"])[
+            "total"
+        ] == pytest.approx(1)
 
 
 def test_answers_agree_with_geometry(true):
@@ -440,29 +685,45 @@ def test_answers_agree_with_geometry(true):
         for row in rows:
             if row["task"] in ("A1", "A2", "A3", "D3"):
                 way = [Motion(*action) for action in read_actions(row["answer"])]
-                np.testing.assert_allclose(end_pose(transition.poses[0], way), transition.poses[1], atol=1e-9)
+                np.testing.assert_allclose(
+                    end_pose(transition.poses[0], way), transition.poses[1], atol=1e-9
+                )
             if row["task"] == "A4":
-                said = end_pose(transition.poses[0], [Motion(*action) for action in read_actions(row["prompt"])])
-                assert (np.abs(said - transition.poses[1]).max() < 1e-6) == (row["answer"] == "true")
+                said = end_pose(
+                    transition.poses[0], [Motion(*action) for action in read_actions(row["prompt"])]
+                )
+                assert (np.abs(said - transition.poses[1]).max() < 1e-6) == (
+                    row["answer"] == "true"
+                )
             if row["task"] in ("D1", "D2"):
                 start = BOX.search(row["prompt"])[0]
-                track, = [d.track for d in first if box_text(d.box, 32, 32) == start]
-                thing, ids = room.things[track], render(room, transition.poses[1], supersample=1)["ids"][0]
+                (track,) = [d.track for d in first if box_text(d.box, 32, 32) == start]
+                thing, ids = (
+                    room.things[track],
+                    render(room, transition.poses[1], supersample=1)["ids"][0],
+                )
                 if row["task"] == "D2":
                     assert (row["answer"] == "yes") == (not (ids == track + 1).any())
                 else:
                     (x1, _, x2, _), _ = read_box(row["answer"])
-                    (column, _), z = project(np.array([thing.x, -0.3, thing.z]), pinhole(1000), transition.poses[1])
+                    (column, _), z = project(
+                        np.array([thing.x, -0.3, thing.z]), pinhole(1000), transition.poses[1]
+                    )
                     hidden = x2 - x1 < 100
                     assert z > 0 and (x1 <= column <= x2 or hidden or (ids == track + 1).sum() < 40)
 
 
 def test_the_same_seed_gives_the_same_records():
     def plain(rows):
-        return json.dumps([{key: value for key, value in row.items() if key != "images"} for row in rows])
+        return json.dumps(
+            [{key: value for key, value in row.items() if key != "images"} for row in rows]
+        )
+
     one, other = questions(Noise(), [5])[1], questions(Noise(), [5])[1]
     assert plain(one) == plain(other) != plain(questions(Noise(), [6])[1])
-    assert plain(balanced(one, np.random.default_rng(1))) == plain(balanced(other, np.random.default_rng(1)))
+    assert plain(balanced(one, np.random.default_rng(1))) == plain(
+        balanced(other, np.random.default_rng(1))
+    )
 
 
 def test_every_fault_is_found_and_counted(true):
@@ -474,10 +735,13 @@ def test_every_fault_is_found_and_counted(true):
         "a placeholder is left in the prompt": rows["D1"] | {"prompt": PROMPTS["D1"]},
         "the weight is not in (0, 1]": rows["A2"] | {"weight": 0.0},
         "an amount is not on the grid": rows["A1"] | {"program": "move left 0.0143 meters"},
-        "a box is not four integers in order in 0..1000": rows["D1"] | {"answer": "[300, 0, 200, 1001]"},
+        "a box is not four integers in order in 0..1000": rows["D1"]
+        | {"answer": "[300, 0, 200, 1001]"},
         "a box is missing in the prompt": rows["D4"] | {"prompt": "Is it the same?"},
-        "the actions in the prompt are not what the camera did": rows["D2"] | {"program": "turn left 170 degrees"},
-        "the answer moves where it should turn, or turns where it should move": rows["A1"] | {"task": "A2"},
+        "the actions in the prompt are not what the camera did": rows["D2"]
+        | {"program": "turn left 170 degrees"},
+        "the answer moves where it should turn, or turns where it should move": rows["A1"]
+        | {"task": "A2"},
         "the answer is not a box": rows["D1"] | {"answer": "gone"},
         "the answer has too few or too many actions": rows["A3"] | {"answer": "move left 1 meters"},
         "the answer is not what the camera did": rows["A1"] | {"answer": "move left 99 meters"},
@@ -487,7 +751,9 @@ def test_every_fault_is_found_and_counted(true):
     for reason, row in faults.items():
         assert validate(row) == reason
     for task in ("D1", "D4"):
-        assert "not what the camera did" in validate(rows[task] | {"program": "turn left 170 degrees"})
+        assert "not what the camera did" in validate(
+            rows[task] | {"program": "turn left 170 degrees"}
+        )
     assert "turns where it should move" in validate(rows["A2"] | {"task": "A1"})
     kept, counted = validated([*true[1], *faults.values()])
     assert len(kept) == len(true[1]) and counted == dict.fromkeys(faults, 1)
@@ -500,20 +766,29 @@ def test_labels_are_balanced_in_every_cell(told):
         cells[row["task"], tuple(row["cell"])][row["label"]] += 1
     assert {task for task, _ in cells} == set(TASKS)
     for (task, _), counts in cells.items():
-        assert len(set(counts.values())) == 1 and (task not in ("A4", "D2", "D4") or len(counts) == 2)
+        assert len(set(counts.values())) == 1 and (
+            task not in ("A4", "D2", "D4") or len(counts) == 2
+        )
     assert sum(row["task"] == "D1" for row in rows) == sum(row["task"] == "D1" for row in told)
 
 
 def test_rows_say_how_false_ones_were_made_and_a_rare_label_is_told(true, tmp_path, capsys):
-    rows = [row | {"images": ["a.png", "b.png"][:len(row["images"])]} for row in true[1]]
+    rows = [row | {"images": ["a.png", "b.png"][: len(row["images"])]} for row in true[1]]
     made = {row["id"]: row["negative"] for row in rows}
     write_motion_questions(tmp_path, "train", rows, "six rooms", 0)
-    kept = [json.loads(line) for line in (tmp_path / "questions_train.jsonl").read_text().splitlines()]
+    kept = [
+        json.loads(line) for line in (tmp_path / "questions_train.jsonl").read_text().splitlines()
+    ]
     assert all(row["negative"] == made[row["id"]] for row in kept)
-    assert all((row["negative"] in ("amount", "order", "direction", "other")) == (row["answer"] == "false")
-               for row in kept if row["category"] == "A4")
-    forward, backward = (next(row for row in rows if row["task"] == "A1" and row["label"] == f"move {way}")
-                         for way in ("forward", "backward"))
+    assert all(
+        (row["negative"] in ("amount", "order", "direction", "other")) == (row["answer"] == "false")
+        for row in kept
+        if row["category"] == "A4"
+    )
+    forward, backward = (
+        next(row for row in rows if row["task"] == "A1" and row["label"] == f"move {way}")
+        for way in ("forward", "backward")
+    )
     capsys.readouterr()
     write_motion_questions(tmp_path, "train", [forward] * 30 + [backward], "some", 0)
     assert "A1: less than a tenth stays" in (said := capsys.readouterr().out)
@@ -538,7 +813,9 @@ def blind(rows, sees, gives):
         for row in train:
             seen[sees(row)][gives(row)] += 1
             seen[None][gives(row)] += 1
-        right += sum((seen.get(sees(row)) or seen[None]).most_common(1)[0][0] == gives(row) for row in test)
+        right += sum(
+            (seen.get(sees(row)) or seen[None]).most_common(1)[0][0] == gives(row) for row in test
+        )
     return right, len(rows), len({gives(row) for row in rows})
 
 
@@ -547,16 +824,26 @@ def test_a1_to_a4_are_not_solved_by_their_words():
 
     D1 to D4 are not covered: see `balanced`.
     """
-    rows = [row for seed in range(200) for transition in
-            transitions([Anchor(f"picture_{seed}", [NOISE])], Noise(), np.random.default_rng(seed))[0]
-            for row in records(transition, np.random.default_rng([seed, len(transition.program)]))]
+    rows = [
+        row
+        for seed in range(200)
+        for transition in transitions(
+            [Anchor(f"picture_{seed}", [NOISE])], Noise(), np.random.default_rng(seed)
+        )[0]
+        for row in records(transition, np.random.default_rng([seed, len(transition.program)]))
+    ]
     rows = balanced(rows, np.random.default_rng(0))
     assert len(rows) > 1500
 
     def claimed(row):
         return [str(action) for action in read_actions(row["prompt"])] or [""]
-    clues = {"the prompt": lambda row: row["prompt"], "its words": lambda row: re.sub(r"[0-9.]+", "#", row["prompt"]),
-             "first action": lambda row: claimed(row)[0], "last action": lambda row: claimed(row)[-1]}
+
+    clues = {
+        "the prompt": lambda row: row["prompt"],
+        "its words": lambda row: re.sub(r"[0-9.]+", "#", row["prompt"]),
+        "first action": lambda row: claimed(row)[0],
+        "last action": lambda row: claimed(row)[-1],
+    }
     for task in ("A1", "A2", "A3", "A4"):
         mine = [row for row in rows if row["task"] == task]
         for clue, asked in product(clues, ("label", "answer")):
@@ -570,9 +857,16 @@ def test_released_claims_would_be_told_by_their_words():
     rng, rows = np.random.default_rng(0), []
     for _ in range(100):
         for program in programs(rng, PAPER)[6:]:
-            flip = {"move forward": "move backward", "move left": "move right", "turn left": "turn right",
-                    "turn right": "turn left"}
+            flip = {
+                "move forward": "move backward",
+                "move left": "move right",
+                "turn left": "turn right",
+                "turn right": "turn left",
+            }
             claim = [Motion(flip[program[0].kind], program[0].amount), *program[1:]]
-            rows += [{"seen": kinds_of(program), "label": True}, {"seen": kinds_of(claim), "label": False}]
+            rows += [
+                {"seen": kinds_of(program), "label": True},
+                {"seen": kinds_of(claim), "label": False},
+            ]
     right, n, _ = blind(rows, lambda row: row["seen"], lambda row: row["label"])
     assert right == n

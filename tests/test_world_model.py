@@ -14,13 +14,47 @@ import world_model
 from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, Settings
 from lib.bagel_files import PixelLatents, patchify, resized, unpatchify
 from lib.geometry import Query
-from lib.packing import Latent, Text, View, dense_attention, flex_attention_for, pack, sight, table_ids
+from lib.packing import (
+    Latent,
+    Text,
+    View,
+    dense_attention,
+    flex_attention_for,
+    pack,
+    sight,
+    table_ids,
+)
 from lib.pictures import load_image
-from world_model import Words, WorldModel, clean, guided, initialise, sample, select_context, velocity
+from world_model import (
+    Words,
+    WorldModel,
+    clean,
+    guided,
+    initialise,
+    sample,
+    select_context,
+    velocity,
+)
 
-SMALL = Config(width=32, layers=3, heads=4, kv_heads=2, mlp=48, vocabulary=40, eps=1e-6, rope_base=1e6, vit_width=16,
-               vit_layers=2, vit_heads=2, vit_mlp=32, vit_patch=4, vit_grid=6, latent_grid=5, latent_numbers=12,
-               settings=Settings())
+SMALL = Config(
+    width=32,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    mlp=48,
+    vocabulary=40,
+    eps=1e-6,
+    rope_base=1e6,
+    vit_width=16,
+    vit_layers=2,
+    vit_heads=2,
+    vit_mlp=32,
+    vit_patch=4,
+    vit_grid=6,
+    latent_grid=5,
+    latent_numbers=12,
+    settings=Settings(),
+)
 
 
 def random_network(config=SMALL, seed=0):
@@ -38,8 +72,10 @@ def random_network(config=SMALL, seed=0):
 def small_pack(contexts=2, seed=1):
     """Two images of different sizes per context; three targets for the first context, two for the second."""
     g = torch.Generator().manual_seed(seed)
-    images = [(torch.randn(contexts, 3, 4, 6, generator=g), torch.randn(contexts, 3, 8, 12, generator=g)),
-              (torch.randn(contexts, 3, 6, 4, generator=g), torch.randn(contexts, 3, 16, 8, generator=g))]
+    images = [
+        (torch.randn(contexts, 3, 4, 6, generator=g), torch.randn(contexts, 3, 8, 12, generator=g)),
+        (torch.randn(contexts, 3, 6, 4, generator=g), torch.randn(contexts, 3, 16, 8, generator=g)),
+    ]
     owner = torch.tensor([0, 0, 0, 1, 1])[: 5 if contexts == 2 else 3]
     ids = torch.randint(0, 38, (len(owner), 6), generator=g)
     lengths = torch.tensor([4, 6, 3, 5, 6])[: len(owner)]
@@ -53,17 +89,34 @@ def packed(network, images, owner, ids, lengths, x, t, grid, keep=None, together
     for b in range(len(images[0][0])):
         segments = []
         for i, (latent, pixels) in enumerate(images):
-            tokens, patches = patchify(latent[b:b + 1], LATENT_PATCH)[0], patchify(pixels[b:b + 1], 4)[0]
-            vae, vit = (True, True) if keep is None else keep[b, 2 * i:2 * i + 2].tolist()
-            segments += [Latent(tokens, (latent.shape[2] // 2, latent.shape[3] // 2), number=i, keep=vae),
-                         View(patches, (pixels.shape[2] // 4, pixels.shape[3] // 4), number=i, keep=vit)]
+            tokens, patches = (
+                patchify(latent[b : b + 1], LATENT_PATCH)[0],
+                patchify(pixels[b : b + 1], 4)[0],
+            )
+            vae, vit = (True, True) if keep is None else keep[b, 2 * i : 2 * i + 2].tolist()
+            segments += [
+                Latent(tokens, (latent.shape[2] // 2, latent.shape[3] // 2), number=i, keep=vae),
+                View(patches, (pixels.shape[2] // 4, pixels.shape[3] // 4), number=i, keep=vit),
+            ]
         for k in (owner == b).nonzero().flatten().tolist():
-            words = ids[k, :lengths[k]].tolist()        # x_t is given, not x0: x_t = (1 - t) 0 + t (x_t / t)
-            segments += [Text(words, group=k + 1, keep=len(words) > 0),
-                         Latent(torch.zeros_like(x[k]), grid, group=k + 1, t=float(t[k]), noise=x[k] / t[k],
-                                said=words[1:-1])]
+            words = ids[
+                k, : lengths[k]
+            ].tolist()  # x_t is given, not x0: x_t = (1 - t) 0 + t (x_t / t)
+            segments += [
+                Text(words, group=k + 1, keep=len(words) > 0),
+                Latent(
+                    torch.zeros_like(x[k]),
+                    grid,
+                    group=k + 1,
+                    t=float(t[k]),
+                    noise=x[k] / t[k],
+                    said=words[1:-1],
+                ),
+            ]
         samples.append(segments)
-    return pack([samples] if together else [[sample] for sample in samples], network.markers, network.config)
+    return pack(
+        [samples] if together else [[sample] for sample in samples], network.markers, network.config
+    )
 
 
 def predicted(network, *case, **how):
@@ -74,12 +127,13 @@ def predicted(network, *case, **how):
 
 # ---------------------------------------------------------------- the plain twin: one packed sequence, one dense mask
 
+
 def dense_prediction(network, images, ids, lengths, x, t, grid):
     """All targets of one context in one packed sequence, in the true order, masked by the original's rule.
 
     images: (latent (1, ...), pixels (1, ...)) of one context; ids, x, t: its targets. Returns predictions (T, n, C).
     """
-    c, tokens = network.config, []          # (embedding, expert, position, split, mode, branch)
+    c, tokens = network.config, []  # (embedding, expert, position, split, mode, branch)
 
     def add(embeddings, expert, positions, split, mode, branch):
         tokens.extend((e, expert, p, split, mode, branch) for e, p in zip(embeddings, positions))
@@ -91,18 +145,42 @@ def dense_prediction(network, images, ids, lengths, x, t, grid):
         add([end], "", [position], split, mode, branch)
 
     def latents_of(tokens, t, grid):
-        return network.vae2llm(tokens) + network.time_embedder(t) + network.latent_pos_embed(table_ids(grid, 5))
+        return (
+            network.vae2llm(tokens)
+            + network.time_embedder(t)
+            + network.latent_pos_embed(table_ids(grid, 5))
+        )
 
     for i, (latent, pixels) in enumerate(images):
         start, end = network.embed_markers(1)[0]
-        image(latents_of(patchify(latent, LATENT_PATCH)[0], torch.zeros(1),
-                         (latent.shape[2] // 2, latent.shape[3] // 2)), 2 * i, f"vae {i}", "full", 0)
-        features = network.embed_vit(patchify(pixels, 4), table_ids([side // 4 for side in pixels.shape[2:]], 6))[0]
+        image(
+            latents_of(
+                patchify(latent, LATENT_PATCH)[0],
+                torch.zeros(1),
+                (latent.shape[2] // 2, latent.shape[3] // 2),
+            ),
+            2 * i,
+            f"vae {i}",
+            "full",
+            0,
+        )
+        features = network.embed_vit(
+            patchify(pixels, 4), table_ids([side // 4 for side in pixels.shape[2:]], 6)
+        )[0]
         add([start, *features, end], "", [2 * i + 1] * (len(features) + 2), f"vit {i}", "full", 0)
     for row in range(len(x)):
         first, n = 2 * len(images), int(lengths[row])
-        add(network.embed_text(ids[row, :n]), "", range(first, first + n), f"text {row}", "causal", row + 1)
-        image(latents_of(x[row], t[row:row + 1], grid), first + n, f"target {row}", "noise", row + 1)
+        add(
+            network.embed_text(ids[row, :n]),
+            "",
+            range(first, first + n),
+            f"text {row}",
+            "causal",
+            row + 1,
+        )
+        image(
+            latents_of(x[row], t[row : row + 1], grid), first + n, f"target {row}", "noise", row + 1
+        )
 
     def sees(i, j):
         (_, _, _, split_i, _, branch_i), (_, _, _, split_j, mode_j, branch_j) = tokens[i], tokens[j]
@@ -116,14 +194,20 @@ def dense_prediction(network, images, ids, lengths, x, t, grid):
     positions = torch.tensor([token[2] for token in tokens])
     d = c.width // c.heads
     angle = positions[:, None] * c.rope_base ** (-torch.arange(0, d, 2) / d)
-    cos, sin = torch.cat([angle, angle], -1).cos()[:, None], torch.cat([angle, angle], -1).sin()[:, None]
+    cos, sin = (
+        torch.cat([angle, angle], -1).cos()[:, None],
+        torch.cat([angle, angle], -1).sin()[:, None],
+    )
 
     def by_expert(module, name, values):
-        return torch.where(gen.view(-1, *[1] * (values.dim() - 1)),
-                           getattr(module, name + GEN)(values), getattr(module, name)(values))
+        return torch.where(
+            gen.view(-1, *[1] * (values.dim() - 1)),
+            getattr(module, name + GEN)(values),
+            getattr(module, name)(values),
+        )
 
-    def turned(v):                                                                  # (N, heads, d)
-        return v * cos + torch.cat([-v[..., d // 2:], v[..., : d // 2]], -1) * sin
+    def turned(v):  # (N, heads, d)
+        return v * cos + torch.cat([-v[..., d // 2 :], v[..., : d // 2]], -1) * sin
 
     for layer in network.language_model["model"]["layers"]:
         y, a = by_expert(layer, "input_layernorm", h), layer.self_attn
@@ -145,16 +229,31 @@ def test_training_forward_equals_one_dense_packed_sequence(together):
     network = random_network()
     images, owner, ids, lengths, x, t, grid = small_pack()
     fast = predicted(network, images, owner, ids, lengths, x, t, grid, together=together)
-    slow = torch.cat([dense_prediction(network, [(z[b:b + 1], p[b:b + 1]) for z, p in images],
-                                       ids[owner == b], lengths[owner == b], x[owner == b], t[owner == b], grid)
-                      for b in range(2)])
+    slow = torch.cat(
+        [
+            dense_prediction(
+                network,
+                [(z[b : b + 1], p[b : b + 1]) for z, p in images],
+                ids[owner == b],
+                lengths[owner == b],
+                x[owner == b],
+                t[owner == b],
+                grid,
+            )
+            for b in range(2)
+        ]
+    )
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=2e-5)
     weights = [p for p in network.parameters() if p.requires_grad]
-    gradients = [torch.autograd.grad(out.square().sum(), weights, allow_unused=True) for out in (fast, slow)]
+    gradients = [
+        torch.autograd.grad(out.square().sum(), weights, allow_unused=True) for out in (fast, slow)
+    ]
     for a, b in zip(*gradients):
         if a is not None or b is not None:
             a = torch.zeros_like(b) if a is None else a
-            torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                a, torch.zeros_like(a) if b is None else b, rtol=1e-3, atol=1e-4
+            )
 
 
 def test_flex_attention_and_the_dense_mask_are_one_rule():
@@ -163,7 +262,9 @@ def test_flex_attention_and_the_dense_mask_are_one_rule():
     n, g = tokens.order.shape[1], torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(1, heads, n, 8, generator=g) for heads in (4, 2, 2))
     want = dense_attention(tokens, tokens, q.dtype)(q, k, v)
-    torch.testing.assert_close(flex_attention_for(tokens, tokens, compiled=False)(q, k, v), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        flex_attention_for(tokens, tokens, compiled=False)(q, k, v), want, rtol=1e-5, atol=1e-5
+    )
     shown = sight(tokens, tokens)
     assert 0.05 < shown.float().mean() < 0.5, "most pairs of a pack do not see each other"
 
@@ -173,7 +274,9 @@ def test_recomputed_layers_give_the_same_gradients():
     for network.recompute in (False, True):
         network.zero_grad()
         predicted(network, *case).square().sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+        )
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
@@ -183,9 +286,14 @@ def velocity_behind(network, memory, x, t, grid, motion=0):
     motion   what `embed_motion` makes of the sentences, (R, 1, H), where the network asks for it
     """
     ids, branch = table_ids(grid, network.config.latent_grid), memory.whole()
-    extra = network.time_embedder(torch.full((1,), float(t))) + network.latent_pos_embed(ids) + motion
-    return network.output(network.denoise(x, extra, network.embed_markers(len(x)), network.rope(branch.next[:, None]),
-                                          [branch]))
+    extra = (
+        network.time_embedder(torch.full((1,), float(t))) + network.latent_pos_embed(ids) + motion
+    )
+    return network.output(
+        network.denoise(
+            x, extra, network.embed_markers(len(x)), network.rope(branch.next[:, None]), [branch]
+        )
+    )
 
 
 def context_of(network, images=(), ids=None):
@@ -198,7 +306,9 @@ def context_of(network, images=(), ids=None):
     return memory
 
 
-DEPARTURES = Settings(prediction="x0", motion_to_target=True, learned_places=True)          # those of the demo
+DEPARTURES = Settings(
+    prediction="x0", motion_to_target=True, learned_places=True
+)  # those of the demo
 
 
 @pytest.mark.parametrize("settings", [SMALL.settings, DEPARTURES], ids=["published", "demo"])
@@ -208,11 +318,11 @@ def test_cached_sampling_step_equals_training_forward(settings):
     with torch.no_grad():
         want = predicted(network, images, owner, ids, lengths, x, t, grid)
         for row in range(len(x)):
-            sentence = ids[row:row + 1, :lengths[row]]
+            sentence = ids[row : row + 1, : lengths[row]]
             memory = context_of(network, images, sentence)
             assert memory.whole().mask is None, "one query behind its own context needs no mask"
-            motion = network.embed_motion(sentence, lengths[row:row + 1])[:, None]
-            got = velocity_behind(network, memory, x[row:row + 1], t[row], grid, motion)
+            motion = network.embed_motion(sentence, lengths[row : row + 1])[:, None]
+            got = velocity_behind(network, memory, x[row : row + 1], t[row], grid, motion)
             torch.testing.assert_close(got[0], want[row], rtol=1e-5, atol=2e-5)
 
 
@@ -224,7 +334,12 @@ def test_what_the_demo_trains_on_is_what_it_samples_with(said):
     network.markers, model.network = model.network.markers, network
     images, _, sentence = model.arranged(query.images, query.reference, query.instruction)
     eps, target = torch.randn(1, 16, 192, generator=g), model.encode(query.images[:1], None)
-    part = {"context": images, "keep": [True] * 2 * len(images), "said": [said], "t": torch.tensor([t])}
+    part = {
+        "context": images,
+        "keep": [True] * 2 * len(images),
+        "said": [said],
+        "t": torch.tensor([t]),
+    }
     latents = [*(model.encode(image[None], None) for image in images), target]
     sample_of = train_wm.sample_of(part, latents, eps, model, [model.words(sentence)])
     p = pack([[sample_of]], network.markers, network.config)
@@ -232,9 +347,16 @@ def test_what_the_demo_trains_on_is_what_it_samples_with(said):
     with torch.no_grad():
         (branch,), (motion,) = world_model.guidance_branches(network, inputs, eps, model.settings)
         x = (1 - t) * patchify(target, LATENT_PATCH) + t * eps
-        extra = network.time_embedder(torch.tensor([t])) + network.latent_pos_embed(table_ids((4, 4), 4)) + motion
-        got = network.output(network.denoise(x, extra, network.embed_markers(1), network.rope(branch.next[:, None]),
-                                             [branch]))
+        extra = (
+            network.time_embedder(torch.tensor([t]))
+            + network.latent_pos_embed(table_ids((4, 4), 4))
+            + motion
+        )
+        got = network.output(
+            network.denoise(
+                x, extra, network.embed_markers(1), network.rope(branch.next[:, None]), [branch]
+            )
+        )
         torch.testing.assert_close(got[0], network(p)[p.target], rtol=1e-4, atol=1e-4)
 
 
@@ -244,10 +366,15 @@ def test_rows_with_texts_of_different_lengths_share_a_memory():
     with torch.no_grad():
         want = predicted(network, images, owner, ids, lengths, x, torch.full_like(t, 0.5), grid)
         memory = network.memory(len(x), 200, room=8)
-        network.read_images(memory, [(z.expand(len(x), -1, -1, -1), p.expand(len(x), -1, -1, -1)) for z, p in images])
+        network.read_images(
+            memory,
+            [(z.expand(len(x), -1, -1, -1), p.expand(len(x), -1, -1, -1)) for z, p in images],
+        )
         network.read_text(memory, ids, lengths)
         assert memory.whole().mask is not None
-        torch.testing.assert_close(velocity_behind(network, memory, x, 0.5, grid), want, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(
+            velocity_behind(network, memory, x, 0.5, grid), want, rtol=1e-5, atol=2e-5
+        )
 
 
 def test_targets_do_not_see_each_other_and_text_is_causal():
@@ -271,19 +398,34 @@ def test_dropped_segments_and_sentences_are_seen_by_nobody():
     images, owner, ids, lengths, x, t, grid = small_pack(contexts=1)
     keep, none = torch.tensor([[True, False, True, True]]), torch.zeros_like(lengths)
     with torch.no_grad():
-        other = [(images[0][0], images[0][1] + 1), images[1]]                   # another picture, but only for the ViT
+        other = [
+            (images[0][0], images[0][1] + 1),
+            images[1],
+        ]  # another picture, but only for the ViT
         a = predicted(network, images, owner, ids, none, x, t, grid, keep=keep)
         b = predicted(network, other, owner, (ids + 1) % 38, none, x, t, grid, keep=keep)
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-        assert not torch.allclose(predicted(network, images, owner, ids, lengths, x, t, grid),
-                                  predicted(network, other, owner, ids, lengths, x, t, grid))
+        assert not torch.allclose(
+            predicted(network, images, owner, ids, lengths, x, t, grid),
+            predicted(network, other, owner, ids, lengths, x, t, grid),
+        )
 
 
 def test_a_pack_without_any_picture_for_the_vit_still_runs_it():
     """Every rank of FSDP must run every unit: the ViT then reads padding, and adds nothing."""
     network = random_network()
     images, owner, ids, lengths, x, t, grid = small_pack(contexts=1)
-    out = predicted(network, images, owner, ids, lengths, x, t, grid, keep=torch.tensor([[True, False, True, False]]))
+    out = predicted(
+        network,
+        images,
+        owner,
+        ids,
+        lengths,
+        x,
+        t,
+        grid,
+        keep=torch.tensor([[True, False, True, False]]),
+    )
     out.square().sum().backward()
     gradient = network.vit_model["vision_model"].post_layernorm.weight.grad
     assert out.isfinite().all() and gradient is not None and gradient.abs().max() == 0
@@ -291,14 +433,16 @@ def test_a_pack_without_any_picture_for_the_vit_still_runs_it():
 
 # ---------------------------------------------------------------- the sampler
 
+
 @pytest.mark.parametrize("renorm", ["text_channel", "channel", "global"])
 def test_guided_sampling_equals_three_separate_branches(renorm):
     """One forward pass for all branches, against each branch run alone from its own context."""
     network = random_network()
     images, _, ids, lengths, _, _, grid = small_pack(contexts=1)
     ids, lengths = ids[:1, :4], lengths[:1]
-    settings = dataclasses.replace(SMALL.settings, steps=3, text_scale=4.0, image_scale=2.0, renorm=renorm,
-                                   interval=(0.5, 1.0))
+    settings = dataclasses.replace(
+        SMALL.settings, steps=3, text_scale=4.0, image_scale=2.0, renorm=renorm, interval=(0.5, 1.0)
+    )
     noise = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(3))
     got = sample(network, [*images, Words(ids, lengths)], noise, grid, settings)
 
@@ -308,17 +452,21 @@ def test_guided_sampling_equals_three_separate_branches(renorm):
     with torch.no_grad():
         context, full = context_of(network, images), context_of(network, images, ids)
         words = context_of(network, (), ids)
-        x, times = noise, [1.0, 6 / 7, 3 / 5, 0.0]                      # 3 tau / (1 + 2 tau) at tau = 1, 2/3, 1/3, 0
+        x, times = noise, [1.0, 6 / 7, 3 / 5, 0.0]  # 3 tau / (1 + 2 tau) at tau = 1, 2/3, 1/3, 0
         for t, after in zip(times, times[1:]):
             w = v(full, x, t)
             if t > 0.5:
                 p, u = w, v(context, x, t) + 4 * (w - v(context, x, t))
                 if renorm == "text_channel":
-                    u = u * (p.norm(dim=-1, keepdim=True) / u.norm(dim=-1, keepdim=True)).clamp(max=1)
+                    u = u * (p.norm(dim=-1, keepdim=True) / u.norm(dim=-1, keepdim=True)).clamp(
+                        max=1
+                    )
                 alone = v(words, x, t)
                 w = alone + 2 * (u - alone)
                 if renorm == "channel":
-                    w = w * (p.norm(dim=-1, keepdim=True) / w.norm(dim=-1, keepdim=True)).clamp(max=1)
+                    w = w * (p.norm(dim=-1, keepdim=True) / w.norm(dim=-1, keepdim=True)).clamp(
+                        max=1
+                    )
                 if renorm == "global":
                     w = w * (p.norm() / w.norm()).clamp(max=1)
             x = x - (t - after) * w
@@ -334,7 +482,9 @@ def test_a_denoising_step_compiles_whole():
     inputs = [*images, Words(ids[:1, :4], lengths[:1])]
     want = sample(network, inputs, noise, grid, settings)
     network.denoise = torch.compile(network.denoise, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(sample(network, inputs, noise, grid, settings), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        sample(network, inputs, noise, grid, settings), want, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_without_an_image_the_third_branch_is_the_first():
@@ -343,8 +493,12 @@ def test_without_an_image_the_third_branch_is_the_first():
     words = Words(torch.tensor([[1, 2, 3, 4]]), torch.tensor([4]))
     noise = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(3))
     plain = dataclasses.replace(SMALL.settings, steps=1, shift=1.0, renorm="global", renorm_min=1.0)
-    views = [sample(network, [words], noise, (2, 3), dataclasses.replace(plain, text_scale=a, image_scale=b))
-             for a, b in ((4.0, 1.5), (4.0 + 0.5 * 3.0, 1.0), (4.0, 1.0))]
+    views = [
+        sample(
+            network, [words], noise, (2, 3), dataclasses.replace(plain, text_scale=a, image_scale=b)
+        )
+        for a, b in ((4.0, 1.5), (4.0 + 0.5 * 3.0, 1.0), (4.0, 1.0))
+    ]
     torch.testing.assert_close(views[0], views[1], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(views[0], views[2], atol=1e-3)
 
@@ -356,7 +510,7 @@ def test_taylor_series_of_a_line_is_exact_once_two_values_are_known():
         due = series.due()
         computed += [step] * due
         got = series.next(torch.tensor([2.0 + 3.0 * step]) if due else None)
-        if step >= 7:                               # from here two computed values give the slope
+        if step >= 7:  # from here two computed values give the slope
             torch.testing.assert_close(got, torch.tensor([2.0 + 3.0 * step]))
     assert computed == [0, 1, 2, 3, 4, 7, 10, 13]
 
@@ -377,17 +531,31 @@ def test_velocity_and_clean_latent_are_two_views_of_one_output():
 def tiny(seed=0, **changes):
     model = WorldModel.tiny(seed, **changes)
     with torch.no_grad():
-        model.network.llm2vae.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(seed))
+        model.network.llm2vae.weight.normal_(
+            std=0.05, generator=torch.Generator().manual_seed(seed)
+        )
     return model
 
 
 def queries(count=5):
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(6)]
-    motions = ["turn left 45 degrees", "move 1.5 meters to the left", "move 1 meters forward", "look up 10 degrees",
-               "turn right 90 degrees"]
-    return [Query(images[: 2 + i], 1 + i % 2, f"Base on the viewpoint of Image-{1 + i % 2}, {motions[i]}.", seed=10 + i)
-            for i in range(count)]
+    motions = [
+        "turn left 45 degrees",
+        "move 1.5 meters to the left",
+        "move 1 meters forward",
+        "look up 10 degrees",
+        "turn right 90 degrees",
+    ]
+    return [
+        Query(
+            images[: 2 + i],
+            1 + i % 2,
+            f"Base on the viewpoint of Image-{1 + i % 2}, {motions[i]}.",
+            seed=10 + i,
+        )
+        for i in range(count)
+    ]
 
 
 def test_a_query_gives_the_same_view_alone_and_in_a_mixed_batch():
@@ -395,7 +563,11 @@ def test_a_query_gives_the_same_view_alone_and_in_a_mixed_batch():
     together = model.imagine(queries() + queries()[::-1])
     for query, a, b in zip(queries(), together, together[::-1]):
         alone = model.imagine([query])[0].astype(int)
-        assert alone.shape == (32, 32, 3) and np.abs(alone - a).max() <= 1 and np.abs(alone - b).max() <= 1
+        assert (
+            alone.shape == (32, 32, 3)
+            and np.abs(alone - a).max() <= 1
+            and np.abs(alone - b).max() <= 1
+        )
     for a, b in zip(together[:5] * 2, model.imagine(queries() * 2, batch=2), strict=True):
         assert np.abs(a.astype(int) - b).max() <= 1
     other = model.imagine([queries()[0]._replace(seed=99)])[0]
@@ -405,15 +577,24 @@ def test_a_query_gives_the_same_view_alone_and_in_a_mixed_batch():
 def test_reference_first_turns_the_ring_and_renumbers_the_sentence():
     images = ["a", "b", "c", "d"]
     assert tiny().arranged(images, 3, "Base on the viewpoint of Image-3, look up 10 degrees.") == (
-        ["c", "d", "a", "b"], 1, "Base on the viewpoint of Image-1, look up 10 degrees.")
+        ["c", "d", "a", "b"],
+        1,
+        "Base on the viewpoint of Image-1, look up 10 degrees.",
+    )
     assert tiny(reference_first=False).arranged([*images, "e"], 5, "of Image-5, go") == (
-        ["b", "c", "d", "e"], 4, "of Image-4, go")
+        ["b", "c", "d", "e"],
+        4,
+        "of Image-4, go",
+    )
 
 
 def test_what_the_simulator_does_not_see_is_said_once(capsys):
     model, images = tiny(), [np.zeros((32, 32, 3), np.uint8)] * 5
     for count in (4, 5, 5):
-        model.imagine([Query(images[:count], 1, "Base on the viewpoint of Image-1, look up 10 degrees.", 0)], steps=1)
+        model.imagine(
+            [Query(images[:count], 1, "Base on the viewpoint of Image-1, look up 10 degrees.", 0)],
+            steps=1,
+        )
     assert capsys.readouterr().out.count("Of more than 4 images the simulator sees") == 1
 
 
@@ -427,6 +608,7 @@ def test_select_context_keeps_the_reference_and_its_neighbours():
 
 # ---------------------------------------------------------------- checkpoint files
 
+
 def test_save_and_load_give_the_same_model(tmp_path):
     model = tiny()
     model.save(tmp_path)
@@ -435,16 +617,31 @@ def test_save_and_load_give_the_same_model(tmp_path):
     ours, theirs = model.network.state_dict(), again.network.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     # weights in a file's map are aligned otherwise, and other kernels round otherwise: into memory of their own
-    again.network.load_state_dict({key: value.clone() for key, value in theirs.items()}, assign=True)
+    again.network.load_state_dict(
+        {key: value.clone() for key, value in theirs.items()}, assign=True
+    )
     for a, b in zip(model.imagine(queries()), again.imagine(queries()), strict=True):
         assert np.array_equal(a, b)
 
 
 def released_config():
-    llm = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-           "intermediate_size": 18944, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
-    vit = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27,
-           "patch_size": 14, "image_size": 980}
+    llm = {
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+    }
+    vit = {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+        "image_size": 980,
+    }
     return Config.read(llm, vit, {}, vocabulary=152064, latent_grid=64, latent_numbers=64)
 
 
@@ -452,17 +649,23 @@ def test_true_size_has_the_released_checkpoint_s_keys():
     with torch.device("meta"):
         state = Bagel(released_config()).state_dict()
     assert len(state) == 1223 and sum(value.numel() for value in state.values()) == 14_607_260_128
-    for key, shape in {"language_model.model.embed_tokens.weight": (152064, 3584),
-                       "language_model.lm_head.weight": (152064, 3584),
-                       "language_model.model.layers.27.self_attn.k_proj_moe_gen.bias": (512,),
-                       "language_model.model.layers.0.self_attn.q_norm.weight": (128,),
-                       "language_model.model.layers.0.mlp_moe_gen.down_proj.weight": (3584, 18944),
-                       "language_model.model.norm_moe_gen.weight": (3584,), "time_embedder.mlp.0.weight": (3584, 256),
-                       "vae2llm.weight": (3584, 64), "llm2vae.bias": (64,), "latent_pos_embed.pos_embed": (4096, 3584),
-                       "vit_pos_embed.pos_embed": (4900, 3584), "connector.fc1.weight": (3584, 1152),
-                       "vit_model.vision_model.embeddings.patch_embedding.weight": (1152, 588),
-                       "vit_model.vision_model.encoder.layers.25.self_attn.out_proj.weight": (1152, 1152),
-                       "vit_model.vision_model.post_layernorm.weight": (1152,)}.items():
+    for key, shape in {
+        "language_model.model.embed_tokens.weight": (152064, 3584),
+        "language_model.lm_head.weight": (152064, 3584),
+        "language_model.model.layers.27.self_attn.k_proj_moe_gen.bias": (512,),
+        "language_model.model.layers.0.self_attn.q_norm.weight": (128,),
+        "language_model.model.layers.0.mlp_moe_gen.down_proj.weight": (3584, 18944),
+        "language_model.model.norm_moe_gen.weight": (3584,),
+        "time_embedder.mlp.0.weight": (3584, 256),
+        "vae2llm.weight": (3584, 64),
+        "llm2vae.bias": (64,),
+        "latent_pos_embed.pos_embed": (4096, 3584),
+        "vit_pos_embed.pos_embed": (4900, 3584),
+        "connector.fc1.weight": (3584, 1152),
+        "vit_model.vision_model.embeddings.patch_embedding.weight": (1152, 588),
+        "vit_model.vision_model.encoder.layers.25.self_attn.out_proj.weight": (1152, 1152),
+        "vit_model.vision_model.post_layernorm.weight": (1152,),
+    }.items():
         assert tuple(state[key].shape) == shape, key
 
 
@@ -483,11 +686,16 @@ def test_broken_and_missing_checkpoints_are_sentences(tmp_path):
 
 # ---------------------------------------------------------------- small formulas
 
+
 def test_resize_rule():
     vae, vit = (1024, 512, 16), (980, 224, 14)
-    for (w, h), want_vae, want_vit in [((1920, 1080), (1024, 576), (980, 546)), ((512, 512), (512, 512), (518, 518)),
-                                       ((64, 100), (512, 800), (224, 350)), ((1300, 256), (1024, 208), (980, 196)),
-                                       ((640, 490), (672, 512), (644, 490))]:
+    for (w, h), want_vae, want_vit in [
+        ((1920, 1080), (1024, 576), (980, 546)),
+        ((512, 512), (512, 512), (518, 518)),
+        ((64, 100), (512, 800), (224, 350)),
+        ((1300, 256), (1024, 208), (980, 196)),
+        ((640, 490), (672, 512), (644, 490)),
+    ]:
         assert resized(w, h, vae) == want_vae and resized(w, h, vit) == want_vit
     assert resized(32, 32, (32, 32, 8)) == (32, 32)
 
@@ -497,7 +705,9 @@ def test_patchify_order_and_inverse():
     x = torch.randn(2, 5, 4, 6, generator=g)
     tokens = patchify(x, 2)
     assert tokens.shape == (2, 6, 20)
-    assert tokens[1, 1 * 3 + 2, (1 * 2 + 0) * 5 + 3] == x[1, 3, 2 * 1 + 1, 2 * 2 + 0]   # token (1, 2): row 1, column 0
+    assert (
+        tokens[1, 1 * 3 + 2, (1 * 2 + 0) * 5 + 3] == x[1, 3, 2 * 1 + 1, 2 * 2 + 0]
+    )  # token (1, 2): row 1, column 0
     torch.testing.assert_close(unpatchify(tokens, 2, 2, 3), x, rtol=0, atol=0)
     pixels = torch.randn(2, 3, 32, 32, generator=g)
     latent = PixelLatents().encode(pixels)
@@ -506,14 +716,20 @@ def test_patchify_order_and_inverse():
 
 def test_position_table_and_time_embedding():
     network = random_network()
-    table = network.latent_pos_embed(table_ids((2, 3), 5))              # rows 0..1, columns 0..2, of a grid of 5
+    table = network.latent_pos_embed(
+        table_ids((2, 3), 5)
+    )  # rows 0..1, columns 0..2, of a grid of 5
     w = 10_000.0 ** (-np.arange(8) / 8)
-    want = np.concatenate([np.sin(2 * w), np.cos(2 * w), np.sin(1 * w), np.cos(1 * w)])     # row 1, column 2
+    want = np.concatenate(
+        [np.sin(2 * w), np.cos(2 * w), np.sin(1 * w), np.cos(1 * w)]
+    )  # row 1, column 2
     np.testing.assert_allclose(table[1 * 3 + 2], want, atol=1e-6)
     t, m = torch.tensor([0.0, 0.3]), network.time_embedder.mlp
     f = torch.exp(-np.log(10_000) * torch.arange(128) / 128)
     wave = torch.cat([torch.cos(t[:, None] * f), torch.sin(t[:, None] * f)], -1)
-    torch.testing.assert_close(network.time_embedder(t), m[2](F.silu(m[0](wave))), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        network.time_embedder(t), m[2](F.silu(m[0](wave))), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_command_line_says_what_is_missing_and_draws_a_view(tmp_path, monkeypatch, capsys):
@@ -525,7 +741,10 @@ def test_command_line_says_what_is_missing_and_draws_a_view(tmp_path, monkeypatc
         world_model.main(command)
     tiny().save("out/wm")
     world_model.main(command)
-    assert Image.open("view.png").size == (32, 32) and "turn left 30 degrees" in capsys.readouterr().out
+    assert (
+        Image.open("view.png").size == (32, 32)
+        and "turn left 30 degrees" in capsys.readouterr().out
+    )
     with pytest.raises(SystemExit, match="no Image-7"):
         world_model.main([*command[:4], "7", *command[5:]])
     with pytest.raises(SystemExit, match="jump"):

@@ -31,13 +31,19 @@ class Stills(Qwen3VLProcessor):
     def __init__(self, image_processor, tokenizer, chat_template=None):
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
         self.image_token, self.video_token = PAD, "<|video_pad|>"
-        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([PAD, self.video_token])
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(
+            [PAD, self.video_token]
+        )
 
 
 def row(question, mode):
     """A question as a row of TRL's dataset: the user's message with places for its images, and the images."""
     images = [Image.fromarray(image) for image in question["images"]]
-    said = prompt_text(question, mode, len(images)).split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+    said = (
+        prompt_text(question, mode, len(images))
+        .split("<|im_start|>user\n")[1]
+        .split("<|im_end|>")[0]
+    )
     if not images:
         return {"prompt": [{"role": "user", "content": said}]}
     first, *texts = said.split(f"<|vision_start|>{PAD}<|vision_end|>")
@@ -55,9 +61,13 @@ def processor_of(policy, images):
     if not images:
         tokenizer.chat_template = template
         return tokenizer
-    config = {key: policy.images[key] for key in ("patch_size", "merge_size", "temporal_patch_size", "size",
-                                                  "image_mean")}
-    return Stills(Qwen2VLImageProcessorPil(**config, image_std=config["image_mean"]), tokenizer, template)
+    config = {
+        key: policy.images[key]
+        for key in ("patch_size", "merge_size", "temporal_patch_size", "size", "image_mean")
+    }
+    return Stills(
+        Qwen2VLImageProcessorPil(**config, image_std=config["image_mean"]), tokenizer, template
+    )
 
 
 def forced(model, scripts):
@@ -71,7 +81,11 @@ def forced(model, scripts):
             step = so_far.shape[1] - start
             tokens = torch.tensor([said[row % len(said)][step] for row in range(len(logits))])
             return torch.full_like(logits, -torch.inf).scatter_(1, tokens[:, None], 0.0)
-        return generate(input_ids=input_ids, logits_processor=LogitsProcessorList([force]), **options)
+
+        return generate(
+            input_ids=input_ids, logits_processor=LogitsProcessorList([force]), **options
+        )
+
     model.generate = write
 
 
@@ -82,6 +96,7 @@ def steps(policy, questions, mode, group, length, view, scripts, count, seconds,
     view       what the tool shows;   scripts   see `forced`, or None
     seconds    makes a CpuSeconds;   between   called after every step, its time not counted
     """
+
     def imagine(image: int, motion: str, amount: float) -> list:
         """Imagine a view.
 
@@ -126,17 +141,44 @@ def steps(policy, questions, mode, group, length, view, scripts, count, seconds,
     if scripts:
         forced(model, scripts)
     config = GRPOConfig(
-        output_dir=folder, max_steps=count, per_device_train_batch_size=len(questions) * group, num_generations=group,
-        max_completion_length=length, learning_rate=0.0, adam_beta2=0.99, beta=0.0, epsilon=0.2, epsilon_high=0.28,
-        gradient_checkpointing=False, bf16=False, use_cpu=True, shuffle_dataset=False, logging_steps=1,
-        report_to="none", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
-        generation_kwargs=None if scripts else {"min_new_tokens": length})
+        output_dir=folder,
+        max_steps=count,
+        per_device_train_batch_size=len(questions) * group,
+        num_generations=group,
+        max_completion_length=length,
+        learning_rate=0.0,
+        adam_beta2=0.99,
+        beta=0.0,
+        epsilon=0.2,
+        epsilon_high=0.28,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        shuffle_dataset=False,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        generation_kwargs=None if scripts else {"min_new_tokens": length},
+    )
     trainer = GRPOTrainer(
-        model, lambda completions, **_: [float(i % 2) for i in range(len(completions))], config,
+        model,
+        lambda completions, **_: [float(i % 2) for i in range(len(completions))],
+        config,
         IterableDataset.from_generator(lambda: (row(question, mode) for question in questions)),
-        tools=[imagine] if scripts else None, callbacks=[Clock()],
-        processing_class=processor_of(policy, bool(questions[0]["images"])))
-    ours, trainer._generate_and_score_completions = trainer._generate_and_score_completions, generate
+        tools=[imagine] if scripts else None,
+        callbacks=[Clock()],
+        processing_class=processor_of(policy, bool(questions[0]["images"])),
+    )
+    ours, trainer._generate_and_score_completions = (
+        trainer._generate_and_score_completions,
+        generate,
+    )
     rollouts, trainer._generate = trainer._generate, remember
     trainer.train()
-    return spent, [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry], said
+    return (
+        spent,
+        [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry],
+        said,
+    )
