@@ -78,11 +78,11 @@ from lib.geometry import (
     pose,
     warp,
 )
-from lib.pictures import load_image, save_image
+from lib.images import load_image, save_image
 from lib.questions import room_questions
 from lib.rendered import make_rendered
 from lib.rooms import EYE, SIZE, TrueRenderer, random_room, render, ring
-from lib.rows import SPLITS, build, load_jsonl, save_jsonl
+from lib.records import SPLITS, build, load_jsonl, save_jsonl
 from lib.scans import holds_others, make_depth, make_heldout, make_scans
 from lib.scene_depth import DEPTH_MODEL
 from lib.scenes import READERS

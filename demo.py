@@ -28,7 +28,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lib import common, report
-from lib.rows import load_jsonl
+from lib.records import load_jsonl
 
 
 class Stage(NamedTuple):

@@ -432,7 +432,7 @@ def main_wm(args, world):
     some = slice(None, None, max(1, len(rows) // 8))
     sheet = report.contact_sheet(rows[some], {name: seen[some] for name, seen in views.items()})
     curves = (
-        report.drawn(report.dose_curves(dose)) if dose else None
+        figure_image(report.dose_curves(dose)) if dose else None
     )  # None also without matplotlib
     if curves:
         curves.save(out / "dose.png")
@@ -836,7 +836,7 @@ def conclude(args, path, questions, training, records, way):
     if args.mode in search.METHODS:
         results["search"] = {"judged_by": way, "primitives": args.primitives}
     common.write_json(out / "results.json", results)
-    workflow = report.drawn(report.workflow(results))
+    workflow = figure_image(report.workflow(results))
     if workflow:  # None without matplotlib
         workflow.save(out / "workflow.png")
     if args.report:

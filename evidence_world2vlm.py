@@ -35,7 +35,7 @@ from lib import common, simulators
 from lib.geometry import Motion
 from lib.motion_words import TASKS, read_actions
 from lib.rooms import FURNISHED
-from lib.rows import load_jsonl, save_jsonl
+from lib.records import load_jsonl, save_jsonl
 from lib.scores import STRATA, gain_over, interval
 from lib.transitions import ROOMS, SEEN, drift, room_anchor
 from lib.world2vlm import write_motion_questions

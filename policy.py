@@ -42,7 +42,7 @@ from lib.clients import NO_VIEW, imagine_each
 from lib.common import at_least, fail, newest, run
 from lib.dialogue import NO_SIMULATOR, NOTE, PAD, PHRASES, Trajectory
 from lib.motion_words import PIECES
-from lib.pictures import load_image
+from lib.images import load_image
 from lib.rollout import Writer
 from lib.streams import stream_seed, torch_stream
 from lib.tokenizer import tiny_tokenizer

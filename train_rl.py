@@ -44,7 +44,7 @@ from lib.common import total
 from lib.dialogue import Trajectory
 from lib.endpoint import RemoteError
 from lib.rl_log import by_need, by_task, draw_curves, rollout_totals
-from lib.rows import load_jsonl
+from lib.records import load_jsonl
 from lib.streams import rows_of_step, stream_seed, torch_stream
 from policy import Policy, collate, prompt_of, rollout, token_logprobs
 

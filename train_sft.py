@@ -58,10 +58,10 @@ from lib import checkpoints, common
 from lib.dialogue import Trajectory
 from lib.lora import QWEN_LAYERS, add_lora, merged
 from lib.motion_words import INVERSE, TASKS
-from lib.pictures import load_image
+from lib.images import load_image
 from lib.questions import ASKS
 from lib.rooms import COLOURS
-from lib.rows import load_jsonl
+from lib.records import load_jsonl
 from lib.streams import numpy_stream, rows_of_step, stream_seed
 from policy import Policy, collate, rollout, token_logprobs
 from rewards import FULL, world2vlm

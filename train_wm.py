@@ -37,8 +37,8 @@ from lib.bagel import LATENT_PATCH, MAX_IMAGES, token_grid
 from lib.bagel_files import patchify, resize, to_pixels
 from lib.geometry import Motion, Query, instruction, phrase
 from lib.packing import Latent, Pack, Text, View, pack
-from lib.pictures import on_white
-from lib.rows import load_jsonl
+from lib.images import on_white
+from lib.records import load_jsonl
 from lib.streams import torch_stream
 from world_model import WorldModel, clean
 

@@ -34,7 +34,7 @@ from lib.checkpoints import contents
 from lib.common import at_least, fail, newest, run, say
 from lib.geometry import Query, instruction, read_phrase, renumbered, select_context
 from lib.packing import table_ids
-from lib.pictures import load_image
+from lib.images import load_image
 from lib.streams import stream_seed
 
 TINY = Settings(

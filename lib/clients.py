@@ -31,7 +31,7 @@ from lib.dialogue import (
 )
 from lib.endpoint import Endpoint, RemoteError, check, in_threads
 from lib.geometry import renumbered, select_context
-from lib.pictures import load_image, on_white
+from lib.images import load_image, on_white
 from lib.streams import stream_seed
 
 MAX_PIXELS = 2**24  # of one picture, as sent or received

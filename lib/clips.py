@@ -23,7 +23,7 @@ from functools import partial
 import numpy as np
 
 from lib.geometry import Motion, move_camera, phrase, pose
-from lib.pictures import save_image
+from lib.images import save_image
 from lib.questions import choose, facts
 from lib.rooms import EYE, SIZE, random_room, render
 from lib.streams import numpy_stream

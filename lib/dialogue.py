@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lib.geometry import KINDS, Motion, Query, instruction, move_camera, phrase
-from lib.pictures import load_image
+from lib.images import load_image
 
 # ---- the prompt: one template for training and inference ----------------------------------------------------------
 

@@ -15,7 +15,7 @@ from collections import Counter
 import numpy as np
 
 from lib import common
-from lib.pictures import save_image
+from lib.images import save_image
 from lib.streams import stable_hash
 
 VERSION = 4  # of what a line holds; lines of another one stay as well

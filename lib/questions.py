@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 
 from lib.geometry import Motion, matrix, move_camera, phrase
-from lib.pictures import save_image
+from lib.images import save_image
 from lib.rooms import SIZE, random_room, render, ring
 from lib.streams import numpy_stream
 

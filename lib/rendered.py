@@ -42,7 +42,7 @@ from lib import real_views
 from lib.common import fail, say
 from lib.geometry import TABLE, Motion, move_camera, phrase
 from lib.motion_words import GRID, on_grid
-from lib.rows import SPLITS, build
+from lib.records import SPLITS, build
 from lib.scans import split_of
 from lib.streams import numpy_stream
 from lib.transitions import MOVES, TURNS, Space, Transition, is_view, kinds_of

@@ -25,7 +25,7 @@ from lib.benchmarks import open_image
 from lib.common import read_log, write_text
 from lib.diagnosis import CASES, true_views
 from lib.geometry import Motion, phrase
-from lib.pictures import drawn
+from lib.images import figure_image
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1040px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
@@ -146,7 +146,7 @@ def consistency_table(wm):
 
 def figure(draw):
     """`draw(pyplot)` -> HTML of the figure it returns, or a sentence where matplotlib is missing."""
-    image = drawn(draw)
+    image = figure_image(draw)
     return (
         picture(image)
         if image

@@ -9,7 +9,7 @@ import numpy as np
 import rewards
 from lib import common
 from lib.common import total
-from lib.pictures import drawn, save_image
+from lib.images import figure_image, save_image
 
 PARTS = (
     "total",
@@ -154,7 +154,7 @@ def draw_curves(out):
                 axis.legend(fontsize=7)
         return figure
 
-    image = drawn(draw)
+    image = figure_image(draw)
     if not image:
         return common.say(
             "No curves.png without matplotlib (pip install matplotlib); log.jsonl has the numbers."

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from lib.common import disk, fail, say, write_json, write_text
 from lib.consistency import pose_errors
 from lib.geometry import decompose
-from lib.pictures import save_image
-from lib.rows import SPLITS, load_jsonl, save_jsonl, worker
+from lib.images import save_image
+from lib.records import SPLITS, load_jsonl, save_jsonl, worker
 from lib.scene_depth import depth_network, estimate_depth
 from lib.scenes import read_scene, scene_ids
 from lib.streams import numpy_stream, stable_hash, stream_seed

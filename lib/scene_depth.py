@@ -12,7 +12,7 @@ from PIL import Image
 
 from lib.common import write_json
 from lib.geometry import project, unproject
-from lib.pictures import save_image
+from lib.images import save_image
 from lib.scenes import (
     collect,
     dl3dv_folder,

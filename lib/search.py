@@ -40,7 +40,7 @@ from lib.clients import RemotePolicy, converse, imagine_each
 from lib.dialogue import LIMITS, Trajectory
 from lib.endpoint import RemoteError
 from lib.geometry import KINDS, Motion, phrase
-from lib.pictures import load_image
+from lib.images import load_image
 from lib.streams import numpy_stream, stream_seed
 from lib.transitions import cut
 from policy import encode_images, go_on, rollout

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from lib import real_views, simulators
 from lib.common import disk, fail, read_log, say
-from lib.pictures import load_image
+from lib.images import load_image
 from lib.rendered import in_pixels
-from lib.rows import SPLITS, load_jsonl, save_jsonl
+from lib.records import SPLITS, load_jsonl, save_jsonl
 from lib.streams import numpy_stream, stable_hash
 from lib.transitions import PAPER, Anchor, transitions
 from lib.world2vlm import image_detections, with_pictures, write_motion_questions

@@ -32,7 +32,7 @@ from lib.geometry import (
     visible,
     warp,
 )
-from lib.pictures import load_image, save_image
+from lib.images import load_image, save_image
 from lib.streams import numpy_stream
 
 GRID = (

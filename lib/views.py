@@ -14,8 +14,8 @@ from tqdm import tqdm
 from lib import common
 from lib.endpoint import RemoteError
 from lib.geometry import Motion, Query, instruction
-from lib.pictures import save_image
-from lib.rows import load_jsonl
+from lib.images import save_image
+from lib.records import load_jsonl
 from lib.streams import stable_hash, stream_seed
 
 

@@ -42,9 +42,9 @@ from lib.motion_words import (
     read_box,
     read_truth,
 )
-from lib.pictures import save_image
+from lib.images import save_image
 from lib.rooms import random_room, render
-from lib.rows import save_jsonl
+from lib.records import save_jsonl
 from lib.streams import numpy_stream
 from lib.transitions import ROOMS, draw, end_pose, kinds_of
 

@@ -17,9 +17,9 @@ from lib.geometry import (
     read_instruction,
 )
 from lib.motion_words import TASKS
-from lib.pictures import load_image, save_image
+from lib.images import load_image, save_image
 from lib.rooms import TrueRenderer, random_room, render
-from lib.rows import SPLITS, save_jsonl
+from lib.records import SPLITS, save_jsonl
 from rewards import world2vlm
 
 ROOMS = 24

@@ -9,7 +9,7 @@ import pytest
 from lib.diagnosis import CASES, diagnose, reads, tally, true_views
 from lib.dialogue import Trajectory
 from lib.geometry import Motion, move_camera
-from lib.pictures import load_image
+from lib.images import load_image
 from lib.questions import room_questions
 from lib.rooms import COLOURS, TrueRenderer, random_room, render
 from policy import Policy

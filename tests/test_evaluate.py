@@ -20,7 +20,7 @@ from lib.common import World, read_log
 from lib.dialogue import NOTE, TOOLS, prompt_text
 from lib.endpoint import check
 from lib.geometry import Motion, pose
-from lib.pictures import save_image
+from lib.images import save_image
 from lib.predictions import keyed
 from lib.questions import text_only_chance
 from lib.rooms import TrueRenderer

@@ -21,7 +21,7 @@ from evidence_world2vlm import (
     make_questions,
 )
 from lib.rooms import FURNISHED, random_room
-from lib.rows import save_jsonl
+from lib.records import save_jsonl
 
 
 def answered(out, name, reward, exact, seed=0, seconds=100):

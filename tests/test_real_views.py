@@ -7,7 +7,7 @@ import torch
 from lib import real_views
 from lib.consistency import classify, delta_of, pose_error
 from lib.geometry import Motion, decompose, move_camera, pinhole, pose, project, unproject, visible
-from lib.pictures import save_image
+from lib.images import save_image
 from lib.pnp import pose_from_matches, three_points
 from lib.real_views import (
     INDOOR,

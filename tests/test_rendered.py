@@ -12,7 +12,7 @@ import data
 from lib import real_views
 from lib.geometry import Motion, move_camera
 from lib.motion_words import on_grid, read_actions
-from lib.pictures import load_image, save_image
+from lib.images import load_image, save_image
 from lib.rendered import (
     MARGIN,
     detections_of,
@@ -27,7 +27,7 @@ from lib.rendered import (
     turns_of,
 )
 from lib.rooms import TrueRenderer, random_room, render
-from lib.rows import SPLITS
+from lib.records import SPLITS
 from lib.transitions import ROOMS, end_pose, kinds_of, room_anchor, transitions
 from lib.world2vlm import records, room_detections
 

@@ -13,7 +13,7 @@ from evaluate import dialogues, record_of
 from lib import predictions, report
 from lib.dialogue import Trajectory, motion_in
 from lib.geometry import phrase
-from lib.pictures import save_image
+from lib.images import save_image
 from lib.questions import room_questions
 from lib.scores import summarise
 from policy import Policy

@@ -16,7 +16,7 @@ from lib.common import read_log
 from lib.dialogue import ENOUGH, Trajectory
 from lib.endpoint import RemoteError
 from lib.geometry import Motion, read_instruction
-from lib.pictures import load_image
+from lib.images import load_image
 from lib.rooms import TrueRenderer, random_room, render
 from lib.search import (
     SPACES,

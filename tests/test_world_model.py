@@ -24,7 +24,7 @@ from lib.packing import (
     sight,
     table_ids,
 )
-from lib.pictures import load_image
+from lib.images import load_image
 from world_model import (
     Words,
     WorldModel,

@@ -1,0 +1,237 @@
+"""
+Many processes that compute as one: process start, global sums, FSDP2 by hand.
+
+One process on a laptop uses no torch.distributed at all. Under torchrun (gloo on CPU, NCCL on GPUs) the same calls work
+over all ranks. Gradients are *summed* over ranks, and a loss is a local sum divided by a *global* count: so one rank
+and many give the same numbers.
+"""
+
+import contextlib
+import ctypes
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+PATIENCE = timedelta(
+    hours=6
+)  # of a rank for the others: while they sample, they share nothing for long
+
+
+class World(NamedTuple):
+    """This process among the others: `rank` of `size`, and the device it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int  # on its machine
+    device: torch.device
+
+
+def default_device() -> str:
+    """ "cuda" where there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def setup(threads: int | None = None) -> World:
+    """Start this process, alone or as one of torchrun's, and return its World.
+
+    threads   CPU threads of this process; None keeps torch's choice, or 1 among several processes
+    On a GPU there is always a process group, of one if need be: FSDP's mixed precision (bf16 arithmetic, fp32 weights
+    in the optimiser) then works on one GPU as on many.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    if threads or size > 1:
+        torch.set_num_threads(threads or 1)
+    if cuda:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        keep_freed_memory()
+    if not dist.is_initialized():
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        elif cuda:
+            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    return World(rank, size, local_rank, device)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large blocks that torch frees, for the next tensor of that size; no effect elsewhere.
+
+    By itself it gives them back to the system, which hands them out again page by page, each one filled with zeros.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(-1, 2**31 - 1)  # malloc.h: M_TRIM_THRESHOLD
+        mallopt(-2, 2**26)  # M_TOP_PAD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+
+
+def is_main() -> bool:
+    """True on rank 0: the one process that prints and writes files."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def wait_for_all() -> None:
+    """Let every rank reach this line (files that rank 0 wrote are then there for all)."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def leave() -> None:
+    """End this rank, all together: one that goes first may take down another that still listens to it.
+
+    Without Python's own teardown: DTensor's caches keep gloo's threads alive beyond destroy_process_group, and one of
+    them that then still frees a tensor asks an interpreter for its lock that is gone, and aborts a run that is done.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+# ---- numbers of all ranks --------------------------------------------------------------------------------------------
+
+
+def global_sum(x):
+    """Sum over ranks. A number comes back as a float, a tensor as a new tensor of the same shape and type."""
+    if not isinstance(x, torch.Tensor):
+        return global_sum(torch.tensor(x, dtype=torch.float64, device=default_device())).item()
+    total = x.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
+
+
+def global_max(x: float) -> float:
+    """The largest of a number over all ranks."""
+    value = torch.tensor(float(x), dtype=torch.float64, device=default_device())
+    if dist.is_initialized():
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.item()
+
+
+class Means:
+    """Means over all ranks: each rank adds sums and counts, and `read` divides the global ones.
+
+    A sum over a count, never a mean of means: ranks may have counted different numbers.
+    keys   all that may be added, so that every rank sums the same numbers in the same order
+    """
+
+    def __init__(self, keys: Iterable[str]):
+        self.sums = {key: (0.0, 0.0) for key in keys}
+
+    def add(self, key: str, total, count=1.0) -> None:
+        """Add to a key's sum and count; tensors stay on their device, without waiting for it."""
+        before = self.sums[key]
+        self.sums[key] = (before[0] + total, before[1] + count)
+
+    def add_all(self, key: str, values: Iterable) -> None:
+        """Add each of some numbers, counted once each."""
+        values = list(values)
+        self.add(key, float(sum(values)), len(values))
+
+    def read(self) -> dict[str, float]:
+        """{key: mean} (a collective); a key that counted nothing is left out."""
+        flat = [float(number) for pair in self.sums.values() for number in pair]
+        sums = torch.tensor(flat, dtype=torch.float64, device=default_device())
+        sums = global_sum(sums).view(-1, 2).tolist()  # (keys, 2)
+        return {
+            key: total / count for key, (total, count) in zip(self.sums, sums, strict=True) if count
+        }
+
+
+# ---- sharding ----------------------------------------------------------------------------------------------------------
+
+
+def shard(model: nn.Module, blocks: list, world: World, ignored: Iterable = ()) -> nn.Module:
+    """Shard each block, then the root (FSDP2). Does nothing where there is no process group.
+
+    blocks    the modules gathered one at a time, such as the decoder layers; everything else belongs to the root
+    ignored   parameters left whole on every rank: a frozen vision tower has no gradient to share, and left whole it
+              needs no collective, so ranks may see different numbers of images
+    Gradients are summed: the loss is already divided by the global count. Without the last line gloo refuses to reduce.
+    On GPUs: bf16 arithmetic, fp32 weights, fp32 gradient sums; inputs are left as they come (rotary angles and
+    diffusion times lose too much in bf16). Across machines the mesh shards inside each and replicates between them.
+    """
+    if not dist.is_initialized():
+        return model
+    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    if per_machine >= world.size:
+        shape, names = (world.size,), ("shard",)
+    else:
+        shape, names = (world.size // per_machine, per_machine), ("replicate", "shard")
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    dtype = torch.bfloat16 if world.device.type == "cuda" else None
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    ignored = set(ignored)
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+@contextlib.contextmanager
+def unsharded(model: nn.Module) -> Iterator[nn.Module]:
+    """Hold the whole model on every rank, for rollouts: ranks may then run different numbers of forward passes."""
+    wait_for_all()  # with PATIENCE; groups across machines have NCCL's ten minutes
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield model
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not model, recurse=False)
+
+
+def sum_gradients(parameters: Iterable) -> None:
+    """Sum over ranks the gradients of parameters that are whole on every rank, which FSDP leaves alone (`ignored`)."""
+    parameters = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+    if not dist.is_initialized() or not parameters:
+        return
+    for p in parameters:
+        if p.grad is None:  # all ranks sum, whatever they have seen
+            p.grad = torch.zeros_like(p)
+    flat = global_sum(
+        torch.cat([p.grad.flatten() for p in parameters])
+    )  # one collective, not one for each
+    gradients = flat.split([p.numel() for p in parameters])
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad.copy_(gradient.view_as(p))
+
+
+def clip_gradients(parameters: Iterable, max_norm: float) -> float:
+    """Scale the gradients down to a global norm of at most `max_norm`; return the norm before.
+
+    Ends the program with a sentence if it is not finite: the weights would be lost, and the next checkpoint with them.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not math.isfinite(norm):
+        raise SystemExit(
+            "The gradient is not finite. The last checkpoint is kept; give a smaller --lr and another --out."
+        )
+    return norm

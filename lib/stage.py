@@ -1,0 +1,416 @@
+"""
+What every stage does besides its work: flags with presets, its folder, whole files, the metric log, Ctrl-C.
+
+A stage's folder: the model at its top, `training/` (what resumes an interrupted run), `log.jsonl`, `args.json`,
+pictures, and `done.json` as the last file written. The same command continues an unfinished run; on a finished one it
+says so. A file is written beside its place and renamed when complete, so a killed run never leaves half a checkpoint.
+"""
+
+import argparse
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lib.distributed import default_device, global_sum, is_main, leave, wait_for_all
+
+# ---- what a person reads -----------------------------------------------------------------------------------------------
+
+
+def say(*words) -> None:
+    """Print a line, on rank 0 only, without tearing a progress bar apart."""
+    if is_main():
+        tqdm.write(" ".join(str(word) for word in words))
+
+
+def fail(sentence: str):
+    """Stop with a sentence: what came in, what was needed, what to type next."""
+    raise SystemExit(sentence)
+
+
+def progress(steps: int, start: int = 0, title: str = "") -> tqdm:
+    """A progress bar over `range(start, steps)`, silent on every rank but 0."""
+    return tqdm(
+        range(start, steps),
+        initial=start,
+        total=steps,
+        desc=title,
+        disable=not is_main(),
+        dynamic_ncols=True,
+    )
+
+
+# ---- flags ---------------------------------------------------------------------------------------------------------------
+
+
+class Flag(NamedTuple):
+    """One row of a stage's table of flags. The type is that of the defaults, or `kind` where both are None."""
+
+    name: str  # as typed, "--lr-floor"
+    tiny: Any  # default of --preset tiny
+    astra: Any  # default of --preset astra
+    help: str  # unit, and "paper" only where the number is the paper's
+    low: float | None = None  # bounds, both included
+    high: float | None = None
+    kind: type | None = None
+    choices: tuple | None = None
+    neutral: bool = False  # memory and speed only: may differ when a run goes on
+
+
+def parse_flags(doc: str, flags: list[Flag], argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line by a table of flags; what the user types wins over --preset.
+
+    A bool becomes --x / --no-x, a list takes several values. `parser` of the result says further errors in argparse's
+    way: args.parser.error("...").
+    """
+    parser = argparse.ArgumentParser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--preset", choices=("tiny", "astra"), default="tiny", help="defaults of the other flags"
+    )
+    for flag in flags:
+        add_flag(parser, flag)
+    preset = parser.parse_known_args(argv)[0].preset
+    parser.set_defaults(**{key_of(flag): getattr(flag, preset) for flag in flags})
+    args = parser.parse_args(argv)
+    args.parser = parser
+    return args
+
+
+def key_of(flag: Flag) -> str:
+    """ "--lr-floor" -> "lr_floor"."""
+    return flag.name.removeprefix("--").replace("-", "_")
+
+
+def add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
+    """One row of the table as argparse takes it."""
+    example = flag.tiny if flag.tiny is not None else flag.astra
+    if isinstance(example, bool):
+        parser.add_argument(flag.name, action=argparse.BooleanOptionalAction, help=flag.help)
+        return
+    several = {}
+    if isinstance(example, list):
+        example, several = example[0], {"nargs": "+"}
+    kind = flag.kind or (str if example is None else type(example))
+    if flag.low is not None:
+        kind = bounded(kind, flag.low, flag.high)
+    parser.add_argument(flag.name, type=kind, choices=flag.choices, help=flag.help, **several)
+
+
+def bounded(kind: type, low: float, high: float | None = None) -> Callable[[str], Any]:
+    """What argparse takes as `type` for an int or a float from `low` to `high`, both included; nan is neither."""
+
+    def number(text: str):
+        value = kind(text)
+        if not low <= value <= (math.inf if high is None else high):
+            most = "" if high is None else f", and {high} at most"
+            raise argparse.ArgumentTypeError(f"{text} is out of bounds: {low} or more{most}")
+        return value
+
+    number.__name__ = kind.__name__
+    return number
+
+
+# ---- a stage's beginning and end -----------------------------------------------------------------------------------------
+
+
+def begin(
+    title: str,
+    args: argparse.Namespace,
+    flags: list[Flag],
+    needs: Iterable[tuple[str | Path, str]] = (),
+) -> None:
+    """Say what runs, and look at args.out: finished already, begun with other flags, or free to go.
+
+    needs   (path, command that makes it) of every input
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    several = f" x {processes}" if processes > 1 else ""
+    paper = "" if args.preset == "astra" else "; the paper's run is --preset astra"
+    say(f"{title}: {args.preset} preset on {default_device()}{several}{paper}")
+    neutral = {"parser", *(key_of(flag) for flag in flags if flag.neutral)}
+    settings = {key: value for key, value in vars(args).items() if key not in neutral}
+    out = Path(args.out)
+    if (out / "done.json").exists() or (out / "training").exists():
+        compare_with_earlier_run(out, settings)
+    for path, command in needs:
+        need(path, command)
+    if is_main():
+        write_json(out / "args.json", settings)
+
+
+def compare_with_earlier_run(out: Path, settings: dict) -> None:
+    """Stop with a sentence where `out` holds a run with other flags, or one that is finished."""
+    done = None
+    try:
+        if (out / "done.json").exists():
+            done = json.loads((out / "done.json").read_text())
+        before = json.loads((out / "args.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        fail(
+            f"{out} holds a run whose args.json or done.json cannot be read. Remove {out} or give another --out."
+        )
+    changed = []
+    for key, value in settings.items():
+        if before.get(key, value) != value:  # a flag that is new since then changed nothing
+            changed.append(f"--{key.replace('_', '-')} {before[key]} (now {value})")
+    if changed:
+        fail(
+            f"{out} holds a run with {', '.join(changed)}. Give another --out, or remove {out} to start over."
+        )
+    if done:
+        say(
+            f"{out} is finished ({done['steps']} steps, {done['seconds']:.0f} s). Remove it to train again."
+        )
+        raise SystemExit(0)
+
+
+def need(path: str | Path, command: str) -> str | Path:
+    """The path of an input, or a sentence that says which command makes it. A hub id such as Qwen/Qwen3-VL passes."""
+    here = Path(path)
+    is_path = str(path).startswith(("out/", ".", "/", "~")) or str(path).count("/") != 1
+    if is_path and not here.exists():
+        fail(f"{path} is missing. `{command}` makes it.")
+    if (here / "args.json").exists() and not (here / "done.json").exists():
+        fail(f"{path} is not finished. Run `{command}` again: it continues where it stopped.")
+    return path
+
+
+def newest(stages: Iterable[str], file: str = "config.json") -> Path | None:
+    """The folder of out/<stage> or out/demo/<stage> whose `file` was written last, or None if there is none."""
+    files = [Path(root) / stage / file for root in ("out", "out/demo") for stage in stages]
+    files = [path for path in files if path.exists()]
+    return max(files, key=lambda path: path.stat().st_mtime).parent if files else None
+
+
+def finish(folder: str | Path, steps: int, clock: "Clock") -> None:
+    """Write done.json, the last file of a stage, and drop the training state that only an interrupted run needs."""
+    spent = clock.read()
+    if is_main():
+        write_json(Path(folder) / "done.json", {**spent, "steps": steps})
+        shutil.rmtree(Path(folder) / "training", ignore_errors=True)
+    say(
+        f"{folder} is complete: {steps} steps, {spent['seconds']:.0f} s, {spent['cpu_seconds']:.0f} CPU-s."
+    )
+    wait_for_all()
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Run a stage's `main`; an interrupt or a full disk outside its loop ends in a sentence, not in a traceback.
+
+    SIGTERM is an interrupt too: Ctrl-C itself is ignored by what a script has started with `&`.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with disk("what the stage was writing"):
+            main()
+            leave()
+    except KeyboardInterrupt:
+        say("Stopped. The same command goes on from what was saved.")
+        raise SystemExit(130) from None
+
+
+# ---- whole files -----------------------------------------------------------------------------------------------------------
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole: beside its place, then renamed. Folders above it are made."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".partial")
+    with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text)
+        os.replace(beside, path)
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write a JSON file whole."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def disk(path: str | Path) -> Iterator[None]:
+    """Turn a full disk, or a place that cannot be written, into a sentence.
+
+    safetensors reports a full disk as its own error, so the text counts, not the class.
+    """
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            fail(
+                f"The disk is full: {path} could not be written. What was saved before is untouched; free some space "
+                f"and run the same command again, it continues."
+            )
+        if isinstance(
+            error, (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+        ):
+            fail(f"{error.filename}: {error.strerror}. Name another file or folder.")
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """`with whole_folder(out) as part: model.save(part)`: the files appear in `folder` when all are complete.
+
+    On rank 0, which writes; the others only learn the name, so that a save may gather tensors from them.
+    """
+    folder = Path(folder)
+    part = folder / ".partial"
+    if not is_main():
+        yield part
+        return
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with disk(folder):
+            part.mkdir(parents=True)
+            yield part
+            for file in sorted(part.iterdir()):
+                os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+# ---- the metric log --------------------------------------------------------------------------------------------------------
+
+
+class MetricLog:
+    """`log.jsonl`: one JSON line per step, {"step": 12, "reward": 0.8, ...}. A resumed run writes its steps anew.
+
+    path   the file; lines of `resume_step` and later, and a line cut off by a kill, are dropped when it is opened
+    """
+
+    def __init__(self, path: str | Path, resume_step: int = 0):
+        self.path = Path(path)
+        if is_main():
+            rows = [row for row in read_log(self.path) if row["step"] < resume_step]
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(self, step: int, **metrics) -> None:
+        """Append one line; numbers keep six digits, and what is not a finite number becomes null."""
+        if not is_main():
+            return
+        row = {"step": step, **readable(metrics)}
+        with disk(self.path), open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_log(path: str | Path) -> list[dict]:
+    """The rows of a `log.jsonl`, oldest first; a last line cut off by a kill is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def readable(value):
+    """A number as a log shows it: six digits, None for nan and infinity; dicts part by part, anything else as it is."""
+    if isinstance(value, dict):
+        return {key: readable(part) for key, part in value.items()}
+    if isinstance(value, (torch.Tensor, np.generic)):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------------
+
+
+def cosine(step: int, steps: int, warmup: int = 0, floor: float = 0.0) -> float:
+    """Learning-rate factor: a linear rise to 1 over `warmup` steps, then a cosine down to `floor` at `steps`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, step: int, args: argparse.Namespace
+) -> float:
+    """Give every group of an optimiser the rate of this step, by --lr, --steps, --warmup and --lr-floor; return it."""
+    lr = args.lr * cosine(step, args.steps, args.warmup, args.lr_floor)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+class Clock:
+    """Wall and CPU seconds of a stage (all ranks together), carried over interruptions through its saved `read()`."""
+
+    def __init__(self, before: dict | None = None):
+        self.before = before or {"seconds": 0.0, "cpu_seconds": 0.0}
+        self.start = time.time()
+        self.cpu_start = time.process_time()
+
+    def read(self) -> dict[str, float]:
+        """{"seconds", "cpu_seconds"} so far (a collective)."""
+        seconds = self.before["seconds"] + time.time() - self.start
+        cpu_seconds = global_sum(time.process_time() - self.cpu_start)
+        return {
+            "seconds": round(seconds, 2),
+            "cpu_seconds": round(self.before["cpu_seconds"] + cpu_seconds, 2),
+        }
+
+
+class Stopwatch(dict):
+    """Seconds per part of a step: `with seconds("update"): ...` adds to seconds["update"]."""
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self[part] = self.get(part, 0.0) + time.perf_counter() - start
+
+
+class Interrupt:
+    """`with Interrupt() as stop:` Ctrl-C or SIGTERM only raises a flag, so that the loop can end its step and save.
+
+    A second Ctrl-C stops at once, without saving.
+    """
+
+    def __enter__(self):
+        self.flag = False
+        self.handlers = {}
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[sig] = signal.signal(sig, self.handle)
+        return self
+
+    def __exit__(self, *error):
+        for sig, handler in self.handlers.items():
+            signal.signal(sig, handler)
+
+    def handle(self, sig, frame) -> None:
+        """Signal handler: remember; on the second Ctrl-C give up at once."""
+        if self.flag and sig == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.flag = True
+        say("Stopping after this step, then saving (Ctrl-C again: at once, without saving).")
+
+    def requested(self) -> bool:
+        """True if any rank was asked to stop (a collective: call it once per step on every rank)."""
+        return global_sum(float(self.flag)) > 0
+
+    def save_or_leave(self, done: int, args: argparse.Namespace, save: Callable[[], None]) -> None:
+        """After `done` steps: `save()` where --save-every, the last step or Ctrl-C asks for it; after Ctrl-C, leave."""
+        leaving = self.requested()
+        if leaving or done % args.save_every == 0 or done == args.steps:
+            save()
+        if leaving:
+            say(f"Stopped after step {done}; saved. The same command goes on from there.")
+            raise SystemExit(130)  # so that a Makefile stops too
