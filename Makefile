@@ -12,13 +12,13 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 demo: $(VENV)/installed
-	$(VENV)/bin/python demo.py
+	$(VENV)/bin/python -m experiments demo
 
 # Hours on one core; interrupted, it goes on. Each with --list says which rows are left. The policy's start from make demo.
 evidence: $(VENV)/installed
-	$(VENV)/bin/python evidence.py
-	$(VENV)/bin/python evidence_policy.py
-	$(VENV)/bin/python evidence_world2vlm.py
+	$(VENV)/bin/python -m experiments simulator
+	$(VENV)/bin/python -m experiments policy
+	$(VENV)/bin/python -m experiments world2vlm
 
 test: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q tests

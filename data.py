@@ -4,26 +4,25 @@ Scenes into data: triples that train the world simulator, questions that train a
   python data.py triples      out/data/triples_{train,val,test}.jsonl      (context views, motion in words, target view)
   python data.py questions    out/data/questions_{train,val,test}.jsonl    multiple choice over several views
   python data.py mindcube     out/data/mindcube/                           test questions in MindCube's published layout
-  python data.py mmsi_video   out/data/mmsi_video/                         clips of test rooms in MMSI-Video-Bench's
   python data.py              what is missing of the first three: rooms, the embedded world of lib/rooms.py
   python data.py world2vlm    out/world2vlm/questions_{train,val,test}.jsonl   what a camera motion shows, as questions
   python data.py world2vlm --anchors DIR --teacher out/wm-astra       out/taught/: of what a world model shows of scans
-  python data.py world2vlm --rendered DIR     out/rendered/: of frames rendered elsewhere (lib/rendered.py)
+  python data.py world2vlm --rendered DIR     out/rendered/: of frames rendered elsewhere (extras/world2vlm/frames.py)
 
   python data.py triples --layout apart --size 64               rooms: other context cameras, larger pictures
   python data.py triples --dataset scannet --root DIR           scans: ScanNet, ScanNet++, Matterport3D, ARKitScenes,
-                                                                DL3DV or your own folder (lib/scenes.py)
+                                                                DL3DV or your own folder (extras/scans/scene.py)
   python data.py depth --root DIR                               DL3DV alone: depth and a scale, which it does not have
   python data.py quality                                        what the verification of triples catches and loses
   python data.py heldout                                        200 triples of test scans of each dataset
-  python data.py corpus --corpus sensenova --root DIR           questions of a published corpus (lib/corpora.py)
+  python data.py corpus --corpus sensenova --root DIR           questions of a published corpus (extras/scans/corpora.py)
   python data.py mine --questions FILE --policy FOLDER          those that a policy hardly ever answers right
 
 A row points at its pictures by paths relative to its JSONL file; files appear whole or not at all; the same seed gives
 the same files, whatever the number of processes; an interrupted run over scans goes on where it was.
 
 Triples (the samples of the paper's view consistency tuning): a target view is kept if the context covers at least 85 %
-of it and one motion tells how the camera got there from a context view, its reference. In scans lib/triples.py looks
+of it and one motion tells how the camera got there from a context view, its reference. In scans extras/scans/triples.py looks
 for them and verifies each. In rooms the context cameras stand in one of these layouts:
   ring       four views at one spot, each one left turn of 90 degrees further: what a small simulator learns in minutes
   shuffled   the ring in random order: which view is next to which, only the pictures tell
@@ -49,8 +48,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib import quality, real_views, simulators
-from lib.clips import clip_questions
+from extras.remote.endpoint import RemoteError
+from extras.report import real_views
+from extras.scans import quality
+from extras.scans.corpora import convert
+from extras.scans.depth import DEPTH_MODEL
+from extras.scans.make import holds_others, make_depth, make_heldout, make_scans
+from extras.scans.scene import READERS
+from extras.scans.triples import Rules
+from extras.world2vlm.frames import make_rendered
+from extras.world2vlm.questions import room_detections, with_pictures, write_motion_questions
+from extras.world2vlm.taught import make_taught
+from extras.world2vlm.transitions import ROOMS, SEEN, room_anchor, transitions
+from lib import simulators
 from lib.common import (
     at_least,
     disk,
@@ -65,8 +75,6 @@ from lib.common import (
     wait_for_all,
     write_json,
 )
-from lib.corpora import convert
-from lib.endpoint import RemoteError
 from lib.geometry import (
     Motion,
     coverage,
@@ -80,17 +88,9 @@ from lib.geometry import (
 )
 from lib.images import load_image, save_image
 from lib.questions import room_questions
-from lib.rendered import make_rendered
-from lib.rooms import EYE, SIZE, TrueRenderer, random_room, render, ring
 from lib.records import SPLITS, build, load_jsonl, save_jsonl
-from lib.scans import holds_others, make_depth, make_heldout, make_scans
-from lib.scene_depth import DEPTH_MODEL
-from lib.scenes import READERS
+from lib.rooms import EYE, SIZE, TrueRenderer, random_room, render, ring
 from lib.streams import numpy_stream, stream_seed
-from lib.taught import make_taught
-from lib.transitions import ROOMS, SEEN, room_anchor, transitions
-from lib.triples import Rules
-from lib.world2vlm import room_detections, with_pictures, write_motion_questions
 from policy import Policy, rollout
 from rewards import exact_match
 
@@ -265,7 +265,7 @@ def make_questions(out, rooms=1500, held_out=(100, 320), threads=2):
 
 
 def motion_questions(seeds, out, teacher, space=ROOMS, tries=1):
-    """All records (lib/world2vlm.py) of some rooms, which share their calls of the teacher; their pictures are saved.
+    """All records (extras/world2vlm/questions.py) of some rooms, which share their calls of the teacher; their pictures are saved.
 
     space, tries   as in `transitions`; boxes are those of the room, also where the teacher drew something else
     returns        [(records with paths for pictures and a "scene", Counter of the programs that were dropped)]
@@ -326,7 +326,7 @@ def make_world2vlm(out, teacher="truth", rooms=1000, held_out=(60, 240), threads
 
 
 def make_corpus(corpus, root, out):
-    """out/questions_train.jsonl: the questions of a published corpus (lib/corpora.py) that can be verified."""
+    """out/questions_train.jsonl: the questions of a published corpus (extras/scans/corpora.py) that can be verified."""
     out = Path(out)
     rows, left_out = convert(corpus, root, out)
     for row in rows:
@@ -485,20 +485,6 @@ def make_mindcube(out, source):
     say(f"{out}/raw/MindCube_tinybench.jsonl: {len(rows)} questions in MindCube's layout")
 
 
-def make_mmsi_video(out, rooms=40, threads=2):
-    """Clips of test rooms in the files that MMSI-Video-Bench publishes: mmsivideo.json and frames/ (lib/clips.py)."""
-    out, first = Path(out), FIRST_ROOM["test"]
-    records = build("mmsi_video", clip_questions, range(first, first + rooms), out, threads)
-    write_json(
-        out / "mmsivideo.json",
-        [{"id": f"question_{i:04}", **record} for i, record in enumerate(records)],
-    )
-    two = sum(len(record["frames_list"]) == 2 for record in records)
-    say(
-        f"{out}/mmsivideo.json: {len(records)} questions in MMSI-Video-Bench's layout, {two} about two clips"
-    )
-
-
 # ---- command line ---------------------------------------------------------------------------------------------
 
 
@@ -529,7 +515,6 @@ def parse_args(argv=None):
             "triples",
             "questions",
             "mindcube",
-            "mmsi_video",
             "world2vlm",
             "depth",
             "quality",
@@ -566,8 +551,7 @@ def parse_args(argv=None):
     rooms.add_argument(
         "--rooms",
         type=int,
-        help="rooms to train on (default 2000 for triples, 1500 for questions, "
-        "1000 for world2vlm); rooms to ask about (40 for mmsi_video)",
+        help="rooms to train on (default 2000 for triples, 1500 for questions, 1000 for world2vlm)",
     )
     rooms.add_argument(
         "--teacher",
@@ -582,7 +566,7 @@ def parse_args(argv=None):
     rendered.add_argument(
         "--rendered",
         metavar="DIR",
-        help="folders of frames with their actions; lib/rendered.py tells the layout",
+        help="folders of frames with their actions; extras/world2vlm/frames.py tells the layout",
     )
     rendered.add_argument(
         "--anchors",
@@ -600,7 +584,7 @@ def parse_args(argv=None):
     scans.add_argument(
         "--dataset",
         choices=list(READERS),
-        help="lib/scenes.py tells the layout that each has on disk",
+        help="extras/scans/scene.py tells the layout that each has on disk",
     )
     scans.add_argument("--root", help="folder of the dataset")
     scans.add_argument(
@@ -765,8 +749,6 @@ def main(argv=None):
         ensure(args.out, threads=args.threads or 2, **rooms)
     elif args.what == "mindcube":
         make_mindcube(Path(args.out) / "mindcube", Path(args.out) / "questions_test.jsonl")
-    elif args.what == "mmsi_video":
-        make_mmsi_video(Path(args.out) / "mmsi_video", threads=args.threads or 2, **rooms)
     elif args.what == "questions":
         make_questions(args.out, threads=args.threads or 2, **rooms)
     elif args.rendered:

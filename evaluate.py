@@ -3,10 +3,10 @@ How well a policy answers, in which mode, with which simulator; and how true the
 
   python evaluate.py --bench rooms                                held-out rooms: direct, forced and agentic, one table
   python evaluate.py --bench rooms --mode agentic --simulator tuned untuned truth
-  python evaluate.py --bench mindcube --data path/to/data         MindCube (lib/benchmarks.py says what to fetch)
+  python evaluate.py --bench mindcube --data path/to/data         MindCube (extras/benches/rules.py says what to fetch)
   python evaluate.py --bench world2vlm                            World2VLM's eight tasks, by their rewards
   python evaluate.py --bench wm                                   the simulator itself: is the view the commanded one?
-  python evaluate.py --bench wm --data out/heldout                the same in scans (lib/real_views.py)
+  python evaluate.py --bench wm --data out/heldout                the same in scans (extras/report/real_views.py)
   torchrun --standalone --nproc_per_node 8 evaluate.py …          the same numbers; every process asks its share
 
 In: the newest policy and simulator of out/ and out/demo/, the newer of out/data and out/demo/data.
@@ -18,11 +18,11 @@ Modes: direct has no tool; forced must imagine before it answers; agentic is fre
 (but for MMSI-Video-Bench, whose own are complete), and a dialogue whose answer the protocol never accepted is wrong.
 official is direct in the words of MindCube (raw_qa), MMSI-Bench, SAT or VSI-Bench, which want a bare answer: a letter,
 of MindCube a letter and its words, of SAT an option's words alone. Published numbers stand beside that one, the gain of
-imagining beside direct. search and gate are baselines that need no training (lib/search.py): a beam search over
+imagining beside direct. search and gate are baselines that need no training (extras/report/search.py): a beam search over
 imagined views, a vote on whether to imagine. Decoding is greedy. A question whose images cannot be read is counted as
 wrong and reported, and asked again by the next run; a duplicate id is asked again and reported: nothing leaves the
 denominator but a question without a gold answer. Beside the accuracy stands what a question took: views, turns of the
-policy, tokens, seconds. lib/scores.py makes the numbers, lib/diagnosis.py says in rooms why an answer is right or
+policy, tokens, seconds. lib/scores.py makes the numbers, extras/report/diagnosis.py says in rooms why an answer is right or
 wrong.
 """
 
@@ -38,9 +38,8 @@ from tqdm import tqdm
 
 import data
 import rewards
-from lib import common, consistency, predictions, real_views, report, search, simulators, tables
-from lib.benchmark_files import FRAMES
-from lib.benchmarks import (
+from extras.benches.files import FRAMES
+from extras.benches.rules import (
     BENCHES,
     LISTED_ONLY,
     error_group,
@@ -52,11 +51,14 @@ from lib.benchmarks import (
     reply,
     score,
 )
-from lib.clients import RemotePolicy, converse, shown, words
-from lib.diagnosis import diagnose, tally
+from extras.remote.client import RemotePolicy, converse, shown, words
+from extras.remote.endpoint import RemoteError
+from extras.report import real_views, report, search
+from extras.report.diagnosis import diagnose, tally
+from lib import common, consistency, predictions, simulators, tables
 from lib.dialogue import NOTE, Trajectory
-from lib.endpoint import RemoteError
 from lib.geometry import move_camera
+from lib.images import figure_image
 from lib.predictions import digest, keyed
 from lib.questions import text_only_chance
 from lib.scores import TOOLLESS, chance, summarise
@@ -327,7 +329,7 @@ def dose_rows(rows, rooms):
 
 
 def instruments(args, rows, device):
-    """What measures views of scans -> (match, detect or None, ask or None), see lib/real_views.py.
+    """What measures views of scans -> (match, detect or None, ask or None), see extras/report/real_views.py.
 
     Stops with a sentence where a pose cannot be found; says so where only content cannot.
     """

@@ -37,15 +37,15 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 from transformers.utils import cached_file, logging
 
+from extras.remote.client import NO_VIEW, imagine_each
+from extras.world2vlm.words import PIECES
 from lib import simulators
-from lib.clients import NO_VIEW, imagine_each
 from lib.common import at_least, fail, newest, run
 from lib.dialogue import NO_SIMULATOR, NOTE, PAD, PHRASES, Trajectory
-from lib.motion_words import PIECES
 from lib.images import load_image
 from lib.rollout import Writer
 from lib.streams import stream_seed, torch_stream
-from lib.tokenizer import tiny_tokenizer
+from lib.tiny import tiny_tokenizer
 
 logging.disable_progress_bar()  # of loading and saving: seconds at most, inside our own bars
 

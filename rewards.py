@@ -20,8 +20,8 @@ import math
 
 import torch
 
-from lib.benchmarks import option_letter
-from lib.motion_words import read_actions, read_box, read_truth
+from extras.benches.rules import option_letter
+from extras.world2vlm.words import read_actions, read_box, read_truth
 
 LAMBDA_FMT = 0.5  # worth of a dialogue in good form, half a right answer
 LAMBDA_USE = 0.02  # worth of looking at all
@@ -116,7 +116,7 @@ FULL = 1 - 1e-6  # a total above it is 1 up to rounding
 def world2vlm(task, answer, response):
     """Score a response to one of the tasks A1-A4, D1-D4 (arXiv 2604.26934, Stage II) by the paper's equations.
 
-    answer     the reference, as lib/motion_words.py writes it: "move left 0.5 meters; turn left 20 degrees", "true",
+    answer     the reference, as extras/world2vlm/words.py writes it: "move left 0.5 meters; turn left 20 degrees", "true",
                "[48, 558, 226, 681]"
     response   what stands between <answer> and </answer>, thoughts are free (ours); None for nothing. Whatever
                it is, it raises nothing

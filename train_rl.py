@@ -15,7 +15,7 @@ Reinforcement learning of the policy with the simulator in the loop: GRPO in two
   World2VLM    python train_rl.py --task world2vlm   # out/w2v, out/world2vlm -> out/w2v-rl: its second stage
   resume       the same command
 
-Ablations of the reward (evidence_policy.py), as long as the 12 + 60 steps of both phases, each with its own --out:
+Ablations of the reward (experiments/policy.py), as long as the 12 + 60 steps of both phases, each with its own --out:
   usage-only          --phase 1 --steps 72                           no gain term
   match-only          --phase 1 --steps 72 --lambda-use 0            neither
   single-stage        --phase 2 --steps 72 --policy out/sft          all terms from the start
@@ -39,12 +39,12 @@ import torch
 from torch.nn import functional as F
 
 import rewards
+from extras.remote.endpoint import RemoteError
 from lib import checkpoints, common, simulators
 from lib.common import total
 from lib.dialogue import Trajectory
-from lib.endpoint import RemoteError
-from lib.rl_log import by_need, by_task, draw_curves, rollout_totals
 from lib.records import load_jsonl
+from lib.rl_log import by_need, by_task, draw_curves, rollout_totals
 from lib.streams import rows_of_step, stream_seed, torch_stream
 from policy import Policy, collate, prompt_of, rollout, token_logprobs
 

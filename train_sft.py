@@ -54,14 +54,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from extras.world2vlm.words import INVERSE, TASKS
 from lib import checkpoints, common
 from lib.dialogue import Trajectory
-from lib.lora import QWEN_LAYERS, add_lora, merged
-from lib.motion_words import INVERSE, TASKS
 from lib.images import load_image
+from lib.lora import QWEN_LAYERS, add_lora, merged
 from lib.questions import ASKS
-from lib.rooms import COLOURS
 from lib.records import load_jsonl
+from lib.rooms import COLOURS
 from lib.streams import numpy_stream, rows_of_step, stream_seed
 from policy import Policy, collate, rollout, token_logprobs
 from rewards import FULL, world2vlm

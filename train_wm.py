@@ -36,8 +36,8 @@ from lib import checkpoints, common, lora
 from lib.bagel import LATENT_PATCH, MAX_IMAGES, token_grid
 from lib.bagel_files import patchify, resize, to_pixels
 from lib.geometry import Motion, Query, instruction, phrase
-from lib.packing import Latent, Pack, Text, View, pack
 from lib.images import on_white
+from lib.packing import Latent, Pack, Text, View, pack
 from lib.records import load_jsonl
 from lib.streams import torch_stream
 from world_model import WorldModel, clean

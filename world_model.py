@@ -10,7 +10,7 @@ It is trained by flow matching: x_t = (1 - t) x0 + t eps, v = eps - x0, t = 1 is
 by Euler steps from t = 1 to t = 0, the context read once into a cache, guided away from "no sentence" and "no images".
 
   python world_model.py --images a.png b.png --reference 2 --motion "turn left 30 degrees" --out view.png
-  python world_model.py --serve 8000          an endpoint that many can share (lib/serve.py)
+  python world_model.py --serve 8000          an endpoint that many can share (extras/remote/serve.py)
 """
 
 import argparse
@@ -33,8 +33,8 @@ from lib.bagel_files import resize, to_images, to_pixels, unpatchify
 from lib.checkpoints import contents
 from lib.common import at_least, fail, newest, run, say
 from lib.geometry import Query, instruction, read_phrase, renumbered, select_context
-from lib.packing import table_ids
 from lib.images import load_image
+from lib.packing import table_ids
 from lib.streams import stream_seed
 
 TINY = Settings(
@@ -256,7 +256,7 @@ class WorldModel:
     @classmethod
     def tiny(cls, seed=0, size=32, **changes):
         """About 2 M parameters for size x size pictures, random weights; `changes` are fields of Settings."""
-        from lib.tokenizer import tiny_tokenizer
+        from lib.tiny import tiny_tokenizer
 
         tokenizer, settings = (
             tiny_tokenizer(),
@@ -508,7 +508,7 @@ def parse_args(argv=None):
         "--serve",
         type=int,
         metavar="PORT",
-        help="answer requests until Ctrl-C instead (lib/serve.py)",
+        help="answer requests until Ctrl-C instead (extras/remote/serve.py)",
     )
     p.add_argument(
         "--host",
@@ -540,7 +540,7 @@ def main(argv=None):
         if args.steps is not None:
             model.settings = dataclasses.replace(model.settings, steps=args.steps)
         if args.serve is not None:
-            from lib.serve import serve  # an HTTP server, which imagining does not need
+            from extras.remote.serve import serve
 
             return serve(model, args.serve, args.host)
         view = model.imagine([Query(images, args.reference, sentence, args.seed)])[0]

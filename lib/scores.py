@@ -10,8 +10,8 @@ from collections import Counter
 
 import numpy as np
 
-from lib import benchmarks
-from lib.benchmarks import LISTED_ONLY, group_weights, weights
+from extras.benches import rules as benchmarks
+from extras.benches.rules import LISTED_ONLY, group_weights, weights
 from lib.streams import numpy_stream
 
 STRATA = {"needs_view": True, "answerable": False}

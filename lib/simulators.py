@@ -8,14 +8,14 @@ A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`
   reprojection  the given views as a point cloud, looked at from the commanded pose (rooms only: it needs depth)
   truth         the true renderer (rooms only)
   none          no simulator: a call is answered by a sentence
-  http://…      a server of image edits, such as `python world_model.py --serve 8000` (lib/clients.py)
+  http://…      a server of image edits, such as `python world_model.py --serve 8000` (extras/remote/client.py)
   anything else is the folder or hub id of a world model
 """
 
 import numpy as np
 import torch
 
-from lib.clients import RemoteSimulator
+from extras.remote.client import RemoteSimulator
 from lib.common import fail, newest
 from lib.geometry import fill_holes, move_camera, pinhole, project, read_instruction, unproject
 from lib.rooms import TrueRenderer, random_room, render

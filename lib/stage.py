@@ -92,7 +92,7 @@ def parse_flags(doc: str, flags: list[Flag], argv: list[str] | None = None) -> a
 
 
 def key_of(flag: Flag) -> str:
-    """ "--lr-floor" -> "lr_floor"."""
+    """The attribute of a flag: "--lr-floor" -> "lr_floor"."""
     return flag.name.removeprefix("--").replace("-", "_")
 
 

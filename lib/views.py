@@ -1,7 +1,7 @@
 """
 The simulator's own bench on disk: triples with their pictures, and the views that a simulator gives for them.
 
-`evaluate.py --bench wm` and the evidence measure these (lib/consistency.py, lib/real_views.py).
+`evaluate.py --bench wm` and the evidence measure these (lib/consistency.py, extras/report/real_views.py).
 """
 
 import hashlib
@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from extras.remote.endpoint import RemoteError
 from lib import common
-from lib.endpoint import RemoteError
 from lib.geometry import Motion, Query, instruction
 from lib.images import save_image
 from lib.records import load_jsonl

@@ -1,4 +1,4 @@
-"""bench.py, and the fast sampler against the straightforward one of tests/naive.py. `pytest tests/test_bench.py`"""
+"""bench.py, and the fast sampler against the straightforward one of bench/naive.py. `pytest tests/test_bench.py`"""
 
 import json
 
@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
 import policy as policy_file
+from bench import __main__ as bench
+from bench import gpu as gpu_speed
+from bench import naive
+from bench import policy as policy_speed
+from bench import wm as wm_speed
 from lib import budget
 from lib.geometry import Query
 from policy import Policy, collate, rollout, token_logprobs
-from tests import gpu_speed, naive, policy_speed, wm_speed
 from world_model import MAX_TOKENS, WorldModel
 
 GUIDED = {"text_scale": 3.0, "image_scale": 2.0}

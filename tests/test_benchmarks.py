@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 import rewards
-from lib import benchmark_files as files
-from lib.benchmark_files import (
+from extras.benches import files
+from extras.benches.files import (
     MMSI_TYPES,
     SAT_GROUPS,
     VIDEO_TYPES,
@@ -31,7 +31,7 @@ from lib.benchmark_files import (
     sample_frames,
     split_options,
 )
-from lib.benchmarks import (
+from extras.benches.rules import (
     chance,
     easi_letter,
     error_group,

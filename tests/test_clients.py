@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from mirror import Mirror
 
-from lib import clients
-from lib.bagel import MAX_IMAGES
-from lib.clients import (
+from extras.remote import client as clients
+from extras.remote.client import (
     NO_VIEW,
     ONE_CALL,
     UNREADABLE_HERE,
@@ -25,6 +24,9 @@ from lib.clients import (
     read_picture,
     turn_text,
 )
+from extras.remote.endpoint import Endpoint, RemoteError, seconds_of, sentence_of
+from extras.remote.serve import read_form
+from lib.bagel import MAX_IMAGES
 from lib.dialogue import (
     CALL_FIRST,
     ENOUGH,
@@ -36,9 +38,7 @@ from lib.dialogue import (
     parse_turn,
     prompt_text,
 )
-from lib.endpoint import Endpoint, RemoteError, seconds_of, sentence_of
 from lib.geometry import Query, read_instruction
-from lib.serve import read_form
 from lib.streams import stream_seed
 from world_model import select_context
 

@@ -5,12 +5,13 @@ import re
 from collections import Counter, defaultdict
 from itertools import permutations
 
+import clips
 import numpy as np
 import pytest
 
 import data
 import evaluate
-from lib import benchmarks, clips
+from extras.benches import rules as benchmarks
 from lib.geometry import Motion, Query, dominant_motion, instruction, move_camera, pose
 from lib.questions import facts, text_only_chance
 from lib.rooms import EYE, random_room, render
@@ -24,7 +25,7 @@ ROOMS = range(3_000_000, 3_000_016)
 def made(tmp_path_factory):
     """(folder, its questions as the bench's reader gives them)."""
     out = tmp_path_factory.mktemp("clips")
-    data.make_mmsi_video(out, rooms=len(ROOMS), threads=1)
+    clips.make_mmsi_video(out, rooms=len(ROOMS), threads=1)
     return out, benchmarks.load("mmsi_video", out)
 
 
@@ -118,7 +119,7 @@ def test_options_differ_and_an_oracle_is_right(made):
 
 
 def test_the_same_files_whatever_the_number_of_processes(made, tmp_path):
-    data.make_mmsi_video(tmp_path, rooms=4, threads=2)
+    clips.make_mmsi_video(tmp_path, rooms=4, threads=2)
     count = sum(f"/{seed}.mp4" in q["cluster"] for seed in ROOMS[:4] for q in made[1])
     few, all_of_them = (
         json.loads((place / "mmsivideo.json").read_text()) for place in (tmp_path, made[0])

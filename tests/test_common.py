@@ -123,8 +123,8 @@ def test_interrupt_only_raises_a_flag(capsys):
         assert not stop.requested()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested()
-    with pytest.raises(SystemExit) as left:
-        stop.leave(5)
+        with pytest.raises(SystemExit) as left:
+            stop.save_or_leave(5, argparse.Namespace(save_every=100, steps=9), lambda: None)
     assert left.value.code == 130 and "The same command goes on" in capsys.readouterr().out
 
 

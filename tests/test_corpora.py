@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import data
-from lib.corpora import read_question
+from extras.scans.corpora import read_question
 from policy import Policy
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import data
+from extras.world2vlm.words import TASKS
 from lib import questions
 from lib.geometry import (
     Motion,
@@ -16,10 +17,9 @@ from lib.geometry import (
     move_camera,
     read_instruction,
 )
-from lib.motion_words import TASKS
 from lib.images import load_image, save_image
-from lib.rooms import TrueRenderer, random_room, render
 from lib.records import SPLITS, save_jsonl
+from lib.rooms import TrueRenderer, random_room, render
 from rewards import world2vlm
 
 ROOMS = 24

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lib.diagnosis import CASES, diagnose, reads, tally, true_views
+from extras.report.diagnosis import CASES, diagnose, reads, tally, true_views
 from lib.dialogue import Trajectory
 from lib.geometry import Motion, move_camera
 from lib.images import load_image

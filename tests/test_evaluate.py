@@ -15,10 +15,11 @@ from test_real_views import Matcher, detect, triples
 import data
 import evaluate
 from evaluate import chance, evaluate_policy, main, parse_args, score, summarise
-from lib import consistency, predictions, real_views, report, views
+from extras.remote.endpoint import check
+from extras.report import real_views, report
+from lib import consistency, predictions, views
 from lib.common import World, read_log
 from lib.dialogue import NOTE, TOOLS, prompt_text
-from lib.endpoint import check
 from lib.geometry import Motion, pose
 from lib.images import save_image
 from lib.predictions import keyed

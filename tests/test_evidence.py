@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import data
-import evidence
 import train_wm
-from evidence import DATA, RUNS, Run
+from experiments import simulator as evidence
+from experiments.simulator import DATA, RUNS, Run
 from world_model import WorldModel
 
 ROOMS = np.repeat(np.arange(20), 5)

@@ -5,9 +5,9 @@ import json
 import pytest
 
 import evaluate
-import evidence_policy
 import train_rl
-from evidence_policy import RUNS, Run, commands
+from experiments import policy as evidence_policy
+from experiments.policy import RUNS, Run, commands
 
 
 def answered(out, name, right, called, seed=0):

@@ -5,11 +5,11 @@ import json
 import pytest
 
 import evaluate
-import evidence_world2vlm
 import train_rl
 import train_sft
 from data import load_jsonl
-from evidence_world2vlm import (
+from experiments import world2vlm as evidence_world2vlm
+from experiments.world2vlm import (
     DATA,
     RUNS,
     Data,
@@ -20,8 +20,8 @@ from evidence_world2vlm import (
     given,
     make_questions,
 )
-from lib.rooms import FURNISHED, random_room
 from lib.records import save_jsonl
+from lib.rooms import FURNISHED, random_room
 
 
 def answered(out, name, reward, exact, seed=0, seconds=100):
@@ -294,5 +294,5 @@ def test_a_finished_row_is_kept_and_one_of_other_commands_refused(tmp_path, monk
         evidence_world2vlm.finish(Run("start", of="sft"), 0, tmp_path)
     with pytest.raises(SystemExit, match="--list"):
         evidence_world2vlm.main(["--out", str(tmp_path), "--only", "nothing"])
-    with pytest.raises(SystemExit, match="python evidence.py --only fine-plain"):
+    with pytest.raises(SystemExit, match="python -m experiments simulator --only fine-plain"):
         evidence_world2vlm.finish(Run("drift-tuned", drift="fine-plain-s0"), 0, tmp_path / "below")

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from lib.geometry import Motion, move_camera, pinhole, pose, warp
-from lib.quality import (
+from extras.scans.quality import (
     THRESHOLDS,
     agreement,
     box,
@@ -23,6 +22,7 @@ from lib.quality import (
     table,
     verify,
 )
+from lib.geometry import Motion, move_camera, pinhole, pose, warp
 
 SIZE, ROOMS = 64, range(6_600_000, 6_600_004)
 TRIPLES = [room_triple(room, SIZE) for room in ROOMS]

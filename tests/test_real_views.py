@@ -4,12 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from lib import real_views
-from lib.consistency import classify, delta_of, pose_error
-from lib.geometry import Motion, decompose, move_camera, pinhole, pose, project, unproject, visible
-from lib.images import save_image
-from lib.pnp import pose_from_matches, three_points
-from lib.real_views import (
+from extras.report import real_views
+from extras.report.pnp import pose_from_matches, three_points
+from extras.report.real_views import (
     INDOOR,
     categories,
     compare,
@@ -19,8 +16,11 @@ from lib.real_views import (
     object_agreement,
     recover_pose,
 )
+from extras.scans.triples import thousandths
+from lib.consistency import classify, delta_of, pose_error
+from lib.geometry import Motion, decompose, move_camera, pinhole, pose, project, unproject, visible
+from lib.images import save_image
 from lib.rooms import COLOURS, EYE, random_room, render
-from lib.triples import thousandths
 
 SIZE, K = 96, pinhole(96)
 ROOM = random_room(1)

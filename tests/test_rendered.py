@@ -9,11 +9,8 @@ import pytest
 from PIL import Image
 
 import data
-from lib import real_views
-from lib.geometry import Motion, move_camera
-from lib.motion_words import on_grid, read_actions
-from lib.images import load_image, save_image
-from lib.rendered import (
+from extras.report import real_views
+from extras.world2vlm.frames import (
     MARGIN,
     detections_of,
     done_by,
@@ -26,10 +23,13 @@ from lib.rendered import (
     space_of,
     turns_of,
 )
-from lib.rooms import TrueRenderer, random_room, render
+from extras.world2vlm.questions import records, room_detections
+from extras.world2vlm.transitions import ROOMS, end_pose, kinds_of, room_anchor, transitions
+from extras.world2vlm.words import on_grid, read_actions
+from lib.geometry import Motion, move_camera
+from lib.images import load_image, save_image
 from lib.records import SPLITS
-from lib.transitions import ROOMS, end_pose, kinds_of, room_anchor, transitions
-from lib.world2vlm import records, room_detections
+from lib.rooms import TrueRenderer, random_room, render
 
 K = np.array([[16, 0, 16], [0, 16, 16], [0, 0, 1.0]])
 

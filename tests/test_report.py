@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from evaluate import dialogues, record_of
-from lib import predictions, report
+from extras.report import report
+from lib import predictions
 from lib.dialogue import Trajectory, motion_in
 from lib.geometry import phrase
 from lib.images import save_image

@@ -15,11 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.geometry import coverage, decompose, dominant_motion, pinhole, warp
-from lib.rooms import random_room, render
-from lib.scans import write_folder
-from lib.scene_depth import depth_network, disagreement, estimate_depth, scale_of
-from lib.scenes import (
+from extras.scans.depth import depth_network, disagreement, estimate_depth, scale_of
+from extras.scans.make import write_folder
+from extras.scans.scene import (
     OPENGL,
     READERS,
     collect,
@@ -29,6 +27,8 @@ from lib.scenes import (
     scaled,
     scene_ids,
 )
+from lib.geometry import coverage, decompose, dominant_motion, pinhole, warp
+from lib.rooms import random_room, render
 
 SEED, SIZE, ROWS, COLUMNS = 4, 80, slice(20, 68), slice(5, 69)
 WIDTH, HEIGHT = 64, 48

@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 
+from extras.benches.files import VIDEO_TYPES
+from extras.benches.rules import groups
 from lib import tables
-from lib.benchmark_files import VIDEO_TYPES
-from lib.benchmarks import groups
 from lib.scores import gain_over, interval, paired_bootstrap, summarise
 
 

@@ -10,15 +10,10 @@ from test_clients import QUICK, Fake, says
 
 import data
 import evaluate
-from lib import search
-from lib.clients import RemotePolicy, png
-from lib.common import read_log
-from lib.dialogue import ENOUGH, Trajectory
-from lib.endpoint import RemoteError
-from lib.geometry import Motion, read_instruction
-from lib.images import load_image
-from lib.rooms import TrueRenderer, random_room, render
-from lib.search import (
+from extras.remote.client import RemotePolicy, png
+from extras.remote.endpoint import RemoteError
+from extras.report import search
+from extras.report.search import (
     SPACES,
     Run,
     Tree,
@@ -32,7 +27,12 @@ from lib.search import (
     standpoint,
     told,
 )
-from lib.transitions import end_pose
+from extras.world2vlm.transitions import end_pose
+from lib.common import read_log
+from lib.dialogue import ENOUGH, Trajectory
+from lib.geometry import Motion, read_instruction
+from lib.images import load_image
+from lib.rooms import TrueRenderer, random_room, render
 from policy import Policy, collate, token_logprobs
 from train_sft import call_parts
 

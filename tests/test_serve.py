@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lib.clients import RemoteSimulator, multipart, png, read_picture
-from lib.endpoint import RemoteError
+from extras.remote.client import RemoteSimulator, multipart, png, read_picture
+from extras.remote.endpoint import RemoteError
+from extras.remote.serve import PATH, Server, read_form, serve
 from lib.geometry import Motion, Query, instruction
-from lib.serve import PATH, Server, read_form, serve
 from world_model import WorldModel
 
 QUICK = {"timeout": 10.0, "tries": 3, "backoff": 0.01, "longest_wait": 0.05, "patience": 5.0}

@@ -5,9 +5,9 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
+from extras.world2vlm.words import PIECES, PROMPTS
 from lib.geometry import KINDS, Motion, instruction
-from lib.motion_words import PIECES, PROMPTS
-from lib.tokenizer import SPECIAL, TAGS, WORDS, tiny_tokenizer
+from lib.tiny import SPECIAL, TAGS, WORDS, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

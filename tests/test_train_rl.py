@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import rewards
 import train_rl
+from extras.remote.client import RemoteSimulator
+from extras.remote.endpoint import RemoteError
 from lib import common, rl_log, streams
-from lib.clients import RemoteSimulator
-from lib.endpoint import RemoteError
 from policy import Policy, Trajectory
 
 # ---------------------------------------------------------------- the loss

@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 
 import data
-from lib.geometry import Motion, decompose, dominant_motion, move_camera, pose
-from lib.scans import places_of, sides_of, split_of, write_folder
-from lib.scenes import read_scene, room_scene
-from lib.triples import (
+from extras.scans.make import places_of, sides_of, split_of, write_folder
+from extras.scans.scene import read_scene, room_scene
+from extras.scans.triples import (
     Rules,
     Summary,
     apart,
@@ -24,6 +23,7 @@ from lib.triples import (
     thousandths,
     write_triples,
 )
+from lib.geometry import Motion, decompose, dominant_motion, move_camera, pose
 
 UP = np.array([0.0, -1.0, 0.0])
 SMALL = Rules(size=64, frames=40, contexts=2, targets=3)

@@ -11,21 +11,20 @@ import pytest
 
 import rewards
 from data import FINE
-from lib.consistency import classify
-from lib.geometry import Motion, matrix, pinhole, pose, project, read_instruction
-from lib.motion_words import (
-    BOX,
-    PROMPTS,
-    TASKS,
-    action_text,
-    box_text,
-    claim_text,
-    program_text,
-    read_actions,
-    read_box,
+from extras.world2vlm.questions import (
+    Detection,
+    balanced,
+    blind_column,
+    clear,
+    false_claim,
+    image_detections,
+    records,
+    room_detections,
+    validate,
+    validated,
+    write_motion_questions,
 )
-from lib.rooms import COLOURS, EYE, TrueRenderer, random_room, render
-from lib.transitions import (
+from extras.world2vlm.transitions import (
     MOVES,
     PAPER,
     ROOMS,
@@ -45,19 +44,20 @@ from lib.transitions import (
     room_anchor,
     transitions,
 )
-from lib.world2vlm import (
-    Detection,
-    balanced,
-    blind_column,
-    clear,
-    false_claim,
-    image_detections,
-    records,
-    room_detections,
-    validate,
-    validated,
-    write_motion_questions,
+from extras.world2vlm.words import (
+    BOX,
+    PROMPTS,
+    TASKS,
+    action_text,
+    box_text,
+    claim_text,
+    program_text,
+    read_actions,
+    read_box,
 )
+from lib.consistency import classify
+from lib.geometry import Motion, matrix, pinhole, pose, project, read_instruction
+from lib.rooms import COLOURS, EYE, TrueRenderer, random_room, render
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
 
@@ -507,7 +507,8 @@ def test_the_way_keeps_a_tenth_of_a_metre(monkeypatch):
         ((), lambda gap: (room.width / 2 - gap, 0)),
     ):
         monkeypatch.setattr(
-            "lib.transitions.random_room", lambda seed, things=things: replace(room, things=things)
+            "extras.world2vlm.transitions.random_room",
+            lambda seed, things=things: replace(room, things=things),
         )
         ways = []
         for gap in (0.3, 0.05):

@@ -14,6 +14,7 @@ import world_model
 from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, Settings
 from lib.bagel_files import PixelLatents, patchify, resized, unpatchify
 from lib.geometry import Query
+from lib.images import load_image
 from lib.packing import (
     Latent,
     Text,
@@ -24,7 +25,6 @@ from lib.packing import (
     sight,
     table_ids,
 )
-from lib.images import load_image
 from world_model import (
     Words,
     WorldModel,

@@ -1,18 +1,18 @@
 """
-Speed of the fast paths, as ratios to the straightforward way (tests/naive.py) in the same run.
+Speed of the fast paths, as ratios to the straightforward way (bench/naive.py) in the same run.
 
-  python bench.py wm                   the world model on two CPU cores: 10 minutes, with nothing else on the machine
-  python bench.py wm --quick           the same at toy size, in seconds: shows that it runs, measures nothing
-  python bench.py rollout              dialogues of the policy, two calls each, against `generate` every turn: a minute
-  python bench.py grpo --against trl   a GRPO step against TRL's, where TRL is installed: 3 minutes
-  python bench.py memory --preset astra               what each of 8, 16, 64 GPUs holds, counted: seconds, no GPU
-  python bench.py data                 triples of a scan: seconds per scan, and how they grow with its frames: 3 minutes
+  python -m bench wm                   the world model on two CPU cores: 10 minutes, with nothing else on the machine
+  python -m bench wm --quick           the same at toy size, in seconds: shows that it runs, measures nothing
+  python -m bench rollout              dialogues of the policy, two calls each, against `generate` every turn: a minute
+  python -m bench grpo --against trl   a GRPO step against TRL's, where TRL is installed: 3 minutes
+  python -m bench memory --preset astra               what each of 8, 16, 64 GPUs holds, counted: seconds, no GPU
+  python -m bench data                 triples of a scan: seconds per scan, and how they grow with its frames: 3 minutes
 
 One GPU, the published shapes, no files needed (tests/gpu_speed.py):
-  python bench.py wm --preset astra --random-init          seconds per view and MFU: 5 minutes
-  python bench.py rollout --preset astra --random-init     prefill and decoding against the memory's bound: 5 minutes
-  python bench.py train_wm --preset astra                  an update of the simulator, with as many layers as fit
-  python bench.py train_rl --preset astra                  an update of the policy by GRPO, the same
+  python -m bench wm --preset astra --random-init          seconds per view and MFU: 5 minutes
+  python -m bench rollout --preset astra --random-init     prefill and decoding against the memory's bound: 5 minutes
+  python -m bench train_wm --preset astra                  an update of the simulator, with as many layers as fit
+  python -m bench train_rl --preset astra                  an update of the policy by GRPO, the same
 
 Prints tables for a reader; the last line is one JSON object for a program. How each is measured stands in
 tests/wm_speed.py, policy_speed.py and gpu_speed.py.
@@ -29,14 +29,16 @@ import numpy as np
 
 import train_rl
 import train_wm
+from bench import gpu as gpu_speed
+from bench import policy as policy_speed
+from bench import wm as wm_speed
+from extras.scans.make import write_folder
+from extras.scans.scene import read_scene, room_scene
+from extras.scans.triples import Rules, find_triples, write_triples
 from lib import budget
 from lib.bagel_files import resized
 from lib.common import run
-from lib.scans import write_folder
-from lib.scenes import read_scene, room_scene
-from lib.triples import Rules, find_triples, write_triples
 from policy import HEAD_TOKENS, Policy
-from tests import gpu_speed, policy_speed, wm_speed
 from world_model import MAX_TOKENS, WorldModel
 
 # ---------------------------------------------------------------- bench.py memory
@@ -233,7 +235,7 @@ def parse_args(argv=None):
             "--preset",
             choices=("tiny", "astra"),
             default="tiny",
-            help="tiny: against tests/naive.py on the CPU; astra: the published size on one GPU",
+            help="tiny: against bench/naive.py on the CPU; astra: the published size on one GPU",
         )
         sampler.add_argument(
             "--model", help="folder of a checkpoint (default of tiny: random weights)"

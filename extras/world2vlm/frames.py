@@ -38,15 +38,21 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from lib import real_views
+from extras.report import real_views
+from extras.scans.make import split_of
+from extras.world2vlm.questions import (
+    Detection,
+    by_label,
+    image_detections,
+    records,
+    write_motion_questions,
+)
+from extras.world2vlm.transitions import MOVES, TURNS, Space, Transition, is_view, kinds_of
+from extras.world2vlm.words import GRID, on_grid
 from lib.common import fail, say
 from lib.geometry import TABLE, Motion, move_camera, phrase
-from lib.motion_words import GRID, on_grid
 from lib.records import SPLITS, build
-from lib.scans import split_of
 from lib.streams import numpy_stream
-from lib.transitions import MOVES, TURNS, Space, Transition, is_view, kinds_of
-from lib.world2vlm import Detection, by_label, image_detections, records, write_motion_questions
 
 NEAR = 0.02  # of the grid's step, that is 2 mm and 0.2 degrees: sums of rounded steps are so near
 KIND = {(axis, sign): kind for kind, (_, _, axis, sign) in TABLE.items()}
@@ -357,13 +363,13 @@ def rendered_folders(root):
     folders = sorted(path.parent for path in Path(root).rglob("actions.json"))
     if not folders:
         raise ValueError(
-            f"{root} holds no folder with an actions.json; lib/rendered.py tells the layout."
+            f"{root} holds no folder with an actions.json; extras/world2vlm/frames.py tells the layout."
         )
     return folders
 
 
 def space_of(folders):
-    """The Space (lib/transitions.py) that false claims are drawn from: the patterns of the folders' own programs, with
+    """The Space (extras/world2vlm/transitions.py) that false claims are drawn from: the patterns of the folders' own programs, with
     the amounts that occur in them and how often. Broken folders are skipped: `read_rendered` names them."""
     often = {}
     for folder in folders:
@@ -433,7 +439,7 @@ def rendered_part(folder, out, root, space, detect=None):
 
 
 def make_rendered(out, root, detector=None, threads=2):
-    """World2VLM's questions about frames that another program rendered (lib/rendered.py), split by place.
+    """World2VLM's questions about frames that another program rendered (extras/world2vlm/frames.py), split by place.
 
     detector   folder or hub id of a GroundingDINO, for folders without boxes; None: those get A1 to A4 alone
     A folder that cannot be used is named; the rest goes on. Pictures stay where they are.

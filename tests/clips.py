@@ -19,13 +19,17 @@ and objects are called by their colour.
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
+from data import FIRST_ROOM
 from lib.geometry import Motion, move_camera, phrase, pose
 from lib.images import save_image
 from lib.questions import choose, facts
+from lib.records import build
 from lib.rooms import EYE, SIZE, random_room, render
+from lib.stage import say, write_json
 from lib.streams import numpy_stream
 
 FRAMES, FPS, WALK = 8, 2.0, 0.8  # of a clip; frames per second; metres
@@ -336,3 +340,17 @@ def clip_questions(seed, out):
             }
         )
     return records
+
+
+def make_mmsi_video(out, rooms=40, threads=2):
+    """Clips of test rooms in the files that MMSI-Video-Bench publishes: mmsivideo.json and frames/ (tests/clips.py)."""
+    out, first = Path(out), FIRST_ROOM["test"]
+    records = build("mmsi_video", clip_questions, range(first, first + rooms), out, threads)
+    write_json(
+        out / "mmsivideo.json",
+        [{"id": f"question_{i:04}", **record} for i, record in enumerate(records)],
+    )
+    two = sum(len(record["frames_list"]) == 2 for record in records)
+    say(
+        f"{out}/mmsivideo.json: {len(records)} questions in MMSI-Video-Bench's layout, {two} about two clips"
+    )

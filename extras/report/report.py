@@ -3,7 +3,7 @@ One page to look at after a run: report.html, whole in itself (pictures inside, 
 
   table       accuracy, interval and calls: every part of the questions, every mode
   figures     accuracy by category and mode, and the curves of the stages' log.jsonl (a sentence without matplotlib)
-  diagnosis   how often answers are right or wrong for which reason (lib/diagnosis.py)
+  diagnosis   how often answers are right or wrong for which reason (extras/report/diagnosis.py)
   simulator   pose and content beside the trivial baselines, the oracles and views with a known error; a sheet
               context | motion | imagined | true; commanded against recovered motion
   dialogues   every question: what the policy asked for, what it was shown, what it would have seen in the room itself
@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lib.benchmarks import open_image
+from extras.benches.rules import open_image
+from extras.report.diagnosis import CASES, true_views
 from lib.common import read_log, write_text
-from lib.diagnosis import CASES, true_views
 from lib.geometry import Motion, phrase
 from lib.images import figure_image
 
@@ -310,7 +310,7 @@ def contact_sheet(rows, views):
 
 
 def diagnosis_table(diagnosis):
-    """results["diagnosis"]: {mode: {simulator: counts}} -> how many answers stand in which case of lib/diagnosis.py."""
+    """results["diagnosis"]: {mode: {simulator: counts}} -> how many answers stand in which case of extras/report/diagnosis.py."""
     runs = {
         f"{mode}, {name}": counts
         for mode, told in diagnosis.items()

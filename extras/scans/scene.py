@@ -599,7 +599,7 @@ def dl3dv(folder):
       depth/<stem of the image>.png   of the undistorted image: uint16, thousandths of a length; or .npy, float lengths
       depth.json                      {"scale": metres per unit of the poses or null, "how": "where depth comes from"}
     With a scale, depth is in metres and the poses are multiplied by it. With null, both are in the unit of the poses,
-    and the scene is not metric. lib/scene_depth.py writes these files with a depth network.
+    and the scene is not metric. extras/scans/depth.py writes these files with a depth network.
     """
     folder = dl3dv_folder(folder)
     if not (folder / "depth.json").is_file():

@@ -26,9 +26,9 @@ from concurrent.futures import Future
 from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from lib.clients import png, read_picture
+from extras.remote.client import png, read_picture
+from extras.remote.endpoint import LOOPBACK
 from lib.common import fail, say
-from lib.endpoint import LOOPBACK
 from lib.geometry import Query, read_instruction
 
 PATH = "/v1/images/edits"

@@ -1,5 +1,5 @@
 """
-Speed at the published shapes on one GPU, with random weights and no files: `bench.py ... --preset astra`.
+Speed at the published shapes on one GPU, with random weights and no files: `python -m bench ... --preset astra`.
 
 MFU is the share of the best torch.mm rate over the layers' own shapes, measured in the same run, and counts the
 arithmetic that is needed, not what was done: a second forward pass for checkpointing is not work. Backward counts twice
@@ -19,17 +19,9 @@ import torch
 
 import train_rl
 import train_wm as wm_stage
-from data import MOTIONS
-from lib import budget, common
-from lib.dialogue import PHRASES, Trajectory
-from lib.geometry import Motion, instruction
-from lib.motion_words import PIECES
-from lib.rollout import Writer
-from lib.tokenizer import tiny_tokenizer
-from policy import Policy
-from tests import naive
-from tests.policy_speed import Seconds, timed_rollout
-from tests.wm_speed import (
+from bench import naive
+from bench.policy import Seconds, timed_rollout
+from bench.wm import (
     Squares,
     best_matmul_rate,
     clock,
@@ -38,6 +30,14 @@ from tests.wm_speed import (
     sides,
     work_of,
 )
+from data import MOTIONS
+from extras.world2vlm.words import PIECES
+from lib import budget, common
+from lib.dialogue import PHRASES, Trajectory
+from lib.geometry import Motion, instruction
+from lib.rollout import Writer
+from lib.tiny import tiny_tokenizer
+from policy import Policy
 from world_model import WorldModel, initialise
 
 QWEN_IMAGES = {
@@ -89,7 +89,7 @@ def need_gpu(args):
         )
     if not torch.cuda.is_available():
         common.fail(
-            f"--preset astra needs a GPU. `python bench.py {args.what} --preset tiny` runs on a CPU."
+            f"--preset astra needs a GPU. `python -m bench {args.what} --preset tiny` runs on a CPU."
         )
 
 
@@ -166,7 +166,7 @@ def bandwidth(device, megabytes):
     return best
 
 
-# ---------------------------------------------------------------- bench.py wm --preset astra
+# ---------------------------------------------------------------- python -m bench wm --preset astra
 
 
 def wm(args):

@@ -1,7 +1,7 @@
 """
 Datasets of scans into triples: `python data.py triples --dataset NAME --root DIR`, `depth` and `heldout`.
 
-lib/scenes.py reads a scan and lib/triples.py finds its triples; this file goes through all scans of a dataset on many
+extras/scans/scene.py reads a scan and extras/scans/triples.py finds its triples; this file goes through all scans of a dataset on many
 processes, splits them by place, and goes on where an earlier run stopped: every scan has a report of its own.
 """
 
@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from extras.scans.depth import depth_network, estimate_depth
+from extras.scans.scene import read_scene, scene_ids
+from extras.scans.triples import Rules, Summary, contact_sheet, write_triples
 from lib.common import disk, fail, say, write_json, write_text
 from lib.consistency import pose_errors
 from lib.geometry import decompose
 from lib.images import save_image
 from lib.records import SPLITS, load_jsonl, save_jsonl, worker
-from lib.scene_depth import depth_network, estimate_depth
-from lib.scenes import read_scene, scene_ids
 from lib.streams import numpy_stream, stable_hash, stream_seed
-from lib.triples import Rules, Summary, contact_sheet, write_triples
 
 SAMPLES = 12  # lines of a contact sheet
 
@@ -316,7 +316,7 @@ def make_heldout(sources, out, per_dataset=200, seed=0):
 
 
 def write_folder(folder, frames, up, pictures=".jpg", per_metre=1000):
-    """Frames (lib/scenes.py) as a plain folder, rgb/<i>, depth/<i>.png and scene.json: a room that stands for a scan.
+    """Frames (extras/scans/scene.py) as a plain folder, rgb/<i>, depth/<i>.png and scene.json: a room that stands for a scan.
 
     up          (3,) of the frames' world;  pictures   ".jpg", as scans have them, or ".png", which loses nothing
     per_metre   units of the 16-bit depth

@@ -1,9 +1,9 @@
 """
 What World2VLM rests on: its stages, directions and data, as runs and a table (Tables 2 to 4 of arXiv 2604.26934).
 
-  python evidence_world2vlm.py --list                           every row, its commands, whether it is finished
-  python evidence_world2vlm.py                                  run what is missing; stopped, it goes on
-  python evidence_world2vlm.py --only "by-*" --seeds 0 1 2      some rows, three seeds of the training each
+  python -m experiments world2vlm --list                           every row, its commands, whether it is finished
+  python -m experiments world2vlm                                  run what is missing; stopped, it goes on
+  python -m experiments world2vlm --only "by-*" --seeds 0 1 2      some rows, three seeds of the training each
 
 Rows start from the demo's cold start (`make demo` comes first: out/demo), learn for 1,500 steps (`grpo`: 60 more), and
 answer the same held-out questions, whose pictures are of the true renderer. `constant` gives, per task, the true
@@ -11,7 +11,7 @@ answer that earns most on these very questions; `blind` knows the words of all q
 `forward` with `inverse-at-once`, as neither begins with turns. `…-rooms` are asked questions about rooms: World2VLM
 alone forgets how to answer them, so `…lessons` learn 350 steps of direct lessons first. Beside them the demo's
 policies: `direct-only` (1,800 such steps), `agentic`, with a `gate`, in a `search`. `drift-…` is no policy: how far a
-simulator strays on a chain of its own views. Simulators are those of evidence.py, in the folder above --out; `untuned`
+simulator strays on a chain of its own views. Simulators are those of experiments/simulator.py, in the folder above --out; `untuned`
 learned under shuffled sentences, `unweighted` has the data of `tuned`. Boxes of a simulator's questions are those of
 the room, so D1 to D4 do not suffer from what it draws wrongly.
 
@@ -30,15 +30,24 @@ from tqdm import tqdm
 
 from data import FIRST_ROOM, motion_questions
 from evaluate import verdict
-from evidence import call, chosen, gap, is_made, list_parser, markdown, publish, show_jobs
+from experiments.simulator import (
+    call,
+    chosen,
+    gap,
+    is_made,
+    list_parser,
+    markdown,
+    publish,
+    show_jobs,
+)
+from extras.world2vlm.questions import write_motion_questions
+from extras.world2vlm.transitions import ROOMS, SEEN, drift, room_anchor
+from extras.world2vlm.words import TASKS, read_actions
 from lib import common, simulators
 from lib.geometry import Motion
-from lib.motion_words import TASKS, read_actions
-from lib.rooms import FURNISHED
 from lib.records import load_jsonl, save_jsonl
+from lib.rooms import FURNISHED
 from lib.scores import STRATA, gain_over, interval
-from lib.transitions import ROOMS, SEEN, drift, room_anchor
-from lib.world2vlm import write_motion_questions
 from rewards import world2vlm
 
 
@@ -46,7 +55,7 @@ class Data(NamedTuple):
     """Questions to learn from: the number of rooms, who shows the motions, which motions, which kinds of rooms."""
 
     rooms: int = 1000
-    teacher: str = "truth"  # or a row of evidence.py
+    teacher: str = "truth"  # or a row of experiments/simulator.py
     seen: bool = False  # only motions that a trained teacher has seen
     tries: int = 1  # its views of every motion, whose agreement is
     weighted: bool = True  # an answer's weight in the loss
@@ -122,12 +131,15 @@ MOST = {
 
 
 def simulator(name, out):
-    """truth, or the simulator of a row of evidence.py."""
+    """truth, or the simulator of a row of experiments/simulator.py."""
     return simulators.load(
         name
         if name == "truth"
         else str(
-            common.need(out.parent / name, f"python evidence.py --only {name.rsplit('-s', 1)[0]}")
+            common.need(
+                out.parent / name,
+                f"python -m experiments simulator --only {name.rsplit('-s', 1)[0]}",
+            )
         )
     )
 
@@ -453,14 +465,14 @@ def table(out):
 def parse_args(argv=None):
     """The command line's flags."""
     return list_parser(
-        __doc__, "by-*", "out/evidence/world2vlm", "; evidence.py's stand beside it"
+        __doc__, "by-*", "out/evidence/world2vlm", "; experiments/simulator.py's stand beside it"
     ).parse_args(argv)
 
 
 def main(argv=None):
     """Finish the rows one by one, then print the table of all that are finished."""
     args = parse_args(argv)
-    out, named = Path(args.out), chosen(RUNS, args.only, "evidence_world2vlm.py")
+    out, named = Path(args.out), chosen(RUNS, args.only, "-m experiments world2vlm")
     jobs = [
         (run, seed)
         for seed in args.seeds
@@ -477,7 +489,7 @@ def main(argv=None):
                 policy,
                 "make demo"
                 if policy.startswith(DEMO)
-                else f"python evidence_world2vlm.py --only {run.of} --seeds {seed}",
+                else f"python -m experiments world2vlm --only {run.of} --seeds {seed}",
             )
         common.say(f"{run.name}-s{seed}")
         finish(run, seed, out)

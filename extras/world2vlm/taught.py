@@ -2,7 +2,7 @@
 World2VLM's questions about scans: what a world model, the teacher, shows of motions from their views.
 
 A teacher such as Astra-WM starts at the context of a triple, and goes through the paper's nine programs, longer motions
-step by step (lib/transitions.py). What is held out is its own, too: scans have no true renderer.
+step by step (extras/world2vlm/transitions.py). What is held out is its own, too: scans have no true renderer.
 """
 
 import json
@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib import real_views, simulators
+from extras.report import real_views
+from extras.world2vlm.frames import in_pixels
+from extras.world2vlm.questions import image_detections, with_pictures, write_motion_questions
+from extras.world2vlm.transitions import PAPER, Anchor, transitions
+from lib import simulators
 from lib.common import disk, fail, read_log, say
 from lib.images import load_image
-from lib.rendered import in_pixels
 from lib.records import SPLITS, load_jsonl, save_jsonl
 from lib.streams import numpy_stream, stable_hash
-from lib.transitions import PAPER, Anchor, transitions
-from lib.world2vlm import image_detections, with_pictures, write_motion_questions
 
 AT_ONCE = {"meters": 1.0, "degrees": 45.0}  # of a motion, in one call of the teacher; ours
 

@@ -1,12 +1,12 @@
 """
 Simulators and policies behind a URL, in the forms of OpenAI's API.
 
-  RemoteSimulator   POST {url}/images/edits: the images as PNG files, the sentence as prompt. lib/serve.py answers it
+  RemoteSimulator   POST {url}/images/edits: the images as PNG files, the sentence as prompt. extras/remote/serve.py answers it
                     (`python world_model.py --serve 8000`), and so do servers such as vLLM-Omni.
   RemotePolicy      POST {url}/chat/completions with tools: any chat model that sees images. `converse` is to it what
                     `policy.rollout` is to a checkpoint.
 
-What becomes of requests that fail: lib/endpoint.py.
+What becomes of requests that fail: extras/remote/endpoint.py.
 """
 
 import base64
@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
+from extras.remote.endpoint import Endpoint, RemoteError, check, in_threads
 from lib.common import say
 from lib.dialogue import (
     NO_SIMULATOR,
@@ -29,7 +30,6 @@ from lib.dialogue import (
     numbered_image,
     prompt_text,
 )
-from lib.endpoint import Endpoint, RemoteError, check, in_threads
 from lib.geometry import renumbered, select_context
 from lib.images import load_image, on_white
 from lib.streams import stream_seed
@@ -79,7 +79,7 @@ class RemoteSimulator:
     """A simulator behind a URL, with `imagine` as any other. Of many images it is sent the reference and its nearest
     neighbours in the list, as a world model would choose: a video has hundreds.
 
-    at_once   requests on their way at a time: what lib/serve.py can batch
+    at_once   requests on their way at a time: what extras/remote/serve.py can batch
     patience  the other arguments of Endpoint: timeout, tries, ...
     Commands give the URL alone: the rest is for tests of rate limits and failures. The key is SIMULATOR_API_KEY's.
     """

@@ -1,9 +1,9 @@
 """
 What the policy's evidence rests on: reward ablations and simulators swapped, as runs and a table (`make evidence`).
 
-  python evidence_policy.py --list                       every row, its commands, whether it is finished
-  python evidence_policy.py                              run what is missing, one after the other; stopped, it goes on
-  python evidence_policy.py --only "two-phase*" --seeds 0 1 2     some rows, three seeds of the training each
+  python -m experiments policy --list                       every row, its commands, whether it is finished
+  python -m experiments policy                              run what is missing, one after the other; stopped, it goes on
+  python -m experiments policy --only "two-phase*" --seeds 0 1 2     some rows, three seeds of the training each
 
 Rows start from the demo's cold start and imagine with its simulator (`make demo` comes first: out/demo; `…-untuned`
 rows with a generic one), learn for the same number of steps, and answer the held-out questions: rooms that nothing was
@@ -19,7 +19,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evidence import call, chosen, gap, is_made, list_parser, markdown, publish, show_jobs
+from experiments.simulator import (
+    call,
+    chosen,
+    gap,
+    is_made,
+    list_parser,
+    markdown,
+    publish,
+    show_jobs,
+)
 from lib import common
 from lib.scores import STRATA, paired_bootstrap
 
@@ -30,9 +39,7 @@ class Run(NamedTuple):
     name: str
     stages: tuple = ()  # none: the cold start, or the policy of the row `of`
     mode: str = "agentic"
-    simulator: str = (
-        "tuned"  # it learns and is asked with; "untuned" is ring-untuned of evidence.py
-    )
+    simulator: str = "tuned"  # it learns and is asked with; "untuned" is ring-untuned of experiments/simulator.py
     of: str = ""
 
 
@@ -212,7 +219,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Finish the rows one by one, then print the table of all that are finished."""
     args = parse_args(argv)
-    out, named = Path(args.out), chosen(RUNS, args.only, "evidence_policy.py")
+    out, named = Path(args.out), chosen(RUNS, args.only, "-m experiments policy")
     jobs = [
         (run, seed) for seed in args.seeds for run in named if run.stages or run.of or seed == 0
     ]
@@ -224,10 +231,12 @@ def main(argv=None):
         if run.of and run.of not in {row.name for row in named}:
             common.need(
                 str(learned(run, seed, out)),
-                f"python evidence_policy.py --only {run.of} --seeds {seed}",
+                f"python -m experiments policy --only {run.of} --seeds {seed}",
             )
     if any(run.simulator == "untuned" for run in named):
-        common.need(out.parent / "ring-untuned-s0", "python evidence.py --only ring-untuned")
+        common.need(
+            out.parent / "ring-untuned-s0", "python -m experiments simulator --only ring-untuned"
+        )
     for run, seed in jobs:
         common.say(f"{run.name}-s{seed}")
         finish(run, seed, out)

@@ -1,5 +1,5 @@
 """
-Published benchmarks: their official verdicts, prompts, groups and averages. Their files: lib/benchmark_files.py.
+Published benchmarks: their official verdicts, prompts, groups and averages. Their files: extras/benches/files.py.
 
   rooms        our own: the letter between <answer> and </answer>, exactly
   mindcube     MindCube (arXiv 2506.21458): letter; accuracy per setting
@@ -21,7 +21,7 @@ from collections import Counter
 
 import numpy as np
 
-from lib.benchmark_files import SAT_ORDER, load, load_mindcube, open_image  # noqa: F401  (callers import them here)
+from extras.benches.files import SAT_ORDER, load, load_mindcube, open_image
 
 BENCHES = ("rooms", "mindcube", "mmsi", "mmsi_video", "sat", "vsi")
 LISTED_ONLY = ("translation",)  # not in the official overall

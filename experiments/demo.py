@@ -1,5 +1,5 @@
 """
-The whole loop on a laptop: `make demo`, or python demo.py.
+The whole loop on a laptop: `make demo`, or python -m experiments demo.
 
     data ─┬─ wm ──┬──── phase1 ── phase2 ── eval        at most two stages run at once, one thread each, so
           │       └─ eval_wm                            that two cores are busy and never wait for each other
@@ -27,7 +27,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from lib import common, report
+from extras.report import report
+from lib import common
 from lib.records import load_jsonl
 
 

@@ -1,5 +1,5 @@
 """
-TRL's GRPOTrainer on our policy, for `bench.py grpo --against trl`. TRL is no requirement: pip install trl==1.16.0
+TRL's GRPOTrainer on our policy, for `python -m bench grpo --against trl`. TRL is no requirement: pip install trl==1.16.0
 
 It is given what ours has: the weights, the prompts token by token, the group, the lengths, one micro-batch, the frozen
 tower. TRL renders prompts through a chat template: Qwen3-VL's own, with our tool's JSON in the place of what TRL reads

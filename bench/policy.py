@@ -1,5 +1,5 @@
 """
-Speed of the policy's rollouts and of a GRPO step, as ratios in one run: `bench.py rollout`, `bench.py grpo`.
+Speed of the policy's rollouts and of a GRPO step, as ratios in one run: `python -m bench rollout`, `python -m bench grpo`.
 
 Both ways do the same work: a policy with random weights is made to say what a trained one would, by drawing from the
 uniform numbers that lead to these words (`uniforms_that_say`). Times are CPU seconds of this process.
@@ -19,12 +19,12 @@ import torch
 import policy as policy_file
 import rewards
 import train_rl
+from bench import naive
 from data import MOTIONS
 from lib.common import World, fail, keep_freed_memory
 from lib.rollout import Writer
 from lib.rooms import TrueRenderer, random_room, render, ring
 from policy import Policy, Trajectory, collate
-from tests import naive
 
 # ---------------------------------------------------------------- bench.py rollout
 

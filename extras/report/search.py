@@ -35,14 +35,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lib.benchmarks import option_letter
-from lib.clients import RemotePolicy, converse, imagine_each
+from extras.benches.rules import option_letter
+from extras.remote.client import RemotePolicy, converse, imagine_each
+from extras.remote.endpoint import RemoteError
+from extras.world2vlm.transitions import cut
 from lib.dialogue import LIMITS, Trajectory
-from lib.endpoint import RemoteError
 from lib.geometry import KINDS, Motion, phrase
 from lib.images import load_image
 from lib.streams import numpy_stream, stream_seed
-from lib.transitions import cut
 from policy import encode_images, go_on, rollout
 
 STEPS, BEAMS = 3, 2  # MindJourney's code with Stable Virtual Camera; so are the next three

@@ -9,7 +9,7 @@ programs of several motions, and motions longer than it can do, are chained: eac
     drift(simulator, [room_anchor(seed) for seed in range(20)], Motion("turn left", 20.0), 4, rng)     # error per step
 
 A program is a list of Motions of six kinds. Their names are the paper's words ("move left" is its SHIFT LEFT); it has
-none for up, down and looking. Frames that another program rendered become the same Transitions in lib/rendered.py.
+none for up, down and looking. Frames that another program rendered become the same Transitions in extras/world2vlm/frames.py.
 """
 
 from collections import Counter, defaultdict
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lib.clients import imagine_each
+from extras.remote.client import imagine_each
 from lib.consistency import recover
 from lib.geometry import Motion, Query, instruction, matrix, move_camera, phrase
 from lib.rooms import SIZE, random_room, render, ring
@@ -156,7 +156,7 @@ class Transition(NamedTuple):
     poses: tuple | None = None
     focal: float = 0.5  # in picture widths; 0.5 is 90 degrees wide
     files: tuple | None = (
-        None  # frames rendered elsewhere only (lib/rendered.py): where the two pictures lie,
+        None  # frames rendered elsewhere only (extras/world2vlm/frames.py): where the two pictures lie,
     )
     place: str = ""  # what no two splits may share,
     detections: tuple | None = (

@@ -1,7 +1,7 @@
 """
 How true an imagined view of a real scene is, where no room can be rendered (lib/consistency.py does rooms).
 
-Pose. Points of the view are matched with all context views, whose depth lifts them into the world; lib/pnp.py finds
+Pose. Points of the view are matched with all context views, whose depth lifts them into the world; extras/report/pnp.py finds
 the camera that sees them where the view shows them. Neither the target's depth nor its picture is asked. If too few
 matches agree there is no camera: the view is wrong, and in the median as far off as can be.
 
@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from extras.report.pnp import pose_from_matches
 from lib.consistency import content_of, pose_errors, scores_of, trivial_views
 from lib.geometry import decompose, fill_holes
-from lib.pnp import pose_from_matches
 
 MATCHER = (
     "zju-community/efficientloftr"  # Apache licence; ETH-CVG/lightglue_superpoint fits as well

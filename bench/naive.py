@@ -6,7 +6,7 @@ The first is BAGEL's inference as one would first write it down from the paper.
 One query at a time. Its context is read segment by segment, each behind the keys and values of all before it; the
 context without the sentence is a copy, the one without the images is read anew. Each Euler step runs the network up to
 three times, one branch of guidance after the other, and each token goes to its expert by gather and scatter. It is the
-oracle of the tests and the opponent in `bench.py wm`: plain, but not slower than this way of working must be. It knows
+oracle of the tests and the opponent in `python -m bench wm`: plain, but not slower than this way of working must be. It knows
 no step caching (`Settings.taylor`): that is an approximation of what stands here.
 
 It shares with the fast sampler the weights (by the checkpoint's names), the settings and how a picture becomes a latent

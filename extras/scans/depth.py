@@ -10,10 +10,7 @@ different views to agree. Where they agree nowhere the scene is refused: a motio
 import numpy as np
 from PIL import Image
 
-from lib.common import write_json
-from lib.geometry import project, unproject
-from lib.images import save_image
-from lib.scenes import (
+from extras.scans.scene import (
     collect,
     dl3dv_folder,
     dl3dv_frames,
@@ -22,6 +19,9 @@ from lib.scenes import (
     read_json,
     scene_folders,
 )
+from lib.common import write_json
+from lib.geometry import project, unproject
+from lib.images import save_image
 
 DEPTH_MODEL = "depth-anything/Depth-Anything-V2-Metric-Indoor-Small-hf"
 MAX_DISAGREEMENT = (

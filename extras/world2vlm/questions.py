@@ -1,12 +1,12 @@
 """
 World2VLM (arXiv 2604.26934): what an imagined camera motion teaches a policy, as questions in plain text.
 
-Every transition (lib/transitions.py: picture s, actions a, the teacher's picture s') becomes questions in both
+Every transition (extras/world2vlm/transitions.py: picture s, actions a, the teacher's picture s') becomes questions in both
 directions. The teacher is used for nothing else, and at test time not at all.
 
   inverse   s, s' -> a       A1 how far it moved   A2 how far it turned   A3 all actions   D3 actions from a box pair
   forward   s, a  -> s'      A4 is this claim true   D1 the object's new box   D2 is it gone   D4 is it the same object
-The words of both are in lib/motion_words.py.
+The words of both are in extras/world2vlm/words.py.
 
     rows = [row for transition in found for row in records(transition, rng, detect=room_detections)]
     rows, faults = validated(rows)
@@ -27,9 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.common import say
-from lib.geometry import Motion
-from lib.motion_words import (
+from extras.world2vlm.transitions import ROOMS, draw, end_pose, kinds_of
+from extras.world2vlm.words import (
     BOX,
     COUNTS,
     PROMPTS,
@@ -42,11 +41,12 @@ from lib.motion_words import (
     read_box,
     read_truth,
 )
+from lib.common import say
+from lib.geometry import Motion
 from lib.images import save_image
-from lib.rooms import random_room, render
 from lib.records import save_jsonl
+from lib.rooms import random_room, render
 from lib.streams import numpy_stream
-from lib.transitions import ROOMS, draw, end_pose, kinds_of
 
 SURE = 0.3  # confidence of a detection that is believed
 TURNED = {"left": "right", "right": "left", "forward": "backward", "backward": "forward"}

@@ -1,5 +1,5 @@
 """
-Speed of the world model's sampler against the straightforward one of tests/naive.py: `bench.py wm`.
+Speed of the world model's sampler against the straightforward one of bench/naive.py: `python -m bench wm`.
 
 The two ways take turns (A B A B ...) on the same queries; their medians are compared, and so are their latents. Shares
 are of the best torch.mm rate over the layers' own shapes, kept up for seconds right behind each run (beside it, of the
@@ -17,14 +17,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from bench import naive
 from data import MOTIONS
 from lib.bagel import LATENT_PATCH, Bagel, Config, Settings
 from lib.bagel_files import resized
 from lib.common import keep_freed_memory
 from lib.geometry import Query, instruction
 from lib.rooms import random_room, render, ring
-from lib.tokenizer import tiny_tokenizer
-from tests import naive
+from lib.tiny import tiny_tokenizer
 from world_model import WorldModel, initialise
 
 # ---------------------------------------------------------------- models and queries

@@ -1,9 +1,9 @@
 """
 What the simulator's evidence rests on: a list of runs, and the table of what came out (`make evidence`).
 
-  python evidence.py --list                          every row, its CPU-minutes, whether it is finished
-  python evidence.py                                 run what is missing, one after the other; stopped, it goes on
-  python evidence.py --only "ring-*" --seeds 0 1 2   some rows, three seeds of the training each
+  python -m experiments simulator --list                          every row, its CPU-minutes, whether it is finished
+  python -m experiments simulator                                 run what is missing, one after the other; stopped, it goes on
+  python -m experiments simulator --only "ring-*" --seeds 0 1 2   some rows, three seeds of the training each
 
 A row trains the tiny simulator (train_wm.py, with flags of its own, as many steps as every other row) and imagines all
 test triples of its data: rooms that nothing was trained on. Rows of the same data answer the same queries with the same
@@ -307,7 +307,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Finish the rows one by one, then print the table of all that are finished."""
     args = parse_args(argv)
-    out, named = Path(args.out), chosen(RUNS, args.only, "evidence.py")
+    out, named = Path(args.out), chosen(RUNS, args.only, "-m experiments simulator")
     jobs = [(run, seed) for seed in args.seeds for run in named if not run.views or seed == 0]
     if args.list:
         left = [job for job in jobs if job[1] not in finished(job[0].name, out)[0]]

@@ -5,7 +5,7 @@ A triple is (context views, one motion in words, target view). The paper's rules
 tuning): the context covers at least 85 % of the target; its cameras are at least 1 m apart, horizontally or vertically,
 and at least 30 degrees, in yaw or pitch; one of them is the reference, and the dominant component of the way from
 there to the target becomes the words. Ours: no other component may be large, or the words would not be true
-(lib/geometry.dominant_component), and every kept triple is verified in colour (lib/quality.py).
+(lib/geometry.dominant_component), and every kept triple is verified in colour (extras/scans/quality.py).
 
 All pairs of a scene are compared by pose alone, in a few matrix operations. Depth is then looked at for one reference
 at a time: which part of its targets each camera sees that may stand beside it (`seen_context`), as points of a coarse
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lib import quality
+from extras.scans import quality
 from lib.geometry import (
     Motion,
     coverage,
@@ -346,7 +346,7 @@ def look(frames, k, views, counts, rules):
 
 
 class Summary:
-    """What came of many scans: add their reports (lib/scans.py) one by one, then read it or keep it as JSON."""
+    """What came of many scans: add their reports (extras/scans/make.py) one by one, then read it or keep it as JSON."""
 
     def __init__(self):
         self.splits, self.counts, self.skipped, self.motions, self.notes = (

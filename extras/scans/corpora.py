@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from lib.benchmark_files import kept, parquet_rows, split_options
+from extras.benches.files import kept, parquet_rows, split_options
 from lib.common import fail
 
 LETTER = re.compile(r"\s*\(?([A-E])(?:[).:]\s*.*)?\s*", re.DOTALL)
