@@ -5,10 +5,12 @@ import math
 from types import SimpleNamespace
 
 from lib import stage
+from lib.records import *  # noqa: F403
+from lib.records import np, os, shutil, signal, torch, whole_folder  # noqa: F401
 from lib.distributed import *  # noqa: F403
 from lib.distributed import PATIENCE, dist, fully_shard, global_sum, keep_freed_memory, unsharded  # noqa: F401
 from lib.stage import *  # noqa: F403
-from lib.stage import Flag, np, os, run_stage, shutil, signal, torch, whole_folder  # noqa: F401
+from lib.stage import Flag, run_stage  # noqa: F401  # noqa: F401
 
 gathered = unsharded
 written_whole = whole_folder

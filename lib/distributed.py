@@ -1,5 +1,5 @@
 """
-Many processes that compute as one: process start, global sums, FSDP2 by hand.
+Many processes that compute and speak as one: process start, global sums, FSDP2 by hand.
 
 One process on a laptop uses no torch.distributed at all. Under torchrun (gloo on CPU, NCCL on GPUs) the same calls work
 over all ranks. Gradients are *summed* over ranks, and a loss is a local sum divided by a *global* count: so one rank
@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 PATIENCE = timedelta(
     hours=6
@@ -105,6 +106,32 @@ def leave() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+# ---- what a person reads -----------------------------------------------------------------------------------------------
+
+
+def say(*words) -> None:
+    """Print a line, on rank 0 only, without tearing a progress bar apart."""
+    if is_main():
+        tqdm.write(" ".join(str(word) for word in words))
+
+
+def fail(sentence: str):
+    """Stop with a sentence: what came in, what was needed, what to type next."""
+    raise SystemExit(sentence)
+
+
+def progress(steps: int, start: int = 0, title: str = "") -> tqdm:
+    """A progress bar over `range(start, steps)`, silent on every rank but 0."""
+    return tqdm(
+        range(start, steps),
+        initial=start,
+        total=steps,
+        desc=title,
+        disable=not is_main(),
+        dynamic_ncols=True,
+    )
 
 
 # ---- numbers of all ranks --------------------------------------------------------------------------------------------
@@ -231,7 +258,7 @@ def clip_gradients(parameters: Iterable, max_norm: float) -> float:
     norm = torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(norm):
-        raise SystemExit(
+        fail(
             "The gradient is not finite. The last checkpoint is kept; give a smaller --lr and another --out."
         )
     return norm

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from lib.stage import fail
+from lib.distributed import fail
 
 MAX_PIXELS = 2**26  # of a picture that is decoded: 8192 x 8192
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no decoder that starts programs

@@ -1,19 +1,138 @@
-"""Rows of data on disk, one JSON object a line: what a `Triple` and a `Question` hold, and the processes that make them."""
+"""
+Files: whole or not there, the metric log, and rows of data, one JSON object a line (`Triple`, `Question`).
 
+A file is written beside its place and renamed when complete, so a killed run never leaves half of one.
+"""
+
+import contextlib
+import errno
 import json
+import math
+import os
+import shutil
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
-from lib.stage import disk, fail, write_text
+from lib.distributed import fail, is_main
 
 SPLITS = ("train", "val", "test")
 PICTURES = ("context", "context_depth", "images", "target", "warp", "view")  # keys that hold paths
+
+
+# ---- whole files -----------------------------------------------------------------------------------------------------------
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole: beside its place, then renamed. Folders above it are made."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".partial")
+    with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text)
+        os.replace(beside, path)
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write a JSON file whole."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def disk(path: str | Path) -> Iterator[None]:
+    """Turn a full disk, or a place that cannot be written, into a sentence.
+
+    safetensors reports a full disk as its own error, so the text counts, not the class.
+    """
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            fail(
+                f"The disk is full: {path} could not be written. What was saved before is untouched; free some space "
+                f"and run the same command again, it continues."
+            )
+        if isinstance(
+            error, (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+        ):
+            fail(f"{error.filename}: {error.strerror}. Name another file or folder.")
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """`with whole_folder(out) as part: model.save(part)`: the files appear in `folder` when all are complete.
+
+    On rank 0, which writes; the others only learn the name, so that a save may gather tensors from them.
+    """
+    folder = Path(folder)
+    part = folder / ".partial"
+    if not is_main():
+        yield part
+        return
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with disk(folder):
+            part.mkdir(parents=True)
+            yield part
+            for file in sorted(part.iterdir()):
+                os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+# ---- the metric log --------------------------------------------------------------------------------------------------------
+
+
+class MetricLog:
+    """`log.jsonl`: one JSON line per step, {"step": 12, "reward": 0.8, ...}. A resumed run writes its steps anew.
+
+    path   the file; lines of `resume_step` and later, and a line cut off by a kill, are dropped when it is opened
+    """
+
+    def __init__(self, path: str | Path, resume_step: int = 0):
+        self.path = Path(path)
+        if is_main():
+            rows = [row for row in read_log(self.path) if row["step"] < resume_step]
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(self, step: int, **metrics) -> None:
+        """Append one line; numbers keep six digits, and what is not a finite number becomes null."""
+        if not is_main():
+            return
+        row = {"step": step, **readable(metrics)}
+        with disk(self.path), open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_log(path: str | Path) -> list[dict]:
+    """The rows of a `log.jsonl`, oldest first; a last line cut off by a kill is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def readable(value):
+    """A number as a log shows it: six digits, None for nan and infinity; dicts part by part, anything else as it is."""
+    if isinstance(value, dict):
+        return {key: readable(part) for key, part in value.items()}
+    if isinstance(value, (torch.Tensor, np.generic)):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+# ---- what a row holds ------------------------------------------------------------------------------------------------------
 
 
 class Triple(TypedDict):
@@ -58,6 +177,9 @@ class Question(TypedDict):
     command: NotRequired[dict]  # the call that shows what is asked
     view: NotRequired[str]  # the true view it leads to
     shows: NotRequired[list[dict]]  # the facts of every image, and last of that view
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------------
 
 
 def load_jsonl(path: str | Path) -> list[dict]:

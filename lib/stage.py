@@ -1,14 +1,13 @@
 """
-What every stage does besides its work: flags with presets, its folder, whole files, the metric log, Ctrl-C.
+What every stage does besides its work: flags with presets, its folder, its beginning and end, Ctrl-C.
 
 A stage's folder: the model at its top, `training/` (what resumes an interrupted run), `log.jsonl`, `args.json`,
 pictures, and `done.json` as the last file written. The same command continues an unfinished run; on a finished one it
-says so. A file is written beside its place and renamed when complete, so a killed run never leaves half a checkpoint.
+says so.
 """
 
 import argparse
 import contextlib
-import errno
 import json
 import math
 import os
@@ -19,37 +18,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-from lib.distributed import default_device, global_sum, is_main, leave, wait_for_all
-
-# ---- what a person reads -----------------------------------------------------------------------------------------------
-
-
-def say(*words) -> None:
-    """Print a line, on rank 0 only, without tearing a progress bar apart."""
-    if is_main():
-        tqdm.write(" ".join(str(word) for word in words))
-
-
-def fail(sentence: str):
-    """Stop with a sentence: what came in, what was needed, what to type next."""
-    raise SystemExit(sentence)
-
-
-def progress(steps: int, start: int = 0, title: str = "") -> tqdm:
-    """A progress bar over `range(start, steps)`, silent on every rank but 0."""
-    return tqdm(
-        range(start, steps),
-        initial=start,
-        total=steps,
-        desc=title,
-        disable=not is_main(),
-        dynamic_ncols=True,
-    )
-
+from lib.distributed import default_device, fail, global_sum, is_main, leave, say, wait_for_all
+from lib.records import disk, write_json
 
 # ---- flags ---------------------------------------------------------------------------------------------------------------
 
@@ -222,111 +194,6 @@ def run_stage(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         say("Stopped. The same command goes on from what was saved.")
         raise SystemExit(130) from None
-
-
-# ---- whole files -----------------------------------------------------------------------------------------------------------
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole: beside its place, then renamed. Folders above it are made."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".partial")
-    with disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text)
-        os.replace(beside, path)
-
-
-def write_json(path: str | Path, value) -> None:
-    """Write a JSON file whole."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def disk(path: str | Path) -> Iterator[None]:
-    """Turn a full disk, or a place that cannot be written, into a sentence.
-
-    safetensors reports a full disk as its own error, so the text counts, not the class.
-    """
-    try:
-        yield
-    except Exception as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            fail(
-                f"The disk is full: {path} could not be written. What was saved before is untouched; free some space "
-                f"and run the same command again, it continues."
-            )
-        if isinstance(
-            error, (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-        ):
-            fail(f"{error.filename}: {error.strerror}. Name another file or folder.")
-        raise
-
-
-@contextlib.contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """`with whole_folder(out) as part: model.save(part)`: the files appear in `folder` when all are complete.
-
-    On rank 0, which writes; the others only learn the name, so that a save may gather tensors from them.
-    """
-    folder = Path(folder)
-    part = folder / ".partial"
-    if not is_main():
-        yield part
-        return
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        with disk(folder):
-            part.mkdir(parents=True)
-            yield part
-            for file in sorted(part.iterdir()):
-                os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-# ---- the metric log --------------------------------------------------------------------------------------------------------
-
-
-class MetricLog:
-    """`log.jsonl`: one JSON line per step, {"step": 12, "reward": 0.8, ...}. A resumed run writes its steps anew.
-
-    path   the file; lines of `resume_step` and later, and a line cut off by a kill, are dropped when it is opened
-    """
-
-    def __init__(self, path: str | Path, resume_step: int = 0):
-        self.path = Path(path)
-        if is_main():
-            rows = [row for row in read_log(self.path) if row["step"] < resume_step]
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-
-    def write(self, step: int, **metrics) -> None:
-        """Append one line; numbers keep six digits, and what is not a finite number becomes null."""
-        if not is_main():
-            return
-        row = {"step": step, **readable(metrics)}
-        with disk(self.path), open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def read_log(path: str | Path) -> list[dict]:
-    """The rows of a `log.jsonl`, oldest first; a last line cut off by a kill is left out."""
-    rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def readable(value):
-    """A number as a log shows it: six digits, None for nan and infinity; dicts part by part, anything else as it is."""
-    if isinstance(value, dict):
-        return {key: readable(part) for key, part in value.items()}
-    if isinstance(value, (torch.Tensor, np.generic)):
-        value = value.item()
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------------
