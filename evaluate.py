@@ -55,6 +55,7 @@ from extras.remote.client import RemotePolicy, converse, shown, words
 from extras.remote.endpoint import RemoteError
 from extras.report import real_views, report, search
 from extras.report.diagnosis import diagnose, tally
+from extras.world2vlm import rewards as world2vlm_rewards
 from lib import common, consistency, predictions, simulators, tables
 from lib.dialogue import NOTE, Trajectory
 from lib.geometry import move_camera
@@ -242,8 +243,8 @@ def verdict(question, t, mode="direct"):
         (t.turns or [""])[-1] if mode == "official" or t.answer is not None else "",
     )
     if bench == "world2vlm":
-        parts = rewards.world2vlm(question["category"], question["answer"], t.answer)
-        exact = float(parts["total"] > rewards.FULL)
+        parts = world2vlm_rewards.world2vlm(question["category"], question["answer"], t.answer)
+        exact = float(parts["total"] > world2vlm_rewards.FULL)
         return {
             "answer": t.answer,
             "correct": parts["total"],

@@ -40,6 +40,7 @@ from torch.nn import functional as F
 
 import rewards
 from extras.remote.endpoint import RemoteError
+from extras.world2vlm import rewards as world2vlm_rewards
 from lib import checkpoints, common, simulators
 from lib.common import total
 from lib.dialogue import Trajectory
@@ -411,7 +412,9 @@ def score(trajectory, args, match_direct=None):
         torch.tensor(trajectory.logprobs[1:]),
     )
     if args.task == "world2vlm":
-        parts = rewards.world2vlm(question["category"], question["answer"], trajectory.answer)
+        parts = world2vlm_rewards.world2vlm(
+            question["category"], question["answer"], trajectory.answer
+        )
         return Row(
             trajectory, parts["total"], parts["format"], None, parts["total"], old, parts=parts
         )

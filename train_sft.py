@@ -54,6 +54,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from extras.world2vlm.rewards import FULL, world2vlm
 from extras.world2vlm.words import INVERSE, TASKS
 from lib import checkpoints, common
 from lib.dialogue import Trajectory
@@ -64,7 +65,6 @@ from lib.records import load_jsonl
 from lib.rooms import COLOURS
 from lib.streams import numpy_stream, rows_of_step, stream_seed
 from policy import Policy, collate, rollout, token_logprobs
-from rewards import FULL, world2vlm
 
 FACT, NAMED, DECISION = 4.0, 3.0, 0.6  # weights of tokens; every other scripted token counts 1
 SAY = {

@@ -41,6 +41,7 @@ from experiments.simulator import (
     show_jobs,
 )
 from extras.world2vlm.questions import write_motion_questions
+from extras.world2vlm.rewards import world2vlm
 from extras.world2vlm.transitions import ROOMS, SEEN, drift, room_anchor
 from extras.world2vlm.words import TASKS, read_actions
 from lib import common, simulators
@@ -48,7 +49,6 @@ from lib.geometry import Motion
 from lib.records import load_jsonl, save_jsonl
 from lib.rooms import FURNISHED
 from lib.scores import STRATA, gain_over, interval
-from rewards import world2vlm
 
 
 class Data(NamedTuple):

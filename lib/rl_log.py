@@ -7,6 +7,7 @@ from collections import defaultdict
 import numpy as np
 
 import rewards
+from extras.world2vlm.rewards import SCORES
 from lib import common
 from lib.common import total
 from lib.images import figure_image, save_image
@@ -24,7 +25,7 @@ PARTS = (
     "center",
     "size",
     "l1",
-)  # of rewards.world2vlm, each task has some
+)  # of extras.world2vlm.rewards, each task has some
 
 LOG = {  # log.jsonl: one line per step; means over all rollouts of the step, on all ranks, unless said otherwise
     "reward": "mean reward",
@@ -81,7 +82,7 @@ def by_task(rows):
                 if row.trajectory.question["category"] == task and part in row.parts
             ]
         )
-        for task in rewards.SCORES
+        for task in SCORES
         for part in PARTS
         if rows[0].parts
     }

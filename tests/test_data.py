@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import data
+from extras.world2vlm.rewards import world2vlm
 from extras.world2vlm.words import TASKS
 from lib import questions
 from lib.geometry import (
@@ -20,7 +21,6 @@ from lib.geometry import (
 from lib.images import load_image, save_image
 from lib.records import SPLITS, save_jsonl
 from lib.rooms import TrueRenderer, random_room, render
-from rewards import world2vlm
 
 ROOMS = 24
 RING_0 = [

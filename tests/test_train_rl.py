@@ -16,6 +16,7 @@ import rewards
 import train_rl
 from extras.remote.client import RemoteSimulator
 from extras.remote.endpoint import RemoteError
+from extras.world2vlm import rewards as world2vlm_rewards
 from lib import common, rl_log, streams
 from policy import Policy, Trajectory
 
@@ -120,7 +121,7 @@ def test_world2vlm_has_rewards_of_its_own():
     row = train_rl.score(
         dialogue_of("turn left 30 degrees", answer="turn left 20 degrees", category="A2"), args
     )
-    want = rewards.world2vlm("A2", "turn left 20 degrees", "turn left 30 degrees")
+    want = world2vlm_rewards.world2vlm("A2", "turn left 20 degrees", "turn left 30 degrees")
     assert row.reward == row.match == want["total"] and row.parts == want and 0.9 < row.reward < 1
     silent = train_rl.score(dialogue_of(None, answer="yes", category="D4"), args)
     totals = rl_log.by_task([row, silent])
@@ -636,7 +637,9 @@ WORLD2VLM = [
 def test_world2vlm_stage(inputs, tmp_path, monkeypatch):
     """Its questions stand beside others in the file; no simulator, no tool, the parts of the reward in the log."""
     earned = itertools.cycle([0.25, 0.75])  # rollouts of a group differ: it learns
-    monkeypatch.setattr(rewards, "world2vlm", lambda *_: {"total": next(earned), "format": 0.0})
+    monkeypatch.setattr(
+        world2vlm_rewards, "world2vlm", lambda *_: {"total": next(earned), "format": 0.0}
+    )
     for part in ("train", "val"):
         rows = [
             {

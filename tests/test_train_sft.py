@@ -9,10 +9,10 @@ from ranks import on_ranks
 
 import data
 import train_sft
+from extras.world2vlm.rewards import world2vlm
 from lib import streams
 from lib.common import World
 from policy import Policy, collate, token_logprobs
-from rewards import world2vlm
 from train_sft import (
     DECISION,
     FACT,

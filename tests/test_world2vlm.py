@@ -9,7 +9,6 @@ from itertools import product
 import numpy as np
 import pytest
 
-import rewards
 from data import FINE
 from extras.world2vlm.questions import (
     Detection,
@@ -24,6 +23,7 @@ from extras.world2vlm.questions import (
     validated,
     write_motion_questions,
 )
+from extras.world2vlm.rewards import world2vlm
 from extras.world2vlm.transitions import (
     MOVES,
     PAPER,
@@ -673,9 +673,7 @@ def test_all_records_are_valid_and_earn_full_reward(true, told):
     assert {row["task"] for row in true[1]} == set(TASKS)
     for row in true[1] + told:
         assert validate(row) is None
-        assert rewards.world2vlm(row["task"], row["answer"], row["answer"])[
-            "total"
-        ] == pytest.approx(1)
+        assert world2vlm(row["task"], row["answer"], row["answer"])["total"] == pytest.approx(1)
 
 
 def test_answers_agree_with_geometry(true):
