@@ -48,7 +48,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from extras.remote.endpoint import RemoteError
 from extras.report import real_views
 from extras.scans import quality
 from extras.scans.corpora import convert
@@ -90,6 +89,7 @@ from lib.images import load_image, save_image
 from lib.questions import room_questions
 from lib.records import SPLITS, build, load_jsonl, save_jsonl
 from lib.rooms import EYE, SIZE, TrueRenderer, random_room, render, ring
+from lib.simulators import SimulatorError
 from lib.streams import numpy_stream, stream_seed
 from policy import Policy, rollout
 from rewards import exact_match
@@ -294,7 +294,9 @@ def make_world2vlm(out, teacher="truth", rooms=1000, held_out=(60, 240), threads
     """
     out = Path(out)
     if teacher != "truth":
-        simulator = simulators.load(teacher, "cuda" if torch.cuda.is_available() else "cpu")
+        simulator = simulators.load_simulator(
+            teacher, "cuda" if torch.cuda.is_available() else "cpu"
+        )
     for split, count, first in (
         ("train", rooms, FIRST_ROOM["questions_train"]),
         ("val", held_out[0], FIRST_ROOM["val"]),
@@ -756,7 +758,7 @@ def main(argv=None):
     elif args.what == "world2vlm":
         if args.teacher != "truth" and "://" not in args.teacher:
             size = " --preset astra" if args.teacher.endswith("-astra") else ""
-            need(simulators.find(args.teacher), f"python train_wm.py{size}")
+            need(simulators.find_weights(args.teacher), f"python train_wm.py{size}")
         try:
             if args.anchors:
                 make_taught(args.out, args.anchors, args.teacher, args.detector, args.limit)
@@ -769,7 +771,7 @@ def main(argv=None):
                     )
             else:
                 make_world2vlm(args.out, args.teacher, threads=args.threads or 2, **rooms)
-        except RemoteError as error:
+        except SimulatorError as error:
             fail(f"--teacher {args.teacher}: {error}")
     elif args.what == "heldout":
         make_heldout(

@@ -52,7 +52,6 @@ from extras.benches.rules import (
     score,
 )
 from extras.remote.client import RemotePolicy, converse, shown, words
-from extras.remote.endpoint import RemoteError
 from extras.report import real_views, report, search
 from extras.report.diagnosis import diagnose, tally
 from extras.world2vlm import rewards as world2vlm_rewards
@@ -63,6 +62,7 @@ from lib.images import figure_image
 from lib.predictions import digest, keyed
 from lib.questions import text_only_chance
 from lib.scores import TOOLLESS, chance, summarise
+from lib.simulators import SimulatorError
 from lib.streams import stable_hash
 from lib.views import imagine_targets, load_triples
 from policy import Policy, rollout
@@ -125,10 +125,12 @@ def evaluate_policy(
             policy, asked, simulator, mode, seed, batch, max_new_tokens, primitives
         )
         trajectories = iter(trajectories)
-        told = [RemoteError(error) if error else next(trajectories) for _, error in loaded]
+        told = [SimulatorError(error) if error else next(trajectories) for _, error in loaded]
         seconds = round((time.time() - clock) / len(part), 4)
         whole = [
-            (pair, t) for pair, t in zip(part, told) if not (isinstance(t, RemoteError) and t.down)
+            (pair, t)
+            for pair, t in zip(part, told)
+            if not (isinstance(t, SimulatorError) and t.down)
         ]
         told = [t if isinstance(t, Trajectory) else None for _, t in whole]
         new = [
@@ -150,7 +152,7 @@ def evaluate_policy(
 
 
 def ask(policy, questions, simulator, mode, seed, batch, max_new_tokens, primitives):
-    """-> a Trajectory per question, or a RemoteError in its place; and the RemoteError that stopped it, or None."""
+    """-> a Trajectory per question, or a SimulatorError in its place; and the SimulatorError that stopped it, or None."""
     mode = "direct" if mode in TOOLLESS else mode
     if not isinstance(policy, RemotePolicy) and mode in NOTE:
         return (
@@ -173,7 +175,7 @@ def ask(policy, questions, simulator, mode, seed, batch, max_new_tokens, primiti
                 policy, questions, simulator, seed, search.SPACES[primitives], max_new_tokens, batch
             ), None
         return converse(policy, questions, simulator, mode, seed), None
-    except RemoteError as error:  # a server is down: what is complete is kept
+    except SimulatorError as error:  # a server is down: what is complete is kept
         return error.results, error
 
 
@@ -349,7 +351,7 @@ def instruments(args, rows, device):
         parts = [*map(shown, images), {"type": "text", "text": question}]
         try:
             return words(policy.ask([{"role": "user", "content": parts}])[0])
-        except RemoteError as error:
+        except SimulatorError as error:
             common.fail(f"{error} The views are kept; the same command measures them.")
 
     try:
@@ -398,9 +400,13 @@ def main_wm(args, world):
             )
         try:
             imagine_targets(
-                simulators.load(name, world.device, args.wm), own, folder, args.batch or 64, name
+                simulators.load_simulator(name, world.device, args.wm),
+                own,
+                folder,
+                args.batch or 64,
+                name,
             )
-        except RemoteError as error:
+        except SimulatorError as error:
             common.fail(
                 f"{error} The views so far are in {folder}; the same command goes on from there."
             )
@@ -467,7 +473,7 @@ def default_data(file):
 
 def fingerprint(name, wm=None):
     """What tells one simulator (or policy folder) from another, or from the same folder trained or configured anew."""
-    place = simulators.find(name, wm) or name
+    place = simulators.find_weights(name, wm) or name
     files = [file for kind in ("*.safetensors", "*.json") for file in Path(place).glob(kind)]
     return f"{place}@{max((int(file.stat().st_mtime) for file in files), default=0)}"
 
@@ -744,7 +750,7 @@ def main(argv=None):
         if mode not in TOOLLESS and name != loaded:
             simulator = None  # two at once may not fit, and a model is in a cycle
             gc.collect()
-            simulator, loaded = simulators.load(name, world.device, args.wm), name
+            simulator, loaded = simulators.load_simulator(name, world.device, args.wm), name
         before = predictions.answered(out, run, mode, source, questions)
 
         def keep(new, trajectories):
@@ -773,7 +779,7 @@ def main(argv=None):
                 f"Stopped. The answers so far are in {out}; the same command goes on from there."
             )
             raise SystemExit(130) from None
-        except RemoteError as error:
+        except SimulatorError as error:
             common.fail(
                 f"{error} The answers so far are in {out}; the same command goes on from there."
             )

@@ -37,13 +37,12 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 from transformers.utils import cached_file, logging
 
-from extras.remote.client import NO_VIEW, imagine_each
 from extras.world2vlm.words import PIECES
-from lib import simulators
 from lib.common import at_least, fail, newest, run
 from lib.dialogue import NO_SIMULATOR, NOTE, PAD, PHRASES, Trajectory
 from lib.images import load_image
 from lib.rollout import Writer
+from lib.simulators import NO_VIEW, imagine_each, load_simulator
 from lib.streams import stream_seed, torch_stream
 from lib.tiny import tiny_tokenizer
 
@@ -704,7 +703,7 @@ def main(argv=None):
             "There is no policy in out/ yet. Train one with: python train_sft.py   (or name one with --model)"
         )
     )
-    simulator = None if args.mode == "direct" else simulators.load("tuned", device, args.wm)
+    simulator = None if args.mode == "direct" else load_simulator("tuned", device, args.wm)
     try:
         policy = Policy.load(model, device)
         (trajectory,) = rollout(

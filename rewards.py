@@ -18,7 +18,7 @@ the current policy, and D_i = 0 for a rollout that used no tool, since no tool i
 
 import torch
 
-from extras.benches.rules import option_letter
+from lib.answers import option_letter
 
 LAMBDA_FMT = 0.5  # worth of a dialogue in good form, half a right answer
 LAMBDA_USE = 0.02  # worth of looking at all

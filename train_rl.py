@@ -39,13 +39,13 @@ import torch
 from torch.nn import functional as F
 
 import rewards
-from extras.remote.endpoint import RemoteError
 from extras.world2vlm import rewards as world2vlm_rewards
 from lib import checkpoints, common, simulators
 from lib.common import total
 from lib.dialogue import Trajectory
 from lib.records import load_jsonl
 from lib.rl_log import by_need, by_task, draw_curves, rollout_totals
+from lib.simulators import SimulatorError
 from lib.streams import rows_of_step, stream_seed, torch_stream
 from policy import Policy, collate, prompt_of, rollout, token_logprobs
 
@@ -400,7 +400,7 @@ def dialogues(policy, questions, simulator, mode, args, group=1, temperature=0.0
                 args.max_new_tokens,
                 args.rows,
             )
-    except RemoteError as error:
+    except SimulatorError as error:
         common.fail(f"{error}. The same command goes on from the last checkpoint.")
 
 
@@ -622,7 +622,11 @@ class Watched:
 
 def open_simulator(args, world):
     """--simulator as an object with `imagine`, or None."""
-    return None if args.mode == "direct" else simulators.load(args.simulator, world.device, args.wm)
+    return (
+        None
+        if args.mode == "direct"
+        else simulators.load_simulator(args.simulator, world.device, args.wm)
+    )
 
 
 def needs(args):

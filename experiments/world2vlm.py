@@ -132,7 +132,7 @@ MOST = {
 
 def simulator(name, out):
     """truth, or the simulator of a row of experiments/simulator.py."""
-    return simulators.load(
+    return simulators.load_simulator(
         name
         if name == "truth"
         else str(

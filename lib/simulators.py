@@ -1,5 +1,5 @@
 """
-The one place where a simulator is chosen by name, and Reprojection, which needs no training.
+The one place where a simulator is chosen by name, how it fails, and Reprojection, which needs no training.
 
 A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`. By name:
 
@@ -8,17 +8,28 @@ A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`
   reprojection  the given views as a point cloud, looked at from the commanded pose (rooms only: it needs depth)
   truth         the true renderer (rooms only)
   none          no simulator: a call is answered by a sentence
-  http://…      a server of image edits, such as `python world_model.py --serve 8000` (extras/remote/client.py)
+  http://…      a server of image edits (extras/remote)
   anything else is the folder or hub id of a world model
 """
+
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from extras.remote.client import RemoteSimulator
-from lib.common import fail, newest
-from lib.geometry import fill_holes, move_camera, pinhole, project, read_instruction, unproject
+from lib.distributed import fail, say
+from lib.geometry import (
+    Query,
+    fill_holes,
+    move_camera,
+    pinhole,
+    project,
+    read_instruction,
+    unproject,
+)
 from lib.rooms import TrueRenderer, random_room, render
+from lib.stage import newest
 
 NAMES = ("tuned", "untuned", "reprojection", "truth", "none")
 NEEDS_ROOM = ("reprojection", "truth")
@@ -28,9 +39,39 @@ COMMANDS = {
     "tuned": "python train_wm.py",
     "untuned": "python train_wm.py --shuffle-instructions --out out/wm-untuned",
 }
+NO_VIEW = "This view could not be imagined. Answer from the images, or ask for another view."
 
 
-def find(name, wm=None):
+class SimulatorError(ValueError):
+    """A view, or an answer of a served policy, that failed for good, in a sentence.
+
+    down      True: the server is the reason, so others would fail alike; False: it was this request alone
+    results   of a batch: what the others gave, in order, and a SimulatorError in the place of each that failed
+    """
+
+    def __init__(self, sentence: str, down: bool = False, results: Iterable = ()):
+        super().__init__(sentence)
+        self.down = down
+        self.results = list(results)
+
+
+def imagine_each(simulator, queries: list[Query]) -> list[np.ndarray | None]:
+    """`simulator.imagine`, but None in the place of a view that it refuses. Raises SimulatorError if it is down."""
+    if not queries:
+        return []
+    try:
+        return simulator.imagine(queries)
+    except SimulatorError as error:
+        if error.down or len(error.results) != len(queries):
+            raise
+        say(f"{error} The dialogues go on without.")
+        return [None if isinstance(view, SimulatorError) else view for view in error.results]
+
+
+# ---- by name --------------------------------------------------------------------------------------------------------
+
+
+def find_weights(name: str | Path, wm: str | Path | None = None) -> str | None:
     """The world-model folder or hub id behind a simulator's name; None for those that have no weights.
 
     wm   the folder of "tuned", if it is not the default
@@ -42,27 +83,36 @@ def find(name, wm=None):
         return str(wm)
     if name not in FOLDERS:
         return str(name)
-    found = newest((FOLDERS[name],))
-    return (
-        str(found)
-        if found
-        else fail(f"There is no simulator in out/{FOLDERS[name]} yet. `{COMMANDS[name]}` makes it.")
-    )
+    folder = newest((FOLDERS[name],))
+    if folder is None:
+        fail(f"There is no simulator in out/{FOLDERS[name]} yet. `{COMMANDS[name]}` makes it.")
+    return str(folder)
 
 
-def load(name, device="cpu", wm=None):
+def load_simulator(
+    name: str | Path, device: torch.device | str = "cpu", wm: str | Path | None = None
+):
     """The simulator called `name` (see the top of this file), ready to imagine, in bf16 on a GPU; None for "none"."""
-    if name in NEEDS_ROOM or name == "none":
-        return {"truth": TrueRenderer, "reprojection": Reprojection, "none": lambda: None}[name]()
-    from world_model import WorldModel
-
+    if name == "none":
+        return None
+    if name == "truth":
+        return TrueRenderer()
+    if name == "reprojection":
+        return Reprojection()
     try:
         if str(name).startswith(URLS):
+            from extras.remote.client import RemoteSimulator
+
             return RemoteSimulator(name)
+        from world_model import WorldModel
+
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        return WorldModel.load(find(name, wm), device, dtype)
+        return WorldModel.load(find_weights(name, wm), device, dtype)
     except (OSError, ValueError) as error:
-        fail(f"The simulator {find(name, wm)} cannot be read: {error}")
+        fail(f"The simulator {find_weights(name, wm)} cannot be read: {error}")
+
+
+# ---- reprojection ---------------------------------------------------------------------------------------------------
 
 
 class Reprojection:
@@ -72,43 +122,54 @@ class Reprojection:
     is rendered at the pose of the view; an image counts as given if it shows what stands at its pose.
     """
 
-    def imagine(self, queries):
-        """list of Query with `scene` -> list of (H, W, 3) uint8."""
-        return [self._imagine(query) for query in queries]
+    def imagine(self, queries: list[Query]) -> list[np.ndarray]:
+        """Queries with `scene` -> (H, W, 3) uint8 each. Raises ValueError without a scene."""
+        return [self.reproject(query) for query in queries]
 
-    def _imagine(self, query):
+    def reproject(self, query: Query) -> np.ndarray:
+        """One query -> (H, W, 3) uint8."""
         if query.scene is None:
             raise ValueError(
                 "reprojection works in rooms only: this question carries no depth and no poses"
             )
         reference, motion = read_instruction(query.instruction)
-        poses, size = np.array(query.scene["poses"]), query.images[0].shape[0]
+        poses = np.array(query.scene["poses"])
+        size = len(query.images[0])
         true = render(random_room(query.scene["room"]), poses, size)
-        given = [
-            k
-            for k, image in enumerate(query.images)
-            if np.abs(image - true["rgb"][k].astype(float)).mean() < 1
-        ]
-        clouds = [points(query.images[k], true["depth"][k], poses[k]) for k in given]
-        view, seen = splat(
-            *map(np.concatenate, zip(*clouds)), move_camera(poses[reference - 1], motion), size
-        )
-        return fill_holes(view, seen)
+        positions, colours = [], []
+        for image, rgb, depth, c2w in zip(
+            query.images, true["rgb"], true["depth"], poses, strict=True
+        ):
+            if np.abs(image - rgb.astype(float)).mean() < 1:
+                xyz, rgb = points(image, depth, c2w)
+                positions.append(xyz)
+                colours.append(rgb)
+        target = move_camera(poses[reference - 1], motion)
+        view, covered = splat(np.concatenate(positions), np.concatenate(colours), target, size)
+        return fill_holes(view, covered)
 
 
-def points(rgb, depth, c2w, fine=3):
+def points(
+    rgb: np.ndarray, depth: np.ndarray, c2w: np.ndarray, fine: int = 3
+) -> tuple[np.ndarray, np.ndarray]:
     """A view as coloured points: each pixel becomes fine² of them -> world points (n, 3), colours (n, 3) uint8."""
-    rgb, depth = (x.repeat(fine, 0).repeat(fine, 1) for x in (rgb, depth))
-    where = unproject(depth, pinhole(len(depth)), c2w)
-    return where[depth > 0], rgb[depth > 0]
+    rgb = rgb.repeat(fine, 0).repeat(fine, 1)
+    depth = depth.repeat(fine, 0).repeat(fine, 1)
+    xyz = unproject(depth, pinhole(len(depth)), c2w)
+    return xyz[depth > 0], rgb[depth > 0]
 
 
-def splat(where, colours, c2w, size):
-    """Paint points into a view of `size` pixels, the nearest on top -> rgb (H, W, 3) uint8, seen (H, W) bool."""
-    pixel, z = project(where, pinhole(size), c2w)
+def splat(
+    xyz: np.ndarray, colours: np.ndarray, c2w: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Paint points into a view of `size` pixels, the nearest on top -> rgb (H, W, 3) uint8, covered (H, W) bool."""
+    pixel, z = project(xyz, pinhole(size), c2w)
     column, row = np.floor(pixel).astype(int).T
-    kept = np.flatnonzero((z > 0.05) & (column >= 0) & (column < size) & (row >= 0) & (row < size))
-    kept = kept[np.argsort(-z[kept], kind="stable")]  # far to near: the last one written stays
-    view, seen = np.zeros((size, size, 3), np.uint8), np.zeros((size, size), bool)
-    view[row[kept], column[kept]], seen[row[kept], column[kept]] = colours[kept], True
-    return view, seen
+    inside = (column >= 0) & (column < size) & (row >= 0) & (row < size)
+    visible = np.flatnonzero((z > 0.05) & inside)
+    far_to_near = visible[np.argsort(-z[visible], kind="stable")]  # the last one written stays
+    view = np.zeros((size, size, 3), np.uint8)
+    covered = np.zeros((size, size), bool)
+    view[row[far_to_near], column[far_to_near]] = colours[far_to_near]
+    covered[row[far_to_near], column[far_to_near]] = True
+    return view, covered

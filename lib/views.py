@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from extras.remote.endpoint import RemoteError
 from lib import common
 from lib.geometry import Motion, Query, instruction
 from lib.images import save_image
 from lib.records import load_jsonl
+from lib.simulators import SimulatorError
 from lib.streams import stable_hash, stream_seed
 
 
@@ -54,7 +54,7 @@ def fingers(row):
 def imagine_targets(simulator, rows, folder=None, batch=64, title="imagine"):
     """The view that the simulator gives for every triple; kept in `folder` so that a killed run continues.
 
-    Raises RemoteError if a server fails, once the views that it gave are kept.
+    Raises SimulatorError if a server fails, once the views that it gave are kept.
     """
     views = []
     for start in tqdm(
@@ -78,10 +78,10 @@ def imagine_targets(simulator, rows, folder=None, batch=64, title="imagine"):
         ]
         try:
             new = iter(simulator.imagine(queries) if queries else [])
-        except RemoteError as error:
+        except SimulatorError as error:
             missing = [place for place in kept if not (place and place.exists())]
             for place, view in zip(missing, error.results):
-                if place and not isinstance(view, RemoteError):
+                if place and not isinstance(view, SimulatorError):
                     save_image(place, view)
             raise
         for row, place in zip(part, kept):

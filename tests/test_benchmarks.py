@@ -39,13 +39,13 @@ from extras.benches.rules import (
     groups,
     lenient,
     level,
-    option_letter,
     prompt,
     reply,
     score,
     task,
     weights,
 )
+from lib.answers import option_letter
 
 OFFICIAL = [  # a reply, the letter that MindCube's code reads
     ("<answer>D. Mirror</answer>", "D"),

@@ -15,7 +15,6 @@ from mirror import Mirror
 
 from extras.remote import client as clients
 from extras.remote.client import (
-    NO_VIEW,
     ONE_CALL,
     UNREADABLE_HERE,
     RemotePolicy,
@@ -24,7 +23,7 @@ from extras.remote.client import (
     read_picture,
     turn_text,
 )
-from extras.remote.endpoint import Endpoint, RemoteError, seconds_of, sentence_of
+from extras.remote.endpoint import Endpoint, seconds_of, sentence_of
 from extras.remote.serve import read_form
 from lib.bagel import MAX_IMAGES
 from lib.dialogue import (
@@ -39,6 +38,7 @@ from lib.dialogue import (
     prompt_text,
 )
 from lib.geometry import Query, read_instruction
+from lib.simulators import NO_VIEW, SimulatorError, imagine_each
 from lib.streams import stream_seed
 from world_model import select_context
 
@@ -240,7 +240,7 @@ def test_what_fails_for_good_says_why(bad, words, requests, down):
     with Fake(GOOD, bad) as fake:
         simulator = RemoteSimulator(fake.url, **QUICK | {"timeout": 0.4})
         simulator.imagine([query(0)])  # so the address is known to be right
-        with pytest.raises(RemoteError) as error:
+        with pytest.raises(SimulatorError) as error:
             simulator.imagine([query(1)])
     assert words in str(error.value) and fake.url in str(error.value)
     assert error.value.down is down and len(fake.requests) == 1 + requests
@@ -250,7 +250,7 @@ def test_a_server_that_is_not_there():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(RemoteError, match="refused") as error:
+    with pytest.raises(SimulatorError, match="refused") as error:
         RemoteSimulator(url, **QUICK).imagine([query(seed) for seed in range(50)])
     assert error.value.down and len(error.value.results) == 50
 
@@ -267,10 +267,12 @@ def test_one_refused_view_costs_the_others_nothing():
     queries = [query(seed) for seed in range(5)]
     with Fake(picky) as fake:
         simulator = RemoteSimulator(fake.url, **QUICK)
-        with pytest.raises(RemoteError, match="1 of 5 views failed.*I do not draw this") as error:
+        with pytest.raises(
+            SimulatorError, match="1 of 5 views failed.*I do not draw this"
+        ) as error:
             simulator.imagine(queries)
-        views = clients.imagine_each(simulator, queries)
-    assert [isinstance(view, RemoteError) for view in error.value.results] == [
+        views = imagine_each(simulator, queries)
+    assert [isinstance(view, SimulatorError) for view in error.value.results] == [
         k == 2 for k in range(5)
     ]
     assert [view is None for view in views] == [k == 2 for k in range(5)] and not error.value.down
@@ -280,8 +282,8 @@ def test_one_refused_view_costs_the_others_nothing():
 def test_a_server_that_has_only_ever_refused_stops_the_run():
     """A wrong model name must not end in a table of dialogues without views."""
     with Fake((400, {"error": {"message": "no such model"}})) as fake:
-        with pytest.raises(RemoteError, match="no such model") as error:
-            clients.imagine_each(RemoteSimulator(fake.url, **QUICK), [query(0), query(1)])
+        with pytest.raises(SimulatorError, match="no such model") as error:
+            imagine_each(RemoteSimulator(fake.url, **QUICK), [query(0), query(1)])
     assert error.value.down
 
 
@@ -309,7 +311,7 @@ def test_a_rate_limit_pauses_every_request_for_as_long_as_it_says(capsys):
 
 def test_a_long_retry_after_is_capped_and_a_rate_limit_without_end_is_an_error():
     with Fake((429, {}, {"Retry-After": "3600"})) as fake:
-        with pytest.raises(RemoteError, match="429") as error:
+        with pytest.raises(SimulatorError, match="429") as error:
             RemoteSimulator(fake.url, **QUICK | {"patience": 2, "tries": 1}).imagine([query(0)])
     assert error.value.down and len(fake.requests) >= 2  # a wait of an hour would end after one
 
@@ -318,7 +320,7 @@ def test_waits_double_and_vary(monkeypatch):
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
     endpoint = Endpoint("http://127.0.0.1:1", "/x", tries=6, backoff=1.0, longest_wait=6.0)
-    with pytest.raises(RemoteError):
+    with pytest.raises(SimulatorError):
         endpoint.ask({}, lambda fields: (b"", "text/plain"), lambda answer: answer)
     assert len(waits) == 5 and all(
         top / 2 <= wait <= top for wait, top in zip(waits, (1, 2, 4, 6, 6))
@@ -381,7 +383,9 @@ def test_the_key_is_sent_and_told_to_nobody(monkeypatch, capfd, tmp_path):
         policy = RemotePolicy(fake.url, "gpt", **QUICK)
         (dialogue,) = clients.converse(policy, [question(1)], mode="direct")
         dialogue.save(tmp_path)
-        with pytest.raises(RemoteError, match=r"401: Incorrect API key provided: \[key\]") as error:
+        with pytest.raises(
+            SimulatorError, match=r"401: Incorrect API key provided: \[key\]"
+        ) as error:
             clients.converse(policy, [question(2)], mode="direct")
     assert [request["headers"]["Authorization"] for request in fake.requests] == [
         f"Bearer {KEY}"
@@ -403,7 +407,7 @@ def test_a_key_that_no_header_can_carry_is_not_printed_by_http(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY + "\nHost: elsewhere")
     with (
         Fake(says("<answer>A</answer>")) as fake,
-        pytest.raises(RemoteError, match="OPENAI_API_KEY") as error,
+        pytest.raises(SimulatorError, match="OPENAI_API_KEY") as error,
     ):
         clients.converse(RemotePolicy(fake.url, "gpt", **QUICK), [question(1)], mode="direct")
     assert KEY not in str(error.value) and not fake.requests
@@ -423,7 +427,7 @@ def test_the_key_travels_neither_unencrypted_nor_to_where_a_redirect_points(monk
         Fake(says("<answer>A</answer>")) as other,
         Fake((307, b"", {"Location": other.url})) as fake,
     ):
-        with pytest.raises(RemoteError, match="answered 307"):
+        with pytest.raises(SimulatorError, match="answered 307"):
             clients.converse(RemotePolicy(fake.url, "gpt", **QUICK), [question(1)], mode="direct")
     assert len(fake.requests) == 1 and not other.requests
     for endpoint, sent in (
@@ -737,9 +741,11 @@ def test_dialogues_that_can_go_on_when_a_server_is_down_do_and_are_handed_over()
     class Dying(Mirror):
         def imagine(self, queries):
             views = super().imagine(queries[:-1])
-            raise RemoteError("The simulator is down.", True, [*views, RemoteError("gone", True)])
+            raise SimulatorError(
+                "The simulator is down.", True, [*views, SimulatorError("gone", True)]
+            )
 
-    with Fake(act) as fake, pytest.raises(RemoteError, match="503") as error:
+    with Fake(act) as fake, pytest.raises(SimulatorError, match="503") as error:
         clients.converse(
             RemotePolicy(fake.url, "gpt", at_once=4, **QUICK),
             [question(n) for n in range(4)],
@@ -747,14 +753,14 @@ def test_dialogues_that_can_go_on_when_a_server_is_down_do_and_are_handed_over()
         )
     first, second, *rest = error.value.results
     assert error.value.down and first.answer == second.answer == "A" and len(second.images) == 3
-    assert [isinstance(result, RemoteError) and result.down for result in rest] == [True, True]
+    assert [isinstance(result, SimulatorError) and result.down for result in rest] == [True, True]
 
 
 def test_an_endpoint_that_has_only_ever_refused_stops_the_run():
     """Else a wrong model name would count as so many wrong answers."""
     with (
         Fake((400, {"error": {"message": "no such model"}})) as fake,
-        pytest.raises(RemoteError) as error,
+        pytest.raises(SimulatorError) as error,
     ):
         clients.converse(RemotePolicy(fake.url, "gpt", **QUICK), [question(1), question(2)])
     assert error.value.down and all(result.down for result in error.value.results)
@@ -763,7 +769,7 @@ def test_an_endpoint_that_has_only_ever_refused_stops_the_run():
 def test_a_view_that_is_refused_is_told_to_the_policy_and_the_dialogue_goes_on():
     class Picky:
         def imagine(self, queries):
-            raise RemoteError("1 of 1 views failed.", False, [RemoteError("no")])
+            raise SimulatorError("1 of 1 views failed.", False, [SimulatorError("no")])
 
     dialogue, sent = talk(says("", LOOK), ANSWER, simulator=Picky())
     assert (

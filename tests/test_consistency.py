@@ -29,7 +29,7 @@ from lib.consistency import (
 )
 from lib.geometry import Motion, Query, fill_holes, instruction, move_camera, pose
 from lib.rooms import COLOURS, EYE, random_room, render
-from lib.simulators import Reprojection, find, load, points, splat
+from lib.simulators import Reprojection, find_weights, load_simulator, points, splat
 
 MOTIONS = [
     Motion("turn left", 45.0),
@@ -422,15 +422,19 @@ def test_splat_keeps_the_nearest_and_holes_take_the_nearest_colour():
 
 
 def test_simulators_by_name(tmp_path, monkeypatch):
-    assert load("none") is None and load("truth").imagine([query(ROWS[0], None)])[0].shape == (
+    assert load_simulator("none") is None and load_simulator("truth").imagine(
+        [query(ROWS[0], None)]
+    )[0].shape == (
         32,
         32,
         3,
     )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="train_wm.py"):
-        find("tuned")
+        find_weights("tuned")
     (tmp_path / "out/demo/wm").mkdir(parents=True)
     (tmp_path / "out/demo/wm/config.json").write_text("{}")
-    assert find("tuned") == "out/demo/wm" and find("tuned", "elsewhere") == "elsewhere"
-    assert find("my/model") == "my/model"
+    assert (
+        find_weights("tuned") == "out/demo/wm" and find_weights("tuned", "elsewhere") == "elsewhere"
+    )
+    assert find_weights("my/model") == "my/model"

@@ -26,6 +26,7 @@ from lib.predictions import keyed
 from lib.questions import text_only_chance
 from lib.rooms import TrueRenderer
 from lib.scores import brief, interval, paired_bootstrap
+from lib.simulators import SimulatorError
 from policy import Policy, Trajectory
 
 
@@ -235,14 +236,14 @@ def test_a_server_that_refuses_one_mode_stops_there_and_a_refused_rest_does_not(
     """Direct answers came; a refusal of all calls is a server without tools. But single questions may be too long."""
 
     def refuse(policy, questions, *_):
-        results = [evaluate.RemoteError("400: no tools") for _ in questions]
+        results = [SimulatorError("400: no tools") for _ in questions]
         check(policy.endpoint, results)
         return results
 
     monkeypatch.setattr(evaluate, "converse", refuse)
     policy = evaluate.RemotePolicy("http://127.0.0.1:9/v1", "vlm")
     policy.endpoint.served = True
-    with pytest.raises(evaluate.RemoteError, match="no tools"):
+    with pytest.raises(SimulatorError, match="no tools"):
         evaluate_policy(policy, [question(0), question(1)], None, "forced")
     (record,) = evaluate_policy(policy, [question(0), question(1)], None, "forced", done=("q0",))
     assert record["key"] == "q1" and record["error"] == "400: no tools" and record["correct"] == 0
@@ -571,7 +572,7 @@ def test_one_simulator_at_a_time_is_in_memory_and_none_is_loaded_twice_in_a_row(
         alive.append(weakref.ref(one))
         return one
 
-    monkeypatch.setattr(evaluate.simulators, "load", load)
+    monkeypatch.setattr(evaluate.simulators, "load_simulator", load)
     scripted(monkeypatch, lambda q, mode: "B")
     own = [*arguments(place, "rooms", "--limit", "2", "--no-report"), "--out", str(tmp_path)]
     main([*own, "--simulator", "truth"])
@@ -864,16 +865,16 @@ def test_a_simulator_behind_a_url_that_falls_silent_costs_no_view_that_it_gave(
 ):
     class Falling(TrueRenderer):
         def imagine(self, queries):
-            raise evaluate.RemoteError(
+            raise SimulatorError(
                 "The server is down.",
                 True,
                 [
                     *super().imagine(queries[:2]),
-                    *(evaluate.RemoteError("gone", True) for _ in queries[2:]),
+                    *(SimulatorError("gone", True) for _ in queries[2:]),
                 ],
             )
 
-    monkeypatch.setattr(evaluate.simulators, "load", lambda *_: Falling())
+    monkeypatch.setattr(evaluate.simulators, "load_simulator", lambda *_: Falling())
     own = [
         *arguments(place, "wm", "--dose-rooms", "0", "--limit", "4"),
         "--out",
@@ -884,7 +885,7 @@ def test_a_simulator_behind_a_url_that_falls_silent_costs_no_view_that_it_gave(
     with pytest.raises(SystemExit, match="The server is down. The views so far are in"):
         main(own)
     assert len(list(tmp_path.glob("views/*/*.png"))) == 2
-    monkeypatch.setattr(evaluate.simulators, "load", lambda *_: TrueRenderer())
+    monkeypatch.setattr(evaluate.simulators, "load_simulator", lambda *_: TrueRenderer())
     main(own)
     assert json.loads((tmp_path / "results.json").read_text())["mse"] == 0
 
@@ -929,7 +930,7 @@ def test_wm_in_scans_from_end_to_end(tmp_path, monkeypatch, capsys):
         "--simulator",
         "still",
     ]
-    monkeypatch.setattr(evaluate.simulators, "load", lambda *_: Copier())
+    monkeypatch.setattr(evaluate.simulators, "load_simulator", lambda *_: Copier())
     monkeypatch.setattr(real_views, "matcher", lambda *flags: asked.append(flags) or match)
     monkeypatch.setattr(real_views, "detector", lambda model, device: detect)
     main([*own, "--matcher", "mine"])

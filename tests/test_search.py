@@ -11,7 +11,6 @@ from test_clients import QUICK, Fake, says
 import data
 import evaluate
 from extras.remote.client import RemotePolicy, png
-from extras.remote.endpoint import RemoteError
 from extras.report import search
 from extras.report.search import (
     SPACES,
@@ -33,6 +32,7 @@ from lib.dialogue import ENOUGH, Trajectory
 from lib.geometry import Motion, read_instruction
 from lib.images import load_image
 from lib.rooms import TrueRenderer, random_room, render
+from lib.simulators import SimulatorError
 from policy import Policy, collate, token_logprobs
 from train_sft import call_parts
 
@@ -69,13 +69,13 @@ class Noise:
     def imagine(self, queries):
         self.queries += queries
         views = [
-            RemoteError("this view is refused")
+            SimulatorError("this view is refused")
             if any(word in query.instruction for word in self.fails)
             else np.random.default_rng(query.seed).integers(0, 256, (32, 32, 3), np.uint8)
             for query in queries
         ]
-        if any(isinstance(view, RemoteError) for view in views):
-            raise RemoteError("some views are refused", False, views)
+        if any(isinstance(view, SimulatorError) for view in views):
+            raise SimulatorError("some views are refused", False, views)
         return views
 
 
@@ -392,11 +392,11 @@ def test_a_view_that_is_refused_costs_no_answer_and_a_simulator_that_is_down_doe
 
     class Down:
         def imagine(self, queries):
-            raise RemoteError("nobody there", True)
+            raise SimulatorError("nobody there", True)
 
     voting(monkeypatch, *[Motion(L, 45.0)] * 5)
     for method in (search.search, gate):
-        with pytest.raises(RemoteError, match="nobody there") as error:
+        with pytest.raises(SimulatorError, match="nobody there") as error:
             method(policy, [question(0)], Down(), 0, ROOMS, 24)
         assert [result.down for result in error.value.results] == [True]
 
@@ -617,7 +617,7 @@ def test_one_refusal_costs_one_question_and_a_server_that_is_down_costs_no_finis
     asked = [question(0), question(1, question="Question 1?"), question(2)]
     with Fake(refuses) as fake:
         found = search.search(RemotePolicy(fake.url, "vlm", **QUICK), asked, Noise(), 0, JOURNEY)
-    assert [isinstance(result, RemoteError) for result in found] == [
+    assert [isinstance(result, SimulatorError) for result in found] == [
         False,
         True,
         False,
@@ -629,9 +629,9 @@ def test_one_refusal_costs_one_question_and_a_server_that_is_down_costs_no_finis
         return (401, {"error": {"message": "no money"}}) if down else judging(request, handler)
 
     done = []
-    with Fake(goes) as fake, pytest.raises(RemoteError, match="no money") as error:
+    with Fake(goes) as fake, pytest.raises(SimulatorError, match="no money") as error:
         search.search(RemotePolicy(fake.url, "vlm", at_once=1, **QUICK), asked, Noise(), 0, JOURNEY)
-    assert [isinstance(result, RemoteError) for result in error.value.results] == [
+    assert [isinstance(result, SimulatorError) for result in error.value.results] == [
         False,
         True,
         True,

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from extras.remote.client import RemoteSimulator, multipart, png, read_picture
-from extras.remote.endpoint import RemoteError
 from extras.remote.serve import PATH, Server, read_form, serve
 from lib.geometry import Motion, Query, instruction
+from lib.simulators import SimulatorError
 from world_model import WorldModel
 
 QUICK = {"timeout": 10.0, "tries": 3, "backoff": 0.01, "longest_wait": 0.05, "patience": 5.0}
@@ -131,10 +131,10 @@ def test_one_bad_query_costs_the_others_of_its_batch_nothing_and_the_server_live
     with running(model, wait_ms=100) as server:
         simulator = RemoteSimulator(server.url, **QUICK | {"tries": 1})
         with pytest.raises(
-            RemoteError, match="500: The simulator failed: RuntimeError: a bad day"
+            SimulatorError, match="500: The simulator failed: RuntimeError: a bad day"
         ) as error:
             simulator.imagine([Query([picture(k)], 1, SENTENCE, 10 + k) for k in range(6)])
-        assert [isinstance(view, RemoteError) for view in error.value.results] == [
+        assert [isinstance(view, SimulatorError) for view in error.value.results] == [
             k == 3 for k in range(6)
         ]
         assert max(map(len, model.batches)) > 1

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 import rewards
 import train_rl
 from extras.remote.client import RemoteSimulator
-from extras.remote.endpoint import RemoteError
 from extras.world2vlm import rewards as world2vlm_rewards
 from lib import common, rl_log, streams
+from lib.simulators import SimulatorError
 from policy import Policy, Trajectory
 
 # ---------------------------------------------------------------- the loss
@@ -690,7 +690,7 @@ def test_simulators_by_name(inputs, tmp_path, monkeypatch):
     assert train_rl.open_simulator(train_rl.parse_args(["--mode", "direct"]), world) is None
 
     def down(*_, **__):
-        raise RemoteError("http://127.0.0.1:9 could not be reached", down=True)
+        raise SimulatorError("http://127.0.0.1:9 could not be reached", down=True)
 
     monkeypatch.setattr(train_rl, "rollout", down)
     with pytest.raises(

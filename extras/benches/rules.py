@@ -22,6 +22,7 @@ from collections import Counter
 import numpy as np
 
 from extras.benches.files import SAT_ORDER, load, load_mindcube, open_image
+from lib.answers import option_letter
 
 BENCHES = ("rooms", "mindcube", "mmsi", "mmsi_video", "sat", "vsi")
 LISTED_ONLY = ("translation",)  # not in the official overall
@@ -56,19 +57,6 @@ def reply(bench, turn):
         return turn
     turn = turn.rsplit("</think>", 1)[-1].strip()
     return re.sub(r"</?answer>", "", turn).strip() if bench in ("sat", "vsi") else turn
-
-
-def option_letter(text, options):
-    """The letter of the option that an answer names, or None: "B", "b", "B.", "B. red box" or its words, "red box".
-
-    options   each "B. red box"; one without ". " has no letter: it is named by all its text, which is what comes back
-    """
-    for option in options:
-        letter, _, words = option.partition(". ")
-        if text.strip().lower() == (words or option).lower():
-            return letter
-    found = re.fullmatch(r"\s*([A-Za-z])(?:[.)].*)?\s*", text, re.DOTALL)
-    return found[1].upper() if found else None
 
 
 def mindcube_letter(text, question=None):

@@ -19,8 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from extras.remote.endpoint import Endpoint, RemoteError, check, in_threads
-from lib.common import say
+from extras.remote.endpoint import Endpoint, check, in_threads
 from lib.dialogue import (
     NO_SIMULATOR,
     PAD,
@@ -32,6 +31,7 @@ from lib.dialogue import (
 )
 from lib.geometry import renumbered, select_context
 from lib.images import load_image, on_white
+from lib.simulators import NO_VIEW, SimulatorError, imagine_each
 from lib.streams import stream_seed
 
 MAX_PIXELS = 2**24  # of one picture, as sent or received
@@ -89,12 +89,12 @@ class RemoteSimulator:
         self.at_once = at_once
 
     def imagine(self, queries):
-        """list of Query -> list of (H, W, 3) uint8. RemoteError comes when all others are done, and brings theirs."""
+        """list of Query -> list of (H, W, 3) uint8. SimulatorError comes when all others are done, and brings theirs."""
         views = in_threads(self._imagine, queries, self.at_once)
         check(self.endpoint, views)
-        failed = [view for view in views if isinstance(view, RemoteError)]
+        failed = [view for view in views if isinstance(view, SimulatorError)]
         if failed:
-            raise RemoteError(
+            raise SimulatorError(
                 f"{len(failed)} of {len(views)} views failed: {failed[0]}", False, views
             )
         return views
@@ -143,21 +143,9 @@ def read_view(answer, reference):
     return view
 
 
-def imagine_each(simulator, queries):
-    """`simulator.imagine`, but None in the place of a view that it refuses. Raises RemoteError if it is down."""
-    try:
-        return simulator.imagine(queries) if queries else []
-    except RemoteError as error:
-        if error.down or len(error.results) != len(queries):
-            raise
-        say(f"{error} The dialogues go on without.")
-        return [None if isinstance(view, RemoteError) else view for view in error.results]
-
-
 # ---- policies -------------------------------------------------------------------------------------------------------
 
 END = "<|im_end|>"
-NO_VIEW = "This view could not be imagined. Answer from the images, or ask for another view."
 ONE_CALL = "Only the first call of a turn is obeyed."
 UNREADABLE_HERE = (
     "This turn cannot be read. Write <think>...</think> and then either call the tool, if there is one, "
@@ -306,8 +294,8 @@ def reply_messages(message, text, number=None, view=None):
 def converse(policy, questions, simulator=None, mode="agentic", seed=0, max_rounds=3, max_turns=10):
     """Let a RemotePolicy hold one dialogue per question -> [Trajectory], in order, with words for tokens.
 
-    In the place of a dialogue that the server refuses (it may be too long for it) stands a RemoteError. If a server is
-    down, the dialogues that can go on do; then a RemoteError is raised whose `results` are the list. All dialogues take
+    In the place of a dialogue that the server refuses (it may be too long for it) stands a SimulatorError. If a server is
+    down, the dialogues that can go on do; then a SimulatorError is raised whose `results` are the list. All dialogues take
     their turns together: the views of a turn are imagined in one batch, from the same seeds as in `policy.rollout`.
     """
     dialogues = [
@@ -329,7 +317,7 @@ def converse(policy, questions, simulator=None, mode="agentic", seed=0, max_roun
             k for k, dialogue in enumerate(dialogues) if not dialogue.done and k not in failed
         ]
         answers = dict(zip(members, in_threads(ask, members, policy.at_once)))
-        failed |= {k: answer for k, answer in answers.items() if isinstance(answer, RemoteError)}
+        failed |= {k: answer for k, answer in answers.items() if isinstance(answer, SimulatorError)}
         answers = {k: answer for k, answer in answers.items() if k not in failed}
         for k, (message, cut) in answers.items():
             text = turn_text(message)
@@ -345,15 +333,15 @@ def converse(policy, questions, simulator=None, mode="agentic", seed=0, max_roun
             views = imagine_each(
                 simulator, [dialogues[k].query(own) for k, own in zip(calling, seeds)]
             )
-        except RemoteError as error:
+        except SimulatorError as error:
             views = error.results or [error] * len(calling)
         views = dict(zip(calling, views))
         failed |= {
-            k: view for k, view in views.items() if isinstance(view, RemoteError) and view.down
+            k: view for k, view in views.items() if isinstance(view, SimulatorError) and view.down
         }
         for k in waiting:
             dialogue, message = dialogues[k], answers[k][0]
-            view = None if isinstance(views.get(k), RemoteError) else views.get(k)
+            view = None if isinstance(views.get(k), SimulatorError) else views.get(k)
             if dialogue.call and view is None:
                 dialogue.reply = NO_VIEW if simulator else NO_SIMULATOR
             elif dialogue.reply == UNREADABLE:

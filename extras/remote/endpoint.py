@@ -3,7 +3,7 @@ Requests to a server that may be slow, busy, broken or gone: time-outs, retries,
 
 Tried again, after waits that double: time-outs, lost connections, 429, 5xx, and answers that cannot be read. What else
 a server refuses is final and reported in its own words. One failure never costs what the rest of a batch has given:
-see RemoteError. A key is read from the environment for each request, kept nowhere, and cut out of what a server says.
+see SimulatorError. A key is read from the environment for each request, kept nowhere, and cut out of what a server says.
 """
 
 import collections
@@ -21,6 +21,7 @@ from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
 from lib.common import say
+from lib.simulators import SimulatorError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MAX_ANSWER = 2**26  # bytes of one answer
@@ -33,18 +34,6 @@ SERVER_WIDE = (
     405,
     429,
 )  # refusals that every request would meet: a wrong key, no money
-
-
-class RemoteError(ValueError):
-    """A request that failed for good, in a sentence.
-
-    down      True: the server is the reason, so others would fail alike; False: it was this request alone
-    results   of a batch: what the others gave, in order, and a RemoteError in the place of each that failed
-    """
-
-    def __init__(self, sentence, down=False, results=()):
-        super().__init__(sentence)
-        self.down, self.results = down, list(results)
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -104,7 +93,7 @@ class Endpoint:
         """Send fields, as encode(fields) -> (body, content type), until read(the answer's JSON) returns; that result.
 
         optional   fields that some servers do not know: left out from now on if a refusal names one
-        Raises RemoteError.
+        Raises SimulatorError.
         """
         failures, waits, start = 0, 0, time.monotonic()
         while True:
@@ -152,7 +141,7 @@ class Endpoint:
             limited = status == 429 and time.monotonic() - start < self.patience
             failures += not limited
             if final or failures >= self.tries:
-                raise RemoteError(
+                raise SimulatorError(
                     f"{self.url} {problem}" + (f" (tries: {failures})" if failures > 1 else ""),
                     down,
                 )
@@ -177,7 +166,7 @@ class Endpoint:
         """-> (status, headers, body), whatever the status; OSError if there is no whole answer in time."""
         deadline, key = time.monotonic() + self.timeout, self._key() if self.private else ""
         if not re.fullmatch(r"[!-~]*", key):  # http.client's own error would print it
-            raise RemoteError(
+            raise SimulatorError(
                 f"The key in {self.key_from_env} holds characters that no key has.", down=True
             )
         headers = {"Content-Type": content_type, "User-Agent": "astra"}
@@ -234,7 +223,7 @@ def seconds_of(retry_after):
 
 
 def in_threads(function, items, threads):
-    """[function(item)], in order, several at a time; a RemoteError stands in the place of what it failed to give.
+    """[function(item)], in order, several at a time; a SimulatorError stands in the place of what it failed to give.
 
     Once a server is down, what has not begun is not begun. The threads are daemons: Ctrl-C waits for none of them.
     """
@@ -249,7 +238,7 @@ def in_threads(function, items, threads):
                 return
             try:
                 results[place] = function(item)
-            except RemoteError as error:
+            except SimulatorError as error:
                 results[place] = error
                 if error.down:
                     waiting.clear()
@@ -265,18 +254,18 @@ def in_threads(function, items, threads):
     if errors:
         raise errors[0]
     down = next(
-        (result for result in results if isinstance(result, RemoteError) and result.down), None
+        (result for result in results if isinstance(result, SimulatorError) and result.down), None
     )
     return [down if result is None else result for result in results]
 
 
 def check(endpoint, results):
-    """Raise the first RemoteError among results that is more than one request's own: the server is down.
+    """Raise the first SimulatorError among results that is more than one request's own: the server is down.
 
     A server that has refused all that it was ever asked counts as down too: a wrong model name, most likely.
     """
-    failed = [result for result in results if isinstance(result, RemoteError)]
+    failed = [result for result in results if isinstance(result, SimulatorError)]
     for error in failed:
         error.down |= not endpoint.served
     if down := [error for error in failed if error.down]:
-        raise RemoteError(str(down[0]), True, results)
+        raise SimulatorError(str(down[0]), True, results)

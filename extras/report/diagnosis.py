@@ -35,7 +35,7 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
-from extras.benches.rules import option_letter
+from lib.answers import option_letter
 from lib.consistency import LENGTH, ROTATION, STRONG, delta_of, describe, pose_error, recover
 from lib.dialogue import call_poses
 from lib.geometry import Motion, Query, decompose, instruction, move_camera

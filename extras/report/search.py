@@ -35,13 +35,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from extras.benches.rules import option_letter
-from extras.remote.client import RemotePolicy, converse, imagine_each
-from extras.remote.endpoint import RemoteError
+from extras.remote.client import RemotePolicy, converse
 from extras.world2vlm.transitions import cut
+from lib.answers import option_letter
 from lib.dialogue import LIMITS, Trajectory
 from lib.geometry import KINDS, Motion, phrase
 from lib.images import load_image
+from lib.simulators import SimulatorError, imagine_each
 from lib.streams import numpy_stream, stream_seed
 from policy import encode_images, go_on, rollout
 
@@ -225,10 +225,10 @@ def imagine(run, wanted):
         ]
         try:
             views = imagine_each(run.simulator, queries) if run.simulator else [None] * len(level)
-        except RemoteError as error:  # the simulator is down
+        except SimulatorError as error:  # the simulator is down
             views = error.results or [error] * len(level)
         for (tree, path), dialogue, view in zip(level, dialogues, views):
-            if isinstance(view, RemoteError):
+            if isinstance(view, SimulatorError):
                 tree.error = view if view.down else tree.error
             elif view is not None:
                 dialogue.observe(run.policy, image=view)
@@ -296,18 +296,18 @@ def ask(run, trees, sheets, temperature=0.0, seed=0):
             rows=run.rows,
         )
     for tree, answer in zip(trees, replies):
-        if isinstance(answer, RemoteError):
+        if isinstance(answer, SimulatorError):
             tree.error = answer
         else:
             tree.charge(answer)
-    return [None if isinstance(answer, RemoteError) else answer.turns[-1] for answer in replies]
+    return [None if isinstance(answer, SimulatorError) else answer.turns[-1] for answer in replies]
 
 
 def held(policy, rows, seed):
-    """`converse` without a tool; if the server is down, RemoteErrors stand in the list."""
+    """`converse` without a tool; if the server is down, SimulatorErrors stand in the list."""
     try:
         return converse(policy, rows, None, "direct", seed)
-    except RemoteError as error:
+    except SimulatorError as error:
         return error.results
 
 
@@ -425,7 +425,7 @@ def answers(run, evidence, mode):
             run.seed,
         )
         for (tree, dialogue), answer in zip(dialogues.items(), replies):
-            if isinstance(answer, RemoteError):
+            if isinstance(answer, SimulatorError):
                 tree.error = answer
                 continue
             tree.charge(answer)
@@ -439,7 +439,7 @@ def answers(run, evidence, mode):
     results = [tree.error or dialogues[tree] for tree in evidence]
     down = next((tree.error for tree in evidence if tree.error and tree.error.down), None)
     if down:
-        raise RemoteError(str(down), True, results)
+        raise SimulatorError(str(down), True, results)
     return results
 
 
@@ -477,8 +477,8 @@ def search(
     questions   rows with "images" as paths or arrays;  simulator: anything with imagine(queries), or None
     space       of SPACES;  rows: dialogues written together, memory and speed only
     returns     an Imagined per question, of mode "search": its calls are the views that were shown
-    raises      RemoteError if a server is down, its `results` the list so far. What one request alone was refused for
-                stands in the list as a RemoteError
+    raises      SimulatorError if a server is down, its `results` the list so far. What one request alone was refused for
+                stands in the list as a SimulatorError
     """
     run = Run(policy, simulator, seed, space, max_new_tokens, rows)
     evidence = {Tree(policy, question): {} for question in questions}  # {path: help}

@@ -31,12 +31,12 @@ def make_taught(out, source, teacher, detector=None, limit=None):
 
     source     folder of scans' triples: each of their contexts that has a metric scale is where motions start, or the
                first `limit` of each split
-    teacher    as in lib/simulators.load
+    teacher    as in lib/simulators.load_simulator
     detector   folder or hub id of a GroundingDINO; None: A1 to A4 alone
     A context takes 36 views. What is done stands in out/records_<split>.jsonl, from which an interrupted run goes on.
     """
     out, device = Path(out), "cuda" if torch.cuda.is_available() else "cpu"
-    simulator = simulators.load(teacher, device)
+    simulator = simulators.load_simulator(teacher, device)
     try:
         detect = detector and image_detections(in_pixels(real_views.detector(detector, device)))
     except ValueError as error:

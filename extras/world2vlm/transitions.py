@@ -19,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from extras.remote.client import imagine_each
 from lib.consistency import recover
 from lib.geometry import Motion, Query, instruction, matrix, move_camera, phrase
 from lib.rooms import SIZE, random_room, render, ring
+from lib.simulators import imagine_each
 from lib.streams import numpy_stream
 
 MOVES = ("move forward", "move backward", "move left", "move right")
