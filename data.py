@@ -72,17 +72,16 @@ from lib.common import (
     say,
     setup,
     wait_for_all,
-    write_json,
 )
 from lib.geometry import (
     Motion,
+    as_lists,
+    camera_pose,
     coverage,
     dominant_motion,
     instruction,
-    matrix,
     move_camera,
     pinhole,
-    pose,
     warp,
 )
 from lib.images import load_image, save_image
@@ -143,7 +142,7 @@ def apart(rng):
             and meters.min() >= MIN_METERS
             and turns.min() >= MIN_DEGREES
         ):
-            return [pose(x[k], -EYE, z[k], yaw[k]) for k in range(4)]
+            return [camera_pose(x[k], -EYE, z[k], yaw[k]) for k in range(4)]
 
 
 LAYOUTS = {
@@ -198,8 +197,8 @@ def room_triples(seed, out, layout="ring", size=SIZE):
                 "warp": f"{name}_warp.png",
                 "coverage": round(covered, 4),
                 "room": seed,
-                "context_c2w": [matrix(p) for p in poses],
-                "target_c2w": matrix(target),
+                "context_c2w": [as_lists(p) for p in poses],
+                "target_c2w": as_lists(target),
             }
         )
     return rows
@@ -281,7 +280,7 @@ def motion_questions(seeds, out, teacher, space=ROOMS, tries=1):
             poses = transition.poses[: len(record["images"])]
             rows.append(
                 record
-                | {"scene": {"room": transition.room, "poses": [matrix(c2w) for c2w in poses]}}
+                | {"scene": {"room": transition.room, "poses": [as_lists(c2w) for c2w in poses]}}
             )
     return [(rows, dropped)]
 

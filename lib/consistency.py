@@ -21,7 +21,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from lib.geometry import DEGREES_PER_METER, TABLE, Motion, decompose, fill_holes, move_camera, pose
+from lib.geometry import (
+    DEGREES_PER_METER,
+    TABLE,
+    Motion,
+    camera_pose,
+    decompose,
+    fill_holes,
+    move_camera,
+)
 from lib.rooms import COLOURS, random_room, render
 from lib.streams import numpy_stream
 
@@ -57,7 +65,7 @@ def motion_grid():
 
 def look(room, reference, deltas, size, supersample=1):
     """Render from relative poses (n, 5) -> pixels (n, H * W * 3) in [0, 1], float32."""
-    poses = np.stack([reference @ pose(*delta) for delta in deltas])
+    poses = np.stack([reference @ camera_pose(*delta) for delta in deltas])
     parts = [
         render(room, poses[i : i + 16], size, supersample=supersample)["rgb"]
         for i in range(0, len(poses), 16)
@@ -130,7 +138,10 @@ def pose_error(commanded, recovered):
             "direction": direction,
             "within": bool(direction <= DIRECTION and gap <= max(LENGTH, SHARE * length)),
         }
-    relative = pose(0, 0, 0, *commanded[3:])[:3, :3].T @ pose(0, 0, 0, *recovered[3:])[:3, :3]
+    relative = (
+        camera_pose(0, 0, 0, *commanded[3:])[:3, :3].T
+        @ camera_pose(0, 0, 0, *recovered[3:])[:3, :3]
+    )
     degrees = float(np.degrees(np.arccos(np.clip((np.trace(relative) - 1) / 2, -1, 1))))
     return {"family": "turns", "degrees": degrees, "within": degrees <= ROTATION}
 
@@ -400,15 +411,17 @@ def wrong_view(row, error):
         error.split(),
     )
     if unit == ["degrees"]:
-        c2w = c2w @ pose(0, 0, 0, float(amount))
+        c2w = c2w @ camera_pose(0, 0, 0, float(amount))
     elif unit:
         sideways = row["motion"]["kind"] in ("move left", "move right")
-        c2w = c2w @ (pose(0, 0, float(amount)) if sideways else pose(float(amount), 0, 0))
+        c2w = c2w @ (
+            camera_pose(0, 0, float(amount)) if sideways else camera_pose(float(amount), 0, 0)
+        )
     elif error != "none":
         pixels = np.bincount(render(room, c2w)["ids"].ravel(), minlength=len(room.things) + 1)[1:]
         thing = room.things[pixels.argmax()]
         camera, where = c2w[:3, 3], np.array([thing.x, 0, thing.z])
-        x, _, z = camera + pose(0, 0, 0, 40)[:3, :3] @ (where - camera)
+        x, _, z = camera + camera_pose(0, 0, 0, 40)[:3, :3] @ (where - camera)
         spare = min(set(COLOURS) - {other.colour for other in room.things})
         changed = {
             "removed": [],

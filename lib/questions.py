@@ -11,7 +11,7 @@ from collections import Counter
 
 import numpy as np
 
-from lib.geometry import Motion, matrix, move_camera, phrase
+from lib.geometry import Motion, as_lists, move_camera, phrase
 from lib.images import save_image
 from lib.rooms import SIZE, random_room, render, ring
 from lib.streams import numpy_stream
@@ -152,7 +152,7 @@ def room_questions(seed, out, per_kind=2):
                 "kind": "mca",
                 "options": choose(rng, letters[i], answer, others),
                 "answer": "ABCD"[letters[i]],
-                "scene": {"room": seed, "poses": [matrix(camera) for camera in cameras]},
+                "scene": {"room": seed, "poses": [as_lists(camera) for camera in cameras]},
                 "command": command,
                 "view": view,
                 "shows": [named(facts(ids, len(room.things)), room) for ids in truth["ids"]],

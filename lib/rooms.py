@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.geometry import move_camera, pinhole, pose, read_instruction
+from lib.geometry import camera_pose, move_camera, pinhole, read_instruction
 from lib.streams import numpy_stream
 
 COLOURS = {
@@ -255,7 +255,7 @@ def render(room, c2w, size=32, supersample=2):
 def ring(rng, views=4):
     """Poses at one spot near the middle of the room, each one left turn of 360 / views degrees further."""
     x, z, phase = *rng.uniform(-0.2, 0.2, 2), rng.uniform(0, 360)
-    return [pose(x, -EYE, z, phase - 360 / views * k) for k in range(views)]
+    return [camera_pose(x, -EYE, z, phase - 360 / views * k) for k in range(views)]
 
 
 class TrueRenderer:

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from data import FIRST_ROOM
-from lib.geometry import Motion, move_camera, phrase, pose
+from lib.geometry import Motion, camera_pose, move_camera, phrase
 from lib.images import save_image
 from lib.questions import choose, facts
 from lib.records import build
@@ -81,7 +81,7 @@ def walk(rng, turn, heading=None):
     (x, z), yaw = rng.uniform(-0.3, 0.3, 2), rng.uniform(0, 360)
     way = np.radians(yaw + (rng.uniform(0, 360) if heading is None else heading))
     return [
-        pose(
+        camera_pose(
             x + WALK * (t - 0.5) * np.sin(way),
             -EYE,
             z + WALK * (t - 0.5) * np.cos(way),

@@ -12,7 +12,7 @@ import pytest
 import data
 import evaluate
 from extras.benches import rules as benchmarks
-from lib.geometry import Motion, Query, dominant_motion, instruction, move_camera, pose
+from lib.geometry import Motion, Query, camera_pose, dominant_motion, instruction, move_camera
 from lib.questions import facts, text_only_chance
 from lib.rooms import EYE, random_room, render
 from policy import Policy
@@ -201,7 +201,7 @@ def test_a_clip_is_a_straight_way_on_which_the_camera_turns():
 def test_bearings_by_hand():
     thing = random_room(0).things[0]
     for yaw, told in ((0, 0), (-90, 90), (180, 180), (90, -90)):
-        camera = pose(thing.x, -EYE, thing.z, yaw) @ pose(0, 0, 0, 0)
+        camera = camera_pose(thing.x, -EYE, thing.z, yaw) @ camera_pose(0, 0, 0, 0)
         camera[:3, 3] -= (0, 0, 2)  # the thing stands 2 m further along z
         assert clips.off(clips.bearing(camera, thing), told) < 1e-6
 

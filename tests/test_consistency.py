@@ -27,7 +27,7 @@ from lib.consistency import (
     scores_of,
     trivial_views,
 )
-from lib.geometry import Motion, Query, fill_holes, instruction, move_camera, pose
+from lib.geometry import Motion, Query, camera_pose, fill_holes, instruction, move_camera
 from lib.rooms import COLOURS, EYE, random_room, render
 from lib.simulators import Reprojection, find_weights, load_simulator, points, splat
 
@@ -44,7 +44,10 @@ ROOMS = range(5_000_072, 5_000_072 + 6)
 def triples():
     rows = []
     for seed in ROOMS:
-        room, context = random_room(seed), [pose(0.1, -EYE, -0.1, 17.0 - 90 * k) for k in range(4)]
+        room, context = (
+            random_room(seed),
+            [camera_pose(0.1, -EYE, -0.1, 17.0 - 90 * k) for k in range(4)],
+        )
         images = render(room, np.stack(context))["rgb"]
         for motion in MOTIONS:
             target = move_camera(context[1], motion)
@@ -87,9 +90,9 @@ def test_pose_falls_step_by_step_as_the_camera_is_off():
     )
     lists = [
         [
-            render(random_room(row["room"]), np.array(row["target_c2w"]) @ pose(0, 0, 0, off))[
-                "rgb"
-            ][0]
+            render(
+                random_room(row["room"]), np.array(row["target_c2w"]) @ camera_pose(0, 0, 0, off)
+            )["rgb"][0]
             for row in rows
         ]
         for off in offs
@@ -176,9 +179,9 @@ def test_a_mirrored_view_keeps_its_objects_and_loses_their_order():
 
 
 def test_refinement_finds_poses_between_the_grid_points():
-    room, reference = random_room(5_000_001), pose(0.1, -EYE, -0.1, 17.0)
+    room, reference = random_room(5_000_001), camera_pose(0.1, -EYE, -0.1, 17.0)
     deltas = np.array([[0.83, 0, 0.12, 0, 0], [0, 0, 0, -62.3, 1.7], [0.04, 0.03, -0.66, 3, 0]])
-    views = np.stack([render(room, reference @ pose(*delta))["rgb"][0] for delta in deltas])
+    views = np.stack([render(room, reference @ camera_pose(*delta))["rgb"][0] for delta in deltas])
     found, _ = recover(room, reference, views)
     assert np.abs(found - deltas)[:, :3].max() < 0.15 and np.abs(found - deltas)[:, 3:].max() < 3
 
@@ -217,7 +220,7 @@ def test_colours_agree_with_instance_ids():
     names = list(COLOURS)
     for seed in ROOMS:
         room = random_room(seed)
-        view = render(room, pose(0, -EYE, 0, 40), supersample=1)
+        view = render(room, camera_pose(0, -EYE, 0, 40), supersample=1)
         classes, ids = classify(view["rgb"])[0], view["ids"][0]
         want = np.array([-1] + [names.index(thing.colour) for thing in room.things])[ids]
         assert (classes == want).all()
@@ -225,7 +228,9 @@ def test_colours_agree_with_instance_ids():
 
 def test_describe_does_not_depend_on_the_size_of_a_view():
     room = random_room(5_000_002)
-    small, large = (describe(render(room, pose(0, -EYE, 0, 40), size)["rgb"]) for size in (32, 96))
+    small, large = (
+        describe(render(room, camera_pose(0, -EYE, 0, 40), size)["rgb"]) for size in (32, 96)
+    )
     np.testing.assert_allclose(small[0], large[0], atol=12)
     np.testing.assert_array_equal(small[2], large[2])
 
@@ -309,7 +314,7 @@ def test_the_nearest_context_view_is_nearest_in_metres_and_degrees():
         "reference": 1,
         "motion": {"kind": "turn left", "amount": 90.0},
         "context": [np.full((2, 2, 3), level, np.uint8) for level in (0, 1, 2)],
-        "context_c2w": [pose(0, 0, 0), pose(1, 0, 0, -90), pose(0, 0, 0, -70)],
+        "context_c2w": [camera_pose(0, 0, 0), camera_pose(1, 0, 0, -90), camera_pose(0, 0, 0, -70)],
     }
     (view,) = trivial_views([row])["nearest context view"]
     assert view[0, 0, 0] == 2
@@ -317,7 +322,10 @@ def test_the_nearest_context_view_is_nearest_in_metres_and_degrees():
 
 def doses(of=lambda motion: motion, kinds=("turn left", "turn right", "move left", "move forward")):
     """Rows of DOSES for one room, and the true views from where `of(motion)` leads; None: nowhere."""
-    room, context = random_room(5_000_003), [pose(0.1, -EYE, -0.1, 17.0 - 90 * k) for k in range(4)]
+    room, context = (
+        random_room(5_000_003),
+        [camera_pose(0.1, -EYE, -0.1, 17.0 - 90 * k) for k in range(4)],
+    )
     motions = [motion for motion in DOSES if motion.kind in kinds][::2]
     rows = [
         {

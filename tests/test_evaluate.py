@@ -20,7 +20,7 @@ from extras.report import real_views, report
 from lib import consistency, predictions, views
 from lib.common import World, read_log
 from lib.dialogue import NOTE, TOOLS, prompt_text
-from lib.geometry import Motion, pose
+from lib.geometry import Motion, camera_pose
 from lib.images import save_image
 from lib.predictions import keyed
 from lib.questions import text_only_chance
@@ -1009,7 +1009,7 @@ def test_doses_leave_out_what_ends_in_the_furniture(place):
     doses = evaluate.dose_rows(rows, 24)
     assert len({row["id"] for row in doses}) == len(doses) <= len(consistency.DOSES)
     middle = np.eye(4)
-    corner = {**rows[0], "reference": 1, "context_c2w": [pose(0, -1.3, 1.2).tolist()]}
+    corner = {**rows[0], "reference": 1, "context_c2w": [camera_pose(0, -1.3, 1.2).tolist()]}
     assert len(evaluate.dose_rows([{**corner, "context_c2w": [middle.tolist()]}], 1)) == len(
         consistency.DOSES
     )

@@ -6,6 +6,7 @@ import pytest
 from lib.geometry import (
     KINDS,
     Motion,
+    camera_pose,
     coverage,
     decompose,
     dominant_component,
@@ -15,7 +16,6 @@ from lib.geometry import (
     move_camera,
     phrase,
     pinhole,
-    pose,
     project,
     read_instruction,
     read_phrase,
@@ -94,7 +94,7 @@ def test_directions_are_those_of_the_words():
 
 
 def test_dominant_motion_finds_the_commanded_one_and_refuses_a_mixture():
-    start = pose(0.3, -1.2, 0.5, yaw=37)
+    start = camera_pose(0.3, -1.2, 0.5, yaw=37)
     for kind in KINDS:
         for amount in (0.5, 1.7) if Motion(kind, 1.0).unit == "meters" else (15.0, 85.0):
             motion = Motion(kind, amount)
@@ -130,7 +130,7 @@ def test_what_may_stand_beside_the_dominant_component():
         assert dominant_component(np.array(delta, float)) == main, delta
     tilted = np.eye(4)
     tilted[:2, :2] = [[0.9, -(0.19**0.5)], [0.19**0.5, 0.9]]  # 26 degrees about the optical axis
-    assert dominant_motion(np.eye(4), pose(0, 0, 1) @ tilted) is None
+    assert dominant_motion(np.eye(4), camera_pose(0, 0, 1) @ tilted) is None
 
 
 def test_holes_take_the_nearest_colour_and_none_from_across_the_edge():
@@ -153,15 +153,15 @@ def test_holes_take_the_nearest_colour_and_none_from_across_the_edge():
 
 
 def test_decompose_tells_translation_in_the_axes_of_the_source():
-    start = pose(1.0, -1.0, 2.0, yaw=90)  # looks along +x
+    start = camera_pose(1.0, -1.0, 2.0, yaw=90)  # looks along +x
     np.testing.assert_allclose(
-        decompose(start, pose(3.0, -1.0, 2.0, yaw=120)), [0, 0, 2, 30, 0, 0], atol=1e-9
+        decompose(start, camera_pose(3.0, -1.0, 2.0, yaw=120)), [0, 0, 2, 30, 0, 0], atol=1e-9
     )
 
 
 def test_unproject_and_project_are_inverse():
     depth = np.random.default_rng(0).uniform(0.5, 4, (6, 6))
-    camera, intrinsics = pose(0.2, -1.1, 0.4, 33, 12), pinhole(6)
+    camera, intrinsics = camera_pose(0.2, -1.1, 0.4, 33, 12), pinhole(6)
     pixel, z = project(unproject(depth, intrinsics, camera), intrinsics, camera)
     rows, columns = np.mgrid[:6, :6] + 0.5
     np.testing.assert_allclose(pixel, np.stack([columns, rows], -1), atol=1e-9)
@@ -170,7 +170,7 @@ def test_unproject_and_project_are_inverse():
 
 def test_depth_and_pose_reproject_to_sub_pixel():
     """The depth of one view, seen from another, lands on a surface of that depth: on smooth parts within 1 %."""
-    room, a = random_room(5), pose(0, -EYE, 0, 20)
+    room, a = random_room(5), camera_pose(0, -EYE, 0, 20)
     b = move_camera(a, Motion("move right", 0.4))
     views = render(room, np.stack([a, b]), size=64, supersample=1)
     pixel, z = project(unproject(views["depth"][0], pinhole(64), a), pinhole(64), b)
@@ -187,7 +187,7 @@ def test_depth_and_pose_reproject_to_sub_pixel():
 def test_coverage_against_brute_force():
     """Cast a ray from each context eye to each target point: seen if nothing is in between and it falls in the image."""
     room, size = random_room(3), 24
-    context = [pose(0, -EYE, 0, yaw) for yaw in (0, 180)]
+    context = [camera_pose(0, -EYE, 0, yaw) for yaw in (0, 180)]
     target = move_camera(context[0], Motion("move right", 1.0))
     views = render(room, np.stack([*context, target]), size, supersample=1)
     points = unproject(views["depth"][2], pinhole(size), target)

@@ -22,7 +22,7 @@ from extras.scans.quality import (
     table,
     verify,
 )
-from lib.geometry import Motion, move_camera, pinhole, pose, warp
+from lib.geometry import Motion, camera_pose, move_camera, pinhole, warp
 
 SIZE, ROOMS = 64, range(6_600_000, 6_600_004)
 TRIPLES = [room_triple(room, SIZE) for room in ROOMS]
@@ -151,12 +151,12 @@ def test_a_point_before_what_another_view_sees_contradicts_it_and_a_hidden_one_d
     assert seen_through(*views[::-1]) == 0
     half[:7, 2:4] = 0  # invalid points say nothing: 2 columns of 5 are left
     assert seen_through(*views) == pytest.approx(2 / 5)
-    away = (None, wall, pose(0, 0, 0, 180), pinhole(8))
+    away = (None, wall, camera_pose(0, 0, 0, 180), pinhole(8))
     assert seen_through(views[0], away) == 0
 
 
 def test_a_shaken_pose_is_off_by_what_was_asked():
-    start = pose(1, 2, 3, 40)
+    start = camera_pose(1, 2, 3, 40)
     change = np.linalg.inv(start) @ shaken(start, np.random.default_rng(0), 5.0, 0.2)
     assert np.degrees(np.arccos((np.trace(change[:3, :3]) - 1) / 2)) == pytest.approx(5)
     assert np.linalg.norm(change[:3, 3]) == pytest.approx(0.2)

@@ -18,13 +18,22 @@ from extras.report.real_views import (
 )
 from extras.scans.triples import thousandths
 from lib.consistency import classify, delta_of, pose_error
-from lib.geometry import Motion, decompose, move_camera, pinhole, pose, project, unproject, visible
+from lib.geometry import (
+    Motion,
+    camera_pose,
+    decompose,
+    move_camera,
+    pinhole,
+    project,
+    unproject,
+    visible,
+)
 from lib.images import save_image
 from lib.rooms import COLOURS, EYE, random_room, render
 
 SIZE, K = 96, pinhole(96)
 ROOM = random_room(1)
-CONTEXT = [pose(0.1, -EYE, -0.1, 17.0 - 90 * k) for k in range(4)]
+CONTEXT = [camera_pose(0.1, -EYE, -0.1, 17.0 - 90 * k) for k in range(4)]
 
 
 class Matcher:
@@ -77,7 +86,7 @@ def detect(image, names=None):
 
 
 def test_three_points_and_their_rays_give_the_camera():
-    rng, c2w = np.random.default_rng(0), pose(0.3, -1.2, 0.5, 40, 10)
+    rng, c2w = np.random.default_rng(0), camera_pose(0.3, -1.2, 0.5, 40, 10)
     camera = rng.uniform([-2, -1, 1], [2, 1, 4], (50, 3, 3))
     world = camera @ c2w[:3, :3].T + c2w[:3, 3]
     rays = camera / np.linalg.norm(camera, axis=-1, keepdims=True)
@@ -122,7 +131,7 @@ def test_the_camera_is_found_among_outliers(motion, wrong):
 
 def test_points_on_one_wall_are_enough():
     """A plane is where the linear solution of six points breaks down."""
-    rng, c2w = np.random.default_rng(1), pose(0.2, -1.3, -1, 20)
+    rng, c2w = np.random.default_rng(1), camera_pose(0.2, -1.3, -1, 20)
     wall = np.column_stack([rng.uniform(-2, 2, 80), rng.uniform(-2.5, 0, 80), np.full(80, 2.0)])
     pixels = project(wall, K, c2w)[0] + rng.normal(0, 0.2, (80, 2))
     pixels[:20] = rng.uniform(0, SIZE, (20, 2))
@@ -148,8 +157,8 @@ def test_wrong_motions_are_found_where_they_are_and_fall_step_by_step():
             for off in offs
         ]
         for motion, offs in (
-            (turned, [pose(0, 0, 0, a) for a in (0, 5, 9, 13, 30)]),
-            (moved, [pose(0, 0, z) for z in (0, 0.15, 0.3, 0.5, 1.0)]),
+            (turned, [camera_pose(0, 0, 0, a) for a in (0, 5, 9, 13, 30)]),
+            (moved, [camera_pose(0, 0, z) for z in (0, 0.15, 0.3, 0.5, 1.0)]),
         )
     ]
     assert [error["within"] for error in right[0]] == [True, True, True, False, False]
@@ -166,7 +175,10 @@ def test_where_nothing_matches_there_is_no_camera():
     assert recover_pose(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8), K, context, match) is None
     assert recover_pose(context[0][0], K, [], match) is None
     match, context = scene(wrong=1.0)
-    assert recover_pose(match.look(CONTEXT[1] @ pose(0, 0, 0, 30))[0], K, context, match) is None
+    assert (
+        recover_pose(match.look(CONTEXT[1] @ camera_pose(0, 0, 0, 30))[0], K, context, match)
+        is None
+    )
     assert pose_from_matches(rng.normal(size=(8, 3)), rng.uniform(0, SIZE, (8, 2)), K) is None
 
 

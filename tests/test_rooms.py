@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lib.geometry import Motion, Query, instruction, move_camera, pinhole, pose
+from lib.geometry import Motion, Query, camera_pose, instruction, move_camera, pinhole
 from lib.rooms import COLOURS, EYE, Room, Thing, TrueRenderer, random_room, render
 
 
@@ -16,7 +16,7 @@ CHAIR = Thing("cabinet", "red", 0.0, 2.5, 0.0, 0.5, 1.6)  # its front is the pla
 
 def test_a_chair_at_2_m_stands_at_1_m_after_moving_1_m_forward():
     """The worked example that readers of the paper know."""
-    eye = pose(0, -EYE, 0)
+    eye = camera_pose(0, -EYE, 0)
     for camera, depth in ((eye, 2.0), (move_camera(eye, Motion("move forward", 1.0)), 1.0)):
         view = render(room_with(CHAIR), camera, size=33)
         assert view["ids"][0, 16, 16] == 1 and view["depth"][0, 16, 16] == pytest.approx(
@@ -27,7 +27,7 @@ def test_a_chair_at_2_m_stands_at_1_m_after_moving_1_m_forward():
 
 
 def test_turning_left_moves_the_scene_to_the_right():
-    eye = pose(0, -EYE, 0)
+    eye = camera_pose(0, -EYE, 0)
     columns = []
     for camera in (eye, move_camera(eye, Motion("turn left", 20.0))):
         columns.append(np.argwhere(render(room_with(CHAIR), camera)["ids"][0] == 1)[:, 1].mean())
@@ -35,7 +35,7 @@ def test_turning_left_moves_the_scene_to_the_right():
 
 
 def test_looking_up_moves_the_scene_down_and_walls_stand_where_they_stand():
-    eye = pose(0, -EYE, 0)
+    eye = camera_pose(0, -EYE, 0)
     view = render(room_with(), np.stack([eye, move_camera(eye, Motion("look up", 90.0))]), size=33)
     assert view["depth"][0, 16, 16] == pytest.approx(4.0, abs=1e-4)  # the wall of an 8 m room
     assert view["depth"][1, 16, 16] == pytest.approx(2.8 - EYE, abs=1e-4)  # the ceiling
@@ -47,7 +47,7 @@ def test_looking_up_moves_the_scene_down_and_walls_stand_where_they_stand():
 def test_distances_to_round_and_compound_things(kind, half, depth):
     """Straight ahead at height 0.4: a barrel's and a table leg's near side, a ball's surface."""
     thing = Thing(kind, "blue", 0.0, 2.5, 0.0, half, 1.2)
-    level = pose(0, -0.4, 0)
+    level = camera_pose(0, -0.4, 0)
     found = render(room_with(thing), level, size=33)["depth"][0, 16, 16]
     leg = 2.5 - 0.45 * half
     assert found == pytest.approx({"barrel": 2.1, "ball": 2.1, "table": leg}[kind], abs=1e-4)
@@ -58,14 +58,14 @@ def test_nearer_things_hide_farther_ones_and_colour_follows():
         Thing("barrel", "green", 0.0, 1.5, 0.0, 0.3, 1.6),
         Thing("cabinet", "red", 0.0, 3.0, 0.0, 0.5, 1.6),
     )
-    view = render(room_with(far, near), pose(0, -EYE, 0), size=33)
+    view = render(room_with(far, near), camera_pose(0, -EYE, 0), size=33)
     assert view["ids"][0, 16, 16] == 2
     red, green, blue = view["rgb"][0, 16, 16].astype(int)
     assert green > red + 40 and green > blue + 40
 
 
 def test_supersampling_changes_colour_only():
-    room, camera = random_room(2), pose(0.1, -EYE, 0.1, 40)
+    room, camera = random_room(2), camera_pose(0.1, -EYE, 0.1, 40)
     one, four = render(room, camera, supersample=1), render(room, camera, supersample=2)
     assert (one["depth"] == four["depth"]).all() and (one["ids"] == four["ids"]).all()
     assert 0 < np.abs(one["rgb"].astype(int) - four["rgb"]).mean() < 6
@@ -87,7 +87,7 @@ def test_rooms_repeat_and_differ():
 
 
 def test_the_true_renderer_obeys_the_instruction():
-    room, start = random_room(9), pose(0, -EYE, 0, 10)
+    room, start = random_room(9), camera_pose(0, -EYE, 0, 10)
     motion = Motion("turn right", 45.0)
     given = render(room, start)["rgb"][0]
     query = Query([given], 1, instruction(motion, 1), 0, {"room": 9, "poses": [start.tolist()]})

@@ -23,7 +23,7 @@ from extras.scans.triples import (
     thousandths,
     write_triples,
 )
-from lib.geometry import Motion, decompose, dominant_motion, move_camera, pose
+from lib.geometry import Motion, camera_pose, decompose, dominant_motion, move_camera
 
 UP = np.array([0.0, -1.0, 0.0])
 SMALL = Rules(size=64, frames=40, contexts=2, targets=3)
@@ -60,13 +60,13 @@ def files(folder):
 
 
 def test_pairs_fall_out_by_pose_with_the_reason():
-    start = pose(0, -1.3, 0)
+    start = camera_pose(0, -1.3, 0)
     cameras = [
         start,
         move_camera(start, Motion("move left", 1.0)),
         move_camera(start, Motion("turn right", 60.0)),
         move_camera(start, Motion("move up", 0.1)),
-        move_camera(pose(1, -1.3, 0), Motion("turn right", 45.0)),
+        move_camera(camera_pose(1, -1.3, 0), Motion("turn right", 45.0)),
     ]
     _, main, counts = motions_between(np.stack(cameras), True, Rules())
     assert main[0].tolist() == [
@@ -85,12 +85,12 @@ def test_pairs_fall_out_by_pose_with_the_reason():
 def test_context_cameras_are_apart_by_the_papers_rule():
     cameras = np.stack(
         [
-            pose(0, -1.3, 0),
-            pose(1.0, -1.3, 0, 30),
-            pose(0.9, -1.3, 0, 30),
-            pose(1.0, -1.3, 0, 29),
-            pose(0, -2.3, 0, 0, 30),
-            pose(0.8, -2.1, 0, 30),
+            camera_pose(0, -1.3, 0),
+            camera_pose(1.0, -1.3, 0, 30),
+            camera_pose(0.9, -1.3, 0, 30),
+            camera_pose(1.0, -1.3, 0, 29),
+            camera_pose(0, -2.3, 0, 0, 30),
+            camera_pose(0.8, -2.1, 0, 30),
         ]
     )
     # far and turned; 10 cm short; one degree short; a metre higher and looking up; neither way far enough
@@ -439,7 +439,7 @@ def test_what_its_own_photograph_would_fail_is_not_held_out(tmp_path, capsys):
     for k, way in enumerate(
         [(0.2, 0, 0.14), (0.2, 0, 0.06), (-1.0, 0, 0.15), (0, 0, 0, 12.0), (0, 0, 0, 90.0, 17.0)]
     ):
-        motion = dominant_motion(np.eye(4), pose(*way))
+        motion = dominant_motion(np.eye(4), camera_pose(*way))
         rows.append(
             {
                 "id": str(k),
@@ -452,8 +452,8 @@ def test_what_its_own_photograph_would_fail_is_not_held_out(tmp_path, capsys):
                 "context_depth": ["0.png"] * 2,
                 "target": "1.jpg",
                 "warp": "2.png",
-                "context_c2w": [pose(5, 5, 5).tolist(), pose(1, -1, 2, 70).tolist()],
-                "target_c2w": (pose(1, -1, 2, 70) @ pose(*way)).tolist(),
+                "context_c2w": [camera_pose(5, 5, 5).tolist(), camera_pose(1, -1, 2, 70).tolist()],
+                "target_c2w": (camera_pose(1, -1, 2, 70) @ camera_pose(*way)).tolist(),
             }
         )
     assert rows[0]["motion"] == {"kind": "move right", "amount": 0.2}

@@ -56,7 +56,7 @@ from extras.world2vlm.words import (
     read_box,
 )
 from lib.consistency import classify
-from lib.geometry import Motion, matrix, pinhole, pose, project, read_instruction
+from lib.geometry import Motion, as_lists, camera_pose, pinhole, project, read_instruction
 from lib.rooms import COLOURS, EYE, TrueRenderer, random_room, render
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
@@ -514,7 +514,7 @@ def test_the_way_keeps_a_tenth_of_a_metre(monkeypatch):
         for gap in (0.3, 0.05):
             at_x, at_z = place(gap)
             anchor = Anchor(
-                "here", [NOISE], 1, {"room": 0, "poses": [matrix(pose(at_x, -EYE, at_z))]}
+                "here", [NOISE], 1, {"room": 0, "poses": [as_lists(camera_pose(at_x, -EYE, at_z))]}
             )
             ways.append(blocked(anchor, [Motion("turn left", 20.0)]))
         assert ways == [False, True]

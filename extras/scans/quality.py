@@ -19,7 +19,16 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from lib.geometry import Motion, coverage, move_camera, pinhole, pose, project, unproject, warp
+from lib.geometry import (
+    Motion,
+    camera_pose,
+    coverage,
+    move_camera,
+    pinhole,
+    project,
+    unproject,
+    warp,
+)
 from lib.rooms import EYE, random_room, render
 from lib.streams import numpy_stream
 
@@ -326,7 +335,7 @@ def room_triple(seed, size):
         if near or np.hypot(x, z).max() > 1.2:
             continue
         yaw = np.degrees(np.arctan2(-x, -z)) + rng.uniform(-25, 25, 4)
-        poses = [pose(x[k], -EYE, z[k], yaw[k]) for k in range(4)]
+        poses = [camera_pose(x[k], -EYE, z[k], yaw[k]) for k in range(4)]
         poses.insert(0, move_camera(poses[0], MOTIONS[rng.integers(len(MOTIONS))]))
         seen = render(room, np.stack(poses), size)
         views = list(zip(seen["rgb"], seen["depth"], poses))

@@ -33,7 +33,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 from PIL import Image
 
-from lib.geometry import pinhole, pose
+from lib.geometry import camera_pose, pinhole
 from lib.rooms import EYE, random_room, render
 from lib.streams import numpy_stream
 
@@ -744,7 +744,7 @@ def room_scene(seed, frames=40, size=64):
     )
     x, z = 0.8 * np.sin(2 * np.pi * t + a), 0.8 * np.sin(4 * np.pi * t + b)
     yaw = np.degrees(start) + 360 * t + 30 * np.sin(6 * np.pi * t + b)
-    poses, K = [pose(x[i], -EYE, z[i], yaw[i]) for i in range(frames)], pinhole(size)
+    poses, K = [camera_pose(x[i], -EYE, z[i], yaw[i]) for i in range(frames)], pinhole(size)
     found = [
         Frame(
             f"{i:06d}",

@@ -27,7 +27,7 @@ from lib.geometry import (
     decompose,
     dominant_component,
     instruction,
-    motion_of,
+    motion_along,
     unproject,
     visible,
     warp,
@@ -191,7 +191,7 @@ def find_triples(scene, rng, rules):
         ]
         context, covered = seen_context(int(reference), others, may_stand, points, cameras, rules)
         pairs = [
-            (k, motion_of(delta[reference, k], main[reference, k]), c)
+            (k, motion_along(delta[reference, k], main[reference, k]), c)
             for k, c in zip(targets, covered)
         ]
         repeated = {

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from lib.consistency import recover
-from lib.geometry import Motion, Query, instruction, matrix, move_camera, phrase
+from lib.geometry import Motion, Query, as_lists, instruction, move_camera, phrase
 from lib.rooms import SIZE, random_room, render, ring
 from lib.simulators import imagine_each
 from lib.streams import numpy_stream
@@ -168,7 +168,7 @@ def room_anchor(seed):
     """A view of a room, with the ring of four that the teacher knows as its context."""
     rng = numpy_stream("anchor of a room", seed)
     poses, reference = ring(rng), int(rng.integers(4)) + 1
-    scene = {"room": seed, "poses": [matrix(c2w) for c2w in poses]}
+    scene = {"room": seed, "poses": [as_lists(c2w) for c2w in poses]}
     return Anchor(
         f"room_{seed}",
         list(render(random_room(seed), scene["poses"], SIZE)["rgb"]),
