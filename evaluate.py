@@ -423,7 +423,7 @@ def main_wm(args, world):
     some = rows[:: max(1, len(rows) // CALIBRATED)]
     if scans:
         results = {
-            **real_views.compare(rows, views, *tools),
+            **real_views.compare_scans(rows, views, *tools),
             "calibration": {},
             "matcher": args.matcher,
             "detector": args.detector if tools[1] else None,

@@ -5,19 +5,21 @@ import pytest
 import torch
 
 from extras.report import real_views
-from extras.report.pnp import pose_from_matches, three_points
 from extras.report.real_views import (
     INDOOR,
+    ContextView,
+    Detection,
     categories,
-    compare,
+    compare_scans,
     detector,
     lift,
     matcher,
-    object_agreement,
+    object_counts,
+    pose_from_matches,
     recover_pose,
 )
 from extras.scans.triples import thousandths
-from lib.consistency import classify, delta_of, pose_error
+from lib.consistency import classify, content_of, delta_of, pose_error
 from lib.geometry import (
     Motion,
     camera_pose,
@@ -67,7 +69,7 @@ class Matcher:
 def scene(**spoilt):
     """-> (matcher, context as `recover_pose` takes it)."""
     match = Matcher(**spoilt)
-    return match, [(*match.look(c2w), K, c2w) for c2w in CONTEXT]
+    return match, [ContextView(*match.look(c2w), K, c2w) for c2w in CONTEXT]
 
 
 def detect(image, names=None):
@@ -78,36 +80,11 @@ def detect(image, names=None):
         rows, columns = np.nonzero(classes == number)
         if len(rows) >= 0.015 * classes.size:
             low, high = (np.array([f(columns), f(rows)]) / shape for f in (np.min, np.max))
-            found.append((colour, np.concatenate([low, high]), 1.0))
+            found.append(Detection(colour, np.concatenate([low, high]), 1.0))
     return found
 
 
 # ---- pose -----------------------------------------------------------------------------------------------------------
-
-
-def test_three_points_and_their_rays_give_the_camera():
-    rng, c2w = np.random.default_rng(0), camera_pose(0.3, -1.2, 0.5, 40, 10)
-    camera = rng.uniform([-2, -1, 1], [2, 1, 4], (50, 3, 3))
-    world = camera @ c2w[:3, :3].T + c2w[:3, 3]
-    rays = camera / np.linalg.norm(camera, axis=-1, keepdims=True)
-    found = three_points(world, rays)
-    assert 50 <= len(found) <= 200 and (np.abs(found - c2w).max((1, 2)) < 1e-5).sum() >= 48
-    gaps = []
-    for points, seen in zip(world, rays):  # other cameras see the three there too
-        for other in three_points(points[None], seen[None]):
-            looked = (points - other[:3, 3]) @ other[:3, :3]
-            gaps.append(
-                np.abs(looked / np.linalg.norm(looked, axis=-1, keepdims=True) - seen).max()
-            )
-    assert (
-        len(gaps) == len(found) and np.mean(np.array(gaps) < 1e-5) >= 0.98
-    )  # not where two solutions nearly meet
-
-
-def test_three_points_in_line_give_no_camera():
-    start, step = np.random.default_rng(0).integers(-2, 3, (2, 50, 1, 3)) + [0, 0, 3]
-    line = (start + step * np.arange(3)[:, None]).astype(float)  # whole numbers: in line exactly
-    assert len(three_points(line, line / np.linalg.norm(line, axis=-1, keepdims=True))) == 0
 
 
 @pytest.mark.parametrize(
@@ -175,18 +152,15 @@ def test_where_nothing_matches_there_is_no_camera():
     assert recover_pose(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8), K, context, match) is None
     assert recover_pose(context[0][0], K, [], match) is None
     match, context = scene(wrong=1.0)
-    assert (
-        recover_pose(match.look(CONTEXT[1] @ camera_pose(0, 0, 0, 30))[0], K, context, match)
-        is None
-    )
+    assert recover_pose(match.look(CONTEXT[1] @ camera_pose(0, 0, 0, 30))[0], K, context, match) is None
     assert pose_from_matches(rng.normal(size=(8, 3)), rng.uniform(0, SIZE, (8, 2)), K) is None
 
 
 def test_a_match_without_depth_is_left_out():
     depth = np.array([[2.0, 0], [0, 4.0]])
-    points, there = lift(
-        np.array([[0.5, 0.5], [1.5, 0.5], [1.25, 1.75], [5, 5]]), depth, pinhole(2), np.eye(4)
-    )
+    view = ContextView(None, depth, pinhole(2), np.eye(4))
+    pixels = np.array([[0.5, 0.5], [1.5, 0.5], [1.25, 1.75], [5, 5]])
+    points, there = lift(pixels, view)
     assert there.tolist() == [True, False, True, False]
     np.testing.assert_allclose(points[there], [[-1, -1, 2], [1, 3, 4]])
 
@@ -198,29 +172,26 @@ def box(left, top=0.4, side=0.1):
     return np.array([left, top, left + side, top + side])
 
 
-def test_agreement_counts_objects_pairs_and_what_is_missing():
-    true = [("chair", box(0.1), 0.9), ("lamp", box(0.4), 0.5), ("chair", box(0.8), 0.4)]
-    whole = object_agreement(true[::-1], true)
-    assert (
-        whole["precision"]
-        == whole["recall"]
-        == whole["f1"]
-        == whole["order"]
-        == whole["content"]
-        == 1
+def agreement(view, target):
+    """The scores of one view whose objects are (label, left edge of the box)."""
+    view, target = (
+        [Detection(label, box(left), 0.5) for label, left in one] for one in (view, target)
     )
-    removed = object_agreement(true[1:], true)
+    return content_of(object_counts(view, target).astype(float))
+
+
+def test_agreement_counts_objects_pairs_and_what_is_missing():
+    true = [("chair", 0.1), ("lamp", 0.4), ("chair", 0.8)]
+    whole = agreement(true[::-1], true)
+    assert all(whole[key] == 1 for key in ("precision", "recall", "f1", "order", "content"))
+    removed = agreement(true[1:], true)
     assert removed["precision"] == 1 and removed["recall"] == pytest.approx(2 / 3)
     assert removed["order"] == pytest.approx(1 / 3)  # two of three pairs had the first chair
-    renamed = object_agreement([("plant", box(0.1), 0.9), *true[1:]], true)
+    renamed = agreement([("plant", 0.1), *true[1:]], true)
     assert renamed["precision"] == renamed["recall"] == pytest.approx(2 / 3)
-    swapped = object_agreement(
-        [("chair", box(0.1), 0.4), ("lamp", box(0.9), 0.9), ("chair", box(0.8), 0.5)], true
-    )
+    swapped = agreement([("chair", 0.1), ("lamp", 0.9), ("chair", 0.8)], true)
     assert swapped["f1"] == 1 and swapped["order"] == pytest.approx(2 / 3)
-    assert object_agreement([], true)["content"] == 0 and np.isnan(
-        object_agreement([], [])["order"]
-    )
+    assert agreement([], true)["content"] == 0 and np.isnan(agreement([], [])["order"])
 
 
 def test_a_vlm_lists_categories_and_without_one_they_are_fixed():
@@ -267,7 +238,7 @@ def test_a_table_of_scans_has_the_columns_of_rooms(tmp_path):
     rows = triples(match, tmp_path, [Motion("turn left", 45.0), Motion("move right", 0.5)])
     recoloured = [row["target"][..., ::-1].copy() for row in rows]
     grey = [np.full_like(row["target"], 128) for row in rows]
-    found = compare(
+    found = compare_scans(
         rows,
         {"true": [row["target"] for row in rows], "other": recoloured, "grey": grey},
         match,
@@ -289,7 +260,7 @@ def test_a_table_of_scans_has_the_columns_of_rooms(tmp_path):
     )
     assert lost["turns"]["median_degrees"] == lost["moves"]["median_meters"] == np.inf
     assert found["baselines"]["copy of the reference"]["pose"] == 0
-    blind = compare(rows[:1], {"true": [rows[0]["target"]]}, match)["simulators"]["true"]
+    blind = compare_scans(rows[:1], {"true": [rows[0]["target"]]}, match)["simulators"]["true"]
     assert blind["pose"] == 1 and np.isnan(blind["content"]) and np.isnan(blind["f1"])
 
 
