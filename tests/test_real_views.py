@@ -152,7 +152,10 @@ def test_where_nothing_matches_there_is_no_camera():
     assert recover_pose(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8), K, context, match) is None
     assert recover_pose(context[0][0], K, [], match) is None
     match, context = scene(wrong=1.0)
-    assert recover_pose(match.look(CONTEXT[1] @ camera_pose(0, 0, 0, 30))[0], K, context, match) is None
+    assert (
+        recover_pose(match.look(CONTEXT[1] @ camera_pose(0, 0, 0, 30))[0], K, context, match)
+        is None
+    )
     assert pose_from_matches(rng.normal(size=(8, 3)), rng.uniform(0, SIZE, (8, 2)), K) is None
 
 
