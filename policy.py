@@ -19,10 +19,10 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -41,7 +41,7 @@ from extras.world2vlm.words import PIECES
 from lib.common import at_least, fail, newest, run
 from lib.dialogue import NO_SIMULATOR, NOTE, PAD, PHRASES, Trajectory
 from lib.images import load_image
-from lib.rollout import Writer
+from lib.rollout import Writer, layout_of
 from lib.simulators import NO_VIEW, imagine_each, load_simulator
 from lib.streams import stream_seed, torch_stream
 from lib.tiny import tiny_tokenizer
@@ -472,84 +472,57 @@ def encode_images(policy, trajectories):
 HEAD_TOKENS = 512  # at the language head at a time: 0.3 GB of logits with the published vocabulary
 
 
-def collate(policy, trajectories, share=False):
-    """Trajectories -> one right-padded batch for `token_logprobs`: B dialogues of up to L tokens in R rows of C cells.
+class DialogueBatch(NamedTuple):
+    """B dialogues of up to L tokens in R rows of C cells, right-padded; `collate` makes it. All on the policy's device."""
 
-    Rows hold all tokens of a dialogue but the last, which predicts nothing.
-    share     False: a row for each dialogue (R, C = B, L - 1). True: dialogues with the same prompt share a row, here
-              three with a prompt of 4 (where the longest has 5) and rests of up to 3 cells:
-                [ p p p p . | a a . | b b b | c . . ]
-              The prompt with its images is computed once, as in `rollout`; each rest sees the prompt and itself, at its
-              own positions, so the numbers are the same
-    returns   of the rows: ids (R, C), positions (3, R, C), mask (R, C) 1 = token, or that of `shared_attention` if
-              dialogues share rows, and `features` (1 + levels, tokens, width), what the frozen tower makes of the
-              images in row order; of the dialogues, (B, L - 1) each, about the second token to the last: `token`,
-              loss_mask, logprobs (the rollout's), and `before`, where its predecessor stands in ids.flatten()
+    # of the rows (lib.rollout.Layout)
+    ids: torch.Tensor  # (R, C)
+    positions: torch.Tensor  # (3, R, C), M-RoPE's
+    mask: torch.Tensor  # (R, C) 1 = token, or that of `shared_attention` if dialogues share rows
+    features: (
+        torch.Tensor | None
+    )  # (1 + levels, tokens, width): the tower's of all images, in row order
+    # of the dialogues, (B, L - 1) each, about the second token to the last
+    targets: torch.Tensor  # the token itself
+    predecessors: torch.Tensor  # where in ids.flatten() the token before it stands
+    loss_mask: torch.Tensor  # 1.0 on what the policy wrote
+    loss_weights: torch.Tensor  # what a supervised loss counts it
+    logprobs: torch.Tensor  # the rollout's
+
+
+def collate(policy, trajectories, share=False) -> DialogueBatch:
+    """Trajectories -> one batch for `token_logprobs`.
+
+    share   dialogues with the same prompt share a row: the prompt with its images is computed once, as in `rollout`.
+            Each sees the prompt and itself, at its own positions, so the numbers are the same
     """
     encode_images(policy, trajectories)
-    sharing = {}
-    for number, t in enumerate(trajectories):
-        sharing.setdefault(prompt_of(t) if share else number, []).append(number)
-    share = share and len(sharing) < len(
-        trajectories
-    )  # a dialogue alone is an ordinary row, without a mask
-    groups = [[trajectories[number] for number in numbers] for numbers in sharing.values()]
-    starts = [group[0].loss_mask.index(1) if share else len(group[0].ids) - 1 for group in groups]
-    prompt = max(starts)  # cells of the prompts' column
-    rest = max(
-        len(t.ids) - 1 - start for group, start in zip(groups, starts) for t in group
-    )  # of a branch
-    empty = policy.tokenizer.pad_token_id, (0, 0, 0)
-    ids, positions, features, where = [], [], [], {}
-    for row, (numbers, group, start) in enumerate(zip(sharing.values(), groups, starts)):
-        cells = list(zip(group[0].ids[:start], group[0].positions[:start]))
-        features += group[0].features
-        for branch, (number, t) in enumerate(zip(numbers, group)):
-            at = prompt + branch * rest
-            cells += [empty] * (at - len(cells)) + list(zip(t.ids[start:-1], t.positions[start:-1]))
-            features += (
-                t.features[t.provenance.count(None) :] if branch else []
-            )  # what it imagined: the prompt's
-            where[number] = (
-                row,
-                [*range(start), *range(at, at + len(t.ids) - 1 - start)],
-            )  # stand there already
-        ids.append([token for token, _ in cells])
-        positions.append([place for _, place in cells])
-    branches = max(map(len, groups))
-    width = prompt + branches * rest
-    ids, positions = padded(ids, empty[0], width), padded(positions, 0, width).permute(2, 0, 1)
-    mask = (
-        shared_mask(starts, prompt, branches, rest)
-        if share
-        else (torch.arange(width) < torch.tensor(starts)[:, None]).long()
-    )  # (R, C)
-    cells = [
-        [row * width + column for column in columns] for _, (row, columns) in sorted(where.items())
-    ]
-    batch = {
-        "ids": ids,
-        "positions": positions,
-        "mask": mask,
-        "token": padded([t.ids[1:] for t in trajectories]),
-        "loss_mask": padded([t.loss_mask[1:] for t in trajectories]).float(),
-        "logprobs": padded([t.logprobs[1:] for t in trajectories]),
-        "before": padded(cells),
-    }
-    batch = {key: value.to(policy.device) for key, value in batch.items()}
-    batch["features"] = torch.cat(features, 1) if features else None
-    return batch
-
-
-def shared_mask(starts, prompt, branches, rest):
-    """What `shared_attention` lets each branch see: (R, branches, rest, prompt + rest) bool, True = may look.
-
-    Its row's own prompt, the first starts[row] cells of the `prompt` columns, and of itself what came before.
-    """
-    seen = torch.arange(prompt) < torch.tensor(starts)[:, None, None, None]  # (R, 1, 1, prompt)
-    own = torch.ones(rest, rest, dtype=torch.bool).tril()
-    shape = len(starts), branches, rest, -1
-    return torch.cat([seen.expand(shape), own.expand(shape)], -1)
+    layout = layout_of(trajectories, share)
+    ids = torch.full((len(layout.rows), layout.width), policy.tokenizer.pad_token_id)
+    positions = torch.zeros(3, *ids.shape, dtype=torch.long)
+    predecessors = [[] for _ in trajectories]
+    features = []
+    for row, numbers in enumerate(layout.rows):
+        for branch, number in enumerate(numbers):
+            t = trajectories[number]
+            columns = layout.columns(row, branch, len(t.ids) - 1)
+            ids[row, columns] = torch.tensor(t.ids[:-1])
+            positions[:, row, columns] = torch.tensor(t.positions[:-1]).T
+            predecessors[number] = [row * layout.width + column for column in columns]
+            features += t.features if branch == 0 else t.features[t.provenance.count(None) :]
+    batch = DialogueBatch(
+        ids=ids,
+        positions=positions,
+        mask=layout.mask(),
+        features=None,
+        targets=padded([t.ids[1:] for t in trajectories]),
+        predecessors=padded(predecessors),
+        loss_mask=padded([t.loss_mask[1:] for t in trajectories]).float(),
+        loss_weights=padded([t.loss_weights[1:] for t in trajectories]),
+        logprobs=padded([t.logprobs[1:] for t in trajectories]),
+    )
+    batch = DialogueBatch(*(x if x is None else x.to(policy.device) for x in batch))
+    return batch._replace(features=torch.cat(features, 1) if features else None)
 
 
 def shared_attention(module, query, key, value, mask, scaling=None, **options):
@@ -590,24 +563,9 @@ AttentionInterface.register("shared_attention", shared_attention)
 AttentionMaskInterface.register("shared_attention", sdpa_mask)  # of ordinary masks (B, L)
 
 
-def prompt_of(trajectory):
-    """What dialogues that share their prompt have in common: tokens up to the first turn, and the very same images."""
-    return (
-        *trajectory.ids[: trajectory.loss_mask.index(1)],
-        *(
-            id(image)
-            for image, call in zip(trajectory.images, trajectory.provenance)
-            if call is None
-        ),
-    )
-
-
-def padded(lists, value=0, width=0):
-    """Lists of unequal length -> one tensor, `value` behind the shorter ones; (lists, at least `width`, ...)."""
-    table = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in lists], True, value)
-    return F.pad(
-        table, (0, 0) * (table.dim() - 2) + (0, max(0, width - table.shape[1])), value=value
-    )
+def padded(lists):
+    """Lists of unequal length -> one tensor (lists, longest), 0 behind the shorter ones."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in lists], True)
 
 
 def token_logprobs(policy, batch, temperature=1.0):
@@ -618,13 +576,13 @@ def token_logprobs(policy, batch, temperature=1.0):
     The language head runs on the policy's tokens alone, HEAD_TOKENS at a time, and once more in backward: of a whole
     batch the logits, 151,936 per token, would be larger than the model.
     """
-    wrote = batch["loss_mask"] > 0  # (B, L - 1)
+    wrote = batch.loss_mask > 0  # (B, L - 1)
     hidden = policy.hidden(
-        batch["ids"], batch["positions"], batch["mask"], batch["features"], batch["before"][wrote]
+        batch.ids, batch.positions, batch.mask, batch.features, batch.predecessors[wrote]
     )  # (n, width)
     parts = [
         checkpoint(chosen_logprobs, policy, *part, temperature, use_reentrant=False)
-        for part in zip(hidden.split(HEAD_TOKENS), batch["token"][wrote].split(HEAD_TOKENS))
+        for part in zip(hidden.split(HEAD_TOKENS), batch.targets[wrote].split(HEAD_TOKENS))
     ]
     return tuple(
         torch.zeros(wrote.shape, device=wrote.device).masked_scatter(wrote, torch.cat(part))

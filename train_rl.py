@@ -45,9 +45,10 @@ from lib.common import total
 from lib.dialogue import Trajectory
 from lib.records import load_jsonl
 from lib.rl_log import by_need, by_task, draw_curves, rollout_totals
+from lib.rollout import cell_count, prompt_key
 from lib.simulators import SimulatorError
 from lib.streams import rows_of_step, stream_seed, torch_stream
-from policy import Policy, collate, prompt_of, rollout, token_logprobs
+from policy import Policy, collate, rollout, token_logprobs
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # paper: Clip-Higher
 MAX_ROUNDS, MAX_TURNS = 3, 10  # paper: tool rounds and assistant turns
@@ -459,17 +460,12 @@ def micro_batches(rows, filler, tokens):
     of its rows, at weight 0.
     """
 
-    def cells(*lines):  # collate's: as many rows, each [longest prompt | branches * longest rest]
-        starts = [line[0].trajectory.loss_mask.index(1) for line in lines]
-        rests = [
-            max(len(row.trajectory.ids) for row in line) - 1 - start
-            for line, start in zip(lines, starts)
-        ]
-        return len(lines) * (max(starts) + max(rests) * max(map(len, lines)))
+    def cells(*lines):
+        return cell_count([row.trajectory for line in lines for row in line])
 
     lines, chunks, before = [], [], None
     for row in rows:
-        prompt = prompt_of(row.trajectory)
+        prompt = prompt_key(row.trajectory)
         if prompt == before and cells(lines[-1] + [row]) <= tokens:
             lines[-1].append(row)
         else:
@@ -519,7 +515,7 @@ def accumulate_gradient(policy, rows, filler, args):
         weight, advantages = torch.tensor(
             [[row.weight, row.advantage] for row in chunk], device=logprobs.device
         ).T
-        mask = batch["loss_mask"] * weight[:, None]  # (B, L - 1)
+        mask = batch.loss_mask * weight[:, None]  # (B, L - 1)
         old = stack([row.old for row in chunk], logprobs)
         loss = objective = grpo_loss(logprobs, old, advantages, mask, CLIP_LOW, args.clip_high)
         if chunk[0].start is not None:
@@ -529,7 +525,7 @@ def accumulate_gradient(policy, rows, filler, args):
             sums["kl_tokens"] += mask.sum().item()
         (objective / tokens).backward()  # a local sum over a global count
         logprobs = logprobs.detach()
-        ratio, sampled = (logprobs - old).exp(), batch["logprobs"]
+        ratio, sampled = (logprobs - old).exp(), batch.logprobs
         low, high = clipped_tokens(ratio, advantages, mask, CLIP_LOW, args.clip_high)
         for key, value in (
             ("tokens", mask),

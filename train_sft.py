@@ -375,7 +375,7 @@ def call_parts(command, first=1.0):
 
 
 def script(policy, lesson, kind, rng, calling=True):
-    """Write one dialogue of the given kind -> Trajectory whose `logprobs` slot holds the weights of its tokens.
+    """Write one dialogue of the given kind -> Trajectory whose `loss_weights` say what is learned.
 
     calling   whether a look may include a call and its view (not for the baseline that never imagines)
     """
@@ -386,10 +386,9 @@ def script(policy, lesson, kind, rng, calling=True):
     dialogue = Trajectory.start(policy, question, lesson.images, mode)
 
     def say(parts):
-        """Add a turn; the weights travel in the place of the rollout's log-probs."""
         tokens = [(policy.tokens(text), weight) for text, weight in parts]
         weights = [float(weight) for ids, weight in tokens for _ in ids]
-        dialogue.say(policy, [i for ids, _ in tokens for i in ids], weights)
+        dialogue.say(policy, [i for ids, _ in tokens for i in ids], loss_weights=weights)
 
     choice = 1.0 if mode == "forced" else DECISION
     if kind == "direct":
@@ -422,16 +421,16 @@ def script(policy, lesson, kind, rng, calling=True):
 def scripted_loss(policy, batch):
     """Weighted negative log-likelihood of the scripts.
 
-    batch     from `collate`; its `logprobs` slot holds the weights (B, L - 1)
+    batch     from `collate`
     returns   sum of w (-log p): divide by the sum of w of the whole update, all ranks; and {"facts": (how many of the
               tokens that weigh FACT were right, how many there were)}
     """
-    taught = batch["logprobs"] > 0  # (B, L - 1)
-    weights, targets, before = (
-        batch[key][taught] for key in ("logprobs", "token", "before")
-    )  # (n,) each
+    taught = batch.loss_weights > 0  # (B, L - 1)
+    weights, targets = batch.loss_weights[taught], batch.targets[taught]  # (n,) each
     logits = policy.logits(
-        policy.hidden(batch["ids"], batch["positions"], batch["mask"], batch["features"], before)
+        policy.hidden(
+            batch.ids, batch.positions, batch.mask, batch.features, batch.predecessors[taught]
+        )
     )
     nll = F.cross_entropy(logits, targets, reduction="none")
     facts = weights == FACT
@@ -473,7 +472,7 @@ def answered(policy, row, features=None):
 
 
 def answers_of_step(policy, rows, features, args, step, world):
-    """This rank's share of the answers of one step in micro-batches, each with "share", "weight" and "inverse" (B,).
+    """This rank's share of the answers of one step in micro-batches, with their "share", "weight", "inverse" (B,).
 
     And 1, what the loss has to be divided by: the shares are of all ranks already.
     """
@@ -490,20 +489,20 @@ def answers_of_step(policy, rows, features, args, step, world):
         numbers = (
             torch.tensor(each, dtype=torch.float32, device=policy.device) for each in numbers
         )
-        batches.append(
-            collate(policy, dialogues) | dict(zip(("share", "weight", "inverse"), numbers))
-        )
+        numbers = dict(zip(("share", "weight", "inverse"), numbers, strict=True))
+        batches.append((collate(policy, dialogues), numbers))
     return batches, 1.0
 
 
-def answer_loss(policy, batch):
+def answer_loss(policy, batch_and_numbers):
     """-log p(y | x), summed over the tokens of each answer, by `shares` -> (scalar, {metric: (sum, count)})."""
+    batch, numbers = batch_and_numbers
     nll = -token_logprobs(policy, batch)[0].sum(1)  # (B,)
     weights = {
-        "inverse": batch["weight"] * batch["inverse"],
-        "forward": batch["weight"] * (1 - batch["inverse"]),
+        "inverse": numbers["weight"] * numbers["inverse"],
+        "forward": numbers["weight"] * (1 - numbers["inverse"]),
     }
-    return (batch["share"] * nll).sum(), {
+    return (numbers["share"] * nll).sum(), {
         key: ((w * nll.detach()).sum().item(), w.sum().item()) for key, w in weights.items()
     }
 
@@ -570,7 +569,7 @@ def scripts_of_step(policy, lessons, moving, args, step, world):
         collate(policy, dialogues[i : i + args.micro_batch])
         for i in range(0, len(dialogues), args.micro_batch)
     ]
-    return batches, common.global_sum(float(sum(batch["logprobs"].sum() for batch in batches)))
+    return batches, common.global_sum(float(sum(batch.loss_weights.sum() for batch in batches)))
 
 
 def open_policy(args, lessons, world):

@@ -227,7 +227,8 @@ class Trajectory:
     """A dialogue as tokens. `start`, `say` and `observe` build it, sampled, scripted or replayed alike.
 
     Per token: `ids` exactly as sampled, `loss_mask` 1 on what the policy wrote (its closing <|im_end|> included) and 0
-    on everything else, `logprobs` of the rollout (0 elsewhere), `positions` (time, row, column) of M-RoPE.
+    on everything else, `logprobs` of the rollout (0 elsewhere), `loss_weights`, what a supervised loss counts the token
+    (1.0 on what the policy wrote unless a script says otherwise, 0 elsewhere), `positions` (time, row, column) of M-RoPE.
     Per image: the array in `images`, its `provenance` (None if given, the call if imagined) and `features`:
     what the frozen tower made of it, once `policy.encode_images` has been there.
     After `say`, `call` is the valid call that waits for its view, `reply` what the protocol answers to this turn.
@@ -239,6 +240,7 @@ class Trajectory:
     ids: list = field(default_factory=list)
     loss_mask: list = field(default_factory=list)
     logprobs: list = field(default_factory=list)
+    loss_weights: list = field(default_factory=list)
     positions: list = field(default_factory=list)
     images: list = field(default_factory=list)
     provenance: list = field(default_factory=list)
@@ -277,10 +279,13 @@ class Trajectory:
                 trajectory._image(policy, image, None)
         return trajectory
 
-    def say(self, policy, turn, logprobs=None):
-        """Add a turn of the policy (token ids as sampled, or text, which gets its <|im_end|>) and judge it."""
+    def say(self, policy, turn, logprobs=None, loss_weights=None):
+        """Add a turn of the policy (token ids as sampled, or text, which gets its <|im_end|>) and judge it.
+
+        logprobs, loss_weights   per token of the turn; by default 0.0 and 1.0 each
+        """
         ids = policy.tokens(turn + "<|im_end|>") if isinstance(turn, str) else turn
-        self._text(ids, wrote=True, logprobs=logprobs)
+        self._text(ids, wrote=True, logprobs=logprobs, loss_weights=loss_weights)
         closed = ids[-1] == policy.tokenizer.eos_token_id
         text = policy.tokenizer.decode(ids[:-1] if closed else ids)
         self.turns.append(text)
@@ -350,12 +355,13 @@ class Trajectory:
         """The next text position: one more than the largest so far (an image of h x w tokens takes max(h, w))."""
         return max(self.positions[-1]) + 1 if self.positions else 0
 
-    def _text(self, ids, wrote=False, logprobs=None):
+    def _text(self, ids, wrote=False, logprobs=None, loss_weights=None):
         start = self._next()
         self.ids += ids
         self.positions += [(p, p, p) for p in range(start, start + len(ids))]
         self.loss_mask += [int(wrote)] * len(ids)
         self.logprobs += logprobs or [0.0] * len(ids)
+        self.loss_weights += loss_weights or [float(wrote)] * len(ids)
 
     def _image(self, policy, image, call):
         start, (rows, columns) = self._next(), policy.grid(image)
@@ -365,6 +371,7 @@ class Trajectory:
         ]
         self.loss_mask += [0] * (rows * columns)
         self.logprobs += [0.0] * (rows * columns)
+        self.loss_weights += [0.0] * (rows * columns)
         self.images.append(image)
         self.provenance.append(call)
 

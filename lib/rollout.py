@@ -13,6 +13,7 @@ gives the distribution of the next one.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -211,3 +212,78 @@ def sample(logits, uniforms, temperature):
         ]  # right: never a token of mass zero
         tokens = tokens.clamp(max=logits.shape[1] - 1)  # of logits that are not numbers
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+# ---- dialogues that share their prompt -------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """Where the tokens of dialogues stand in the rows of one batch: [ prompt | branch | branch | ... ].
+
+    Dialogues with the same prompt may share a row: the prompt is computed once, and each dialogue's rest is a branch
+    that sees the prompt and itself. Three dialogues with a prompt of 4 (where the longest has 5), rests of up to 3:
+        [ p p p p . | a a . | b b b | c . . ]
+    Rows hold all tokens of a dialogue but the last, which predicts nothing. Where no row is shared, each dialogue is a
+    row without branches.
+    """
+
+    rows: list[list[int]]  # per row, the numbers of its dialogues
+    starts: list[int]  # per row, the tokens of its own prompt
+    prompt: int  # columns of the longest prompt
+    branches: int  # of the row with most dialogues
+    rest: int  # columns of each branch: the longest rest; 0 where no row is shared
+
+    @property
+    def width(self) -> int:
+        """Cells of a row."""
+        return self.prompt + self.branches * self.rest
+
+    def columns(self, row: int, branch: int, tokens: int) -> list[int]:
+        """Where the first `tokens` tokens of a row's dialogue number `branch` stand."""
+        start = self.starts[row]
+        first = self.prompt + branch * self.rest
+        return [*range(start), *range(first, first + tokens - start)]
+
+    def mask(self) -> torch.Tensor:
+        """What may be looked at, for `shared_attention`.
+
+        Where no row is shared: (R, width), 1 = token. Else (R, branches, rest, prompt + rest) bool: each branch sees
+        its row's own prompt, and of itself what came before.
+        """
+        starts = torch.tensor(self.starts)[:, None]
+        own_prompt = torch.arange(self.prompt) < starts  # (R, prompt)
+        if not self.rest:
+            return own_prompt.long()
+        causal = torch.ones(self.rest, self.rest, dtype=torch.bool).tril()
+        shape = len(self.rows), self.branches, self.rest, -1
+        return torch.cat([own_prompt[:, None, None].expand(shape), causal.expand(shape)], -1)
+
+
+def layout_of(trajectories: list, share: bool) -> Layout:
+    """The rows of a batch. share: dialogues with the same prompt make one row, neighbours or not."""
+    rows = {}
+    for number, trajectory in enumerate(trajectories):
+        rows.setdefault(prompt_key(trajectory) if share else number, []).append(number)
+    rows = list(rows.values())
+    shared = len(rows) < len(trajectories)  # a dialogue alone is an ordinary row
+    starts, rest = [], 0
+    for numbers in rows:
+        lengths = [len(trajectories[number].ids) - 1 for number in numbers]
+        starts.append(trajectories[numbers[0]].loss_mask.index(1) if shared else lengths[0])
+        rest = max(rest, max(lengths) - starts[-1])
+    return Layout(rows, starts, max(starts), max(map(len, rows)), rest)
+
+
+def cell_count(trajectories: list) -> int:
+    """How many cells `policy.collate` takes for these dialogues where they may share rows."""
+    layout = layout_of(trajectories, share=True)
+    return len(layout.rows) * layout.width
+
+
+def prompt_key(trajectory) -> tuple:
+    """What dialogues of one prompt have in common: the tokens up to the first turn, and the very same images."""
+    images = []
+    for image, call in zip(trajectory.images, trajectory.provenance, strict=True):
+        if call is None:
+            images.append(id(image))
+    return *trajectory.ids[: trajectory.loss_mask.index(1)], *images

@@ -250,9 +250,9 @@ def test_positions_are_the_librarys(policy):
         wide.pixels([(1, image) for row in rows for image in row.images]),
     )
     want, _ = policy.model.model.get_rope_index(
-        batch["ids"], (batch["ids"] == policy.pad_id).int(), grids, attention_mask=batch["mask"]
+        batch.ids, (batch.ids == policy.pad_id).int(), grids, attention_mask=batch.mask
     )
-    assert torch.equal(batch["positions"], want)
+    assert torch.equal(batch.positions, want)
 
 
 def test_loss_mask_covers_the_policys_tokens_and_nothing_else(policy):
@@ -480,7 +480,7 @@ def chatter(policy, questions, views=2, tokens=14, **options):
     """Rollouts whose every turn is answered by an image: random policies never call, but all caches must grow."""
     original = Trajectory.say
 
-    def say_and_look(self, policy, turn, logprobs=None):
+    def say_and_look(self, policy, turn, logprobs):
         turn, logprobs = list(turn), list(logprobs)
         if turn[-1] != policy.tokenizer.eos_token_id:  # a random policy seldom ends a turn itself
             turn[-1] = policy.tokenizer.eos_token_id
@@ -510,10 +510,10 @@ def test_cached_rollouts_equal_a_full_pass(policy):
     batch = collate(policy, trajectories)
     with torch.no_grad():
         logprobs, entropy = token_logprobs(policy, batch)
-    wrote = batch["loss_mask"] > 0
-    end = batch["token"] == policy.tokenizer.eos_token_id  # the helper above forces some of these
+    wrote = batch.loss_mask > 0
+    end = batch.targets == policy.tokenizer.eos_token_id  # the helper above forces some of these
     torch.testing.assert_close(
-        logprobs[wrote & ~end], batch["logprobs"][wrote & ~end], rtol=0, atol=1e-4
+        logprobs[wrote & ~end], batch.logprobs[wrote & ~end], rtol=0, atol=1e-4
     )
     assert not logprobs[~wrote].any() and not entropy[~wrote].any() and (entropy[wrote] > 0).all()
 
@@ -524,7 +524,7 @@ def test_every_cached_logit_equals_a_full_pass(policy):
     encode_images(policy, [whole])
     with torch.no_grad():
         batch = collate(policy, [whole])
-        want = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"])[0]
+        want = policy.forward(batch.ids, batch.positions, batch.mask, batch.features)[0]
         start = whole.loss_mask.index(1)
         growing = whole.fork()
         growing.ids, growing.positions = whole.ids[:start], whole.positions[:start]
@@ -585,11 +585,11 @@ def test_banned_tokens_are_never_sampled_and_have_no_probability(policy):
     assert len(wrote) > 300 and not banned & set(wrote)
     batch = collate(policy, trajectories[:2])
     with torch.no_grad():
-        logits = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"])
+        logits = policy.forward(batch.ids, batch.positions, batch.mask, batch.features)
         assert not logits.softmax(-1)[..., policy.banned].any()
         logprobs, _ = token_logprobs(policy, batch, temperature=8.0)
-    wrote = batch["loss_mask"] > 0
-    torch.testing.assert_close(logprobs[wrote], batch["logprobs"][wrote], rtol=0, atol=1e-4)
+    wrote = batch.loss_mask > 0
+    torch.testing.assert_close(logprobs[wrote], batch.logprobs[wrote], rtol=0, atol=1e-4)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -676,8 +676,8 @@ def test_a_shared_prompt_changes_no_logprob_and_no_gradient(policy, checkpointin
     trajectories = [alone, *together[::2], words, *together[1::2]]  # neighbours or not
     assert len({len(t.images) for t in together}) > 2 and len({len(t.ids) for t in together}) > 3
     shared, apart = (collate(policy, trajectories, share) for share in (True, False))
-    assert shared["ids"].shape[0] == 4 and apart["ids"].shape[0] == 10
-    assert shared["features"].shape[1] == apart["features"].shape[1] - 3 * 4 * (
+    assert shared.ids.shape[0] == 4 and apart.ids.shape[0] == 10
+    assert shared.features.shape[1] == apart.features.shape[1] - 3 * 4 * (
         2 + 3
     )  # prompts' images, once
     if checkpointing:
@@ -711,7 +711,7 @@ def test_what_nobody_reads_is_left_out_of_the_last_layer_alone(policy, monkeypat
     monkeypatch.undo()
     gradients(policy, batch)
     hook.remove()
-    assert worked == [batch["ids"].numel(), int(batch["loss_mask"].sum())] and worked[1] < worked[0]
+    assert worked == [batch.ids.numel(), int(batch.loss_mask.sum())] and worked[1] < worked[0]
 
 
 def test_the_language_head_sees_a_few_tokens_at_a_time(policy, monkeypatch):
@@ -723,7 +723,7 @@ def test_the_language_head_sees_a_few_tokens_at_a_time(policy, monkeypatch):
     )
     same(gradients(policy, batch), want)
     assert (
-        max(sizes) == 7 and sum(sizes) == 2 * (batch["loss_mask"] > 0).sum()
+        max(sizes) == 7 and sum(sizes) == 2 * (batch.loss_mask > 0).sum()
     )  # and once more in backward
 
 
@@ -746,12 +746,10 @@ def test_entropy_by_hand(policy):
     batch = collate(policy, [dialogue])
     with torch.no_grad():
         _, entropy = token_logprobs(policy, batch, temperature=0.7)
-        logits = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"])[
-            0
-        ].double()
+        logits = policy.forward(batch.ids, batch.positions, batch.mask, batch.features)[0].double()
     p = (logits[:, ~policy.banned] / 0.7).softmax(-1)
     want = -(p * p.log()).sum(-1)
-    wrote = batch["loss_mask"][0] > 0
+    wrote = batch.loss_mask[0] > 0
     assert 0.1 < want[wrote].min() and want[wrote].std() > 0.01
     torch.testing.assert_close(entropy[0, wrote].double(), want[wrote], rtol=1e-4, atol=1e-5)
 

@@ -215,9 +215,9 @@ def test_gradient_of_the_written_formula(advantage, ratio):
     (row,) = rows_of(policy, turns=(5,))
     args = train_rl.parse_args(["--temperature", "0.7", "--kl", "0.1", "--clip-high", "0.3"])
     batch = train_rl.collate(policy, [row.trajectory])
-    logits = policy.forward(batch["ids"], batch["positions"], batch["mask"], batch["features"])[0]
-    logprobs = torch.log_softmax(logits / 0.7, -1).gather(-1, batch["token"][0, :, None])[:, 0]
-    wrote = batch["loss_mask"][0] > 0
+    logits = policy.forward(batch.ids, batch.positions, batch.mask, batch.features)[0]
+    logprobs = torch.log_softmax(logits / 0.7, -1).gather(-1, batch.targets[0, :, None])[:, 0]
+    wrote = batch.loss_mask[0] > 0
     row.advantage, row.old = advantage, logprobs.detach() - np.log(ratio)
     row.start = logprobs.detach() + torch.linspace(-1, 1, len(logprobs))
     now, old, start = logprobs[wrote], row.old[wrote], row.start[wrote]
@@ -267,13 +267,11 @@ def test_micro_batches_keep_within_their_tokens():
         chunks = train_rl.micro_batches(rows, rows[0], tokens)
         assert len(chunks) == passes and sorted(map(id, sum(chunks, []))) == sorted(map(id, rows))
         for chunk in chunks:
-            cells = train_rl.collate(policy, [row.trajectory for row in chunk], share=True)[
-                "ids"
-            ].numel()
+            cells = train_rl.collate(
+                policy, [row.trajectory for row in chunk], share=True
+            ).ids.numel()
             assert cells <= tokens or len(chunk) == 1
-    assert (
-        train_rl.collate(policy, [row.trajectory for row in rows], share=True)["ids"].shape[0] == 2
-    )
+    assert train_rl.collate(policy, [row.trajectory for row in rows], share=True).ids.shape[0] == 2
 
 
 def test_groups_without_variance_are_left_out():

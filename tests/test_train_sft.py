@@ -49,7 +49,7 @@ def lessons(folder):
 
 
 def weighed(policy, dialogue):
-    told = zip(dialogue.ids, dialogue.logprobs, dialogue.loss_mask)
+    told = zip(dialogue.ids, dialogue.loss_weights, dialogue.loss_mask)
     return [(policy.tokenizer.decode([i]), w) for i, w, wrote in told if wrote]
 
 
@@ -103,9 +103,9 @@ def test_loss_is_the_weighted_mean_of_log_probs(lessons):
     with torch.no_grad():
         loss, parts = train_sft.scripted_loss(policy, batch)
         logprobs, _ = token_logprobs(policy, batch)
-    assert loss.item() == pytest.approx(-(logprobs * batch["logprobs"]).sum().item(), rel=1e-4)
+    assert loss.item() == pytest.approx(-(logprobs * batch.loss_weights).sum().item(), rel=1e-4)
     right, facts = parts["facts"]
-    assert facts == (batch["logprobs"] == FACT).sum() and 0 <= right <= facts
+    assert facts == (batch.loss_weights == FACT).sum() and 0 <= right <= facts
 
 
 def test_softened_views_keep_their_colours_on_average():
@@ -195,9 +195,7 @@ def test_the_loss_is_the_papers_by_hand(motions):
         assert dialogue.answer == row["answer"] and dialogue.well_formed
         batch = collate(policy, [dialogue])
         with torch.no_grad():
-            logits = policy.forward(
-                batch["ids"], batch["positions"], batch["mask"], batch["features"]
-            )[0]
+            logits = policy.forward(batch.ids, batch.positions, batch.mask, batch.features)[0]
         first = dialogue.loss_mask.index(1)
         logprobs = torch.log_softmax(logits, -1)
         nll = -sum(logprobs[t - 1, dialogue.ids[t]].item() for t in range(first, len(dialogue.ids)))
@@ -239,8 +237,8 @@ def test_pictures_that_are_looked_at_once_teach_the_same(motions):
             collate(policy, [train_sft.answered(policy, row, features)])
             for features in (kept, None)
         )
-        assert torch.equal(once["ids"], again["ids"])
-        torch.testing.assert_close(once["features"], again["features"], atol=1e-5, rtol=1e-4)
+        assert torch.equal(once.ids, again.ids)
+        torch.testing.assert_close(once.features, again.features, atol=1e-5, rtol=1e-4)
 
 
 def test_only_the_tasks_asked_for_are_learned(motions, start, tmp_path):
