@@ -1,0 +1,126 @@
+"""
+The published benchmarks by name: questions, official verdicts, prompts, groups and averages.
+
+  mindcube     a letter; accuracy per setting                       extras/benches/mindcube.py
+  mmsi         a letter; accuracy over 11 types in 4 groups         extras/benches/mmsi.py
+  mmsi_video   a letter; 13 types, 4 levels, 4 sub-benches          extras/benches/mmsi_video.py
+  sat          the words of an option; both orders of the options   extras/benches/sat.py
+  vsi          a letter or a number; the mean of 8 tasks            extras/benches/vsi.py
+
+`score` gives the verdict of the bench's official code, traps included: on the same text the benches disagree, and a
+number may stand beside a published one only if it was read the same way. `lenient` is a second verdict, of another
+published rule, to stand beside the official one and never for it.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from extras.benches.files import Bench, fetch, find_file, open_picture, read_questions
+from extras.benches.lenient import lenient_reading
+from extras.benches.mindcube import LISTED_ONLY, MINDCUBE
+from extras.benches.mmsi import MMSI
+from extras.benches.mmsi_video import MMSI_VIDEO, mmsi_video_prompt
+from extras.benches.sat import SAT
+from extras.benches.vsi import VSI, group_weights, relative_accuracy
+
+BENCHES = {bench.name: bench for bench in (MINDCUBE, MMSI, MMSI_VIDEO, SAT, VSI)}
+BARE = ("sat", "vsi")  # read a reply without tags
+
+
+def bench_called(name: str) -> Bench:
+    """The bench of a name. Raises ValueError if no published bench is called so."""
+    if name not in BENCHES:
+        raise ValueError(f"no published bench is called {name!r}; there are: {', '.join(BENCHES)}")
+    return BENCHES[name]
+
+
+def load(bench: str, folder: str | Path | None = None, frames: int | None = None) -> list[dict]:
+    """The questions of a published bench, in the order of its file.
+
+    folder   its folder, or the file itself; None: data/<bench>, fetched from the hub if it is not there
+    frames   the most frames a question shows, all its clips together (default the bench's; video benches only)
+    Stops with a sentence where nothing can be read; raises ValueError for a bench that is not published.
+    """
+    source = bench_called(bench)
+    place = fetch(source) if folder is None else Path(folder)
+    return read_questions(source, find_file(source, place), frames or source.frames)
+
+
+def open_image(path: str, bench: str) -> Image.Image:
+    """An image in RGB, shrunk to the area that the bench's official prompt allows. Raises PictureError."""
+    if bench in BENCHES:
+        return open_picture(str(path), BENCHES[bench].max_pixels)
+    return open_picture(str(path))
+
+
+# ---- verdicts -------------------------------------------------------------------------------------------------------
+
+
+def score(bench: str, record: dict, text: str | None) -> tuple[str | float | None, float]:
+    """The official verdict on a reply.
+
+    record    a question; its "answer" is the gold letter, or the gold number as text where "kind" is "na"
+    text      what `reply` takes from the policy's last turn
+    returns   (what was read or None, 1.0 if right else 0.0; a number gets its `relative_accuracy`)
+    raises    ValueError for an unknown bench
+    """
+    read = bench_called(bench).read(text or "", record)
+    return read, credit(read, record)
+
+
+def lenient(record: dict, text: str | None) -> tuple[str | float | None, float]:
+    """A forgiving verdict on all that a turn says -> (what was read or None, correct)."""
+    read = lenient_reading(text or "", record)
+    return read, credit(read, record)
+
+
+def credit(read: str | float | None, record: dict) -> float:
+    """What was read against the gold answer: right or wrong, or the relative accuracy of a number."""
+    if record.get("kind") == "na":
+        return relative_accuracy(read, float(record["answer"]))
+    return float(read is not None and read == record["answer"])
+
+
+def reply(bench: str, turn: str) -> str:
+    """The part of a turn that the official rule is applied to. What is cut off is our protocol, not the bench's.
+
+    MindCube judges all that was written, and its own prompts ask for <think> and <answer>. The others expect a model
+    whose thoughts are not in its reply; SAT and VSI-Bench moreover a bare answer, without tags.
+    """
+    if bench == "mindcube":
+        return turn
+    turn = turn.rsplit("</think>", 1)[-1].strip()
+    return re.sub(r"</?answer>", "", turn).strip() if bench in BARE else turn
+
+
+# ---- prompts, groups and averages -----------------------------------------------------------------------------------
+
+
+def prompt(question: dict) -> list[str]:
+    """What the official code asks, as the text before each image and after the last one: (images + 1) strings."""
+    request = bench_called(question["bench"]).request
+    if request is None:
+        return mmsi_video_prompt(question)
+    return [""] * len(question["images"]) + [request(question)]
+
+
+def groups(question: dict) -> list[str]:
+    """The official groups that a question belongs to, from the widest to its category, then sub-benches."""
+    names = bench_called(question["bench"]).groups(question)
+    return list(dict.fromkeys(names))  # a task of one type has its name
+
+
+def weights(bench: str, categories: list[str]) -> np.ndarray:
+    """What each record's score counts in the official overall; the weights sum to 1.
+
+    Every question the same (MindCube: those of LISTED_ONLY nothing beside others); VSI-Bench: `group_weights`.
+    """
+    if bench == "vsi":
+        return group_weights(categories)
+    counted = np.array([category not in LISTED_ONLY for category in categories], float)
+    if not counted.any():
+        counted += 1
+    return counted / counted.sum()

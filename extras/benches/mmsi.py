@@ -1,0 +1,106 @@
+"""
+MMSI-Bench (arXiv 2505.23764): a letter of four options; accuracy over all questions, 11 types in 4 groups.
+
+Files: RunsenXu/MMSI-Bench on the hub: MMSI_Bench.parquet (1,000), or MMSI_bench.tsv; images inside.
+"""
+
+import base64
+import json
+import re
+
+from extras.benches.files import (
+    Bench,
+    Source,
+    require,
+    save_pictures,
+    split_options,
+)
+
+PAIRS = ("Cam.–Cam.", "Obj.–Obj.", "Reg.–Reg.", "Cam.–Obj.", "Obj.–Reg.", "Cam.–Reg.")
+MMSI_TYPES = (
+    *(f"Positional Relationship ({pair})" for pair in PAIRS),
+    "Attribute (Meas.)",
+    "Attribute (Appr.)",
+    "Motion (Cam.)",
+    "Motion (Obj.)",
+    "MSR",
+)
+REQUEST = "Answer directly with the letter of the right option, and put it between double backticks: ``letter``."
+
+
+def mmsi_questions(record: dict, source: Source) -> list[dict]:
+    """The question of a record; "category" is the type, and the annotator's `thought` is never read.
+
+    Options stand in the question, as "Options: A: …, B: …".
+    """
+    if source.file.suffix == ".tsv":
+        record = record_of_tsv(record)
+    name = str(record["id"])
+    category = record["question_type"].replace("-", "–")  # some copies have a hyphen for the dash
+    require(category in MMSI_TYPES, f"there is no type {category!r}")
+    require(record["answer"] in tuple("ABCD"), f"the answer is {record['answer']!r}")
+    stem, options = split_options(record["question"], ": ")
+    return [
+        {
+            "id": name,
+            "images": save_pictures(record["images"], source.file.parent / "images"),
+            "question": stem.removesuffix("Options:").rstrip(),
+            "options": [option.rstrip(", ") for option in options],
+            "answer": record["answer"],
+            "category": category,
+            "text": record["question"],
+            "cluster": name,
+        }
+    ]
+
+
+def record_of_tsv(row: dict) -> dict:
+    """A row of the TSV in the form of the parquet file.
+
+    The circular TSV is refused: its score asks for all four orders of the options, is not computed here, and is not
+    what tables print.
+    """
+    require(
+        int(row["index"]) < 1_000_000,
+        "its options are rotated: the circular score is not computed here; give MMSI_bench.tsv",
+    )
+    cell = row["image"].strip()
+    pictures = json.loads(cell) if cell.startswith("[") else [cell]
+    return row | {
+        "id": row["index"],
+        "question_type": row["category"],
+        "images": [base64.b64decode(picture, validate=True) for picture in pictures],
+    }
+
+
+def mmsi_request(question: dict) -> str:
+    """What the official code asks: ours in words, theirs in meaning."""
+    return f"{question['text']}\n{REQUEST}"
+
+
+def mmsi_letter(text: str, question: dict) -> str | None:
+    """The official extraction of A to D, upper case: the first one that stands alone and before no word, inside the
+    first ``…``, in it the first `…`, in it the first {…}; a span without a letter hides the text around it."""
+    for pattern in (r"``([^`]*)``", r"`([^`]*)`", r"\{([^}]*)\}"):
+        if span := re.search(pattern, text):
+            text = span[1]
+    letter = re.search(r"\b[A-D]\b(?!\s[a-zA-Z])", text)
+    return letter[0] if letter else None
+
+
+def mmsi_groups(question: dict) -> list[str]:
+    """["Motion", "Motion (Cam.)"], or ["MSR"]."""
+    return [question["category"].split(" (")[0], question["category"]]
+
+
+MMSI = Bench(
+    name="mmsi",
+    title="MMSI-Bench",
+    repo="RunsenXu/MMSI-Bench",
+    downloads=("MMSI_Bench.parquet",),
+    files=("MMSI_Bench.parquet", "MMSI_bench.tsv"),
+    questions=mmsi_questions,
+    read=mmsi_letter,
+    request=mmsi_request,
+    groups=mmsi_groups,
+)
