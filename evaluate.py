@@ -3,7 +3,7 @@ How well a policy answers, in which mode, with which simulator; and how true the
 
   python evaluate.py --bench rooms                                held-out rooms: direct, forced and agentic, one table
   python evaluate.py --bench rooms --mode agentic --simulator tuned untuned truth
-  python evaluate.py --bench mindcube --data path/to/data         MindCube (extras/benches/rules.py says what to fetch)
+  python evaluate.py --bench mindcube --data path/to/data         MindCube (extras/benches/mindcube.py says what to fetch)
   python evaluate.py --bench world2vlm                            World2VLM's eight tasks, by their rewards
   python evaluate.py --bench wm                                   the simulator itself: is the view the commanded one?
   python evaluate.py --bench wm --data out/heldout                the same in scans (extras/report/real_views.py)
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import data
 import rewards
-from extras.benches.files import FRAMES
+from extras.benches.rules import FRAMES
 from extras.benches.rules import (
     BENCHES,
     LISTED_ONLY,
@@ -58,7 +58,7 @@ from extras.world2vlm import rewards as world2vlm_rewards
 from lib import common, consistency, predictions, simulators, tables
 from lib.dialogue import NOTE, Trajectory
 from lib.geometry import move_camera
-from lib.images import figure_image
+from lib.images import PictureError, figure_image
 from lib.predictions import digest, keyed
 from lib.questions import text_only_chance
 from lib.scores import TOOLLESS, chance, summarise
@@ -188,7 +188,7 @@ def load_images(question):
             else np.asarray(open_image(image, question["bench"]))
             for image in question["images"]
         ], None
-    except (OSError, SyntaxError) as error:
+    except (OSError, PictureError) as error:
         return None, f"image: {error}"
 
 

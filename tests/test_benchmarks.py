@@ -6,46 +6,37 @@ import importlib.util
 import io
 import json
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import rewards
-from extras.benches import files
-from extras.benches.files import (
-    MMSI_TYPES,
-    SAT_GROUPS,
-    VIDEO_TYPES,
-    VSI_LETTER,
-    VSI_NUMBER,
-    load,
-    load_mindcube,
-    load_mmsi,
-    load_mmsi_video,
-    load_sat,
-    load_vsi,
-    mindcube_image,
-    mindcube_setting,
-    open_image,
-    sample_frames,
-    split_options,
-)
-from extras.benches.rules import (
-    chance,
-    easi_letter,
-    error_group,
+import evaluate
+from extras.benches.common import (
+    BENCHES,
     group_weights,
     groups,
     lenient,
-    level,
+    load,
+    open_image,
     prompt,
     reply,
     score,
-    task,
     weights,
 )
+from extras.benches.files import sample_frames, split_options
+from extras.benches.lenient import easi_letter
+from extras.benches.mindcube import main as write_rooms
+from extras.benches.mindcube import mindcube_image, mindcube_setting
+from extras.benches.mmsi import MMSI_TYPES
+from extras.benches.mmsi_video import VIDEO_TYPES, error_group, level
+from extras.benches.sat import SAT_GROUPS
+from extras.benches.vsi import VSI_LETTER, VSI_NUMBER, task
 from lib.answers import option_letter
+from lib.images import PictureError, save_image
+from lib.records import save_jsonl
+from rewards import exact_match
 
 OFFICIAL = [  # a reply, the letter that MindCube's code reads
     ("<answer>D. Mirror</answer>", "D"),
@@ -181,29 +172,18 @@ def test_the_benches_disagree_on_one_text_as_the_fact_sheet_says(text, verdicts)
 
 
 def test_rooms_verdict_is_the_reward():
-    for text in (
-        "B",
-        "b",
-        " B ",
-        "B.",
-        "B. red box",
-        "b) red box",
-        "Bx",
-        "red box",
-        "",
-        None,
-        "BB",
-        "C",
-        "A. B.",
-    ):
-        question = {"bench": "rooms", "answer": "B", "options": ["A. blue box", "B. red box"]}
-        assert score("rooms", question, text)[1] == rewards.exact_match(text, question), text
-        assert lenient(question, text) == score("rooms", question, text)
-    assert score("rooms", question, "c. blue box") == ("C", 0.0) and score(
-        "rooms", question, "red box"
-    ) == ("B", 1.0)
-    with pytest.raises(ValueError, match="no bench called"):
-        score("nope", {"answer": "B"}, "B")
+    """`evaluate.score` judges rooms itself and leaves the published benches to ours."""
+    options = ["A. blue box", "B. red box"]
+    question = {"bench": "rooms", "kind": "mca", "answer": "B", "options": options}
+    words = ("B", "b", " B ", "B.", "B. red box", "b) red box", "Bx", "red box", "", None, "BB")
+    for text in (*words, "C", "A. B."):
+        assert evaluate.score("rooms", question, text)[1] == exact_match(text, question), text
+    assert evaluate.score("rooms", question, "c. blue box") == ("C", 0.0)
+    assert evaluate.score("rooms", question, "red box") == ("B", 1.0)
+    for judge in (score, evaluate.score):
+        with pytest.raises(ValueError, match="bench"):
+            judge("nope", {"answer": "B"}, "B")
+    assert evaluate.score("mmsi", question, "``B``") == score("mmsi", question, "``B``") == ("B", 1)
 
 
 def test_an_option_without_a_letter_is_named_by_its_text():
@@ -218,7 +198,7 @@ def test_an_option_without_a_letter_is_named_by_its_text():
 
 def test_sat_reads_the_words_of_an_option_and_nothing_else():
     def read(text, *options):
-        options = [f"{letter}. {words}" for letter, words in zip("AB", options)]
+        options = [f"{letter}. {words}" for letter, words in zip("AB", options, strict=True)]
         return score("sat", {"answer": "A", "kind": "mca", "options": options}, text)
 
     for text, letter in [
@@ -481,7 +461,7 @@ def test_mindcube_records_become_questions(tmp_path):
     picture = tmp_path / "data" / records[0]["images"][0]
     picture.parent.mkdir(parents=True)
     picture.write_bytes(png(800, 600, "RGBA"))
-    first, second = load_mindcube(tmp_path / "data")
+    first, second = load("mindcube", tmp_path / "data")
     assert (first["category"], first["answer"], first["missing_images"], len(first["images"])) == (
         "among",
         "C",
@@ -496,7 +476,10 @@ def test_mindcube_records_become_questions(tmp_path):
     assert [q["cluster"] for q in (first, second)] == ["among_group901", "rotation_group902"]
     image = open_image(first["images"][0], "mindcube")
     assert image.mode == "RGB" and image.width * image.height <= 480 * 480
-    assert load_mindcube(tmp_path / "data" / "raw" / "MindCube_tinybench.jsonl") == [first, second]
+    assert load("mindcube", tmp_path / "data" / "raw" / "MindCube_tinybench.jsonl") == [
+        first,
+        second,
+    ]
     assert load("mindcube", tmp_path) == [first, second]  # where the zip was unpacked
     before, text = prompt(first)
     assert (
@@ -504,6 +487,29 @@ def test_mindcube_records_become_questions(tmp_path):
         and text.endswith("[Question]\n" + records[0]["question"])
         and "<answer>" in text
     )
+
+
+def test_questions_of_rooms_in_mindcube_s_files_are_read_back(tmp_path):
+    rows = []
+    for number, category in enumerate(("camera-camera", "object-object")):
+        save_image(tmp_path / f"{number}.png", np.full((8, 8, 3), 40 * number, np.uint8))
+        options = ["A. red box", "B. blue ball"]
+        row = {"id": f"room_{number}", "category": category, "images": [f"{number}.png"] * 2}
+        rows.append(row | {"question": "What is there?", "options": options, "answer": "B"})
+    save_jsonl(tmp_path / "questions_test.jsonl", rows)
+    write_rooms(
+        ["--out", str(tmp_path / "out"), "--questions", str(tmp_path / "questions_test.jsonl")]
+    )
+    around, rotation = load("mindcube", tmp_path / "out")
+    assert (around["id"], around["category"]) == ("around_room_0", "around")
+    assert (rotation["id"], rotation["category"]) == ("rotation_room_1", "rotation")
+    for question, row in zip((around, rotation), rows, strict=True):
+        assert question["text"] == " ".join([row["question"], *row["options"]])
+        assert (question["options"], question["answer"]) == (row["options"], "B")
+    assert [np.asarray(open_image(path, "mindcube")).max() for path in rotation["images"]] == [
+        40,
+        40,
+    ]
 
 
 # ---- MMSI-Bench -----------------------------------------------------------------------------------------------------
@@ -579,15 +585,15 @@ def test_mmsi_tsv_becomes_questions(tmp_path):
 
 def test_mmsi_parquet_equals_its_tsv_and_images_are_written_once(tmp_path):
     records = list(mmsi_records(5, np.random.default_rng(0)))
-    plain = load_mmsi(write_parquet(tmp_path / "MMSI_Bench.parquet", records))
+    plain = load("mmsi", write_parquet(tmp_path / "MMSI_Bench.parquet", records))
     assert [q["images"] for q in plain[1:]] == [
-        q["images"] for q in load_mmsi(write_mmsi_tsv(tmp_path / "MMSI_bench.tsv", records))[1:]
+        q["images"] for q in load("mmsi", write_mmsi_tsv(tmp_path / "MMSI_bench.tsv", records))[1:]
     ]
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
     wrapped = [
         {**r, "images": [{"bytes": image, "path": None} for image in r["images"]]} for r in records
     ]
-    assert load_mmsi(write_parquet(tmp_path / "other.parquet", wrapped)) == plain
+    assert load("mmsi", write_parquet(tmp_path / "other.parquet", wrapped)) == plain
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()} == written
 
 
@@ -597,7 +603,7 @@ def test_the_circular_file_is_refused_since_its_score_is_another(tmp_path):
     with pytest.raises(
         SystemExit, match="record 2 .* circular score is not computed here; give MMSI_bench.tsv"
     ):
-        load_mmsi(write_mmsi_tsv(tmp_path / "MMSIBench_circular.tsv", rotated))
+        load("mmsi", write_mmsi_tsv(tmp_path / "MMSIBench_circular.tsv", rotated))
 
 
 # ---- MMSI-Video-Bench -----------------------------------------------------------------------------------------------
@@ -672,10 +678,9 @@ def test_video_prompt_is_the_record_word_for_word(tmp_path):
         "Frames follow.\nJudge. " + record["user_prompt"] + "\nGive one letter."
     ).replace("<video>", "").replace("<image>", "")
     assert question["question"] == "What of <image>?" and question["options"][0] == "A. Thing"
-    assert question["input_fps"] == pytest.approx(50 / 150)
     (full,) = load("mmsi_video", tmp_path, frames=300)
-    assert (full["clips"], full["input_fps"], len(prompt(full))) == ([75, 75], 1.0, 152)
-    with pytest.raises(OSError):  # a missing frame is not left out: the caller counts
+    assert (full["clips"], len(prompt(full))) == ([75, 75], 152)
+    with pytest.raises(PictureError):  # a missing frame is not left out: the caller counts
         open_image(question["images"][0], "mmsi_video")
 
 
@@ -687,7 +692,7 @@ def test_video_types_levels_domains_and_error_groups(tmp_path):
         "easy2hard": {"level_1": ["question_0000"]},
     }.items():
         (tmp_path / "meta_data" / f"{name}_bench.json").write_text(json.dumps(kinds))
-    questions = load_mmsi_video(write_video(tmp_path, records))
+    questions = load("mmsi_video", write_video(tmp_path, records))
     assert [level(t) for t in VIDEO_TYPES] == 9 * ["Perception"] + [
         "Planning",
         "Prediction",
@@ -790,7 +795,7 @@ def test_vsi_frames_come_from_a_folder_of_pictures_or_the_video(tmp_path, monkey
     scene = tmp_path / "scannet" / "scene9001_00"
     letter, number = (load("vsi", tmp_path, frames=4)[i] for i in (0, 9))
     assert letter["images"] == [f"{scene}.mp4#{i}/4" for i in (1, 2, 3, 4)]
-    with pytest.raises(FileNotFoundError):  # no video: the caller counts the question as wrong
+    with pytest.raises(PictureError):  # no video: the caller counts the question as wrong
         open_image(letter["images"][0], "vsi")
     assert (letter["kind"], number["kind"], number["options"], number["answer"]) == (
         "mca",
@@ -798,35 +803,33 @@ def test_vsi_frames_come_from_a_folder_of_pictures_or_the_video(tmp_path, monkey
         [],
         "1.8",
     )
-    assert groups(letter) == ["object_rel_direction", VSI_LETTER[0]] and chance(number) is None
+    assert groups(letter) == ["object_rel_direction", VSI_LETTER[0]]
     assert "Options:\nA. thing A" in prompt(letter)[-1] and "Options" not in prompt(number)[-1]
 
-    files.vsi_frames.cache_clear()
     scene.mkdir(parents=True)
     for i in range(7):
         (scene / f"{i:03}.png").write_bytes(png(value=i))
-    images = load_vsi(tmp_path, frames=4)[0]["images"]
+    images = load("vsi", tmp_path, frames=4)[0]["images"]
     assert [np.asarray(open_image(path, "vsi"))[0, 0, 0] for path in images] == [0, 2, 4, 6]
     assert (
         len(
-            load_vsi(
+            load(
+                "vsi",
                 write_parquet(
                     tmp_path / "test-00000-of-00001.parquet",
                     vsi_records(10, np.random.default_rng(0)),
-                )
+                ),
             )
         )
         == 10
     )
 
-    files.vsi_frames.cache_clear()
     for picture in scene.iterdir():
         picture.unlink()
     scene.with_name("scene9001_00.mp4").touch()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install av"):
-        load_vsi(tmp_path)
-    files.vsi_frames.cache_clear()
+        load("vsi", tmp_path)
 
 
 def test_frames_of_a_true_video(tmp_path):
@@ -844,7 +847,7 @@ def test_frames_of_a_true_video(tmp_path):
     greys = [np.asarray(open_image(f"{tmp_path}/a.mp4#{i}/4", "vsi")).mean() for i in (1, 2, 3, 4)]
     np.testing.assert_allclose(greys, [0, 75, 150, 225], atol=6)
     (tmp_path / "b.mp4").write_bytes(b"no video")
-    with pytest.raises(OSError):
+    with pytest.raises(PictureError):
         open_image(f"{tmp_path}/b.mp4#1/4", "vsi")
 
 
@@ -910,11 +913,11 @@ def test_an_oracle_scores_100_and_random_letters_score_chance(bench, tmp_path):
     )
     if bench == "mmsi_video":
         assert len(questions) == 1106  # every one is in the denominator
-    asked = [q for q in questions if chance(q)]
+    asked = [q for q in questions if q["options"]]
     guesses = [q["options"][rng.integers(len(q["options"]))][0] for q in asked]
-    scores = [score(bench, q, saying(q, guess))[1] for q, guess in zip(asked, guesses)]
+    scores = [score(bench, q, saying(q, guess))[1] for q, guess in zip(asked, guesses, strict=True)]
     share = weights(bench, [q["category"] for q in asked])
-    blind = np.array([chance(q) for q in asked])
+    blind = np.array([1 / len(q["options"]) for q in asked])
     deviation = (share**2 * blind * (1 - blind)).sum() ** 0.5
     assert abs(share @ scores - share @ blind) < 3 * deviation
     if bench in ("mmsi", "sat"):
@@ -925,9 +928,10 @@ def test_an_oracle_scores_100_and_random_letters_score_chance(bench, tmp_path):
 
 
 def test_missing_files_are_told_with_what_to_fetch_and_where_to_put_it(tmp_path):
-    for bench, (repo, names) in files.HUB.items():
+    for bench, source in BENCHES.items():
         with pytest.raises(
-            SystemExit, match=f"hf download {repo} {names[0]}.*--local-dir data/{bench}"
+            SystemExit,
+            match=f"hf download {source.repo} {source.downloads[0]}.*--local-dir data/{bench}",
         ):
             load(bench, tmp_path)
     with pytest.raises(ValueError, match="no published bench"):
@@ -958,7 +962,7 @@ def test_fetching_unpacks_goes_on_and_leaves_nothing_behind_offline(tmp_path, mo
         write_video(tmp_path / "made", video_records(2, np.random.default_rng(0)))
         (tmp_path / "made" / "mmsivideo.json").replace(local_dir / "mmsivideo.json")
         for name in ("frames", "ref_images"):
-            with files.zipfile.ZipFile(local_dir / f"{name}.zip", "w") as archive:
+            with zipfile.ZipFile(local_dir / f"{name}.zip", "w") as archive:
                 archive.writestr(f"{name}/toy.jpg", b"")
 
     monkeypatch.setattr(hub, "snapshot_download", fetch)
@@ -972,7 +976,7 @@ def test_fetching_unpacks_goes_on_and_leaves_nothing_behind_offline(tmp_path, mo
 def test_broken_records_are_told_in_a_sentence(tmp_path):
     write_mindcube(tmp_path, [{"id": "among_1"}])
     with pytest.raises(SystemExit, match="record 1 is not one of MindCube .KeyError: 'images'"):
-        load_mindcube(tmp_path)
+        load("mindcube", tmp_path)
     (good,) = video_records(1, np.random.default_rng(0))
     for wrong in (
         {"type": "Cooking"},
@@ -983,11 +987,11 @@ def test_broken_records_are_told_in_a_sentence(tmp_path):
         {"user_prompt": "no marks"},
     ):
         with pytest.raises(SystemExit, match="record 2 is not one of MMSI-Video-Bench"):
-            load_mmsi_video(write_video(tmp_path, [good, {**good, **wrong}]))
+            load("mmsi_video", write_video(tmp_path, [good, {**good, **wrong}]))
     (fair,) = mmsi_records(1, np.random.default_rng(0))
     for wrong in ({"question_type": "Cooking"}, {"answer": "E"}):
         with pytest.raises(SystemExit, match="not one of MMSI-Bench"):
-            load_mmsi(write_mmsi_tsv(tmp_path / "MMSI_bench.tsv", [{**fair, **wrong}]))
+            load("mmsi", write_mmsi_tsv(tmp_path / "MMSI_bench.tsv", [{**fair, **wrong}]))
     room = {
         **next(vsi_records(1, np.random.default_rng(0))),
         "question_type": "room_size_estimation",
@@ -995,10 +999,10 @@ def test_broken_records_are_told_in_a_sentence(tmp_path):
     }
     for wrong in ({"ground_truth": "0"}, {"ground_truth": "big"}, {"options": ["A. 1", "B. 2"]}):
         with pytest.raises(SystemExit, match="not one of VSI-Bench"):
-            load_vsi(write_vsi(tmp_path, [{**room, **wrong}]))
+            load("vsi", write_vsi(tmp_path, [{**room, **wrong}]))
     (tmp_path / "test.jsonl").write_text('{"id": 1')
     with pytest.raises(SystemExit, match="is not JSON"):
-        load_vsi(tmp_path)
+        load("vsi", tmp_path)
 
 
 def test_broken_or_unreadable_parquet_is_told_in_a_sentence(tmp_path, monkeypatch):
@@ -1009,10 +1013,10 @@ def test_broken_or_unreadable_parquet_is_told_in_a_sentence(tmp_path, monkeypatc
         {"image_bytes": ["text"]},
     ):
         with pytest.raises(SystemExit, match="record 1 is not one of SAT"):
-            load_sat(write_parquet(tmp_path / "SAT_test.parquet", [{**good, **wrong}]))
+            load("sat", write_parquet(tmp_path / "SAT_test.parquet", [{**good, **wrong}]))
     (tmp_path / "SAT_test.parquet").write_bytes(b"half")
     with pytest.raises(SystemExit, match="is not a parquet file"):
-        load_sat(tmp_path)
+        load("sat", tmp_path)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(SystemExit, match="pip install pyarrow"):
-        load_sat(tmp_path)
+        load("sat", tmp_path)

@@ -11,7 +11,8 @@ import pytest
 
 import data
 import evaluate
-from extras.benches import rules as benchmarks
+from extras.benches import common as benchmarks
+from extras.benches import mmsi_video
 from lib.geometry import Motion, Query, camera_pose, dominant_motion, instruction, move_camera
 from lib.questions import facts, text_only_chance
 from lib.rooms import EYE, random_room, render
@@ -65,20 +66,20 @@ def test_every_level_and_kind_is_there_and_every_frame_is_read(made):
     out, questions = made
     assert len(questions) > 7 * len(ROOMS) and len({q["id"] for q in questions}) == len(questions)
     assert {q["category"] for q in questions} == set(clips.TYPES.values())
-    assert {benchmarks.level(q["category"]) for q in questions} == {
+    assert {mmsi_video.level(q["category"]) for q in questions} == {
         "Perception",
         "Planning",
         "Prediction",
         "Cross-Video",
     }
-    assert {benchmarks.error_group(q) for q in questions} == {
+    assert {mmsi_video.error_group(q) for q in questions} == {
         "geometric reasoning",
         "motion grounding",
         "long-horizon prediction",
         "cross-video correspondence",
         None,
     }
-    two = [q for q in questions if benchmarks.level(q["category"]) == "Cross-Video"]
+    two = [q for q in questions if mmsi_video.level(q["category"]) == "Cross-Video"]
     assert all(q["clips"] == [8, 8] for q in two) and all(
         q["clips"] == [8] for q in questions if q not in two
     )

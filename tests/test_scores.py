@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from extras.benches.files import VIDEO_TYPES
-from extras.benches.rules import groups
+from extras.benches.mmsi_video import VIDEO_TYPES
+from extras.benches.common import groups
 from lib import tables
 from lib.scores import gain_over, interval, paired_bootstrap, summarise
 

@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from extras.benches.rules import open_image
+from extras.benches.common import open_image
 from extras.report.diagnosis import CASES, true_views
 from lib.common import read_log, write_text
 from lib.geometry import Motion, phrase
-from lib.images import figure_image
+from lib.images import PictureError, figure_image
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1040px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
@@ -350,7 +350,7 @@ class Pictures:
                     if isinstance(image, np.ndarray)
                     else image.convert("RGB")
                 )
-            except (OSError, SyntaxError):
+            except (OSError, PictureError):
                 self.known[key] = None
                 return None
             small = max(image.size) <= 64  # of the tiny world: every pixel counts

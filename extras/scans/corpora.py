@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from extras.benches.files import kept, parquet_rows, split_options
+from extras.benches.files import parquet_rows, save_pictures, split_options
 from lib.common import fail
 
 LETTER = re.compile(r"\s*\(?([A-E])(?:[).:]\s*.*)?\s*", re.DOTALL)
@@ -107,7 +107,7 @@ def records(corpus, root, out):
             yield (
                 f"{file.parent.name}/{record.get('id', file.stem)}",
                 file.parent.name,
-                kept(record["images"], out / "images"),
+                save_pictures(record["images"], out / "images"),
                 record["conversations"],
             )
 
