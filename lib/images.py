@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from lib.distributed import fail
 
@@ -73,6 +73,29 @@ def save_image(path: Path, pixels: np.ndarray) -> None:
     else:
         Image.fromarray(pixels).save(beside, "png", compress_level=1)
     beside.replace(path)
+
+
+def contact_sheet(head: list[str], rows: list[list], side: int = 96) -> Image.Image:
+    """A table of pictures: a cell is a picture (H, W, 3) uint8, shown `side` pixels wide and high, or words.
+
+    head   a title per column, "" for none; all rows have as many cells
+    """
+    gap, words = 6, 170
+    widths = [words if isinstance(cell, str) else side for cell in rows[0]]
+    lefts = [sum(widths[:k]) + gap * k for k in range(len(widths))]
+    page = Image.new("RGB", (lefts[-1] + widths[-1], 20 + len(rows) * (side + gap)), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    for left, title in zip(lefts, head, strict=True):
+        pen.text((left, 2), title, "gray", font)
+    for number, row in enumerate(rows):
+        top = 20 + number * (side + gap)
+        for left, cell in zip(lefts, row, strict=True):
+            if isinstance(cell, str):
+                pen.multiline_text((left, top + side // 3), cell, "black", font)
+            else:
+                tile = Image.fromarray(cell).resize((side, side), Image.Resampling.NEAREST)
+                page.paste(tile, (left, top))
+    return page
 
 
 def figure_image(draw: Callable) -> Image.Image | None:
