@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import data
-from extras.world2vlm.rewards import world2vlm
-from extras.world2vlm.words import TASKS
+from extras.scans.triples import Rules
 from lib import questions
 from lib.geometry import (
     Motion,
@@ -16,11 +15,10 @@ from lib.geometry import (
     dominant_motion,
     instruction,
     move_camera,
-    read_instruction,
 )
-from lib.images import load_image, save_image
-from lib.records import SPLITS, save_jsonl
-from lib.rooms import TrueRenderer, random_room, render
+from lib.images import load_image
+from lib.records import load_jsonl
+from lib.rooms import random_room, render
 
 ROOMS = 24
 RING_0 = [
@@ -49,14 +47,14 @@ def test_every_file_shows_what_its_row_says(made):
         ("triples_test", "context", lambda row: row["context_c2w"]),
         ("questions_test", "images", lambda row: row["scene"]["poses"]),
     ):
-        for row in data.load_jsonl(made / f"{name}.jsonl"):
+        for row in load_jsonl(made / f"{name}.jsonl"):
             room = random_room(row["room"] if "room" in row else row["scene"]["room"])
             for path, view in zip(row[images], render(room, np.array(poses(row)))["rgb"]):
                 assert np.abs(load_image(path).astype(int) - view).max() <= 1
 
 
 def test_a_triple_is_what_its_words_say(made):
-    rows = data.load_jsonl(made / "triples_train.jsonl")
+    rows = load_jsonl(made / "triples_train.jsonl")
     assert len(rows) > 20
     for row in rows[:12]:
         context, target = [np.array(p) for p in row["context_c2w"]], np.array(row["target_c2w"])
@@ -78,7 +76,7 @@ def test_a_triple_is_what_its_words_say(made):
 def test_the_warp_shows_the_target_where_the_context_sees_it(made):
     from PIL import Image
 
-    row = data.load_jsonl(made / "triples_train.jsonl")[0]
+    row = load_jsonl(made / "triples_train.jsonl")[0]
     warped = np.array(Image.open(row["warp"]))
     seen = warped[..., 3] > 127
     assert seen.mean() >= 0.8
@@ -188,23 +186,24 @@ def test_the_ring_stays_what_it_was(tmp_path):
     assert [row["id"].split("/")[1] for row in rows] == RING_0
 
 
-def test_folders_of_layouts(tmp_path, monkeypatch):
-    for layout in data.LAYOUTS:
-        for size in (32, 64):
-            assert data.layout_of(data.folder_of(layout, size)) == (layout, size)
-    assert data.layout_of("/x/mine") == data.layout_of("out/data") == ("ring", 32)
-    assert (
-        data.parse_args(["triples", "--layout", "apart", "--size", "64"]).out == "out/data-apart-64"
-    )
-    assert data.parse_args([]).out == "out/data"
+def test_every_layout_has_a_folder_of_its_own():
+    folders = [data.folder_of(layout, size) for layout in data.LAYOUTS for size in (32, 64)]
+    assert len(set(folders)) == len(folders) and folders[0] == "out/data"
+    assert data.parse_args([]).out == data.parse_args(["questions"]).out == "out/data"
+    args = data.parse_args(["--rooms", "3", "triples", "--layout", "apart", "--size", "64"])
+    assert (args.out, args.rooms) == ("out/data-apart-64", 3)
     with pytest.raises(SystemExit):
         data.parse_args(["questions", "--layout", "six"])
-    made = []
-    monkeypatch.setattr(
-        data, "make_triples", lambda folder, **more: made.append((folder.name, more))
-    )
-    data.ensure(tmp_path / "data-six", ["triples"], threads=1)
-    assert made == [("data-six", {"threads": 1, "layout": "six", "size": 32})]
+
+
+def test_what_is_missing_is_made_and_the_rest_stays(made, tmp_path, monkeypatch):
+    commands = []
+    for name in ("make_triples", "make_questions"):
+        monkeypatch.setattr(data, name, lambda *_, name=name, **__: commands.append(name))
+    data.main(["--out", str(made)])
+    assert commands == []
+    data.main(["--out", str(tmp_path)])
+    assert commands == ["make_triples", "make_questions"]
 
 
 def test_same_seed_same_files_whatever_the_number_of_processes(made, tmp_path):
@@ -236,7 +235,7 @@ def true_facts(row, camera):
 
 def test_answers_are_true_and_an_unseen_view_is_needed(made):
     """Look through the commanded camera: the answer is what stands there, and the reference image says otherwise."""
-    rows, counts = data.load_jsonl(made / "questions_train.jsonl"), Counter()
+    rows, counts = load_jsonl(made / "questions_train.jsonl"), Counter()
     for row in rows:
         answer = row["options"]["ABCD".index(row["answer"])].split(". ")[1]
         poses = [np.array(p) for p in row["scene"]["poses"]]
@@ -277,7 +276,7 @@ def test_answers_are_true_and_an_unseen_view_is_needed(made):
 
 
 def test_letters_are_balanced_and_options_differ(made):
-    rows = data.load_jsonl(made / "questions_train.jsonl")
+    rows = load_jsonl(made / "questions_train.jsonl")
     letters = Counter(row["answer"] for row in rows)
     assert max(letters.values()) - min(letters.values()) <= 2 and len(letters) == 4
     assert all(len({option[3:] for option in row["options"]}) == 4 for row in rows)
@@ -302,272 +301,7 @@ def test_facts_of_a_picture_drawn_by_hand():
     assert questions.facts(np.zeros((32, 32), int), 3)["largest"] == -1
 
 
-def test_mindcube_layout(made, tmp_path):
-    data.make_mindcube(tmp_path, made / "questions_test.jsonl")
-    rows = [
-        json.loads(line)
-        for line in (tmp_path / "raw" / "MindCube_tinybench.jsonl").read_text().splitlines()
-    ]
-    assert len(rows) == 8 and all(
-        (tmp_path / image).exists() for row in rows for image in row["images"]
-    )
-    assert all(
-        row["id"].startswith(("rotation_", "around_"))
-        and f" {row['gt_answer']}. " in row["question"]
-        for row in rows
-    )
-
-
-# ---- World2VLM ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def motions(tmp_path_factory):
-    out = tmp_path_factory.mktemp("motions")
-    data.make_world2vlm(out, rooms=10, held_out=(3, 3), threads=2)
-    return out
-
-
-def test_world2vlm_s_questions_are_complete_and_true(motions, made):
-    """Pictures are what the cameras of "scene" see, every answer earns full reward, splits share no room."""
-    rooms, others = {}, {row["room"] for row in data.load_jsonl(made / "triples_train.jsonl")}
-    for split in SPLITS:
-        rows = data.load_jsonl(motions / f"questions_{split}.jsonl")
-        rooms[split] = {row["scene"]["room"] for row in rows}
-        assert rows and len({row["id"] for row in rows}) == len(rows)
-        for row in rows:
-            assert row.keys() == {
-                "id",
-                "bench",
-                "images",
-                "question",
-                "options",
-                "answer",
-                "category",
-                "kind",
-                "needs_view",
-                "weight",
-                "negative",
-                "scene",
-            }
-            assert (row["bench"], row["kind"], row["options"], row["weight"]) == (
-                "world2vlm",
-                "na",
-                [],
-                1,
-            )
-            assert world2vlm(row["category"], row["answer"], row["answer"])[
-                "total"
-            ] == pytest.approx(1)
-            assert (
-                len(row["images"])
-                == len(row["scene"]["poses"])
-                == (1 if row["category"] == "D2" else 2)
-            )
-        for row in rows[::20]:
-            true = render(random_room(row["scene"]["room"]), np.array(row["scene"]["poses"]))["rgb"]
-            assert all(
-                np.abs(load_image(path).astype(int) - view).max() <= 1
-                for path, view in zip(row["images"], true)
-            )
-    assert {
-        task
-        for row in data.load_jsonl(motions / "questions_train.jsonl")
-        for task in [row["category"]]
-    } == set(TASKS)
-    sets = [others, *rooms.values()]
-    assert sum(map(len, sets)) == len(set.union(*sets)) and len(rooms["train"]) == 10
-
-
-def test_world2vlm_s_labels_are_balanced_over_the_whole_split(motions):
-    rows = data.load_jsonl(motions / "questions_train.jsonl")
-    said = Counter(
-        (row["category"], row["answer"]) for row in rows if row["category"] in ("A4", "D2", "D4")
-    )
-    assert (
-        said["A4", "true"] == said["A4", "false"] > 5 and said["D2", "yes"] == said["D2", "no"] > 0
-    )
-    ways = Counter(" ".join(row["answer"].split()[:2]) for row in rows if row["category"] == "A1")
-    assert len(ways) == 4 and len(set(ways.values())) == 1
-
-
-def test_world2vlm_s_files_are_the_same_again(motions, tmp_path):
-    data.make_world2vlm(tmp_path, rooms=10, held_out=(3, 3), threads=1)
-    for split in SPLITS:
-        assert (tmp_path / f"questions_{split}.jsonl").read_bytes() == (
-            motions / f"questions_{split}.jsonl"
-        ).read_bytes()
-
-
-def test_a_world_model_teaches_what_it_imagines(motions, tmp_path, monkeypatch):
-    """Pictures are its own, motions those that it has seen, and the weight says how far its two tries agree.
-
-    What is held out stays true.
-    """
-
-    class Blurred:
-        asked = []
-
-        def imagine(self, queries):
-            self.asked.append(len(queries))
-            views = TrueRenderer().imagine(queries)
-            return [
-                np.random.default_rng(query.seed).normal(view, 10).clip(0, 255).astype(np.uint8)
-                for query, view in zip(queries, views)
-            ]
-
-    monkeypatch.setattr("world_model.WorldModel.load", lambda *where: Blurred())
-    (tmp_path / "wm").mkdir()
-    data.make_world2vlm(tmp_path, str(tmp_path / "wm"), rooms=9, held_out=(3, 3))
-    assert Blurred.asked[0] == 8 * 2 * 8  # eight rooms, two tries, eight programs each
-    rows = data.load_jsonl(tmp_path / "questions_train.jsonl")
-    assert not any("backward 0" in row["answer"] or "backward 1" in row["answer"] for row in rows)
-    assert all(0.5 < row["weight"] < 1 for row in rows)
-    for file in ("questions_val.jsonl", "questions_test.jsonl"):
-        assert (tmp_path / file).read_bytes() == (motions / file).read_bytes()
-    with pytest.raises(SystemExit, match="python train_wm.py"):
-        data.main(["world2vlm", "--teacher", str(tmp_path / "none"), "--out", str(tmp_path)])
-
-
-def test_a_world_model_teaches_from_scans(tmp_path, monkeypatch):
-    """From every context with a scale, by steps that a teacher can do; its pictures come in the size of the scan's."""
-
-    class Teacher:
-        motions = []
-
-        def imagine(self, queries):
-            self.motions += [read_instruction(query.instruction)[1] for query in queries]
-            return [
-                np.random.default_rng(query.seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-                for query in queries
-            ]
-
-    monkeypatch.setattr("world_model.WorldModel.load", lambda *where: Teacher())
-    (tmp_path / "wm").mkdir()
-    for n in range(4):
-        save_image(tmp_path / f"{n}.png", np.full((50, 66, 3), 40 * n, np.uint8))
-    for split in SPLITS:
-        save_jsonl(
-            tmp_path / f"triples_{split}.jsonl",
-            [
-                {
-                    "context": [f"{n}.png", f"{n + 1}.png"],
-                    "reference": 2,
-                    "scene": f"scannet/{split}{n}",
-                    "metric": n != 1,
-                    "context_intrinsics": [[[33, 0, 33], [0, 33, 25], [0, 0, 1]]] * 2,
-                }
-                for n in (0, 0, 1, 2)
-            ],
-        )
-    command = [
-        "world2vlm",
-        "--anchors",
-        str(tmp_path),
-        "--teacher",
-        str(tmp_path / "wm"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    data.main([*command, "--limit", "1"])
-    first = len(Teacher.motions)
-    log = tmp_path / "out" / "records_train.jsonl"
-    log.write_text(log.read_text() + '{"torn')
-    data.main(command)
-    both = len(Teacher.motions)
-    data.main(command)
-    assert (
-        1.5 * first < both < 2.5 * first and len(Teacher.motions) == both
-    )  # what was done is not done again
-    assert max(motion.amount for motion in Teacher.motions if motion.unit == "meters") == 1.0
-    assert max(motion.amount for motion in Teacher.motions if motion.unit == "degrees") == 45.0
-    for split in SPLITS:
-        rows = data.load_jsonl(tmp_path / "out" / f"questions_{split}.jsonl")
-        assert {row["cluster"] for row in rows} <= {
-            f"scannet/{split}0",
-            f"scannet/{split}2",
-        } and rows
-        assert {row["category"] for row in rows} <= {"A1", "A2", "A3", "A4"}
-        for row in rows:
-            assert load_image(row["images"][-1]).shape == (50, 66, 3)
-            assert load_image(row["images"][0])[0, 0, 0] in (40, 120)
-    with pytest.raises(SystemExit):
-        data.main(["world2vlm", "--anchors", str(tmp_path)])  # nobody renders scans truly
-
-
-def test_a_teacher_without_scans_to_start_from_is_told(made, tmp_path, monkeypatch):
-    """Rooms' triples name no metric scale: six empty files are no success."""
-    monkeypatch.setattr("world_model.WorldModel.load", lambda *where: None)
-    (tmp_path / "wm").mkdir()
-    with pytest.raises(
-        SystemExit, match="No question was made: --anchors .* must hold triples of scans"
-    ):
-        data.main(
-            [
-                "world2vlm",
-                "--anchors",
-                str(made),
-                "--teacher",
-                str(tmp_path / "wm"),
-                "--out",
-                str(tmp_path),
-            ]
-        )
-
-
-def test_mining_does_not_drop_another_corpus(tmp_path, monkeypatch):
-    def mine(corpus, out):
-        rows = [
-            {"id": f"{corpus}/{i}", "images": [], "options": ["A. red", "B. blue"]}
-            for i in range(40)
-        ]
-        save_jsonl(tmp_path / corpus / "questions_train.jsonl", rows)
-        data.mine(tmp_path / corpus / "questions_train.jsonl", tmp_path / out, "policy")
-
-    def mined(out):
-        return [
-            row["id"]
-            for split in ("train", "val")
-            for row in data.load_jsonl(tmp_path / out / f"questions_{split}.jsonl")
-        ]
-
-    monkeypatch.setattr(
-        data,
-        "ask_often",
-        lambda questions, out, asked: save_jsonl(
-            out / "answers.jsonl",
-            [{"id": question["id"], "right": 0, **asked} for question in questions],
-        ),
-    )
-    mine("vst", "mined")
-    with pytest.raises(SystemExit, match="holds questions of something else, .* --out of its own"):
-        mine("sensenova", "mined")
-    mine("sensenova", "other")
-    mine("vst", "mined")  # the same again may be made anew
-    assert {id.split("/")[0] for id in mined("mined")} == {"vst"} and len(mined("mined")) == len(
-        mined("other")
-    ) == 40
-
-
-@pytest.mark.parametrize(
-    "words, sentence",
-    [
-        (["--at-most", "9", "--samples", "2"], "--at-most 9 of --samples 2: must be"),
-        (["--at-most", "-1"], "--at-most -1 of"),
-        (["--at-most", "5"], "none or all questions are kept"),
-    ],
-)
-def test_mining_that_keeps_all_or_none_is_refused(words, sentence, capsys):
-    with pytest.raises(SystemExit):
-        data.parse_args(["mine", "--questions", "q", "--policy", "p", *words])
-    assert sentence in capsys.readouterr().err
-    assert (
-        data.parse_args(["mine", "--questions", "q", "--policy", "p", "--at-most", "4"]).at_most
-        == 4
-    )
-
-
-def test_folders_that_cannot_be_are_told_before_anything_is_made(tmp_path):
+def test_folders_that_cannot_be_stop_with_a_sentence_before_anything_is_made(tmp_path):
     (tmp_path / "file").write_text("")
     for out in ("file", "file/below/it"):
         with pytest.raises(
@@ -575,24 +309,16 @@ def test_folders_that_cannot_be_are_told_before_anything_is_made(tmp_path):
         ):
             data.main(["triples", "--rooms", "1", "--out", str(tmp_path / out)])
     for root in ("nowhere", "file"):
-        for command in (
-            ["triples", "--dataset", "scannet"],
-            ["corpus", "--corpus", "vst"],
-            ["depth"],
-        ):
-            with pytest.raises(SystemExit, match=f"--root .*{root} is no folder"):
-                data.main(
-                    [*command, "--root", str(tmp_path / root), "--out", str(tmp_path / "out")]
-                )
+        command = ["triples", "--dataset", "scannet", "--root", str(tmp_path / root)]
+        with pytest.raises(SystemExit, match=f"--root .*{root} is no folder"):
+            data.main([*command, "--out", str(tmp_path / "out")])
 
 
-def test_the_papers_numbers_stand_in_one_place():
-    rules = data.Rules()
-    assert (data.MIN_COVERAGE, data.MIN_METERS, data.MIN_DEGREES) == (0.85, 1.0, 30.0)
-    assert (
-        data.parse_args(["triples"]).coverage == rules.coverage
-        and rules.apart_degrees == data.MIN_DEGREES
-    )
+def test_the_papers_numbers_are_the_same_for_rooms_and_scans():
+    papers = (data.MIN_COVERAGE, data.MIN_METERS, data.MIN_DEGREES)
+    rules = Rules()
+    assert papers == (0.85, 1.0, 30.0)
+    assert papers == (rules.coverage, rules.apart_meters, rules.apart_degrees)
 
 
 def test_bad_files_stop_with_a_sentence(made, tmp_path):
@@ -602,7 +328,7 @@ def test_bad_files_stop_with_a_sentence(made, tmp_path):
     with pytest.raises(SystemExit, match="truncated"):
         load_image(broken)
     with pytest.raises(SystemExit, match="python data.py questions"):
-        data.load_jsonl(tmp_path / "questions_train.jsonl")
+        load_jsonl(tmp_path / "questions_train.jsonl")
     (tmp_path / "questions_train.jsonl").write_text('{"id": 1}\n{"id"')
     with pytest.raises(SystemExit, match="line 2"):
-        data.load_jsonl(tmp_path / "questions_train.jsonl")
+        load_jsonl(tmp_path / "questions_train.jsonl")
