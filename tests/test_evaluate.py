@@ -15,6 +15,7 @@ from test_real_views import Matcher, detect, triples
 import data
 import evaluate
 from evaluate import chance, evaluate_policy, main, parse_args, score, summarise
+from extras.benches.mindcube import make_mindcube
 from extras.remote.endpoint import check
 from extras.report import real_views, report
 from lib import consistency, predictions, views
@@ -427,7 +428,7 @@ def place(tmp_path_factory):
     data.save_jsonl(
         root / "data" / "triples_test.jsonl", data.room_triples(5_000_000, root / "data")
     )
-    data.make_mindcube(root / "data" / "mindcube", root / "data" / "questions_test.jsonl")
+    make_mindcube(root / "data" / "mindcube", root / "data" / "questions_test.jsonl")
     Policy.tiny().save(root / "policy")
     Policy.tiny(seed=1).save(root / "other")
     return root

@@ -9,6 +9,7 @@ from ranks import on_ranks
 
 import data
 import train_sft
+from extras.benches.mindcube import make_mindcube
 from extras.world2vlm.rewards import world2vlm
 from lib import streams
 from lib.common import World
@@ -34,7 +35,7 @@ def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("data")
     data.make_triples(out, rooms=1, held_out=1, threads=1)
     data.make_questions(out, rooms=8, held_out=(1, 1), threads=1)
-    data.make_mindcube(out / "mindcube", out / "questions_test.jsonl")
+    make_mindcube(out / "mindcube", out / "questions_test.jsonl")
     return out
 
 
