@@ -17,6 +17,8 @@ from lib.records import SPLITS, save_jsonl
 from lib.rooms import TrueRenderer, random_room, render
 
 ROOMS = 24
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("data")
@@ -288,5 +290,3 @@ def test_mining_that_keeps_all_or_none_is_refused(words, sentence, capsys):
         data.parse_args(["mine", "--questions", "q", "--policy", "p", "--at-most", "4"]).at_most
         == 4
     )
-
-
