@@ -38,9 +38,9 @@ from tqdm import tqdm
 
 import data
 import rewards
-from extras.benches.rules import FRAMES
 from extras.benches.rules import (
     BENCHES,
+    FRAMES,
     LISTED_ONLY,
     error_group,
     groups,
@@ -51,7 +51,7 @@ from extras.benches.rules import (
     reply,
     score,
 )
-from extras.remote.client import RemotePolicy, converse, shown, words
+from extras.remote.client import RemotePolicy, converse, image_part, message_text, text_part
 from extras.report import real_views, report, search
 from extras.report.diagnosis import diagnose, tally
 from extras.world2vlm import rewards as world2vlm_rewards
@@ -348,9 +348,9 @@ def instruments(args, rows, device):
     policy = open_policy(args, device)[0] if args.policy_url else None
 
     def ask(images, question):
-        parts = [*map(shown, images), {"type": "text", "text": question}]
+        parts = [*map(image_part, images), text_part(question)]
         try:
-            return words(policy.ask([{"role": "user", "content": parts}])[0])
+            return message_text(policy.ask([{"role": "user", "content": parts}])[0])
         except SimulatorError as error:
             common.fail(f"{error} The views are kept; the same command measures them.")
 

@@ -5,22 +5,21 @@ import email.utils
 import json
 import socket
 import struct
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from fake_server import QUICK, Fake, dribble, refuses, reset, says, slow, title
 from mirror import Mirror
 
-from extras.remote import client as clients
 from extras.remote.client import (
+    NEAREST,
     ONE_CALL,
     UNREADABLE_HERE,
     RemotePolicy,
     RemoteSimulator,
+    converse,
     png,
-    read_picture,
     turn_text,
 )
 from extras.remote.endpoint import Endpoint, seconds_of, sentence_of
@@ -38,11 +37,11 @@ from lib.dialogue import (
     prompt_text,
 )
 from lib.geometry import Query, read_instruction
+from lib.images import PictureError, read
 from lib.simulators import NO_VIEW, SimulatorError, imagine_each
 from lib.streams import stream_seed
 from world_model import select_context
 
-QUICK = {"timeout": 5.0, "tries": 3, "backoff": 0.01, "longest_wait": 0.05, "patience": 5.0}
 KEY = "sk-do-not-tell-anyone-0123456789"
 
 
@@ -55,82 +54,7 @@ def query(seed, images=2):
     return Query([picture(10 * seed + i) for i in range(images)], 2, sentence, seed)
 
 
-# ---- a server that does what it is told -----------------------------------------------------------------------------
-
-
-class Fake:
-    """`with Fake(act, act, …) as fake`: each request meets the next act, and the last one again and again.
-
-    act   (status, content) or (status, content, headers), or a function of the request and the handler that gives one
-    """
-
-    def __init__(self, *acts):
-        self.acts, self.requests, self.times, self.lock = list(acts), [], [], threading.Lock()
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                request = {"path": self.path, "headers": dict(self.headers), "body": body}
-                with fake.lock:
-                    fake.requests.append(request)
-                    fake.times.append(time.monotonic())
-                    act = fake.acts.pop(0) if len(fake.acts) > 1 else fake.acts[0]
-                found = act(request, self) if callable(act) else act
-                if found is not None:
-                    status, content, headers = (*found, {})[:3]
-                    content = (
-                        content if isinstance(content, bytes) else json.dumps(content).encode()
-                    )
-                    self.send_response(status)
-                    for name, value in headers.items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(content)
-
-            do_GET = do_POST
-
-            def log_message(self, *args):
-                pass
-
-        class Server(ThreadingHTTPServer):
-            request_queue_size = 64
-
-            def handle_error(self, *args):
-                pass  # clients that hang up
-
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error):
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def title(act):
-    """Of an act, as the name of a test."""
-    return act.__name__ if callable(act) else str(act)[:50]
-
-
-def slow(request, handler):
-    time.sleep(0.8)
-
-
-def dribble(request, handler):
-    """A byte now and then, so that no single read ever times out."""
-    handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
-    for _ in range(60):
-        handler.wfile.write(b" ")
-        time.sleep(0.02)
-
-
-def reset(request, handler):
-    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    handler.connection.close()
+# ---- a served simulator ----------------------------------------------------------------------------------------------
 
 
 def view_of(image):
@@ -144,7 +68,7 @@ def form_of(request):
 def mirrored(request, handler):
     """A simulator: Image-2, mirrored."""
     images = [value for name, value in form_of(request) if name == "image[]"]
-    return view_of(read_picture(images[1])[:, ::-1].copy())
+    return view_of(read(images[1])[:, ::-1].copy())
 
 
 # ---- simulators -----------------------------------------------------------------------------------------------------
@@ -164,7 +88,7 @@ def test_a_remote_simulator_sends_the_query_and_keeps_the_order():
             3,
         )
         assert RemoteSimulator(fake.url, **QUICK).imagine([]) == []
-    assert all((view == q.images[1][:, ::-1]).all() for view, q in zip(views, queries))
+    assert all((view == q.images[1][:, ::-1]).all() for view, q in zip(views, queries, strict=True))
     assert {request["path"] for request in fake.requests} == {"/v1/images/edits"}
     forms = {dict(form)["seed"]: form for form in map(form_of, fake.requests[:9])}
     form = forms[b"5"]
@@ -176,7 +100,7 @@ def test_a_remote_simulator_sends_the_query_and_keeps_the_order():
         *["image[]"] * 3,
     ]
     assert dict(form)["prompt"].decode() == queries[5].instruction
-    assert (read_picture(form[4][1]) == queries[5].images[0]).all()  # lossless, and in their order
+    assert (read(form[4][1]) == queries[5].images[0]).all()  # lossless, and in their order
 
 
 GOOD = view_of(picture(1))
@@ -189,7 +113,7 @@ TRUNCATED = 200, {"data": [{"b64_json": base64.b64encode(png(picture(1))[:90]).d
         slow,
         dribble,
         reset,
-        (500, {"error": {"message": "out of memory"}}),
+        refuses("out of memory", 500),
         (503, b"<html>busy</html>"),
         (429, {"error": "slow down"}, {"Retry-After": "0"}),
         (408, {}),
@@ -216,12 +140,12 @@ def test_a_passing_failure_is_tried_again(bad):
         (slow, "could not be reached (timed out)", 3, True),
         (reset, "Connection reset", 3, True),
         (
-            (500, {"error": {"message": "out of memory"}}),
+            refuses("out of memory", 500),
             "answered 500: out of memory (tries: 3)",
             3,
             True,
         ),
-        ((401, {"error": {"message": "who are you?"}}), "answered 401: who are you?", 1, True),
+        (refuses("who are you?", 401), "answered 401: who are you?", 1, True),
         (
             (429, {"error": {"message": "no money", "type": "insufficient_quota"}}),
             "answered 429: no money",
@@ -258,11 +182,7 @@ def test_a_server_that_is_not_there():
 def test_one_refused_view_costs_the_others_nothing():
     def picky(request, handler):
         refused = dict(form_of(request))["seed"] == b"2"
-        return (
-            (400, {"error": {"message": "I do not draw this."}})
-            if refused
-            else mirrored(request, handler)
-        )
+        return refuses("I do not draw this.") if refused else mirrored(request, handler)
 
     queries = [query(seed) for seed in range(5)]
     with Fake(picky) as fake:
@@ -281,14 +201,14 @@ def test_one_refused_view_costs_the_others_nothing():
 
 def test_a_server_that_has_only_ever_refused_stops_the_run():
     """A wrong model name must not end in a table of dialogues without views."""
-    with Fake((400, {"error": {"message": "no such model"}})) as fake:
+    with Fake(refuses("no such model")) as fake:
         with pytest.raises(SimulatorError, match="no such model") as error:
             imagine_each(RemoteSimulator(fake.url, **QUICK), [query(0), query(1)])
     assert error.value.down
 
 
 def test_a_field_that_a_server_does_not_know_is_left_out(capsys):
-    with Fake((400, {"error": {"message": "Unknown parameter: 'seed'."}}), GOOD) as fake:
+    with Fake(refuses("Unknown parameter: 'seed'."), GOOD) as fake:
         RemoteSimulator(fake.url, at_once=1, **QUICK).imagine([query(0), query(1)])
     assert ["seed" in dict(form_of(request)) for request in fake.requests] == [True, False, False]
     assert "takes no seed" in capsys.readouterr().out
@@ -323,7 +243,7 @@ def test_waits_double_and_vary(monkeypatch):
     with pytest.raises(SimulatorError):
         endpoint.ask({}, lambda fields: (b"", "text/plain"), lambda answer: answer)
     assert len(waits) == 5 and all(
-        top / 2 <= wait <= top for wait, top in zip(waits, (1, 2, 4, 6, 6))
+        top / 2 <= wait <= top for wait, top in zip(waits, (1, 2, 4, 6, 6), strict=True)
     )
     assert len(set(waits)) == 5
 
@@ -367,8 +287,8 @@ def test_a_bomb_is_not_unpacked():
     bomb = bytearray(png(np.zeros((1, 1, 3), np.uint8)))
     bomb[16:24] = struct.pack(">II", 20_000, 20_000)  # width and height of the header
     for data in (bytes(bomb), png(np.zeros((64, 65, 3), np.uint8)), b"GIF89a", b""):
-        with pytest.raises(ValueError, match="picture"):
-            read_picture(data, max_pixels=64 * 64)
+        with pytest.raises(PictureError, match="picture"):
+            read(data, max_pixels=64 * 64)
 
 
 # ---- the key --------------------------------------------------------------------------------------------------------
@@ -378,15 +298,15 @@ def test_the_key_is_sent_and_told_to_nobody(monkeypatch, capfd, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")  # as `export KEY=$(cat file)` may leave it
     with Fake(
         says("<answer>A</answer>"),
-        (401, {"error": {"message": f"Incorrect API key provided: {KEY}"}}),
+        refuses(f"Incorrect API key provided: {KEY}", 401),
     ) as fake:
         policy = RemotePolicy(fake.url, "gpt", **QUICK)
-        (dialogue,) = clients.converse(policy, [question(1)], mode="direct")
+        (dialogue,) = converse(policy, [question(1)], mode="direct")
         dialogue.save(tmp_path)
         with pytest.raises(
             SimulatorError, match=r"401: Incorrect API key provided: \[key\]"
         ) as error:
-            clients.converse(policy, [question(2)], mode="direct")
+            converse(policy, [question(2)], mode="direct")
     assert [request["headers"]["Authorization"] for request in fake.requests] == [
         f"Bearer {KEY}"
     ] * 2
@@ -409,7 +329,7 @@ def test_a_key_that_no_header_can_carry_is_not_printed_by_http(monkeypatch):
         Fake(says("<answer>A</answer>")) as fake,
         pytest.raises(SimulatorError, match="OPENAI_API_KEY") as error,
     ):
-        clients.converse(RemotePolicy(fake.url, "gpt", **QUICK), [question(1)], mode="direct")
+        converse(RemotePolicy(fake.url, "gpt", **QUICK), [question(1)], mode="direct")
     assert KEY not in str(error.value) and not fake.requests
 
 
@@ -428,7 +348,7 @@ def test_the_key_travels_neither_unencrypted_nor_to_where_a_redirect_points(monk
         Fake((307, b"", {"Location": other.url})) as fake,
     ):
         with pytest.raises(SimulatorError, match="answered 307"):
-            clients.converse(RemotePolicy(fake.url, "gpt", **QUICK), [question(1)], mode="direct")
+            converse(RemotePolicy(fake.url, "gpt", **QUICK), [question(1)], mode="direct")
     assert len(fake.requests) == 1 and not other.requests
     for endpoint, sent in (
         (RemotePolicy("https://example.org/v1", "gpt").endpoint, f"Bearer {KEY}"),
@@ -456,26 +376,6 @@ def question(number, **more):
     }
 
 
-def says(content, *calls, finish="stop", **more):
-    """An answer of a chat server; a call is the text of its arguments."""
-    calls = [
-        {
-            "id": f"call_{k}",
-            "type": "function",
-            "function": {"name": "imagine", "arguments": arguments},
-        }
-        for k, arguments in enumerate(calls)
-    ]
-    message = {
-        "role": "assistant",
-        "content": content,
-        "refusal": None,
-        "tool_calls": calls,
-        **more,
-    }
-    return 200, {"choices": [{"index": 0, "message": message, "finish_reason": finish}]}
-
-
 LOOK = '{"image": 2, "motion": "turn left", "amount": 30}'
 ANSWER = says("<think>red</think><answer>A</answer>")
 
@@ -484,7 +384,7 @@ def talk(*acts, mode="agentic", simulator=None, number=1, **flags):
     """One dialogue with a server that says these things -> (trajectory, what it was sent)."""
     with Fake(*acts) as fake:
         policy = RemotePolicy(fake.url, "gpt", **QUICK)
-        (dialogue,) = clients.converse(policy, [question(number)], simulator, mode, **flags)
+        (dialogue,) = converse(policy, [question(number)], simulator, mode, **flags)
     return dialogue, [json.loads(request["body"]) for request in fake.requests]
 
 
@@ -532,8 +432,8 @@ def test_a_dialogue_with_a_view():
         if part["type"] == "image_url"
     ]
     assert [
-        (read_picture(base64.b64decode(url.split(",")[1])) == image).all()
-        for url, image in zip(shown, dialogue.images)
+        (read(base64.b64decode(url.split(",")[1])) == image).all()
+        for url, image in zip(shown, dialogue.images, strict=True)
     ] == [True] * 3
     assert own["tool_calls"][0]["id"] == tool["tool_call_id"] == "call_0" and "refusal" not in own
     assert own["extra_content"] == {"google": {"thought_signature": "signed"}}
@@ -547,7 +447,7 @@ def test_a_dialogue_with_a_view():
 
 def test_only_the_reference_and_its_neighbours_are_sent_and_the_sentence_names_it_by_its_new_number():
     """As the world model chooses among them: its nearest are among those sent, in the same order."""
-    assert clients.NEAREST >= MAX_IMAGES
+    assert NEAREST >= MAX_IMAGES
     for count, reference in (
         (32, 1),
         (32, 3),
@@ -565,11 +465,11 @@ def test_only_the_reference_and_its_neighbours_are_sent_and_the_sentence_names_i
             RemoteSimulator(fake.url, **QUICK).imagine([Query(images, reference, sentence, 0)])
         form = form_of(fake.requests[0])
         sent, told = (
-            [read_picture(value) for name, value in form if name == "image[]"],
+            [read(value) for name, value in form if name == "image[]"],
             dict(form)["prompt"].decode(),
         )
         number, motion = read_instruction(told)
-        assert motion == read_instruction(sentence)[1] and len(sent) == min(count, clients.NEAREST)
+        assert motion == read_instruction(sentence)[1] and len(sent) == min(count, NEAREST)
         indices, place = select_context(images, reference, MAX_IMAGES)
         chosen, here = select_context(sent, number, MAX_IMAGES)
         assert here == place and all(
@@ -596,7 +496,7 @@ def test_all_views_of_a_round_are_one_batch_and_dialogues_keep_their_order():
 
     simulator = Mirror()
     with Fake(act) as fake:
-        dialogues = clients.converse(
+        dialogues = converse(
             RemotePolicy(fake.url, "gpt", at_once=3, **QUICK),
             [question(n) for n in range(7)],
             simulator,
@@ -691,7 +591,7 @@ def test_rounds_and_turns_end():
 def test_a_dialogue_survives_a_passing_failure(bad):
     with Fake(says("", LOOK), bad, ANSWER) as fake:
         policy = RemotePolicy(fake.url, "gpt", **QUICK | {"timeout": 0.4})
-        (dialogue,) = clients.converse(policy, [question(1)], Mirror())
+        (dialogue,) = converse(policy, [question(1)], Mirror())
     assert dialogue.answer == "A" and len(dialogue.images) == 3 and len(fake.requests) == 3
 
 
@@ -716,10 +616,10 @@ def number_of(request):
 
 def test_a_refused_question_costs_the_others_nothing():
     def act(request, handler):
-        return (400, {"error": {"message": "too long"}}) if number_of(request) == 1 else ANSWER
+        return refuses("too long") if number_of(request) == 1 else ANSWER
 
     with Fake(act) as fake:
-        first, refused, last = clients.converse(
+        first, refused, last = converse(
             RemotePolicy(fake.url, "gpt", **QUICK), [question(n) for n in range(3)]
         )
     assert first.answer == last.answer == "A" and "too long" in str(refused) and not refused.down
@@ -746,7 +646,7 @@ def test_dialogues_that_can_go_on_when_a_server_is_down_do_and_are_handed_over()
             )
 
     with Fake(act) as fake, pytest.raises(SimulatorError, match="503") as error:
-        clients.converse(
+        converse(
             RemotePolicy(fake.url, "gpt", at_once=4, **QUICK),
             [question(n) for n in range(4)],
             Dying(),
@@ -759,10 +659,10 @@ def test_dialogues_that_can_go_on_when_a_server_is_down_do_and_are_handed_over()
 def test_an_endpoint_that_has_only_ever_refused_stops_the_run():
     """Else a wrong model name would count as so many wrong answers."""
     with (
-        Fake((400, {"error": {"message": "no such model"}})) as fake,
+        Fake(refuses("no such model")) as fake,
         pytest.raises(SimulatorError) as error,
     ):
-        clients.converse(RemotePolicy(fake.url, "gpt", **QUICK), [question(1), question(2)])
+        converse(RemotePolicy(fake.url, "gpt", **QUICK), [question(1), question(2)])
     assert error.value.down and all(result.down for result in error.value.results)
 
 

@@ -16,7 +16,7 @@ import data
 import evaluate
 from evaluate import chance, evaluate_policy, main, parse_args, score, summarise
 from extras.benches.mindcube import make_mindcube
-from extras.remote.endpoint import check
+from extras.remote.endpoint import raise_if_down
 from extras.report import real_views, report
 from lib import consistency, predictions, views
 from lib.common import World, read_log
@@ -238,7 +238,7 @@ def test_a_server_that_refuses_one_mode_stops_there_and_a_refused_rest_does_not(
 
     def refuse(policy, questions, *_):
         results = [SimulatorError("400: no tools") for _ in questions]
-        check(policy.endpoint, results)
+        raise_if_down(policy.endpoint, results)
         return results
 
     monkeypatch.setattr(evaluate, "converse", refuse)

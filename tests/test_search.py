@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_clients import QUICK, Fake, says
+from fake_server import QUICK, Fake, says
 
 import data
 import evaluate

@@ -11,15 +11,17 @@ import time
 import numpy as np
 import pytest
 import torch
+from fake_server import QUICK
+from mirror import Mirror
 from PIL import Image
 
-from extras.remote.client import RemoteSimulator, multipart, png, read_picture
+from extras.remote.client import RemoteSimulator, multipart, png
 from extras.remote.serve import PATH, Server, read_form, serve
 from lib.geometry import Motion, Query, instruction
+from lib.images import read
 from lib.simulators import SimulatorError
 from world_model import WorldModel
 
-QUICK = {"timeout": 10.0, "tries": 3, "backoff": 0.01, "longest_wait": 0.05, "patience": 5.0}
 SENTENCE = "Base on the viewpoint of Image-1, turn left 30 degrees."
 
 
@@ -27,21 +29,22 @@ def picture(seed, height=32, width=32):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
-class Mirror:
-    """A simulator that returns its reference image, mirrored, after `seconds` and once it `may`; it fails where the
-    seed is 13."""
+class SlowMirror(Mirror):
+    """A Mirror that takes `seconds` and waits until it `may`; it fails where the seed is 13."""
 
     def __init__(self, seconds=0.0, may=None):
-        self.seconds, self.may, self.batches = seconds, may, []
+        super().__init__()
+        self.seconds = seconds
+        self.may = may
 
     def imagine(self, queries):
-        self.batches.append(queries)
+        views = super().imagine(queries)
         time.sleep(self.seconds)
         if self.may:
             self.may.wait(60)
         if any(query.seed == 13 for query in queries):
             raise RuntimeError("a bad day")
-        return [query.images[query.reference - 1][:, ::-1].copy() for query in queries]
+        return views
 
 
 class running:
@@ -104,7 +107,7 @@ def test_a_remote_view_is_the_local_view():
     with running(model) as server:
         remote = RemoteSimulator(server.url).imagine(queries)
     torch.set_num_threads(before)
-    assert all((here == there).all() for here, there in zip(local, remote))
+    assert all((here == there).all() for here, there in zip(local, remote, strict=True))
 
 
 def test_a_video_gives_the_view_that_it_gives_here():
@@ -113,21 +116,23 @@ def test_a_video_gives_the_view_that_it_gives_here():
     queries = [Query(images, n, instruction(Motion("turn left", 45.0), n), n) for n in (1, 20, 40)]
     with running(model) as server:
         remote = RemoteSimulator(server.url).imagine(queries)
-    for here, there, query in zip(model.imagine(queries), remote, queries):
+    for here, there, query in zip(model.imagine(queries), remote, queries, strict=True):
         assert np.abs(here.astype(int) - there).max() <= 1, query.reference  # batches may differ
 
 
 def test_requests_that_wait_are_imagined_together():
-    model = Mirror(seconds=0.1)
+    model = SlowMirror(seconds=0.1)
     queries = [Query([picture(k)], 1, SENTENCE, k + 100) for k in range(9)]
     with running(model, max_batch=4) as server:
         views = RemoteSimulator(server.url, **QUICK).imagine(queries)
-    assert all((view == query.images[0][:, ::-1]).all() for view, query in zip(views, queries))
+    assert all(
+        (view == query.images[0][:, ::-1]).all() for view, query in zip(views, queries, strict=True)
+    )
     assert max(map(len, model.batches)) == 4 and len(model.batches) <= 6
 
 
 def test_one_bad_query_costs_the_others_of_its_batch_nothing_and_the_server_lives(capfd):
-    model = Mirror(seconds=0.02)
+    model = SlowMirror(seconds=0.02)
     with running(model, wait_ms=100) as server:
         simulator = RemoteSimulator(server.url, **QUICK | {"tries": 1})
         with pytest.raises(
@@ -167,20 +172,24 @@ BOMB[16:24] = (60_000).to_bytes(4, "big") * 2
         (400, "size can only be auto", order(size="1024x1024")),
         (400, "response_format can only be b64_json", order(response_format="url")),
         (400, "masks", order(mask="x")),
-        (400, "Image-1: the file is no picture", order(files=[b"%!PS-Adobe-3.0 EPSF-3.0\n"])),
         (
             400,
-            "Image-2: the file is no picture",
+            "Image-1: The picture cannot be read (it is no picture).",
+            order(files=[b"%!PS-Adobe-3.0 EPSF-3.0\n"]),
+        ),
+        (
+            400,
+            "Image-2: The picture cannot be read",
             order(files=[png(picture(1)), png(picture(2))[:200]]),
         ),
         (
             400,
-            "Image-1: a picture of 64 x 65 pixels is too large",
+            "Image-1: The picture cannot be read (64 x 65 pixels are more than 4,096)",
             order(files=[png(picture(1, 65, 64))]),
         ),
         (
             400,
-            "Image-2: a picture of 48 x 48 pixels is too large",
+            "Image-2: The picture cannot be read (48 x 48 pixels are more than 1,792)",
             order(files=[png(picture(1, 48, 48))] * 2),
         ),
         (400, "cannot read the instruction 'aaa", order(prompt="a" * 30_000)),
@@ -233,7 +242,7 @@ def test_a_request_that_is_much_too_long_is_answered_and_not_kept():
 
 def test_too_many_waiting_requests_are_told_to_come_back():
     may = threading.Event()
-    with running(Mirror(may=may), max_waiting=1) as server:
+    with running(SlowMirror(may=may), max_waiting=1) as server:
         first = threading.Thread(target=send, args=(server, *order()))
         first.start()
         while not server.model.batches:
@@ -267,7 +276,7 @@ def test_forms_of_other_clients_are_understood():
             for query in server.model.batches[-1]
         }
     assert status == 200 and len(seeds) == 2  # another view each time
-    assert (read_picture(base64.b64decode(content["data"][0]["b64_json"])) == 90).all()
+    assert (read(base64.b64decode(content["data"][0]["b64_json"])) == 90).all()
 
 
 def test_a_form_is_read_exactly():

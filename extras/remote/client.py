@@ -2,7 +2,7 @@
 Simulators and policies behind a URL, in the forms of OpenAI's API.
 
   RemoteSimulator   POST {url}/images/edits: the images as PNG files, the sentence as prompt. extras/remote/serve.py answers it
-                    (`python world_model.py --serve 8000`), and so do servers such as vLLM-Omni.
+                    (`python -m extras.remote.serve`), and so do servers such as vLLM-Omni.
   RemotePolicy      POST {url}/chat/completions with tools: any chat model that sees images. `converse` is to it what
                     `policy.rollout` is to a checkpoint.
 
@@ -14,12 +14,13 @@ import io
 import json
 import re
 import uuid
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
-from extras.remote.endpoint import Endpoint, check, in_threads
+from extras.remote.endpoint import Endpoint, in_threads, raise_if_down
 from lib.dialogue import (
     NO_SIMULATOR,
     PAD,
@@ -29,8 +30,8 @@ from lib.dialogue import (
     numbered_image,
     prompt_text,
 )
-from lib.geometry import renumbered, select_context
-from lib.images import load_image, on_white
+from lib.geometry import Query, renumbered, select_context
+from lib.images import load_image, read
 from lib.simulators import NO_VIEW, SimulatorError, imagine_each
 from lib.streams import stream_seed
 
@@ -38,38 +39,11 @@ MAX_PIXELS = 2**24  # of one picture, as sent or received
 NEAREST = 8  # images sent: no simulator here is shown more (lib/bagel.MAX_IMAGES)
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
-
-
-def png(image):
+def png(image: np.ndarray) -> bytes:
     """(H, W, 3) uint8 -> the bytes of a PNG file: lossless, so that a view is the same here and there."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "png", compress_level=1)
     return file.getvalue()
-
-
-def read_picture(data, max_pixels=MAX_PIXELS):
-    """The bytes of a PNG, JPEG or WebP file -> (H, W, 3) uint8. Raises ValueError with a sentence."""
-    try:
-        picture = Image.open(
-            io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")
-        )  # no decoder that starts programs
-        width, height = picture.size  # of the header: nothing is decoded
-        pixels = None
-        if width * height <= max_pixels:
-            pixels = np.array(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
-    except Exception as error:  # every decoder has its own
-        reason = (
-            str(error)
-            if isinstance(error, OSError) and "BytesIO" not in str(error)
-            else "not PNG, JPEG or WebP"
-        )
-        raise ValueError(f"the file is no picture that can be read: {reason}") from None
-    if pixels is None:
-        raise ValueError(
-            f"a picture of {width} x {height} pixels is too large: the limit is {max_pixels:,} pixels"
-        )
-    return on_white(pixels)
 
 
 # ---- simulators -----------------------------------------------------------------------------------------------------
@@ -79,32 +53,29 @@ class RemoteSimulator:
     """A simulator behind a URL, with `imagine` as any other. Of many images it is sent the reference and its nearest
     neighbours in the list, as a world model would choose: a video has hundreds.
 
-    at_once   requests on their way at a time: what extras/remote/serve.py can batch
-    patience  the other arguments of Endpoint: timeout, tries, ...
+    at_once    requests on their way at a time: what extras/remote/serve.py can batch
+    patience   the other arguments of Endpoint: timeout, tries, ...
     Commands give the URL alone: the rest is for tests of rate limits and failures. The key is SIMULATOR_API_KEY's.
     """
 
-    def __init__(self, url, at_once=16, **patience):
+    def __init__(self, url: str, at_once: int = 16, **patience):
         self.endpoint = Endpoint(url, "/images/edits", "SIMULATOR_API_KEY", **patience)
         self.at_once = at_once
 
-    def imagine(self, queries):
-        """list of Query -> list of (H, W, 3) uint8. SimulatorError comes when all others are done, and brings theirs."""
+    def imagine(self, queries: list[Query]) -> list[np.ndarray]:
+        """-> (H, W, 3) uint8 each. SimulatorError comes when all others are done, and brings theirs."""
         views = in_threads(self._imagine, queries, self.at_once)
-        check(self.endpoint, views)
-        failed = [view for view in views if isinstance(view, SimulatorError)]
-        if failed:
-            raise SimulatorError(
-                f"{len(failed)} of {len(views)} views failed: {failed[0]}", False, views
-            )
+        raise_if_down(self.endpoint, views)
+        failures = [view for view in views if isinstance(view, SimulatorError)]
+        if failures:
+            sentence = f"{len(failures)} of {len(views)} views failed: {failures[0]}"
+            raise SimulatorError(sentence, False, views)
         return views
 
-    def _imagine(self, query):
+    def _imagine(self, query: Query) -> np.ndarray:
         indices, number = select_context(query.images, query.reference, NEAREST)
-        files, reference = (
-            [png(query.images[i]) for i in indices],
-            query.images[query.reference - 1],
-        )
+        files = [png(query.images[i]) for i in indices]
+        reference = query.images[query.reference - 1]
         fields = {
             "prompt": renumbered(query.instruction, number),
             "seed": query.seed,
@@ -119,26 +90,26 @@ class RemoteSimulator:
         )
 
 
-def multipart(fields, files):
+def multipart(fields: dict, files: list[bytes]) -> tuple[bytes, str]:
     """Fields and PNG files as the body of a form -> (body, content type)."""
     boundary = uuid.uuid4().hex
-    start, end = f"--{boundary}\r\nContent-Disposition: form-data; name=", "\r\n"
-    parts = [f'{start}"{name}"\r\n\r\n{value}{end}'.encode() for name, value in fields.items()]
+    start = f"--{boundary}\r\nContent-Disposition: form-data; name="
+    chunks = []
+    for name, value in fields.items():
+        chunks.append(f'{start}"{name}"\r\n\r\n{value}\r\n'.encode())
     for number, file in enumerate(files, 1):
         head = f'{start}"image[]"; filename="image_{number}.png"\r\nContent-Type: image/png\r\n\r\n'
-        parts += [head.encode(), file, end.encode()]
-    return b"".join(
-        [*parts, f"--{boundary}--\r\n".encode()]
-    ), f"multipart/form-data; boundary={boundary}"
+        chunks += [head.encode(), file, b"\r\n"]
+    chunks.append(f"--{boundary}--\r\n".encode())
+    return b"".join(chunks), f"multipart/form-data; boundary={boundary}"
 
 
-def read_view(answer, reference):
+def read_view(answer: dict, reference: np.ndarray) -> np.ndarray:
     """{"data": [{"b64_json": …}]} -> the view. Its size is the server's, its shape must be near the reference's."""
-    view = read_picture(base64.b64decode(answer["data"][0]["b64_json"], validate=True))
-    (height, width), (rows, columns) = view.shape[:2], reference.shape[:2]
-    if (
-        not 2 / 3 < width / height * rows / columns < 3 / 2
-    ):  # another shape is another camera; sizes are rounded
+    view = read(base64.b64decode(answer["data"][0]["b64_json"], validate=True), MAX_PIXELS)
+    height, width, _ = view.shape
+    rows, columns, _ = reference.shape
+    if not 2 / 3 < width / height * rows / columns < 3 / 2:  # another shape is another camera
         raise ValueError(f"a view of {width} x {height} pixels from an image of {columns} x {rows}")
     return view
 
@@ -163,32 +134,35 @@ class RemotePolicy:
     A Trajectory of it keeps words instead of tokens: each "token" is a piece of text, and an image has none.
     """
 
-    pad_id, turn_limit = None, 4096
+    pad_id = None
+    turn_limit = 4096
     tokenizer = SimpleNamespace(eos_token_id=END, decode="".join)
 
     def __init__(
         self,
-        url,
-        model,
-        key_from_env="OPENAI_API_KEY",
-        temperature=0.0,
-        max_new_tokens=None,
-        at_once=8,
+        url: str,
+        model: str,
+        key_from_env: str = "OPENAI_API_KEY",
+        temperature: float | None = 0.0,
+        max_new_tokens: int | None = None,
+        at_once: int = 8,
         **patience,
     ):
         self.endpoint = Endpoint(url, "/chat/completions", key_from_env, **patience)
-        self.model, self.temperature, self.at_once = model, temperature, at_once
+        self.model = model
+        self.temperature = temperature
         self.max_new_tokens = max_new_tokens or self.turn_limit
+        self.at_once = at_once
 
-    def tokens(self, text):
+    def tokens(self, text: str) -> list[str]:
         """Text -> its "tokens": itself, and its end."""
         return [text.removesuffix(END), END] if text.endswith(END) else [text]
 
-    def grid(self, image):
+    def grid(self, image: np.ndarray) -> tuple[int, int]:
         """Rows and columns of tokens of an image."""
         return 0, 0
 
-    def ask(self, messages, tool_choice=None):
+    def ask(self, messages: list[dict], tool_choice: str | None = None) -> tuple[dict, bool]:
         """The next message of the model -> (message, True if it was cut off). tool_choice: None is without tools."""
         fields = {
             "model": self.model,
@@ -207,148 +181,196 @@ class RemotePolicy:
         )
 
 
-def read_message(answer):
+def read_message(answer: dict) -> tuple[dict, bool]:
     """{"choices": [{"message": …, "finish_reason": …}]} -> (message, True if it was cut off)."""
     choice = answer["choices"][0]
     message = choice["message"]
     if not all(isinstance(call["function"], dict) for call in message.get("tool_calls") or ()):
         raise ValueError("a tool call without a function")
-    words(message)  # raises if the content is neither text nor parts
+    message_text(message)  # raises if the content is neither text nor parts
     return message, choice.get("finish_reason") == "length"
 
 
-def words(message):
+def message_text(message: dict) -> str:
     """The text of a message, which comes as a string, as parts, or not at all."""
     content = message.get("content") or ""
-    return (
-        content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
-    )
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or "" for part in content)
 
 
-def turn_text(message):
+def turn_text(message: dict) -> str:
     """A message as a turn of lib/dialogue.py, so that one judge reads all policies.
 
     What the model says beside its call or its answer is its thought, with or without tags. The arguments of a call stay
     the text that they are: the judge says what is wrong with them.
     """
-    text, calls = words(message), message.get("tool_calls") or ()
-    answers = re.findall("<answer>(.*?)</answer>", text, re.DOTALL)
+    text = message_text(message)
+    calls = message.get("tool_calls") or ()
+    answers = re.findall("<answer>.*?</answer>", text, re.DOTALL)
     if calls:
         function = calls[0]["function"]
-        arguments = function.get("arguments")
-        arguments = arguments if isinstance(arguments, str) else json.dumps(arguments)
-        act = f'<tool_call>{{"name": {json.dumps(function.get("name"))}, "arguments": {arguments}}}</tool_call>'
+        name, arguments = json.dumps(function.get("name")), function.get("arguments")
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments)
+        act = f'<tool_call>{{"name": {name}, "arguments": {arguments}}}</tool_call>'
     elif len(answers) == 1 and "<tool_call>" not in text:
-        act, text = (
-            f"<answer>{answers[0]}</answer>",
-            text.replace(f"<answer>{answers[0]}</answer>", ""),
-        )
+        act = answers[0]
+        text = text.replace(act, "")
     else:
         return text
     thought = re.sub("</?(think|tool_call|answer)>", "", text).strip()
     return f"<think>{thought}</think>\n{act}"
 
 
-def shown(image):
+# ---- messages -------------------------------------------------------------------------------------------------------
+
+
+def image_part(image: np.ndarray) -> dict:
     """An image as a part of a message."""
     url = f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def said(text):
+def text_part(text: str) -> dict:
     """Words as a part of a message."""
     return {"type": "text", "text": text}
 
 
-def prompt_messages(question, mode, images):
+def prompt_messages(question: dict, mode: str, images: list[np.ndarray]) -> list[dict]:
     """The prompt of lib/dialogue.py in the API's form: the tool is not told in words here but in its own field."""
-    text = (
-        prompt_text(question, mode, len(images)).split("<|im_start|>user\n", 1)[1].rsplit(END, 1)[0]
-    )
-    before, *after = text.split(f"<|vision_start|>{PAD}<|vision_end|>")
-    parts = [said(before)] + [
-        part for image, text in zip(images, after) for part in (shown(image), said(text))
-    ]
+    prompt = prompt_text(question, mode, len(images))
+    prompt = prompt.split("<|im_start|>user\n", 1)[1].rsplit(END, 1)[0]
+    before, *after = prompt.split(f"<|vision_start|>{PAD}<|vision_end|>")
+    parts = [text_part(before)]
+    for image, text in zip(images, after, strict=True):
+        parts += [image_part(image), text_part(text)]
     return [{"role": "user", "content": parts}]
 
 
-def echo(message):
-    """A model's own message as it is sent back: whole, since some sign their thoughts and want the signature again."""
-    kept = {"role": "assistant"} | {name: value for name, value in message.items() if value}
-    return kept if "content" in kept or "tool_calls" in kept else kept | {"content": "(nothing)"}
+def own_message(message: dict) -> dict:
+    """A model's message as it is sent back: whole, since some sign their thoughts and want the signature again."""
+    message = {"role": "assistant"} | {name: value for name, value in message.items() if value}
+    if "content" not in message and "tool_calls" not in message:
+        message["content"] = "(nothing)"
+    return message
 
 
-def reply_messages(message, text, number=None, view=None):
+def reply_messages(
+    message: dict, text: str, number: int | None = None, view: np.ndarray | None = None
+) -> list[dict]:
     """What the protocol answers to a message. A tool can only speak, so its view is shown by the user."""
     calls = message.get("tool_calls") or ()
-    told = [
-        {"role": "tool", "tool_call_id": call.get("id") or "", "content": ONE_CALL if k else text}
-        for k, call in enumerate(calls)
-    ]
-    parts = [] if calls else [said(text)]
+    replies = []
+    for k, call in enumerate(calls):
+        content = ONE_CALL if k else text
+        replies.append({"role": "tool", "tool_call_id": call.get("id") or "", "content": content})
+    parts = [] if calls else [text_part(text)]
     if view is not None:
-        parts += [said(numbered_image(number).split("<|")[0]), shown(view)]
-    return told + ([{"role": "user", "content": parts}] if parts else [])
+        parts += [text_part(numbered_image(number).split("<|")[0]), image_part(view)]
+    if parts:
+        replies.append({"role": "user", "content": parts})
+    return replies
 
 
-def converse(policy, questions, simulator=None, mode="agentic", seed=0, max_rounds=3, max_turns=10):
+# ---- dialogues ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Chat:
+    """A dialogue and the messages that the server has seen of it."""
+
+    trajectory: Trajectory
+    messages: list[dict]
+    message: dict | None = None  # the model's last one
+    view: np.ndarray | None = None  # what was imagined for it
+    failure: SimulatorError | None = None  # why it cannot go on
+
+    @property
+    def goes_on(self) -> bool:
+        return self.failure is None and not self.trajectory.done
+
+    def tool_choice(self) -> str | None:
+        """The API's word for what the mode allows in this turn; None is without tools."""
+        if self.trajectory.mode == "direct":
+            return None
+        must_call = self.trajectory.mode == "forced" and not self.trajectory.valid_calls
+        return "required" if must_call else "auto"
+
+    def reply(self, policy: RemotePolicy, no_view: str) -> None:
+        """Answer the model's message by what the protocol says, and by the view; `no_view` if there is none."""
+        if self.trajectory.call and self.view is None:
+            self.trajectory.reply = no_view
+        elif self.trajectory.reply == UNREADABLE:
+            self.trajectory.reply = UNREADABLE_HERE
+        self.trajectory.observe(policy, self.view)
+        text, number = self.trajectory.replies[-1]
+        replies = reply_messages(self.message, text.strip(), number, self.view)
+        self.messages += [own_message(self.message), *replies]
+
+
+def converse(
+    policy: RemotePolicy,
+    questions: list[dict],
+    simulator=None,
+    mode: str = "agentic",
+    seed: int = 0,
+    max_rounds: int = 3,
+    max_turns: int = 10,
+) -> list[Trajectory | SimulatorError]:
     """Let a RemotePolicy hold one dialogue per question -> [Trajectory], in order, with words for tokens.
 
-    In the place of a dialogue that the server refuses (it may be too long for it) stands a SimulatorError. If a server is
-    down, the dialogues that can go on do; then a SimulatorError is raised whose `results` are the list. All dialogues take
-    their turns together: the views of a turn are imagined in one batch, from the same seeds as in `policy.rollout`.
+    In the place of a dialogue that the server refuses (it may be too long for it) stands a SimulatorError. If a server
+    is down, the dialogues that can go on do; then a SimulatorError is raised whose `results` are the list. All
+    dialogues take their turns together: the views of a turn are imagined in one batch, from the same seeds as in
+    `policy.rollout`.
     """
-    dialogues = [
-        Trajectory.start(
-            policy, question, [load_image(image) for image in question["images"]], mode, max_rounds
-        )
-        for question in questions
-    ]
-    chats, failed = [prompt_messages(d.question, mode, d.images) for d in dialogues], {}
-
-    def ask(k):
-        must_call = mode == "forced" and not dialogues[k].valid_calls
-        return policy.ask(
-            chats[k], None if mode == "direct" else "required" if must_call else "auto"
-        )
-
+    chats = []
+    for question in questions:
+        images = [load_image(image) for image in question["images"]]
+        trajectory = Trajectory.start(policy, question, images, mode, max_rounds)
+        chats.append(Chat(trajectory, prompt_messages(question, mode, images)))
     for turn in range(max_turns):
-        members = [
-            k for k, dialogue in enumerate(dialogues) if not dialogue.done and k not in failed
-        ]
-        answers = dict(zip(members, in_threads(ask, members, policy.at_once)))
-        failed |= {k: answer for k, answer in answers.items() if isinstance(answer, SimulatorError)}
-        answers = {k: answer for k, answer in answers.items() if k not in failed}
-        for k, (message, cut) in answers.items():
-            text = turn_text(message)
-            dialogues[k].say(policy, [text] if cut else text)  # without its end a turn is truncated
-            dialogues[k].truncated |= turn + 1 == max_turns and dialogues[k].answer is None
-        waiting = [k for k in answers if not dialogues[k].done]
-        calling = [k for k in waiting if dialogues[k].call and simulator]
-        seeds = [
-            stream_seed("imagine", seed, questions[k].get("id", questions[k]["question"]), 0, turn)
-            for k in calling
-        ]
-        try:
-            views = imagine_each(
-                simulator, [dialogues[k].query(own) for k, own in zip(calling, seeds)]
-            )
-        except SimulatorError as error:
-            views = error.results or [error] * len(calling)
-        views = dict(zip(calling, views))
-        failed |= {
-            k: view for k, view in views.items() if isinstance(view, SimulatorError) and view.down
-        }
-        for k in waiting:
-            dialogue, message = dialogues[k], answers[k][0]
-            view = None if isinstance(views.get(k), SimulatorError) else views.get(k)
-            if dialogue.call and view is None:
-                dialogue.reply = NO_VIEW if simulator else NO_SIMULATOR
-            elif dialogue.reply == UNREADABLE:
-                dialogue.reply = UNREADABLE_HERE
-            dialogue.observe(policy, image=view)
-            text, number = dialogue.replies[-1]
-            chats[k] += [echo(message), *reply_messages(message, text.strip(), number, view)]
-    results = [failed.get(k, dialogue) for k, dialogue in enumerate(dialogues)]
-    check(policy.endpoint, results)
+        take_turns(policy, [chat for chat in chats if chat.goes_on], turn + 1 == max_turns)
+        waiting = [chat for chat in chats if chat.goes_on]
+        if simulator is not None:
+            imagine_views(simulator, [c for c in waiting if c.trajectory.call], seed, turn)
+        for chat in waiting:
+            chat.reply(policy, NO_SIMULATOR if simulator is None else NO_VIEW)
+    results = [chat.failure or chat.trajectory for chat in chats]
+    raise_if_down(policy.endpoint, results)
     return results
+
+
+def take_turns(policy: RemotePolicy, chats: list[Chat], last: bool) -> None:
+    """Let the model take a turn in every chat; `last`: without an answer by then, the dialogue is truncated."""
+    answers = in_threads(
+        lambda chat: policy.ask(chat.messages, chat.tool_choice()), chats, policy.at_once
+    )
+    for chat, answer in zip(chats, answers, strict=True):
+        if isinstance(answer, SimulatorError):
+            chat.failure = answer
+            continue
+        chat.message, cut_off = answer
+        chat.view = None
+        text = turn_text(chat.message)
+        chat.trajectory.say(policy, [text] if cut_off else text)  # a turn without end is truncated
+        chat.trajectory.truncated |= last and chat.trajectory.answer is None
+
+
+def imagine_views(simulator, chats: list[Chat], seed: int, turn: int) -> None:
+    """The views that chats wait for, in one batch; what is refused stays None."""
+    queries = []
+    for chat in chats:
+        question = chat.trajectory.question
+        key = question.get("id", question["question"])
+        queries.append(chat.trajectory.query(stream_seed("imagine", seed, key, 0, turn)))
+    try:
+        views = imagine_each(simulator, queries)
+    except SimulatorError as error:
+        views = error.results or [error] * len(queries)
+    for chat, view in zip(chats, views, strict=True):
+        if not isinstance(view, SimulatorError):
+            chat.view = view
+        elif view.down:
+            chat.failure = view

@@ -1,18 +1,19 @@
 """
 A simulator behind a URL: POST /v1/images/edits, in the form of OpenAI's image edits, and GET /health.
 
-    python world_model.py --serve 8000
+    python -m extras.remote.serve --model out/wm --port 8000
     curl http://127.0.0.1:8000/v1/images/edits -F "image[]=@a.png" -F "image[]=@b.png" -F seed=0 \\
          -F "prompt=Base on the viewpoint of Image-2, turn left 30 degrees."
 
-In: a form (multipart/form-data) of PNG, JPEG or WebP files, image or image[], in the order of their numbers; a prompt
-that is an instruction of lib/geometry.py; and maybe a seed. Out: {"created", "data": [{"b64_json": a PNG}]}, the view
-as `imagine` gives it, so its size is the model's choice for the reference image. What cannot be granted (n above 1, a
-size, a mask, an answer by url) is refused with a sentence; what would change nothing (model, user, ...) is ignored.
+In: a form (multipart/form-data) of pictures, image or image[], in the order of their numbers; a prompt that is an
+instruction of lib/geometry.py; and maybe a seed. Out: {"created", "data": [{"b64_json": a PNG}]}, the view as `imagine`
+gives it, so its size is the model's choice for the reference image. What cannot be granted (n above 1, a size, a mask,
+an answer by url) is refused with a sentence; what would change nothing (model, user, ...) is ignored.
 
 Requests that wait are imagined together, by one thread. It listens on the loopback address unless told otherwise.
 """
 
+import argparse
 import base64
 import json
 import queue
@@ -25,93 +26,123 @@ import uuid
 from concurrent.futures import Future
 from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
 
-from extras.remote.client import png, read_picture
+import numpy as np
+
+from extras.remote.client import png
 from extras.remote.endpoint import LOOPBACK
-from lib.common import fail, say
+from lib.distributed import default_device, fail, say
 from lib.geometry import Query, read_instruction
+from lib.images import PictureError, read
+from lib.simulators import load_simulator
 
 PATH = "/v1/images/edits"
 NOTHING_ELSE = f"There are POST {PATH} and GET /health, no more."
-MAX_PARTS, MAX_PROMPT = 64, 1000  # of a form; letters: the error repeats them
+MAX_PARTS = 64  # of a form
+MAX_PROMPT = 1000  # letters: the error repeats them
+GRANTED = {  # the one value that a field may have
+    "n": "1",
+    "size": "auto",
+    "response_format": "b64_json",
+    "output_format": "png",
+    "stream": "false",
+}
+
+
+class Limits(NamedTuple):
+    """What a server bears."""
+
+    max_bytes: int = 2**26  # of a request
+    max_images: int = 16  # of a request
+    max_pixels: int = 2**25  # of all its images together
+    max_waiting: int = 128  # requests; more are told 429
+    max_batch: int = 64  # queries of one call of `imagine`
+    wait_ms: float = 10  # for a batch to fill
 
 
 class Refusal(Exception):
     """A request that gets no view: the status and the sentence of its answer."""
 
-    def __init__(self, status, sentence):
+    def __init__(self, status: int, sentence: str):
         super().__init__(sentence)
         self.status = status
+
+
+def refuse_if(condition: bool, sentence: str, status: int = 400) -> None:
+    """Raise Refusal for what cannot be granted."""
+    if condition:
+        raise Refusal(status, sentence)
 
 
 # ---- a request ------------------------------------------------------------------------------------------------------
 
 
-def read_form(body, content_type):
-    """multipart/form-data -> [(name, bytes)], in order."""
+def read_form(body: bytes, content_type: str) -> list[tuple[str, bytes]]:
+    """multipart/form-data -> [(name, value)], in order."""
     boundary = re.fullmatch(
         r'multipart/form-data\s*;.*?boundary="?([^";]{1,70})"?.*', content_type, re.I | re.S
     )
     if not boundary:
         raise Refusal(415, "The request must be a form: multipart/form-data with a boundary.")
     _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary[1].encode(), MAX_PARTS)
-    if not parts or not parts[-1].startswith(b"--"):
-        raise Refusal(
-            400, f"The form has no end: it is cut off, or has more than {MAX_PARTS - 1} parts."
-        )
+    refuse_if(
+        not parts or not parts[-1].startswith(b"--"),
+        f"The form has no end: it is cut off, or has more than {MAX_PARTS - 1} parts.",
+    )
     form = []
     for part in parts[:-1]:
-        head, found, value = part.partition(b"\r\n\r\n")
+        head, blank_line, value = part.partition(b"\r\n\r\n")
         name = message_from_bytes(head.lstrip()).get_param("name", header="content-disposition")
-        if not found or not isinstance(name, str):
-            raise Refusal(400, "A part of the form has no name.")
+        refuse_if(not blank_line or not isinstance(name, str), "A part of the form has no name.")
         form.append((name, value))
     return form
 
 
-def read_query(form, max_images, max_pixels):
+def read_query(form: list[tuple[str, bytes]], limits: Limits) -> Query:
     """The parts of a form -> Query. Raises Refusal for everything that `imagine` could not obey."""
-    files = [value for name, value in form if name in ("image", "image[]")]
-    fields = {
-        name: value.decode(errors="replace").strip()
-        for name, value in form
-        if name not in ("image", "image[]")
-    }
-    granted = {
-        "n": "1",
-        "size": "auto",
-        "response_format": "b64_json",
-        "output_format": "png",
-        "stream": "false",
-    }
-    for name, value in granted.items():
-        if fields.get(name, value).lower() != value:
-            raise Refusal(400, f"{name} can only be {value}.")
-    if "mask" in fields:
-        raise Refusal(400, "There are no masks here: the whole view is imagined.")
-    if not 1 <= len(files) <= max_images:
-        raise Refusal(
-            400, f"The form has {len(files)} images (image[]); 1 to {max_images} are needed."
-        )
+    files, fields = [], {}
+    for name, value in form:
+        if name in ("image", "image[]"):
+            files.append(value)
+        else:
+            fields[name] = value.decode(errors="replace").strip()
+    for name, value in GRANTED.items():
+        refuse_if(fields.get(name, value).lower() != value, f"{name} can only be {value}.")
+    refuse_if("mask" in fields, "There are no masks here: the whole view is imagined.")
+    count, most = len(files), limits.max_images
+    refuse_if(
+        not 1 <= count <= most,
+        f"The form has {count} images (image[]); 1 to {most} are needed.",
+    )
     seed = fields.get("seed", str(uuid.uuid4().int >> 65))  # without a seed: another view each time
-    if not re.fullmatch(r"\d{1,19}", seed) or int(seed) >= 2**63:
-        raise Refusal(400, "seed must be a whole number from 0 to 2^63 - 1.")
+    refuse_if(
+        not re.fullmatch(r"\d{1,19}", seed) or int(seed) >= 2**63,
+        "seed must be a whole number from 0 to 2^63 - 1.",
+    )
+    prompt = fields.get("prompt", "")
     try:
-        reference, _ = read_instruction(fields.get("prompt", "")[:MAX_PROMPT])
+        reference, _ = read_instruction(prompt[:MAX_PROMPT])
     except ValueError as error:
         raise Refusal(400, f"prompt: {error}") from None
-    if not 1 <= reference <= len(files):
-        raise Refusal(
-            400, f"prompt: there is no Image-{reference}; the form has {len(files)} images."
-        )
+    refuse_if(
+        not 1 <= reference <= count,
+        f"prompt: there is no Image-{reference}; the form has {count} images.",
+    )
+    return Query(read_images(files, limits.max_pixels), reference, prompt, int(seed))
+
+
+def read_images(files: list[bytes], max_pixels: int) -> list[np.ndarray]:
+    """The pictures of a form, (H, W, 3) uint8 each; the limit is for all of them together."""
     images = []
     for number, file in enumerate(files, 1):
         try:
-            images.append(read_picture(file, max_pixels))
-        except ValueError as error:
-            raise Refusal(400, f"Image-{number}: {error}.") from None
-        max_pixels -= images[-1].size // 3  # the limit is for all of them together
-    return Query(images, reference, fields["prompt"], int(seed))
+            image = read(file, max_pixels)
+        except PictureError as error:
+            raise Refusal(400, f"Image-{number}: {error}") from None
+        max_pixels -= image.size // 3
+        images.append(image)
+    return images
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -125,13 +156,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code, message=None, explain=None):
         """What http.server itself refuses (no HTTP, another method) is told in the same form."""
-        self.answer(405 if code == 501 else code, problem(f"{message}. {NOTHING_ELSE}"))
+        self.answer_problem(405 if code == 501 else code, f"{message}. {NOTHING_ELSE}")
 
     def do_GET(self):
         if self.path == "/health":
             self.answer(200, {"status": "ok", "waiting": self.server.waiting.qsize()})
         else:
-            self.answer(404, problem(NOTHING_ELSE))
+            self.answer_problem(404, NOTHING_ELSE)
 
     def do_POST(self):
         """A view, or a refusal once the client has been heard out."""
@@ -140,52 +171,51 @@ class Handler(BaseHTTPRequestHandler):
             data = base64.b64encode(png(self.view())).decode()
             self.answer(200, {"created": int(time.time()), "data": [{"b64_json": data}]})
         except Refusal as refusal:
-            left = min(
-                self.unread, 4 * self.server.max_bytes
-            )  # a client that is still sending would not hear us
-            while left > 0 and (part := self.rfile.read(min(left, 2**16))):
-                left -= len(part)
-            self.answer(refusal.status, problem(str(refusal)))
+            self.read_the_rest()
+            self.answer_problem(refusal.status, str(refusal))
 
-    def view(self):
+    def view(self) -> np.ndarray:
         """Read the request and wait for its view. Raises Refusal."""
-        server, length = self.server, self.headers.get("Content-Length", "")
-        if not re.fullmatch(r"\d{1,15}", length):
-            raise Refusal(411, "The request needs a Content-Length.")
+        limits, length = self.server.limits, self.headers.get("Content-Length", "")
+        refuse_if(not re.fullmatch(r"\d{1,15}", length), "The request needs a Content-Length.", 411)
         self.unread = int(length)
-        if self.path != PATH:
-            raise Refusal(404, NOTHING_ELSE)
-        if self.unread > server.max_bytes:
-            raise Refusal(
-                413, f"The request has {self.unread:,} bytes; the limit is {server.max_bytes:,}."
-            )
-        if not server.places.acquire(blocking=False):
-            raise Refusal(429, "Too many requests wait already. Ask again later.")
+        refuse_if(self.path != PATH, NOTHING_ELSE, 404)
+        refuse_if(
+            self.unread > limits.max_bytes,
+            f"The request has {self.unread:,} bytes; the limit is {limits.max_bytes:,}.",
+            413,
+        )
+        free = self.server.places.acquire(blocking=False)
+        refuse_if(not free, "Too many requests wait already. Ask again later.", 429)
         try:
-            body, self.unread = self.rfile.read(self.unread), 0
+            body = self.rfile.read(self.unread)
+            self.unread = 0
             form = read_form(body, self.headers.get("Content-Type", ""))
-            return server.imagine(read_query(form, server.max_images, server.max_pixels))
+            return self.server.imagine(read_query(form, limits))
         finally:
-            server.places.release()
+            self.server.places.release()
 
-    def answer(self, status, content):
+    def read_the_rest(self) -> None:
+        """A client that is still sending would not hear us."""
+        left = min(self.unread, 4 * self.server.limits.max_bytes)
+        while left > 0 and (chunk := self.rfile.read(min(left, 2**16))):
+            left -= len(chunk)
+
+    def answer_problem(self, status: int, sentence: str) -> None:
+        """An error in OpenAI's form."""
+        self.answer(status, {"error": {"message": sentence}})
+
+    def answer(self, status: int, content: dict) -> None:
         """Send JSON and close: a connection has one request."""
         body = json.dumps(content).encode()
         self.send_response(status)
-        for name, value in (
-            ("Content-Type", "application/json"),
-            ("Content-Length", len(body)),
-            ("Connection", "close"),
-            *([("Retry-After", 1)] if status == 429 else []),
-        ):
-            self.send_header(name, str(value))
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
+        if status == 429:
+            self.send_header("Retry-After", "1")
         self.end_headers()
         self.wfile.write(body)
-
-
-def problem(sentence):
-    """An error in OpenAI's form."""
-    return {"error": {"message": sentence}}
 
 
 # ---- the server -----------------------------------------------------------------------------------------------------
@@ -196,65 +226,47 @@ class Server(ThreadingHTTPServer):
 
     request_queue_size = 128  # connections that the system holds until a thread takes them
 
-    def __init__(
-        self,
-        model,
-        port,
-        host="127.0.0.1",
-        max_bytes=2**26,
-        max_images=16,
-        max_pixels=2**25,
-        max_batch=64,
-        max_waiting=128,
-        wait_ms=10,
-    ):
-        """model and host as in `serve`; port 0 takes a free one, which server_port then tells.
-
-        Limits of a request: max_bytes, max_images, max_pixels of all its images together; max_waiting requests (more
-        are told 429); max_batch of one call of `imagine`, wait_ms for it to fill.
-        """
+    def __init__(self, model, port: int, host: str = "127.0.0.1", **limits):
+        """model and host as in `serve`, **limits of Limits; port 0 takes a free one, which server_port then tells."""
         super().__init__((host, port), Handler)
-        self.model, self.max_bytes, self.max_images, self.max_pixels = (
-            model,
-            max_bytes,
-            max_images,
-            max_pixels,
-        )
-        self.max_batch, self.wait = max_batch, wait_ms / 1000
-        self.places, self.waiting = threading.BoundedSemaphore(max_waiting), queue.Queue()
+        self.model = model
+        self.limits = Limits(**limits)
+        self.places = threading.BoundedSemaphore(self.limits.max_waiting)
+        self.waiting = queue.Queue()  # of (query, future)
         threading.Thread(target=self.work, daemon=True).start()
 
-    def imagine(self, query):
+    def imagine(self, query: Query) -> np.ndarray:
         """Wait in the queue for the view of one query."""
         future = Future()
         self.waiting.put((query, future))
         return future.result()
 
-    def work(self):
+    def work(self) -> None:
         """Imagine whatever waits, together, for ever."""
         while True:
-            batch, deadline = [self.waiting.get()], time.monotonic() + self.wait
-            while len(batch) < self.max_batch:
+            batch = [self.waiting.get()]
+            deadline = time.monotonic() + self.limits.wait_ms / 1000
+            while len(batch) < self.limits.max_batch:
                 try:
                     batch.append(self.waiting.get(timeout=max(0.0, deadline - time.monotonic())))
                 except queue.Empty:
                     break
             self.fulfil(batch)
 
-    def fulfil(self, batch):
-        """Imagine a batch of (query, future). If it fails, each query alone: one must not cost the others theirs."""
+    def fulfil(self, batch: list[tuple[Query, Future]]) -> None:
+        """Imagine a batch. If it fails, each query alone: one must not cost the others theirs."""
         try:
             views = self.model.imagine([query for query, _ in batch])
         except Exception as error:
-            for one in batch if len(batch) > 1 else ():
-                self.fulfil([one])
-            if len(batch) == 1:
-                traceback.print_exc()
-                batch[0][1].set_exception(
-                    Refusal(500, f"The simulator failed: {type(error).__name__}: {error}")
-                )
+            if len(batch) > 1:
+                for pair in batch:
+                    self.fulfil([pair])
+                return
+            traceback.print_exc()
+            sentence = f"The simulator failed: {type(error).__name__}: {error}"
+            batch[0][1].set_exception(Refusal(500, sentence))
             return
-        for (_, future), view in zip(batch, views):
+        for (_, future), view in zip(batch, views, strict=True):
             future.set_result(view)
 
     def handle_error(self, request, client_address):
@@ -263,7 +275,7 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def serve(model, port, host="127.0.0.1"):
+def serve(model, port: int, host: str = "127.0.0.1") -> None:
     """Serve a simulator until Ctrl-C.
 
     model   anything with imagine(list of Query), such as a WorldModel
@@ -272,9 +284,7 @@ def serve(model, port, host="127.0.0.1"):
     try:
         server = Server(model, port, host)
     except (OSError, OverflowError) as error:
-        fail(
-            f"{host}:{port} cannot be listened on ({error}). Give another port to --serve, or another --host."
-        )
+        fail(f"{host}:{port} cannot be listened on ({error}). Give another --port or --host.")
     say(f"The simulator answers at http://{host}:{server.server_port}{PATH} (Ctrl-C ends it).")
     if host not in LOOPBACK:
         say("Everyone who can reach this machine can use it: there is no password.")
@@ -284,3 +294,25 @@ def serve(model, port, host="127.0.0.1"):
         say("Stopped. Requests that were waiting got no answer.")
     finally:
         server.server_close()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serve a world model."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        default="tuned",
+        help="folder or Hugging Face id; default: the newer of out/wm and out/demo/wm",
+    )
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 lets everyone in who can reach this machine"
+    )
+    args = parser.parse_args(argv)
+    serve(load_simulator(args.model, default_device()), args.port, args.host)
+
+
+if __name__ == "__main__":
+    main()
