@@ -36,9 +36,6 @@ are split by place.
 """
 
 import argparse
-import json
-import math
-import os
 import re
 from collections import Counter
 from functools import partial
@@ -49,10 +46,11 @@ import torch
 from tqdm import tqdm
 
 from extras.report import real_views
-from extras.scans import quality
-from extras.scans.corpora import convert
-from extras.scans.depth import DEPTH_MODEL
-from extras.scans.make import holds_others, make_depth, make_heldout, make_scans
+from extras.scans.corpora import make_corpus
+from extras.scans.depth import DEPTH_MODEL, make_depth
+from extras.scans.heldout import make_heldout
+from extras.scans.make import make_scans
+from extras.scans.mining import mine
 from extras.scans.scene import READERS
 from extras.scans.triples import Rules
 from extras.world2vlm.frames import make_rendered
@@ -62,16 +60,10 @@ from extras.world2vlm.transitions import ROOMS, SEEN, room_anchor, transitions
 from lib import simulators
 from lib.common import (
     at_least,
-    disk,
     fail,
-    global_sum,
-    is_main,
     need,
-    read_log,
     run,
     say,
-    setup,
-    wait_for_all,
 )
 from lib.geometry import (
     Motion,
@@ -89,9 +81,7 @@ from lib.questions import room_questions
 from lib.records import SPLITS, build, load_jsonl, save_jsonl
 from lib.rooms import EYE, SIZE, TrueRenderer, random_room, render, ring
 from lib.simulators import SimulatorError
-from lib.streams import numpy_stream, stream_seed
-from policy import Policy, rollout
-from rewards import exact_match
+from lib.streams import numpy_stream
 
 FIRST_ROOM = {"triples_train": 0, "questions_train": 1_000_000, "val": 2_000_000, "test": 3_000_000}
 MOTIONS = (
@@ -323,137 +313,6 @@ def make_world2vlm(out, teacher="truth", rooms=1000, held_out=(60, 240), threads
                 say(f"  {number:6}  left out: {reason}")
 
 
-# ---- questions for RL ------------------------------------------------------------------------------------------------
-
-
-def make_corpus(corpus, root, out):
-    """out/questions_train.jsonl: the questions of a published corpus (extras/scans/corpora.py) that can be verified."""
-    out = Path(out)
-    rows, left_out = convert(corpus, root, out)
-    for row in rows:
-        row["images"] = [os.path.relpath(path, out) for path in row["images"]]
-    save_jsonl(out / "questions_train.jsonl", rows)
-    say(
-        "\n".join(
-            [
-                f"{out}/questions_train.jsonl: {len(rows)} questions",
-                *(f"  {count:8}  left out: {reason}" for reason, count in left_out.most_common()),
-            ]
-        )
-    )
-
-
-def mine(source, out, policy, samples=5, at_most=1, seed=0):
-    """Keep the hard questions: those that a policy answers right at most `at_most` times in `samples` (1 in 5, as
-    readers report of the paper).
-
-    source   questions_train.jsonl;  policy   folder or hub id of the base policy, asked directly at temperature 1
-    Out: out/questions_{train,val}.jsonl, one in twenty for validation, each row with "mined"; answers*.jsonl, one
-    of each of torchrun's processes, from which an interrupted run goes on. Such a set is for training alone: it was
-    chosen by the answers of a model, and a guesser would pass for hard as well; the share that a guesser would keep
-    is printed. Stops with a sentence if `out` holds questions of another corpus, which it would drop.
-    """
-    source, out = Path(source), Path(out)
-    if "train" not in source.stem:
-        fail(
-            f"{source} is not for training: only questions_train.jsonl may be mined, or the test would be chosen by "
-            f"what a model gets wrong."
-        )
-    questions = load_jsonl(source)
-    if len({question["id"] for question in questions}) < len(questions):
-        fail(
-            f"Some questions of {source} share an id, and one's answers would stand for the other: make ids unique."
-        )
-    if holds_others(
-        [out / f"questions_{split}.jsonl" for split in SPLITS],
-        "id",
-        {row["id"] for row in questions},
-    ):
-        fail(
-            f"{out} holds questions of something else, and they would be lost: give {source} an --out of its own."
-        )
-    asked = {"policy": str(policy), "samples": samples, "seed": seed}
-    ask_often(questions, out, asked)
-    if not is_main():
-        return
-    right = answers_in(out, asked)
-    kept = [
-        question | {"mined": {"right": right[question["id"]], "of": samples}}
-        for question in questions
-        if right[question["id"]] <= at_most
-    ]
-    for question in kept:
-        question["images"] = [os.path.relpath(path, out) for path in question["images"]]
-    held = [stream_seed("mined", question["id"]) % 20 == 0 for question in kept]
-    for split, side in (("train", False), ("val", True)):
-        save_jsonl(
-            out / f"questions_{split}.jsonl",
-            [q for q, is_held in zip(kept, held) if is_held == side],
-        )
-    guess = np.mean(
-        [guessers_share(len(question["options"]), samples, at_most) for question in questions]
-    )
-    rate = np.mean([right[question["id"]] for question in questions]) / samples
-    say(
-        f"{len(kept)} of {len(questions)} questions kept ({len(kept) / len(questions):.1%}): at most {at_most} right "
-        f"in {samples}. The policy is right in {rate:.1%} of its answers; of a pure guesser's questions {guess:.1%} "
-        f"would be kept."
-    )
-
-
-def ask_often(questions, out, asked, batch=16):
-    """Let a policy answer what it has not yet answered; the processes share the questions. asked   as in `mine`"""
-    world, samples, cut = setup(), asked["samples"], 0
-    log = out / ("answers.jsonl" if world.rank == 0 else f"answers_{world.rank}.jsonl")
-    save_jsonl(log, read_log(log))  # without a line that a kill tore
-    wait_for_all()
-    known = answers_in(out, asked)
-    waiting = [
-        question for question in questions[world.rank :: world.size] if question["id"] not in known
-    ]
-    policy = Policy.load(asked["policy"], world.device) if waiting else None
-    for start in tqdm(
-        range(0, len(waiting), batch), desc="ask", unit="batch", disable=not (waiting and is_main())
-    ):
-        part = waiting[start : start + batch]
-        said = rollout(
-            policy,
-            part,
-            None,
-            "direct",
-            group_size=samples,
-            temperature=1.0,
-            seed=asked["seed"],
-            max_new_tokens=policy.turn_limit,
-            rows=ASKED_AT_ONCE,
-        )
-        cut += sum(t.truncated for t in said)
-        with disk(log), log.open("a") as file:
-            for k, question in enumerate(part):
-                right = sum(
-                    exact_match(t.answer, question) for t in said[k * samples : (k + 1) * samples]
-                )
-                file.write(json.dumps({"id": question["id"], "right": int(right), **asked}) + "\n")
-    if cut := global_sum(float(cut)):
-        say(f"{cut:.0f} of these answers were cut off, and count as wrong.")
-
-
-def answers_in(out, asked):
-    """{id of a question: how many of its answers were right}, by all processes so far."""
-    return {
-        row["id"]: row["right"]
-        for file in out.glob("answers*.jsonl")
-        for row in read_log(file)
-        if asked.items() <= row.items()
-    }
-
-
-def guessers_share(options, samples, at_most):
-    """The chance that a blind guesser is right at most `at_most` times in `samples`; 1 where there are no options."""
-    p = 1 / options if options else 0.0
-    return sum(math.comb(samples, k) * p**k * (1 - p) ** (samples - k) for k in range(at_most + 1))
-
-
 # ---- rooms in the files of published benchmarks ---------------------------------------------------------------
 
 
@@ -518,7 +377,6 @@ def parse_args(argv=None):
             "mindcube",
             "world2vlm",
             "depth",
-            "quality",
             "heldout",
             "corpus",
             "mine",
@@ -786,8 +644,6 @@ def main(argv=None):
         make_corpus(args.corpus, args.root, args.out)
     elif args.what == "mine":
         mine(args.questions, args.out, args.policy, args.samples, args.at_most, args.seed)
-    elif args.what == "quality":
-        say("\n".join(quality.table(quality.study())))
     elif args.dataset:
         rules = Rules(
             args.coverage,

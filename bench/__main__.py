@@ -32,8 +32,8 @@ import train_wm
 from bench import gpu as gpu_speed
 from bench import policy as policy_speed
 from bench import wm as wm_speed
-from extras.scans.make import write_folder
-from extras.scans.scene import read_scene, room_scene
+from bench.room_scan import room_scene, write_scan_folder
+from extras.scans.scene import read_scene
 from extras.scans.triples import Rules, find_triples, write_triples
 from lib import budget
 from lib.bagel_files import resized
@@ -156,7 +156,7 @@ def data(args):
     scans, cores, rows = 11_292, 16, {}  # the paper's; cores of a workstation
     with tempfile.TemporaryDirectory() as folder:
         room = room_scene(0, counts[-1], size)
-        write_folder(Path(folder) / "scans" / "room", room.frames, room.up)
+        write_scan_folder(Path(folder) / "scans" / "room", room.frames, room.up)
         print(
             f"one room as a scan: {counts[-1]} frames of {size} x {size}, JPEG and 16-bit PNG; one core\n"
             f"{'frames':>8}{'CPU s':>8}{'to find':>9}{'triples':>9}{'per s':>8}",

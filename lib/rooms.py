@@ -3,7 +3,7 @@ The embedded world: furnished rooms and a ray caster, so that everything runs wi
 
 A room is a box of 5 to 7 metres with muted walls and coloured furniture. Its floor is the plane y = 0 and y points
 down (OpenCV), so an eye at 1.3 m stands at y = -1.3. `render` gives colour, metric depth and instance ids from any
-camera; a few thousand views of 32 x 32 pixels per second and core. lib/scenes.room_scene tells a room as a reader
+camera; a few thousand views of 32 x 32 pixels per second and core. bench/room_scan.py tells a room as a reader
 tells a scan.
 """
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
-from extras.scans.corpora import read_question
+from extras.scans import mining
+from extras.scans.corpora import make_corpus, read_question
+from lib.records import load_jsonl, save_jsonl
 from policy import Policy
 
 
@@ -104,8 +105,8 @@ def test_sensenova_records_become_questions_that_training_reads(tmp_path, capsys
         {"id": 9, "image": [], "conversations": exchange("How many?", "2")},
     ]
     (root / "SenseNova-SI-800K.jsonl").write_text("\n".join([*map(json.dumps, records), "{torn"]))
-    data.make_corpus("sensenova", root, tmp_path / "out")
-    (row,) = data.load_jsonl(tmp_path / "out" / "questions_train.jsonl")
+    make_corpus("sensenova", root, tmp_path / "out")
+    (row,) = load_jsonl(tmp_path / "out" / "questions_train.jsonl")
     assert row["id"] == "sensenova/7" and Image.open(row["images"][0]).size == (32, 32)
     said = capsys.readouterr().out
     assert all(
@@ -113,7 +114,7 @@ def test_sensenova_records_become_questions_that_training_reads(tmp_path, capsys
         for reason in ("an image is missing", "no image", "not one question")
     )
     with pytest.raises(SystemExit, match="Fetch sensenova"):
-        data.make_corpus("sensenova", tmp_path / "nowhere", tmp_path / "out")
+        make_corpus("sensenova", tmp_path / "nowhere", tmp_path / "out")
 
 
 def vst_record(folder, levels, answer):
@@ -133,8 +134,8 @@ def vst_questions(folder, records):
     pyarrow.parquet.write_table(
         pyarrow.Table.from_pylist(records), folder / "VST-500K" / "mi_camera_motion/0.parquet"
     )
-    data.make_corpus("vst", folder / "VST-500K", folder / "out")
-    return data.load_jsonl(folder / "out" / "questions_train.jsonl")
+    make_corpus("vst", folder / "VST-500K", folder / "out")
+    return load_jsonl(folder / "out" / "questions_train.jsonl")
 
 
 def test_vst_pictures_come_out_of_parquet(tmp_path):
@@ -163,15 +164,15 @@ def test_records_without_an_id_get_different_ones_and_a_torn_file_ends_in_a_sent
         with pytest.raises(
             SystemExit, match="(?s)0.parquet is not a parquet file .*fetch it again"
         ):
-            data.make_corpus("vst", tmp_path / "VST-500K", tmp_path / "out")
+            make_corpus("vst", tmp_path / "VST-500K", tmp_path / "out")
 
 
 # ---- mining ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_guessers_share_by_hand():
-    assert data.guessers_share(4, 5, 1) == pytest.approx(0.75**5 + 5 * 0.25 * 0.75**4)
-    assert data.guessers_share(2, 5, 5) == pytest.approx(1) and data.guessers_share(0, 5, 1) == 1
+    assert mining.guessers_share(4, 5, 1) == pytest.approx(0.75**5 + 5 * 0.25 * 0.75**4)
+    assert mining.guessers_share(2, 5, 5) == pytest.approx(1) and mining.guessers_share(0, 5, 1) == 1
 
 
 def test_mining_keeps_what_is_seldom_right_and_goes_on_where_it_stopped(
@@ -215,19 +216,71 @@ def test_mining_keeps_what_is_seldom_right_and_goes_on_where_it_stopped(
             for k in range(group_size)
         ]
 
-    monkeypatch.setattr(data, "rollout", answers)
-    data.mine(source, tmp_path / "out", tmp_path / "policy")
+    monkeypatch.setattr(mining, "rollout", answers)
+    mining.mine(source, tmp_path / "out", tmp_path / "policy")
     kept = [
         row
         for split in ("train", "val")
-        for row in data.load_jsonl(tmp_path / "out" / f"questions_{split}.jsonl")
+        for row in load_jsonl(tmp_path / "out" / f"questions_{split}.jsonl")
     ]
     assert sorted(int(row["id"][1:]) for row in kept) == [i for i in range(40) if i % 4 < 2]
     assert kept[0]["mined"]["of"] == 5 and Image.open(kept[0]["images"][0]).size == (32, 32)
     assert "20 of 40 questions kept (50.0%)" in capsys.readouterr().out and len(asked) == 40
     log = tmp_path / "out" / "answers.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:30]))
-    data.mine(source, tmp_path / "out", tmp_path / "policy")
+    mining.mine(source, tmp_path / "out", tmp_path / "policy")
     assert asked[40:] == [f"q{i}" for i in range(30, 40)]  # only what was not yet answered
     with pytest.raises(SystemExit, match="is not for training"):
-        data.mine(tmp_path / "in" / "questions_test.jsonl", tmp_path / "out", tmp_path / "policy")
+        mining.mine(tmp_path / "in" / "questions_test.jsonl", tmp_path / "out", tmp_path / "policy")
+
+
+def test_mining_does_not_drop_another_corpus(tmp_path, monkeypatch):
+    def mine(corpus, out):
+        rows = [
+            {"id": f"{corpus}/{i}", "images": [], "options": ["A. red", "B. blue"]}
+            for i in range(40)
+        ]
+        save_jsonl(tmp_path / corpus / "questions_train.jsonl", rows)
+        mining.mine(tmp_path / corpus / "questions_train.jsonl", tmp_path / out, "policy")
+
+    def mined(out):
+        return [
+            row["id"]
+            for split in ("train", "val")
+            for row in load_jsonl(tmp_path / out / f"questions_{split}.jsonl")
+        ]
+
+    monkeypatch.setattr(
+        mining,
+        "ask_often",
+        lambda questions, out, asked: save_jsonl(
+            out / "answers.jsonl",
+            [{"id": question["id"], "right": 0, **asked} for question in questions],
+        ),
+    )
+    mine("vst", "mined")
+    with pytest.raises(SystemExit, match="holds questions of something else, .* --out of its own"):
+        mine("sensenova", "mined")
+    mine("sensenova", "other")
+    mine("vst", "mined")  # the same again may be made anew
+    assert {id.split("/")[0] for id in mined("mined")} == {"vst"} and len(mined("mined")) == len(
+        mined("other")
+    ) == 40
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--at-most", "9", "--samples", "2"], "--at-most 9 of --samples 2: must be"),
+        (["--at-most", "-1"], "--at-most -1 of"),
+        (["--at-most", "5"], "none or all questions are kept"),
+    ],
+)
+def test_mining_that_keeps_all_or_none_is_refused(words, sentence, capsys):
+    with pytest.raises(SystemExit):
+        mining.parse_args(["--questions", "q", "--policy", "p", *words])
+    assert sentence in capsys.readouterr().err
+    assert (
+        mining.parse_args(["--questions", "q", "--policy", "p", "--at-most", "4"]).at_most
+        == 4
+    )

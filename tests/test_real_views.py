@@ -18,7 +18,7 @@ from extras.report.real_views import (
     pose_from_matches,
     recover_pose,
 )
-from extras.scans.triples import thousandths
+from extras.scans.frames import thousandths
 from lib.consistency import classify, content_of, delta_of, pose_error
 from lib.geometry import (
     Motion,

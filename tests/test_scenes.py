@@ -15,24 +15,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench.room_scan import room_scene, write_scan_folder
 from extras.scans.depth import depth_network, disagreement, estimate_depth, scale_of
-from extras.scans.make import write_folder
-from extras.scans.scene import (
-    OPENGL,
-    READERS,
-    collect,
-    frames_of,
-    read_scene,
-    room_scene,
-    scaled,
-    scene_ids,
-)
+from extras.scans.frames import collect, frames_of, scaled
+from extras.scans.readers import HALF, OPENGL
+from extras.scans.scene import READERS, read_scene, scene_ids
 from lib.geometry import coverage, decompose, dominant_motion, pinhole, warp
 from lib.rooms import random_room, render
 
 SEED, SIZE, ROWS, COLUMNS = 4, 80, slice(20, 68), slice(5, 69)
 WIDTH, HEIGHT = 64, 48
-HALF = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
 Z_UP = np.array(
     [[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]]
 )  # rooms have y down; scans z up
@@ -318,7 +310,7 @@ def write_dl3dv(root, frames, scale=SCALE, depth=True, inner="", **distortion):
 def write_plain(root, frames):
     """One depth map as .npy, with intrinsics of its own."""
     folder = root / "my_scan"
-    write_folder(folder, frames, [0, 0, 2], per_metre=5000)
+    write_scan_folder(folder, frames, [0, 0, 2], per_metre=5000)
     info = json.loads((folder / "scene.json").read_text())
     np.save(folder / "depth/0.npy", frames[0].depth())
     info["frames"][0] |= {"depth": "depth/0.npy", "intrinsics": frames[0].K().tolist()}
@@ -642,7 +634,7 @@ def test_dl3dv_fixture(tmp_path):
         },
     )
     with pytest.raises(
-        ValueError, match=r"DL3DV has no depth. Put .* or let `python data.py depth"
+        ValueError, match=r"DL3DV has no depth. Put .* or let `python -m extras.scans.depth"
     ):
         read_scene("dl3dv", tmp_path, "abc")
     (folder / "depth").mkdir()
@@ -766,7 +758,7 @@ def test_depth_is_estimated_resumed_and_fixes_the_scale(tmp_path, truth):
     dataset, id = write_dl3dv(tmp_path, truth, depth=False)
     with pytest.raises(KeyboardInterrupt):
         estimate_depth(tmp_path, id, "oracle", predict=Oracle(truth, stop_after=4))
-    with pytest.raises(ValueError, match="in part; run `python data.py depth"):
+    with pytest.raises(ValueError, match="in part; run `python -m extras.scans.depth"):
         read_scene(dataset, tmp_path, id)
     rest = Oracle(truth)
     info = estimate_depth(tmp_path, id, "oracle", predict=rest)

@@ -8,22 +8,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
-from extras.scans.make import places_of, sides_of, split_of, write_folder
-from extras.scans.scene import read_scene, room_scene
+from bench.room_scan import room_scene, write_scan_folder
+from extras.scans.frames import thousandths
+from extras.scans.heldout import make_heldout
+from extras.scans.make import make_scans, places_and_lists, places_of, split_of
+from extras.scans.scene import read_scene
+from extras.scans.summary import Summary
 from extras.scans.triples import (
     Rules,
-    Summary,
-    apart,
-    assorted,
     choose_context,
     find_triples,
     fit,
+    may_stand_together,
     motions_between,
-    thousandths,
+    targets_in_turn,
     write_triples,
 )
 from lib.geometry import Motion, camera_pose, decompose, dominant_motion, move_camera
+from lib.records import load_jsonl
 
 UP = np.array([0.0, -1.0, 0.0])
 SMALL = Rules(size=64, frames=40, contexts=2, targets=3)
@@ -37,7 +39,7 @@ def write_scan(folder, seed, spoil=None):
         if spoil is None
         else [replace(frame, load=lambda rgb=frame.image(): spoil(rgb)) for frame in scene.frames]
     )
-    write_folder(folder, frames, scene.up, ".png")
+    write_scan_folder(folder, frames, scene.up, ".png")
 
 
 @pytest.fixture(scope="module")
@@ -94,21 +96,35 @@ def test_context_cameras_are_apart_by_the_papers_rule():
         ]
     )
     # far and turned; 10 cm short; one degree short; a metre higher and looking up; neither way far enough
-    assert apart(cameras, UP, True, Rules())[0].tolist() == [False, True, False, False, True, False]
-    assert apart(cameras, UP, False, Rules())[0].tolist() == [False, True, True, False, True, True]
+    assert may_stand_together(cameras, UP, True, Rules())[0].tolist() == [
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
+    assert may_stand_together(cameras, UP, False, Rules())[0].tolist() == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_kinds_of_motion_take_turns():
     main = np.array([3] * 20 + [0] * 2 + [-1] * 5)
     delta = np.zeros((27, 6))
     delta[:10, 3], delta[10:20, 3], delta[20:22, 0] = 30, -30, 1
-    chosen = assorted(delta, main, np.random.default_rng(0), 6)
+    chosen = targets_in_turn(delta, main, np.random.default_rng(0), 6)
     told = sorted((main[k], delta[k, main[k]]) for k in chosen)
     assert told == [(0, 1), (0, 1), (3, -30), (3, -30), (3, 30), (3, 30)]
 
 
 def test_a_context_grows_by_the_camera_that_covers_most_and_stays_apart():
-    seen = {
+    sees = {
         0: np.array([1, 0, 0, 0, 0, 0], bool),
         1: np.array([0, 1, 0, 0, 0, 0], bool),
         2: np.array([0, 1, 1, 1, 0, 0], bool),
@@ -116,15 +132,15 @@ def test_a_context_grows_by_the_camera_that_covers_most_and_stays_apart():
     }
     shares = lambda mask: np.array([mask.mean()])  # noqa: E731, one target
     free = np.ones((4, 4), bool)
-    assert choose_context(0, [1, 2, 3], free, seen, shares, Rules()) == [
+    assert choose_context(0, [1, 2, 3], free, sees, shares, Rules()) == [
         0,
         2,
         3,
     ]  # 1 would bring nothing more
     near = free.copy()
     near[2, 3] = near[3, 2] = False
-    assert choose_context(0, [1, 2, 3], near, seen, shares, Rules()) == [0, 2]
-    assert choose_context(0, [1, 2, 3], free, seen, shares, Rules(context=2)) == [0, 2]
+    assert choose_context(0, [1, 2, 3], near, sees, shares, Rules()) == [0, 2]
+    assert choose_context(0, [1, 2, 3], free, sees, shares, Rules(context=2)) == [0, 2]
 
 
 def test_found_targets_keep_every_rule():
@@ -132,13 +148,13 @@ def test_found_targets_keep_every_rule():
     found, counts, frames = find_triples(scene, np.random.default_rng(0), Rules(size=64))
     assert found and counts["candidates"] > 0
     c2w = np.stack([frame.c2w for frame in frames])
-    stands = apart(c2w, UP, True, Rules())
+    stands = may_stand_together(c2w, UP, True, Rules())
     for group in found:
-        context, reference = group["context"], group["context"][group["reference"]]
+        context, reference = group.context, group.context[group.reference]
         assert 2 <= len(context) <= 4 and all(
             stands[a, b] for a in context for b in context if a != b
         )
-        for k, motion in group["targets"]:
+        for k, motion in group.targets:
             assert k not in context and dominant_motion(c2w[reference], c2w[k]) == motion
 
 
@@ -175,10 +191,8 @@ def test_a_blurred_capture_gives_no_triples(tmp_path):
 
 
 def test_rows_are_what_training_reads(scans, tmp_path):
-    data.make_scans(
-        "folder", scans, tmp_path, 1, rules=SMALL, lists={"test": listed(tmp_path, "scan2")}
-    )
-    rows = data.load_jsonl(tmp_path / "triples_train.jsonl")
+    make_scans("folder", scans, tmp_path, 1, rules=SMALL, lists={"test": listed(tmp_path, "scan2")})
+    rows = load_jsonl(tmp_path / "triples_train.jsonl")
     assert rows and {row["scene"] for row in rows} <= {"folder/scan0", "folder/scan1"}
     for row in rows:
         pictures = [
@@ -225,14 +239,14 @@ def listed(folder, *ids):
 
 def test_the_files_are_the_same_whatever_the_workers_and_after_an_interruption(scans, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    data.make_scans("folder", scans, one, 1, rules=SMALL)
-    data.make_scans("folder", scans, two, 2, rules=SMALL)
+    make_scans("folder", scans, one, 1, rules=SMALL)
+    make_scans("folder", scans, two, 2, rules=SMALL)
     assert files(one) == files(two)
     report = two / "scans" / "folder" / "scan1.json"
     before, kept = report.read_bytes(), (two / "scans" / "folder" / "scan0.json").stat().st_mtime_ns
     report.unlink()
     (two / "triples_train.jsonl").unlink()
-    data.make_scans("folder", scans, two, 1, rules=SMALL)
+    make_scans("folder", scans, two, 1, rules=SMALL)
     assert (
         files(one) == files(two)
         and json.loads(before)["rows"] == json.loads(report.read_bytes())["rows"]
@@ -240,7 +254,7 @@ def test_the_files_are_the_same_whatever_the_workers_and_after_an_interruption(s
     assert (
         two / "scans" / "folder" / "scan0.json"
     ).stat().st_mtime_ns == kept  # finished: not done again
-    data.make_scans("folder", scans, two, 1, seed=1, rules=SMALL)
+    make_scans("folder", scans, two, 1, seed=1, rules=SMALL)
     assert files(one) != files(two)
 
 
@@ -253,7 +267,7 @@ def test_a_broken_scan_is_named_and_the_rest_goes_on(tmp_path, capsys):
         picture.write_bytes(picture.read_bytes()[:300])
     (root / "empty").mkdir()
     (root / "empty" / "scene.json").write_text('{"frames": []}')
-    data.make_scans("folder", root, tmp_path / "out", 1, rules=SMALL)
+    make_scans("folder", root, tmp_path / "out", 1, rules=SMALL)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert list(summary["broken"]) == ["empty"] and summary["scans"] == 3 and summary["kept"] > 3
     assert "broken: empty: The folder scene" in capsys.readouterr().out
@@ -270,7 +284,7 @@ def test_a_broken_scan_is_named_and_the_rest_goes_on(tmp_path, capsys):
     }
     assert len(shown) > 4 and not shown & {f"{i:06d}_{i}" for i in range(0, 40, 10)}
     with pytest.raises(SystemExit, match="nowhere"):
-        data.make_scans("folder", tmp_path / "nowhere", tmp_path / "out", 1)
+        make_scans("folder", tmp_path / "nowhere", tmp_path / "out", 1)
 
 
 def test_a_summary_adds_up():
@@ -315,7 +329,7 @@ def test_no_place_is_on_two_sides_of_the_split(tmp_path):
 def test_a_list_replaces_the_draw_and_takes_whole_places(tmp_path):
     ids = [f"scene{place:04d}_{scan:02d}" for place in range(300) for scan in range(2)]
     lists = {"test": listed(tmp_path, "scene0007_01")}
-    places, sides = sides_of("scannet", tmp_path, ids, lists)
+    places, sides = places_and_lists("scannet", tmp_path, ids, lists)
     assert sides == {"scene0007": "test"}
     splits = {id: split_of("scannet", places[id], sides, lists) for id in ids}
     assert [id for id, split in splits.items() if split == "test"] == [
@@ -328,7 +342,7 @@ def test_a_list_replaces_the_draw_and_takes_whole_places(tmp_path):
         assert splits[id] == ("train" if drawn == "test" else drawn)
     (tmp_path / "val.txt").write_text("scene0007_00")
     with pytest.raises(SystemExit, match="a place stands on one side"):
-        sides_of("scannet", tmp_path, ids, lists | {"val": tmp_path / "val.txt"})
+        places_and_lists("scannet", tmp_path, ids, lists | {"val": tmp_path / "val.txt"})
 
 
 @pytest.mark.parametrize(
@@ -341,16 +355,16 @@ def test_a_list_replaces_the_draw_and_takes_whole_places(tmp_path):
 )
 def test_official_lists_are_read(text, tmp_path, capsys):
     (tmp_path / "list.csv").write_text(text)
-    _, sides = sides_of(
+    _, sides = places_and_lists(
         "folder", tmp_path, ["scan1", "scan2", "scan3"], {"test": tmp_path / "list.csv"}
     )
     assert sides == {"scan1": "test", "scan2": "test"}
     missing = {"s": None, "i": "1 of 3 lines", ",": "2 of 4 lines"}[text[0]]
     assert (f"--test: {missing} " in capsys.readouterr().out) == bool(missing)
     with pytest.raises(SystemExit, match="No line of .*list.csv names a scan .* such as room7"):
-        sides_of("folder", tmp_path, ["room7"], {"test": tmp_path / "list.csv"})
+        places_and_lists("folder", tmp_path, ["room7"], {"test": tmp_path / "list.csv"})
     with pytest.raises(SystemExit, match="does not exist; --val names"):
-        sides_of("folder", tmp_path, ["scan1"], {"val": tmp_path / "none.txt"})
+        places_and_lists("folder", tmp_path, ["scan1"], {"val": tmp_path / "none.txt"})
 
 
 def test_arkit_captures_of_one_visit_stay_together(tmp_path, capsys):
@@ -359,10 +373,10 @@ def test_arkit_captures_of_one_visit_stay_together(tmp_path, capsys):
     with pytest.raises(
         SystemExit, match="no metadata.csv with the visit_id .* both --val FILE and --test FILE"
     ):
-        sides_of("arkitscenes", tmp_path, ids, {"test": listed(tmp_path, ids[0])})
+        places_and_lists("arkitscenes", tmp_path, ids, {"test": listed(tmp_path, ids[0])})
     (tmp_path / "val.txt").write_text(ids[1])
     both = {"test": listed(tmp_path, ids[0]), "val": tmp_path / "val.txt"}
-    places, sides = sides_of("arkitscenes", tmp_path, ids, both)
+    places, sides = places_and_lists("arkitscenes", tmp_path, ids, both)
     assert len(places) == 300 and sides == {ids[0]: "test", ids[1]: "val"}
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/metadata.csv").write_text(
@@ -372,11 +386,11 @@ def test_arkit_captures_of_one_visit_stay_together(tmp_path, capsys):
             for k, id in enumerate(ids)
         )
     )
-    places, sides = sides_of("arkitscenes", tmp_path, ids, {})
+    places, sides = places_and_lists("arkitscenes", tmp_path, ids, {})
     assert places == {id: str(380000 + k // 3) for k, id in enumerate(ids[:298])} and not sides
     assert "2 scans are left out: nobody knows which place" in capsys.readouterr().out
     lists = {"test": listed(tmp_path, ids[4], ids[299])}
-    places, sides = sides_of("arkitscenes", tmp_path, ids, lists)
+    places, sides = places_and_lists("arkitscenes", tmp_path, ids, lists)
     splits = {id: split_of("arkitscenes", place, sides, lists) for id, place in places.items()}
     assert [id for id, split in splits.items() if split == "test"] == [
         ids[k] for k in (3, 4, 5, 299)
@@ -385,16 +399,14 @@ def test_arkit_captures_of_one_visit_stay_together(tmp_path, capsys):
 
 def test_a_second_dataset_does_not_drop_the_first(scans, tmp_path):
     out = tmp_path / "out"
-    data.make_scans("folder", scans, out, 1, rules=SMALL, limit=1)
+    make_scans("folder", scans, out, 1, rules=SMALL, limit=1)
     before = files(out)
     write_scan(tmp_path / "more" / "kitchen", 1)
     with pytest.raises(SystemExit, match="train_wm.py --data takes several folders"):
-        data.make_scans("folder", tmp_path / "more", out, 1, rules=SMALL)
+        make_scans("folder", tmp_path / "more", out, 1, rules=SMALL)
     assert files(out) == before
-    data.make_scans(
-        "folder", scans, out, 1, rules=SMALL, limit=2
-    )  # more scans of the same are welcome
-    rows = data.load_jsonl(out / "triples_train.jsonl")
+    make_scans("folder", scans, out, 1, rules=SMALL, limit=2)  # more scans of the same are welcome
+    rows = load_jsonl(out / "triples_train.jsonl")
     assert len({row["scene"] for row in rows}) == 2 and all(
         f"folder/{row['place']}" == row["scene"] for row in rows
     )
@@ -402,15 +414,15 @@ def test_a_second_dataset_does_not_drop_the_first(scans, tmp_path):
 
 def test_the_held_out_set_takes_as_many_of_each_dataset_and_refuses_shared_places(scans, tmp_path):
     source = tmp_path / "a"
-    data.make_scans(
+    make_scans(
         "folder", scans, source, 1, rules=SMALL, lists={"test": listed(tmp_path, "scan1", "scan2")}
     )
-    data.make_heldout([source], tmp_path / "held", per_dataset=5)
-    rows = data.load_jsonl(tmp_path / "held" / "triples_test.jsonl")
+    make_heldout([source], tmp_path / "held", per_dataset=5)
+    rows = load_jsonl(tmp_path / "held" / "triples_test.jsonl")
     with pytest.raises(
         SystemExit, match="python data.py triples --dataset NAME --root DIR --out .*nowhere"
     ):
-        data.make_heldout([tmp_path / "nowhere"], tmp_path / "held", per_dataset=5)
+        make_heldout([tmp_path / "nowhere"], tmp_path / "held", per_dataset=5)
     assert len(rows) == 5 and {row["scene"] for row in rows} == {"folder/scan1", "folder/scan2"}
     assert all(
         Image.open(place).size == (64, 64)
@@ -418,11 +430,11 @@ def test_the_held_out_set_takes_as_many_of_each_dataset_and_refuses_shared_place
         for place in (*row["context"], row["target"])
     )
     with pytest.raises(SystemExit, match="triples of test scans"):
-        data.make_heldout([source], tmp_path / "held", per_dataset=500)
+        make_heldout([source], tmp_path / "held", per_dataset=500)
     train = source / "triples_train.jsonl"
     train.write_text(train.read_text() + (source / "triples_test.jsonl").read_text())
     with pytest.raises(SystemExit, match="both sides"):
-        data.make_heldout([source], tmp_path / "held", per_dataset=5)
+        make_heldout([source], tmp_path / "held", per_dataset=5)
     train.write_text(
         json.dumps({**json.loads(train.read_text().splitlines()[0]), "place": None}).replace(
             '"place": null', '"older": 0'
@@ -430,7 +442,7 @@ def test_the_held_out_set_takes_as_many_of_each_dataset_and_refuses_shared_place
         + "\n"
     )
     with pytest.raises(SystemExit, match="does not tell the place"):
-        data.make_heldout([source], tmp_path / "held", per_dataset=5)
+        make_heldout([source], tmp_path / "held", per_dataset=5)
 
 
 def test_what_its_own_photograph_would_fail_is_not_held_out(tmp_path, capsys):
@@ -465,11 +477,11 @@ def test_what_its_own_photograph_would_fail_is_not_held_out(tmp_path, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/triples_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "a/triples_train.jsonl").write_text("")
-    data.make_heldout([tmp_path / "a"], tmp_path / "held", per_dataset=3)
+    make_heldout([tmp_path / "a"], tmp_path / "held", per_dataset=3)
     assert "3 triples of 1 test scans; left out: 2 whose own pose" in capsys.readouterr().out
-    kept = data.load_jsonl(tmp_path / "held" / "triples_test.jsonl")
+    kept = load_jsonl(tmp_path / "held" / "triples_test.jsonl")
     assert sorted(row["id"] for row in kept) == ["1", "2", "3"]
     with pytest.raises(
         SystemExit, match="has 3 triples of test scans that do what their words say, and 4"
     ):
-        data.make_heldout([tmp_path / "a"], tmp_path / "held", per_dataset=4)
+        make_heldout([tmp_path / "a"], tmp_path / "held", per_dataset=4)

@@ -1,101 +1,110 @@
 """
 Published corpora of spatial questions as our question rows, to train a policy with.
 
+  python -m extras.scans.corpora --corpus sensenova --root DIR      out/sensenova/questions_train.jsonl
+  python -m extras.scans.corpora --corpus vst --root DIR            out/vst/questions_train.jsonl, images/
+
   sensenova   sensenova/SenseNova-SI-800K on the hub: SenseNova-SI-800K.jsonl beside its image folders; a record is
               {"id", "image": [paths], "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}]}
   vst         rayruiyang/VST-500K: <task>/*.parquet (pyarrow), "images": [{"bytes"}] and the same conversations
 
 As readers report, the paper drew about 6,000 questions from these two and from a hard split that is not public, keeping
-those that its base policy answers at most once in five samples (`python data.py mine`). Only what can be verified is
+those that its base policy answers at most once in five samples (extras/scans/mining.py). Only what can be verified is
 converted: one question with lettered options and a letter for an answer, or with an answer of at most three words.
 """
 
+import argparse
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from extras.benches.files import parquet_rows, save_pictures, split_options
-from lib.common import fail
+from extras.scans.make import with_relative_paths
+from lib.distributed import fail, say
+from lib.records import save_jsonl
+from lib.stage import run_stage
 
 LETTER = re.compile(r"\s*\(?([A-E])(?:[).:]\s*.*)?\s*", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+IMAGE_MARK = re.compile(r"<image>|<\|image_pad\|>|^\s*Image-?\d+:\s*", re.MULTILINE)
 
 
-def read_question(conversations):
-    """One exchange -> ({"question", "options", "answer", "kind"}, None), or (None, why it cannot be verified)."""
-    said = [turn.get("value", "") for turn in conversations if isinstance(turn, dict)]
-    if len(said) != 2:
-        return None, "not one question with one answer"
-    whole = re.sub(
-        r"<image>|<\|image_pad\|>|^\s*Image-?\d+:\s*", "", said[0], flags=re.MULTILINE
-    ).strip()
-    text, rest = options_last(whole)
-    answer = (ANSWER.findall(said[1]) or [said[1]])[-1].strip()
-    # "(A) left" and "A: left" become "A. left", each on a line of its own
-    lettered = re.sub(r"(?:(?<=\s)|^)\(?([A-E])[).:]\s+", r"\n\1. ", text)
-    question, options = split_options(" ".join(lettered.split()))
-    if options:
-        found = LETTER.fullmatch(answer)
-        words = answer.lower().rstrip(".")
-        letter = (
-            found[1]
-            if found
-            else next((option[0] for option in options if option[3:].lower() == words), None)
+class Record(NamedTuple):
+    """One raw record of a corpus."""
+
+    id: str
+    category: str
+    images: list[str]  # paths
+    conversations: list[dict]  # {"from", "value"} of each turn
+
+
+def make_corpus(corpus: str, root: str | Path, out: str | Path) -> None:
+    """out/questions_train.jsonl: the questions of a published corpus that can be verified; the rest is counted."""
+    out = Path(out)
+    rows, left_out = convert(corpus, root, out)
+    save_jsonl(out / "questions_train.jsonl", [with_relative_paths(row, out) for row in rows])
+    say(f"{out}/questions_train.jsonl: {len(rows)} questions")
+    for reason, count in left_out.most_common():
+        say(f"  {count:8}  left out: {reason}")
+
+
+def convert(corpus: str, root: str | Path, out: Path) -> tuple[list[dict], Counter]:
+    """All questions of a corpus that can be verified, and why how many others were left out.
+
+    An id that comes again, or none, gets a number: "#2", "#3", ...
+    """
+    rows, left_out, times = [], Counter(), Counter()
+    for record in records(corpus, Path(root), out):
+        question, reason = read_question(record.conversations)
+        if question and not record.images:
+            reason = "no image"
+        elif question and not all(Path(path).is_file() for path in record.images):
+            reason = "an image is missing"
+        if reason:
+            left_out[reason] += 1
+            continue
+        times[record.id] += 1
+        number = f"#{times[record.id]}" if times[record.id] > 1 else ""
+        row = {"id": f"{corpus}/{record.id}{number}", "bench": corpus, "images": record.images}
+        rows.append(row | question | {"category": record.category, "needs_view": None})
+    return rows, left_out
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------------
+
+
+def records(corpus: str, root: Path, out: Path) -> Iterator[Record]:
+    """Raw records of a corpus, one by one; pictures inside parquet files are written to out/images/.
+
+    Stops with a sentence if files are missing or cut off; what is no record comes without images and conversations.
+    """
+    return sensenova_records(root) if corpus == "sensenova" else vst_records(root, out / "images")
+
+
+def sensenova_records(root: Path) -> Iterator[Record]:
+    """The lines of SenseNova-SI-800K.jsonl."""
+    file = root / "SenseNova-SI-800K.jsonl"
+    if not file.exists():
+        fail(
+            f"{file} does not exist. Fetch sensenova/SenseNova-SI-800K from the Hugging Face hub, unpack its "
+            f"images beside it, and give --root <its folder>."
         )
-        if letter not in {option[0] for option in options}:
-            return None, "the answer is none of the options"
-        return {
-            "question": f"{question} {rest}".strip(),
-            "options": options,
-            "answer": letter,
-            "kind": "mca",
-        }, None
-    if not answer or len(answer.split()) > 3:
-        return None, "an answer that cannot be verified"
-    return {"question": whole, "options": [], "answer": answer.rstrip("."), "kind": "na"}, None
+    with file.open() as lines:
+        for number, line in enumerate(lines):
+            try:
+                row = json.loads(line)
+                names = row["image"] if isinstance(row["image"], list) else [row["image"]]
+                images = [str(root / name) for name in names]
+                yield Record(str(row.get("id", number)), "", images, row["conversations"])
+            except (ValueError, KeyError, TypeError):
+                yield Record(str(number), "", [], [])
 
 
-def options_last(text):
-    """Where options have lines of their own -> (text up to the last one, what follows); elsewhere (text, "").
-
-    What follows, such as a word on how to answer, is no part of the last option.
-    """
-    own = list(re.finditer(r"^[ \t]*\(?([A-E])[).:][ \t]+\S.*$", text, re.MULTILINE))
-    if len(own) < 2 or "".join(line[1] for line in own) != "ABCDE"[: len(own)]:
-        return text, ""
-    return text[: own[-1].end()], " ".join(text[own[-1].end() :].split())
-
-
-def records(corpus, root, out):
-    """Raw records of a corpus, one by one: (id, category, image paths, conversations); images are relative to `out`.
-
-    Pictures inside parquet files are written to out/images/. Stops with a sentence if files are missing or cut off.
-    """
-    root, out = Path(root), Path(out)
-    if corpus == "sensenova":
-        file = root / "SenseNova-SI-800K.jsonl"
-        if not file.exists():
-            fail(
-                f"{file} does not exist. Fetch sensenova/SenseNova-SI-800K from the Hugging Face hub, unpack its "
-                f"images beside it, and give --root <its folder>."
-            )
-        with file.open() as lines:
-            for number, line in enumerate(lines):
-                try:
-                    record = json.loads(line)
-                    images = (
-                        record["image"] if isinstance(record["image"], list) else [record["image"]]
-                    )
-                    yield (
-                        str(record.get("id", number)),
-                        "",
-                        [str(root / path) for path in images],
-                        record["conversations"],
-                    )
-                except (ValueError, KeyError, TypeError):
-                    yield str(number), "", [], []
-        return
+def vst_records(root: Path, folder: Path) -> Iterator[Record]:
+    """The rows of VST-500K's parquet files, whose pictures go to `folder`; the name of a task is the category."""
     files = sorted(root.glob("*/*.parquet"))
     if not files:
         fail(
@@ -103,40 +112,75 @@ def records(corpus, root, out):
             f"--root <its folder>."
         )
     for file in files:
-        for record in parquet_rows(file):
-            yield (
-                f"{file.parent.name}/{record.get('id', file.stem)}",
-                file.parent.name,
-                save_pictures(record["images"], out / "images"),
-                record["conversations"],
-            )
+        task = file.parent.name
+        for row in parquet_rows(file):
+            id = f"{task}/{row.get('id', file.stem)}"
+            yield Record(id, task, save_pictures(row["images"], folder), row["conversations"])
 
 
-def convert(corpus, root, out):
-    """All questions of a corpus that can be verified -> (rows, Counter of what was left out and why).
+# ---- words ---------------------------------------------------------------------------------------------------------------
 
-    An id that comes again, or none, gets a number: "#2", "#3", ...
+
+def read_question(conversations: list[dict]) -> tuple[dict | None, str | None]:
+    """One exchange -> ({"question", "options", "answer", "kind"}, None), or (None, why it cannot be verified)."""
+    turns = [turn.get("value", "") for turn in conversations if isinstance(turn, dict)]
+    if len(turns) != 2:
+        return None, "not one question with one answer"
+    text = IMAGE_MARK.sub("", turns[0]).strip()
+    answer = (ANSWER.findall(turns[1]) or [turns[1]])[-1].strip()
+    before, after = split_after_options(text)
+    # "(A) left" and "A: left" become "A. left", each on a line of its own
+    lettered = re.sub(r"(?:(?<=\s)|^)\(?([A-E])[).:]\s+", r"\n\1. ", before)
+    question, options = split_options(" ".join(lettered.split()))
+    if options:
+        letter = letter_of(answer, options)
+        if letter is None:
+            return None, "the answer is none of the options"
+        question = f"{question} {after}".strip()
+        return {"question": question, "options": options, "answer": letter, "kind": "mca"}, None
+    if not answer or len(answer.split()) > 3:
+        return None, "an answer that cannot be verified"
+    return {"question": text, "options": [], "answer": answer.rstrip("."), "kind": "na"}, None
+
+
+def letter_of(answer: str, options: list[str]) -> str | None:
+    """The option that an answer names, by its letter ("(B) blue") or by its words ("Blue."); None if it is none."""
+    match, words = LETTER.fullmatch(answer), answer.lower().rstrip(".")
+    for option in options:
+        if option[0] == match[1] if match else option[3:].lower() == words:
+            return option[0]
+    return None
+
+
+def split_after_options(text: str) -> tuple[str, str]:
+    """Where options have lines of their own -> (text up to the last one, what follows); elsewhere (text, "").
+
+    What follows, such as a word on how to answer, is no part of the last option.
     """
-    rows, counts, named = [], Counter(), Counter()
-    for id, category, images, conversations in records(corpus, root, out):
-        row, reason = read_question(conversations)
-        if row and not images:
-            reason = "no image"
-        elif row and any(not Path(path).is_file() for path in images):
-            reason = "an image is missing"
-        if reason:
-            counts[reason] += 1
-            continue
-        named[id] += 1
-        id = f"{corpus}/{id}" + (f"#{named[id]}" if named[id] > 1 else "")
-        rows.append(
-            {
-                "id": id,
-                "bench": corpus,
-                "images": images,
-                **row,
-                "category": category,
-                "needs_view": None,
-            }
-        )
-    return rows, counts
+    lines = list(re.finditer(r"^[ \t]*\(?([A-E])[).:][ \t]+\S.*$", text, re.MULTILINE))
+    letters = "".join(line[1] for line in lines)
+    if len(lines) < 2 or letters != "ABCDE"[: len(lines)]:
+        return text, ""
+    end = lines[-1].end()
+    return text[:end], " ".join(text[end:].split())
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line's flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--corpus", required=True, choices=("sensenova", "vst"))
+    parser.add_argument("--root", required=True, help="folder of the corpus")
+    parser.add_argument("--out", help="folder of the files (default: out/<corpus>)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Convert one corpus."""
+    args = parse_args(argv)
+    make_corpus(args.corpus, args.root, args.out or f"out/{args.corpus}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,39 +1,75 @@
 """
 Depth and a scale for scenes that have pictures and poses alone (DL3DV), by a network that guesses metres.
 
-  python data.py depth --root DL3DV-ALL-960P
+  python -m extras.scans.depth --root DL3DV-ALL-960P
 
 Every picture gets its depth map; then the one number is sought that the poses must be multiplied by for depth maps of
 different views to agree. Where they agree nowhere the scene is refused: a motion in metres would be made up.
+In: scenes as readers.dl3dv says.  Out: depth/*.png and depth.json beside each transforms.json.
 """
 
-import numpy as np
-from PIL import Image
+import argparse
+from collections.abc import Callable
+from pathlib import Path
 
-from extras.scans.scene import (
-    collect,
+import numpy as np
+import torch
+from numpy import ndarray
+from PIL import Image
+from tqdm import tqdm
+
+from extras.scans.frames import Frame, collect, thousandths
+from extras.scans.readers import (
     dl3dv_folder,
     dl3dv_frames,
     dl3dv_rows,
-    longer,
-    read_json,
-    scene_folders,
+    load_json,
+    read_undistorted,
+    rescaled,
 )
-from lib.common import write_json
+from extras.scans.scene import scene_folders, scene_ids
+from lib.distributed import default_device, fail, say
 from lib.geometry import project, unproject
 from lib.images import save_image
+from lib.records import write_json
+from lib.stage import run_stage
 
 DEPTH_MODEL = "depth-anything/Depth-Anything-V2-Metric-Indoor-Small-hf"
-MAX_DISAGREEMENT = (
-    0.15  # of depth and poses, as a share of the depth; sensors stay below 0.05, networks do not
-)
-UNFINISHED = (
-    "its depth is estimated in part; run `python data.py depth --root DIR` again, it continues."
-)
+MAX_DISAGREEMENT = 0.15  # of depth and poses, as a share of the depth; sensors stay below 0.05
+UNFINISHED = "its depth is estimated in part; run `python -m extras.scans.depth --root DIR` again, it continues."
+OVERLAP = 0.2  # share of a view's points that another must see to be compared with it
+
+Camera = tuple[ndarray, ndarray, ndarray]  # depth (H, W), K (3, 3), c2w (4, 4)
 
 
-def estimate_depth(root, id, model, predict):
-    """Write depth/ and depth.json of a DL3DV scene (see `dl3dv`) with a depth network -> what depth.json holds.
+def make_depth(root: str | Path, model: str) -> None:
+    """Depth maps and a scale for every DL3DV scene below `root`; a broken scene is named, and the rest goes on."""
+    try:
+        ids = scene_ids("dl3dv", root)
+    except ValueError as error:
+        fail(error)
+    try:
+        predict = depth_network(model, default_device())
+    except (OSError, ValueError) as error:
+        fail(
+            f"The depth network {model} cannot be read ({str(error).splitlines()[0]}). Give --model a folder, or "
+            f"fetch it where there is a network."
+        )
+    refused = 0
+    for id in tqdm(ids, desc="depth", unit="scene"):
+        try:
+            info = estimate_depth(root, id, model, predict)
+        except ValueError as error:
+            info = {"refused": error}
+        refused += bool(info["refused"])
+        say(f"{id}:", info["refused"] or f"a unit of its poses is {info['scale']:.4g} m")
+    say(f"{refused} scenes have no depth with a scale; their motions cannot be told in metres.")
+
+
+def estimate_depth(
+    root: str | Path, id: str, model: str, predict: Callable[[ndarray], ndarray]
+) -> dict:
+    """Write depth/ and depth.json of a DL3DV scene (see readers.dl3dv) -> what depth.json holds.
 
     model     the network's name, which depth.json keeps
     predict   (H, W, 3) uint8 -> (H, W) metres: what `depth_network` gives
@@ -42,8 +78,8 @@ def estimate_depth(root, id, model, predict):
     network's, so only roughly metres. Raises ValueError if the scene has depth from elsewhere.
     """
     folder = dl3dv_folder(scene_folders("dl3dv", root, id)[0])
-    note, how = folder / "depth.json", f"depth of single pictures by {model}"
-    info = read_json(note) if note.is_file() else {}
+    file, how = folder / "depth.json", f"depth of single pictures by {model}"
+    info = load_json(file) if file.is_file() else {}
     if (info or (folder / "depth").exists()) and info.get("how") != how:
         raise ValueError(
             f"{folder} has depth from elsewhere ({info.get('how', 'no depth.json says where')}). Remove "
@@ -51,90 +87,55 @@ def estimate_depth(root, id, model, predict):
         )
     if info and info["refused"] != UNFINISHED:
         return info
-    rows, full, load = dl3dv_rows(folder)
-    write_json(note, {"scale": None, "how": how, "refused": UNFINISHED})
-    for _, image, depth, *_ in rows:
-        if image is None or depth.exists():
+    write_json(file, {"scale": None, "how": how, "refused": UNFINISHED})
+    rows, camera = dl3dv_rows(folder)
+    for row in rows:
+        if row.image is None or row.depth.exists():
             continue
         try:
-            pixels = load(image)
+            pixels = read_undistorted(row.image, camera)
         except ValueError:  # missing or broken; the reader will count it among those without depth
             continue
-        thousandths = np.nan_to_num(1000 * np.float64(predict(pixels)), nan=0, posinf=0, neginf=0)
-        save_image(
-            depth,
-            np.where((thousandths > 0) & (thousandths < 65535), thousandths, 0)
-            .round()
-            .astype(np.uint16),
-        )
-    scale, off = scale_of(collect(dl3dv_frames(rows, full, load, 1)).frames)
-    refused = (
-        ""
-        if scale
-        else (
+        save_image(row.depth, thousandths(np.float64(predict(pixels))))
+    scale, off = scale_of(collect(dl3dv_frames(folder, 1)).frames)
+    refused = ""
+    if scale is None:
+        refused = (
             f"its depth and poses fix no scale: they disagree by {off:.0%} of the depth, or "
             f"the camera hardly moved. Put better depth beside transforms.json."
         )
-    )
-    write_json(
-        note,
-        info := {"scale": scale, "how": how, "disagreement": round(off, 4), "refused": refused},
-    )
+    info = {"scale": scale, "how": how, "disagreement": round(off, 4), "refused": refused}
+    write_json(file, info)
     return info
 
 
-def depth_network(model, device):
+def depth_network(model: str, device: str) -> Callable[[ndarray], ndarray]:
     """A transformers depth network, trained for metres, as a function (H, W, 3) uint8 -> (H, W) float32 metres."""
-    import torch
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
-    processor, network = (
-        kind.from_pretrained(model) for kind in (AutoImageProcessor, AutoModelForDepthEstimation)
-    )
+    processor = AutoImageProcessor.from_pretrained(model)
+    network = AutoModelForDepthEstimation.from_pretrained(model)
     if getattr(network.config, "depth_estimation_type", "metric") != "metric":
         raise ValueError(
             f"{model} knows relative depth only; take one trained for metres, such as {DEPTH_MODEL}."
         )
     network = network.to(device).eval()
 
-    def predict(pixels):
+    def predict(pixels: ndarray) -> ndarray:
         inputs = processor(images=Image.fromarray(pixels), return_tensors="pt").to(device)
         with torch.inference_mode():
-            (depth,) = processor.post_process_depth_estimation(
-                network(**inputs), target_sizes=[pixels.shape[:2]]
-            )
+            outputs = network(**inputs)
+        sizes = [pixels.shape[:2]]
+        (depth,) = processor.post_process_depth_estimation(outputs, target_sizes=sizes)
         return depth["predicted_depth"].float().cpu().numpy()
 
     return predict
 
 
-def depth_ratios(one, other):
-    """How two views (depth (H, W), K, c2w) fit: points of one, as the other sees them.
-
-    returns z / depth of the points that fall on valid depth of the other (n,), and their share of all points
-    """
-    (depth, K, c2w), (other_depth, other_K, other_c2w) = one, other
-    pixel, z = project(unproject(depth, K, c2w)[depth > 0], other_K, other_c2w)
-    column, row = np.floor(pixel.T)
-    inside = (
-        (z > 0)
-        & (column >= 0)
-        & (row >= 0)
-        & (column < other_depth.shape[1])
-        & (row < other_depth.shape[0])
-    )
-    there = other_depth[row[inside].astype(int), column[inside].astype(int)]
-    return z[inside][there > 0] / there[there > 0], float((there > 0).sum() / max(1, len(pixel)))
+# ---- the scale of the poses ----------------------------------------------------------------------------------------------
 
 
-def disagreement(one, other):
-    """Median of |z - depth| / depth (inf if nothing overlaps), and the share of points that fall on the other view's
-    depth. Near 0 for true poses, far above 0.1 for wrong axes."""
-    ratios, share = depth_ratios(one, other)
-    return (float(np.median(np.abs(ratios - 1))) if share else np.inf), share
-
-
-def scale_of(frames, views=24, width=40):
+def scale_of(frames: list[Frame], views: int = 24, width: int = 40) -> tuple[float | None, float]:
     """Metres per unit of the poses, for frames whose depth is in metres and whose poses are not.
 
     Of `views` frames along the capture, `width` pixels wide, each is compared with those two of the next six that stand
@@ -144,43 +145,92 @@ def scale_of(frames, views=24, width=40):
     returns (scale, disagreement). scale is None if the median disagreement at it is above MAX_DISAGREEMENT, or the
     spread above 60 % of what cameras that only turn would give: then no parallax shows a scale.
     """
-    looks = []
-    for frame in [frames[i] for i in np.unique(np.linspace(0, len(frames) - 1, views).astype(int))]:
+    cameras = []
+    for i in np.unique(np.linspace(0, len(frames) - 1, views).astype(int)):
+        frame = frames[i]
         size = (width, max(1, round(width * frame.size[1] / frame.size[0])))
-        looks.append((frame.depth(size), frame.K(size), frame.c2w))
-    poses = np.array([c2w for *_, c2w in looks])
-    apart = np.linalg.norm(poses[:, None, :3, 3] - poses[:, :3, 3], axis=-1)  # (views, views)
-    alike = poses[:, :3, 2] @ poses[:, :3, 2].T > np.cos(np.radians(40))
-    choices = [
-        [j for j in range(i + 1, min(i + 7, len(looks))) if alike[i, j]] for i in range(len(looks))
-    ]
-    pairs = [
-        (i, j)
-        for i, near in enumerate(choices)
-        for j in sorted(near, key=lambda j: -apart[i, j])[:2]
-    ]
-    baseline, deep = (
-        np.median([apart[pair] for pair in pairs] or [0]),
-        np.concatenate([d.ravel() for d, *_ in looks]),
-    )
-    if baseline == 0 or not deep.any():
+        cameras.append((frame.depth(size), frame.K(size), frame.c2w))
+    poses = np.array([c2w for _, _, c2w in cameras])
+    pairs = pairs_with_parallax(poses)
+    baseline = np.median([np.linalg.norm(poses[i, :3, 3] - poses[j, :3, 3]) for i, j in pairs] or 0)
+    depths = np.concatenate([depth[depth > 0] for depth, _, _ in cameras])
+    if baseline == 0 or not len(depths):
         return None, 1.0
 
-    def pairs_at(scale):
-        moved = [(depth, K, longer(c2w, scale)) for depth, K, c2w in looks]
+    def pairs_at(scale: float) -> list[tuple[Camera, Camera]]:
+        moved = [(depth, K, rescaled(c2w, scale)) for depth, K, c2w in cameras]
         return [(moved[i], moved[j]) for i, j in pairs]
 
-    def spread(scale):
-        found = [depth_ratios(*pair) for pair in pairs_at(scale)]
-        return np.median(
-            [
-                np.median(np.abs(ratios / np.median(ratios) - 1)) if share > 0.2 else 1
-                for ratios, share in found
-            ]
-        )
+    def spread(scale: float) -> float:
+        spreads = []
+        for one, other in pairs_at(scale):
+            ratios, share = depth_ratios(one, other)
+            off = np.abs(ratios / np.median(ratios) - 1) if share > OVERLAP else 1
+            spreads.append(np.median(off))
+        return np.median(spreads)
 
-    scale = np.median(deep[deep > 0]) / baseline  # cameras as far apart as things are away
+    scale = np.median(depths) / baseline  # cameras as far apart as things are away
     scale = min(scale * np.logspace(-2, 0.5, 41), key=spread)
     scale = float(min(scale * np.logspace(-0.06, 0.06, 25), key=spread))
     off = float(np.median([min(1, disagreement(*pair)[0]) for pair in pairs_at(scale)]))
-    return (scale if off <= MAX_DISAGREEMENT and spread(scale) <= 0.6 * spread(0) else None), off
+    clear = off <= MAX_DISAGREEMENT and spread(scale) <= 0.6 * spread(0)
+    return (scale if clear else None), off
+
+
+def pairs_with_parallax(poses: ndarray) -> list[tuple[int, int]]:
+    """Each of the cameras (n, 4, 4) with two of the next six: the farthest that look its way within 40 degrees."""
+    apart = np.linalg.norm(poses[:, None, :3, 3] - poses[:, :3, 3], axis=-1)  # (n, n)
+    same_way = poses[:, :3, 2] @ poses[:, :3, 2].T > np.cos(np.radians(40))
+    pairs = []
+    for i in range(len(poses)):
+        near = [j for j in range(i + 1, min(i + 7, len(poses))) if same_way[i, j]]
+        near.sort(key=lambda j: -apart[i, j])
+        pairs += [(i, j) for j in near[:2]]
+    return pairs
+
+
+def depth_ratios(one: Camera, other: Camera) -> tuple[ndarray, float]:
+    """How two views fit: points of one, as the other sees them.
+
+    returns z / depth of the points that fall on valid depth of the other (n,), and their share of all points
+    """
+    (depth, K, c2w), (other_depth, other_K, other_c2w) = one, other
+    points = unproject(depth, K, c2w)[depth > 0]  # (n, 3)
+    pixel, z = project(points, other_K, other_c2w)
+    height, width = other_depth.shape
+    column, row = np.floor(pixel.T)
+    inside = (z > 0) & (column >= 0) & (row >= 0) & (column < width) & (row < height)
+    there = other_depth[row[inside].astype(int), column[inside].astype(int)]
+    valid = there > 0
+    return z[inside][valid] / there[valid], float(valid.sum() / max(1, len(points)))
+
+
+def disagreement(one: Camera, other: Camera) -> tuple[float, float]:
+    """Median of |z - depth| / depth (inf if nothing overlaps), and the share of points that fall on the other view's
+    depth. Near 0 for true poses, far above 0.1 for wrong axes."""
+    ratios, share = depth_ratios(one, other)
+    return (float(np.median(np.abs(ratios - 1))) if share else np.inf), share
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line's flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", required=True, help="folder of DL3DV")
+    parser.add_argument(
+        "--model",
+        default=DEPTH_MODEL,
+        help="transformers checkpoint that estimates depth in metres",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Estimate the depth of every scene."""
+    args = parse_args(argv)
+    make_depth(args.root, args.model)
+
+
+if __name__ == "__main__":
+    run_stage(main)

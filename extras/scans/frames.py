@@ -1,0 +1,258 @@
+"""
+What a scan is: frames, each a posed picture with depth, in one contract for every dataset and for rooms.
+
+  pose      c2w (4, 4) maps camera to world; OpenCV axes (x right, y down, z forward), metres
+  pixels    centres at +0.5 (lib/geometry.py), so that a picture's scale multiplies its whole K
+  depth     along the optical axis, float32 metres, 0 = invalid; always on the pixels of the image
+
+A reader (extras/scans/readers.py) lists a `Row` for every frame, or a sentence that says why there is none.
+`frames_of` turns rows into Frames, `collect` turns Frames into a Scene. A frame that cannot be used (no depth, lost
+tracking, a name that comes twice) is skipped and counted with the reason; a scene without frames is refused. A picture
+is decoded when it is asked for, and refused then if it is truncated.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy import ndarray
+from PIL import Image
+
+from lib.images import read
+
+Size = tuple[int, int]  # (width, height)
+
+
+class View(NamedTuple):
+    """A frame in memory, at one size; what `lib.geometry.warp` takes as a context view."""
+
+    rgb: ndarray  # (H, W, 3) uint8
+    depth: ndarray  # (H, W) metres, 0 = invalid
+    c2w: ndarray  # (4, 4)
+    intrinsics: ndarray  # (3, 3)
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One posed RGB-D picture, loaded when asked for.
+
+    `image` and `depth` raise ValueError, a sentence, where a file is broken or has not the size of its scene.
+    """
+
+    name: str  # unique within the scene; names sort in capture order
+    c2w: ndarray  # (4, 4) float64
+    intrinsics: ndarray  # (3, 3) of the image
+    size: Size  # of the image
+    load: Callable[[], ndarray]  # (H, W, 3) uint8
+    depth_intrinsics: ndarray  # (3, 3) of the depth camera, which may be another than the image's
+    depth_size: Size
+    load_depth: Callable[[], ndarray]  # (H', W') float32 metres
+
+    def K(self, size: Size | None = None) -> ndarray:
+        """Intrinsics (3, 3) of the image at `size`; the default is its own."""
+        return scaled(self.intrinsics, self.size, size or self.size)
+
+    def image(self, size: Size | None = None) -> ndarray:
+        """(h, w, 3) uint8, antialiased where it shrinks."""
+        pixels = self.checked("image", self.load(), self.size)
+        if size in (None, self.size):
+            return pixels
+        return np.array(Image.fromarray(pixels).resize(size, Image.LANCZOS))
+
+    def depth(self, size: Size | None = None) -> ndarray:
+        """(h, w) float32 metres on the pixels of `image(size)`, 0 = invalid or outside the depth camera.
+
+        Nearest neighbour on the ray of each pixel's centre: the mean of two depths would hang in mid-air.
+        """
+        metres = self.checked("depth", self.load_depth(), self.depth_size)
+        K, depth_K = self.K(size), self.depth_intrinsics
+        indices, inside = [], []
+        for axis, length in enumerate(size or self.size):  # columns, then rows
+            ray = (np.arange(length) + 0.5 - K[axis, 2]) / K[axis, axis]
+            pixel = ray * depth_K[axis, axis] + depth_K[axis, 2]
+            # rounded: a ray between two pixels goes to the right or lower one, whatever the last digits of K are
+            index = np.floor(np.round(pixel, 6)).astype(int)
+            last = self.depth_size[axis] - 1
+            indices.append(index.clip(0, last))
+            inside.append((index >= 0) & (index <= last))
+        nearest = metres[np.ix_(indices[1], indices[0])]
+        return np.where(inside[1][:, None] & inside[0], nearest, np.float32(0))
+
+    def view(self, size: Size) -> View:
+        """Picture, depth, pose and intrinsics at `size`."""
+        return View(self.image(size), self.depth(size), self.c2w, self.K(size))
+
+    def checked(self, what: str, pixels: ndarray, size: Size) -> ndarray:
+        """The pixels; ValueError if they have not the size of their scene."""
+        height, width = pixels.shape[:2]
+        if (width, height) != tuple(size):
+            raise ValueError(
+                f"Frame {self.name}: the {what} has {width} x {height} pixels and should have "
+                f"{size[0]} x {size[1]}; fetch or extract it again."
+            )
+        return pixels
+
+
+class Scene(NamedTuple):
+    """The frames of one place, in capture order."""
+
+    dataset: str
+    id: str
+    frames: list[Frame]
+    up: ndarray  # (3,) unit vector of the world
+    metric: bool  # lengths are metres; if not, no motion may be told in metres
+    skipped: dict[str, int]  # reason -> number of frames left out
+    note: str  # where depth and scale come from, if they were not measured; else ""
+
+
+class Row(NamedTuple):
+    """What a reader knows of a frame before any picture is opened."""
+
+    name: str
+    image: Path | None  # None: the path leaves the scene
+    depth: Path | None
+    c2w: ndarray  # (4, 4)
+    K: ndarray  # (3, 3)
+
+
+# ---- rows to frames to a scene -------------------------------------------------------------------------------------------
+
+
+def frames_of(
+    rows: list[Row | str],
+    at: Size | None = None,
+    depth_K: ndarray | None = None,
+    load: Callable[[Path], ndarray] = read,
+    load_depth: Callable[[Path], ndarray] | None = None,
+) -> list[Frame | str]:
+    """Frames and, in the place of those that cannot be used, reasons.
+
+    at        the size that the rows' K belongs to; default the images' own, which is read once for all rows
+    depth_K   (3, 3) of the depth camera; default: it is the image's, and depth has K scaled to its size
+    """
+    rows = [row if isinstance(row, str) else fault_of_files(row) or row for row in rows]
+    usable = [row for row in rows if isinstance(row, Row)]
+    if not usable:
+        return rows
+    size = size_of([row.image for row in usable])
+    depth_size = size_of([row.depth for row in usable])
+    if depth_K is None and abs(size[0] * depth_size[1] / (size[1] * depth_size[0]) - 1) > 0.02:
+        raise ValueError("depth of another shape than the image")
+
+    def frame(row: Row) -> Frame:
+        return Frame(
+            row.name,
+            row.c2w,
+            scaled(row.K, at or size, size),
+            size,
+            partial(load, row.image),
+            scaled(row.K, at or size, depth_size) if depth_K is None else depth_K,
+            depth_size,
+            partial(load_depth or read_depth, row.depth),
+        )
+
+    return [row if isinstance(row, str) else frame(row) for row in rows]
+
+
+def collect(frames: list[Frame | str], up=None, metric: bool = True, note: str = "") -> Scene:
+    """Frames and reasons -> Scene (its name comes later): frames in the order of their names, faults counted.
+
+    up   (3,) of the world; default: the mean of minus the cameras' y axes
+    """
+    by_name, skipped = {}, Counter()
+    for frame in frames:
+        reason = frame if isinstance(frame, str) else fault_of_camera(frame)
+        if reason:
+            skipped[reason] += 1
+        elif frame.name in by_name:
+            skipped["name given twice"] += 1
+        else:
+            by_name[frame.name] = frame
+    if not by_name:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.items())
+        raise ValueError(f"it has no usable frame ({reasons or 'it names none'}).")
+    frames = [by_name[name] for name in sorted(by_name)]
+    if up is None:
+        up = -np.mean([frame.c2w[:3, 1] for frame in frames], axis=0)
+    up = array_of(up, (3,))
+    length = np.linalg.norm(up)
+    if not length > 1e-6:
+        raise ValueError("its 'up' is no direction: three numbers, not all zero.")
+    return Scene("", "", frames, up / length, metric, dict(skipped), note)
+
+
+def fault_of_camera(frame: Frame) -> str:
+    """What is wrong with a frame's pose or intrinsics, or ""."""
+    if not np.isfinite(frame.c2w).all():
+        return "pose not finite"
+    rotation = frame.c2w[:3, :3]
+    skew = np.abs(rotation.T @ rotation - np.eye(3)).max()
+    last_row = np.abs(frame.c2w[3] - [0, 0, 0, 1]).max()
+    if max(skew, last_row) > 1e-3 or np.linalg.det(rotation) < 0:
+        return "pose not rigid"
+    focal = np.diag(frame.intrinsics)[:2]
+    return "" if np.isfinite(frame.intrinsics).all() and (focal > 0).all() else "bad intrinsics"
+
+
+def fault_of_files(row: Row) -> str:
+    """Why a frame's files cannot be used, or ""."""
+    if row.image is None or row.depth is None:
+        return "path leaves the scene"
+    if not row.image.is_file():
+        return "no image"
+    return "" if row.depth.is_file() else "no depth"
+
+
+# ---- numbers and files ---------------------------------------------------------------------------------------------------
+
+
+def scaled(K: ndarray, size: Size, to: Size) -> ndarray:
+    """K of a picture that goes from `size` to `to`."""
+    return np.diag([to[0] / size[0], to[1] / size[1], 1]) @ K
+
+
+def array_of(values, shape: tuple) -> ndarray:
+    """Numbers, or words of a text file, as float64 of `shape`; all NaN, which is a fault, if they are not that."""
+    try:
+        return np.array(values, np.float64).reshape(shape)
+    except (TypeError, ValueError):
+        return np.full(shape, np.nan)
+
+
+def size_of(paths: list[Path]) -> Size:
+    """(width, height) of the first picture or .npy array that opens."""
+    for path in paths:
+        try:
+            if path.suffix == ".npy":
+                height, width = np.load(path, mmap_mode="r").shape
+                return width, height
+            with Image.open(path) as picture:
+                return picture.size
+        except (OSError, ValueError, EOFError):
+            continue
+    raise ValueError("no picture can be opened")
+
+
+def read_depth(path: Path, per_metre: float = 1000) -> ndarray:
+    """(H, W) float32 metres from a 16-bit PNG in units of 1 / per_metre, or from a .npy in metres; 0 = invalid."""
+    try:
+        metres = np.load(path) if path.suffix == ".npy" else np.array(Image.open(path))
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); it may be truncated: fetch or write it again."
+        ) from None
+    if path.suffix != ".npy":
+        if metres.ndim != 2 or metres.dtype == np.uint8:
+            raise ValueError(f"{path} is no depth: that is a PNG of one channel and 16 bits.")
+        metres = metres / per_metre
+    return np.where(np.isfinite(metres) & (metres > 0), metres, 0).astype(np.float32)
+
+
+def thousandths(depth: ndarray) -> ndarray:
+    """(H, W) depth as a uint16 picture; what does not fit is 0, unknown."""
+    units = np.round(1000 * np.nan_to_num(depth, posinf=0, neginf=0))
+    return np.where((units > 0) & (units <= 65535), units, 0).astype(np.uint16)

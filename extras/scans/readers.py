@@ -1,0 +1,436 @@
+"""
+One reader for each dataset of scans: the folder of a scan -> Scene (its name comes later, extras/scans/scene.py).
+
+ScanNet, ScanNet++ (iphone), Matterport3D and ARKitScenes count pixel centres in whole numbers: HALF is added to their K.
+Poses of ScanNet++ (dslr), Matterport3D and DL3DV have OpenGL's axes.
+"""
+
+import json
+import os
+import struct
+import zlib
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from numpy import ndarray
+
+from extras.scans.frames import (
+    Frame,
+    Row,
+    Scene,
+    Size,
+    array_of,
+    collect,
+    frames_of,
+    read_depth,
+    scaled,
+)
+from lib.images import PictureError, read
+
+HALF = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])  # + K: centres from whole numbers to +0.5
+OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # on the right of a c2w: y up, z back -> y down, z forward
+Z_UP = (0, 0, 1)  # of most worlds
+TRANSFORMS = ("transforms.json", "colmap/transforms.json", "nerfstudio/transforms.json")  # DL3DV's
+
+
+def inside(folder: Path, path: str | Path) -> Path | None:
+    """folder / path, or None if that leaves the folder (.., an absolute path, a symbolic link)."""
+    whole = (folder / path).resolve()
+    return whole if whole.is_relative_to(folder.resolve()) else None
+
+
+def load_json(path: Path) -> dict:
+    """A JSON file; ValueError if it is cut off."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again.") from None
+
+
+def camera_matrix(fx: float, fy: float, cx: float, cy: float) -> ndarray:
+    """K (3, 3)."""
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], np.float64)
+
+
+def nerfstudio_camera(info: dict) -> ndarray:
+    """K (3, 3) of a transforms.json."""
+    return camera_matrix(info["fl_x"], info["fl_y"], info["cx"], info["cy"])
+
+
+def opencv():
+    """The module cv2. Raises ValueError where it is missing: it is an extra."""
+    try:
+        import cv2
+    except ImportError:
+        raise ValueError("this takes OpenCV. Type: pip install opencv-python-headless") from None
+    return cv2
+
+
+# ---- ScanNet -------------------------------------------------------------------------------------------------------------
+
+
+def scannet(folder: Path) -> Scene:
+    """color/<i>.jpg, depth/<i>.png (mm), pose/<i>.txt (c2w; -inf where tracking was lost), intrinsic/; or the .sens."""
+    if not (folder / "color").is_dir():
+        return scannet_sens(next(folder.glob("*.sens")))
+    K = np.loadtxt(folder / "intrinsic/intrinsic_color.txt")[:3, :3] + HALF
+    depth_K = np.loadtxt(folder / "intrinsic/intrinsic_depth.txt")[:3, :3] + HALF
+    rows = []
+    for image in folder.glob("color/*.jpg"):
+        if not image.stem.isdigit():
+            continue
+        pose_file = folder / f"pose/{image.stem}.txt"
+        if not pose_file.is_file():
+            rows.append("no pose")
+            continue
+        c2w = array_of(pose_file.read_text().split(), (4, 4))
+        depth = folder / f"depth/{image.stem}.png"
+        rows.append(Row(f"{int(image.stem):06d}", image, depth, c2w, K))
+    return collect(frames_of(rows, depth_K=depth_K), up=Z_UP)
+
+
+def scannet_sens(path: Path) -> Scene:
+    """The published stream, version 4: a header, then of each frame the pose, JPEG colour and deflated uint16 depth."""
+    frames, end = [], path.stat().st_size
+    with open(path, "rb") as file:
+        version, letters = unpack(file, "IQ")
+        if version != 4:
+            raise ValueError(f"{path.name} has version {version}; this reads version 4.")
+        file.seek(letters, os.SEEK_CUR)  # the sensor's name
+        K, _, depth_K, _ = [unpack_matrix(file)[:3, :3] + HALF for _ in range(4)]  # and extrinsics
+        kinds = unpack(file, "ii")
+        if kinds != (2, 1):
+            raise ValueError(
+                f"{path.name} has compressions {list(kinds)}; this reads 2 (JPEG colour) and 1 (zlib depth)."
+            )
+        size, depth_size = unpack(file, "II"), unpack(file, "II")
+        per_metre, count = unpack(file, "fQ")
+        for i in range(count):
+            c2w = unpack_matrix(file)
+            _, _, colour_bytes, depth_bytes = unpack(file, "QQQQ")  # two time stamps come first
+            start = file.tell()
+            if file.seek(colour_bytes + depth_bytes, os.SEEK_CUR) > end:
+                raise ValueError(f"{path.name} ends within frame {i} of {count}; copy it again.")
+            load = partial(read_sens_colour, path, start, colour_bytes)
+            load_depth = partial(
+                read_sens_depth, path, start + colour_bytes, depth_bytes, depth_size, per_metre
+            )
+            frames.append(Frame(f"{i:06d}", c2w, K, size, load, depth_K, depth_size, load_depth))
+    return collect(frames, up=Z_UP)
+
+
+def unpack(file: BinaryIO, form: str) -> tuple:
+    """The next numbers of a file, as `struct` names their kinds; little-endian, without gaps."""
+    return struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))
+
+
+def unpack_matrix(file: BinaryIO) -> ndarray:
+    """The next (4, 4) float32 of a file, as float64."""
+    return np.reshape(unpack(file, "16f"), (4, 4))
+
+
+def file_bytes(path: Path, start: int, count: int) -> bytes:
+    """`count` bytes of a file, from byte `start`."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(count)
+
+
+def read_sens_colour(path: Path, start: int, count: int) -> ndarray:
+    """(H, W, 3) uint8."""
+    try:
+        return read(file_bytes(path, start, count))
+    except PictureError as error:
+        raise PictureError(f"The image at byte {start} of {path}: {error}") from None
+
+
+def read_sens_depth(path: Path, start: int, count: int, size: Size, per_metre: float) -> ndarray:
+    """(H, W) float32 metres."""
+    try:
+        units = np.frombuffer(zlib.decompress(file_bytes(path, start, count)), "<u2")
+        return (units.reshape(-1, size[0]) / per_metre).astype(np.float32)
+    except (zlib.error, ValueError) as error:
+        raise ValueError(
+            f"The depth at byte {start} of {path} cannot be read ({error}); copy the file again."
+        ) from None
+
+
+# ---- ScanNet++ -----------------------------------------------------------------------------------------------------------
+
+
+def scannetpp(folder: Path) -> Scene:
+    """iphone: `aligned_pose` (c2w in the mesh's world; `pose` is in ARKit's own), `intrinsic` of 1920 x 1440 pixels."""
+    folder = folder / "iphone"
+    for extracted, packed in (("rgb", "rgb.mkv"), ("depth", "depth.bin")):
+        if not (folder / extracted).is_dir():
+            raise ValueError(
+                f"{folder / extracted} is missing: extract {packed} with the ScanNet++ toolkit."
+            )
+    rows = []
+    for name, info in load_json(folder / "pose_intrinsic_imu.json").items():
+        image, depth = folder / f"rgb/{name}.jpg", folder / f"depth/{name}.png"
+        c2w = array_of(info.get("aligned_pose"), (4, 4))
+        K = array_of(info["intrinsic"], (3, 3)) + HALF
+        rows.append(Row(name, image, depth, c2w, K))
+    return collect(frames_of(rows, at=(1920, 1440)), up=Z_UP)
+
+
+def scannetpp_dslr(folder: Path) -> Scene:
+    """dslr/nerfstudio/transforms_undistorted.json (c2w, OpenGL), dslr/resized_undistorted_images/<file>, and what the
+    toolkit renders from the mesh for these cameras: dslr/render_depth/<stem>.png (uint16 mm)."""
+    folder = folder / "dslr"
+    info = load_json(folder / "nerfstudio/transforms_undistorted.json")
+    if info["camera_model"] != "PINHOLE":
+        raise ValueError(
+            f"its pictures are {info['camera_model']}; undistort them with the ScanNet++ toolkit."
+        )
+    # nerfstudio's world is the mesh's with x and y exchanged and z turned over; the matrix is its own inverse
+    to_mesh = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1.0]])
+    K, rows = nerfstudio_camera(info), []
+    for frame in info["frames"] + info.get("test_frames", []):
+        if frame.get("is_bad"):
+            rows.append("marked as bad")
+            continue
+        stem = Path(frame["file_path"]).stem
+        image = inside(folder / "resized_undistorted_images", frame["file_path"])
+        c2w = to_mesh @ array_of(frame["transform_matrix"], (4, 4)) @ OPENGL
+        rows.append(Row(stem, image, folder / f"render_depth/{stem}.png", c2w, K))
+    return collect(frames_of(rows, at=(info["w"], info["h"])), up=Z_UP)
+
+
+# ---- Matterport3D --------------------------------------------------------------------------------------------------------
+
+
+def matterport(folder: Path) -> Scene:
+    """A house: 18 views of every tripod, whose uuid begins their names. Depth in quarters of a millimetre.
+
+    In the .conf an `intrinsics_matrix` holds for all `scan` lines until the next one, and its cy counts rows from the
+    bottom of 1024; poses are c2w, OpenGL.
+    """
+    folders, K, rows = {}, np.full((3, 3), np.nan), []
+    for line in next(folder.glob("undistorted_camera_parameters/*.conf")).read_text().splitlines():
+        key, *words = line.split() or [""]
+        if key.endswith("_directory"):
+            folders[key] = words[0]
+        elif key == "intrinsics_matrix":
+            K = array_of(words, (3, 3)) + HALF
+            K[1, 2] = 1024 - K[1, 2]
+        elif key == "scan":
+            depth = inside(folder, Path(folders["depth_directory"], words[0]))
+            image = inside(folder, Path(folders["color_directory"], words[1]))
+            c2w = array_of(words[2:], (4, 4)) @ OPENGL
+            rows.append(Row(Path(words[1]).stem, image, depth, c2w, K))
+    load_depth = partial(read_depth, per_metre=4000)
+    return collect(frames_of(rows, at=(1280, 1024), load_depth=load_depth), up=Z_UP)
+
+
+# ---- ARKitScenes ---------------------------------------------------------------------------------------------------------
+
+
+def arkitscenes(folder: Path) -> Scene:
+    """lowres_wide/, lowres_depth/ (mm), lowres_wide_intrinsics/, lowres_wide.traj (world to *camera*, 10 a second).
+
+    Captures held sideways or upside down are turned upright, all frames alike, or their sizes would mix.
+    """
+    folder = next(folder.glob("*_frames"), folder)  # 3dod has one folder more than raw
+    lines = (folder / "lowres_wide.traj").read_text().splitlines()
+    poses = np.reshape([array_of(line.split(), (7,)) for line in lines], (-1, 7))
+    poses = poses[np.isfinite(poses[:, 0])]
+    rows = [arkit_row(folder, image, poses) for image in folder.glob("lowres_wide/*.png")]
+    scene = collect(frames_of(rows, load_depth=read_sure_depth), up=Z_UP)
+    # the world's up in each camera's axes says how many quarter turns clockwise make it upright: 0, 1, 2 or 3
+    skies = np.array([frame.c2w[2, :3] for frame in scene.frames])
+    upright_after = np.array([[0, -1, 0], [-1, 0, 0], [0, 1, 0], [1, 0, 0]])
+    turns = np.bincount((skies @ upright_after.T).argmax(1)).argmax()
+    frames = scene.frames
+    for _ in range(turns):
+        frames = [quarter_turn(frame) for frame in frames]
+    return scene._replace(frames=frames)
+
+
+def arkit_row(folder: Path, image: Path, poses: ndarray) -> Row | str:
+    """A frame takes the pose nearest to its time stamp, at most 5 ms away; the official loader would keep the one before.
+
+    poses   (n, 7): seconds, then R's axis times its angle in radians and t of the map [R | t] from world to camera
+    """
+    video, _, seconds = image.stem.rpartition("_")
+    ms = round(1000 * float(seconds))
+    names = [f"{video}_{(ms + late) / 1000:.3f}.pincam" for late in (0, -1, 1)]
+    files = [folder / "lowres_wide_intrinsics" / name for name in names]
+    pincam = next((file for file in files if file.is_file()), None)
+    if pincam is None:
+        return "no intrinsics"
+    gaps = np.abs(np.round(1000 * poses[:, 0]) - ms)  # milliseconds
+    if not len(gaps) or gaps.min() > 5:
+        return "no pose near the time stamp"
+    _, _, *numbers = array_of(pincam.read_text().split(), (6,))  # width and height come first
+    pose = poses[gaps.argmin()]
+    w2c = np.eye(4)
+    w2c[:3, :3] = opencv().Rodrigues(pose[1:4])[0]
+    w2c[:3, 3] = pose[4:]
+    depth = folder / "lowres_depth" / image.name
+    K = camera_matrix(*numbers) + HALF
+    return Row(f"{ms / 1000:012.3f}", image, depth, np.linalg.inv(w2c), K)
+
+
+def read_sure_depth(path: Path) -> ndarray:
+    """(H, W) float32 metres; 0 where confidence/, if the capture has it, is not 2, the highest."""
+    metres, confidence = read_depth(path), path.parents[1] / "confidence" / path.name
+    if not confidence.parent.is_dir():
+        return metres
+    return np.where(read(confidence)[..., 0] == 2, metres, np.float32(0))
+
+
+def quarter_turn(frame: Frame) -> Frame:
+    """The frame after a quarter turn clockwise of its image, depth, K and camera; the camera's place stays."""
+    old_axes = np.array([[0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])  # x is -y
+    return replace(
+        frame,
+        c2w=frame.c2w @ old_axes,
+        intrinsics=quarter_turn_of_K(frame.intrinsics, frame.size),
+        size=frame.size[::-1],
+        load=partial(read_turned, frame.load),
+        depth_intrinsics=quarter_turn_of_K(frame.depth_intrinsics, frame.depth_size),
+        depth_size=frame.depth_size[::-1],
+        load_depth=partial(read_turned, frame.load_depth),
+    )
+
+
+def quarter_turn_of_K(K: ndarray, size: Size) -> ndarray:
+    """Intrinsics of a picture of `size` after a quarter turn clockwise."""
+    return camera_matrix(K[1, 1], K[0, 0], size[1] - K[1, 2], K[0, 2])
+
+
+def read_turned(load) -> ndarray:
+    """What `load` returns, after a quarter turn clockwise."""
+    return np.rot90(load(), -1).copy()
+
+
+# ---- DL3DV ---------------------------------------------------------------------------------------------------------------
+
+
+def dl3dv(folder: Path) -> Scene:
+    """Pictures with COLMAP's poses: the dataset has no depth and no metres. They come from beside transforms.json:
+
+      depth/<stem of the image>.png   of the undistorted image: uint16, thousandths of a length; or .npy, float lengths
+      depth.json                      {"scale": metres per unit of the poses or null, "how": "where depth comes from"}
+    With a scale, depth is in metres and the poses are multiplied by it. With null, both are in the unit of the poses,
+    and the scene is not metric. extras/scans/depth.py writes these files with a depth network.
+    """
+    folder = dl3dv_folder(folder)
+    if not (folder / "depth.json").is_file():
+        raise ValueError(
+            "DL3DV has no depth. Put depth/<image>.png or .npy and depth.json beside transforms.json, or "
+            "let `python -m extras.scans.depth --root DIR` estimate them."
+        )
+    info = load_json(folder / "depth.json")
+    if info.get("refused"):
+        raise ValueError(info["refused"])
+    scale, unit = info["scale"], "lengths are in the unit of its poses"
+    if scale is not None:
+        if not 0 < scale < float("inf"):
+            raise ValueError(
+                f"depth.json has the scale {scale}; that is a positive number of metres, or null."
+            )
+        unit = f"a unit of its poses is {scale:.4g} m"
+    frames = dl3dv_frames(folder, scale or 1)
+    return collect(frames, metric=scale is not None, note=f"{info['how']}; {unit}")
+
+
+def dl3dv_folder(folder: Path) -> Path:
+    """Where transforms.json is: in colmap/ in the sample, in nerfstudio/ in the benchmark."""
+    files = [folder / name for name in TRANSFORMS]
+    return next(file.parent for file in files if file.is_file())
+
+
+class Distorted(NamedTuple):
+    """A camera with a lens: OpenCV's model."""
+
+    K: ndarray  # (3, 3) at `size`, with centres at +0.5
+    size: Size
+    coefficients: tuple  # k1, k2, p1, p2
+
+
+def dl3dv_rows(folder: Path) -> tuple[list[Row], Distorted]:
+    """Rows with poses in COLMAP's unit, and the camera of all pictures."""
+    info, rows = load_json(folder / "transforms.json"), []
+    sizes = ("images_4", "images_8", "images_2", "images")
+    pictures = next((name for name in sizes if (folder / name).is_dir()), None)
+    if pictures is None:
+        raise ValueError("there is no images_4/ (960P) or images_8/ (480P) beside transforms.json.")
+    coefficients = tuple(info.get(key, 0.0) for key in ("k1", "k2", "p1", "p2"))
+    camera = Distorted(nerfstudio_camera(info), (info["w"], info["h"]), coefficients)
+    for frame in info["frames"]:
+        name = Path(frame["file_path"])  # images/frame_00001.png
+        image = inside(folder, Path(pictures, *name.parts[1:]))
+        depth = folder / f"depth/{name.stem}.npy"
+        if not depth.is_file():
+            depth = depth.with_suffix(".png")
+        c2w = array_of(frame["transform_matrix"], (4, 4)) @ OPENGL
+        rows.append(Row(name.stem, image, depth, c2w, camera.K))
+    return rows, camera
+
+
+def dl3dv_frames(folder: Path, scale: float) -> list[Frame | str]:
+    """Frames whose poses are multiplied by `scale`, their pictures without distortion."""
+    rows, camera = dl3dv_rows(folder)
+    rows = [row._replace(c2w=rescaled(row.c2w, scale)) for row in rows]
+    return frames_of(rows, at=camera.size, load=partial(read_undistorted, camera=camera))
+
+
+def rescaled(c2w: ndarray, scale: float) -> ndarray:
+    """c2w in a world `scale` times as large."""
+    c2w = c2w.copy()
+    c2w[:3, 3] *= scale
+    return c2w
+
+
+def read_undistorted(path: Path, camera: Distorted) -> ndarray:
+    """(H, W, 3) uint8 of a pinhole camera with the same K; what left the picture has the colour of its border."""
+    pixels = read(path)
+    if not any(camera.coefficients):
+        return pixels
+    cv2 = opencv()
+    size = pixels.shape[1::-1]
+    K = scaled(camera.K, camera.size, size) - HALF  # OpenCV counts centres in whole numbers
+    coefficients = np.array(camera.coefficients)
+    x, y = cv2.initUndistortRectifyMap(K, coefficients, None, K, size, cv2.CV_32FC1)
+    return cv2.remap(pixels, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+# ---- a plain folder ------------------------------------------------------------------------------------------------------
+
+
+def plain_folder(folder: Path) -> Scene:
+    """Your own scans: <id>/scene.json and the files it names, all below its folder.
+
+      {"frames": [{"image": "rgb/0.jpg", "depth": "depth/0.png", "c2w": [4 rows of 4], "intrinsics": [3 rows of 3]}],
+       "intrinsics": [3 rows of 3],     of all frames that give none
+       "depth_scale": 1000,             units of a 16-bit depth PNG per metre (default 1000); a .npy holds float metres
+       "up": [0, 0, 1],                 of your world (default: the mean of minus the cameras' y axes)
+       "metric": true}                  false if the unit of length is not known (default true)
+    Frames stand in capture order. c2w: camera to world, OpenCV axes. Intrinsics are the image's, in pixels, with
+    centres at +0.5: the middle of the picture is (W / 2, H / 2). Depth is along the optical axis, 0 = unknown, from the
+    image's own camera; it may have fewer pixels, in the same proportion.
+    """
+    info, frames, images = load_json(folder / "scene.json"), [], set()
+    load_depth = partial(read_depth, per_metre=info.get("depth_scale", 1000))
+    for i, frame in enumerate(info["frames"]):
+        image, depth = inside(folder, frame["image"]), inside(folder, frame["depth"])
+        if image is not None and image in images:
+            frames.append("name given twice")
+            continue
+        images.add(image)
+        K = array_of(frame.get("intrinsics", info.get("intrinsics")), (3, 3))
+        name = f"{i:06d}_{Path(frame['image']).stem}"
+        row = Row(name, image, depth, array_of(frame["c2w"], (4, 4)), K)
+        try:
+            frames += frames_of([row], load_depth=load_depth)
+        except ValueError as reason:  # a picture that does not open, or of another shape
+            frames.append(str(reason))
+    metric = info.get("metric", True)
+    note = "" if metric else "lengths are in an unknown unit"
+    return collect(frames, info.get("up"), metric, note)
