@@ -172,7 +172,9 @@ def test_records_without_an_id_get_different_ones_and_a_torn_file_ends_in_a_sent
 
 def test_a_guessers_share_by_hand():
     assert mining.guessers_share(4, 5, 1) == pytest.approx(0.75**5 + 5 * 0.25 * 0.75**4)
-    assert mining.guessers_share(2, 5, 5) == pytest.approx(1) and mining.guessers_share(0, 5, 1) == 1
+    assert (
+        mining.guessers_share(2, 5, 5) == pytest.approx(1) and mining.guessers_share(0, 5, 1) == 1
+    )
 
 
 def test_mining_keeps_what_is_seldom_right_and_goes_on_where_it_stopped(
@@ -280,7 +282,4 @@ def test_mining_that_keeps_all_or_none_is_refused(words, sentence, capsys):
     with pytest.raises(SystemExit):
         mining.parse_args(["--questions", "q", "--policy", "p", *words])
     assert sentence in capsys.readouterr().err
-    assert (
-        mining.parse_args(["--questions", "q", "--policy", "p", "--at-most", "4"]).at_most
-        == 4
-    )
+    assert mining.parse_args(["--questions", "q", "--policy", "p", "--at-most", "4"]).at_most == 4
