@@ -2,9 +2,9 @@
 Reinforcement learning of the policy with the simulator in the loop: GRPO in two phases (the paper's Astra-VL).
 
   sample, imagine   G rollouts per question: think -> imagine -> look -> ... -> answer; phase 2: also K without the tool
-  score             the reward of the phase, rewards.py
+  score             the reward r of the phase, rewards.py
   advantage         A_i = (r_i - mean of the group) / (deviation of the group + 1e-6)
-  logprob           of the start policy, to watch the distance from it
+  logprob           of the tokens under the start policy, to know the distance from it
   update            L = - sum over tokens of min(ratio A, clip(ratio, 1 - 0.2, 1 + 0.28) A) / number of tokens;
                     a question's prompt is computed once for its group, as in the rollout (policy.collate)
 
@@ -12,7 +12,6 @@ Reinforcement learning of the policy with the simulator in the loop: GRPO in two
   4 min        python train_rl.py --phase 2          # out/phase1, out/wm, out/data -> out/phase2
   8 GPUs       torchrun --standalone --nproc_per_node 8 train_rl.py --phase 1 --preset astra
                                                      # out/wm-astra, out/mined -> out/phase1-astra
-  World2VLM    python train_rl.py --task world2vlm   # out/w2v, out/world2vlm -> out/w2v-rl: its second stage
   resume       the same command
 
 Ablations of the reward (experiments/policy.py), as long as the 12 + 60 steps of both phases, each with its own --out:
@@ -22,308 +21,532 @@ Ablations of the reward (experiments/policy.py), as long as the 12 + 60 steps of
   gain-only           the same with --lambda-use 0                   no bonus for use
   direct-only         --phase 1 --steps 72 --mode direct             no tool
 
-Out: the policy, log.jsonl (its keys: lib/rl_log.py), dialogues/ (what it said and saw at each evaluation), curves.png.
+Out: the policy, log.jsonl (its keys: LOG, below), dialogues/ (words and pictures of each evaluation), curves.png.
 
 Ours, where the paper is silent: advantages are divided by the group's deviation, which makes small bonuses loud
 (--no-divide-by-std; the README says what follows); the loss is a mean over all tokens of an update, those of the
 policy only; groups whose rewards are all equal teach nothing and are left out, of the mean too; no KL term unless
-asked for (--kl).
+asked for (--kl-weight).
 """
 
 import argparse
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 import rewards
-from extras.world2vlm import rewards as world2vlm_rewards
-from lib import checkpoints, common, simulators
-from lib.common import total
+from lib import checkpoints, simulators
 from lib.dialogue import Trajectory
-from lib.records import load_jsonl
-from lib.rl_log import by_need, by_task, draw_curves, rollout_totals
+from lib.distributed import (
+    Means,
+    World,
+    clip_gradients,
+    fail,
+    global_max,
+    global_sum,
+    is_main,
+    progress,
+    say,
+    setup,
+    shard,
+    unsharded,
+)
+from lib.images import figure_image, save_image
+from lib.records import MetricLog, disk, load_jsonl, read_log, whole_folder
 from lib.rollout import cell_count, prompt_key
-from lib.simulators import SimulatorError
-from lib.streams import rows_of_step, stream_seed, torch_stream
+from lib.stage import (
+    Clock,
+    Flag,
+    Interrupt,
+    Stopwatch,
+    begin,
+    finish,
+    newest,
+    parse_flags,
+    run_stage,
+    set_learning_rate,
+)
+from lib.streams import rows_of_step, stream_seed
 from policy import Policy, collate, rollout, token_logprobs
 
-CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # paper: Clip-Higher
-MAX_ROUNDS, MAX_TURNS = 3, 10  # paper: tool rounds and assistant turns
+CLIP_LOW = 0.2  # paper: Clip-Higher
+CLIP_HIGH = 0.28
+MAX_ROUNDS = 3  # paper: tool rounds
+MAX_TURNS = 10  # paper: assistant turns
 BETAS = (0.9, 0.99)  # of AdamW; no weight decay
 SAVED_DIALOGUES = 4  # per evaluation
-LEAST = 0.02  # --curriculum variance: beside that of a question's rewards, 0 to about 0.6
-PRESETS = {
-    "tiny": dict(
-        questions=16,
-        group=8,
-        minibatches=2,
-        lr=6e-5,
-        warmup=2,
-        lr_floor=0.1,
-        kl=0.0,
-        max_new_tokens=64,
-        eval_questions=200,
-        rows=64,
-        micro_batch_tokens=4096,
-        save_every=6,
-    ),
-    # The paper gives none of these. Ours: group and lr as common in GRPO of 7B models; 200 steps of 128 questions are
-    # four passes over some 6,000, the number that readers report.
-    "astra": dict(
-        questions=128,
-        group=8,
-        steps=200,
-        minibatches=2,
-        lr=1e-6,
-        warmup=10,
-        lr_floor=1.0,
-        max_new_tokens=4096,
-        eval_every=10,
-        eval_questions=256,
-        rows=8,
-        micro_batch_tokens=8192,
-        save_every=10,
-        gradient_checkpointing=True,
-    ),
-}
-TINY_LENGTH = {
-    1: dict(steps=12, eval_every=4),
-    2: dict(steps=60, eval_every=12),
-}  # calling is learned in a few steps
-# What --task world2vlm changes. Group, KL and lr are its paper's, the clip is the default of the framework that ran it,
-# the rest its released code's, which took 4 GPUs (more take more --questions). Not as released: groups whose rewards
-# are all equal are left out, weight decay is 0 instead of 0.01, there is no second clip of large ratios, and all
-# questions are asked instead of 125 of each task.
-WORLD2VLM = {
-    "tiny": dict(mode="direct", group=4, kl=0.01, clip_high=0.3, steps=60, eval_every=12),
-    "astra": dict(
-        mode="direct",
-        group=4,
-        kl=0.01,
-        clip_high=0.3,
-        questions=4,
-        steps=248,
-        lr=2e-6,
-        warmup=0,
-        max_new_tokens=256,
-        eval_every=62,
-    ),
-}
-NEUTRAL = ("threads", "rows", "micro_batch_tokens", "save_every", "gradient_checkpointing")
 
+# ---- flags -----------------------------------------------------------------------------------------------------------
 
-def parse_args(argv=None):
-    """Flags, with the preset's defaults; "paper" in a help text means that the number is the paper's."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for parser in (first, p):
-        parser.add_argument(
-            "--task",
-            choices=("astra", "world2vlm"),
-            default="astra",
-            help="world2vlm: questions about camera motions and their rewards, one phase, no tool",
-        )
-    p.add_argument(
-        "--phase",
-        type=int,
-        choices=(1, 2),
-        default=1,
-        help="1: acquire the tool; 2: learn when to use it",
-    )
-    p.add_argument(
+# The paper gives no astra default but those marked so. Ours: group and lr as common in GRPO of 7B models; 200 steps of
+# 128 questions are four passes over some 6,000, the number that readers report.
+FLAGS = [
+    Flag("--phase", 1, 1, "1: acquire the tool; 2: learn when to use it (paper)", choices=(1, 2)),
+    Flag(
         "--mode",
+        "agentic",
+        "agentic",
+        "direct: prompts without the tool",
         choices=("agentic", "direct"),
-        default="agentic",
-        help="direct: prompts without the tool",
-    )
+    ),
     # in and out
-    p.add_argument(
+    Flag(
         "--policy",
-        help="the start; default: phase 1 out/sft (astra: Qwen/Qwen3-VL-8B-Instruct, as in the "
-        "paper), phase 2 out/phase1, world2vlm out/w2v; astra's folders end in -astra",
-    )
-    p.add_argument(
-        "--wm",
-        help="the tuned simulator (default: the newest of out/wm and out/demo/wm; astra: "
-        "out/wm-astra)",
-    )
-    p.add_argument(
+        None,
+        None,
+        "the start; default: phase 1 out/sft (astra: Qwen/Qwen3-VL-8B-Instruct, as in the paper), phase 2 out/phase1 "
+        "(astra: out/phase1-astra)",
+    ),
+    Flag(
+        "--wm", None, "out/wm-astra", "the tuned simulator; default: newest of out/wm, out/demo/wm"
+    ),
+    Flag(
         "--simulator",
-        default="tuned",
-        help=f"{', '.join(simulators.NAMES)}, the folder or hub id of a "
-        "world model, or a URL (lib/simulators.py); none: calls are told so",
-    )
-    p.add_argument(
+        "tuned",
+        "tuned",
+        f"{', '.join(simulators.NAMES)}, the folder or hub id of a world model, or a URL (lib/simulators.py); "
+        "none: calls are told so",
+    ),
+    Flag(
         "--data",
-        nargs="+",
-        help="folders of questions_{train,val}.jsonl, one for each corpus (default: "
-        "out/data or out/demo/data; world2vlm out/world2vlm; astra: out/mined, out/taught)",
-    )
-    p.add_argument(
-        "--out", help="default: out/phase1, out/phase2 or out/w2v-rl, with -astra behind it"
-    )
+        None,
+        ["out/mined"],
+        "folders of questions_{train,val}.jsonl, one for each corpus; default: newest of out/data, out/demo/data",
+    ),
+    Flag("--out", None, None, "default: out/phase1 or out/phase2, with -astra behind it"),
     # these change the numbers
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--steps", type=int, help="batches of rollouts")
-    p.add_argument("--questions", type=int, help="per step, all ranks together")
-    p.add_argument(
-        "--curriculum",
-        choices=("even", "variance"),
-        default="even",
-        help="even: every question at most "
-        "once per pass; variance (ours): those more often whose last group of rewards varied more, "
-        "new ones first",
-    )
-    p.add_argument("--group", type=int, help="rollouts per question")
-    p.add_argument("--direct", type=int, default=4, help="phase 2: no-tool rollouts per question")
-    p.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="of sampling, and of the log-probs that are trained",
-    )
-    p.add_argument("--max-new-tokens", type=int, help="per turn")
-    p.add_argument(
-        "--lambda-use",
-        type=float,
-        default=rewards.LAMBDA_USE,
-        help="bonus for a rollout with a call",
-    )
-    p.add_argument(
-        "--alpha",
-        type=float,
-        default=rewards.ALPHA,
-        help="phase 2: worth of a gain over direct answers",
-    )
-    p.add_argument(
-        "--beta", type=float, default=rewards.BETA, help="phase 2: price of a loss against them"
-    )
-    p.add_argument(
-        "--divide-by-std", action=argparse.BooleanOptionalAction, default=True, help="of each group"
-    )
-    p.add_argument(
-        "--minibatches",
-        type=int,
-        help="optimiser steps per batch; the clip acts from the second on",
-    )
-    p.add_argument("--clip-high", type=float, default=CLIP_HIGH, help="how far a ratio may rise")
-    p.add_argument("--lr", type=float, help="AdamW, peak")
-    p.add_argument("--warmup", type=int, help="steps to the peak")
-    p.add_argument(
-        "--lr-floor", type=float, help="share of the peak where the cosine ends; 1: constant"
-    )
-    p.add_argument("--max-grad-norm", type=float, default=1.0)
-    p.add_argument(
-        "--kl",
-        type=float,
-        help="weight of the KL to the start policy; 0 (tiny) only watches it; astra's "
-        "default has none and keeps no start policy in memory",
-    )
-    p.add_argument("--eval-every", type=int, help="steps; 0: never")
-    p.add_argument("--eval-questions", type=int, help="held-out questions per evaluation")
+    Flag("--seed", 0, 0, "of sampling and of the order of questions"),
+    Flag("--steps", None, 200, "batches of rollouts; default: phase 1 12, phase 2 60", 1),
+    Flag("--questions", 16, 128, "per step, all ranks together", 1),
+    Flag("--group", 8, 8, "G, rollouts per question", 2),
+    Flag("--direct", 4, 4, "K, phase 2: no-tool rollouts per question", 1),
+    Flag("--temperature", 1.0, 1.0, "of sampling, and of the log-probs that are trained", 0),
+    Flag("--max-new-tokens", 64, 4096, "per turn", 1),
+    Flag("--lambda-use", rewards.LAMBDA_USE, rewards.LAMBDA_USE, "bonus for a call (paper: 0.02)"),
+    Flag("--alpha", rewards.ALPHA, rewards.ALPHA, "phase 2: worth of a gain (paper: 0.1)"),
+    Flag("--beta", rewards.BETA, rewards.BETA, "phase 2: price of a loss (paper: 0.03)"),
+    Flag("--divide-by-std", True, True, "advantages by the deviation of their group"),
+    Flag("--minibatches", 2, 2, "optimiser steps per batch; the clip acts from the second on", 1),
+    Flag("--lr", 6e-5, 1e-6, "AdamW, peak", 0),
+    Flag("--warmup", 2, 10, "steps to the peak", 0),
+    Flag("--lr-floor", 0.1, 1.0, "share of the peak where the cosine ends; 1: constant", 0, 1),
+    Flag("--max-grad-norm", 1.0, 1.0, "longer gradients are scaled down to it", 0),
+    Flag("--kl-weight", 0.0, 0.0, "of the KL to the start policy in the loss", 0),
+    Flag(
+        "--watch-kl",
+        True,
+        False,
+        "log that KL at evaluations even where it has no weight; a weight or this keeps the start policy in memory",
+    ),
+    Flag("--eval-every", None, 10, "steps; 0: never; default: phase 1 4, phase 2 12", 0),
+    Flag("--eval-questions", 200, 256, "held-out questions per evaluation", 0),
     # memory, speed and safety only: these never change the numbers
-    p.add_argument(
-        "--rows",
-        type=int,
-        help="dialogues written together, per rank (astra: 8, 4.8 GB of keys and "
-        "values beside the simulator)",
-    )
-    p.add_argument(
+    Flag(
+        "--rows", 64, 8, "dialogues written together, per rank; 8 of astra: 4.8 GB", 1, neutral=True
+    ),
+    Flag(
         "--micro-batch-tokens",
-        type=int,
-        help="tokens per forward pass and rank, with padding (a longer "
-        "rollout has a pass to itself)",
-    )
-    p.add_argument(
+        4096,
+        8192,
+        "tokens per forward pass and rank, with padding (a longer rollout has a pass to itself)",
+        1,
+        neutral=True,
+    ),
+    Flag(
         "--gradient-checkpointing",
-        action="store_true",
-        help="recompute activations in backward (paper)",
-    )
-    p.add_argument("--save-every", type=int, help="steps between checkpoints")
-    p.add_argument("--threads", type=int, help="CPU threads per process")
-    world2vlm = first.parse_known_args(argv)[0].task == "world2vlm"
-    presets = {
-        size: flags | (WORLD2VLM[size] if world2vlm else {}) for size, flags in PRESETS.items()
-    }
-    args = common.parse_with_preset(
-        p,
-        presets,
-        argv,
-        [
-            ("group", 2),
-            ("lr_floor", 0, 1),
-            *(
-                (key, 1)
-                for key in (
-                    "steps",
-                    "questions",
-                    "direct",
-                    "minibatches",
-                    "max_new_tokens",
-                    "rows",
-                    "micro_batch_tokens",
-                    "save_every",
-                    "threads",
-                )
-            ),
-            *(
-                (key, 0)
-                for key in (
-                    "temperature",
-                    "lr",
-                    "warmup",
-                    "clip_high",
-                    "max_grad_norm",
-                    "kl",
-                    "eval_every",
-                    "eval_questions",
-                )
-            ),
-        ],
-    )
-    if args.temperature <= 0:
-        p.error(
+        False,
+        True,
+        "recompute activations in backward (paper)",
+        neutral=True,
+    ),
+    Flag("--save-every", 6, 10, "steps between checkpoints", 1, neutral=True),
+    Flag("--threads", None, None, "CPU threads per process", 1, kind=int, neutral=True),
+]
+TINY_STEPS = {1: 12, 2: 60}  # calling is learned in a few steps
+TINY_EVAL_EVERY = {1: 4, 2: 12}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; what depends on the phase or on what is there already is filled in here."""
+    args = parse_flags(__doc__, FLAGS, argv)
+    if args.temperature == 0:
+        args.parser.error(
             "--temperature 0: the rollouts of a group would all be equal, and nothing would be learned"
         )
-    for key, value in TINY_LENGTH[args.phase].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    start, data, out = (
-        ("w2v", "world2vlm", "w2v-rl")
-        if world2vlm
-        else ("sft" if args.phase == 1 else "phase1", "data", f"phase{args.phase}")
-    )
-    if args.preset == "astra":  # nothing of the small world is taken by itself
-        inputs = {
-            "policy": "Qwen/Qwen3-VL-8B-Instruct" if start == "sft" else f"out/{start}-astra",
-            "wm": "out/wm-astra",
-            "data": "out/taught" if world2vlm else "out/mined",
-            "out": f"out/{out}-astra",
-        }
-    else:
-        inputs = {
-            "policy": common.newest((start,)) or f"out/{start}",
-            "wm": common.newest(("wm",)) or "out/wm",
-            "data": common.newest((data,), "questions_train.jsonl") or f"out/{data}",
-            "out": f"out/{out}",
-        }
-    for key, value in inputs.items():
-        setattr(args, key, getattr(args, key) or ([str(value)] if key == "data" else str(value)))
-    if world2vlm and (args.phase, args.mode) != (1, "direct"):
-        p.error("--task world2vlm has one phase, and no tool")
     if args.questions % args.minibatches:
-        p.error(
+        args.parser.error(
             f"--questions {args.questions} does not split into --minibatches {args.minibatches} of equal size"
         )
+    for key, value in phase_defaults(args.preset, args.phase).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
     return args
 
 
-# ---------------------------------------------------------------- the loss
+def phase_defaults(preset: str, phase: int) -> dict:
+    """Defaults of a phase; a run of astra takes nothing of the small world by itself."""
+    if preset == "astra":
+        base = "Qwen/Qwen3-VL-8B-Instruct"
+        return {
+            "policy": base if phase == 1 else "out/phase1-astra",
+            "out": f"out/phase{phase}-astra",
+        }
+    start = "sft" if phase == 1 else "phase1"
+    return {
+        "policy": str(newest([start]) or f"out/{start}"),
+        "wm": str(newest(["wm"]) or "out/wm"),
+        "data": [str(newest(["data"], "questions_train.jsonl") or "out/data")],
+        "out": f"out/phase{phase}",
+        "steps": TINY_STEPS[phase],
+        "eval_every": TINY_EVAL_EVERY[phase],
+    }
+
+
+def inputs_of(args: argparse.Namespace) -> list[tuple[str | Path, str]]:
+    """(path, the command that makes it) of every input."""
+    preset = " --preset astra" if args.preset == "astra" else ""
+    stage = "train_sft.py" if args.phase == 1 else "train_rl.py --phase 1"
+    inputs = [(args.policy, f"python {stage}{preset}")]
+    data = "data.py mine --questions FILE --policy FOLDER" if preset else "data.py"
+    for folder in args.data:
+        for split in ("train", "val"):
+            inputs.append(
+                (Path(folder, f"questions_{split}.jsonl"), f"python {data} --out {folder}")
+            )
+    if args.mode == "agentic" and args.simulator == "tuned":
+        inputs.append((args.wm, f"python train_wm.py{preset}"))
+    return inputs
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Sample and imagine, score, advantage, logprob, update; and again."""
+    args = parse_args(argv)
+    begin(f"train_rl --phase {args.phase}", args, FLAGS, inputs_of(args))
+    world = setup(args.threads)
+    out = Path(args.out)
+    train, held_out = open_questions(args, world)
+    simulator = open_simulator(args, world)
+    policy = open_policy(args, world)
+    keep_start = args.kl_weight > 0 or args.watch_kl
+    start_policy = open_policy(args, world) if keep_start else None
+
+    weights = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=BETAS, weight_decay=0.0, fused=True)
+    tensors = checkpoints.training_tensors(policy.model, optimizer)
+    first, state = checkpoints.load_state(out / "training", tensors) or (0, {})
+    if first:
+        say(f"going on after step {first} of {args.steps}")
+    log = MetricLog(out / "log.jsonl", first)
+    clock = Clock(state.get("clock"))
+
+    with Interrupt() as stop:
+        for step in (bar := progress(args.steps, first, f"phase {args.phase}")):
+            seconds = Stopwatch()
+            metrics = {"lr": set_learning_rate(optimizer, step, args), "seconds": seconds}
+            evaluating = args.eval_every > 0 and step % args.eval_every == 0
+            if evaluating:
+                folder = out / "dialogues" / f"step_{step:06d}"
+                metrics["eval"] = evaluate(policy, held_out, simulator, args, world, folder)
+
+            # sample, imagine: G rollouts per question of this rank; in phase 2 also K without the tool
+            order = rows_of_step(len(train), args.questions, step, args.seed)
+            questions = [train[row] for row in order[world.rank :: world.size]]
+            with seconds("sample"):
+                timed = TimedSimulator(simulator, seconds) if simulator else None
+                trajectories = sample_trajectories(
+                    policy, questions, timed, args.mode, args, args.group, args.temperature, step
+                )
+                without_tool = (
+                    []
+                    if args.phase == 1
+                    else sample_trajectories(
+                        policy, questions, None, "direct", args, args.direct, args.temperature, step
+                    )
+                )
+
+            # score: e, f, the number of calls, and in phase 2 the gain over answering directly
+            with seconds("score"):
+                episodes = score_all(trajectories, without_tool, args)
+
+            # advantage: each rollout against its group; groups that teach nothing go
+            with seconds("advantage"):
+                set_advantages(episodes, args.group, args.divide_by_std)
+                minibatches = split_minibatches(
+                    episodes, args.group, args.questions, args.minibatches, world
+                )
+
+            # logprob: of the tokens under the start policy
+            with seconds("logprob"):
+                watched = start_policy if args.kl_weight > 0 or evaluating else None
+                set_logprobs(
+                    policy, watched, minibatches, args.temperature, args.micro_batch_tokens
+                )
+
+            with seconds("update"):
+                metrics |= update(
+                    policy,
+                    optimizer,
+                    minibatches,
+                    kl_weight=args.kl_weight,
+                    temperature=args.temperature,
+                    max_grad_norm=args.max_grad_norm,
+                    micro_batch_tokens=args.micro_batch_tokens,
+                )
+
+            metrics |= rollout_means(episodes, args.group)
+            log.write(step, **metrics)
+            bar.set_postfix(
+                {key: f"{metrics[key]:.2f}" for key in ("reward", "match", "call_rate")}
+            )
+            del trajectories, without_tool, episodes, minibatches  # and their images
+            stop.save_or_leave(
+                step + 1,
+                args,
+                lambda: checkpoints.save_state(
+                    out / "training", step + 1, tensors, {"clock": clock.read()}
+                ),
+            )
+
+    if args.eval_every:
+        table = evaluate(policy, held_out, simulator, args, world, out / "dialogues" / "end")
+        log.write(args.steps, eval=table)
+    save_policy(policy, out)
+    if is_main():
+        draw_curves(out)
+    finish(out, args.steps, clock)
+
+
+# ---- sample, imagine -------------------------------------------------------------------------------------------------
+
+
+class TimedSimulator:
+    """A simulator with a stopwatch, so that the log can tell `imagine` from the rest of `sample`."""
+
+    def __init__(self, simulator, seconds: Stopwatch):
+        self.simulator = simulator
+        self.seconds = seconds
+
+    def imagine(self, queries: list) -> list:
+        """The simulator's views, timed."""
+        with self.seconds("imagine"):
+            return self.simulator.imagine(queries)
+
+
+def sample_trajectories(
+    policy: Policy,
+    questions: list[dict],
+    simulator,
+    mode: str,
+    args: argparse.Namespace,
+    group: int = 1,
+    temperature: float = 0.0,
+    step: int = 0,
+) -> list[Trajectory]:
+    """`group` rollouts per question, question-major, drawn from the stream of (--seed, mode, step).
+
+    args   seed, max_new_tokens and rows count
+    """
+    try:
+        with unsharded(policy.model):
+            return rollout(
+                policy,
+                questions,
+                simulator,
+                mode,
+                group,
+                temperature,
+                stream_seed("run", args.seed, mode, step),
+                MAX_ROUNDS,
+                MAX_TURNS,
+                args.max_new_tokens,
+                args.rows,
+            )
+    except simulators.SimulatorError as error:
+        fail(f"{error}. The same command goes on from the last checkpoint.")
+
+
+# ---- score, advantage ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Episode:
+    """A finished rollout with its reward, and what an update needs. L: tokens of the trajectory.
+
+    Entry j of a log-prob vector is about token j + 1.
+    """
+
+    trajectory: Trajectory
+    reward: float  # r
+    match: float  # e
+    format: float  # f
+    old_logprobs: torch.Tensor  # (L - 1,) under the policy that sampled: below the bar of the ratio
+    direct_match: float | None = None  # phase 2: e_direct of its question
+    start_logprobs: torch.Tensor | None = None  # (L - 1,) under the start policy, where they count
+    advantage: float = 0.0  # A
+    idle: bool = False  # only takes part in the collectives of a sharded model
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the loss counts."""
+        return 0 if self.idle else sum(self.trajectory.loss_mask)
+
+
+def score_all(
+    trajectories: list[Trajectory], without_tool: list[Trajectory], args: argparse.Namespace
+) -> list[Episode]:
+    """Reward every rollout, in phase 2 by the no-tool rollouts of its own question too."""
+    direct = groups_of(without_tool, args.direct)  # phase 1: none
+    episodes = []
+    for number, trajectory in enumerate(trajectories):
+        e_direct = mean_match(direct[number // args.group]) if direct else None
+        episodes.append(score(trajectory, args, e_direct))
+    return episodes
+
+
+def mean_match(trajectories: list[Trajectory]) -> float:
+    """e_direct: the mean exact match of some rollouts."""
+    matches = [rewards.exact_match(t.answer, t.question) for t in trajectories]
+    return sum(matches) / len(matches)
+
+
+def score(
+    trajectory: Trajectory, args: argparse.Namespace, direct_match: float | None = None
+) -> Episode:
+    """The reward of phase 1, and with `direct_match` that of phase 2, with the weights of the flags."""
+    match = rewards.exact_match(trajectory.answer, trajectory.question)
+    form = rewards.format_reward(trajectory)
+    calls = trajectory.valid_calls
+    if direct_match is None:
+        reward = rewards.phase1_reward(match, form, calls, args.lambda_use)
+    else:
+        reward = rewards.phase2_reward(
+            match, form, calls, direct_match, args.lambda_use, args.alpha, args.beta
+        )
+    old_logprobs = torch.tensor(trajectory.logprobs[1:])
+    return Episode(trajectory, reward, match, form, old_logprobs, direct_match)
+
+
+def groups_of(rows: list, size: int) -> list[list]:
+    """Neighbours, `size` at a time: the rollouts of one question."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def set_advantages(episodes: list[Episode], group: int, divide_by_std: bool) -> None:
+    """Compare each episode with the others of its question, its `group` neighbours."""
+    earned = [episode.reward for episode in episodes]
+    advantages = rewards.group_advantages(earned, group, divide_by_std).tolist()
+    for episode, advantage in zip(episodes, advantages, strict=True):
+        episode.advantage = advantage
+
+
+def split_minibatches(
+    episodes: list[Episode], group: int, questions: int, minibatches: int, world: World
+) -> list[list[Episode]]:
+    """This rank's episodes by optimiser step, without groups whose rewards are all equal.
+
+    A question's optimiser step follows from its number among the `questions` of all ranks, not from the rank that
+    holds it: any number of ranks makes the same steps. A rank without episodes for a step gets an idle one.
+    """
+    varied = rewards.varied([episode.reward for episode in episodes], group)
+    questions_each = questions // minibatches
+    batches = [[] for _ in range(minibatches)]
+    for index, members in enumerate(groups_of(episodes, group)):
+        if varied[index]:
+            number = world.rank + index * world.size
+            batches[number // questions_each].extend(members)
+    for batch in batches:
+        if not batch:
+            batch.append(replace(episodes[0], idle=True))
+    return batches
+
+
+# ---- micro-batches ---------------------------------------------------------------------------------------------------
+
+
+def micro_batches(episodes: list[Episode], max_tokens: int) -> list[list[Episode]]:
+    """Chunks of episodes, one forward pass each, of at most `max_tokens` cells; as many chunks on every rank.
+
+    Neighbours with one prompt make a line, as collate(share=True) lays them out; lines of like length make a chunk.
+    Each pass through a sharded model is a set of collectives: a rank with fewer chunks adds idle ones.
+    """
+    lines = []
+    last_prompt = None
+    for episode in episodes:
+        prompt = prompt_key(episode.trajectory)
+        if prompt == last_prompt and cells(lines[-1] + [episode]) <= max_tokens:
+            lines[-1].append(episode)
+        else:
+            lines.append([episode])
+        last_prompt = prompt
+    chunks = []
+    for line in sorted(lines, key=cells, reverse=True):
+        if chunks and cells(chunks[-1] + line) <= max_tokens:
+            chunks[-1].extend(line)
+        else:
+            chunks.append(list(line))
+    missing = int(global_max(len(chunks))) - len(chunks)
+    return chunks + [[replace(episodes[0], idle=True)]] * missing
+
+
+def cells(episodes: list[Episode]) -> int:
+    """How many tokens, with padding, a forward pass over these episodes takes."""
+    return cell_count([episode.trajectory for episode in episodes])
+
+
+def pad_stack(vectors: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """1-D tensors of at most like.shape[1] entries -> one on the device of `like` (B, L - 1), zeros behind."""
+    rows = [F.pad(vector, (0, like.shape[1] - len(vector))) for vector in vectors]
+    return torch.stack(rows).to(like.device)
+
+
+# ---- logprob ---------------------------------------------------------------------------------------------------------
+
+
+def set_logprobs(
+    policy: Policy,
+    start_policy: Policy | None,
+    minibatches: list[list[Episode]],
+    temperature: float,
+    micro_batch_tokens: int,
+) -> None:
+    """Set `start_logprobs` if there is a start policy; on a GPU `old_logprobs` too.
+
+    There the rollout is in bf16, where cached and full passes round differently: the ratio compares full passes.
+    """
+    for minibatch in minibatches:
+        if start_policy:
+            for episode, logprobs in full_pass(
+                start_policy, minibatch, temperature, micro_batch_tokens
+            ):
+                episode.start_logprobs = logprobs
+        if policy.device.type == "cuda":
+            for episode, logprobs in full_pass(policy, minibatch, temperature, micro_batch_tokens):
+                episode.old_logprobs = logprobs
+
+
+@torch.no_grad()
+def full_pass(
+    policy: Policy, episodes: list[Episode], temperature: float, micro_batch_tokens: int
+) -> Iterable[tuple[Episode, torch.Tensor]]:
+    """(episode, log-probs (L - 1,) of its tokens under `policy`) of each."""
+    pairs = []
+    for chunk in micro_batches(episodes, micro_batch_tokens):
+        batch = collate(policy, [episode.trajectory for episode in chunk], share=True)
+        logprobs, _ = token_logprobs(policy, batch, temperature)  # (B, L - 1)
+        for episode, row in zip(chunk, logprobs.cpu(), strict=True):
+            pairs.append((episode, row[: len(episode.trajectory.ids) - 1].clone()))
+    return pairs
+
+
+# ---- update ----------------------------------------------------------------------------------------------------------
 
 
 def grpo_loss(
@@ -336,26 +559,13 @@ def grpo_loss(
     loss_mask                (B, L) 1 on the policy's own tokens
     returns                  scalar sum of -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)
     """
-    assert (
-        logprobs.shape == old_logprobs.shape == loss_mask.shape
-        and advantages.shape == logprobs.shape[:1]
-    )
+    assert logprobs.shape == old_logprobs.shape == loss_mask.shape
+    assert advantages.shape == logprobs.shape[:1]
     ratio = (logprobs - old_logprobs).exp()  # (B, L)
     advantages = advantages[:, None]  # (B, 1)
-    objective = torch.minimum(
-        ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    )
-    return -(objective * loss_mask).sum()
-
-
-def clipped_tokens(ratio, advantages, loss_mask, clip_low=CLIP_LOW, clip_high=CLIP_HIGH):
-    """How many tokens the clip silences, below and above: their ratio (B, L) is beyond the bound, where A wants it."""
-    advantages = advantages[:, None]
-    low, high = (
-        (advantages < 0) & (ratio < 1 - clip_low),
-        (advantages > 0) & (ratio > 1 + clip_high),
-    )
-    return (low * loss_mask).sum(), (high * loss_mask).sum()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    gain = torch.minimum(ratio * advantages, clipped * advantages)
+    return -(gain * loss_mask).sum()
 
 
 def kl_to_start(logprobs, start_logprobs, loss_mask):
@@ -364,489 +574,331 @@ def kl_to_start(logprobs, start_logprobs, loss_mask):
     return ((d.exp() - d - 1) * loss_mask).sum()
 
 
-# ---------------------------------------------------------------- rollouts as rows
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    minibatches: list[list[Episode]],
+    *,
+    micro_batch_tokens: int,
+    clip_high: float = CLIP_HIGH,
+    kl_weight: float = 0.0,
+    temperature: float = 1.0,
+    max_grad_norm: float = 1.0,
+) -> dict[str, float]:
+    """One optimiser step per minibatch that has something to teach -> {key of LOG: value}.
 
-
-@dataclass
-class Row:
-    """A rollout with what an update needs. Entry j of a log-prob vector is about token j + 1 of the trajectory."""
-
-    trajectory: Trajectory
-    match: float  # e; World2VLM: the total
-    form: float  # f
-    match_direct: float | None  # e_direct of its question, phase 2
-    reward: float
-    old: torch.Tensor  # (L - 1,) log-probs under the policy that sampled
-    start: torch.Tensor | None = None  # (L - 1,) log-probs under the start policy
-    advantage: float = 0.0
-    weight: float = 1.0  # 0: only fills up a rank's micro-batches
-    parts: dict | None = None  # of the reward, World2VLM
-
-
-def dialogues(policy, questions, simulator, mode, args, group=1, temperature=0.0, step=0):
-    """`group` dialogues per question, question-major, drawn from the streams of (run seed, mode, step)."""
-    seed = stream_seed("run", args.seed, mode, step)
-    try:
-        with common.gathered(policy.model):
-            return rollout(
-                policy,
-                questions,
-                simulator,
-                mode,
-                group,
-                temperature,
-                seed,
-                MAX_ROUNDS,
-                MAX_TURNS,
-                args.max_new_tokens,
-                args.rows,
-            )
-    except SimulatorError as error:
-        common.fail(f"{error}. The same command goes on from the last checkpoint.")
-
-
-def score(trajectory, args, match_direct=None):
-    """Reward a rollout: phase 1, and with `match_direct` phase 2, as in rewards.py with the weights of the flags."""
-    question, n_tool, old = (
-        trajectory.question,
-        trajectory.valid_calls,
-        torch.tensor(trajectory.logprobs[1:]),
-    )
-    if args.task == "world2vlm":
-        parts = world2vlm_rewards.world2vlm(
-            question["category"], question["answer"], trajectory.answer
-        )
-        return Row(
-            trajectory, parts["total"], parts["format"], None, parts["total"], old, parts=parts
-        )
-    match, form = (
-        rewards.exact_match(trajectory.answer, question),
-        rewards.format_reward(trajectory),
-    )
-    if match_direct is None:
-        reward = rewards.phase1_reward(match, form, n_tool, args.lambda_use)
-    else:
-        reward = rewards.phase2_reward(
-            match, form, n_tool, match_direct, args.lambda_use, args.alpha, args.beta
-        )
-    return Row(trajectory, match, form, match_direct, reward, old)
-
-
-def mean_match(trajectories, group):
-    """Mean exact match of each group of `group` neighbours: e_direct per question."""
-    matches = [rewards.exact_match(t.answer, t.question) for t in trajectories]
-    return [sum(matches[i : i + group]) / group for i in range(0, len(matches), group)]
-
-
-def split(rows, varied, args, world):
-    """This rank's rows by optimiser step, without groups that teach nothing.
-
-    A question's optimiser step follows from its place in the whole step, not from the rank that holds it: any number of
-    ranks makes the same steps.
+    The loss of a minibatch is a mean over its tokens on all ranks: each rank's sum, divided by the global count.
     """
-    minibatches = [[] for _ in range(args.minibatches)]
-    for i, row in enumerate(rows):
-        place = world.rank + i // args.group * world.size  # of its question in the step
-        if varied[i // args.group]:
-            minibatches[place * args.minibatches // args.questions].append(row)
-    return minibatches
-
-
-def micro_batches(rows, filler, tokens):
-    """Chunks of rows, one pass each, of at most `tokens` cells; the same number of chunks on every rank.
-
-    Rows with one prompt (neighbours) make a line, as collate(share=True) lays them out; lines of like length make a
-    chunk. Each pass through a sharded model is a set of collectives: a rank with fewer chunks runs `filler`, any
-    of its rows, at weight 0.
-    """
-
-    def cells(*lines):
-        return cell_count([row.trajectory for line in lines for row in line])
-
-    lines, chunks, before = [], [], None
-    for row in rows:
-        prompt = prompt_key(row.trajectory)
-        if prompt == before and cells(lines[-1] + [row]) <= tokens:
-            lines[-1].append(row)
-        else:
-            lines.append([row])
-        before = prompt
-    for line in sorted(lines, key=cells, reverse=True):
-        if chunks and cells(*chunks[-1], line) <= tokens:
-            chunks[-1].append(line)
-        else:
-            chunks.append([line])
-    chunks = [[row for line in chunk for row in line] for chunk in chunks]
-    return chunks + [[replace(filler, weight=0.0)]] * (
-        int(common.global_max(len(chunks))) - len(chunks)
-    )
-
-
-def stack(vectors, like):
-    """1-D tensors of at most like.shape[1] entries -> a tensor like `like` (B, L - 1), zeros behind."""
-    return torch.stack([F.pad(vector, (0, like.shape[1] - len(vector))) for vector in vectors]).to(
-        like.device
-    )
-
-
-@torch.no_grad()
-def remember_logprobs(policy, rows, filler, name, args):
-    """Set row.<name> to the log-probs of each row's tokens under `policy`."""
-    for chunk in micro_batches(rows, filler, args.micro_batch_tokens):
-        batch = collate(policy, [row.trajectory for row in chunk], share=True)
-        logprobs, _ = token_logprobs(policy, batch, args.temperature)
-        for row, values in zip(chunk, logprobs.cpu()):
-            setattr(row, name, values[: len(row.trajectory.ids) - 1].clone())
-
-
-def accumulate_gradient(policy, rows, filler, args):
-    """Add the gradient of one update's loss: a mean over the policy's tokens in `rows`, those of all ranks together.
-
-    rows, filler   this rank's share, maybe empty, and any row to fill up with
-    returns        this rank's sums over tokens {tokens, loss, entropy, ratio, clipped_low, clipped_high; kl, kl_tokens
-                   where row.start is known} and the largest `mismatch` and `ratio_max`; {} on every rank if there is no
-                   token to learn from
-    """
-    tokens = common.global_sum(float(sum(sum(row.trajectory.loss_mask) for row in rows)))
-    sums = defaultdict(float)
-    for chunk in micro_batches(rows, filler, args.micro_batch_tokens) if tokens else ():
-        batch = collate(policy, [row.trajectory for row in chunk], share=True)
-        logprobs, entropy = token_logprobs(policy, batch, args.temperature)  # (B, L - 1) each
-        weight, advantages = torch.tensor(
-            [[row.weight, row.advantage] for row in chunk], device=logprobs.device
-        ).T
-        mask = batch.loss_mask * weight[:, None]  # (B, L - 1)
-        old = stack([row.old for row in chunk], logprobs)
-        loss = objective = grpo_loss(logprobs, old, advantages, mask, CLIP_LOW, args.clip_high)
-        if chunk[0].start is not None:
-            kl = kl_to_start(logprobs, stack([row.start for row in chunk], logprobs), mask)
-            objective = loss + args.kl * kl
-            sums["kl"] += kl.item()
-            sums["kl_tokens"] += mask.sum().item()
-        (objective / tokens).backward()  # a local sum over a global count
-        logprobs = logprobs.detach()
-        ratio, sampled = (logprobs - old).exp(), batch.logprobs
-        low, high = clipped_tokens(ratio, advantages, mask, CLIP_LOW, args.clip_high)
-        for key, value in (
-            ("tokens", mask),
-            ("loss", loss),
-            ("entropy", entropy * mask),
-            ("ratio", ratio * mask),
-            ("clipped_low", low),
-            ("clipped_high", high),
-        ):
-            sums[key] += value.sum().item()
-        for key, value in (("ratio_max", ratio), ("mismatch", (logprobs - sampled).abs())):
-            sums[key] = max(sums[key], (value * mask).max().item())
-    return sums
-
-
-def update(policy, optimizer, minibatches, filler, step, args):
-    """One optimiser step per minibatch that has something to teach -> {key of LOG: value}."""
-    rate = args.lr * common.cosine(step, args.steps, args.warmup, args.lr_floor)
-    common.set_rate(optimizer, rate)
-    sums, norms = [], []
+    stats = UpdateStats()
     for minibatch in minibatches:
-        sums.append(accumulate_gradient(policy, minibatch, filler, args))
-        if sums[-1]:
-            norms.append(common.clip_gradients(policy.model.parameters(), args.max_grad_norm))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    over = dict.fromkeys(("loss", "entropy", "ratio", "clipped_low", "clipped_high"), "tokens") | {
-        "kl": "kl_tokens"
-    }
-    means = common.global_means(
-        {
-            key: tuple(sum(part.get(k, 0.0) for part in sums) for k in (key, count))
-            for key, count in over.items()
-        }
-    )
-    first = next(filter(None, sums), {})
-    return {
-        "tokens": common.global_sum(sum(part.get("tokens", 0.0) for part in sums)),
-        **means,
-        "mismatch": common.global_max(first.get("mismatch", 0.0)),
-        "ratio_max": common.global_max(max(part.get("ratio_max", 0.0) for part in sums)),
-        "grad_norm": sum(norms) / len(norms) if norms else 0.0,
-        "lr": rate,
-    }
+        tokens = global_sum(float(sum(episode.tokens for episode in minibatch)))
+        if not tokens:
+            continue
+        for chunk in micro_batches(minibatch, micro_batch_tokens):
+            batch = collate(policy, [episode.trajectory for episode in chunk], share=True)
+            logprobs, entropy = token_logprobs(policy, batch, temperature)  # (B, L - 1) each
+            device = logprobs.device
+            advantages = torch.tensor([episode.advantage for episode in chunk], device=device)
+            active = torch.tensor([float(not episode.idle) for episode in chunk], device=device)
+            loss_mask = batch.loss_mask * active[:, None]
+            old = pad_stack([episode.old_logprobs for episode in chunk], logprobs)
+            policy_loss = grpo_loss(logprobs, old, advantages, loss_mask, CLIP_LOW, clip_high)
+            loss = policy_loss
+            if chunk[0].start_logprobs is not None:
+                start = pad_stack([episode.start_logprobs for episode in chunk], logprobs)
+                kl = kl_to_start(logprobs, start, loss_mask)
+                loss = policy_loss + kl_weight * kl
+                stats.means.add("kl", kl.item(), loss_mask.sum().item())
+            (loss / tokens).backward()
+            ratio = (logprobs.detach() - old).exp()
+            stats.add(policy_loss, ratio, entropy, advantages, loss_mask, clip_high)
+            stats.add_mismatch(logprobs.detach() - batch.logprobs, loss_mask)
+        norm = clip_gradients(policy.model.parameters(), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        stats.add_step(norm, tokens)
+    return stats.read()
 
 
-# ---------------------------------------------------------------- held-out questions
+# ---- inputs and outputs ----------------------------------------------------------------------------------------------
 
 
-def evaluate(policy, questions, simulator, args, world, folder):
-    """Greedy dialogues on held-out questions, with and without the tool -> {mode: means}; the first few are saved."""
-    table = {}
-    for mode in dict.fromkeys((args.mode, "direct")):
-        trajectories = dialogues(policy, questions[world.rank :: world.size], simulator, mode, args)
-        rows = [score(trajectory, args) for trajectory in trajectories]
-        means = common.global_means(
-            {
-                **by_need("accuracy", rows, lambda row: row.match),
-                **by_task(rows),
-                "format": total([row.form for row in rows]),
-                **by_need("call_rate", rows, lambda row: row.trajectory.valid_calls > 0),
-            }
+def open_questions(args: argparse.Namespace, world: World) -> tuple[list[dict], list[dict]]:
+    """The questions to learn from, and the held-out ones of an evaluation; a sentence where there are too few."""
+    train = load_questions(args.data, "train", args.simulator)
+    held_out = load_questions(args.data, "val", args.simulator)
+    chosen = rows_of_step(len(held_out), min(args.eval_questions, len(held_out)), 0, 0)
+    held_out = [held_out[row] for row in chosen]
+    if args.questions < world.size:
+        fail(f"--questions {args.questions} leaves some of {world.size} ranks without a question.")
+    if args.questions > len(train):
+        fail(
+            f"A step asks no question twice: {', '.join(args.data)} has {len(train)}, --questions asks for "
+            f"{args.questions}."
         )
-        table[mode] = means
-        if mode == args.mode and common.is_main():
-            with common.disk(folder):
-                for i, trajectory in enumerate(trajectories[:SAVED_DIALOGUES]):
-                    trajectory.save(folder / str(i))
-                    trajectory.draw(folder / f"{i}.png")
-        common.say(
-            f"held out, {mode}: accuracy {means['accuracy']:.3f}, call rate {means['call_rate']:.2f}"
+    if args.eval_every and len(held_out) < world.size:
+        fail(
+            f"{len(held_out)} held-out questions leave some of {world.size} ranks without one: give "
+            f"--eval-questions {world.size} or more, or --eval-every 0."
         )
-    return table
+    return train, held_out
 
 
-# ---------------------------------------------------------------- the stage
-
-
-class Watched:
-    """A simulator with a stopwatch, so that the log can tell `imagine` from the rest of `sample`."""
-
-    def __init__(self, simulator, seconds):
-        self.simulator, self.seconds = simulator, seconds
-
-    def imagine(self, queries):
-        """The simulator's views, timed."""
-        with self.seconds("imagine"):
-            return self.simulator.imagine(queries)
-
-
-def open_simulator(args, world):
-    """--simulator as an object with `imagine`, or None."""
-    return (
-        None
-        if args.mode == "direct"
-        else simulators.load_simulator(args.simulator, world.device, args.wm)
-    )
-
-
-def needs(args):
-    """[(path of an input, the command that makes it)]."""
-    world2vlm, like = args.task == "world2vlm", " --preset astra" if args.preset == "astra" else ""
-    sft, data = (
-        ("train_sft.py --task world2vlm", "data.py world2vlm")
-        if world2vlm
-        else ("train_sft.py", "data.py")
-    )
-    if like:
-        data += (
-            " --anchors DIR --teacher out/wm-astra"
-            if world2vlm
-            else " mine --questions FILE --policy FOLDER"
-        )
-    return [
-        (
-            args.policy,
-            f"python {sft}{like}" if args.phase == 1 else f"python train_rl.py --phase 1{like}",
-        ),
-        *(
-            (Path(folder) / f"questions_{part}.jsonl", f"python {data} --out {folder}")
-            for folder in args.data
-            for part in ("train", "val")
-        ),
-        *(
-            [(args.wm, f"python train_wm.py{like}")]
-            if (args.mode, args.simulator) == ("agentic", "tuned")
-            else []
-        ),
-    ]
-
-
-def load_questions(part, args):
-    """The questions of --task in the files of a part, "train" or "val"."""
-    files = [Path(folder) / f"questions_{part}.jsonl" for folder in args.data]
-    name = " and ".join(map(str, files))
-    questions = [
-        q
-        for file in files
-        for q in load_jsonl(file)
-        if (q.get("bench") == "world2vlm") == (args.task == "world2vlm")
-    ]
+def load_questions(folders: list[str], split: str, simulator: str) -> list[dict]:
+    """The questions of a split, "train" or "val", in all folders; each must fit the simulator."""
+    files = [Path(folder, f"questions_{split}.jsonl") for folder in folders]
+    names = " and ".join(map(str, files))
+    questions = [question for file in files for question in load_jsonl(file)]
     if not questions:
-        common.fail(f"{name} has no question for --task {args.task}.")
-    if lacks := {"question", "images", "options", "answer"} - set.intersection(
-        *map(set, questions)
-    ):
-        common.fail(
-            f"{name}: questions lack {', '.join(sorted(lacks))}; data.py says what a question holds."
-        )
-    if args.simulator in simulators.NEEDS_ROOM and not all(q.get("scene") for q in questions):
-        common.fail(
-            f"--simulator {args.simulator} works in rooms only; {name} has questions without a scene."
-        )
+        fail(f"{names} has no question.")
+    for question in questions:
+        missing = {"question", "images", "options", "answer"} - question.keys()
+        if missing:
+            fail(
+                f"{names}: questions lack {', '.join(sorted(missing))}; data.py says what a question holds."
+            )
+        if simulator in simulators.NEEDS_ROOM and not question.get("scene"):
+            fail(
+                f"--simulator {simulator} works in rooms only; {names} has questions without a scene."
+            )
     return questions
 
 
-def prepared(policy, args, world):
-    """The policy to train, of fp32 weights, sharded; its vision tower is frozen (paper), and in bf16 on a GPU."""
+def open_simulator(args: argparse.Namespace, world: World):
+    """--simulator as an object with `imagine`, or None."""
+    if args.mode == "direct":
+        return None
+    return simulators.load_simulator(args.simulator, world.device, args.wm)
+
+
+def open_policy(args: argparse.Namespace, world: World) -> Policy:
+    """--policy with fp32 weights, ready to train."""
+    policy = Policy.load(args.policy, world.device, torch.float32)
+    return prepare(policy, world, args.gradient_checkpointing)
+
+
+def prepare(policy: Policy, world: World, gradient_checkpointing: bool) -> Policy:
+    """Shard a policy; its vision tower is frozen (paper), and in bf16 on a GPU."""
     policy.vision.requires_grad_(False)
     if world.device.type == "cuda":
         policy.vision.to(torch.bfloat16)
-    if args.gradient_checkpointing:
+    if gradient_checkpointing:
         policy.model.gradient_checkpointing_enable()
-    common.shard(
-        policy.model,
-        policy.model.model.language_model.layers,
-        world,
-        ignored=policy.vision.parameters(),
-    )
+    layers = policy.model.model.language_model.layers
+    shard(policy.model, layers, world, ignored=policy.vision.parameters())
     policy.model.train()  # rollouts switch to eval and back
     return policy
 
 
-def places_of_step(total, count, step, seed, spread=None):
-    """Which of `total` questions a step asks: pass after pass over all of them, none twice in a step.
-
-    spread   weights of the questions for --curriculum variance: drawn by these
-    """
-    if spread:
-        weights = torch.tensor(spread, dtype=torch.float64)
-        return torch.multinomial(
-            weights, count, generator=torch_stream("order", seed, step)
-        ).tolist()
-    return rows_of_step(total, count, step, seed)
-
-
-def new_spread(spread, places, earned, group):
-    """The weights after a step: of what any rank has asked, the variance of the rewards, plus LEAST; else as before."""
-    found = torch.zeros(
-        len(spread), dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    found[places] = (
-        torch.tensor(earned, dtype=torch.float64, device=found.device).view(-1, group).var(1)
-        + LEAST
-    )
-    return [new or old for new, old in zip(common.global_sum(found).tolist(), spread)]
-
-
-def save_policy(policy, out):
+def save_policy(policy: Policy, out: Path) -> None:
     """The policy in its public layout, gathered from all ranks."""
     weights = checkpoints.whole(policy.model.named_parameters())
-    if common.is_main():
-        with common.written_whole(out) as part:
+    if is_main():
+        with whole_folder(out) as part:
             policy.save(part, weights)
 
 
-def main(argv=None):
-    """The stage: sample, imagine, score, advantage, logprob, update, and again."""
-    args = parse_args(argv)
-    title = "--task world2vlm" if args.task == "world2vlm" else f"--phase {args.phase}"
-    common.begin(f"train_rl {title}", args, NEUTRAL, needs(args))
-    world, out = common.setup(args.threads), Path(args.out)
-    if args.questions < world.size:
-        common.fail(
-            f"--questions {args.questions} leaves some of {world.size} ranks without a question."
-        )
-    policy, start_policy = (
-        prepared(Policy.load(args.policy, world.device, torch.float32), args, world)
-        if wanted
-        else None
-        for wanted in (True, args.kl is not None)
-    )
-    simulator = open_simulator(args, world)
-    train, held_out = (load_questions(part, args) for part in ("train", "val"))
-    chosen = places_of_step(len(held_out), min(args.eval_questions, len(held_out)), step=0, seed=0)
-    held_out = [held_out[place] for place in chosen]
-    if args.eval_every and len(held_out) < world.size:
-        common.fail(
-            f"{len(held_out)} held-out questions leave some of {world.size} ranks without one: give "
-            f"--eval-questions {world.size} or more, or --eval-every 0."
-        )
-    if args.questions > len(train):
-        common.fail(
-            f"A step asks no question twice: {', '.join(args.data)} has {len(train)}, --questions asks for "
-            f"{args.questions}."
-        )
-    learning = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=args.lr, betas=BETAS, weight_decay=0.0, fused=True)
-    tensors = checkpoints.training_tensors(policy.model, optimizer)
-    first, state = checkpoints.load_state(out / "training", tensors) or (0, {})
-    if first:
-        common.say(f"going on after step {first} of {args.steps}")
-    log, clock = common.MetricLog(out / "log.jsonl", first), common.Clock(state.get("clock"))
-    spread = state.get("spread", [1.0] * len(train)) if args.curriculum == "variance" else None
+# ---- what a step logs ------------------------------------------------------------------------------------------------
 
-    with common.Interrupt() as stop:
-        for step in (bar := common.progress(args.steps, first, title.strip("-"))):
-            seconds, held = common.Stopwatch(), {}
-            if args.eval_every and step % args.eval_every == 0:
-                held["eval"] = evaluate(
-                    policy, held_out, simulator, args, world, out / f"dialogues/step_{step:06d}"
-                )
+LOG = {  # log.jsonl: one line per step; means over all rollouts of the step, on all ranks, unless said otherwise
+    "reward": "mean reward",
+    "match": "exact match e",
+    "match_needs_view": "of questions that need a view that is not given, and",
+    "match_answerable": "of those that do not, where the data knows",
+    "format": "format reward f",
+    "call_rate": "share of rollouts with a valid call",
+    "call_rate_needs_view": "as of match",
+    "call_rate_answerable": "as of match",
+    "valid_calls": "valid calls per rollout",
+    "invalid_calls": "malformed or impossible calls per rollout",
+    "match_direct": "phase 2: exact match of the rollouts without the tool",
+    "gain": "phase 2: tool-induced gain D, over the rollouts that called",
+    "length": "tokens of the policy per rollout",
+    "turns": "turns of the policy per rollout",
+    "truncated": "share of rollouts that ran out of tokens or turns",
+    "groups_flat": "share of groups with equal rewards: skipped",
+    "groups_bonus": "share of groups whose answers are all right or all wrong, and whose rewards differ",
+    "tokens": "tokens that the update learned from",
+    "loss": "GRPO loss per token, without the KL term; from here to kl: over the tokens learned from",
+    "entropy": "of the next-token distribution, nats",
+    "ratio": "new probability over old, mean over tokens; above and below 1 cancel",
+    "ratio_max": "its largest value",
+    "clipped_low": "share of tokens silenced by the clip: bad ones whose ratio is below 1 - 0.2 already",
+    "clipped_high": "and good ones whose ratio is above 1 + 0.28 already",
+    "kl": "to the start policy, nats per token (k3 estimate); without --kl-weight only at evaluations",
+    "mismatch": "largest |rollout - training log-prob| before the first optimiser step",
+    "grad_norm": "before clipping, mean over the optimiser steps",
+    "lr": "learning rate",
+    "seconds": "of sample (imagine included), imagine, score, advantage, logprob, update",
+    "eval": "held-out questions, greedy, after `step` steps: {mode: {accuracy, call_rate, each also by need}}",
+}
 
-            # sample, imagine: G rollouts per question of this rank; in phase 2 also K without the tool
-            places = places_of_step(len(train), args.questions, step, args.seed, spread)[
-                world.rank :: world.size
-            ]
-            questions = [train[place] for place in places]
-            with seconds("sample"):
-                watched = simulator and Watched(simulator, seconds)
-                sampled = dialogues(
-                    policy, questions, watched, args.mode, args, args.group, args.temperature, step
-                )
-                direct = (
-                    []
-                    if args.phase == 1
-                    else dialogues(
-                        policy, questions, None, "direct", args, args.direct, args.temperature, step
-                    )
-                )
 
-            # score: e, f, the number of calls, and in phase 2 the gain over answering directly
-            with seconds("score"):
-                e_direct = mean_match(direct, args.direct) if direct else [None] * len(questions)
-                rows = [
-                    score(dialogue, args, e_direct[i // args.group])
-                    for i, dialogue in enumerate(sampled)
-                ]
+def add_by_need(means: Means, key: str, episode: Episode, value: float) -> None:
+    """Add a value under key, and where the data knows whether the question needs a view, by that too."""
+    means.add(key, value)
+    needs_view = episode.trajectory.question.get("needs_view")
+    if needs_view is not None:
+        means.add(f"{key}_needs_view" if needs_view else f"{key}_answerable", value)
 
-            # advantage: each rollout against its group
-            with seconds("advantage"):
-                earned = [row.reward for row in rows]
-                advantages = rewards.group_advantages(earned, args.group, args.divide_by_std)
-                for row, advantage in zip(rows, advantages.tolist()):
-                    row.advantage = advantage
-                minibatches = split(rows, rewards.varied(earned, args.group), args, world)
-                spread = spread and new_spread(spread, places, earned, args.group)
 
-            # logprob: of the start policy; in bf16, where cached and full passes round differently, also of this one
-            with seconds("logprob"):
-                for minibatch in minibatches:
-                    if start_policy and (args.kl or held):
-                        remember_logprobs(start_policy, minibatch, rows[0], "start", args)
-                    if world.device.type == "cuda":
-                        remember_logprobs(policy, minibatch, rows[0], "old", args)
+def rollout_means(episodes: list[Episode], group: int) -> dict[str, float]:
+    """What the rollouts of a step did."""
+    means = Means(LOG)
+    for episode in episodes:
+        trajectory = episode.trajectory
+        called = trajectory.valid_calls > 0
+        means.add("reward", episode.reward)
+        add_by_need(means, "match", episode, episode.match)
+        means.add("format", episode.format)
+        add_by_need(means, "call_rate", episode, called)
+        means.add("valid_calls", trajectory.valid_calls)
+        means.add("invalid_calls", trajectory.invalid_calls)
+        means.add("length", sum(trajectory.loss_mask))
+        means.add("turns", len(trajectory.turns))
+        means.add("truncated", trajectory.truncated)
+        if episode.direct_match is not None:
+            means.add("match_direct", episode.direct_match)
+            if called:
+                means.add("gain", episode.match - episode.direct_match)
+    varied = rewards.varied([episode.reward for episode in episodes], group).tolist()
+    for members, differ in zip(groups_of(episodes, group), varied, strict=True):
+        matches = {episode.match for episode in members}
+        means.add("groups_flat", not differ)
+        means.add("groups_bonus", differ and len(matches) == 1)
+    return means.read()
 
-            with seconds("update"):
-                learned = update(policy, optimizer, minibatches, rows[0], step, args)
 
-            means = common.global_means(rollout_totals(rows, args.group))
-            log.write(step, **means, **learned, seconds=dict(seconds), **held)
-            bar.set_postfix({key: f"{means[key]:.2f}" for key in ("reward", "match", "call_rate")})
-            del sampled, direct, rows, minibatches  # and their images, before the next ones come
-            stop.save_or_leave(
-                step + 1,
-                args,
-                lambda: checkpoints.save_state(
-                    out / "training", step + 1, tensors, {"clock": clock.read(), "spread": spread}
-                ),
-            )
+class UpdateStats:
+    """What an update did, added up micro-batch by micro-batch on each rank."""
 
-    if args.eval_every:
-        log.write(
-            args.steps,
-            eval=evaluate(policy, held_out, simulator, args, world, out / "dialogues" / "end"),
-        )
-    save_policy(policy, out)
-    if common.is_main():
-        draw_curves(out)
-    common.finish(out, args.steps, clock)
+    def __init__(self):
+        self.means = Means(("loss", "entropy", "ratio", "clipped_low", "clipped_high", "kl"))
+        self.tokens = 0.0
+        self.ratio_max = 0.0
+        self.mismatch = 0.0
+        self.grad_norms = []
+
+    def add(self, loss, ratio, entropy, advantages, loss_mask, clip_high: float) -> None:
+        """A micro-batch: its summed loss; ratio, entropy, loss_mask (B, L - 1); advantages (B,)."""
+        low, high = clipped_tokens(ratio, advantages, loss_mask, CLIP_LOW, clip_high)
+        sums = {
+            "loss": loss,
+            "entropy": (entropy * loss_mask).sum(),
+            "ratio": (ratio * loss_mask).sum(),
+            "clipped_low": low,
+            "clipped_high": high,
+        }
+        count = loss_mask.sum().item()
+        for key, value in sums.items():
+            self.means.add(key, value.item(), count)
+        self.ratio_max = max(self.ratio_max, (ratio * loss_mask).max().item())
+
+    def add_mismatch(self, difference, loss_mask) -> None:
+        """Training minus rollout log-probs (B, L - 1); they count before the first optimiser step only."""
+        if not self.grad_norms:
+            self.mismatch = max(self.mismatch, (difference.abs() * loss_mask).max().item())
+
+    def add_step(self, grad_norm: float, tokens: float) -> None:
+        """An optimiser step."""
+        self.grad_norms.append(grad_norm)
+        self.tokens += tokens
+
+    def read(self) -> dict[str, float]:
+        """{key of LOG: value} (a collective)."""
+        steps = max(1, len(self.grad_norms))
+        return self.means.read() | {
+            "tokens": self.tokens,
+            "ratio_max": global_max(self.ratio_max),
+            "mismatch": global_max(self.mismatch),
+            "grad_norm": sum(self.grad_norms) / steps,
+        }
+
+
+def clipped_tokens(ratio, advantages, loss_mask, clip_low=CLIP_LOW, clip_high=CLIP_HIGH):
+    """How many tokens the clip silences, below and above: their ratio (B, L) is beyond the bound, where A wants it."""
+    advantages = advantages[:, None]
+    low = (advantages < 0) & (ratio < 1 - clip_low)
+    high = (advantages > 0) & (ratio > 1 + clip_high)
+    return (low * loss_mask).sum(), (high * loss_mask).sum()
+
+
+def evaluate(
+    policy: Policy,
+    questions: list[dict],
+    simulator,
+    args: argparse.Namespace,
+    world: World,
+    folder: Path,
+) -> dict[str, dict[str, float]]:
+    """Greedy dialogues on held-out questions, with and without the tool -> {mode: means}; the first few are saved."""
+    keys = ("accuracy", "accuracy_needs_view", "accuracy_answerable", "format")
+    table = {}
+    for mode in dict.fromkeys((args.mode, "direct")):
+        mine = questions[world.rank :: world.size]
+        trajectories = sample_trajectories(policy, mine, simulator, mode, args)
+        means = Means((*keys, "call_rate", "call_rate_needs_view", "call_rate_answerable"))
+        for trajectory in trajectories:
+            episode = score(trajectory, args)
+            add_by_need(means, "accuracy", episode, episode.match)
+            add_by_need(means, "call_rate", episode, trajectory.valid_calls > 0)
+            means.add("format", episode.format)
+        table[mode] = means.read()
+        accuracy, calls = table[mode]["accuracy"], table[mode]["call_rate"]
+        say(f"held out, {mode}: accuracy {accuracy:.3f}, call rate {calls:.2f}")
+        if mode == args.mode and is_main():
+            save_dialogues(trajectories[:SAVED_DIALOGUES], folder)
+    return table
+
+
+def save_dialogues(trajectories: list[Trajectory], folder: Path) -> None:
+    """Dialogues to look at, each as files and as one picture."""
+    with disk(folder):
+        for number, trajectory in enumerate(trajectories):
+            trajectory.save(folder / str(number))
+            trajectory.draw(folder / f"{number}.png")
+
+
+PANELS = {  # of curves.png
+    "rewards": ("reward", "match", "match_direct", "format"),
+    "policy": ("entropy", "kl", "clipped_low", "clipped_high", "gain"),
+    "calls": ("call_rate", "call_rate_needs_view", "call_rate_answerable", "invalid_calls"),
+    "held out, greedy": (
+        "agentic accuracy",
+        "agentic accuracy_needs_view",
+        "direct accuracy",
+        "agentic call_rate",
+    ),
+}
+
+
+def draw_curves(out: Path) -> None:
+    """curves.png from log.jsonl: a panel per title of PANELS, a line per key that the log has."""
+    curves = defaultdict(list)
+    for row in read_log(out / "log.jsonl"):
+        values = dict(row)
+        for mode, means in row.get("eval", {}).items():
+            values |= {f"{mode} {key}": value for key, value in means.items()}
+        for key, value in values.items():
+            if isinstance(value, float):
+                curves[key].append((row["step"], value))
+
+    def draw(pyplot):
+        figure, axes = pyplot.subplots(1, len(PANELS), figsize=(17, 3.4), layout="constrained")
+        for axis, (title, keys) in zip(axes, PANELS.items(), strict=True):
+            for key in filter(curves.get, keys):
+                steps, values = np.transpose(curves[key])
+                axis.plot(steps, values, label=key, marker=".")
+            axis.set(title=title, xlabel="step")
+            axis.legend(fontsize=7)
+        return figure
+
+    image = figure_image(draw)
+    if image is None:
+        say("No curves.png without matplotlib (pip install matplotlib); log.jsonl has the numbers.")
+    else:
+        save_image(out / "curves.png", np.array(image))
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run_stage(main)
