@@ -30,8 +30,6 @@ asked for (--kl-weight).
 """
 
 import argparse
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,7 +64,6 @@ from lib.stage import (
     Stopwatch,
     begin,
     finish,
-    newest,
     parse_flags,
     run_stage,
     set_learning_rate,
@@ -76,9 +73,8 @@ from policy import Policy, collate, rollout, token_logprobs
 
 CLIP_LOW = 0.2  # paper: Clip-Higher
 CLIP_HIGH = 0.28
-MAX_ROUNDS = 3  # paper: tool rounds
-MAX_TURNS = 10  # paper: assistant turns
 BETAS = (0.9, 0.99)  # of AdamW; no weight decay
+MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to it
 SAVED_DIALOGUES = 4  # per evaluation
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -102,9 +98,7 @@ FLAGS = [
         "the start; default: phase 1 out/sft (astra: Qwen/Qwen3-VL-8B-Instruct, as in the paper), phase 2 out/phase1 "
         "(astra: out/phase1-astra)",
     ),
-    Flag(
-        "--wm", None, "out/wm-astra", "the tuned simulator; default: newest of out/wm, out/demo/wm"
-    ),
+    Flag("--wm", "out/wm", "out/wm-astra", "the tuned simulator"),
     Flag(
         "--simulator",
         "tuned",
@@ -114,9 +108,9 @@ FLAGS = [
     ),
     Flag(
         "--data",
-        None,
+        ["out/data"],
         ["out/mined"],
-        "folders of questions_{train,val}.jsonl, one for each corpus; default: newest of out/data, out/demo/data",
+        "folders of questions_{train,val}.jsonl, one for each corpus",
     ),
     Flag("--out", None, None, "default: out/phase1 or out/phase2, with -astra behind it"),
     # these change the numbers
@@ -125,17 +119,13 @@ FLAGS = [
     Flag("--questions", 16, 128, "per step, all ranks together", 1),
     Flag("--group", 8, 8, "G, rollouts per question", 2),
     Flag("--direct", 4, 4, "K, phase 2: no-tool rollouts per question", 1),
-    Flag("--temperature", 1.0, 1.0, "of sampling, and of the log-probs that are trained", 0),
     Flag("--max-new-tokens", 64, 4096, "per turn", 1),
     Flag("--lambda-use", rewards.LAMBDA_USE, rewards.LAMBDA_USE, "bonus for a call (paper: 0.02)"),
-    Flag("--alpha", rewards.ALPHA, rewards.ALPHA, "phase 2: worth of a gain (paper: 0.1)"),
-    Flag("--beta", rewards.BETA, rewards.BETA, "phase 2: price of a loss (paper: 0.03)"),
     Flag("--divide-by-std", True, True, "advantages by the deviation of their group"),
     Flag("--minibatches", 2, 2, "optimiser steps per batch; the clip acts from the second on", 1),
     Flag("--lr", 6e-5, 1e-6, "AdamW, peak", 0),
     Flag("--warmup", 2, 10, "steps to the peak", 0),
     Flag("--lr-floor", 0.1, 1.0, "share of the peak where the cosine ends; 1: constant", 0, 1),
-    Flag("--max-grad-norm", 1.0, 1.0, "longer gradients are scaled down to it", 0),
     Flag("--kl-weight", 0.0, 0.0, "of the KL to the start policy in the loss", 0),
     Flag(
         "--watch-kl",
@@ -172,39 +162,20 @@ TINY_EVAL_EVERY = {1: 4, 2: 12}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; what depends on the phase or on what is there already is filled in here."""
+    """The command line; what depends on the phase is filled in here."""
     args = parse_flags(__doc__, FLAGS, argv)
-    if args.temperature == 0:
-        args.parser.error(
-            "--temperature 0: the rollouts of a group would all be equal, and nothing would be learned"
-        )
     if args.questions % args.minibatches:
         args.parser.error(
             f"--questions {args.questions} does not split into --minibatches {args.minibatches} of equal size"
         )
-    for key, value in phase_defaults(args.preset, args.phase).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    suffix = "-astra" if args.preset == "astra" else ""
+    first = "Qwen/Qwen3-VL-8B-Instruct" if suffix else "out/sft"
+    args.policy = args.policy or (first if args.phase == 1 else f"out/phase1{suffix}")
+    args.out = args.out or f"out/phase{args.phase}{suffix}"
+    args.steps = args.steps or TINY_STEPS[args.phase]
+    if args.eval_every is None:
+        args.eval_every = TINY_EVAL_EVERY[args.phase]
     return args
-
-
-def phase_defaults(preset: str, phase: int) -> dict:
-    """Defaults of a phase; a run of astra takes nothing of the small world by itself."""
-    if preset == "astra":
-        base = "Qwen/Qwen3-VL-8B-Instruct"
-        return {
-            "policy": base if phase == 1 else "out/phase1-astra",
-            "out": f"out/phase{phase}-astra",
-        }
-    start = "sft" if phase == 1 else "phase1"
-    return {
-        "policy": str(newest([start]) or f"out/{start}"),
-        "wm": str(newest(["wm"]) or "out/wm"),
-        "data": [str(newest(["data"], "questions_train.jsonl") or "out/data")],
-        "out": f"out/phase{phase}",
-        "steps": TINY_STEPS[phase],
-        "eval_every": TINY_EVAL_EVERY[phase],
-    }
 
 
 def inputs_of(args: argparse.Namespace) -> list[tuple[str | Path, str]]:
@@ -234,9 +205,10 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     train, held_out = open_questions(args, world)
     simulator = open_simulator(args, world)
-    policy = open_policy(args, world)
-    keep_start = args.kl_weight > 0 or args.watch_kl
-    start_policy = open_policy(args, world) if keep_start else None
+    policy = prepare(Policy.load(args.policy, world.device, torch.float32), args, world)
+    start_policy = None
+    if args.kl_weight > 0 or args.watch_kl:
+        start_policy = prepare(Policy.load(args.policy, world.device, torch.float32), args, world)
 
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=BETAS, weight_decay=0.0, fused=True)
@@ -246,6 +218,9 @@ def main(argv: list[str] | None = None) -> None:
         say(f"going on after step {first} of {args.steps}")
     log = MetricLog(out / "log.jsonl", first)
     clock = Clock(state.get("clock"))
+
+    def save():
+        checkpoints.save_state(out / "training", step + 1, tensors, {"clock": clock.read()})
 
     with Interrupt() as stop:
         for step in (bar := progress(args.steps, first, f"phase {args.phase}")):
@@ -262,15 +237,13 @@ def main(argv: list[str] | None = None) -> None:
             with seconds("sample"):
                 timed = TimedSimulator(simulator, seconds) if simulator else None
                 trajectories = sample_trajectories(
-                    policy, questions, timed, args.mode, args, args.group, args.temperature, step
+                    policy, questions, timed, args.mode, args, step, args.group
                 )
-                without_tool = (
-                    []
-                    if args.phase == 1
-                    else sample_trajectories(
-                        policy, questions, None, "direct", args, args.direct, args.temperature, step
+                without_tool = []
+                if args.phase == 2:
+                    without_tool = sample_trajectories(
+                        policy, questions, None, "direct", args, step, args.direct
                     )
-                )
 
             # score: e, f, the number of calls, and in phase 2 the gain over answering directly
             with seconds("score"):
@@ -283,22 +256,24 @@ def main(argv: list[str] | None = None) -> None:
                     episodes, args.group, args.questions, args.minibatches, world
                 )
 
-            # logprob: of the tokens under the start policy
+            # logprob: under the start policy, if it counts; on a GPU also under this one, since the rollout's bf16
+            # rounds otherwise, in cached passes
             with seconds("logprob"):
-                watched = start_policy if args.kl_weight > 0 or evaluating else None
-                set_logprobs(
-                    policy, watched, minibatches, args.temperature, args.micro_batch_tokens
-                )
+                for minibatch in minibatches:
+                    if start_policy and (args.kl_weight > 0 or evaluating):
+                        set_logprobs(
+                            "start_logprobs", start_policy, minibatch, args.micro_batch_tokens
+                        )
+                    if world.device.type == "cuda":
+                        set_logprobs("old_logprobs", policy, minibatch, args.micro_batch_tokens)
 
             with seconds("update"):
                 metrics |= update(
                     policy,
                     optimizer,
                     minibatches,
+                    args.micro_batch_tokens,
                     kl_weight=args.kl_weight,
-                    temperature=args.temperature,
-                    max_grad_norm=args.max_grad_norm,
-                    micro_batch_tokens=args.micro_batch_tokens,
                 )
 
             metrics |= rollout_means(episodes, args.group)
@@ -307,13 +282,7 @@ def main(argv: list[str] | None = None) -> None:
                 {key: f"{metrics[key]:.2f}" for key in ("reward", "match", "call_rate")}
             )
             del trajectories, without_tool, episodes, minibatches  # and their images
-            stop.save_or_leave(
-                step + 1,
-                args,
-                lambda: checkpoints.save_state(
-                    out / "training", step + 1, tensors, {"clock": clock.read()}
-                ),
-            )
+            stop.save_or_leave(step + 1, args, save)
 
     if args.eval_every:
         table = evaluate(policy, held_out, simulator, args, world, out / "dialogues" / "end")
@@ -346,14 +315,14 @@ def sample_trajectories(
     simulator,
     mode: str,
     args: argparse.Namespace,
-    group: int = 1,
-    temperature: float = 0.0,
     step: int = 0,
+    group: int | None = None,
 ) -> list[Trajectory]:
-    """`group` rollouts per question, question-major, drawn from the stream of (--seed, mode, step).
+    """`group` rollouts per question, question-major, from the stream of (--seed, mode, step); None: a greedy one.
 
     args   seed, max_new_tokens and rows count
     """
+    seed = stream_seed("run", args.seed, mode, step)
     try:
         with unsharded(policy.model):
             return rollout(
@@ -361,13 +330,11 @@ def sample_trajectories(
                 questions,
                 simulator,
                 mode,
-                group,
-                temperature,
-                stream_seed("run", args.seed, mode, step),
-                MAX_ROUNDS,
-                MAX_TURNS,
-                args.max_new_tokens,
-                args.rows,
+                group or 1,
+                temperature=1.0 if group else 0.0,
+                seed=seed,
+                max_new_tokens=args.max_new_tokens,
+                rows=args.rows,
             )
     except simulators.SimulatorError as error:
         fail(f"{error}. The same command goes on from the last checkpoint.")
@@ -427,9 +394,7 @@ def score(
     if direct_match is None:
         reward = rewards.phase1_reward(match, form, calls, args.lambda_use)
     else:
-        reward = rewards.phase2_reward(
-            match, form, calls, direct_match, args.lambda_use, args.alpha, args.beta
-        )
+        reward = rewards.phase2_reward(match, form, calls, direct_match, args.lambda_use)
     old_logprobs = torch.tensor(trajectory.logprobs[1:])
     return Episode(trajectory, reward, match, form, old_logprobs, direct_match)
 
@@ -510,40 +475,16 @@ def pad_stack(vectors: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
 # ---- logprob ---------------------------------------------------------------------------------------------------------
 
 
-def set_logprobs(
-    policy: Policy,
-    start_policy: Policy | None,
-    minibatches: list[list[Episode]],
-    temperature: float,
-    micro_batch_tokens: int,
-) -> None:
-    """Set `start_logprobs` if there is a start policy; on a GPU `old_logprobs` too.
-
-    There the rollout is in bf16, where cached and full passes round differently: the ratio compares full passes.
-    """
-    for minibatch in minibatches:
-        if start_policy:
-            for episode, logprobs in full_pass(
-                start_policy, minibatch, temperature, micro_batch_tokens
-            ):
-                episode.start_logprobs = logprobs
-        if policy.device.type == "cuda":
-            for episode, logprobs in full_pass(policy, minibatch, temperature, micro_batch_tokens):
-                episode.old_logprobs = logprobs
-
-
 @torch.no_grad()
-def full_pass(
-    policy: Policy, episodes: list[Episode], temperature: float, micro_batch_tokens: int
-) -> Iterable[tuple[Episode, torch.Tensor]]:
-    """(episode, log-probs (L - 1,) of its tokens under `policy`) of each."""
-    pairs = []
+def set_logprobs(
+    field: str, policy: Policy, episodes: list[Episode], micro_batch_tokens: int
+) -> None:
+    """Set a field of each episode to the log-probs (L - 1,) of its tokens under `policy`."""
     for chunk in micro_batches(episodes, micro_batch_tokens):
         batch = collate(policy, [episode.trajectory for episode in chunk], share=True)
-        logprobs, _ = token_logprobs(policy, batch, temperature)  # (B, L - 1)
+        logprobs, _ = token_logprobs(policy, batch)  # (B, L - 1)
         for episode, row in zip(chunk, logprobs.cpu(), strict=True):
-            pairs.append((episode, row[: len(episode.trajectory.ids) - 1].clone()))
-    return pairs
+            setattr(episode, field, row[: len(episode.trajectory.ids) - 1].clone())
 
 
 # ---- update ----------------------------------------------------------------------------------------------------------
@@ -578,45 +519,37 @@ def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     minibatches: list[list[Episode]],
-    *,
     micro_batch_tokens: int,
     clip_high: float = CLIP_HIGH,
     kl_weight: float = 0.0,
-    temperature: float = 1.0,
-    max_grad_norm: float = 1.0,
 ) -> dict[str, float]:
     """One optimiser step per minibatch that has something to teach -> {key of LOG: value}.
 
     The loss of a minibatch is a mean over its tokens on all ranks: each rank's sum, divided by the global count.
     """
-    stats = UpdateStats()
+    stats = UpdateStats(clip_high)
     for minibatch in minibatches:
         tokens = global_sum(float(sum(episode.tokens for episode in minibatch)))
         if not tokens:
             continue
         for chunk in micro_batches(minibatch, micro_batch_tokens):
             batch = collate(policy, [episode.trajectory for episode in chunk], share=True)
-            logprobs, entropy = token_logprobs(policy, batch, temperature)  # (B, L - 1) each
-            device = logprobs.device
-            advantages = torch.tensor([episode.advantage for episode in chunk], device=device)
-            active = torch.tensor([float(not episode.idle) for episode in chunk], device=device)
-            loss_mask = batch.loss_mask * active[:, None]
+            logprobs, entropy = token_logprobs(policy, batch)  # (B, L - 1) each
             old = pad_stack([episode.old_logprobs for episode in chunk], logprobs)
-            policy_loss = grpo_loss(logprobs, old, advantages, loss_mask, CLIP_LOW, clip_high)
-            loss = policy_loss
+            advantages = logprobs.new_tensor([episode.advantage for episode in chunk])  # (B,)
+            active = logprobs.new_tensor([not episode.idle for episode in chunk])
+            loss_mask = batch.loss_mask * active[:, None]
+            loss = grpo_loss(logprobs, old, advantages, loss_mask, CLIP_LOW, clip_high)
+            sums = {"loss": loss, "entropy": (entropy * loss_mask).sum()}
             if chunk[0].start_logprobs is not None:
                 start = pad_stack([episode.start_logprobs for episode in chunk], logprobs)
-                kl = kl_to_start(logprobs, start, loss_mask)
-                loss = policy_loss + kl_weight * kl
-                stats.means.add("kl", kl.item(), loss_mask.sum().item())
+                sums["kl"] = kl_to_start(logprobs, start, loss_mask)
+                loss = loss + kl_weight * sums["kl"]
             (loss / tokens).backward()
-            ratio = (logprobs.detach() - old).exp()
-            stats.add(policy_loss, ratio, entropy, advantages, loss_mask, clip_high)
-            stats.add_mismatch(logprobs.detach() - batch.logprobs, loss_mask)
-        norm = clip_gradients(policy.model.parameters(), max_grad_norm)
+            stats.add(sums, logprobs.detach(), old, batch.logprobs, advantages, loss_mask)
+        stats.add_step(tokens, clip_gradients(policy.model.parameters(), MAX_GRAD_NORM))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        stats.add_step(norm, tokens)
     return stats.read()
 
 
@@ -671,18 +604,12 @@ def open_simulator(args: argparse.Namespace, world: World):
     return simulators.load_simulator(args.simulator, world.device, args.wm)
 
 
-def open_policy(args: argparse.Namespace, world: World) -> Policy:
-    """--policy with fp32 weights, ready to train."""
-    policy = Policy.load(args.policy, world.device, torch.float32)
-    return prepare(policy, world, args.gradient_checkpointing)
-
-
-def prepare(policy: Policy, world: World, gradient_checkpointing: bool) -> Policy:
-    """Shard a policy; its vision tower is frozen (paper), and in bf16 on a GPU."""
+def prepare(policy: Policy, args: argparse.Namespace, world: World) -> Policy:
+    """Shard a policy of fp32 weights; its vision tower is frozen (paper), and in bf16 on a GPU."""
     policy.vision.requires_grad_(False)
     if world.device.type == "cuda":
         policy.vision.to(torch.bfloat16)
-    if gradient_checkpointing:
+    if args.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable()
     layers = policy.model.model.language_model.layers
     shard(policy.model, layers, world, ignored=policy.vision.parameters())
@@ -734,33 +661,12 @@ LOG = {  # log.jsonl: one line per step; means over all rollouts of the step, on
 }
 
 
-def add_by_need(means: Means, key: str, episode: Episode, value: float) -> None:
-    """Add a value under key, and where the data knows whether the question needs a view, by that too."""
-    means.add(key, value)
-    needs_view = episode.trajectory.question.get("needs_view")
-    if needs_view is not None:
-        means.add(f"{key}_needs_view" if needs_view else f"{key}_answerable", value)
-
-
 def rollout_means(episodes: list[Episode], group: int) -> dict[str, float]:
-    """What the rollouts of a step did."""
+    """What the rollouts of a step did (a collective)."""
     means = Means(LOG)
     for episode in episodes:
-        trajectory = episode.trajectory
-        called = trajectory.valid_calls > 0
-        means.add("reward", episode.reward)
-        add_by_need(means, "match", episode, episode.match)
-        means.add("format", episode.format)
-        add_by_need(means, "call_rate", episode, called)
-        means.add("valid_calls", trajectory.valid_calls)
-        means.add("invalid_calls", trajectory.invalid_calls)
-        means.add("length", sum(trajectory.loss_mask))
-        means.add("turns", len(trajectory.turns))
-        means.add("truncated", trajectory.truncated)
-        if episode.direct_match is not None:
-            means.add("match_direct", episode.direct_match)
-            if called:
-                means.add("gain", episode.match - episode.direct_match)
+        for key, value in rollout_values(episode).items():
+            means.add(key, value)
     varied = rewards.varied([episode.reward for episode in episodes], group).tolist()
     for members, differ in zip(groups_of(episodes, group), varied, strict=True):
         matches = {episode.match for episode in members}
@@ -769,49 +675,71 @@ def rollout_means(episodes: list[Episode], group: int) -> dict[str, float]:
     return means.read()
 
 
+def rollout_values(episode: Episode) -> dict[str, float]:
+    """What one rollout adds to the means."""
+    trajectory = episode.trajectory
+    called = trajectory.valid_calls > 0
+    values = {
+        "reward": episode.reward,
+        "match": episode.match,
+        "format": episode.format,
+        "call_rate": called,
+        "valid_calls": trajectory.valid_calls,
+        "invalid_calls": trajectory.invalid_calls,
+        "length": sum(trajectory.loss_mask),
+        "turns": len(trajectory.turns),
+        "truncated": trajectory.truncated,
+    }
+    needs_view = trajectory.question.get("needs_view")
+    if needs_view is not None:
+        need = "needs_view" if needs_view else "answerable"
+        values[f"match_{need}"] = episode.match
+        values[f"call_rate_{need}"] = called
+    if episode.direct_match is not None:
+        values["match_direct"] = episode.direct_match
+        if called:
+            values["gain"] = episode.match - episode.direct_match
+    return values
+
+
 class UpdateStats:
     """What an update did, added up micro-batch by micro-batch on each rank."""
 
-    def __init__(self):
+    def __init__(self, clip_high: float):
+        self.clip_high = clip_high
         self.means = Means(("loss", "entropy", "ratio", "clipped_low", "clipped_high", "kl"))
-        self.tokens = 0.0
-        self.ratio_max = 0.0
-        self.mismatch = 0.0
+        self.tokens = self.ratio_max = self.mismatch = 0.0
         self.grad_norms = []
 
-    def add(self, loss, ratio, entropy, advantages, loss_mask, clip_high: float) -> None:
-        """A micro-batch: its summed loss; ratio, entropy, loss_mask (B, L - 1); advantages (B,)."""
-        low, high = clipped_tokens(ratio, advantages, loss_mask, CLIP_LOW, clip_high)
-        sums = {
-            "loss": loss,
-            "entropy": (entropy * loss_mask).sum(),
-            "ratio": (ratio * loss_mask).sum(),
-            "clipped_low": low,
-            "clipped_high": high,
-        }
-        count = loss_mask.sum().item()
+    def add(self, sums: dict, logprobs, old, sampled, advantages, loss_mask) -> None:
+        """A micro-batch: sums over its tokens, and what ratio and clip follow from, as `grpo_loss` takes it.
+
+        sampled   (B, L - 1) log-probs of the rollout
+        """
+        ratio = (logprobs - old).exp() * loss_mask
+        sums["ratio"] = ratio.sum()
+        sums["clipped_low"], sums["clipped_high"] = clipped_tokens(
+            ratio, advantages, loss_mask, CLIP_LOW, self.clip_high
+        )
         for key, value in sums.items():
-            self.means.add(key, value.item(), count)
-        self.ratio_max = max(self.ratio_max, (ratio * loss_mask).max().item())
-
-    def add_mismatch(self, difference, loss_mask) -> None:
-        """Training minus rollout log-probs (B, L - 1); they count before the first optimiser step only."""
+            self.means.add(key, value.item(), loss_mask.sum().item())
+        self.ratio_max = max(self.ratio_max, ratio.max().item())
         if not self.grad_norms:
-            self.mismatch = max(self.mismatch, (difference.abs() * loss_mask).max().item())
+            mismatch = (logprobs - sampled).abs() * loss_mask
+            self.mismatch = max(self.mismatch, mismatch.max().item())
 
-    def add_step(self, grad_norm: float, tokens: float) -> None:
-        """An optimiser step."""
-        self.grad_norms.append(grad_norm)
+    def add_step(self, tokens: float, grad_norm: float) -> None:
+        """An optimiser step over that many tokens of all ranks."""
         self.tokens += tokens
+        self.grad_norms.append(grad_norm)
 
     def read(self) -> dict[str, float]:
         """{key of LOG: value} (a collective)."""
-        steps = max(1, len(self.grad_norms))
         return self.means.read() | {
             "tokens": self.tokens,
             "ratio_max": global_max(self.ratio_max),
             "mismatch": global_max(self.mismatch),
-            "grad_norm": sum(self.grad_norms) / steps,
+            "grad_norm": sum(self.grad_norms) / max(1, len(self.grad_norms)),
         }
 
 
@@ -823,6 +751,17 @@ def clipped_tokens(ratio, advantages, loss_mask, clip_low=CLIP_LOW, clip_high=CL
     return (low * loss_mask).sum(), (high * loss_mask).sum()
 
 
+EVAL_LOG = {  # key of `eval` in log.jsonl: key of LOG that it is over the held-out questions
+    "accuracy": "match",
+    "accuracy_needs_view": "match_needs_view",
+    "accuracy_answerable": "match_answerable",
+    "format": "format",
+    "call_rate": "call_rate",
+    "call_rate_needs_view": "call_rate_needs_view",
+    "call_rate_answerable": "call_rate_answerable",
+}
+
+
 def evaluate(
     policy: Policy,
     questions: list[dict],
@@ -832,31 +771,20 @@ def evaluate(
     folder: Path,
 ) -> dict[str, dict[str, float]]:
     """Greedy dialogues on held-out questions, with and without the tool -> {mode: means}; the first few are saved."""
-    keys = ("accuracy", "accuracy_needs_view", "accuracy_answerable", "format")
     table = {}
     for mode in dict.fromkeys((args.mode, "direct")):
         mine = questions[world.rank :: world.size]
         trajectories = sample_trajectories(policy, mine, simulator, mode, args)
-        means = Means((*keys, "call_rate", "call_rate_needs_view", "call_rate_answerable"))
-        for trajectory in trajectories:
-            episode = score(trajectory, args)
-            add_by_need(means, "accuracy", episode, episode.match)
-            add_by_need(means, "call_rate", episode, trajectory.valid_calls > 0)
-            means.add("format", episode.format)
-        table[mode] = means.read()
-        accuracy, calls = table[mode]["accuracy"], table[mode]["call_rate"]
-        say(f"held out, {mode}: accuracy {accuracy:.3f}, call rate {calls:.2f}")
+        means = rollout_means([score(trajectory, args) for trajectory in trajectories], 1)
+        row = {name: means[key] for name, key in EVAL_LOG.items() if key in means}
+        say(f"held out, {mode}: accuracy {row['accuracy']:.3f}, call rate {row['call_rate']:.2f}")
+        table[mode] = row
         if mode == args.mode and is_main():
-            save_dialogues(trajectories[:SAVED_DIALOGUES], folder)
+            with disk(folder):
+                for number, trajectory in enumerate(trajectories[:SAVED_DIALOGUES]):
+                    trajectory.save(folder / str(number))
+                    trajectory.draw(folder / f"{number}.png")
     return table
-
-
-def save_dialogues(trajectories: list[Trajectory], folder: Path) -> None:
-    """Dialogues to look at, each as files and as one picture."""
-    with disk(folder):
-        for number, trajectory in enumerate(trajectories):
-            trajectory.save(folder / str(number))
-            trajectory.draw(folder / f"{number}.png")
 
 
 PANELS = {  # of curves.png
@@ -873,22 +801,18 @@ PANELS = {  # of curves.png
 
 
 def draw_curves(out: Path) -> None:
-    """curves.png from log.jsonl: a panel per title of PANELS, a line per key that the log has."""
-    curves = defaultdict(list)
-    for row in read_log(out / "log.jsonl"):
-        values = dict(row)
+    """curves.png from log.jsonl: a panel per title of PANELS, a line per key."""
+    rows = read_log(out / "log.jsonl")
+    for row in rows:
         for mode, means in row.get("eval", {}).items():
-            values |= {f"{mode} {key}": value for key, value in means.items()}
-        for key, value in values.items():
-            if isinstance(value, float):
-                curves[key].append((row["step"], value))
+            row |= {f"{mode} {key}": value for key, value in means.items()}
 
     def draw(pyplot):
         figure, axes = pyplot.subplots(1, len(PANELS), figsize=(17, 3.4), layout="constrained")
         for axis, (title, keys) in zip(axes, PANELS.items(), strict=True):
-            for key in filter(curves.get, keys):
-                steps, values = np.transpose(curves[key])
-                axis.plot(steps, values, label=key, marker=".")
+            for key in keys:
+                points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+                axis.plot(*np.reshape(points, (-1, 2)).T, label=key, marker=".")
             axis.set(title=title, xlabel="step")
             axis.legend(fontsize=7)
         return figure

@@ -53,7 +53,8 @@ PICTURE, SENTENCE, GIVEN = (
 def memory(args):
     """What each GPU holds while train_rl.py and train_wm.py run, in GB by part: tables, then the JSON line."""
     tiny = args.preset == "tiny"
-    rl, wm_flags = train_rl.PRESETS[args.preset], train_wm.PRESETS[args.preset]
+    rl = vars(train_rl.parse_args(["--preset", args.preset]))
+    wm_flags = train_wm.PRESETS[args.preset]
     model, network = (
         (Policy.tiny().model, WorldModel.tiny().network)
         if tiny

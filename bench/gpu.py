@@ -392,7 +392,7 @@ def train_rl_step(args):
     flags = train_rl.parse_args(
         ["--preset", args.preset, "--lr", "0", "--micro-batch-tokens", "8192"]
     )
-    flags.gradient_checkpointing, flags.kl = True, None
+    flags.gradient_checkpointing = True
     if args.preset == "astra":
         shapes = budget.policy_shapes(budget.qwen3_vl_8b())
         policy = true_policy(
@@ -401,7 +401,7 @@ def train_rl_step(args):
         side, length = 512, 512
     else:
         policy, side, length = Policy.tiny(device=world.device), 32, 64
-    train_rl.prepared(policy, flags, world)
+    train_rl.prepare(policy, flags, world)
     args.layers = policy.model.config.text_config.num_hidden_layers
     rows = written_rows(policy, questions=4, group=8, length=length, side=side)
     tokens, flops = work_of_rows(policy, rows, group=8)
@@ -432,7 +432,7 @@ def train_rl_step(args):
     )
     training_table(
         "train_rl",
-        lambda: train_rl.update(policy, optimizer, [rows], rows[0], 0, flags),
+        lambda: train_rl.update(policy, optimizer, [rows], flags.micro_batch_tokens),
         switch,
         tokens,
         flops,
@@ -451,9 +451,9 @@ def written_rows(policy, questions, group, length, side):
             dialogue = prompt.fork()
             dialogue.say(policy, rng.integers(0, 100, length).tolist(), [0.0] * length)
             old = torch.zeros(len(dialogue.ids) - 1)
-            rows.append(
-                train_rl.Row(dialogue, g % 2, 1.0, None, g % 2, old, advantage=2.0 * (g % 2) - 1)
-            )
+            right = float(g % 2)
+            episode = train_rl.Episode(dialogue, right, right, 1.0, old, advantage=2.0 * right - 1)
+            rows.append(episode)
     return rows
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 import policy as policy_file
-import rewards
 import train_rl
 from bench import naive
 from data import MOTIONS
@@ -346,19 +345,18 @@ def grpo_against_trl(trl_step, name, questions, group, args):
     def our_step():
         seconds = Seconds()
         with mock.patch.object(policy_file, "Writer", writer), seconds("sample"):
-            last[:] = train_rl.dialogues(policy, asked, Still(view), mode, flags, group, 1.0)
-        with seconds("score"):
-            rows = [train_rl.score(dialogue, flags) for dialogue in last]
-            for i, row in enumerate(rows):
-                row.reward = float(i % 2)
-            earned = [row.reward for row in rows]
-            for row, advantage in zip(rows, rewards.group_advantages(earned, group).tolist()):
-                row.advantage = advantage
-            minibatches = train_rl.split(rows, rewards.varied(earned, group), flags, alone)
-        with seconds("update"):
-            norms.append(
-                train_rl.update(policy, optimizer, minibatches, rows[0], 0, flags)["grad_norm"]
+            last[:] = train_rl.sample_trajectories(
+                policy, asked, Still(view), mode, flags, group=group
             )
+        with seconds("score"):
+            episodes = [train_rl.score(dialogue, flags) for dialogue in last]
+            for i, episode in enumerate(episodes):
+                episode.reward = float(i % 2)
+            train_rl.set_advantages(episodes, group, divide_by_std=True)
+            minibatches = train_rl.split_minibatches(episodes, group, questions, 1, alone)
+        with seconds("update"):
+            stats = train_rl.update(policy, optimizer, minibatches, flags.micro_batch_tokens)
+            norms.append(stats["grad_norm"])
         ours.append(seconds)
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

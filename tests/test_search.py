@@ -34,7 +34,7 @@ from lib.images import load_image
 from lib.rooms import TrueRenderer, random_room, render
 from lib.simulators import SimulatorError
 from policy import Policy, collate, token_logprobs
-from train_sft import call_parts
+from train_sft import call_texts
 
 F, L, R = "move forward", "turn left", "turn right"
 JOURNEY, ROOMS = SPACES["mindjourney"], SPACES["rooms"]
@@ -267,7 +267,7 @@ def test_every_view_is_the_one_at_the_end_of_its_whole_path_from_the_original_im
 def test_the_calls_are_the_turns_that_the_cold_start_teaches():
     policy = Policy.tiny()
     for kind, amount in ((L, 45.0), (F, 0.5), ("move right", 1.0)):
-        taught = call_parts({"image": 2, "kind": kind, "amount": amount})
+        taught = call_texts({"image": 2, "kind": kind, "amount": amount})
         ids = [token for text, _ in taught for token in policy.tokens(text)]
         assert policy.tokens(search.call_turn(2, Motion(kind, amount)) + "<|im_end|>") == ids
 
