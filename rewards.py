@@ -16,6 +16,8 @@ Ours, where the paper is silent: e_g^direct is the mean exact match of a few no-
 the current policy, and D_i = 0 for a rollout that used no tool, since no tool induced anything.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from lib.answers import option_letter
@@ -27,7 +29,7 @@ ALPHA = 0.1  # gain of imagining where answering directly fails
 BETA = 0.03  # price of imagining where answering directly succeeds
 
 
-def exact_match(answer, question):
+def exact_match(answer: str | None, question: dict) -> float:
     """e: 1.0 if the answer names the right option, else 0.0.
 
     answer     what stood between <answer> and </answer>, or None: "B", "b", "B." and "B. red box" all name option B,
@@ -42,22 +44,30 @@ def exact_match(answer, question):
     return float(answer.strip().lower() == question["answer"].strip().lower())
 
 
-def format_reward(trajectory):
+def format_reward(trajectory) -> float:
     """f: 1.0 if every turn could be read, every call be obeyed (an Image-9 of four cannot), and an answer ends it."""
     return float(trajectory.well_formed)
 
 
-def phase1_reward(match, form, n_tool, lambda_use=LAMBDA_USE):
+def phase1_reward(match: float, form: float, n_tool: int, lambda_use: float = LAMBDA_USE) -> float:
     """r = e + lambda_fmt f + lambda_use min(n_tool, c): learn the protocol and try the simulator."""
     return match + LAMBDA_FMT * form + lambda_use * min(n_tool, CALL_CAP)
 
 
-def tool_gain(match, n_tool, match_direct):
+def tool_gain(match: float, n_tool: int, match_direct: float) -> float:
     """D_i = e_i - e_g^direct in [-1, 1]; 0 for a rollout without a valid call (ours)."""
     return match - match_direct if n_tool > 0 else 0.0
 
 
-def phase2_reward(match, form, n_tool, match_direct, lambda_use=LAMBDA_USE, alpha=ALPHA, beta=BETA):
+def phase2_reward(
+    match: float,
+    form: float,
+    n_tool: int,
+    match_direct: float,
+    lambda_use: float = LAMBDA_USE,
+    alpha: float = ALPHA,
+    beta: float = BETA,
+) -> float:
     """Phase 1 plus alpha max(0, D) - beta max(0, -D): imagine where it helps.
 
     The paper's overview figure prints the last term without its inner minus; the formula in its text is this one.
@@ -70,7 +80,9 @@ def phase2_reward(match, form, n_tool, match_direct, lambda_use=LAMBDA_USE, alph
     )
 
 
-def group_advantages(rewards, group_size, divide_by_std=True, eps=1e-6):
+def group_advantages(
+    rewards: Sequence[float], group_size: int, divide_by_std: bool = True, eps: float = 1e-6
+) -> torch.Tensor:
     """Compare each rollout with the other rollouts of the same question (GRPO).
 
     rewards         (Q * G,), question-major: the G rollouts of one question are neighbours
@@ -93,7 +105,7 @@ def group_advantages(rewards, group_size, divide_by_std=True, eps=1e-6):
     return advantages.flatten().float()
 
 
-def varied(rewards, group_size, tolerance=1e-9):
+def varied(rewards: Sequence[float], group_size: int, tolerance: float = 1e-9) -> torch.Tensor:
     """(Q,) bool: groups with something to learn from, i.e. whose rewards are not all equal (up to rounding of sums)."""
     groups = torch.as_tensor(rewards, dtype=torch.float64).view(-1, group_size)
     return groups.amax(dim=1) - groups.amin(dim=1) > tolerance

@@ -29,7 +29,7 @@ policy only; groups whose rewards are all equal teach nothing and are left out, 
 asked for (--kl-weight).
 """
 
-import argparse
+from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -161,7 +161,7 @@ TINY_STEPS = {1: 12, 2: 60}  # calling is learned in a few steps
 TINY_EVAL_EVERY = {1: 4, 2: 12}
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line; what depends on the phase is filled in here."""
     args = parse_flags(__doc__, FLAGS, argv)
     if args.questions % args.minibatches:
@@ -178,7 +178,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def inputs_of(args: argparse.Namespace) -> list[tuple[str | Path, str]]:
+def inputs_of(args: Namespace) -> list[tuple[str | Path, str]]:
     """(path, the command that makes it) of every input."""
     preset = " --preset astra" if args.preset == "astra" else ""
     stage = "train_sft.py" if args.phase == 1 else "train_rl.py --phase 1"
@@ -256,17 +256,17 @@ def main(argv: list[str] | None = None) -> None:
                     episodes, args.group, args.questions, args.minibatches, world
                 )
 
-            # logprob: under the start policy, if it counts; on a GPU also under this one, since the rollout's bf16
-            # rounds otherwise, in cached passes
+            # logprob: under the start policy where it counts; on a GPU under this one too, since bf16 rounds otherwise
+            # in the rollout's cached passes
             with seconds("logprob"):
-                for minibatch in minibatches:
-                    if start_policy and (args.kl_weight > 0 or evaluating):
-                        set_logprobs(
-                            "start_logprobs", start_policy, minibatch, args.micro_batch_tokens
-                        )
-                    if world.device.type == "cuda":
-                        set_logprobs("old_logprobs", policy, minibatch, args.micro_batch_tokens)
+                if start_policy and (args.kl_weight > 0 or evaluating):
+                    set_logprobs(
+                        "start_logprobs", start_policy, minibatches, args.micro_batch_tokens
+                    )
+                if world.device.type == "cuda":
+                    set_logprobs("old_logprobs", policy, minibatches, args.micro_batch_tokens)
 
+            # update: an optimiser step per minibatch
             with seconds("update"):
                 metrics |= update(
                     policy,
@@ -314,7 +314,7 @@ def sample_trajectories(
     questions: list[dict],
     simulator,
     mode: str,
-    args: argparse.Namespace,
+    args: Namespace,
     step: int = 0,
     group: int | None = None,
 ) -> list[Trajectory]:
@@ -367,7 +367,7 @@ class Episode:
 
 
 def score_all(
-    trajectories: list[Trajectory], without_tool: list[Trajectory], args: argparse.Namespace
+    trajectories: list[Trajectory], without_tool: list[Trajectory], args: Namespace
 ) -> list[Episode]:
     """Reward every rollout, in phase 2 by the no-tool rollouts of its own question too."""
     direct = groups_of(without_tool, args.direct)  # phase 1: none
@@ -384,9 +384,7 @@ def mean_match(trajectories: list[Trajectory]) -> float:
     return sum(matches) / len(matches)
 
 
-def score(
-    trajectory: Trajectory, args: argparse.Namespace, direct_match: float | None = None
-) -> Episode:
+def score(trajectory: Trajectory, args: Namespace, direct_match: float | None = None) -> Episode:
     """The reward of phase 1, and with `direct_match` that of phase 2, with the weights of the flags."""
     match = rewards.exact_match(trajectory.answer, trajectory.question)
     form = rewards.format_reward(trajectory)
@@ -477,14 +475,15 @@ def pad_stack(vectors: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def set_logprobs(
-    field: str, policy: Policy, episodes: list[Episode], micro_batch_tokens: int
+    field: str, policy: Policy, minibatches: list[list[Episode]], micro_batch_tokens: int
 ) -> None:
     """Set a field of each episode to the log-probs (L - 1,) of its tokens under `policy`."""
-    for chunk in micro_batches(episodes, micro_batch_tokens):
-        batch = collate(policy, [episode.trajectory for episode in chunk], share=True)
-        logprobs, _ = token_logprobs(policy, batch)  # (B, L - 1)
-        for episode, row in zip(chunk, logprobs.cpu(), strict=True):
-            setattr(episode, field, row[: len(episode.trajectory.ids) - 1].clone())
+    for minibatch in minibatches:
+        for chunk in micro_batches(minibatch, micro_batch_tokens):
+            batch = collate(policy, [episode.trajectory for episode in chunk], share=True)
+            logprobs, _ = token_logprobs(policy, batch)  # (B, L - 1)
+            for episode, row in zip(chunk, logprobs.cpu(), strict=True):
+                setattr(episode, field, row[: len(episode.trajectory.ids) - 1].clone())
 
 
 # ---- update ----------------------------------------------------------------------------------------------------------
@@ -556,7 +555,7 @@ def update(
 # ---- inputs and outputs ----------------------------------------------------------------------------------------------
 
 
-def open_questions(args: argparse.Namespace, world: World) -> tuple[list[dict], list[dict]]:
+def open_questions(args: Namespace, world: World) -> tuple[list[dict], list[dict]]:
     """The questions to learn from, and the held-out ones of an evaluation; a sentence where there are too few."""
     train = load_questions(args.data, "train", args.simulator)
     held_out = load_questions(args.data, "val", args.simulator)
@@ -597,14 +596,14 @@ def load_questions(folders: list[str], split: str, simulator: str) -> list[dict]
     return questions
 
 
-def open_simulator(args: argparse.Namespace, world: World):
+def open_simulator(args: Namespace, world: World):
     """--simulator as an object with `imagine`, or None."""
     if args.mode == "direct":
         return None
     return simulators.load_simulator(args.simulator, world.device, args.wm)
 
 
-def prepare(policy: Policy, args: argparse.Namespace, world: World) -> Policy:
+def prepare(policy: Policy, args: Namespace, world: World) -> Policy:
     """Shard a policy of fp32 weights; its vision tower is frozen (paper), and in bf16 on a GPU."""
     policy.vision.requires_grad_(False)
     if world.device.type == "cuda":
@@ -766,7 +765,7 @@ def evaluate(
     policy: Policy,
     questions: list[dict],
     simulator,
-    args: argparse.Namespace,
+    args: Namespace,
     world: World,
     folder: Path,
 ) -> dict[str, dict[str, float]]:
@@ -787,34 +786,33 @@ def evaluate(
     return table
 
 
-PANELS = {  # of curves.png
-    "rewards": ("reward", "match", "match_direct", "format"),
-    "policy": ("entropy", "kl", "clipped_low", "clipped_high", "gain"),
-    "calls": ("call_rate", "call_rate_needs_view", "call_rate_answerable", "invalid_calls"),
-    "held out, greedy": (
-        "agentic accuracy",
-        "agentic accuracy_needs_view",
-        "direct accuracy",
-        "agentic call_rate",
-    ),
-}
+CURVES = (  # panels of curves.png; of `eval` the keys are "<mode> <key>"
+    "reward",
+    "match",
+    "call_rate",
+    "call_rate_needs_view",
+    "call_rate_answerable",
+    "gain",
+    "entropy",
+    "kl",
+    "agentic accuracy",
+    "direct accuracy",
+)
 
 
 def draw_curves(out: Path) -> None:
-    """curves.png from log.jsonl: a panel per title of PANELS, a line per key."""
+    """curves.png from log.jsonl: a panel per key of CURVES, empty where the log has none."""
     rows = read_log(out / "log.jsonl")
     for row in rows:
         for mode, means in row.get("eval", {}).items():
             row |= {f"{mode} {key}": value for key, value in means.items()}
 
     def draw(pyplot):
-        figure, axes = pyplot.subplots(1, len(PANELS), figsize=(17, 3.4), layout="constrained")
-        for axis, (title, keys) in zip(axes, PANELS.items(), strict=True):
-            for key in keys:
-                points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-                axis.plot(*np.reshape(points, (-1, 2)).T, label=key, marker=".")
-            axis.set(title=title, xlabel="step")
-            axis.legend(fontsize=7)
+        figure, axes = pyplot.subplots(2, 5, figsize=(16, 6), layout="constrained")
+        for axis, key in zip(axes.flat, CURVES, strict=True):
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            axis.plot(*np.reshape(points, (-1, 2)).T, marker=".")
+            axis.set_title(key)
         return figure
 
     image = figure_image(draw)

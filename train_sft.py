@@ -26,7 +26,7 @@ letter is one more look-up that a small transformer does not learn in minutes.
 Out: the policy, done.json, log.jsonl. Per step: loss; facts, the share of fact tokens that are right; grad_norm; lr.
 """
 
-import argparse
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -115,7 +115,7 @@ FLAGS = [  # a pretrained policy needs no cold start: there is no astra preset
 ]
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line's flags."""
     args = parse_flags(__doc__, FLAGS, argv)
     if args.preset == "astra":
@@ -264,7 +264,7 @@ def soften(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # ---- first the tower learns to see -----------------------------------------------------------------------------------
 
 
-def open_policy(args: argparse.Namespace, lessons: list[Lesson], world: World) -> Policy:
+def open_policy(args: Namespace, lessons: list[Lesson], world: World) -> Policy:
     """A policy with a tower that sees: --start, or a new one that is taught (once: a resumed run reads the tower)."""
     if args.start:
         return Policy.load(args.start, world.device, torch.float32)
@@ -408,7 +408,7 @@ def script(
 
 
 def scripts_of_step(
-    policy: Policy, lessons: list[Lesson], args: argparse.Namespace, step: int, world: World
+    policy: Policy, lessons: list[Lesson], args: Namespace, step: int, world: World
 ) -> list[Trajectory]:
     """This rank's share of the scripts of one step, by length: neighbours are padded little.
 
