@@ -468,9 +468,7 @@ def test_mindcube_records_become_questions(tmp_path):
         1,
         1,
     )
-    assert (
-        " ".join([first["question"], *first["options"]]) == records[0]["question"] == first["text"]
-    )
+    assert " ".join([first["question"], *first["options"]]) == records[0]["question"]
     assert (second["category"], second["answer"]) == ("rotation", None)
     assert (second["images"], second["missing_images"]) == ([], 1)
     assert [q["cluster"] for q in (first, second)] == ["among_group901", "rotation_group902"]
@@ -504,7 +502,8 @@ def test_questions_of_rooms_in_mindcube_s_files_are_read_back(tmp_path):
     assert (around["id"], around["category"]) == ("around_room_0", "around")
     assert (rotation["id"], rotation["category"]) == ("rotation_room_1", "rotation")
     for question, row in zip((around, rotation), rows, strict=True):
-        assert question["text"] == " ".join([row["question"], *row["options"]])
+        words = " ".join([row["question"], *row["options"]])
+        assert prompt(question)[-1].endswith("[Question]\n" + words)
         assert (question["options"], question["answer"]) == (row["options"], "B")
     assert [np.asarray(open_image(path, "mindcube")).max() for path in rotation["images"]] == [
         40,
@@ -938,36 +937,33 @@ def test_missing_files_are_told_with_what_to_fetch_and_where_to_put_it(tmp_path)
         load("rooms", tmp_path)
 
 
-def test_fetching_unpacks_goes_on_and_leaves_nothing_behind_offline(tmp_path, monkeypatch):
+def test_fetching_unpacks_goes_on_and_leaves_no_half_folder(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.chdir(tmp_path)
     calls = []
 
     def offline(repo, **options):
-        calls.append((repo, options))
+        calls.append(options)
         raise OSError("no network")
 
-    monkeypatch.setattr(hub, "snapshot_download", offline)
-    with pytest.raises(SystemExit, match="could not be fetched.*hf download RunsenXu/MMSI-Bench"):
-        load("mmsi")
-    assert not (tmp_path / "data" / "mmsi").exists() and calls[0][1]["repo_type"] == "dataset"
-    monkeypatch.setattr(
-        hub, "snapshot_download", lambda repo, local_dir, **_: local_dir
-    )  # so does it offline
-    with pytest.raises(SystemExit, match="could not be fetched .no MMSI_Bench.parquet"):
-        load("mmsi")
-    assert not (tmp_path / "data" / "mmsi").exists()
+    def from_cache(repo, **options):
+        """Offline the hub's client is content with what there is: nothing."""
 
-    def fetch(repo, local_dir, **_):
-        write_video(tmp_path / "made", video_records(2, np.random.default_rng(0)))
-        (tmp_path / "made" / "mmsivideo.json").replace(local_dir / "mmsivideo.json")
+    def online(repo, local_dir, **options):
+        local_dir.mkdir(parents=True, exist_ok=True)
+        write_video(local_dir, video_records(2, np.random.default_rng(0)))
         for name in ("frames", "ref_images"):
             with zipfile.ZipFile(local_dir / f"{name}.zip", "w") as archive:
                 archive.writestr(f"{name}/toy.jpg", b"")
 
-    monkeypatch.setattr(hub, "snapshot_download", fetch)
-    (tmp_path / "data" / "mmsi_video").mkdir()
-    (tmp_path / "data" / "mmsi_video" / ".fetching").touch()  # a download that was cut off
+    for client, reason in ((offline, "no network"), (from_cache, "no MMSI_Bench.parquet")):
+        monkeypatch.setattr(hub, "snapshot_download", client)
+        with pytest.raises(SystemExit, match=f"could not be fetched .{reason}.*hf download Runsen"):
+            load("mmsi")
+        assert not (tmp_path / "data" / "mmsi").exists()
+    assert calls[0]["repo_type"] == "dataset"
+    (tmp_path / "data" / "mmsi_video.partial").mkdir(parents=True)  # a download that was cut off
+    monkeypatch.setattr(hub, "snapshot_download", online)
     assert len(load("mmsi_video")) == 2 and (tmp_path / "data/mmsi_video/frames/toy.jpg").exists()
     monkeypatch.setattr(hub, "snapshot_download", offline)
     assert len(load("mmsi_video")) == 2  # not fetched again

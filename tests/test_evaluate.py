@@ -150,12 +150,10 @@ def test_what_is_scored_is_the_answer_in_rooms_and_the_whole_turn_elsewhere(monk
     assert score("mindcube", rooms, "<answer>B</answer>") == ("B", 1.0)
 
 
-def sat(number, kind="ego_movement", **more):
+def sat(number, **more):
     return question(
         number,
         bench="sat",
-        type=kind,
-        text="How?",
         cluster=str(number),
         answer="B",
         options=["A. rotated left", "B. night stand"],
@@ -177,7 +175,6 @@ def test_an_answer_that_was_never_accepted_is_wrong_but_in_mode_official(monkeyp
         asked = {
             **(sat(0) if bench == "sat" else question(0, bench=bench)),
             "domains": {},
-            "parts": None,
         }
         for answer in (None, "B"):
             t = Trajectory(asked, "forced", answer=answer, turns=[turn] * 10)
@@ -222,9 +219,9 @@ def test_mindcube_is_asked_in_its_published_words_in_mode_official(monkeypatch):
         ]
 
     monkeypatch.setattr(evaluate, "rollout", rollout)
-    asked = question(0, bench="mindcube", category="among", text="Which? A. red box B. blue ball")
+    asked = question(0, bench="mindcube", category="among", official=["", "", "Which?"])
     (record,) = evaluate_policy(None, [asked], mode="official")
-    assert seen[0][0] == "direct" and seen[0][1][-1].endswith("[Question]\n" + asked["text"])
+    assert seen[0][0] == "direct" and seen[0][1] == asked["official"]
     assert (
         record["correct"] == 1
         and evaluate_policy(None, [asked], mode="direct")
@@ -1104,7 +1101,7 @@ def test_published_records_are_scored_grouped_and_weighted_by_their_own_rules(mo
             category=category,
             answer=answer,
             options=list(options),
-            text="How many?",
+            official=["", "", "How many?"],
             cluster=f"scene{number % 2}",
             kind="mca" if options else "na",
             needs_view=None,

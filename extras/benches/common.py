@@ -22,7 +22,7 @@ from extras.benches.files import Bench, fetch, find_file, open_picture, read_que
 from extras.benches.lenient import lenient_reading
 from extras.benches.mindcube import LISTED_ONLY, MINDCUBE
 from extras.benches.mmsi import MMSI
-from extras.benches.mmsi_video import MMSI_VIDEO, mmsi_video_prompt
+from extras.benches.mmsi_video import MMSI_VIDEO
 from extras.benches.sat import SAT
 from extras.benches.vsi import VSI, group_weights, relative_accuracy
 
@@ -101,10 +101,7 @@ def reply(bench: str, turn: str) -> str:
 
 def prompt(question: dict) -> list[str]:
     """What the official code asks, as the text before each image and after the last one: (images + 1) strings."""
-    request = bench_called(question["bench"]).request
-    if request is None:
-        return mmsi_video_prompt(question)
-    return [""] * len(question["images"]) + [request(question)]
+    return question["official"]
 
 
 def groups(question: dict) -> list[str]:

@@ -3,8 +3,9 @@ What the published benches share: their files on the hub, records, pictures insi
 
 A bench is one module (mindcube.py, mmsi.py, ...) that ends in its `Bench`; extras/benches/common.py knows them by name.
 
-A record becomes a question: lib.records.Question and, beside it, "text" (the record's own words, for the official
-prompt) and "cluster" (questions about the same thing: they are not independent, so an interval draws them together).
+A record becomes a question: lib.records.Question and, beside it, "official" (what the bench's own code asks: the texts
+before each image and after the last one; ours in words, theirs in meaning) and "cluster" (questions about the same
+thing: they are not independent, so an interval draws them together).
 An image is a path, or "<video>.mp4#3/32": frame 3 of 32 taken evenly; `open_image` opens both. Pictures that a file
 holds inside are written once, into images/ beside it.
 
@@ -53,10 +54,14 @@ class Bench(NamedTuple):
     files: tuple[str, ...]  # which one is read: the first that is there
     questions: Callable[[dict, Source], list[dict]]  # of one record
     read: Callable[[str, dict], str | float | None]  # (reply, question) -> its letter or number
-    request: Callable[[dict], str] | None = None  # what follows the images; None: they stand inside
     groups: Callable[[dict], list[str]] = only_category
     frames: int | None = None  # of the videos of a question
     max_pixels: float = math.inf  # an image's area in the official runs
+
+
+def after_images(images: list[str], text: str) -> list[str]:
+    """The texts of a prompt that shows all images before it says anything."""
+    return [""] * len(images) + [text]
 
 
 def require(condition: bool, problem: str) -> None:
@@ -71,37 +76,26 @@ def require(condition: bool, problem: str) -> None:
 def fetch(bench: Bench) -> Path:
     """data/<bench>, downloaded and unpacked if it is not there; a download that was cut off goes on."""
     folder = Path("data") / bench.name
-    unfinished = folder / ".fetching"
-    if folder.exists() and not unfinished.exists():
+    if folder.exists():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished.touch()
-    say(f"Fetching {', '.join(bench.downloads)} of {bench.repo} into {folder}")
-    try:
-        download(bench, folder)
-    except (OSError, zipfile.BadZipFile) as error:
-        if [*folder.iterdir()] == [unfinished]:
-            unfinished.unlink()
-            folder.rmdir()
-        reason = str(error).partition("\n")[0]
-        fail(f"{bench.name} could not be fetched ({reason}). {how_to_fetch(bench)}")
-    unfinished.unlink()
-    return folder
-
-
-def download(bench: Bench, folder: Path) -> None:
-    """Fetch the files of a bench from the hub and unpack its archives. Raises OSError or BadZipFile."""
     from huggingface_hub import snapshot_download  # slow to import, and rarely needed
 
-    snapshot_download(
-        bench.repo, repo_type="dataset", local_dir=folder, allow_patterns=bench.downloads
-    )
-    for name in bench.downloads:
-        if not (folder / name).exists():  # offline, the hub's client is content with what there is
-            raise FileNotFoundError(f"no {name}")
-        if name.endswith(".zip"):
-            with zipfile.ZipFile(folder / name) as archive:
-                archive.extractall(folder)
+    partial = folder.with_suffix(".partial")
+    say(f"Fetching {', '.join(bench.downloads)} of {bench.repo} into {folder}")
+    try:
+        snapshot_download(
+            bench.repo, repo_type="dataset", local_dir=partial, allow_patterns=bench.downloads
+        )
+        for name in bench.downloads:
+            if not (partial / name).exists():  # offline, the hub's client is content with nothing
+                raise FileNotFoundError(f"no {name}")
+            if name.endswith(".zip"):
+                with zipfile.ZipFile(partial / name) as archive:
+                    archive.extractall(partial)
+    except (OSError, zipfile.BadZipFile) as error:
+        reason = str(error).partition("\n")[0]
+        fail(f"{bench.name} could not be fetched ({reason}). {how_to_fetch(bench)}")
+    return partial.replace(folder)
 
 
 def how_to_fetch(bench: Bench) -> str:

@@ -13,7 +13,7 @@ import argparse
 import re
 from pathlib import Path
 
-from extras.benches.files import Bench, Source, split_options
+from extras.benches.files import Bench, Source, after_images, split_options
 from lib.distributed import say
 from lib.images import load_image, save_image
 from lib.records import load_jsonl, save_jsonl
@@ -47,7 +47,7 @@ def mindcube_questions(record: dict, source: Source) -> list[dict]:
             "options": options,
             "answer": record.get("gt_answer"),
             "category": mindcube_setting(name),
-            "text": record["question"],
+            "official": after_images(present, f"{REQUEST}\n[Question]\n{record['question']}"),
             "cluster": re.split("_q|_gen", name)[0],
             "missing_images": len(images) - len(present),
         }
@@ -73,11 +73,6 @@ def mindcube_image(path: str, root: str | Path) -> str:
         else:
             path = path.rsplit("/", 1)[-1]
     return str(Path(root) / path)
-
-
-def mindcube_request(question: dict) -> str:
-    """What the official code asks: ours in words, theirs in meaning."""
-    return f"{REQUEST}\n[Question]\n{question['text']}"
 
 
 # ---- the verdict ----------------------------------------------------------------------------------------------------
@@ -126,7 +121,6 @@ MINDCUBE = Bench(
     files=("raw/MindCube_tinybench.jsonl",),
     questions=mindcube_questions,
     read=mindcube_letter,
-    request=mindcube_request,
     max_pixels=480 * 480,
 )
 

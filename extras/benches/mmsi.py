@@ -11,6 +11,7 @@ import re
 from extras.benches.files import (
     Bench,
     Source,
+    after_images,
     require,
     save_pictures,
     split_options,
@@ -39,16 +40,17 @@ def mmsi_questions(record: dict, source: Source) -> list[dict]:
     category = record["question_type"].replace("-", "–")  # some copies have a hyphen for the dash
     require(category in MMSI_TYPES, f"there is no type {category!r}")
     require(record["answer"] in tuple("ABCD"), f"the answer is {record['answer']!r}")
+    images = save_pictures(record["images"], source.file.parent / "images")
     stem, options = split_options(record["question"], ": ")
     return [
         {
             "id": name,
-            "images": save_pictures(record["images"], source.file.parent / "images"),
+            "images": images,
             "question": stem.removesuffix("Options:").rstrip(),
             "options": [option.rstrip(", ") for option in options],
             "answer": record["answer"],
             "category": category,
-            "text": record["question"],
+            "official": after_images(images, f"{record['question']}\n{REQUEST}"),
             "cluster": name,
         }
     ]
@@ -71,11 +73,6 @@ def record_of_tsv(row: dict) -> dict:
         "question_type": row["category"],
         "images": [base64.b64decode(picture, validate=True) for picture in pictures],
     }
-
-
-def mmsi_request(question: dict) -> str:
-    """What the official code asks: ours in words, theirs in meaning."""
-    return f"{question['text']}\n{REQUEST}"
 
 
 def mmsi_letter(text: str, question: dict) -> str | None:
@@ -101,6 +98,5 @@ MMSI = Bench(
     files=("MMSI_Bench.parquet", "MMSI_bench.tsv"),
     questions=mmsi_questions,
     read=mmsi_letter,
-    request=mmsi_request,
     groups=mmsi_groups,
 )

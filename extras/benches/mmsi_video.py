@@ -7,7 +7,6 @@ repository beside it names the sub-benches.
 
 import json
 import re
-from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,7 +30,6 @@ VIDEO_TYPES = (
     "(Cross-Video) Memoery Update",  # their spelling
     "(Cross-Video) Multi-View Integration",
 )
-PROMPTS = ("system_prompt", "task_prompt", "user_prompt", "format_prompt")
 FAILURES = {  # of MMSI-Video's abstract
     "Spatial Construction": "geometric reasoning",
     "Motion Understanding": "motion grounding",
@@ -46,9 +44,9 @@ FAILURES = {  # of MMSI-Video's abstract
 def mmsi_video_questions(record: dict, source: Source) -> list[dict]:
     """The question of a record; "category" is the type, one of VIDEO_TYPES.
 
-    Beside the usual: "parts" (the four prompts of the record), "clips" (frames shown of each), "domains" ({sub-bench:
-    sub-type}, from meta_data/ if it is there). "images" are in the order of the marks <video> and <image> of the
-    prompt; options are read from the prompt where they can be.
+    Beside the usual: "clips" (frames shown of each), "domains" ({sub-bench: sub-type}, from meta_data/ if it is there).
+    "official" is the record word for word, <video> replaced by the frames of its clip and <image> by its image; options
+    are read from it where they can be.
     """
     check_video_record(record)
     root = source.file.parent
@@ -56,20 +54,23 @@ def mmsi_video_questions(record: dict, source: Source) -> list[dict]:
     clips = []
     for clip, indices in zip(record["frames_list"], chosen, strict=True):
         clips.append([str(root / "frames" / clip[i]) for i in indices])
-    references = [str(root / "ref_images" / path) for path in record["ref_images"]]
+    references = [[str(root / "ref_images" / path)] for path in record["ref_images"]]
+    images, texts = interleave(record["user_prompt"], clips, references)
+    texts[0] = f"{record['system_prompt']}\n{record['task_prompt']}{texts[0]}"
+    texts[-1] += record["format_prompt"]
     options = split_options(record["user_prompt"], r"[.:)]\s*")[1]
     if record["ground_truth"] not in [option[0] for option in options]:
         options = []
     return [
         {
             "id": record["id"],
-            "images": in_order_of_marks(record["user_prompt"], clips, references),
+            "images": images,
             "question": record["ori_question"],
             "options": options,
             "answer": record["ground_truth"],
             "category": record["type"],
             "cluster": record["video_list"][0]["path"],
-            "parts": {key: record[key] for key in PROMPTS},
+            "official": texts,
             "clips": [len(clip) for clip in clips],
             "domains": sub_benches(root).get(record["id"], {}),
         }
@@ -87,14 +88,20 @@ def check_video_record(record: dict) -> None:
     require(gold in tuple("ABCDEF"), f"ground_truth is {gold!r}")
 
 
-def in_order_of_marks(
-    prompt: str, clips: Iterable[list[str]], references: Iterable[str]
-) -> list[str]:
-    """The frames of the next clip for every <video> of a prompt, the next reference for every <image>."""
-    clips, references, images = iter(clips), iter(references), []
-    for mark in re.findall("<video>|<image>", prompt):
-        images += next(clips) if mark == "<video>" else [next(references)]
-    return images
+def interleave(
+    prompt: str, clips: list[list[str]], references: list[list[str]]
+) -> tuple[list[str], list[str]]:
+    """The pictures that <video> and <image> of a prompt stand for, and the texts before each and after the last."""
+    marks = {"<video>": iter(clips), "<image>": iter(references)}
+    images, texts = [], [""]
+    for piece in re.split("(<video>|<image>)", prompt):
+        if piece in marks:
+            pictures = next(marks[piece])
+            images += pictures
+            texts += [""] * len(pictures)
+        else:
+            texts[-1] += piece
+    return images, texts
 
 
 @lru_cache(maxsize=1)  # every record asks for it
@@ -106,21 +113,6 @@ def sub_benches(root: Path) -> dict[str, dict[str, str]]:
             for name in names:
                 domains.setdefault(name, {})[file.stem.removesuffix("_bench")] = kind
     return domains
-
-
-def mmsi_video_prompt(question: dict) -> list[str]:
-    """The record's parts word for word, <video> replaced by the frames of its clip and <image> by its image."""
-    parts, clips, texts = question["parts"], iter(question["clips"]), [""]
-    for piece in re.split("(<video>|<image>)", parts["user_prompt"]):
-        if piece == "<video>":
-            texts += [""] * next(clips)
-        elif piece == "<image>":
-            texts.append("")
-        else:
-            texts[-1] += piece
-    texts[0] = f"{parts['system_prompt']}\n{parts['task_prompt']}{texts[0]}"
-    texts[-1] += parts["format_prompt"]
-    return texts
 
 
 # ---- the verdict ----------------------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ Asked in our words, which show letters, it is read by `lenient`: the letter, els
 
 import re
 
-from extras.benches.files import Bench, Source, require, save_pictures
+from extras.benches.files import Bench, Source, after_images, require, save_pictures
 
 EGO_MOVEMENT = "Image 1 is the start and image 2 the end of a video. "  # begins those questions
+REQUEST = "Answer with a single word or phrase."
 SAT_GROUPS = {
     "ego_movement": "EgoM",
     "action_sequence": "EgoM",
@@ -25,7 +26,7 @@ SAT_GROUPS = {
 def sat_questions(record: dict, source: Source) -> list[dict]:
     """Two questions of a record, "…/kept" and "…/reversed": the right text comes first in all published rows.
 
-    "category" is the group, "type" the record's own type; without EGO_MOVEMENT such a question cannot be answered.
+    "category" is the group; without EGO_MOVEMENT such a question cannot be answered.
     "in the first frame" leaves options and answer alike: the official loader forgets the answer, which then cannot be
     reached.
     """
@@ -34,31 +35,27 @@ def sat_questions(record: dict, source: Source) -> list[dict]:
     kind = record["question_type"]
     require(gold in words, f"the answer {gold!r} is not among the options {words}")
     require(kind in SAT_GROUPS, f"there is no type {kind!r}")
-    start = EGO_MOVEMENT if kind == "ego_movement" else ""
+    images = save_pictures(record["image_bytes"], source.file.parent / "images")
+    question = record["question"]
+    if kind == "ego_movement":
+        question = EGO_MOVEMENT + question
     common = {
-        "images": save_pictures(record["image_bytes"], source.file.parent / "images"),
-        "question": start + record["question"],
+        "images": images,
+        "question": question,
         "category": SAT_GROUPS[kind],
-        "type": kind,
         "cluster": str(source.number),
     }
-    common["text"] = common["question"]
     questions = []
     for order, texts in (("kept", words), ("reversed", words[::-1])):
-        options = [f"{letter}. {text}" for letter, text in zip("ABCDEF", texts, strict=False)]
+        choice = " or ".join(f'"{text}"' for text in texts)
         own = {
             "id": f"{source.file.stem}_{source.number:05}/{order}",
-            "options": options,
+            "options": [f"{'ABCDEF'[i]}. {text}" for i, text in enumerate(texts)],
             "answer": "ABCDEF"[texts.index(gold)],
+            "official": after_images(images, f"{question} Choose {choice}. {REQUEST}"),
         }
         questions.append(own | common)
     return questions
-
-
-def sat_request(question: dict) -> str:
-    """What the official loader asks: ours in words, theirs in meaning."""
-    options = " or ".join(f'"{option[3:]}"' for option in question["options"])
-    return f"{question['text']} Choose {options}. Answer with a single word or phrase."
 
 
 def sat_letter(text: str, question: dict) -> str | None:
@@ -89,5 +86,4 @@ SAT = Bench(
     files=("SAT_test.parquet",),
     questions=sat_questions,
     read=sat_letter,
-    request=sat_request,
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from extras.benches.files import Bench, Source, require, sample_frames
+from extras.benches.files import Bench, Source, after_images, require, sample_frames
 from lib.distributed import fail
 
 VSI_LETTER = (
@@ -42,22 +42,26 @@ REQUEST = {
 def vsi_questions(record: dict, source: Source) -> list[dict]:
     """The question of a record; "category" is the type, "kind" is "na" where the answer is a number (as text)."""
     category, options, gold = record["question_type"], record["options"], record["ground_truth"]
+    kind = "na" if options is None else "mca"
     if options is None:
         require(category in VSI_NUMBER, f"there is no type {category!r} without options")
         require(float(gold) > 0, f"ground_truth is {gold!r}")
     else:
         require(category in VSI_LETTER, f"there is no type {category!r} with options")
     scene = source.file.parent / record["dataset"] / record["scene_name"]
+    images = vsi_frames(scene, source.frames)
+    choice = ["Options:", *options] if options else []
+    lines = ["These are frames of a video.", record["question"], *choice, REQUEST[kind]]
     return [
         {
             "id": str(record["id"]),
-            "images": vsi_frames(scene, source.frames),
+            "images": images,
             "question": record["question"],
             "options": options or [],
             "answer": gold,
             "category": category,
-            "kind": "na" if options is None else "mca",
-            "text": record["question"],
+            "kind": kind,
+            "official": after_images(images, "\n".join(lines)),
             "cluster": f"{record['dataset']}/{record['scene_name']}",
         }
     ]
@@ -78,13 +82,6 @@ def vsi_frames(scene: Path, count: int) -> list[str]:
             f"whose names sort in time, into {scene}/."
         )
     return [f"{video}#{i + 1}/{count}" for i in range(count)]
-
-
-def vsi_request(question: dict) -> str:
-    """What the official code asks: ours in words, theirs in meaning."""
-    options = ["Options:", *question["options"]] if question["options"] else []
-    start = ["These are frames of a video.", question["text"]]
-    return "\n".join([*start, *options, REQUEST[question["kind"]]])
 
 
 # ---- the verdict ----------------------------------------------------------------------------------------------------
@@ -144,7 +141,6 @@ VSI = Bench(
     files=("test-00000-of-00001.parquet", "test.jsonl"),
     questions=vsi_questions,
     read=vsi_read,
-    request=vsi_request,
     groups=vsi_groups,
     frames=32,  # as in most published numbers
 )
