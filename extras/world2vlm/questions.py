@@ -1,18 +1,20 @@
 """
 World2VLM (arXiv 2604.26934): what an imagined camera motion teaches a policy, as questions in plain text.
 
-Every transition (extras/world2vlm/transitions.py: picture s, actions a, the teacher's picture s') becomes questions in both
-directions. The teacher is used for nothing else, and at test time not at all.
+Every transition (transitions.py: picture s, actions a, the teacher's picture s') becomes questions in both directions.
+The teacher is used for nothing else, and at test time not at all.
 
   inverse   s, s' -> a       A1 how far it moved   A2 how far it turned   A3 all actions   D3 actions from a box pair
   forward   s, a  -> s'      A4 is this claim true   D1 the object's new box   D2 is it gone   D4 is it the same object
-The words of both are in extras/world2vlm/words.py.
+The words of both are in words.py. Boxes stand in the text as integers 0..1000 and are never drawn on a picture.
 
-    rows = [row for transition in found for row in records(transition, rng, detect=room_detections)]
-    rows, faults = validated(rows)
-    rows = balanced(rows, rng)
+  rooms      python -m extras.world2vlm.questions                          # the true renderer -> out/world2vlm
+             python -m extras.world2vlm.questions --teacher out/wm         # a world model shows what is trained on
+  scans      python -m extras.world2vlm.questions --anchors DIR --teacher out/wm-astra       # scans.py -> out/taught
+  rendered   python -m extras.world2vlm.questions --rendered DIR           # by another program, frames.py -> out/rendered
 
-Boxes stand in the text as integers 0..1000 and are never drawn on a picture.
+Out: questions_{train,val,test}.jsonl, rows as lib.records.Question with "weight", the teacher's reliability; "negative",
+how a false one was made; and "scene" (rooms) or "cluster": what it is about. The same again for the same rooms.
 
 Departures. The released templates give the direction away in A1 and A2; the paper says that it is to be found, and so
 it is here. Released claims of A4 can be told from their words alone: see `false_claim`. D1 to D4 say boxes and actions
@@ -20,471 +22,465 @@ in numbers, and who reckons with them needs the picture little: see `balanced`. 
 are left out: the paper's own reward cannot read them.
 """
 
-import re
+import argparse
+import math
 from collections import Counter, defaultdict
-from math import prod
-from typing import NamedTuple
+from functools import partial
+from itertools import product
+from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from extras.world2vlm.transitions import ROOMS, draw, end_pose, kinds_of
+from data import FIRST_ROOM
+from extras.world2vlm.objects import (
+    MIN_AREA,
+    MIN_CONFIDENCE,
+    area,
+    blind_column,
+    is_clear,
+    load_detector,
+    most_confident,
+    room_detections,
+)
+from extras.world2vlm.rewards import FULL, world2vlm
+from extras.world2vlm.transitions import (
+    ROOMS,
+    SEEN,
+    end_pose,
+    kinds_of,
+    random_program,
+    room_anchor,
+    transitions,
+)
 from extras.world2vlm.words import (
     BOX,
     COUNTS,
     PROMPTS,
-    TASKS,
     box_text,
     claim_text,
-    on_grid,
+    is_on_grid,
     program_text,
     read_actions,
-    read_box,
     read_truth,
 )
-from lib.common import say
-from lib.geometry import Motion
+from lib.distributed import default_device, fail, say
+from lib.geometry import Motion, matrix
 from lib.images import save_image
-from lib.records import save_jsonl
-from lib.rooms import random_room, render
+from lib.records import SPLITS, build, save_jsonl
+from lib.rooms import TrueRenderer
+from lib.simulators import URLS, find_weights, load_simulator
+from lib.stage import bounded, need, run_stage
 from lib.streams import numpy_stream
 
-SURE = 0.3  # confidence of a detection that is believed
-TURNED = {"left": "right", "right": "left", "forward": "backward", "backward": "forward"}
-VERBS = {"A1": "move", "A2": "turn"}
+OPPOSITE = {"left": "right", "right": "left", "forward": "backward", "backward": "forward"}
 
 
-# ---- objects --------------------------------------------------------------------------------------------------------
-
-
-class Detection(NamedTuple):
-    """An object in a picture. Two detections of one `track` are one object; None: nobody knows which one it is."""
-
-    label: str
-    box: tuple  # x1, y1, x2, y2 in pixels
-    confidence: float
-    track: int | str | None
-
-
-def room_detections(transition):
-    """(objects of the source, of the target), exactly. The label is the kind of furniture: a colour would name one."""
-    room, size = random_room(transition.room), len(transition.source)
-    found = ([], [])
-    for out, ids in zip(
-        found, render(room, np.stack(transition.poses), size, supersample=1)["ids"]
-    ):
-        for i, thing in enumerate(room.things):
-            rows, columns = np.nonzero(ids == i + 1)
-            if len(rows):
-                box = tuple(
-                    int(v) for v in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-                )
-                out.append(Detection(thing.kind, box, 1.0, i))
-    return found
-
-
-def image_detections(detector):
-    """The same for any pictures, by a callable image -> [(label, box, confidence)], such as GroundingDINO.
-
-    Who is who cannot be told by overlapping boxes when the camera goes far, so only a label that occurs once in the
-    source and at most once in the target is tracked. D4 needs two of a label: for it, give tracks of your own.
-    """
-
-    def detect(transition):
-        return by_label(
-            [
-                [Detection(*found, None) for found in detector(image)]
-                for image in (transition.source, transition.target)
-            ]
-        )
-
-    return detect
-
-
-def by_label(pair):
-    """(objects of the source, of the target), tracked where the label occurs once in the first and at most once in the
-    second; any tracks that they had are dropped."""
-    first, last = (Counter(detection.label for detection in found) for found in pair)
-    return tuple(
-        [
-            detection._replace(
-                track=detection.label
-                if first[detection.label] == 1 >= last[detection.label]
-                else None
-            )
-            for detection in found
-        ]
-        for found in pair
-    )
-
-
-def share(detection, image):
-    """The share of the picture that a box fills."""
-    (height, width), (x1, y1, x2, y2) = image.shape[:2], detection.box
-    return max(x2 - x1, 0) * max(y2 - y1, 0) / (width * height)
-
-
-def clear(detection, image):
-    """The paper's filter: confidence 0.3, 1 % to 60 % of the picture, all sides at least 1 % away from its edges."""
-    (height, width), (x1, y1, x2, y2) = image.shape[:2], detection.box
-    return (
-        detection.confidence >= SURE
-        and 0.01 <= share(detection, image) <= 0.6
-        and min(x1 / width, y1 / height) >= 0.01
-        and max(x2 / width, y2 / height) <= 0.99
-    )
-
-
-def best(candidates, rng):
-    """The tuple of Detections with the largest sum of confidences; drawn among equals."""
-    sums = [sum(detection.confidence for detection in each) for each in candidates]
-    equal = [each for each, total in zip(candidates, sums) if total == max(sums)]
-    return equal[rng.integers(len(equal))]
-
-
-# ---- the eight tasks ------------------------------------------------------------------------------------------------
-
-
-def opposite(motion):
-    verb, way = motion.kind.split()
-    return Motion(f"{verb} {TURNED[way]}", motion.amount)
+# ---- false claims ---------------------------------------------------------------------------------------------------
 
 
 def false_claim(program, rng, space):
     """A program that was not the one, and how it differs: (program, "amount" | "order" | "direction" | "other").
 
-    amount      hard: one amount lies space.margin away or more (released: one step of 0.1 m or 5 degrees, unseeable)
+    amount      hard: the same actions with other amounts (released: one step of 0.1 m or 5 degrees off, unseeable)
     order       hard: the two actions in the other order
     direction   easy: one action goes the opposite way
     other       easy: another sequence of as many actions, with amounts of its own
-    returns     None if the program is not one of space.sequences, if there is no other, or if the one that was drawn
-                ends at the same pose and so is true
-    Drawn evenly from whichever of the four stay within the space. Each maps the space evenly onto itself, so that where
-    programs fill it evenly the words of false claims are distributed exactly like those of true ones: amounts move in
-    a circle, by as many places as takes each of them far enough. Where they do not (space.often), a claim whose amounts
-    are rarer than the program's passes as much more rarely; patterns are left to `balanced`. The released claims go
-    backward or to the right only where they are false.
+    returns     None if the program is not one of space.sequences, or a picture would not tell the claim from it
+    Drawn evenly from whichever of the four stay within the space. Each maps the space evenly onto itself, so that the
+    words of false claims are distributed exactly like those of true ones. The released claims go backward or to the
+    right only where they are false.
     """
-    patterns = {tuple(kind for kind, _ in sequence): sequence for sequence in space.sequences}
-
-    def within(claim):
-        pattern = patterns.get(kinds_of(claim), ())
-        return pattern and all(
-            motion.amount in amounts for motion, (_, amounts) in zip(claim, pattern)
-        )
-
-    if not within(program):
+    patterns = {tuple(kind for kind, _ in pattern): pattern for pattern in space.sequences}
+    kinds = kinds_of(program)
+    if kinds not in patterns:
         return None
-    sequence, found = patterns[kinds_of(program)], defaultdict(list)
-    for i, (motion, (_, amounts)) in enumerate(zip(program, sequence)):
-        for shift in range(1, len(amounts)):
-            shifted = amounts[shift:] + amounts[:shift]
-            if all(
-                abs(a - b) >= space.margin[motion.unit] - 1e-9 for a, b in zip(amounts, shifted)
-            ):
-                amount = float(shifted[amounts.index(motion.amount)])
-                found["amount"].append(
-                    program[:i] + [Motion(motion.kind, amount)] + program[i + 1 :]
-                )
-        found["direction"].append(program[:i] + [opposite(motion)] + program[i + 1 :])
-    if len(program) == 2:
-        found["order"].append(program[::-1])
-    found["other"] = [
-        draw(other, rng)
-        for kinds, other in patterns.items()
-        if len(kinds) == len(program) and kinds != kinds_of(program)
-    ]
-    found = {
-        how: kept
-        for how, claims in found.items()
-        if (kept := [claim for claim in claims if within(claim)])
-    }
-    if not found:
-        return None
-    how = list(found)[rng.integers(len(found))]
-    claim = found[how][rng.integers(len(found[how]))]
-    if np.allclose(end_pose(np.eye(4), claim), end_pose(np.eye(4), program)):
-        return None
-    if space.often and rng.random() * usual(program, space) > usual(claim, space):
-        return None
-    return claim, how
+    claims = {"amount": [random_program(patterns[kinds], rng)], "direction": [], "other": []}
+    for i, motion in enumerate(program):
+        verb, way = motion.kind.split()
+        opposite = Motion(f"{verb} {OPPOSITE[way]}", motion.amount)
+        claims["direction"].append([*program[:i], opposite, *program[i + 1 :]])
+    claims["order"] = [program[::-1]] if len(program) == 2 else []
+    for other, pattern in patterns.items():
+        if len(other) == len(kinds) and other != kinds:
+            claims["other"].append(random_program(pattern, rng))
+    possible = []
+    for how, programs in claims.items():
+        programs = [claim for claim in programs if kinds_of(claim) in patterns]
+        if programs:
+            possible.append((programs, how))
+    programs, how = possible[rng.integers(len(possible))]
+    claim = programs[rng.integers(len(programs))]
+    return (claim, how) if differ(program, claim, space.margin) else None
 
 
-def usual(program, space):
-    """How often the amounts of a program come (space.often), as a multiple of what they would if all came alike."""
-    return prod(
-        amounts[motion.amount] * len(amounts) / amounts.total()
-        for motion, amounts in zip(program, space.often[kinds_of(program)])
-    )
+def differ(one, other, margin) -> bool:
+    """Whether a picture tells two programs apart: they differ in an amount by `margin`, or in kinds and in their end."""
+    if kinds_of(one) != kinds_of(other):
+        return not np.allclose(end_pose(np.eye(4), one), end_pose(np.eye(4), other))
+    pairs = zip(one, other, strict=True)
+    return any(abs(a.amount - b.amount) >= margin[a.unit] - 1e-9 for a, b in pairs)
 
 
-def blind_column(box, width, program, focal=0.5):
-    """Where the words alone put a box after a program: the column of its middle, in picture widths from the centre.
-
-    It is taken to belong to something 0.8 m large, which gives its distance. inf: behind the camera. A box may be in
-    any unit, `width` in the same one; `focal` is in picture widths. Where this is right no picture is needed, so
-    `balanced` asks as often where not.
-    """
-    focal = focal * width
-    depth = 0.8 * focal / max(box[2] - box[0], box[3] - box[1], 1)
-    point = np.array([((box[0] + box[2]) / 2 - width / 2) / focal * depth, 0, depth, 1])
-    x, _, z, _ = np.linalg.inv(end_pose(np.eye(4), program)) @ point
-    return x / z * focal / width if z > 0.05 else np.inf
+# ---- the eight tasks ------------------------------------------------------------------------------------------------
 
 
-def records(transition, rng, space=ROOMS, detect=None):
-    """All questions about one transition.
+def records(transition, rng, claim=None, detect=None) -> list[dict]:
+    """All questions about one transition, each a dict as of `record`.
 
+    claim     of `false_claim`; None: A4 is not asked
     detect    transition -> (Detections of the source, of the target); None: motion alone, A1 to A4
-    returns   [{"id", "task", "images": one or two arrays, "prompt", "answer", "weight", "program", "label", "cell",
-                "negative"}]
-              "weight" is the teacher's reliability: agreement of its views times confidence of the detections used;
-              "program" the true actions as text; "label" and "cell" are for `balanced`; "negative" how a false one was
-              made, else None. All but the images is JSON
-    A4   true or false by the toss of a coin: see `false_claim`
+    """
+    rows = motion_records(transition, rng, claim)
+    if detect is not None:
+        rows += object_records(transition, rng, *detect(transition))
+    for number, row in enumerate(rows):
+        row["id"] = f"{transition.name}_{number}_{row['task']}"
+    return rows
+
+
+def record(
+    transition, task, answer, label="", cell=(), detections=(), negative=None, claim=()
+) -> dict:
+    """One question.
+
+    label, cell   for `balanced`
+    detections    those that the question is about, and whose confidence counts
+    returns       {"task", "images": one or two arrays, "prompt", "answer", "weight": agreement of the teacher's views
+                  times confidence of the detections, "program": the true actions as text, "label", "cell", "negative":
+                  how a false one was made, else None}. All but the images is JSON
+    """
+    height, width = transition.source.shape[:2]
+    images = [transition.source, transition.target]
+    program = program_text(transition.program)
+    words = {"sequence": program, "claim": claim and claim_text(claim)}
+    if detections:
+        words["object"] = detections[0].label
+        words["box1"] = box_text(detections[0].box, width, height)
+        words["box2"] = box_text(detections[-1].box, width, height)
+    return {
+        "task": task,
+        "images": images[:1] if task == "D2" else images,
+        "prompt": PROMPTS[task].format(**words),
+        "answer": answer,
+        "weight": transition.agreement * math.prod(d.confidence for d in detections),
+        "program": program,
+        "label": label,
+        "cell": list(cell),
+        "negative": negative,
+    }
+
+
+def motion_records(transition, rng, claim) -> list[dict]:
+    """A1 or A2 about a single action; A3 and A4 about several, A4 true or false by the toss of a coin."""
+    program = transition.program
+    text, label = program_text(program), program[0].kind
+    if len(program) == 1:
+        return [record(transition, "A1" if program[0].unit == "meters" else "A2", text, label)]
+    rows = [record(transition, "A3", text, label)]
+    if claim:
+        false_program, how = claim
+        answer = "true" if rng.random() < 0.5 else "false"
+        program, how = (program, None) if answer == "true" else (false_program, how)
+        rows.append(record(transition, "A4", answer, answer, negative=how, claim=program))
+    return rows
+
+
+def object_records(transition, rng, first, last) -> list[dict]:
+    """D1 to D4, as far as the objects of the source and of the target allow.
+
     D1   only after programs with a move: how a mere turn shifts a box can be reckoned without any picture
     D2   yes: nothing of it is left. no: it still fills 1 % of the picture, be it cut by the edge. What shows less, or
          less surely, is not asked about
     D4   no: another object of the same label. Easy as drawn; hard as `balanced` leaves them, as far from the blind
          guess as the true ones
     """
-    source, target, program = transition.source, transition.target, transition.program
-    text, (height, width), rows = program_text(program), source.shape[:2], []
-
-    def add(task, answer, label, cell=(), confidence=1.0, negative=None, **words):
-        images = [source] if task == "D2" else [source, target]
-        rows.append(
-            {
-                "id": f"{transition.name}_{len(rows)}_{task}",
-                "task": task,
-                "images": images,
-                "prompt": PROMPTS[task].format(sequence=text, **words),
-                "answer": answer,
-                "weight": transition.agreement * confidence,
-                "program": text,
-                "label": label,
-                "cell": list(cell),
-                "negative": negative,
-            }
-        )
-
-    if len(program) == 1:
-        add("A1" if program[0].unit == "meters" else "A2", text, program[0].kind)
-    else:
-        add("A3", text, program[0].kind)
-        if claim := false_claim(program, rng, space):
-            said, how = (program, None) if rng.random() < 0.5 else claim
-            answer = "true" if how is None else "false"
-            add(
-                "A4",
-                answer,
-                answer,
-                kinds_of(said) if space.often else (),
-                negative=how,
-                claim=claim_text(said),
-            )
-    if detect is None:
-        return rows
-
-    first, last = detect(transition)
-    starts = [a for a in first if clear(a, source) and a.track is not None]
-    pairs = [(a, b) for a in starts for b in last if b.track == a.track and clear(b, target)]
-    moved = any(motion.unit == "meters" for motion in program)
+    (height, width), target = transition.source.shape[:2], transition.target
+    program, rows = transition.program, []
+    starts = [a for a in first if a.track is not None and is_clear(a, transition.source)]
+    tracks = {b.track for b in last}
+    gone = [(a,) for a in starts if a.track not in tracks]
+    both = list(product(starts, last))
+    same = [(a, b) for a, b in both if a.track == b.track]
+    stay = [(a, b) for a, b in same if b.confidence >= MIN_CONFIDENCE]
+    stay = [(a, b) for a, b in stay if area(b, target) >= MIN_AREA]
+    pairs = [(a, b) for a, b in same if is_clear(b, target)]
+    others = [(a, b) for a, b in both if a.label == b.label and b.track not in (a.track, None)]
+    others = [(a, b) for a, b in others if is_clear(b, target)]
     if pairs:
-        a, b = best(pairs, rng)
-        boxes = {
-            "object": a.label,
-            "box1": box_text(a.box, width, height),
-            "box2": box_text(b.box, width, height),
-        }
-        sure = a.confidence * b.confidence
-        if moved:
-            add("D1", boxes["box2"], "", confidence=sure, **boxes)
+        pair = most_confident(pairs, rng)
+        if any(motion.unit == "meters" for motion in program):
+            box = box_text(pair[1].box, width, height)
+            rows.append(record(transition, "D1", box, detections=pair))
         if len(program) in COUNTS["D3"]:
-            add("D3", text, program[0].kind, confidence=sure, **boxes)
-    gone = [(a,) for a in starts if all(b.track != a.track for b in last)]
-    stay = [
-        (a, b)
-        for a in starts
-        for b in last
-        if b.track == a.track and b.confidence >= SURE and share(b, target) >= 0.01
-    ]
+            text, label = program_text(program), program[0].kind
+            rows.append(record(transition, "D3", text, label, detections=pair))
     if gone or stay:
-        answer = (
-            ("yes" if rng.random() < 0.5 else "no") if gone and stay else "yes" if gone else "no"
-        )
-        a, *seen = best(gone if answer == "yes" else stay, rng)
-        add(
-            "D2",
-            answer,
-            answer,
-            tenths(blind_column(a.box, width, program, transition.focal)),
-            prod(detection.confidence for detection in (a, *seen)),
-            object=a.label,
-            box1=box_text(a.box, width, height),
-        )
-    others = [
-        (a, b)
-        for a in starts
-        for b in last
-        if b.label == a.label and b.track not in (a.track, None) and clear(b, target)
-    ]
+        answer = "yes" if gone else "no"
+        if gone and stay:
+            answer = "yes" if rng.random() < 0.5 else "no"
+        seen = most_confident(gone if answer == "yes" else stay, rng)
+        guess = blind_column(seen[0].box, width, program, transition.focal)
+        rows.append(record(transition, "D2", answer, answer, tenths(guess), seen))
     for answer, candidates in (("yes", pairs), ("no", others)):
         if candidates:
-            a, b = best(candidates, rng)
-            off = (
-                (b.box[0] + b.box[2]) / 2 / width
-                - 0.5
-                - blind_column(a.box, width, program, transition.focal)
-            )
-            add(
-                "D4",
-                answer,
-                answer,
-                tenths(abs(off)),
-                a.confidence * b.confidence,
-                "label" if answer == "no" else None,
-                object=a.label,
-                box1=box_text(a.box, width, height),
-                box2=box_text(b.box, width, height),
-            )
+            a, b = most_confident(candidates, rng)
+            guess = blind_column(a.box, width, program, transition.focal)
+            off = abs((b.box[0] + b.box[2]) / 2 / width - 0.5 - guess)
+            how = "label" if answer == "no" else None
+            rows.append(record(transition, "D4", answer, answer, tenths(off), (a, b), how))
     return rows
 
 
-def tenths(value):
+def tenths(value) -> tuple[int]:
     """Tenths of a picture, at most 1 to either side."""
     return (int(np.floor(10 * np.clip(value, -1, 1))),)
 
 
-def with_pictures(transition, out, folder, rng, space, detect):
+def with_pictures(transition, out, folder, rng, space, detect) -> list[dict]:
     """The `records` of a transition, their pictures saved in out/pictures/<folder>."""
-    paths = [
-        f"pictures/{folder}/{name}.png" for name in ("source", transition.name.rsplit("_", 1)[1])
-    ]
-    for path, image in zip(paths, (transition.source, transition.target)):
+    names = ("source", transition.name.rsplit("_", 1)[1])
+    paths = [f"pictures/{folder}/{name}.png" for name in names]
+    for path, image in zip(paths, (transition.source, transition.target), strict=True):
         save_image(out / path, image)
-    return [
-        record | {"images": paths[: len(record["images"])]}  # the first, or both
-        for record in records(transition, rng, space, detect)
-    ]
+    rows = records(transition, rng, false_claim(transition.program, rng, space), detect)
+    for row in rows:
+        row["images"] = paths[: len(row["images"])]  # the first, or both
+    return rows
 
 
 # ---- validation and balance -----------------------------------------------------------------------------------------
 
 
-def validate(record):
+def validate(record: dict) -> str | None:
     """What is wrong with a record, in words; None if nothing is."""
-    task, answer, program = record["task"], record["answer"], read_actions(record["program"])
-    if task not in TASKS:
-        return "no such task"
-    if len(record["images"]) != (1 if task == "D2" else 2):
-        return "wrong number of images"
-    if re.search("[{}]", record["prompt"]):
-        return "a placeholder is left in the prompt"
+    task, prompt, answer = record["task"], record["prompt"], record["answer"]
+    program, claim = read_actions(record["program"]), read_actions(prompt)
     if not 0 < record["weight"] <= 1:
         return "the weight is not in (0, 1]"
-    if not program or any(
-        value <= 0 or not on_grid(Motion(kind, value)) for kind, value in program
-    ):
+    if not program or not all(is_on_grid(*action) for action in program):
         return "an amount is not on the grid"
-    for box in BOX.findall(record["prompt"]) + (BOX.findall(answer) if task == "D1" else []):
-        x1, y1, x2, y2 = map(float, box)
-        if not (
-            0 <= x1 < x2 <= 1000
-            and 0 <= y1 < y2 <= 1000
-            and all(float(v).is_integer() for v in box)
-        ):
-            return "a box is not four integers in order in 0..1000"
-    if len(BOX.findall(record["prompt"])) != {"D1": 1, "D2": 1, "D3": 2, "D4": 2}.get(task, 0):
+    boxes = BOX.findall(prompt)
+    if len(boxes) != {"D1": 1, "D2": 1, "D3": 2, "D4": 2}.get(task, 0):
         return "a box is missing in the prompt"
-    if task in ("D1", "D2", "D4") and read_actions(record["prompt"]) != program:
+    if not all(map(is_box, boxes + BOX.findall(answer))):
+        return "a box is not four integers in order in 0..1000"
+    if task in ("D1", "D2", "D4") and claim != program:
         return "the actions in the prompt are not what the camera did"
-    if task == "D1":
-        return None if read_box(answer)[1] else "the answer is not a box"
-    if task in COUNTS:
-        if len(read_actions(answer)) not in COUNTS[task]:
-            return "the answer has too few or too many actions"
-        if task in VERBS and not answer.startswith(VERBS[task]):
-            return "the answer moves where it should turn, or turns where it should move"
-        return None if answer == record["program"] else "the answer is not what the camera did"
-    if read_truth(answer) is None:
-        return "the answer is neither yes nor no"
-    if task == "A4" and (read_actions(record["prompt"]) == program) != read_truth(answer):
+    if task in COUNTS and len(program) not in COUNTS[task]:
+        return "the answer has too few or too many actions"
+    if task in COUNTS and answer != record["program"]:
+        return "the answer is not what the camera did"
+    if task == "A4" and (claim == program) != read_truth(answer):
         return "the claim contradicts the answer"
+    if world2vlm(task, answer, answer)["total"] < FULL:
+        return "the answer does not earn its own reward"
     return None
 
 
-def validated(rows):
+def is_box(numbers) -> bool:
+    """Whether four numbers as text are whole, in order, and within 0..1000."""
+    x1, y1, x2, y2 = map(float, numbers)
+    is_whole = all(float(number).is_integer() for number in numbers)
+    return is_whole and 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000
+
+
+def validated(rows: list[dict]) -> tuple[list[dict], Counter]:
     """(records that pass, Counter of the reasons why others did not)."""
-    faults = [validate(row) for row in rows]
-    return [row for row, fault in zip(rows, faults) if fault is None], Counter(filter(None, faults))
+    valid, faults = [], Counter()
+    for row in rows:
+        fault = validate(row)
+        if fault:
+            faults[fault] += 1
+        else:
+            valid.append(row)
+    return valid, faults
 
 
-def balanced(rows, rng):
+def balanced(rows: list[dict], rng) -> list[dict]:
     """As many records of every label, within each cell of each task; in random order.
 
     Labels are the first action's kind (A1, A2, A3, D3) or the two truths (A4, D2, D4: a cell with one of them alone is
-    dropped); D1 has none. A cell of A4 holds claims of one pattern, if the patterns are not alike often (space.often).
-    One of D2 and D4 holds what `blind_column` guesses alike, so that a rule of thumb about boxes does not tell the
-    answer; one D2 in 13 and one D4 in 25 stay.
+    dropped); D1 has none. A cell of D2 and D4 holds what `blind_column` guesses alike, so that a rule of thumb about
+    boxes does not tell the answer; one D2 in 13 and one D4 in 25 stay.
     What text alone gives: no more than chance in A1 to A4. D1 to D4 say boxes and actions in numbers, as in the paper,
     and arithmetic answers most of them: in rooms the nearest neighbours by all numbers of a prompt earn about .7 of the
     reward of D1, .9 of D2, .7 of D3 and .95 of D4, where the best constant answers earn .58, .66, .27 and .69. A box, a
     motion in metres and a thing that stands still leave little to see.
     """
-    groups = defaultdict(lambda: defaultdict(list))
+    cells = defaultdict(lambda: defaultdict(list))
     for i in rng.permutation(len(rows)):
         row = rows[i]
-        groups[row["task"], tuple(row["cell"])][row["label"]].append(row)
-    kept = []
-    for (task, _), labels in groups.items():
+        cells[row["task"], tuple(row["cell"])][row["label"]].append(row)
+    chosen = []
+    for (task, _), labels in cells.items():
         if task in ("A4", "D2", "D4") and len(labels) < 2:
             continue
-        level = min(map(len, labels.values()))
-        kept += [row for same in labels.values() for row in same[:level]]
-    return [kept[i] for i in rng.permutation(len(kept))]
+        count = min(map(len, labels.values()))
+        for same in labels.values():
+            chosen += same[:count]
+    return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def write_motion_questions(out, split, rows, about, seed):
-    """out/questions_<split>.jsonl: what is valid of World2VLM's records, balanced -> Counter of the faults of others.
+def write_motion_questions(out, split, rows, about, seed, lost=0) -> None:
+    """out/questions_<split>.jsonl: what is valid of World2VLM's records, balanced.
 
     rows    of `records`, with paths below `out` for pictures, and "scene" or "cluster": what they are about
     about   in words, for the line that says how many there are
-    Says so of each task of which less than a tenth stays.
+    lost    programs of which the teacher gave no usable view
+    Says so of each task of which less than a tenth stays, and what was left out for which reason.
     """
     rows, faults = validated(rows)
-    kept = balanced(rows, numpy_stream("balance", seed))
-    save_jsonl(
-        out / f"questions_{split}.jsonl",
-        [
-            {
-                "id": row["id"],
-                "bench": "world2vlm",
-                "images": row["images"],
-                "question": row["prompt"],
-                "options": [],
-                "answer": row["answer"],
-                "category": row["task"],
-                "kind": "na",
-                "needs_view": None,
-                "weight": row["weight"],
-                "negative": row["negative"],
-                **{key: row[key] for key in ("scene", "cluster") if key in row},
-            }
-            for row in kept
-        ],
-    )
-    tasks, made = (Counter(row["task"] for row in part) for part in (kept, rows))
+    chosen = balanced(rows, numpy_stream("balance", seed))
+    save_jsonl(Path(out) / f"questions_{split}.jsonl", map(question_of, chosen))
+    counts, all_counts = (Counter(row["task"] for row in part) for part in (chosen, rows))
+    tasks = [f"{task} {counts[task]} of {count}" for task, count in sorted(all_counts.items())]
     say(
-        f"questions_{split}.jsonl: {len(kept)} questions about {about}, balanced: "
-        + ", ".join(f"{task} {tasks[task]} of {made[task]}" for task in sorted(made))
+        f"questions_{split}.jsonl: {len(chosen)} questions about {about}, balanced: {', '.join(tasks)}"
     )
-    for task in sorted(task for task in made if tasks[task] < made[task] / 10):
-        labels = Counter(row["label"] for row in rows if row["task"] == task)
-        say(
-            f"  {task}: less than a tenth stays, since every label is cut to the rarest of its cell. There were "
-            f"{', '.join(f'{n} {label}' for label, n in labels.most_common())}."
-        )
-    return faults
+    for task, count in sorted(all_counts.items()):
+        if counts[task] < count / 10:
+            labels = Counter(row["label"] for row in rows if row["task"] == task)
+            numbers = ", ".join(f"{n} {label}" for label, n in labels.most_common())
+            say(
+                f"  {task}: less than a tenth stays, since every label is cut to the rarest of its cell. There were "
+                f"{numbers}."
+            )
+    faults["the teacher gave no usable view"] += lost
+    for reason, count in (+faults).most_common():
+        say(f"  {count:6}  left out: {reason}")
+
+
+def question_of(row: dict) -> dict:
+    """A record as a row of questions_<split>.jsonl."""
+    question = {
+        "id": row["id"],
+        "bench": "world2vlm",
+        "images": row["images"],
+        "question": row["prompt"],
+        "options": [],
+        "answer": row["answer"],
+        "category": row["task"],
+        "kind": "na",
+        "needs_view": None,
+    }
+    more = ("weight", "negative", "scene", "cluster")
+    return question | {key: row[key] for key in more if key in row}
+
+
+def motion_questions(seeds, out, teacher, space=ROOMS, tries=1) -> list[tuple[list[dict], int]]:
+    """All records of some rooms, which share their calls of the teacher; their pictures are saved.
+
+    space, tries   as in `transitions`; boxes are those of the room, also where the teacher drew something else
+    returns        [(records with paths for pictures and a "scene", how many programs had no usable view)]
+    """
+    rng, rows = numpy_stream("motion questions", seeds[0]), []
+    anchors = [room_anchor(seed) for seed in seeds]
+    found, lost = transitions(anchors, teacher, rng, space, tries=tries)
+    for transition in found:
+        room, poses = transition.room, [matrix(c2w) for c2w in transition.poses]
+        for row in with_pictures(transition, out, f"{room:07d}", rng, space, room_detections):
+            scene = {"room": room, "poses": poses[: len(row["images"])]}
+            rows.append(row | {"scene": scene})
+    return [(rows, lost)]
+
+
+def make_room_questions(out, simulator=None, rooms=1000, held_out=(60, 240), threads=2) -> None:
+    """out/questions_{train,val,test}.jsonl: the eight tasks about rooms, validated and balanced in each split.
+
+    simulator   the teacher, which is told only motions that small world models have seen; None: the true renderer.
+                Validation and test are of the true renderer whoever teaches, and the same for all teachers
+    """
+    out = Path(out)
+    counts = dict(zip(SPLITS, (rooms, *held_out), strict=True))
+    firsts = (FIRST_ROOM["questions_train"], FIRST_ROOM["val"], FIRST_ROOM["test"])
+    for (split, count), first in zip(counts.items(), firsts, strict=True):
+        seeds, title, parts = range(first, first + count), f"world2vlm, {split}", []
+        if simulator and split == "train":  # a network stays in this process, eight rooms at a time
+            for start in tqdm(range(0, count, 8), desc=title):
+                parts += motion_questions(seeds[start : start + 8], out, simulator, SEEN, tries=2)
+        else:
+            make = partial(motion_questions, teacher=TrueRenderer())
+            parts = build(title, make, [[seed] for seed in seeds], out, threads)
+        rows = [row for part, _ in parts for row in part]
+        lost = sum(lost for _, lost in parts)
+        write_motion_questions(out, split, rows, f"{count} rooms", first, lost)
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    """The command line's flags."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    number = bounded(int, 1)
+    p.add_argument("--out", help="default: out/world2vlm, out/taught, out/rendered")
+    p.add_argument(
+        "--teacher",
+        default="truth",
+        help="truth, the true renderer; tuned, untuned, or a world model's folder or URL (lib/simulators.py). A trained "
+        "one should come from `data.py triples --layout fine`: it is asked for turns by 30 degrees, and never to step "
+        "backward",
+    )
+    p.add_argument("--rooms", type=number, default=1000, help="to train on")
+    source = p.add_mutually_exclusive_group()
+    source.add_argument(
+        "--anchors",
+        metavar="DIR",
+        help="triples of scans, from whose contexts --teacher moves over the paper's ranges",
+    )
+    source.add_argument(
+        "--rendered", metavar="DIR", help="folders of frames with their actions (frames.py)"
+    )
+    p.add_argument("--limit", type=number, help="--anchors: contexts of a split at most")
+    p.add_argument(
+        "--detector",
+        help="folder or hub id of a GroundingDINO, such as IDEA-Research/grounding-dino-base, that finds the boxes of "
+        "D1 to D4 (default: only folders that bring boxes are asked about objects, and no scans)",
+    )
+    p.add_argument("--threads", type=number, default=2, help="processes")
+    args = p.parse_args(argv)
+    if args.teacher in ("none", "reprojection"):
+        p.error(f"--teacher {args.teacher} imagines nothing that could be taught")
+    if args.anchors and args.teacher == "truth":
+        p.error("--anchors DIR goes with --teacher: nobody can render scans truly")
+    if args.rendered and args.teacher != "truth":
+        p.error("--rendered DIR goes without --teacher: the frames are there")
+    if args.detector and not (args.rendered or args.anchors):
+        p.error("--detector goes with --rendered DIR or --anchors DIR: boxes of rooms are known")
+    default = "out/taught" if args.anchors else "out/rendered" if args.rendered else "out/world2vlm"
+    args.out = args.out or default
+    return args
+
+
+def main(argv=None):
+    """Make questions of rooms, of scans, or of frames rendered elsewhere."""
+    from extras.world2vlm.frames import make_rendered
+    from extras.world2vlm.scans import make_scan_questions
+
+    args = parse_args(argv)
+    simulator = None
+    if args.teacher != "truth":
+        if not args.teacher.startswith(URLS):
+            need(find_weights(args.teacher), "python train_wm.py")
+        simulator = load_simulator(args.teacher, default_device())
+    try:
+        detect = args.detector and load_detector(args.detector, default_device())
+        if args.rendered:
+            make_rendered(args.out, args.rendered, detect, args.threads)
+        elif args.anchors:
+            names = (args.teacher, args.detector)
+            make_scan_questions(args.out, args.anchors, names, simulator, detect, args.limit)
+        else:
+            make_room_questions(args.out, simulator, args.rooms, threads=args.threads)
+    except ValueError as error:  # of a server that is down, or weights that cannot be had
+        fail(f"{error}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

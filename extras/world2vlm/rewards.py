@@ -19,8 +19,9 @@ As in the released code: minus signs, decimals in boxes and "meter" are read, th
 wherever it stands ("remove forward 2 meters").
 """
 
-import math
 from collections import Counter
+
+import numpy as np
 
 from extras.world2vlm.words import read_actions, read_box, read_truth
 
@@ -29,6 +30,7 @@ TOO_LONG = -1.0  # its total beyond that: of the released code; the paper says "
 # |v - v*| in metres or degrees: full marks up to the first, none from the second on
 TOLERANCE = {"move": (0.5, 5.0), "turn": (5.0, 90.0)}
 EXTRA_ACTION = 0.03  # the fee per action too many
+BOX_PARTS = ("total", "format", "validity", "geometry", "iou", "center", "size", "l1")
 FULL = 1 - 1e-6  # a total above it is 1 up to rounding
 
 
@@ -53,13 +55,13 @@ def world2vlm(task: str, answer: str, response: str | None) -> dict[str, float]:
     return SCORES[task](answer, response)
 
 
-def numeric(kind: str, value: float, true_value: float) -> float:
+def numeric(kind, value, true_value):
     """s(v, v*): 1 within the first tolerance, 0 beyond the second, a straight line between. Angles do not wrap."""
     low, high = TOLERANCE[kind.split()[0]]
     return min(1.0, max(0.0, (high - abs(value - true_value)) / (high - low)))
 
 
-def score_action(answer: str, response: str) -> dict[str, float]:
+def score_action(answer, response):
     """A1, A2: each term is the best of all actions that the response names (a weakness of the paper's)."""
     true_kind, true_value = true_actions(answer)[0]
     actions = read_actions(response)
@@ -71,7 +73,7 @@ def score_action(answer: str, response: str) -> dict[str, float]:
     return {"total": total, "format": form, "action": action, "numeric": number}
 
 
-def score_sequence(answer: str, response: str) -> dict[str, float]:
+def score_sequence(answer, response):
     """A3, D3: m true actions and n in the response.
 
     action           kinds in common, order aside, over max(n, m)
@@ -93,7 +95,7 @@ def score_sequence(answer: str, response: str) -> dict[str, float]:
     return {"total": total, "format": form, "action": action, "order": order, "numeric": number}
 
 
-def true_actions(answer: str) -> list[tuple[str, float]]:
+def true_actions(answer):
     """The actions of a reference; ValueError if there is none."""
     actions = read_actions(answer)
     if not actions:
@@ -101,7 +103,7 @@ def true_actions(answer: str) -> list[tuple[str, float]]:
     return actions
 
 
-def score_truth(answer: str, response: str) -> dict[str, float]:
+def score_truth(answer, response):
     """A4, D2, D4: the response must be yes, true, no or false and nothing else."""
     truth = read_truth(response)
     form = float(truth is not None)
@@ -109,7 +111,7 @@ def score_truth(answer: str, response: str) -> dict[str, float]:
     return {"total": 0.20 * form + 0.80 * right, "format": form, "accuracy": right}
 
 
-def score_box(answer: str, response: str) -> dict[str, float]:
+def score_box(answer, response):
     """D1: format is 1 for a box alone, 0.4 for one within other words. Without a box everything is 0.
 
     validity = 0.7 [x1 < x2 and y1 < y2] + 0.3 max(0, 1 - overflow / 200)
@@ -121,44 +123,32 @@ def score_box(answer: str, response: str) -> dict[str, float]:
         raise ValueError(f"the reference {answer!r} is not a box such as '[48, 558, 226, 681]'")
     box, alone = read_box(response)
     if box is None:
-        parts = ("total", "format", "validity", "geometry", "iou", "center", "size", "l1")
-        return dict.fromkeys(parts, 0.0)
+        return dict.fromkeys(BOX_PARTS, 0.0)
     form = 1.0 if alone else 0.4
-    overflow = sum(max(-v, v - 1000, 0) for v in box) / 4
-    box, true = canonical(box), canonical(true)
-    w, h = box[2] - box[0], box[3] - box[1]
-    w_true, h_true = true[2] - true[0], true[3] - true[1]
-    valid = 0.7 * (w > 0 and h > 0) + 0.3 * max(0.0, 1 - overflow / 200)
+    box, true = np.array(box), corners(true)
+    overflow = np.abs(box - box.clip(0, 1000)).mean()
+    box = corners(box)
+    sides, true_sides = box[1] - box[0], true[1] - true[0]  # (width, height)
+    valid = 0.7 * (sides.min() > 0) + 0.3 * max(0, 1 - overflow / 200)
 
-    w_shared = max(0, min(box[2], true[2]) - max(box[0], true[0]))
-    h_shared = max(0, min(box[3], true[3]) - max(box[1], true[1]))
-    union = w * h + w_true * h_true - w_shared * h_shared
-    iou = w_shared * h_shared / union if union > 0 else 0.0
-    dx = (box[0] + box[2] - true[0] - true[2]) / 2
-    dy = (box[1] + box[3] - true[1] - true[3]) / 2
-    center = max(0.0, 1 - math.hypot(dx, dy) / max(80, 0.6 * math.hypot(w_true, h_true)))
-    off = sum(abs(v - v_true) for v, v_true in zip(box, true, strict=True)) / 4
-    l1 = max(0.0, 1 - off / 180)
+    shared = (np.minimum(box[1], true[1]) - np.maximum(box[0], true[0])).clip(0).prod()
+    union = sides.prod() + true_sides.prod() - shared
+    iou = shared / union if union > 0 else 0.0
+    apart = np.linalg.norm(box.mean(0) - true.mean(0))
+    center = max(0, 1 - apart / max(80, 0.6 * np.linalg.norm(true_sides)))
+    l1 = max(0, 1 - np.abs(box - true).mean() / 180)
     size = 0.0
-    if min(w, h, w_true, h_true) > 0:
-        size = max(0.0, 1 - (abs(math.log(w / w_true)) + abs(math.log(h / h_true))) / 1.6)
+    if min(sides.min(), true_sides.min()) > 0:
+        size = max(0, 1 - np.abs(np.log(sides / true_sides)).sum() / 1.6)
     geometry = (0.45 * iou + 0.20 * center + 0.20 * l1 + 0.15 * size) * (0.3 + 0.7 * valid)
-    return {
-        "total": 0.20 * form + 0.15 * valid + 0.65 * geometry,
-        "format": form,
-        "validity": valid,
-        "geometry": geometry,
-        "iou": iou,
-        "center": center,
-        "size": size,
-        "l1": l1,
-    }
+    total = 0.20 * form + 0.15 * valid + 0.65 * geometry
+    values = (total, form, valid, geometry, iou, center, size, l1)
+    return dict(zip(BOX_PARTS, map(float, values), strict=True))
 
 
-def canonical(box: list[float]) -> tuple[float, float, float, float]:
-    """Corners in order, within 0..1000."""
-    x1, y1, x2, y2 = (min(max(v, 0.0), 1000.0) for v in box)
-    return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
+def corners(box) -> np.ndarray:
+    """x1, y1, x2, y2 -> [[left, top], [right, bottom]], in order and within 0..1000."""
+    return np.sort(np.reshape(box, (2, 2)).clip(0, 1000), axis=0)
 
 
 SCORES = {

@@ -7,6 +7,8 @@ What World2VLM (arXiv 2604.26934) asks and answers, word by word: prompts, actio
 
 import re
 
+from lib.geometry import TABLE, Motion
+
 TASKS = ("A1", "A2", "A3", "A4", "D1", "D2", "D3", "D4")
 INVERSE = ("A1", "A2", "A3", "D3")  # the others are forward
 GRID = {"meters": 0.1, "degrees": 10}  # of every amount
@@ -15,30 +17,31 @@ GRID = {"meters": 0.1, "degrees": 10}  # of every amount
 # ---- actions and boxes -----------------------------------------------------------------------------------------------
 
 
-def action_text(motion):
+def action_text(motion: Motion) -> str:
     """ "move forward 4.3 meters", "turn left 100 degrees": at most three decimals, no trailing zeros."""
-    return f"{motion.kind} {f'{motion.amount:.3f}'.rstrip('0').rstrip('.')} {motion.unit}"
+    amount = f"{motion.amount:.3f}".rstrip("0").rstrip(".")
+    return f"{motion.kind} {amount} {motion.unit}"
 
 
-def program_text(program):
+def program_text(program: list[Motion]) -> str:
     return "; ".join(map(action_text, program))
 
 
-def claim_text(program):
+def claim_text(program: list[Motion]) -> str:
     """One action "a", two "a and b", three "a, b and c"."""
     *before, last = map(action_text, program)
     return f"{', '.join(before)} and {last}" if before else last
 
 
-def tidy(text):
+def tidy(text: str) -> str:
     """Lower case, one space for each run of white space, and none of it, nor . , ; : ! ? " at the end."""
     return " ".join(text.lower().split()).rstrip('.,;:!?" ')
 
 
-def on_grid(motion):
-    """Whether its amount is a multiple of 0.1 m or 10 degrees."""
-    steps = motion.amount / GRID[motion.unit]
-    return abs(steps - round(steps)) < 1e-6
+def is_on_grid(kind, amount) -> bool:
+    """Whether an amount is a positive multiple of 0.1 m or 10 degrees."""
+    steps = amount / GRID[TABLE[kind][1]]
+    return amount > 0 and abs(steps - round(steps)) < 1e-6
 
 
 NUMBER = r"(-?[0-9]+(?:\.[0-9]+)?)"
@@ -48,31 +51,31 @@ ACTION = re.compile(
 BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([NUMBER] * 4) + r"\s*\]")
 
 
-def read_actions(text):
+def read_actions(text: str) -> list[tuple[str, float]]:
     """All actions that occur in a text, in order: [(kind, amount)]. Amounts may be anything, even negative."""
-    return [
-        (f"move {way}", float(meters)) if way else (f"turn {side}", float(degrees))
-        for way, meters, side, degrees in ACTION.findall(tidy(text))
-    ]
+    actions = []
+    for way, meters, side, degrees in ACTION.findall(tidy(text)):
+        actions.append((f"move {way}", float(meters)) if way else (f"turn {side}", float(degrees)))
+    return actions
 
 
-def read_truth(text):
+def read_truth(text: str) -> bool | None:
     """yes, true -> True; no, false -> False; any other text -> None."""
     return {"yes": True, "true": True, "no": False, "false": False}.get(tidy(text))
 
 
-def box_text(box, width, height):
+def box_text(box, width, height) -> str:
     """Pixels (x1, y1, x2, y2) -> "[48, 558, 226, 681]", thousandths of the picture's sides."""
-    whole = (round(1000 * v / side) for v, side in zip(box, (width, height, width, height)))
+    whole = (round(1000 * v / side) for v, side in zip(box, (width, height) * 2, strict=True))
     return f"[{', '.join(str(min(max(v, 0), 1000)) for v in whole)}]"
 
 
-def read_box(text):
+def read_box(text: str) -> tuple[list[float] | None, bool]:
     """The first [a, b, c, d] of a text -> (four floats, whether it is the whole text); (None, False) without one."""
     match = BOX.search(text)
-    return (
-        ([float(v) for v in match.groups()], match[0] == text.strip()) if match else (None, False)
-    )
+    if match is None:
+        return None, False
+    return [float(v) for v in match.groups()], match[0] == text.strip()
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
@@ -98,17 +101,6 @@ PROMPTS = {  # released: A1 and A2 say the true direction in place of the altern
 }
 # What prompts and answers say beside objects, boxes and actions, for the tiny tokenizer: a prompt takes 64 to 276 in
 # letters and 1 to 47 in these pieces.
-PIECES = (
-    *dict.fromkeys(
-        piece
-        for prompt in PROMPTS.values()
-        for piece in re.split(r" ?{object}|{\w+}", prompt)
-        if piece
-    ),
-    "; ",
-    "yes",
-    "no",
-    "true",
-    "false",
-)
+PIECES = re.split(r" ?{object}|{\w+}", "{claim}".join(PROMPTS.values()))
+PIECES = (*dict.fromkeys(filter(None, PIECES)), "; ", "yes", "no", "true", "false")
 COUNTS = {"A1": (1,), "A2": (1,), "A3": (2, 3), "D3": (1, 2)}  # actions of an answer

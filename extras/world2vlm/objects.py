@@ -1,0 +1,115 @@
+"""
+Objects in the two pictures of a transition: what World2VLM's questions D1 to D4 are about.
+
+A Detection is a labelled box. In rooms all are known exactly; elsewhere a detector finds them, and only objects that
+cannot be confused are known to be the same in both pictures.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from extras.report import real_views
+from extras.world2vlm.transitions import Transition, end_pose
+from lib.rooms import random_room, render
+
+MIN_CONFIDENCE = 0.3  # paper: of a detection that is believed
+MIN_AREA, MAX_AREA = 0.01, 0.6  # paper: share of the picture
+MIN_GAP = 0.01  # paper: from the edges, in sides of the picture
+
+
+class Detection(NamedTuple):
+    """An object in a picture. Two detections of one `track` are one object; None: nobody knows which one it is."""
+
+    label: str
+    box: tuple  # x1, y1, x2, y2 in pixels
+    confidence: float
+    track: int | str | None
+
+
+def room_detections(transition: Transition) -> tuple[list, list]:
+    """(objects of the source, of the target), exactly. The label is the kind of furniture: a colour would name one."""
+    room, size = random_room(transition.room), len(transition.source)
+    views = render(room, np.stack(transition.poses), size, supersample=1)["ids"]
+    pair = ([], [])
+    for detections, ids in zip(pair, views, strict=True):
+        for track, thing in enumerate(room.things):
+            rows, columns = np.nonzero(ids == track + 1)
+            if len(rows):
+                box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+                detections.append(Detection(thing.kind, tuple(map(int, box)), 1.0, track))
+    return pair
+
+
+def load_detector(model: str, device: str) -> Callable:
+    """A GroundingDINO, by folder or hub id, as `image_detections` wants it. Raises ValueError."""
+    detect = real_views.detector(model, device)
+
+    def boxes_in_pixels(image):
+        height, width = image.shape[:2]
+        scale = (width, height, width, height)
+        rows = detect(image, real_views.INDOOR)  # boxes in shares of the picture
+        return [(label, tuple(np.asarray(box) * scale), score) for label, box, score in rows]
+
+    return image_detections(boxes_in_pixels)
+
+
+def image_detections(detector: Callable) -> Callable:
+    """Like `room_detections`, for any pictures, by a callable image -> [(label, box, confidence)].
+
+    Who is who cannot be told by overlapping boxes when the camera goes far: see `tracked_by_label`.
+    """
+
+    def detect(transition):
+        pair = []
+        for image in (transition.source, transition.target):
+            pair.append([Detection(*row, None) for row in detector(image)])
+        return tracked_by_label(pair)
+
+    return detect
+
+
+def tracked_by_label(pair) -> tuple[list, list]:
+    """(objects of the source, of the target), tracked where the label occurs once in the first and at most once in the
+    second. D4 needs two of a label: for it, give tracks of your own."""
+    first, last = (Counter(detection.label for detection in detections) for detections in pair)
+    tracks = {label: label for label in first if first[label] == 1 >= last[label]}
+    return tuple([d._replace(track=tracks.get(d.label)) for d in detections] for detections in pair)
+
+
+def area(detection: Detection, image: np.ndarray) -> float:
+    """The share of the picture that a box fills."""
+    (height, width), (x1, y1, x2, y2) = image.shape[:2], detection.box
+    return max(x2 - x1, 0) * max(y2 - y1, 0) / (width * height)
+
+
+def is_clear(detection: Detection, image: np.ndarray) -> bool:
+    """The paper's filter: sure enough, neither small nor large, and away from the picture's edges."""
+    (height, width), (x1, y1, x2, y2) = image.shape[:2], detection.box
+    if min(x1 / width, y1 / height) < MIN_GAP or max(x2 / width, y2 / height) > 1 - MIN_GAP:
+        return False
+    is_sure = detection.confidence >= MIN_CONFIDENCE
+    return is_sure and MIN_AREA <= area(detection, image) <= MAX_AREA
+
+
+def most_confident(candidates: list[tuple], rng) -> tuple:
+    """The tuple of Detections with the largest sum of confidences; drawn among equals."""
+    sums = [sum(detection.confidence for detection in each) for each in candidates]
+    equal = [each for each, total in zip(candidates, sums, strict=True) if total == max(sums)]
+    return equal[rng.integers(len(equal))]
+
+
+def blind_column(box, width, program, focal=0.5) -> float:
+    """Where the words alone put a box after a program: the column of its middle, in picture widths from the centre.
+
+    It is taken to belong to something 0.8 m large, which gives its distance. inf: behind the camera. A box may be in
+    any unit, `width` in the same one; `focal` is in picture widths. Where this is right no picture is needed, so
+    `balanced` asks as often where not.
+    """
+    focal = focal * width
+    depth = 0.8 * focal / max(box[2] - box[0], box[3] - box[1], 1)
+    x = ((box[0] + box[2]) / 2 - width / 2) / focal * depth
+    x, _, z, _ = np.linalg.inv(end_pose(np.eye(4), program)) @ (x, 0, depth, 1)
+    return x / z * focal / width if z > 0.05 else np.inf
