@@ -1,0 +1,118 @@
+"""
+How well a policy answers World2VLM's held-out questions, greedily and without a tool: mean reward per task.
+
+  python -m extras.world2vlm.evaluate                              # out/w2v, out/world2vlm -> out/eval/world2vlm
+  python -m extras.world2vlm.evaluate --policy out/w2v-rl --out out/eval/w2v-rl
+  torchrun --standalone --nproc_per_node 8 -m extras.world2vlm.evaluate --preset astra
+  resume    the same command
+
+Out: predictions.jsonl, a record per question; results.json, per task the mean of its reward ("A1_total"), the share of
+full rewards ("A1_exact") and the means of the reward's parts (rewards.py).
+"""
+
+from pathlib import Path
+
+from extras.world2vlm.rewards import BOX_PARTS, FULL, world2vlm
+from extras.world2vlm.words import TASKS
+from lib.distributed import Means, fail, progress, say, setup, unsharded, wait_for_all
+from lib.records import append_jsonl, load_jsonl, read_log, save_jsonl, write_json
+from lib.stage import Clock, Flag, begin, finish, parse_flags, run_stage
+from policy import Policy, rollout
+
+PARTS = ("total", "exact", "format", "action", "order", "numeric", "accuracy", *BOX_PARTS[2:])
+FLAGS = [
+    Flag("--policy", "out/w2v", "out/w2v-astra", "folder or hub id"),
+    Flag("--data", "out/world2vlm", "out/taught", "folder of questions_test.jsonl"),
+    Flag("--out", "out/eval/world2vlm", "out/eval/world2vlm-astra", "folder of the results"),
+    Flag("--limit", None, None, "only the first N questions", 1, kind=int),
+    Flag("--max-new-tokens", 64, 256, "per answer", 1),
+    Flag("--rows", 64, 8, "questions at once", 1, neutral=True),
+    Flag("--threads", None, None, "CPU threads", 1, kind=int, neutral=True),
+]
+
+
+def answer_record(question: dict, answer: str | None) -> dict:
+    """What an answer is worth: {"correct": its total, "exact": 1.0 for a full reward, "parts"}, and to which question."""
+    parts = world2vlm(question["category"], question["answer"], answer)
+    parts["exact"] = float(parts["total"] > FULL)
+    return {
+        "key": question["id"],
+        "category": question["category"],
+        "scene": question.get("scene", {}).get("room", question.get("cluster")),
+        "gold": question["answer"],
+        "answer": answer,
+        "correct": parts["total"],
+        "exact": parts["exact"],
+        "parts": parts,
+    }
+
+
+def task_means(records: list[dict]) -> dict[str, float]:
+    """{"A1_total", "A1_exact", "A1_numeric", ...}: means over the records of all ranks (a collective)."""
+    means = Means(f"{task}_{part}" for task in TASKS for part in PARTS)
+    for record in records:
+        for part, value in record["parts"].items():
+            means.add(f"{record['category']}_{part}", value)
+    return means.read()
+
+
+def greedy_records(policy: Policy, questions: list[dict], args) -> list[dict]:
+    """Ask questions without a tool; args: max_new_tokens and rows."""
+    with unsharded(policy.model):
+        dialogues = rollout(
+            policy,
+            questions,
+            mode="direct",
+            temperature=0.0,
+            max_new_tokens=args.max_new_tokens,
+            rows=args.rows,
+        )
+    pairs = zip(questions, dialogues, strict=True)
+    return [answer_record(question, dialogue.answer) for question, dialogue in pairs]
+
+
+def say_means(means: dict[str, float]) -> None:
+    """One line: mean reward and share of full rewards per task."""
+    tasks = [task for task in TASKS if f"{task}_total" in means]
+    numbers = [f"{task} {means[f'{task}_total']:.2f} {means[f'{task}_exact']:.2f}" for task in tasks]
+    say(f"held out, mean reward and share of perfect answers: {', '.join(numbers)}")
+
+
+def main(argv=None):
+    """Ask (or go on asking) every question, then summarise."""
+    args = parse_flags(__doc__, FLAGS, argv)
+    file, out = Path(args.data, "questions_test.jsonl"), Path(args.out)
+    needs = [
+        (args.policy, "python -m extras.world2vlm.train"),
+        (file, f"python -m extras.world2vlm.questions --out {args.data}"),
+    ]
+    begin("world2vlm evaluate", args, FLAGS, needs)
+    world, clock = setup(args.threads), Clock()
+    questions = load_jsonl(file)[: args.limit]
+    if not questions:
+        fail(f"{file} has no question.")
+    policy = Policy.load(args.policy, world.device)
+
+    def answered():
+        rows = [row for part in (out / "training").glob("*.jsonl") for row in read_log(part)]
+        return {row["key"]: row for row in rows}
+
+    before = answered()
+    wait_for_all()  # until every rank knows what is left
+    waiting = [question for question in questions if question["id"] not in before]
+    mine = waiting[world.rank :: world.size]
+    for start in progress(len(mine), title="world2vlm", every=args.rows):
+        records = greedy_records(policy, mine[start : start + args.rows], args)
+        append_jsonl(out / "training" / f"{world.rank}.jsonl", records)
+    wait_for_all()
+    records = answered()
+    records = [records[question["id"]] for question in questions]
+    means = task_means(records)
+    say_means(means)
+    save_jsonl(out / "predictions.jsonl", records)
+    write_json(out / "results.json", {"policy": args.policy, "n": len(questions), **means})
+    finish(out, len(questions), clock)
+
+
+if __name__ == "__main__":
+    run_stage(main)
