@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data import FIRST_ROOM, motion_questions
+from data import FIRST_ROOM
 from evaluate import verdict
 from experiments.simulator import (
     call,
@@ -40,7 +40,7 @@ from experiments.simulator import (
     publish,
     show_jobs,
 )
-from extras.world2vlm.questions import write_motion_questions
+from extras.world2vlm.questions import motion_questions, write_motion_questions
 from extras.world2vlm.rewards import world2vlm
 from extras.world2vlm.transitions import ROOMS, SEEN, drift, room_anchor
 from extras.world2vlm.words import TASKS, read_actions
@@ -149,8 +149,8 @@ def make_questions(name, out):
     folder, data, rows = out / "data" / name, DATA[name], []
     if name == "usual" and not (folder / "questions_test.jsonl").exists():
         call(
-            "data.py",
-            "world2vlm",
+            "-m",
+            "extras.world2vlm.questions",
             "--rooms",
             str(data.rooms),
             "--out",

@@ -289,7 +289,7 @@ def test_a_finished_row_is_kept_and_one_of_other_commands_refused(tmp_path, monk
     monkeypatch.setattr(evidence_world2vlm, "call", lambda *command: calls.append(command))
     for _ in range(2):
         evidence_world2vlm.finish(Run("start"), 0, tmp_path)
-    assert [script for script, *_ in calls] == ["data.py", "evaluate.py"]
+    assert [script for script, *_ in calls] == ["-m", "evaluate.py"]
     with pytest.raises(SystemExit, match="was made with"):
         evidence_world2vlm.finish(Run("start", of="sft"), 0, tmp_path)
     with pytest.raises(SystemExit, match="--list"):

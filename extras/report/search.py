@@ -95,7 +95,7 @@ SPACES = {
 def along(path, program, every=None):
     """Where a program of Motions leads from `path`: a path per interval (None: per motion)."""
     found = []
-    for piece, _ in cut(program, every):
+    for piece in cut(program, every):
         last = path[-1]
         if isinstance(last, Motion) and last.kind == piece.kind:
             path, piece = path[:-1], Motion(piece.kind, round(last.amount + piece.amount, 6))

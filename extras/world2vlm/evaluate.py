@@ -74,7 +74,9 @@ def greedy_records(policy: Policy, questions: list[dict], args) -> list[dict]:
 def say_means(means: dict[str, float]) -> None:
     """One line: mean reward and share of full rewards per task."""
     tasks = [task for task in TASKS if f"{task}_total" in means]
-    numbers = [f"{task} {means[f'{task}_total']:.2f} {means[f'{task}_exact']:.2f}" for task in tasks]
+    numbers = [
+        f"{task} {means[f'{task}_total']:.2f} {means[f'{task}_exact']:.2f}" for task in tasks
+    ]
     say(f"held out, mean reward and share of perfect answers: {', '.join(numbers)}")
 
 

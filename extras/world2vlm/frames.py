@@ -46,7 +46,7 @@ from lib.geometry import TABLE, Motion, move_camera, phrase
 from lib.records import SPLITS, build
 from lib.streams import numpy_stream
 
-KIND = {(axis, sign): kind for kind, (_, _, axis, sign) in TABLE.items()}
+KIND = {(row.component, row.sign): kind for kind, row in TABLE.items()}
 MARGIN = {"meters": 0.5, "degrees": 20}  # between the amounts of a program and of a false claim
 THE_OTHER_WAY = "turns the other way"
 MIRRORED = 0.1  # the mirrored turn fits better by this much correlation; of 720 true turns in rooms none does
@@ -122,11 +122,11 @@ def summed(program: list[Motion]) -> list[Motion]:
     for _, run in groupby(program, key=lambda motion: motion.unit):
         sums = Counter()
         for motion in run:
-            _, _, axis, sign = TABLE[motion.kind]
-            sums[axis] += sign * motion.amount
-        for axis, total in sorted(sums.items()):
+            row = TABLE[motion.kind]
+            sums[row.component] += row.sign * motion.amount
+        for component, total in sorted(sums.items()):
             if abs(total) > 1e-6:
-                motions.append(Motion(KIND[axis, np.sign(total)], round(abs(total), 6)))
+                motions.append(Motion(KIND[component, np.sign(total)], round(abs(total), 6)))
     return motions
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from lib.consistency import recover
-from lib.geometry import Motion, Query, instruction, matrix, move_camera
+from lib.geometry import Motion, Query, as_lists, instruction, move_camera
 from lib.rooms import SIZE, random_room, render, ring
 from lib.simulators import imagine_each
 from lib.streams import numpy_stream
@@ -169,7 +169,7 @@ class Anchor(NamedTuple):
 def room_anchor(seed: int) -> Anchor:
     """A view of a room, with the ring of four that the teacher knows as its context."""
     rng = numpy_stream("anchor of a room", seed)
-    poses = [matrix(c2w) for c2w in ring(rng)]
+    poses = [as_lists(c2w) for c2w in ring(rng)]
     reference = int(rng.integers(4)) + 1
     images = render(random_room(seed), poses, SIZE)["rgb"]
     return Anchor(f"room_{seed}", list(images), reference, {"room": seed, "poses": poses})
@@ -237,7 +237,7 @@ def is_view(view: np.ndarray | None, like: np.ndarray) -> bool:
     return view.shape == like.shape and view.std() > 2
 
 
-def distance(a: np.ndarray, b: np.ndarray) -> float:
+def picture_gap(a: np.ndarray, b: np.ndarray) -> float:
     """Mean squared difference of two pictures with colours in [-1, 1]."""
     return float(np.square((a.astype(np.float32) - b) / 127.5).mean())
 
@@ -295,7 +295,7 @@ def transition_of(name: str, chains: list[Chain]) -> Transition:
     steps = min(len(chain.views) for chain in chains)
     program = uncut(first.motions[:steps])
     ends = [chain.views[steps - 1] for chain in chains]
-    gaps = [distance(a, b) for a, b in combinations(ends, 2)]
+    gaps = [picture_gap(a, b) for a, b in combinations(ends, 2)]
     agreement = float(np.exp(-np.mean(gaps) / 0.05)) if gaps else 1.0
     room = poses = None
     if first.anchor.scene:
@@ -330,4 +330,4 @@ def view_errors(chain: Chain, k: int) -> tuple[float, float, float]:
     commanded = chain.pose(k + 1)
     true_view = render(room, commanded, len(view))["rgb"][0]
     (delta,), _ = recover(room, commanded, view[None], size=len(view))
-    return distance(view, true_view), np.linalg.norm(delta[:3]), np.linalg.norm(delta[3:])
+    return picture_gap(view, true_view), np.linalg.norm(delta[:3]), np.linalg.norm(delta[3:])

@@ -40,7 +40,7 @@ def tidy(text: str) -> str:
 
 def is_on_grid(kind, amount) -> bool:
     """Whether an amount is a positive multiple of 0.1 m or 10 degrees."""
-    steps = amount / GRID[TABLE[kind][1]]
+    steps = amount / GRID[TABLE[kind].unit]
     return amount > 0 and abs(steps - round(steps)) < 1e-6
 
 
