@@ -10,12 +10,15 @@ Out: predictions.jsonl, a record per question; results.json, per task the mean o
 full rewards ("A1_exact") and the means of the reward's parts (rewards.py).
 """
 
+import json
 from pathlib import Path
+
+from tqdm import tqdm
 
 from extras.world2vlm.rewards import BOX_PARTS, FULL, world2vlm
 from extras.world2vlm.words import TASKS
-from lib.distributed import Means, fail, progress, say, setup, unsharded, wait_for_all
-from lib.records import append_jsonl, load_jsonl, read_log, save_jsonl, write_json
+from lib.distributed import Means, fail, is_main, say, setup, unsharded, wait_for_all
+from lib.records import disk, load_jsonl, read_log, save_jsonl, write_json
 from lib.stage import Clock, Flag, begin, finish, parse_flags, run_stage
 from policy import Policy, rollout
 
@@ -103,9 +106,12 @@ def main(argv=None):
     wait_for_all()  # until every rank knows what is left
     waiting = [question for question in questions if question["id"] not in before]
     mine = waiting[world.rank :: world.size]
-    for start in progress(len(mine), title="world2vlm", every=args.rows):
+    log = out / "training" / f"{world.rank}.jsonl"
+    save_jsonl(log, read_log(log))  # without a line that a kill tore
+    for start in tqdm(range(0, len(mine), args.rows), desc="ask", disable=not is_main()):
         records = greedy_records(policy, mine[start : start + args.rows], args)
-        append_jsonl(out / "training" / f"{world.rank}.jsonl", records)
+        with disk(log), log.open("a") as lines:
+            lines.writelines(json.dumps(record) + "\n" for record in records)
     wait_for_all()
     records = answered()
     records = [records[question["id"]] for question in questions]
