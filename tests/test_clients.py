@@ -241,7 +241,7 @@ def test_waits_double_and_vary(monkeypatch):
     monkeypatch.setattr(time, "sleep", waits.append)
     endpoint = Endpoint("http://127.0.0.1:1", "/x", tries=6, backoff=1.0, longest_wait=6.0)
     with pytest.raises(SimulatorError):
-        endpoint.ask({}, lambda fields: (b"", "text/plain"), lambda answer: answer)
+        endpoint.ask({}, lambda answer: answer)
     assert len(waits) == 5 and all(
         top / 2 <= wait <= top for wait, top in zip(waits, (1, 2, 4, 6, 6), strict=True)
     )

@@ -15,8 +15,10 @@ from fake_server import QUICK
 from mirror import Mirror
 from PIL import Image
 
-from extras.remote.client import RemoteSimulator, multipart, png
+from extras.remote.client import RemoteSimulator, png
+from extras.remote.endpoint import multipart
 from extras.remote.serve import PATH, Server, read_form, serve
+from extras.remote.serve import main as command
 from lib.geometry import Motion, Query, instruction
 from lib.images import read
 from lib.simulators import SimulatorError
@@ -311,3 +313,17 @@ def test_it_listens_to_this_machine_alone_and_ctrl_c_ends_it_in_a_sentence(monke
         "127.0.0.1",
         "0.0.0.0",
     ]
+
+
+def test_the_command_serves_a_saved_model_and_says_what_is_missing(monkeypatch, capsys, tmp_path):
+    def interrupted(server):
+        assert isinstance(server.model, WorldModel)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "serve_forever", interrupted)
+    WorldModel.tiny().save(tmp_path / "wm")
+    command(["--model", str(tmp_path / "wm"), "--port", "0"])
+    assert "The simulator answers at http://127.0.0.1:" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="`python train_wm.py` makes it"):
+        command(["--port", "0"])

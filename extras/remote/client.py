@@ -13,7 +13,6 @@ import base64
 import io
 import json
 import re
-import uuid
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -84,24 +83,10 @@ class RemoteSimulator:
         }
         return self.endpoint.ask(
             fields,
-            lambda sent: multipart(sent, files),
             lambda answer: read_view(answer, reference),
             optional=("seed", "response_format"),
+            files=files,
         )
-
-
-def multipart(fields: dict, files: list[bytes]) -> tuple[bytes, str]:
-    """Fields and PNG files as the body of a form -> (body, content type)."""
-    boundary = uuid.uuid4().hex
-    start = f"--{boundary}\r\nContent-Disposition: form-data; name="
-    chunks = []
-    for name, value in fields.items():
-        chunks.append(f'{start}"{name}"\r\n\r\n{value}\r\n'.encode())
-    for number, file in enumerate(files, 1):
-        head = f'{start}"image[]"; filename="image_{number}.png"\r\nContent-Type: image/png\r\n\r\n'
-        chunks += [head.encode(), file, b"\r\n"]
-    chunks.append(f"--{boundary}--\r\n".encode())
-    return b"".join(chunks), f"multipart/form-data; boundary={boundary}"
 
 
 def read_view(answer: dict, reference: np.ndarray) -> np.ndarray:
@@ -175,7 +160,6 @@ class RemotePolicy:
             fields |= {"tools": [TOOL], "tool_choice": tool_choice, "parallel_tool_calls": False}
         return self.endpoint.ask(
             fields,
-            lambda sent: (json.dumps(sent).encode(), "application/json"),
             read_message,
             optional=("temperature", "max_completion_tokens", "parallel_tool_calls"),
         )
@@ -256,23 +240,6 @@ def own_message(message: dict) -> dict:
     return message
 
 
-def reply_messages(
-    message: dict, text: str, number: int | None = None, view: np.ndarray | None = None
-) -> list[dict]:
-    """What the protocol answers to a message. A tool can only speak, so its view is shown by the user."""
-    calls = message.get("tool_calls") or ()
-    replies = []
-    for k, call in enumerate(calls):
-        content = ONE_CALL if k else text
-        replies.append({"role": "tool", "tool_call_id": call.get("id") or "", "content": content})
-    parts = [] if calls else [text_part(text)]
-    if view is not None:
-        parts += [text_part(numbered_image(number).split("<|")[0]), image_part(view)]
-    if parts:
-        replies.append({"role": "user", "content": parts})
-    return replies
-
-
 # ---- dialogues ------------------------------------------------------------------------------------------------------
 
 
@@ -298,15 +265,27 @@ class Chat:
         return "required" if must_call else "auto"
 
     def reply(self, policy: RemotePolicy, no_view: str) -> None:
-        """Answer the model's message by what the protocol says, and by the view; `no_view` if there is none."""
+        """Answer the model's message by what the protocol says, and by the view; `no_view` if there is none.
+
+        A tool can only speak, so its view is shown by the user.
+        """
         if self.trajectory.call and self.view is None:
             self.trajectory.reply = no_view
         elif self.trajectory.reply == UNREADABLE:
             self.trajectory.reply = UNREADABLE_HERE
         self.trajectory.observe(policy, self.view)
         text, number = self.trajectory.replies[-1]
-        replies = reply_messages(self.message, text.strip(), number, self.view)
-        self.messages += [own_message(self.message), *replies]
+        self.messages.append(own_message(self.message))
+        calls = self.message.get("tool_calls") or ()
+        for k, call in enumerate(calls):
+            content = ONE_CALL if k else text.strip()
+            tool = {"role": "tool", "tool_call_id": call.get("id") or "", "content": content}
+            self.messages.append(tool)
+        parts = [] if calls else [text_part(text.strip())]
+        if number:
+            parts += [text_part(numbered_image(number).split("<|")[0]), image_part(self.view)]
+        if parts:
+            self.messages.append({"role": "user", "content": parts})
 
 
 def converse(

@@ -17,6 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -91,13 +92,14 @@ class Endpoint:
     def ask(
         self,
         fields: dict,
-        encode: Callable[[dict], tuple[bytes, str]],
         read: Callable[[Any], Any],
         optional: Iterable[str] = (),
+        files: list[bytes] | None = None,
     ) -> Any:
-        """Send fields, as encode(fields) -> (body, content type), until read(the answer's JSON) returns; that result.
+        """Send fields until read(the answer's JSON) returns; that result.
 
         optional   fields that some servers do not know: left out from now on if a refusal names one
+        files      PNG files: a form is sent, not JSON
         Raises SimulatorError.
         """
         failures, waits, start = 0, 0, time.monotonic()
@@ -105,7 +107,9 @@ class Endpoint:
             self._wait_for_rate_limit()
             sent = {name: value for name, value in fields.items() if name not in self.dropped}
             try:
-                return self._try(*encode(sent), read)
+                if files is None:
+                    return self._try(json.dumps(sent).encode(), "application/json", read)
+                return self._try(*multipart(sent, files), read)
             except Failure as error:
                 failure = error
             problem = self._without_key(failure.problem)
@@ -126,7 +130,7 @@ class Endpoint:
             else:
                 time.sleep(wait)
 
-    def _try(self, body: bytes, content_type: str, read: Callable[[Any], Any]) -> Any:
+    def _try(self, body, content_type, read):
         """One request -> what `read` makes of its answer. Raises Failure."""
         try:
             status, headers, answer = self._send(body, content_type)
@@ -151,7 +155,7 @@ class Endpoint:
         self.served = True
         return result
 
-    def _send(self, body: bytes, content_type: str) -> tuple[int, Any, bytes]:
+    def _send(self, body, content_type):
         """-> (status, headers, body), whatever the status; OSError if there is no whole answer in time."""
         deadline = time.monotonic() + self.timeout
         headers = {"Content-Type": content_type, "User-Agent": "astra"}
@@ -177,18 +181,18 @@ class Endpoint:
                     raise TimeoutError("timed out")
         return response.status, response.headers, bytes(answer)
 
-    def _seconds_to_wait(self, failure: Failure, waits: int) -> float:
+    def _seconds_to_wait(self, failure, waits):
         """As long as the server asks for, else doubled with every wait so far and varied."""
         if failure.retry_after is not None:
             return min(self.longest_wait, failure.retry_after)
         doubled = self.backoff * 2 ** min(waits, 30)
         return min(self.longest_wait, doubled) * self.jitter.uniform(0.5, 1)
 
-    def _wait_for_rate_limit(self) -> None:
+    def _wait_for_rate_limit(self):
         while (left := self.resume_at - time.monotonic()) > 0:
             time.sleep(left * self.jitter.uniform(1, 1.1))
 
-    def _pause_all(self, seconds: float) -> None:
+    def _pause_all(self, seconds):
         """A rate limit is the limit of all: nobody asks until it is over."""
         with self.lock:
             now = time.monotonic()
@@ -196,15 +200,29 @@ class Endpoint:
                 say(f"{self.url} limits the rate: waiting for {seconds:.0f} s.")
             self.resume_at = max(self.resume_at, now + seconds)
 
-    def _key(self) -> str:
+    def _key(self):
         return os.environ.get(self.key_from_env, "").strip()
 
-    def _without_key(self, text: str) -> str:
+    def _without_key(self, text):
         """What a server said, on one line, cut short, and without our key if it repeats it."""
         if key := self._key():
             text = text.replace(key, "[key]")
         text = " ".join(text.split())
         return text if len(text) <= 500 else text[:500] + " ..."
+
+
+def multipart(fields: dict, files: list[bytes]) -> tuple[bytes, str]:
+    """Fields and PNG files as the body of a form -> (body, content type)."""
+    boundary = uuid.uuid4().hex
+    start = f"--{boundary}\r\nContent-Disposition: form-data; name="
+    chunks = []
+    for name, value in fields.items():
+        chunks.append(f'{start}"{name}"\r\n\r\n{value}\r\n'.encode())
+    for number, file in enumerate(files, 1):
+        head = f'{start}"image[]"; filename="image_{number}.png"\r\nContent-Type: image/png\r\n\r\n'
+        chunks += [head.encode(), file, b"\r\n"]
+    chunks.append(f"--{boundary}--\r\n".encode())
+    return b"".join(chunks), f"multipart/form-data; boundary={boundary}"
 
 
 def mentions(text: str, name: str) -> bool:
