@@ -7,15 +7,15 @@ latents (what it looks like) and as ViT features (what it shows):
   [VAE 1][ViT 1][VAE 2][ViT 2] ... [Base on the viewpoint of Image-2, turn left 30 degrees.][noisy latents]
 
 It is trained by flow matching: x_t = (1 - t) x0 + t eps, v = eps - x0, t = 1 is pure noise (train_wm.py). It imagines
-by Euler steps from t = 1 to t = 0, the context read once into a cache, guided away from "no sentence" and "no images".
+by Euler steps from t = 1 to t = 0, the context read once into a memory, guided away from "no sentence" and "no images".
 
   python world_model.py --images a.png b.png --reference 2 --motion "turn left 30 degrees" --out view.png
-  python world_model.py --serve 8000          an endpoint that many can share (extras/remote/serve.py)
+
+`python -m extras.remote.serve` makes it an endpoint that many can share.
 """
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import math
 from pathlib import Path
@@ -25,149 +25,165 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from lib import bagel_files
-from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, PositionTable, Settings, token_grid
+from lib.bagel import (
+    GEN,
+    LATENT_PATCH,
+    Bagel,
+    Branch,
+    Config,
+    ContextImage,
+    ContextText,
+    Mark,
+    Memory,
+    PositionTable,
+    Settings,
+    token_grid,
+)
 from lib.bagel_files import resize, to_images, to_pixels, unpatchify
 from lib.checkpoints import contents
-from lib.common import at_least, fail, newest, run, say
+from lib.distributed import default_device, fail, say
 from lib.geometry import Query, instruction, read_phrase, renumbered, select_context
 from lib.images import load_image
 from lib.packing import table_ids
+from lib.stage import bounded, newest, run_stage
 from lib.streams import stream_seed
 
-TINY = Settings(
-    prediction="x0",
-    motion_to_target=True,
-    reference_first=True,
-    learned_places=True,
-    latent="pixels",
-    steps=4,
-    shift=1.0,
-    text_scale=1.0,
-    image_scale=1.0,
-)
-RENORMS = {
+RENORM_AXES = {
     "text_channel": -1,
     "channel": -1,
     "global": (-2, -1),
-}  # lengths that guidance keeps: over which axes
+}  # of the lengths that are kept
 MAX_TOKENS = 50_000  # of all contexts that are imagined at once: 2.9 GB of BAGEL's keys and values
 
 
-# ---------------------------------------------------------------- the sampler
+# ---- the sampler ---------------------------------------------------------------------------------------------------------
 
 
-def velocity(output, x, t, prediction):
+def velocity(output: Tensor, x: Tensor, t: float, prediction: str) -> Tensor:
     """The network's output at (x_t, t) as a velocity. output, x (R, n, C); t above 0; prediction: see Settings."""
     return output if prediction == "velocity" else (x - output) / t
 
 
-def clean(output, x, t, prediction):
+def clean(output: Tensor, x: Tensor, t: Tensor, prediction: str) -> Tensor:
     """The network's output at (x_t, t) as the clean latent it implies, x0 = x_t - t v; t broadcasts to x."""
     return output if prediction == "x0" else x - t * output
 
 
-class Words(NamedTuple):
-    """A text for R rows, as it stands in a context: ids (R, L), right-padded, and lengths (R,) on the CPU."""
-
-    ids: torch.Tensor
-    lengths: torch.Tensor
-
-
 @torch.no_grad()
-def sample(network, inputs, noise, grid, settings):
+def sample(network: Bagel, inputs: list, noise: Tensor, grid: tuple, settings: Settings) -> Tensor:
     """Imagine one view per row.
 
-    inputs   what stands before the target, in order: images (latent, ViT pixels) as in `Bagel.read_images`, and Words
+    inputs   what stands before the target, in order: ContextImage and ContextText
     noise    (R, n, C) in token order, grid (h, w)
     returns  (R, n, C) clean latents after settings.steps Euler steps
     """
-    s, rows = settings, len(noise)
-    if s.renorm not in RENORMS:
-        raise ValueError(f"renorm {s.renorm!r} is none of {', '.join(RENORMS)}")
-    branches, motions = guidance_branches(network, inputs, noise, s)
-    ropes = [network.rope(branch.next[:, None]) for branch in branches]
-    markers = network.embed_markers(rows)
+    s = settings
+    if s.renorm not in RENORM_AXES:
+        raise ValueError(f"renorm {s.renorm!r} is none of {', '.join(RENORM_AXES)}")
     tau = torch.linspace(1, 0, s.steps + 1)
-    times, x = (s.shift * tau / (1 + (s.shift - 1) * tau)).tolist(), noise
+    times = (s.shift * tau / (1 + (s.shift - 1) * tau)).tolist()
     low, high = torch.tensor(s.interval, dtype=torch.float32).tolist()  # rounded like `times`
-    places = network.latent_pos_embed(table_ids(grid, network.config.latent_grid).to(x.device)).to(
-        network.dtype
-    )
-    each_time = network.time_embedder(torch.tensor(times, device=x.device))  # (steps + 1, H)
-    series = [Taylor() for _ in branches]
-    for i, (t, t_next) in enumerate(zip(times, times[1:])):
-        guide = low < t <= high
-        used = range(len(branches) if guide else 1)
-        due = [k for k in used if not s.taylor or series[k].due()]
-        if due:  # every branch of every row in one pass
-            pick = lambda parts: torch.cat([parts[k] for k in due])  # noqa: E731
-            hidden = network.denoise(
-                x.repeat(len(due), 1, 1),
-                each_time[i] + places + pick(motions),
-                markers.repeat(len(due), 1, 1),
-                list(map(pick, zip(*ropes))),
-                [branches[k] for k in due],
-            ).chunk(len(due))
-            hidden = dict(zip(due, hidden))
-        if s.taylor:
-            hidden = {k: series[k].next(hidden.get(k) if k in due else None) for k in used}
-        v = [
-            velocity(network.output(hidden[k]), x, t, network.config.settings.prediction)
-            for k in used
-        ]
+    branches = guidance_branches(network, inputs, noise, s)
+    denoiser = Denoiser(network, branches, times, grid)
+    if s.taylor:
+        denoiser = TaylorSeer(denoiser, len(branches))
+    x = noise
+    for step, (t, t_next) in enumerate(itertools.pairwise(times)):
+        count = len(branches) if low < t <= high else 1
+        v = []
+        for hidden in denoiser.hidden(x, step, list(range(count))):
+            v.append(velocity(network.output(hidden), x, t, network.config.settings.prediction))
         x = x - (t - t_next) * guided(v, s)
     return x
 
 
-def guidance_branches(network, inputs, noise, settings):
-    """Read the inputs into memories -> what the target sees in each branch, and its motion vectors (R, 1, H).
+class GuidanceBranch(NamedTuple):
+    """What the target is told in one branch of guidance."""
 
-    The first branch sees everything. "No sentence" sees the same memory up to the last text, and "no images" the texts
-    alone, from position 0. Without guidance by the sentence there is none at all, whatever the image scale, as in
-    BAGEL.
+    memory: Branch
+    motion: Tensor  # (R, 1, H) the sentence in one vector (Settings.motion_to_target)
+
+
+def guidance_branches(
+    network: Bagel, inputs: list, noise: Tensor, settings: Settings
+) -> list[GuidanceBranch]:
+    """Read the inputs -> the branches: "everything", "no sentence", "no images".
+
+    "No sentence" sees the memory of "everything" up to the last text, and "no images" the texts alone, from position 0.
+    Without guidance by the sentence there is none at all, whatever the image scale, as in BAGEL.
     """
     rows, room = len(noise), noise.shape[1] + 2
-    texts = [part for part in inputs if isinstance(part, Words)]
-    silence = network.no_motion().expand(rows, -1, -1)
-    motion = [network.embed_motion(*part)[:, None].expand(rows, -1, -1) for part in texts[-1:]] or [
-        silence
-    ]
-    memory = network.memory(rows, sum(map(network.length_of, inputs)), room)
-    length, next = read(network, memory, inputs)
+    texts = [item for item in inputs if isinstance(item, ContextText)]
+    last = texts[-1] if texts else ContextText.empty(rows, network.device)
+    motion = network.motion_vector(last.ids, last.words())[:, None]
+    silence = network.motion_vector(last.ids, torch.zeros_like(last.words()))[:, None]
+    memory = network.memory(rows, sum(map(network.token_count, inputs)), room)
+    before_sentence = read_inputs(network, memory, inputs)
+    branches = [GuidanceBranch(memory.everything(), motion)]
     if settings.text_scale <= 1:
-        return [memory.whole()], motion
-    branches, motions = [memory.whole(), memory.first(length, next)], [*motion, silence]
+        return branches
+    branches.append(GuidanceBranch(memory.up_to(before_sentence), silence))
     if settings.image_scale > 1 and len(texts) < len(inputs):
-        memory = network.memory(rows, sum(map(network.length_of, texts)), room)
-        read(network, memory, texts)
-        branches, motions = [*branches, memory.whole()], [*motions, *motion]
-    return branches, motions
+        memory = network.memory(rows, sum(map(network.token_count, texts)), room)
+        read_inputs(network, memory, texts)
+        branches.append(GuidanceBranch(memory.everything(), motion))
+    return branches
 
 
-def read(network, memory, inputs):
-    """Inputs into a memory, neighbouring images in one pass -> (length, next) of the memory before the last text.
+def read_inputs(network: Bagel, memory: Memory, inputs: list) -> Mark:
+    """Inputs into a memory, neighbouring images in one pass -> where it stood before the last text.
 
-    Of all of it, if an image comes last: guidance by the sentence then does nothing, as in BAGEL.
+    Where it stands now, if an image comes last: guidance by the sentence then does nothing, as in BAGEL.
     """
-    before = memory.length, memory.next
-    for is_text, parts in itertools.groupby(inputs, key=lambda part: isinstance(part, Words)):
-        parts = list(parts)
-        if not is_text:
-            network.read_images(memory, parts)
-            before = memory.length, memory.next
-        for part in parts if is_text else ():
-            before = memory.length, memory.next
-            network.read_text(memory, *part)
-    return before
+    mark = memory.mark()
+    for kind, neighbours in itertools.groupby(inputs, key=type):
+        if kind is ContextImage:
+            network.read_images(memory, list(neighbours))
+            mark = memory.mark()
+            continue
+        for text in neighbours:
+            mark = memory.mark()
+            network.read_text(memory, text)
+    return mark
 
 
-def guided(v, settings):
+class Denoiser:
+    """The network at the noisy latents of all rows, behind several branches in one pass."""
+
+    def __init__(self, network: Bagel, branches: list[GuidanceBranch], times: list, grid: tuple):
+        device = network.device
+        self.network, self.branches = network, branches
+        ropes = [network.rope(branch.memory.next[:, None]) for branch in branches]
+        self.cosines = [cosine for cosine, _ in ropes]
+        self.sines = [sine for _, sine in ropes]
+        self.times = network.time_embedder(torch.tensor(times, device=device))  # (steps + 1, H)
+        ids = table_ids(grid, network.config.latent_grid).to(device)
+        self.places = network.latent_pos_embed(ids).to(network.dtype)  # (n, H)
+        self.markers = network.embed_markers(len(branches[0].motion))  # (R, 2, H)
+
+    def hidden(self, x: Tensor, step: int, indices: list[int]) -> list[Tensor]:
+        """The last layer's tokens (R, n, H) for x (R, n, C) at a step, in each of the branches with these indices."""
+        motion = torch.cat([self.branches[k].motion for k in indices])  # (R * branches, 1, H)
+        cosines = torch.cat([self.cosines[k] for k in indices])
+        sines = torch.cat([self.sines[k] for k in indices])
+        count = len(indices)
+        hidden = self.network.denoise(
+            x.repeat(count, 1, 1),
+            self.times[step] + self.places + motion,
+            self.markers.repeat(count, 1, 1),
+            (cosines, sines),
+            [self.branches[k].memory for k in indices],
+        )
+        return list(hidden.chunk(count))
+
+
+def guided(v: list[Tensor], settings: Settings) -> Tensor:
     """Classifier-free guidance by the sentence and by the images.
 
-    v   velocities (B, n, C) of the branches: everything; "no sentence"; "no images". With one alone there is none; with
+    v   velocities (R, n, C) of the branches: everything; "no sentence"; "no images". With one alone there is none; with
         two, either the image scale is 1 or there is no image and the third equals the first.
     u = v_T + a (v - v_T),  w = v_I + b (u - v_I);  what is longer than v is shrunk to its length, though by no more
     than the factor renorm_min: u, token by token ("text_channel"), w, token by token ("channel"), or w as a whole
@@ -175,282 +191,251 @@ def guided(v, settings):
     """
     if len(v) == 1:
         return v[0]
-    (full, no_text), no_image, s = v[:2], v[2] if len(v) == 3 else v[0], settings
-    a, b = s.text_scale, s.image_scale
+    s = settings
+    full, no_text = v[:2]
+    no_image = v[2] if len(v) == 3 else full
+    axes = RENORM_AXES[s.renorm]
 
-    def shrunk(w, axes):
+    def shrunk(w):
         ratio = full.norm(dim=axes, keepdim=True) / (w.norm(dim=axes, keepdim=True) + 1e-8)
         return w * ratio.clamp(s.renorm_min, 1.0)
 
-    u = no_text + a * (full - no_text)
+    u = no_text + s.text_scale * (full - no_text)
     if s.renorm == "text_channel":
-        u = shrunk(u, RENORMS[s.renorm])
-    w = no_image + b * (u - no_image) if b > 1 else u
-    return w if s.renorm == "text_channel" else shrunk(w, RENORMS[s.renorm])
+        u = shrunk(u)
+    w = no_image + s.image_scale * (u - no_image) if s.image_scale > 1 else u
+    return w if s.renorm == "text_channel" else shrunk(w)
 
 
-class Taylor:
-    """TaylorSeer, an approximation (off by default): of a branch's last layer one step in three is computed.
+# ---- an approximation, off by default: TaylorSeer ------------------------------------------------------------------------
 
-    The first five steps are; after them, the steps between are extrapolated by a Taylor series whose derivatives are
-    finite differences of the computed ones. Counts the steps in which the branch is used.
+
+class TaylorSeer:
+    """A Denoiser that computes one step in three of each branch, and extrapolates the others (Settings.taylor)."""
+
+    def __init__(self, denoiser: Denoiser, branches: int):
+        self.denoiser = denoiser
+        self.series = [TaylorSeries() for _ in range(branches)]
+
+    def hidden(self, x: Tensor, step: int, indices: list[int]) -> list[Tensor]:
+        """As of a Denoiser."""
+        due = [k for k in indices if self.series[k].due()]
+        computed = {}
+        if due:
+            computed = dict(zip(due, self.denoiser.hidden(x, step, due), strict=True))
+        return [self.series[k].next(computed.get(k)) for k in indices]
+
+
+class TaylorSeries:
+    """Values of which the first five are computed, then one in three.
+
+    The values between are extrapolated by a Taylor series whose derivatives are finite differences of computed ones.
     """
 
     first, every, orders = 5, 3, 6
 
     def __init__(self):
-        self.step, self.computed, self.terms = -1, None, []
+        self.step = -1
+        self.computed_step = None
+        self.terms = []  # the value and its derivatives at that step
 
-    def due(self):
-        """Whether the next step must be computed."""
-        return self.step + 1 < self.first or (self.step + 1 - (self.first - 1)) % self.every == 0
+    def due(self) -> bool:
+        """Whether the next value must be computed."""
+        step = self.step + 1
+        return step < self.first or (step - (self.first - 1)) % self.every == 0
 
-    def next(self, y=None):
-        """Take one step: y (R, n, H) as it was computed, or None to extrapolate; returns the step's y."""
+    def next(self, y: Tensor | None = None) -> Tensor:
+        """Take one step: y as it was computed, or None to extrapolate; returns the step's value."""
         self.step += 1
         if y is None:
-            k = self.step - self.computed
+            k = self.step - self.computed_step
             return sum(term * k**i / math.factorial(i) for i, term in enumerate(self.terms))
         terms = [y]
         if self.step >= self.first - 1:
             for before in self.terms[: self.orders]:
-                terms.append((terms[-1] - before) / (self.step - self.computed))
-        self.terms, self.computed = terms, self.step
+                terms.append((terms[-1] - before) / (self.step - self.computed_step))
+        self.terms, self.computed_step = terms, self.step
         return y
 
 
-# ---------------------------------------------------------------- the simulator
+# ---- the simulator -------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A query as the network is shown it: its images selected, in its order and sizes; the sentence renumbered."""
+
+    index: int  # of the query
+    seed: int
+    images: list  # (H, W, 3) uint8
+    sentence: str
 
 
 class WorldModel:
     """A simulator: the network, its autoencoder and its tokenizer. To the other stages it is `imagine`, no more."""
 
-    def __init__(self, network, autoencoder, tokenizer, files, layout=None):
+    def __init__(self, network, autoencoder, tokenizer, files: dict, layout: dict | None = None):
         """What is to be written back: files, the contents of {"llm_config", "vit_config", "config"}.json, and layout, a
         meta tensor of the shape and type of each one in ema.safetensors; None: as the network has them.
         """
-        self.network, self.autoencoder, self.tokenizer, self.files = (
-            network,
-            autoencoder,
-            tokenizer,
-            files,
-        )
-        self.layout = layout or {
-            name: value.to("meta") for name, value in network.state_dict().items()
-        }
-        self.settings, self.told = network.config.settings, False
+        self.network = network
+        self.autoencoder = autoencoder
+        self.tokenizer = tokenizer
+        self.files = files
+        state = network.state_dict()
+        self.layout = layout or {name: tensor.to("meta") for name, tensor in state.items()}
+        self.settings = network.config.settings
+        self.warned = False  # that not all images are shown
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
         self.bos, self.eos, *network.markers = tokenizer.convert_tokens_to_ids(names)
-        self.words = functools.lru_cache(10_000)(
-            lambda text: [
-                self.bos,
-                *tokenizer(text, add_special_tokens=False)["input_ids"],
-                self.eos,
-            ]
-        )
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.network.device
 
-    @classmethod
-    def tiny(cls, seed=0, size=32, **changes):
-        """About 2 M parameters for size x size pictures, random weights; `changes` are fields of Settings."""
-        from lib.tiny import tiny_tokenizer
+    # ---- made, read, written
 
-        tokenizer, settings = (
-            tiny_tokenizer(),
-            dataclasses.replace(
-                TINY, vae_limits=(size, size, 8), vit_limits=(size, size, 16), **changes
-            ),
-        )
-        llm = {
-            "model_type": "qwen2",
-            "hidden_size": 128,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 352,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1e6,
-            "vocab_size": len(tokenizer),
-            "hidden_act": "silu",
-            "tie_word_embeddings": False,
-        }
-        vit = {
-            "model_type": "siglip_vision_model",
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "patch_size": 16,
-            "image_size": size,
-        }
-        config = Config.read(
-            llm, vit, dataclasses.asdict(settings), len(tokenizer), size // 8, latent_numbers=192
-        )
+    @classmethod
+    def tiny(cls, seed: int = 0, size: int = 32, **changes) -> "WorldModel":
+        """About 2 M parameters for size x size pictures, random weights; `changes` are fields of Settings."""
+        from lib.tiny import tiny_bagel_files, tiny_tokenizer
+
+        tokenizer, autoencoder = tiny_tokenizer(), bagel_files.PixelLatents()
+        files = tiny_bagel_files(size, len(tokenizer))
+        settings = Settings(**files["config"]["astra"] | changes)
+        files["config"] = {"astra": dataclasses.asdict(settings)}
+        numbers = LATENT_PATCH**2 * autoencoder.channels
+        config = Config.read(files, len(tokenizer), size // 8, numbers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed("weights", seed, "simulator"))
             network = Bagel(config)
             initialise(network)
-        files = {
-            "llm_config": llm,
-            "vit_config": vit,
-            "config": {"astra": dataclasses.asdict(settings)},
-        }
-        return cls(network, bagel_files.PixelLatents(), tokenizer, files)
+        return cls(network, autoencoder, tokenizer, files)
 
     @classmethod
-    def load(cls, path, device="cpu", dtype=torch.float32, prepare=None):
+    def load(
+        cls, path: str | Path, device="cpu", dtype: torch.dtype = torch.float32, prepare=None
+    ) -> "WorldModel":
         """From a folder in the public BAGEL layout, or a Hugging Face id. Raises with a sentence if it is not one.
 
         prepare   called with the network while it is still on the meta device (adapters, sharding): each rank then
                   reads its own rows only
         """
-        folder = bagel_files.find(path)
-        llm, vit = (
-            bagel_files.read_json(folder / f"{name}_config.json") for name in ("llm", "vit")
-        )
-        ours = bagel_files.read_json(folder / "config.json", missing={})
+        folder = bagel_files.find_checkpoint(path)
+        files = bagel_files.read_files(folder)
         file = folder / bagel_files.NETWORK
-        layout, sizes = (
-            contents(file),
-            (
-                "language_model.model.embed_tokens.weight",
-                "latent_pos_embed.pos_embed",
-                "vae2llm.weight",
-            ),
-        )
-        bagel_files.complain(
-            f"{file} is not a BAGEL", [f"{key} (missing)" for key in sizes if key not in layout]
-        )
-        words, places, latents = (layout[key].shape for key in sizes)
-        config = Config.read(
-            llm,
-            vit,
-            ours.get("astra", {}),
-            vocabulary=words[0],
-            latent_grid=round(places[0] ** 0.5),
-            latent_numbers=latents[1],
-        )
+        layout = contents(file)
         with torch.device("meta"):
-            network = Bagel(config)
+            network = Bagel(Config.read(files, *bagel_files.table_sizes(file, layout)))
         if prepare:
             prepare(network)
         bagel_files.load_network(network, file, device, dtype)
-        autoencoder = (
-            bagel_files.PixelLatents()
-            if config.settings.latent == "pixels"
-            else bagel_files.FluxLatents(load_file(folder / bagel_files.AUTOENCODER)).to(device)
-        )
-        return cls(
-            network,
-            autoencoder,
-            bagel_files.load_tokenizer(folder),
-            {"llm_config": llm, "vit_config": vit, "config": ours},
-            layout,
-        )
+        autoencoder = bagel_files.PixelLatents()
+        if network.config.settings.latent == "flux":
+            autoencoder = bagel_files.FluxLatents(load_file(folder / bagel_files.AUTOENCODER))
+        tokenizer = bagel_files.load_tokenizer(folder)
+        return cls(network, autoencoder.to(device), tokenizer, files, layout)
 
-    def save(self, folder, named=None):
+    def save(self, folder: str | Path, tensors=None) -> None:
         """Write the public layout, in the types it came in. Called on every rank; rank 0 writes.
 
-        named   (name, tensor) pairs that stand in for the network's own, such as lora.merged(network); maybe sharded
+        tensors   (name, tensor) pairs that stand in for the network's own, such as lora.merged(network); maybe sharded
         """
-        bagel_files.write_folder(
-            folder,
-            self.network.state_dict().items() if named is None else named,
-            self.layout,
-            self.files,
-            self.tokenizer,
-            self.autoencoder,
-        )
+        if tensors is None:
+            tensors = self.network.state_dict().items()
+        beside = (self.files, self.tokenizer, self.autoencoder)
+        bagel_files.write_checkpoint(folder, tensors, self.layout, *beside)
 
-    def texts(self, sentences):
-        """Sentences between <|im_start|> and <|im_end|> -> Words of R rows."""
-        rows = [self.words(sentence) for sentence in sentences]
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.tensor([row + [self.eos] * (max(map(len, rows)) - len(row)) for row in rows])
-        return Words(ids.to(self.device), lengths)
+    # ---- a query as the network is shown it
 
-    def encode(self, images, streams):
+    def token_ids(self, sentence: str) -> list[int]:
+        """A sentence between <|im_start|> and <|im_end|>."""
+        words = self.tokenizer(sentence, add_special_tokens=False)["input_ids"]
+        return [self.bos, *words, self.eos]
+
+    def texts(self, sentences: list[str]) -> ContextText:
+        """Sentences of R rows."""
+        rows = [self.token_ids(sentence) for sentence in sentences]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [self.eos] * (longest - len(row)) for row in rows])
+        return ContextText(ids.to(self.device), torch.tensor([len(row) for row in rows]))
+
+    def encode(self, images: np.ndarray, streams: list) -> Tensor:
         """Pictures of one size (R, H, W, 3) uint8 -> latents (R, c, 2 h, 2 w); R generators draw the posterior."""
-        pixels, noise = to_pixels(images).to(self.device), None
-        if self.autoencoder.random:
-            shape = (
-                self.autoencoder.channels,
-                *(side // self.autoencoder.cell for side in pixels.shape[-2:]),
-            )
-            noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(
-                self.device
-            )
-        return self.autoencoder.encode(pixels, noise)
+        coder, noise = self.autoencoder, None
+        pixels = to_pixels(images).to(self.device)
+        if coder.random:
+            height, width = (side // coder.cell for side in pixels.shape[-2:])
+            shape = (coder.channels, height, width)
+            noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
+            noise = noise.to(self.device)
+        return coder.encode(pixels, noise)
 
-    def see(self, images, streams):
-        """R images of one size, as the VAE takes them -> (latents, ViT pixels), as `Bagel.read_images` reads them."""
-        vit = to_pixels(np.stack([resize(image, self.settings.vit_limits) for image in images]))
-        return self.encode(np.stack(images), streams), vit.to(self.device)
+    def see(self, images: list, streams: list) -> ContextImage:
+        """R images of one size, as the VAE takes them -> what `Bagel.read_images` reads."""
+        small = np.stack([resize(image, self.settings.vit_limits) for image in images])
+        latent = self.encode(np.stack(images), streams)
+        return ContextImage(latent, to_pixels(small).to(self.device))
 
-    def arranged(self, images, reference, sentence, settings=None):
-        """A query as the network is shown it -> (images, reference, sentence): selected, in its order, renumbered."""
+    def arranged(self, images: list, reference: int, sentence: str, settings=None) -> tuple:
+        """What of a query the network is shown -> (images, reference, sentence): selected, in its order, renumbered."""
         settings = settings or self.settings
         indices, reference = select_context(images, reference, settings.max_context)
         images = [images[i] for i in indices]
         if settings.reference_first:
-            images, reference = images[reference - 1 :] + images[: reference - 1], 1
+            images = images[reference - 1 :] + images[: reference - 1]
+            reference = 1
         return images, reference, renumbered(sentence, reference)
 
+    # ---- imagining
+
     @torch.no_grad()
-    def imagine(self, queries, batch=64, **changes):
-        """Imagine the view that each query commands (lib/geometry.Query): list -> list of (H, W, 3) uint8.
+    def imagine(self, queries: list[Query], batch: int = 64, **changes) -> list[np.ndarray]:
+        """Imagine the view that each query commands: list of Query -> list of (H, W, 3) uint8.
 
         The view has the size of the reference image as the VAE sees it. A query draws its noise from its own seed, so
         it gives the same view alone or among others. `changes` are fields of Settings: steps, text_scale, ...
         Raises ValueError for a reference that does not exist.
         """
-        settings, groups = dataclasses.replace(self.settings, **changes), {}
-        if not self.told and any(len(query.images) > settings.max_context for query in queries):
-            say(
-                f"Of more than {settings.max_context} images the simulator sees the reference and its neighbours."
-            )
-            self.told = True  # once
-        for place, query in enumerate(queries):
-            images, reference, sentence = self.arranged(
-                query.images, query.reference, query.instruction, settings
-            )
+        settings = dataclasses.replace(self.settings, **changes)
+        most = settings.max_context
+        if not self.warned and any(len(query.images) > most for query in queries):
+            say(f"Of more than {most} images the simulator sees the reference and its neighbours.")
+            self.warned = True
+        alike = {}  # rows by reference and shapes of their images
+        for index, query in enumerate(queries):
+            shown = (query.images, query.reference, query.instruction)
+            images, reference, sentence = self.arranged(*shown, settings)
             images = [resize(np.asarray(image), settings.vae_limits) for image in images]
             shape = (reference, *(image.shape for image in images))
-            groups.setdefault(shape, []).append((place, query.seed, images, sentence))
+            alike.setdefault(shape, []).append(Row(index, query.seed, images, sentence))
         views = [None] * len(queries)
-        for (reference, *shapes), group in groups.items():
+        for (reference, *shapes), rows in alike.items():
             # a VAE token per 256 pixels and a ViT token per 196 are one per 111; 100 leaves room
             tokens = sum(height * width for height, width, _ in shapes) / 100
             count = max(1, min(batch, int(MAX_TOKENS / tokens)))
-            for start in range(0, len(group), count):
-                places, *rows = zip(*group[start : start + count])
-                for place, view in zip(places, self._imagine_alike(reference, *rows, settings)):
-                    views[place] = view
+            for start in range(0, len(rows), count):
+                chunk = rows[start : start + count]
+                for row, view in zip(chunk, self._imagine(chunk, reference, settings), strict=True):
+                    views[row.index] = view
         return views
 
-    def _imagine_alike(self, reference, seeds, images, sentences, settings):
-        """`imagine` for rows whose images have the same number and sizes."""
-        streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-        context = [
-            self.see(place, streams) for place in zip(*images)
-        ]  # image 1 of all rows, image 2 ...
-        grid = token_grid(context[reference - 1][0])
-        noise = torch.stack(
-            [
-                torch.randn(grid[0] * grid[1], self.network.config.latent_numbers, generator=stream)
-                for stream in streams
-            ]
-        ).to(self.device)
-        x = sample(self.network, [*context, self.texts(sentences)], noise, grid, settings)
+    def _imagine(self, rows, reference, settings):
+        """The views of rows whose images have the same number and sizes: (R, H, W, 3) uint8."""
+        streams = [torch.Generator().manual_seed(row.seed) for row in rows]
+        inputs = []
+        for images in zip(*(row.images for row in rows), strict=True):  # image 1 of all rows, ...
+            inputs.append(self.see(images, streams))
+        grid = token_grid(inputs[reference - 1].latent)
+        inputs.append(self.texts([row.sentence for row in rows]))
+        shape = (grid[0] * grid[1], self.network.config.latent_numbers)
+        noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
+        x = sample(self.network, inputs, noise.to(self.device), grid, settings)
         if not torch.isfinite(x).all():
             raise ValueError("The view is not made of numbers: the simulator's weights are broken.")
         return to_images(self.autoencoder.decode(unpatchify(x, LATENT_PATCH, *grid)))
 
 
-def initialise(network):
+def initialise(network: Bagel) -> None:
     """Random weights for a network that starts from nothing (BAGEL itself started from Qwen2.5 and SigLIP).
 
     Which picture, which place in it, and which motion must be told apart in the first few hundred steps, or the model
@@ -458,20 +443,16 @@ def initialise(network):
     model's usual 0.02 drowns), and what the pixels bring is scaled down. What is added to the residual stream starts
     smaller, llm2vae at zero, and each generation expert as a copy of the understanding expert, as in BAGEL.
     """
+    into_stream = ("o_proj", "down_proj", "out_proj", "fc2")
     for name, module in network.named_modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=1.0 if name == "image_number" else 0.5)
         elif isinstance(module, PositionTable) and isinstance(module.pos_embed, nn.Parameter):
             nn.init.normal_(module.pos_embed)
         elif isinstance(module, nn.Linear):
-            into_stream = name.endswith(("o_proj", "down_proj", "out_proj", "fc2"))
-            scale = (
-                (2 * network.config.layers) ** -0.5
-                if into_stream
-                else 0.3
-                if name == "vae2llm"
-                else 1.0
-            )
+            scale = 0.3 if name == "vae2llm" else 1.0
+            if name.endswith(into_stream):
+                scale = (2 * network.config.layers) ** -0.5
             nn.init.normal_(module.weight, std=scale * module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -483,67 +464,46 @@ def initialise(network):
                 weight.copy_(weights[name.replace(GEN, "")])
 
 
-# ---------------------------------------------------------------- command line
+# ---- command line --------------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's flags."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        "--images", nargs="+", help="context views in order (tiny: a ring of left turns)"
-    )
-    p.add_argument(
-        "--reference", type=int, default=1, help="number of the image that the motion starts from"
-    )
-    p.add_argument("--motion", help='such as "turn left 30 degrees" or "move 1.5 meters forward"')
+    views = "context views in order (tiny: a ring of left turns)"
+    p.add_argument("--images", nargs="+", required=True, help=views)
+    start = "number of the image that the motion starts from"
+    p.add_argument("--reference", type=int, default=1, help=start)
+    motion = 'such as "turn left 30 degrees" or "move 1.5 meters forward"'
+    p.add_argument("--motion", required=True, help=motion)
     p.add_argument("--out", default="view.png")
-    p.add_argument(
-        "--model", help="folder or Hugging Face id; default: the newer of out/wm and out/demo/wm"
-    )
+    model = "folder or Hugging Face id; default: the newer of out/wm and out/demo/wm"
+    p.add_argument("--model", help=model)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--steps", type=int, help="network evaluations; default: the checkpoint's")
-    p.add_argument(
-        "--serve",
-        type=int,
-        metavar="PORT",
-        help="answer requests until Ctrl-C instead (extras/remote/serve.py)",
-    )
-    p.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="--serve: the address to listen on; 0.0.0.0 lets everyone in",
-    )
-    args = at_least(p, p.parse_args(argv), [("steps", 1)])
-    if args.serve is None and not (args.images and args.motion):
-        p.error("give --images and --motion, or --serve PORT")
-    return args
+    steps = "network evaluations; default: the checkpoint's"
+    p.add_argument("--steps", type=bounded(int, 1), help=steps)
+    return p.parse_args(argv)
 
 
-def main(argv=None):
-    """Imagine one view and save it, or serve."""
+def main(argv: list[str] | None = None) -> None:
+    """Imagine one view and save it."""
     args = parse_args(argv)
-    path = (
-        args.model
-        or newest(("wm",))
-        or fail(
+    path = args.model or newest(("wm",))
+    if not path:
+        fail(
             "There is no world model yet. `python train_wm.py` trains one in out/wm; or give --model."
         )
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     try:
-        if args.serve is None:  # what is wrong with a motion is said before weights are read
-            sentence = instruction(read_phrase(args.motion), args.reference)
-            images = [load_image(image) for image in args.images]
-        model = WorldModel.load(path, device, torch.bfloat16 if device == "cuda" else torch.float32)
-        if args.steps is not None:
-            model.settings = dataclasses.replace(model.settings, steps=args.steps)
-        if args.serve is not None:
-            from extras.remote.serve import serve
-
-            return serve(model, args.serve, args.host)
-        view = model.imagine([Query(images, args.reference, sentence, args.seed)])[0]
+        # what is wrong with a motion is said before weights are read
+        sentence = instruction(read_phrase(args.motion), args.reference)
+        images = [load_image(image) for image in args.images]
+        changes = {} if args.steps is None else {"steps": args.steps}
+        query = Query(images, args.reference, sentence, args.seed)
+        view = WorldModel.load(path, device, dtype).imagine([query], **changes)[0]
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(view).save(args.out)
     except (OSError, ValueError) as error:
@@ -552,4 +512,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

@@ -36,6 +36,7 @@ from lib import budget, common
 from lib.dialogue import PHRASES, Trajectory
 from lib.geometry import Motion, instruction
 from lib.rollout import Writer
+from lib.streams import torch_stream
 from lib.tiny import tiny_tokenizer
 from policy import Policy
 from world_model import WorldModel, initialise
@@ -312,15 +313,16 @@ def train_wm(args):
     args.layers = network.config.layers
     side, views = (512 if args.preset == "astra" else 32), 4
     groups, read = noise_triples(flags.micro_contexts, views, flags.targets, side)
-    batch = wm_stage.collate(groups, model, read, flags, step=0, first=0)
+    streams = [torch_stream("batch", 0, 0, i) for i in range(len(groups))]
+    pack, targets = wm_stage.make_batch(groups, streams, model, read, flags)
     tokens, flops = work_of_update(model, groups, views, side)
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
 
     def step():
-        parts = wm_stage.losses(network, batch, flags)
-        (sum(parts.values()) / len(batch.x0)).backward()
+        parts = wm_stage.losses(network, pack, targets, flags.warp_weight)
+        (sum(parts.values()) / len(targets.x0)).backward()
         common.clip_gradients(network.parameters(), flags.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

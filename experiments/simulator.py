@@ -58,27 +58,20 @@ DATA = {  # each takes about 2 CPU-minutes to make, that of 64px 8
     "rooms1000": Data("--rooms 1000", "", 3.7, 0.5),
 }
 HARD = ("fine", "shuffled", "apart", "six", "64px")
-PLAIN, CONTENT, POSE = "--warp-weight 0", "--warp-weight 0.5", "--warp-weight 0 --pose-weight 1"
+PLAIN, CONTENT = "--warp-weight 0", "--warp-weight 0.5"
 RUNS = [
     Run("ring-plain", "ring", PLAIN),
     Run("ring-content", "ring", CONTENT),  # agreement with the warped context
-    Run("ring-content-control", "ring", f"{CONTENT} --control"),  # … at random places
-    Run("ring-seen", "ring", f"{PLAIN} --seen-weight 0.5"),  # more weight where the context sees
-    Run("ring-seen-control", "ring", f"{PLAIN} --seen-weight 0.5 --control"),  # … at random places
-    Run("ring-pose", "ring", POSE),  # the true sentence before another
-    Run("ring-pose-0.1", "ring", "--warp-weight 0 --pose-weight 0.1"),  # … a tenth of it
-    Run("ring-both", "ring", f"{CONTENT} --pose-weight 1"),
     Run(
         "ring-untuned", "ring", f"{PLAIN} --shuffle-instructions"
     ),  # the twin that learned no motion
     Run("rooms250-plain", "rooms250", PLAIN),
     Run("rooms1000-plain", "rooms1000", PLAIN),
-    Run("64px-content-control", "64px", f"{CONTENT} --control"),
     Run("fine-untuned", "fine", f"{PLAIN} --shuffle-instructions"),
     *(
         Run(f"{data}-{term}", data, flags)
         for data in HARD
-        for term, flags in (("plain", PLAIN), ("content", CONTENT), ("pose", POSE))
+        for term, flags in (("plain", PLAIN), ("content", CONTENT))
     ),
     *(
         Run(f"{data}-{views.split()[0]}", data, views=views)
@@ -92,10 +85,9 @@ RUNS = [
 
 
 def minutes(run, steps):
-    """CPU-minutes that a row is expected to take, its data not counted; the pose term adds a pass to every 4th step."""
+    """CPU-minutes that a row is expected to take, its data not counted."""
     data = DATA[run.data]
-    trains, more = not run.views, 1.08 if "--pose" in run.flags else 1
-    return data.look + (data.minutes * steps / 1000 * more if trains else 0)
+    return data.look + (0 if run.views else data.minutes * steps / 1000)
 
 
 def call(*command):

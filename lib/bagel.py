@@ -12,8 +12,9 @@ it (lib/packing.py), and so is what it sees.
   VAE image, t = 0 start, latents, end             und, gen..., und    one for all of them
   target, noisy    start, latents, end             und, gen..., und    the last one of all        (seen by itself)
 
-Training reads whole packs (`Bagel.forward`). Inference reads the context once into a memory (lib/memory.py) and then
-lets the noisy target look at it in every step (`Bagel.denoise`).
+Training reads whole packs (`Bagel.forward`). Inference reads the context once into a `Memory` and then lets the noisy
+target look at it in every step (`Bagel.denoise`). The layers are the same; what they attend to is an object with one
+method, attend(layer, q, k, v): `PackAttention`, `Reading` or `TargetAttention`.
 
 Shapes: B sequences, R rows (a row = one view to imagine), N = U + G tokens, K keys in a memory, H width, d head width;
 grid (h, w) latent tokens of an image, n = h w; C numbers per latent token. Positions live on the CPU, so that masks
@@ -21,15 +22,15 @@ are decided without waiting for the device.
 """
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lib.bagel_files import patchify
-from lib.memory import Memory
-from lib.packing import HIDDEN, attention, table_ids
+from lib.packing import HIDDEN, Pack, Tokens, attention, table_ids
 
 GEN = "_moe_gen"  # what the generation expert's modules are called after the understanding expert's
 LATENT_PATCH = 2  # latent cells per token and side
@@ -64,7 +65,7 @@ class Settings:
     renorm: str = "text_channel"  # "text_channel", "channel" or "global"
     renorm_min: float = 0.0
     interval: tuple = (0.0, 1.0)  # guide only while low < t <= high
-    taylor: bool = False  # approximate: compute one step in three (world_model.Taylor)
+    taylor: bool = False  # approximate: compute one step in three (world_model.TaylorSeer)
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,18 @@ class Config:
     settings: Settings
 
     @classmethod
-    def read(cls, llm, vit, astra, vocabulary, latent_grid, latent_numbers):
-        """From the json files' contents (dicts); the last three are read off tensors by `WorldModel.load`.
+    def read(cls, files: dict, vocabulary: int, latent_grid: int, latent_numbers: int) -> "Config":
+        """From the contents of the json files, by their names; the numbers stand in no file (`bagel_files.table_sizes`).
 
         Raises ValueError where "astra" holds what this code does not know, a departure it could only ignore.
         """
+        llm, vit, astra = files["llm_config"], files["vit_config"], files["config"].get("astra", {})
         if unknown := set(astra) - {field.name for field in fields(Settings)}:
             raise ValueError(
                 f"config.json asks for {', '.join(sorted(unknown))}, which this version of the code does "
                 f"not know: it would compute something else."
             )
+        settings = {key: tuple(v) if isinstance(v, list) else v for key, v in astra.items()}
         return cls(
             width=llm["hidden_size"],
             layers=llm["num_hidden_layers"],
@@ -117,13 +120,39 @@ class Config:
             vit_grid=vit["image_size"] // vit["patch_size"],
             latent_grid=latent_grid,
             latent_numbers=latent_numbers,
-            settings=Settings(
-                **{key: tuple(v) if isinstance(v, list) else v for key, v in astra.items()}
-            ),
+            settings=Settings(**settings),
         )
 
 
-# ---------------------------------------------------------------- parts
+# ---- what stands before a target at inference ----------------------------------------------------------------------------
+
+
+class ContextImage(NamedTuple):
+    """A picture of R rows. Either form may be missing (None)."""
+
+    latent: Tensor | None  # (R, c, 2 h, 2 w), clean
+    pixels: Tensor | None  # (R, 3, H, W) in [-1, 1], for the ViT
+
+
+class ContextText(NamedTuple):
+    """A text for R rows."""
+
+    ids: Tensor  # (R, L), right-padded
+    lengths: Tensor  # (R,), on the CPU
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> "ContextText":
+        """No token at all."""
+        ids = torch.zeros(rows, 0, dtype=torch.long, device=device)
+        return cls(ids, torch.zeros(rows, dtype=torch.long))
+
+    def words(self) -> Tensor:
+        """(R, L) bool: a word, neither <|im_start|>, <|im_end|> nor padding."""
+        place = torch.arange(self.ids.shape[1])
+        return ((place > 0) & (place < self.lengths[:, None] - 1)).to(self.ids.device)
+
+
+# ---- parts of the network ------------------------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -131,13 +160,13 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x):
         y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(
-            x.dtype
-        ) * self.weight
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
 
 
 class SwiGLU(nn.Module):
@@ -153,15 +182,11 @@ class SwiGLU(nn.Module):
         if torch.is_grad_enabled() or x.device.type != "cpu":
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         # Many tokens fall out of a CPU's cache between the two steps; in pieces of 8 MB, and in place, they stay.
-        pieces = x.flatten(0, -2).split(max(1, 2**21 // self.up_proj.out_features))
-        return torch.cat(
-            [
-                self.down_proj(
-                    F.silu(self.gate_proj(piece), inplace=True).mul_(self.up_proj(piece))
-                )
-                for piece in pieces
-            ]
-        ).view_as(x)
+        pieces = []
+        for piece in x.flatten(0, -2).split(max(1, 2**21 // self.up_proj.out_features)):
+            gate = F.silu(self.gate_proj(piece), inplace=True)
+            pieces.append(self.down_proj(gate.mul_(self.up_proj(piece))))
+        return torch.cat(pieces).view_as(x)
 
 
 class GeluMLP(nn.Module):
@@ -169,7 +194,8 @@ class GeluMLP(nn.Module):
 
     def __init__(self, width, hidden, out):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, out)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, out)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -181,14 +207,12 @@ class TimeEmbedder(nn.Module):
     def __init__(self, width, frequencies=128):
         super().__init__()
         self.frequencies = frequencies
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width)
-        )
+        first, second = nn.Linear(2 * frequencies, width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     def forward(self, t):
-        angle = t.float()[:, None] * 10_000.0 ** (
-            -torch.arange(self.frequencies, device=t.device) / self.frequencies
-        )
+        exponent = -torch.arange(self.frequencies, device=t.device) / self.frequencies
+        angle = t.float()[:, None] * 10_000.0**exponent
         return self.mlp(torch.cat([angle.cos(), angle.sin()], -1).to(self.mlp[0].weight.dtype))
 
 
@@ -213,8 +237,8 @@ class PositionTable(nn.Module):
         return self.pos_embed[ids]
 
 
-def kept_or_recomputed(recompute, layer, *inputs):
-    """layer(*inputs); with `recompute` its insides are forgotten, and computed again when the gradient needs them."""
+def run_layer(recompute, layer, *inputs):
+    """layer(*inputs); with `recompute` its activations are forgotten, and computed again when the gradient needs them."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(layer, *inputs, use_reentrant=False)
     return layer(*inputs)
@@ -226,24 +250,22 @@ class VisionLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.heads = c.vit_heads
-        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(c.vit_width, eps=1e-6) for _ in range(2))
-        self.self_attn = nn.ModuleDict(
-            {
-                name: nn.Linear(c.vit_width, c.vit_width)
-                for name in ("q_proj", "k_proj", "v_proj", "out_proj")
-            }
-        )
+        self.layer_norm1 = nn.LayerNorm(c.vit_width, eps=1e-6)
+        self.layer_norm2 = nn.LayerNorm(c.vit_width, eps=1e-6)
+        self.self_attn = nn.ModuleDict()
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            self.self_attn[name] = nn.Linear(c.vit_width, c.vit_width)
         self.mlp = GeluMLP(c.vit_width, c.vit_mlp, c.vit_width)
+
+    def project(self, name, x):
+        """x (B, n, width) -> (B, heads, n, d)."""
+        return self.self_attn[name](x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x, mask):
         y = self.layer_norm1(x)
-        q, k, v = (
-            self.self_attn[name](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        x = x + self.self_attn["out_proj"](
-            F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-        )
+        q, k, v = (self.project(name, y) for name in ("q_proj", "k_proj", "v_proj"))
+        y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        x = x + self.self_attn["out_proj"](y)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -252,15 +274,11 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.embeddings = nn.ModuleDict(
-            {
-                "patch_embedding": nn.Linear(3 * c.vit_patch**2, c.vit_width),
-                "position_embedding": nn.Embedding(c.vit_grid**2, c.vit_width),
-            }
-        )
-        self.encoder = nn.ModuleDict(
-            {"layers": nn.ModuleList(VisionLayer(c) for _ in range(c.vit_layers))}
-        )
+        self.embeddings = nn.ModuleDict()
+        self.embeddings["patch_embedding"] = nn.Linear(3 * c.vit_patch**2, c.vit_width)
+        self.embeddings["position_embedding"] = nn.Embedding(c.vit_grid**2, c.vit_width)
+        layers = nn.ModuleList(VisionLayer(c) for _ in range(c.vit_layers))
+        self.encoder = nn.ModuleDict({"layers": layers})
         self.post_layernorm = nn.LayerNorm(c.vit_width, eps=1e-6)
 
     def forward(self, patches, ids, mask=None, recompute=False):
@@ -270,7 +288,7 @@ class VisionTransformer(nn.Module):
         """
         x = self.embeddings["patch_embedding"](patches) + self.embeddings["position_embedding"](ids)
         for layer in self.encoder["layers"]:
-            x = kept_or_recomputed(recompute, layer, x, mask)
+            x = run_layer(recompute, layer, x, mask)
         return self.post_layernorm(x)
 
 
@@ -293,311 +311,392 @@ class Attention(nn.Module):
             self.add_module(f"q_norm{expert}", RMSNorm(self.head, c.eps))
             self.add_module(f"k_norm{expert}", RMSNorm(self.head, c.eps))
 
-    def joined(self, name, und, gen):
-        """Queries, keys or values of und (B, U, H) and gen (B, G, H) tokens, side by side: (B, heads, U + G, d)."""
-        parts = [
-            getattr(self, f"{name}_proj{expert}")(x).unflatten(-1, (-1, self.head))
-            for x, expert in ((und, ""), (gen, GEN))
-        ]
-        if name != "v":
-            parts = [
-                getattr(self, f"{name}_norm{expert}")(x) for x, expert in zip(parts, ("", GEN))
-            ]
-        return torch.cat(parts, 1).transpose(1, 2)
+    def project(self, name, und, gen):
+        """ "q", "k" or "v" of und (B, U, H) and gen (B, G, H) tokens, side by side: (B, heads, U + G, d)."""
+        projected = []
+        for x, expert in ((und, ""), (gen, GEN)):
+            y = getattr(self, f"{name}_proj{expert}")(x).unflatten(-1, (-1, self.head))
+            if name != "v":
+                y = getattr(self, f"{name}_norm{expert}")(y)
+            projected.append(y)
+        return torch.cat(projected, 1).transpose(1, 2)
 
 
 class Layer(nn.Module):
     """One transformer layer with two experts: every weight exists twice, the attention is over all tokens."""
 
-    def __init__(self, c):
+    def __init__(self, c, index):
         super().__init__()
+        self.index = index
         self.self_attn = Attention(c)
         for expert in ("", GEN):
             self.add_module(f"mlp{expert}", SwiGLU(c.width, c.mlp))
             self.add_module(f"input_layernorm{expert}", RMSNorm(c.width, c.eps))
             self.add_module(f"post_attention_layernorm{expert}", RMSNorm(c.width, c.eps))
 
-    def forward(self, und, gen, rope, attend, needed="all"):
+    def forward(self, und, gen, rope, attention, und_needed=True, gen_needed=True):
         """Tokens ordered by expert, und (B, U, H) first, then gen (B, G, H) -> (und, gen).
 
-        rope     (cos, sin) of the U + G tokens
-        attend   (query, key, value), each (B, heads, U + G, d), the key after norm and rotation -> like query; decides
-                 who sees whom, and keeps keys and values where they are needed again
-        needed   tokens whose result is used: "all", "gen", or "none" (keys and values only): the last layer spares the
-                 others the MLP, and they come back as they are
+        rope                     (cos, sin) of the U + G tokens
+        attention                decides who sees whom, and stores keys and values where they are needed again
+        und_needed, gen_needed   False in the last layer where nobody reads the result of these tokens: they come back
+                                 as they are. With neither, keys and values are stored and that is all
         """
         a, split = self.self_attn, und.shape[1]
-        u, g = self.input_layernorm(und), self.input_layernorm_moe_gen(gen)
-        key, value = rotate(a.joined("k", u, g), rope), a.joined("v", u, g)
-        if needed == "none":
-            attend(None, key, value)
+        u = self.input_layernorm(und)
+        g = self.input_layernorm_moe_gen(gen)
+        k = rotate(a.project("k", u, g), rope)  # (B, kv_heads, N, d)
+        v = a.project("v", u, g)
+        if not und_needed and not gen_needed:
+            attention.store(self.index, k, v)
             return und, gen
-        y = attend(rotate(a.joined("q", u, g), rope), key, value).transpose(
-            1, 2
-        )  # (B, N, heads, d)
-        gen = gen + a.o_proj_moe_gen(y[:, split:].flatten(2))
-        gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
-        if needed == "all":
+        q = rotate(a.project("q", u, g), rope)  # (B, heads, N, d)
+        y = attention.attend(self.index, q, k, v).transpose(1, 2)  # (B, N, heads, d)
+        if gen_needed:
+            gen = gen + a.o_proj_moe_gen(y[:, split:].flatten(2))
+            gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
+        if und_needed:
             und = und + a.o_proj(y[:, :split].flatten(2))
             und = und + self.mlp(self.post_attention_layernorm(und))
         return und, gen
 
 
-# ---------------------------------------------------------------- the network
+class PackAttention:
+    """Of a pack: every layer sees by the same rule, and nothing is stored."""
+
+    def __init__(self, tokens, device, dtype):
+        self.kernel = attention(tokens, tokens, device, dtype)
+
+    def attend(self, layer, q, k, v):
+        return self.kernel(q, k, v)
+
+
+# ---- the memory of a context ---------------------------------------------------------------------------------------------
+
+
+class Mark(NamedTuple):
+    """A point in what a Memory has read."""
+
+    length: int  # tokens
+    next: Tensor  # (R,) the RoPE position that follows, on the CPU
+
+
+class Memory:
+    """Keys and values of a context that R rows have read: a (R, kv_heads, capacity + 2 rooms, d) pair per layer.
+
+      [ room of n + 2 | context, in the order it was read | room of n + 2 ]
+
+    Both rooms are for the noisy target, which writes its own keys anew in every step. Behind the context it sees all of
+    it; in front of it, it sees the first part: BAGEL's guidance needs the velocity behind everything and without the
+    sentence, which are one memory up to two lengths. Nothing is copied.
+    positions   (R, length) RoPE position of every token read, on the CPU; HIDDEN where a row has no such token
+    next        (R,) the position that follows, on the CPU
+    """
+
+    def __init__(self, c: Config, rows: int, capacity: int, room: int, like: Tensor):
+        shape = (rows, c.kv_heads, capacity + 2 * room, c.width // c.heads)
+        self.keys = [like.new_empty(shape) for _ in range(c.layers)]
+        self.values = [like.new_empty(shape) for _ in range(c.layers)]
+        self.room = room
+        self.positions = torch.zeros(rows, 0, dtype=torch.long)
+        self.next = torch.zeros(rows, dtype=torch.long)
+
+    def mark(self) -> Mark:
+        """What has been read so far."""
+        return Mark(self.positions.shape[1], self.next)
+
+    def everything(self) -> "Branch":
+        """The Branch that sees all that was read."""
+        end = self.room + self.mark().length
+        return self.branch(
+            slice(self.room, end + self.room), slice(end, end + self.room), self.mark()
+        )
+
+    def up_to(self, mark: Mark) -> "Branch":
+        """The Branch that sees what was read up to a mark."""
+        return self.branch(slice(0, self.room + mark.length), slice(0, self.room), mark)
+
+    def branch(self, visible, room, mark):
+        """The Branch of slices `visible` and `room`; padding among the positions is masked."""
+        hidden = self.positions[:, : mark.length] == HIDDEN
+        mask = None
+        if hidden.any():
+            own = torch.zeros(len(hidden), self.room, dtype=torch.bool)
+            hidden = torch.cat([hidden, own] if room.start else [own, hidden], 1)[:, None, None]
+            mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf).to(self.keys[0])
+        return Branch(self.keys, self.values, visible, room, mask, mark.next)
+
+
+class Reading:
+    """Tokens at `positions` (R, N), CPU, that a Memory reads: they see each other, causally, and all before them."""
+
+    def __init__(self, memory: Memory, positions: Tensor):
+        start = memory.room + memory.positions.shape[1]
+        memory.positions = torch.cat([memory.positions, positions], 1)
+        end = start + positions.shape[1]
+        self.memory = memory
+        self.own, self.visible = slice(start, end), slice(memory.room, end)
+        like = memory.keys[0]
+        queries, keys = Tokens.plain(positions), Tokens.plain(memory.positions)
+        self.kernel = attention(queries, keys, like.device, like.dtype)
+
+    def store(self, layer, k, v):
+        """Put the tokens' keys and values into the memory."""
+        self.memory.keys[layer][:, :, self.own] = k
+        self.memory.values[layer][:, :, self.own] = v
+
+    def attend(self, layer, q, k, v):
+        """Store, then let q (R, heads, N, d) see the memory."""
+        self.store(layer, k, v)
+        keys, values = self.memory.keys[layer], self.memory.values[layer]
+        return self.kernel(q, keys[:, :, self.visible], values[:, :, self.visible])
+
+
+class Branch(NamedTuple):
+    """What one guidance branch of a noisy target sees of a Memory, and where in it the target keeps its own keys."""
+
+    keys: list  # of the Memory
+    values: list
+    visible: slice  # context and own room
+    room: slice
+    mask: Tensor | None  # (R, 1, 1, K) added to the scores
+    next: Tensor  # (R,) the RoPE position of all tokens of the target, on the CPU
+
+    def attend(self, layer, q, k, v):
+        """Store the target's own k and v (R, kv_heads, N, d), then let q (R, heads, N, d) see all.
+
+        The heads that share a key are laid behind one another as more queries of one head: nothing is repeated.
+        """
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, self.room] = k
+        values[:, :, self.room] = v
+        rows, heads, n, d = q.shape
+        q = q.reshape(rows, k.shape[1], -1, d)
+        keys, values = keys[:, :, self.visible], values[:, :, self.visible]
+        y = F.scaled_dot_product_attention(q, keys, values, self.mask)
+        return y.reshape(rows, heads, n, d)  # with a mask, some kernels lay y out in another order
+
+
+class TargetAttention:
+    """Of noisy targets, R rows behind each of several branches: every branch attends to its own memory."""
+
+    def __init__(self, branches: list[Branch]):
+        self.branches = branches
+
+    def attend(self, layer, q, k, v):
+        chunks = (x.chunk(len(self.branches)) for x in (q, k, v))
+        outputs = []
+        for branch, *own in zip(self.branches, *chunks, strict=True):
+            outputs.append(branch.attend(layer, *own))
+        return torch.cat(outputs)
+
+
+# ---- the network ---------------------------------------------------------------------------------------------------------
 
 
 class Bagel(nn.Module):
     """The network of the checkpoint, its modules named as the checkpoint's keys."""
 
-    def __init__(self, c):
+    def __init__(self, c: Config):
         super().__init__()
         self.config = c
-        self.language_model = nn.ModuleDict(
-            {
-                "model": nn.ModuleDict(
-                    {
-                        "embed_tokens": nn.Embedding(c.vocabulary, c.width),
-                        "layers": nn.ModuleList(Layer(c) for _ in range(c.layers)),
-                        "norm": RMSNorm(c.width, c.eps),
-                        "norm" + GEN: RMSNorm(c.width, c.eps),
-                    }
-                ),
-                "lm_head": nn.Linear(c.width, c.vocabulary, bias=False),
-            }
-        )  # BAGEL can write; a simulator never does
+        model = nn.ModuleDict()
+        model["embed_tokens"] = nn.Embedding(c.vocabulary, c.width)
+        model["layers"] = nn.ModuleList(Layer(c, index) for index in range(c.layers))
+        for expert in ("", GEN):
+            model[f"norm{expert}"] = RMSNorm(c.width, c.eps)
+        self.language_model = nn.ModuleDict({"model": model})
+        # BAGEL can write; a simulator never does
+        self.language_model["lm_head"] = nn.Linear(c.width, c.vocabulary, bias=False)
         self.vit_model = nn.ModuleDict({"vision_model": VisionTransformer(c)})
         self.connector = GeluMLP(c.vit_width, c.width, c.width)
         self.vit_pos_embed = PositionTable(c.vit_grid, c.width, c.settings.learned_places)
         self.latent_pos_embed = PositionTable(c.latent_grid, c.width, c.settings.learned_places)
         self.time_embedder = TimeEmbedder(c.width)
-        self.vae2llm, self.llm2vae = (
-            nn.Linear(c.latent_numbers, c.width),
-            nn.Linear(c.width, c.latent_numbers),
-        )
+        self.vae2llm = nn.Linear(c.latent_numbers, c.width)
+        self.llm2vae = nn.Linear(c.width, c.latent_numbers)
         if c.settings.motion_to_target:
             self.motion2llm = nn.Linear(c.width, c.width)
         if c.settings.learned_places:
             self.image_number = nn.Embedding(MAX_IMAGES, c.width)
-        self.markers = (
-            0,
-            1,
-        )  # ids of <|vision_start|>, <|vision_end|>; WorldModel asks its tokenizer
+        self.markers = (0, 1)  # <|vision_start|>, <|vision_end|>; WorldModel asks its tokenizer
         self.recompute = False  # activation checkpointing of every layer, the ViT's too
 
     @property
-    def blocks(self):
+    def blocks(self) -> list:
         """The modules that FSDP gathers one at a time."""
-        return [
-            *self.language_model["model"]["layers"],
-            *self.vit_model["vision_model"].encoder["layers"],
-        ]
+        vision = self.vit_model["vision_model"]
+        return [*self.language_model["model"]["layers"], *vision.encoder["layers"]]
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         """What the arithmetic runs in. FSDP's bf16 copies of fp32 weights have it while a forward pass runs."""
         return self.vae2llm.weight.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.vae2llm.weight.device
 
     # ---- the layers
 
-    def rope(self, positions):
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """RoPE positions (B, N) or (B, 1), on the CPU -> (cos, sin), each (B, 1, N, d); the angles are fp32."""
         head = self.config.width // self.config.heads
-        frequencies = self.config.rope_base ** (
-            -torch.arange(0, head, 2, device=self.device) / head
-        )
-        angle = positions.to(self.device)[:, None, :, None] * frequencies
+        exponent = -torch.arange(0, head, 2, device=self.device) / head
+        angle = positions.to(self.device)[:, None, :, None] * self.config.rope_base**exponent
         angle = torch.cat([angle, angle], -1)
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
-    def run(self, und, gen, rope, attends, needed):
-        """Through all layers, `attends` holding one function each -> (und, gen); only what is `needed` is right."""
-        layers = self.language_model["model"]["layers"]
-        for i, (layer, attend) in enumerate(zip(layers, attends)):
-            und, gen = kept_or_recomputed(
-                self.recompute,
-                layer,
-                und,
-                gen,
-                rope,
-                attend,
-                needed if i == len(layers) - 1 else "all",
-            )
+    def run(self, und, gen, rope, attention, und_needed, gen_needed):
+        """Through all layers -> (und, gen) of the last; only what is needed is right."""
+        for layer in self.language_model["model"]["layers"]:
+            last = layer.index == self.config.layers - 1
+            needed = (und_needed, gen_needed) if last else (True, True)
+            und, gen = run_layer(self.recompute, layer, und, gen, rope, attention, *needed)
         return und, gen
 
-    def output(self, gen):
+    def output(self, gen: Tensor) -> Tensor:
         """The last layer's latent tokens -> the network's prediction (B, n, C)."""
         return self.llm2vae(self.language_model["model"]["norm" + GEN](gen)).float()
 
-    def write(self, und):
+    def write(self, und: Tensor) -> Tensor:
         """The last layer's und tokens -> logits of the next word (B, U, V)."""
         return self.language_model["lm_head"](self.language_model["model"]["norm"](und)).float()
 
     # ---- training: a whole pack at once
 
-    def forward(self, pack):
+    def forward(self, pack: Pack) -> Tensor:
         """lib/packing.Pack -> the network's prediction at every latent token (B, G, C); see `pack.target`."""
-        return self.output(self.hidden(pack, needed="gen")[1])
+        return self.output(self.hidden(pack, und_needed=False)[1])
 
-    def hidden(self, pack, needed="all"):
+    def hidden(self, pack: Pack, und_needed: bool = True) -> tuple[Tensor, Tensor]:
         """What the last layer gives for the tokens of a pack: und (B, U, H), gen (B, G, H)."""
         und, gen = self.embed(pack)
-        attend = attention(pack.tokens, pack.tokens, self.device, self.dtype)
-        return self.run(
-            und, gen, self.rope(pack.tokens.position), [attend] * self.config.layers, needed
-        )
+        attention = PackAttention(pack.tokens, self.device, self.dtype)
+        return self.run(und, gen, self.rope(pack.tokens.position), attention, und_needed, True)
 
-    def embed(self, pack):
-        """The embeddings of a pack: und (B, U, H) and gen (B, G, H), with x_t = (1 - t) x0 + t eps (t = 0: clean)."""
-        t = pack.t[pack.image][..., None]  # (B, G, 1)
-        x = (1 - t) * pack.latents + t * pack.noise
-        each = self.time_embedder(pack.t)  # (I, H)
-        if self.config.settings.learned_places:
-            each = (
-                each + self.image_number(pack.numbers.clamp(min=0)) * (pack.numbers >= 0)[:, None]
-            )
-        if self.config.settings.motion_to_target:
-            words = (self.embed_text(pack.said) * pack.said_mask[..., None].to(self.dtype)).sum(1)
-            each = each + self.motion2llm(words) * (pack.numbers < 0)[:, None]
-        gen = (
-            self.vae2llm(x.to(self.dtype))
-            + each[pack.image]
-            + self.latent_pos_embed(pack.latent_ids).to(self.dtype)
-        )
-        und, vit = self.embed_text(pack.ids), self.embed_vit(pack.patches, pack.patch_ids)
-        if self.config.settings.learned_places:
-            vit = vit + self.image_number(pack.patch_numbers)[:, None]
-        where = pack.patch_ids.flatten() >= 0
+    def embed(self, pack: Pack) -> tuple[Tensor, Tensor]:
+        """The embeddings of a pack: und (B, U, H) and gen (B, G, H)."""
+        motion = self.motion_vector(pack.motion_ids, pack.motion_mask)  # (I, H)
+        each = self.time_embedder(pack.t) + self.number_vector(pack.numbers)  # (I, H)
+        each = each + motion * (pack.numbers < 0)[:, None]
+        places = self.latent_pos_embed(pack.latent_ids).to(self.dtype)
+        gen = self.vae2llm(pack.x_t.to(self.dtype)) + each[pack.image] + places
+        vit = self.embed_vit(pack.patches, pack.patch_ids)
+        vit = vit + self.number_vector(pack.patch_numbers)[:, None]
+        features = vit.flatten(0, 1)[pack.patch_ids.flatten() >= 0]
+        und = self.embed_text(pack.ids)
+        flat = und.flatten(0, 1).index_copy(0, pack.patch_places, features)
         # A pack without any picture holds one of padding alone, so that every rank of FSDP runs the ViT once.
-        flat = (
-            und.flatten(0, 1).index_copy(0, pack.patch_places, vit.flatten(0, 1)[where])
-            + 0 * vit.mean()
-        )
-        return flat.view_as(und), gen
+        return (flat + 0 * vit.mean()).view_as(und), gen
 
     # ---- embeddings: every kind of token -> (B, tokens, H)
 
-    def embed_text(self, ids):
+    def embed_text(self, ids: Tensor) -> Tensor:
         return self.language_model["model"]["embed_tokens"](ids)
 
-    def embed_markers(self, batch):
+    def embed_markers(self, batch: int) -> Tensor:
         """The two tokens around every image: (batch, 2, H)."""
         return self.embed_text(torch.tensor(self.markers, device=self.device)).expand(batch, -1, -1)
 
-    def embed_vit(self, patches, ids):
+    def embed_vit(self, patches: Tensor, ids: Tensor) -> Tensor:
         """patches (B, n, 3 * patch²) of pictures in [-1, 1], ids (n,) or (B, n) in the tables, -1 = padding."""
-        # -1e4, not -inf or the least number: kernels multiply by log2(e), and a row without a picture sees nothing else
-        mask = (
-            None
-            if ids.dim() == 1
-            else torch.zeros(ids.shape, device=ids.device, dtype=self.dtype).masked_fill_(
-                ids < 0, -1e4
-            )[:, None, None]
-        )
+        mask = None
+        if ids.dim() == 2:
+            # -1e4, not -inf or the least number: kernels multiply by log2(e), and a row without a picture sees nothing else
+            mask = torch.zeros(ids.shape, device=ids.device, dtype=self.dtype)
+            mask = mask.masked_fill_(ids < 0, -1e4)[:, None, None]
         ids = ids.clamp(min=0)
         features = self.vit_model["vision_model"](patches.to(self.dtype), ids, mask, self.recompute)
         return self.connector(features) + self.vit_pos_embed(ids).to(self.dtype)
 
-    def embed_motion(self, ids, lengths):
-        """The sentence in one vector (R, H), its words summed without <|im_start|> and <|im_end|>."""
-        if not self.config.settings.motion_to_target:
-            return self.no_motion()[0]
-        place = torch.arange(ids.shape[1])
-        words = ((place > 0) & (place < lengths[:, None] - 1)).to(ids.device)
-        return self.motion2llm((self.embed_text(ids) * words[..., None]).sum(1))
+    def number_vector(self, numbers: Tensor) -> Tensor:
+        """Which context image: numbers (I,), -1 for none -> (I, H); zeros without Settings.learned_places."""
+        if not self.config.settings.learned_places:
+            return torch.zeros(
+                len(numbers), self.config.width, device=self.device, dtype=self.dtype
+            )
+        return self.image_number(numbers.clamp(min=0)) * (numbers >= 0)[:, None]
 
-    def no_motion(self):
-        """What `embed_motion` gives for an empty sentence, (1, 1, H); zeros where the departure is off."""
+    def motion_vector(self, ids: Tensor, words: Tensor) -> Tensor:
+        """A sentence in one vector: ids (R, W), words (R, W) bool, the ids that count -> (R, H).
+
+        Their embeddings, summed and through one layer; zeros without Settings.motion_to_target.
+        """
         if not self.config.settings.motion_to_target:
-            return torch.zeros_like(self.vae2llm.bias)[None, None]
-        return self.motion2llm.bias[None, None]
+            return torch.zeros(len(ids), self.config.width, device=self.device, dtype=self.dtype)
+        return self.motion2llm((self.embed_text(ids) * words[..., None]).sum(1))
 
     # ---- inference: the context once into a memory, then the target step by step
 
-    def memory(self, rows, capacity, room=0):
+    def memory(self, rows: int, capacity: int, room: int = 0) -> Memory:
         """An empty Memory for R rows that read `capacity` tokens, with `room` for a target on both sides."""
         return Memory(self.config, rows, capacity, room, self.vae2llm.weight.detach())
 
-    def length_of(self, part):
-        """How many tokens an image (latent, ViT pixels) or a text (ids, lengths) takes in a memory."""
-        a, b = part
-        if a is not None and a.dim() == 2:
-            return a.shape[1]
-        sizes = ((a, LATENT_PATCH), (b, self.config.vit_patch))
-        return sum(
-            x.shape[-2] // side * (x.shape[-1] // side) + 2 for x, side in sizes if x is not None
-        )
+    def token_count(self, item: ContextImage | ContextText) -> int:
+        """How many tokens an image or a text takes in a memory."""
+        if isinstance(item, ContextText):
+            return item.ids.shape[1]
+        count = 0
+        for pixels, side in ((item.latent, LATENT_PATCH), (item.pixels, self.config.vit_patch)):
+            if pixels is not None:
+                count += pixels.shape[-2] // side * (pixels.shape[-1] // side) + 2
+        return count
 
-    def read_images(self, memory, images):
-        """Context images into a memory: a list of (latent (R, c, 2 h, 2 w), ViT pixels (R, 3, H, W)), either or None.
+    def read_images(self, memory: Memory, images: list[ContextImage]) -> None:
+        """Context images into a memory.
 
         Each latent and each ViT image takes one position. Sizes may differ from image to image, not from row to row.
         """
-        rows, order, und, gen, und_order, gen_order = len(memory.next), 0, [], [], [], []
-        zero, marker = (
-            self.time_embedder(torch.zeros(1, device=self.device)),
-            self.embed_markers(rows),
-        )
+        rows = len(memory.next)
+        time = self.time_embedder(torch.zeros(1, device=self.device))
+        markers = self.embed_markers(rows)
+        und, gen = [], []  # (embeddings (R, n, H), their position behind memory.next)
+        order = 0
         for i, (latent, pixels) in enumerate(images):
-            number = self.image_number.weight[i] if self.config.settings.learned_places else 0
+            number = self.number_vector(torch.tensor([i], device=self.device))
             if latent is not None:
-                grid = token_grid(latent)
-                ids = table_ids(grid, self.config.latent_grid).to(self.device)
                 tokens = self.vae2llm(patchify(latent, LATENT_PATCH).to(self.dtype))
-                gen.append(tokens + (zero + self.latent_pos_embed(ids).to(self.dtype) + number))
-                und.append(marker)
-                und_order, gen_order, order = (
-                    und_order + [order] * 2,
-                    gen_order + [order] * len(ids),
-                    order + 1,
-                )
+                ids = table_ids(token_grid(latent), self.config.latent_grid).to(self.device)
+                places = self.latent_pos_embed(ids).to(self.dtype)
+                gen.append((tokens + (time + places + number), order))
+                und.append((markers, order))
+                order += 1
             if pixels is not None:
-                grid = [side // self.config.vit_patch for side in pixels.shape[-2:]]
+                side = self.config.vit_patch
+                grid = (pixels.shape[-2] // side, pixels.shape[-1] // side)
                 ids = table_ids(grid, self.config.vit_grid).to(self.device)
-                und += [
-                    marker[:, :1],
-                    self.embed_vit(patchify(pixels, self.config.vit_patch), ids) + number,
-                    marker[:, 1:],
-                ]
-                und_order, order = und_order + [order] * (len(ids) + 2), order + 1
-        positions = memory.next[:, None] + torch.tensor(und_order + gen_order)
-        gen = torch.cat(gen, 1) if gen else marker[:, :0]
-        self.run(
-            torch.cat(und, 1), gen, self.rope(positions), memory.extend(positions), needed="none"
-        )
+                features = self.embed_vit(patchify(pixels, side), ids) + number
+                und.append((torch.cat([markers[:, :1], features, markers[:, 1:]], 1), order))
+                order += 1
+        orders = [torch.full((x.shape[1],), order) for x, order in und + gen]
+        positions = memory.next[:, None] + torch.cat(orders)
+        und = torch.cat([x for x, _ in und], 1)
+        gen = torch.cat([markers[:, :0], *(x for x, _ in gen)], 1)
+        self.run(und, gen, self.rope(positions), Reading(memory, positions), False, False)
         memory.next = memory.next + order
 
-    def read_text(self, memory, ids, lengths, needed="none"):
-        """Texts ids (R, L), right-padded, `lengths` (R,) on the CPU, into a memory; returns und (R, L, H) if needed."""
-        place = torch.arange(ids.shape[1])
-        positions = torch.where(place < lengths[:, None], memory.next[:, None] + place, HIDDEN)
-        und = self.embed_text(ids)
-        und, _ = self.run(und, und[:, :0], self.rope(positions), memory.extend(positions), needed)
-        memory.next = memory.next + lengths
+    def read_text(self, memory: Memory, text: ContextText, und_needed: bool = False):
+        """Texts into a memory; returns the last layer's tokens (R, L, H), right if `und_needed`."""
+        place = torch.arange(text.ids.shape[1])
+        positions = memory.next[:, None] + place
+        positions = torch.where(place < text.lengths[:, None], positions, HIDDEN)
+        und = self.embed_text(text.ids)
+        reading = Reading(memory, positions)
+        und, _ = self.run(und, und[:, :0], self.rope(positions), reading, und_needed, False)
+        memory.next = memory.next + text.lengths
         return und
 
-    def denoise(self, x, extra, markers, rope, branches):
+    def denoise(self, x, extra, markers, rope, branches: list[Branch]) -> Tensor:
         """The last layer's latent tokens (R * branches, n, H) for noisy latents x (R * branches, n, C), by branch.
 
         extra     what is added to the embedded latents: time, place, motion; (R * branches or 1, n, H)
-        markers   (R * branches, 2, H);   rope: of one token per row;   branches: what each sees (`Branch`)
+        markers   (R * branches, 2, H);   rope: of one token per row;   branches: what each sees
         """
         gen = self.vae2llm(x.to(self.dtype)) + extra
-
-        def attending(layer):
-            def attend(q, k, v):
-                parts = zip(branches, *(part.chunk(len(branches)) for part in (q, k, v)))
-                return torch.cat([branch.attend(layer, *part) for branch, *part in parts])
-
-            return attend
-
-        attends = [attending(layer) for layer in range(self.config.layers)]
-        return self.run(markers, gen, rope, attends, needed="gen")[1]
+        return self.run(markers, gen, rope, TargetAttention(branches), False, True)[1]
 
 
-def token_grid(latent):
+def token_grid(latent: Tensor) -> tuple[int, int]:
     """(h, w): the latent tokens of a latent (B, c, 2 h, 2 w)."""
     return latent.shape[-2] // LATENT_PATCH, latent.shape[-1] // LATENT_PATCH

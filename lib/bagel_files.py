@@ -19,20 +19,36 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lib.checkpoints import contents, share, write_file, write_whole
-from lib.common import is_main
+from lib.checkpoints import contents, local_rows, write_file, write_gathered
+from lib.distributed import is_main
+from lib.records import write_json
 
 NETWORK, AUTOENCODER = "ema.safetensors", "ae.safetensors"
 UNFIT = f"{AUTOENCODER} is not a FLUX autoencoder"
 MAX_PIXELS = 14 * 14 * 9 * 1024
+FLUX_NAMES = (  # diffusers' name and FLUX's
+    ("encoder.down_blocks.", "encoder.down."),
+    ("samplers.0.conv", "sample.conv"),
+    ("resnets", "block"),
+    ("mid_block.attentions.0.group_norm.", "mid.attn_1.norm."),
+    ("mid_block.attentions.0.to_q.", "mid.attn_1.q."),
+    ("mid_block.attentions.0.to_k.", "mid.attn_1.k."),
+    ("mid_block.attentions.0.to_v.", "mid.attn_1.v."),
+    ("mid_block.attentions.0.to_out.0.", "mid.attn_1.proj_out."),
+    ("conv_shortcut", "nin_shortcut"),
+    ("conv_norm_out", "norm_out"),
+)
 
 
-# ---------------------------------------------------------------- pictures
+# ---- pictures ------------------------------------------------------------------------------------------------------------
 
 
-def resized(width, height, limits, max_pixels=MAX_PIXELS):
+def resized(
+    width: int, height: int, limits: tuple, max_pixels: float = MAX_PIXELS
+) -> tuple[int, int]:
     """The size BAGEL gives a picture: (width, height) in pixels, multiples of the stride.
 
     limits   (max_side, min_side, stride) in pixels; where both cannot hold, min_side wins at first, max_side at last.
@@ -42,9 +58,8 @@ def resized(width, height, limits, max_pixels=MAX_PIXELS):
     max_side, min_side, stride = limits
 
     def snapped(scale):
-        return tuple(
-            max(stride, round(round(side * scale) / stride) * stride) for side in (width, height)
-        )
+        sides = (round(round(side * scale) / stride) * stride for side in (width, height))
+        return tuple(max(stride, side) for side in sides)
 
     scale = max(min(max_side / max(width, height), 1.0), min_side / min(width, height))
     width, height = snapped(scale)
@@ -55,41 +70,40 @@ def resized(width, height, limits, max_pixels=MAX_PIXELS):
     return width, height
 
 
-def resize(image, limits):
+def resize(image: np.ndarray, limits: tuple) -> np.ndarray:
     """(H, W, 3) uint8 -> the same picture at the size of `resized`, bicubic as in the original."""
     height, width = image.shape[:2]
     size = resized(width, height, limits)
     if size == (width, height):
         return image
-    return np.asarray(
-        Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC)
-    )
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    return np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
 
 
-def to_pixels(images):
+def to_pixels(images: np.ndarray) -> Tensor:
     """uint8 array (..., H, W, 3) -> float32 tensor (..., 3, H, W) in [-1, 1]."""
     return (torch.from_numpy(np.array(images)).movedim(-1, -3) / 255 - 0.5) / 0.5
 
 
-def to_images(pixels):
+def to_images(pixels: Tensor) -> np.ndarray:
     """float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) array; truncated, not rounded, as in the original."""
     return ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).movedim(-3, -1).cpu().numpy()
 
 
-def patchify(x, size):
+def patchify(x: Tensor, size: int) -> Tensor:
     """(B, C, H, W) -> tokens (B, H/size * W/size, size * size * C); row-major, in a token (row, column, channel)."""
     batch, channels, height, width = x.shape
     x = x.reshape(batch, channels, height // size, size, width // size, size)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, size * size * channels)
 
 
-def unpatchify(tokens, size, rows, columns):
+def unpatchify(tokens: Tensor, size: int, rows: int, columns: int) -> Tensor:
     """The inverse of `patchify`: tokens (B, rows * columns, size * size * C) -> (B, C, rows * size, columns * size)."""
     x = tokens.reshape(len(tokens), rows, columns, size, size, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, rows * size, columns * size)
 
 
-# ---------------------------------------------------------------- autoencoders: two classes with the same two calls
+# ---- autoencoders: two classes with the same calls -----------------------------------------------------------------------
 
 
 class PixelLatents:
@@ -126,11 +140,11 @@ class FluxLatents:
         """
         from diffusers import AutoencoderKL
 
-        self.levels = len({key.split(".")[2] for key in tensors if key.startswith("encoder.down.")})
-        blocks = len(
-            {key.split(".")[4] for key in tensors if key.startswith("encoder.down.0.block.")}
-        )
-        sizes = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(max(1, self.levels))]
+        downs = {key.split(".")[2] for key in tensors if key.startswith("encoder.down.")}
+        first = "encoder.down.0.block."
+        blocks = {key.split(".")[4] for key in tensors if key.startswith(first)}
+        levels = len(downs)
+        sizes = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(max(1, levels))]
         sizes.append("encoder.conv_out.weight")
         complain(UNFIT, [f"{key} (missing)" for key in sizes if key not in tensors])
         *widths, numbers = (len(tensors[key]) for key in sizes)
@@ -138,39 +152,33 @@ class FluxLatents:
         with torch.device("meta"):
             self.vae = AutoencoderKL(
                 block_out_channels=widths,
-                layers_per_block=blocks,
+                layers_per_block=len(blocks),
                 latent_channels=self.channels,
                 norm_num_groups=32,
-                down_block_types=["DownEncoderBlock2D"] * self.levels,
+                down_block_types=["DownEncoderBlock2D"] * levels,
+                up_block_types=["UpDecoderBlock2D"] * levels,
                 use_quant_conv=False,
                 use_post_quant_conv=False,
-                up_block_types=["UpDecoderBlock2D"] * self.levels,
             )
-        self.names = {key: to_flux(key, self.levels) for key in self.vae.state_dict()}
-        # FLUX's attention is made of 1 x 1 convolutions, (out, in, 1, 1), diffusers' of linear layers, (out, in).
-        wanted = {
-            self.names[key]: (*value.shape, 1, 1)
-            if ".attentions." in key and value.dim() == 2
-            else value.shape
-            for key, value in self.vae.state_dict().items()
-        }
-        complain(UNFIT, misfits(wanted, tensors, "it"))
-        self.vae.load_state_dict(
-            {
-                key: tensors[self.names[key]].float().view(value.shape)
-                for key, value in self.vae.state_dict().items()
-            },
-            assign=True,
-        )
+        state = self.vae.state_dict()
+        self.names = {key: to_flux(key, levels) for key in state}
+        expected = {}
+        for key, value in state.items():
+            # FLUX's attention is made of 1 x 1 convolutions, (out, in, 1, 1), diffusers' of linear layers, (out, in).
+            convolution = ".attentions." in key and value.dim() == 2
+            expected[self.names[key]] = (*value.shape, 1, 1) if convolution else value.shape
+        complain(UNFIT, misfits(expected, tensors, "it"))
+        for key, value in state.items():
+            state[key] = tensors[self.names[key]].float().view(value.shape)
+        self.vae.load_state_dict(state, assign=True)
         self.vae.requires_grad_(False).eval()
         self.layout = {key: value.to("meta") for key, value in tensors.items()}
 
     def moments(self, pixels):
         """pixels (B, 3, H, W) in [-1, 1] -> mean and log variance of the posterior, (B, C, H/8, W/8) each."""
         with torch.no_grad():  # two pictures at a time: a large one takes gigabytes on the way
-            return torch.cat([self.vae.encoder(part) for part in pixels.float().split(2)]).chunk(
-                2, 1
-            )
+            halves = torch.cat([self.vae.encoder(pair) for pair in pixels.float().split(2)])
+        return halves.chunk(2, 1)
 
     def draw(self, mean, log_variance, noise=None):
         """The moments of a posterior (B, C, h, w) -> a latent drawn from it, as BAGEL does.
@@ -186,9 +194,8 @@ class FluxLatents:
 
     def decode(self, latent):
         """latent (B, C, h, w) -> pixels (B, 3, 8 h, 8 w), about [-1, 1]."""
-        return torch.cat(
-            [self.vae.decoder(part / self.scale + self.shift) for part in latent.float().split(2)]
-        )
+        latent = latent.float() / self.scale + self.shift
+        return torch.cat([self.vae.decoder(pair) for pair in latent.split(2)])
 
     def to(self, device):
         self.vae.to(device)
@@ -197,41 +204,30 @@ class FluxLatents:
     def save(self, folder):
         """Write ae.safetensors, every tensor as it came."""
         state = self.vae.state_dict()
-        named = (
-            (name, state[key].view(self.layout[name].shape)) for key, name in self.names.items()
-        )
-        write_file(Path(folder) / AUTOENCODER, named, self.layout)
+        tensors = []
+        for key, name in self.names.items():
+            tensors.append((name, state[key].view(self.layout[name].shape)))
+        write_file(Path(folder) / AUTOENCODER, tensors, self.layout)
 
 
-def to_flux(key, levels):
+def to_flux(key: str, levels: int) -> str:
     """A key of diffusers' AutoencoderKL -> its name in ae.safetensors, FLUX's own, e.g.
 
     decoder.up_blocks.0.resnets.0.norm1.weight -> decoder.up.3.block.0.norm1.weight     (level 3 of 4 runs first)
     """
-    key = key.replace("encoder.down_blocks.", "encoder.down.").replace(
-        "samplers.0.conv", "sample.conv"
-    )
-    key = re.sub(
-        r"decoder\.up_blocks\.(\d+)", lambda m: f"decoder.up.{levels - 1 - int(m[1])}", key
-    )
-    key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key).replace(
-        "resnets", "block"
-    )
-    for old, new in (
-        ("group_norm", "norm"),
-        ("to_q", "q"),
-        ("to_k", "k"),
-        ("to_v", "v"),
-        ("to_out.0", "proj_out"),
-    ):
-        key = key.replace(f"mid_block.attentions.0.{old}.", f"mid.attn_1.{new}.")
-    return key.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+    if match := re.match(r"decoder\.up_blocks\.(\d+)", key):
+        key = key.replace(match[0], f"decoder.up.{levels - 1 - int(match[1])}")
+    if match := re.search(r"mid_block\.resnets\.(\d)", key):
+        key = key.replace(match[0], f"mid.block_{int(match[1]) + 1}")
+    for theirs, flux in FLUX_NAMES:
+        key = key.replace(theirs, flux)
+    return key
 
 
-# ---------------------------------------------------------------- folders
+# ---- folders -------------------------------------------------------------------------------------------------------------
 
 
-def find(path):
+def find_checkpoint(path: str | Path) -> Path:
     """The local folder of a checkpoint: `path` itself, or the download of that Hugging Face hub id."""
     if Path(path).is_dir():
         return Path(path)
@@ -244,90 +240,95 @@ def find(path):
     return Path(snapshot_download(str(path)))
 
 
-def read_json(path, missing=None):
-    """The contents of a JSON file; `missing`, where it is given, stands for a file that is not there."""
-    path = Path(path)
-    if missing is not None and not path.exists():
-        return missing
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}). A BAGEL folder holds {NETWORK}, llm_config.json and "
-            f"vit_config.json."
-        ) from error
+def read_files(folder: Path) -> dict[str, dict]:
+    """The contents of {"llm_config", "vit_config", "config"}.json; the last may be missing. Raises ValueError."""
+    files = {"config": {}}
+    for name in ("llm_config", "vit_config", "config"):
+        path = folder / f"{name}.json"
+        if name == "config" and not path.exists():
+            continue
+        try:
+            files[name] = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}). A BAGEL folder holds {NETWORK}, llm_config.json and "
+                f"vit_config.json."
+            ) from error
+    return files
 
 
-def misfits(wanted, there, whole):
-    """What keeps a file from fitting, as phrases: {name: shape} wanted for `whole`, {name: tensor} there."""
-    found = {key: tuple(there[key].shape) if key in there else "missing" for key in wanted}
-    return [
-        f"{key} {tuple(shape)} (file: {found[key]})"
-        for key, shape in wanted.items()
-        if found[key] != shape
-    ] + [f"{key} (not a part of {whole})" for key in there if key not in wanted]
+def table_sizes(path: Path, layout: dict[str, Tensor]) -> tuple[int, int, int]:
+    """What no json file says, off the shapes in a network's file: vocabulary, latent grid, numbers per latent token."""
+    words = "language_model.model.embed_tokens.weight"
+    places, latents = "latent_pos_embed.pos_embed", "vae2llm.weight"
+    missing = [f"{key} (missing)" for key in (words, places, latents) if key not in layout]
+    complain(f"{path} is not a BAGEL", missing)
+    return len(layout[words]), round(len(layout[places]) ** 0.5), layout[latents].shape[1]
 
 
-def complain(sentence, wrong):
-    """Raise ValueError with the sentence and the first few phrases of `wrong`, if there are any."""
-    if wrong:
-        raise ValueError(
-            f"{sentence}: {'; '.join(wrong[:4])}"
-            + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
-        )
+def misfits(expected: dict, tensors: dict, whole: str) -> list[str]:
+    """What keeps a file from fitting, as phrases: {name: shape} expected for `whole`, {name: tensor} in the file."""
+    phrases = []
+    for key, shape in expected.items():
+        actual = tuple(tensors[key].shape) if key in tensors else "missing"
+        if actual != shape:
+            phrases.append(f"{key} {tuple(shape)} (file: {actual})")
+    return phrases + [f"{key} (not a part of {whole})" for key in tensors if key not in expected]
 
 
-def load_network(network, path, device, dtype):
+def complain(sentence: str, phrases: list[str]) -> None:
+    """Raise ValueError with the sentence and the first few phrases, if there are any."""
+    if phrases:
+        more = f" and {len(phrases) - 4} more" if len(phrases) > 4 else ""
+        raise ValueError(f"{sentence}: {'; '.join(phrases[:4])}{more}")
+
+
+def load_network(network: nn.Module, path: Path, device, dtype: torch.dtype) -> None:
     """Fill what is on the meta device in a network from a safetensors file, tensor by tensor, straight to its place.
 
-    Of a network that is sharded already (common.shard) each rank reads its own rows only; buffers are whole on every
-    rank. On the CPU a tensor that has the type already is the mapped file itself: nothing is read until it is used,
-    and what is written into it stays in this process. Raises ValueError naming what is missing, left over or misshapen.
+    Of a network that is sharded already (lib.distributed.shard) each rank reads its own rows only; buffers are whole on
+    every rank. On the CPU a tensor that has the type already is the mapped file itself: nothing is read until it is
+    used, and what is written into it stays in this process. Raises ValueError naming what is missing, left over or
+    misshapen.
     """
     state = network.state_dict()
-    wanted, there = {key: value for key, value in state.items() if value.is_meta}, contents(path)
-    shapes = {key: value.shape for key, value in wanted.items()}
-    complain(f"{path} does not fit its json files", misfits(shapes, there, "BAGEL"))
+    empty = {key: value for key, value in state.items() if value.is_meta}
+    shapes = {key: value.shape for key, value in empty.items()}
+    complain(f"{path} does not fit its json files", misfits(shapes, contents(path), "BAGEL"))
     tensors = {}
     with safe_open(path, "pt") as file:
-        for key, value in wanted.items():
-            first, mine = share(value)
+        for key, value in empty.items():
+            first, rows = local_rows(value)
             # to the device first: the file's type is seldom the larger one
-            tensor = file.get_slice(key)[first : first + len(mine)].to(device).to(dtype)
-            tensors[key] = (
-                tensor
-                if mine is value
-                else DTensor.from_local(
-                    tensor,
-                    value.device_mesh,
-                    value.placements,
-                    shape=value.shape,
-                    stride=value.stride(),
-                )
-            )
+            tensor = file.get_slice(key)[first : first + len(rows)].to(device).to(dtype)
+            if isinstance(value, DTensor):
+                mesh, size = value.device_mesh, {"shape": value.shape, "stride": value.stride()}
+                tensor = DTensor.from_local(tensor, mesh, value.placements, **size)
+            tensors[key] = tensor
     network.load_state_dict(tensors, assign=True, strict=len(tensors) == len(state))
 
 
-def write_folder(folder, named, like, files, tokenizer, autoencoder):
+def write_checkpoint(folder: str | Path, tensors, layout: dict, files: dict, tokenizer, coder):
     """Write a checkpoint in the public layout. Called on every rank; rank 0 writes.
 
-    named, like   the network: (name, tensor) pairs, maybe sharded, and {name: tensor of its shape and type in the file}
-    files         the contents of {"llm_config", "vit_config", "config"}.json
+    tensors, layout   the network: (name, tensor) pairs, maybe sharded, and {name: tensor of its shape and type in the
+                      file}
+    files             the contents of {"llm_config", "vit_config", "config"}.json;   coder: the autoencoder
     """
     folder = Path(folder)
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / NETWORK, named, like)
+    write_gathered(folder / NETWORK, tensors, layout)
     if is_main():
         for name, content in files.items():
-            (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+            write_json(folder / f"{name}.json", content)
         tokenizer.save_pretrained(folder)
-        autoencoder.save(folder)
+        coder.save(folder)
 
 
-def load_tokenizer(folder):
+def load_tokenizer(folder: Path):
     """The tokenizer of a checkpoint: Qwen2's, or the tiny one; BAGEL's four markers are looked up in it by name."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    whole = (Path(folder) / "tokenizer.json").exists()  # else vocab.json and merges.txt
+    whole = (folder / "tokenizer.json").exists()  # else vocab.json and merges.txt
     return (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(folder)

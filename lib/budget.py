@@ -83,10 +83,9 @@ def bagel_7b(layers=28):
         "patch_size": 14,
         "image_size": 980,
     }
+    files = {"llm_config": llm, "vit_config": vit, "config": {}}
     with torch.device("meta"):
-        return Bagel(
-            Config.read(llm, vit, {}, vocabulary=152064, latent_grid=64, latent_numbers=64)
-        )
+        return Bagel(Config.read(files, vocabulary=152064, latent_grid=64, latent_numbers=64))
 
 
 def count(parameters):

@@ -4,18 +4,19 @@ LoRA by hand (arXiv 2106.09685): the weights stay as they are, and small matrice
   y = W x + b + (alpha / r) B A x        A (r, in) random, B (out, r) zero at first; W (out, in), b frozen, of any type
                                          in training x of the last term may go through dropout
 
-For one or two GPUs: gradients, AdamW's moments and the average then exist for about one weight in a hundred. The names
+For one or two GPUs: gradients, AdamW's moments and the EMA then exist for about one weight in a hundred. The names
 of W and b stay those of the checkpoint, and `merged` gives the weights back in that layout.
 
   adapters = add_lora(network, rank=16, alpha=32, names=LANGUAGE_LAYERS, seed=0, device=world.device)
-  common.shard(network, network.blocks, world, ignored=adapters)      # A and B are whole on every rank
-  loss.backward(); common.sum_gradients(adapters)                     # so their gradients are summed by hand
+  shard(network, network.blocks, world, ignored=adapters)      # A and B are whole on every rank
+  loss.backward(); sum_gradients(adapters)                            # so their gradients are summed by hand
 """
 
 import re
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.checkpoints import full
@@ -32,13 +33,10 @@ class LoraLinear(nn.Linear):
 
     def __init__(self, linear, rank, alpha, stream, device, dropout):
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
-        self.in_features, self.out_features, self.scale = (
-            linear.in_features,
-            linear.out_features,
-            alpha / rank,
-        )
-        self.dropout = dropout
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
+        self.scale = alpha / rank
+        self.dropout = dropout
         a = (2 * torch.rand(rank, self.in_features, generator=stream) - 1) * self.in_features**-0.5
         self.lora_a = nn.Parameter(a.to(device))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
@@ -53,7 +51,15 @@ class LoraLinear(nn.Linear):
         return (weight.float() + self.scale * self.lora_b @ self.lora_a).to(weight.dtype)
 
 
-def add_lora(network, rank, alpha, names, seed, device, dropout=0.0):
+def add_lora(
+    network: nn.Module,
+    rank: int,
+    alpha: float,
+    names: str,
+    seed: int,
+    device: torch.device,
+    dropout: float = 0.0,
+) -> list[nn.Parameter]:
     """Freeze the network and give the Linear modules whose name matches the regular expression `names` an A and a B.
 
     The network may still be on the meta device (lib/bagel_files.load_network fills it later); A and B are made on
@@ -62,32 +68,30 @@ def add_lora(network, rank, alpha, names, seed, device, dropout=0.0):
     Raises ValueError if no module has such a name.
     """
     network.requires_grad_(False)
-    linears = {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Linear) and re.fullmatch(names, name)
-    }
-    if not linears:
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.Linear) and re.fullmatch(names, name):
+            stream = torch_stream("adapters", seed, name)
+            adapted = LoraLinear(module, rank, alpha, stream, device, dropout)
+            network.set_submodule(name, adapted)
+    adapters = [p for p in network.parameters() if p.requires_grad]
+    if not adapters:
         raise ValueError(
             f"LoRA has nothing to learn: no Linear of the network has a name like {names}"
         )
-    for name, linear in linears.items():
-        network.set_submodule(
-            name,
-            LoraLinear(linear, rank, alpha, torch_stream("adapters", seed, name), device, dropout),
-        )
-    return [p for p in network.parameters() if p.requires_grad]
+    return adapters
 
 
 @torch.no_grad()
-def merged(network):
+def merged(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the network as if it had no LoRA, one by one: original names, corrections added to the weights.
 
     On every rank: a sharded weight is gathered to be corrected. The network itself does not change.
     """
     for name, tensor in network.state_dict().items():
-        place, _, kind = name.rpartition(".")
-        if kind not in ("lora_a", "lora_b"):
-            module = network.get_submodule(place)
-            corrected = isinstance(module, LoraLinear) and kind == "weight"
-            yield name, module.merged_weight(full(tensor)) if corrected else tensor
+        owner, _, kind = name.rpartition(".")
+        if kind in ("lora_a", "lora_b"):
+            continue
+        module = network.get_submodule(owner)
+        if kind == "weight" and isinstance(module, LoraLinear):
+            tensor = module.merged_weight(full(tensor))
+        yield name, tensor

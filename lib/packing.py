@@ -17,34 +17,36 @@ This is the original's rule for its three attention modes (causal, full, noise) 
 may hold a sentence, so several targets share one context. Tokens are ordered by expert, "und" first, then "gen".
 """
 
-import functools
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 HIDDEN = 2**30  # the order of a key that no query may see
 
 
-# ---------------------------------------------------------------- who sees whom
+# ---- who sees whom -------------------------------------------------------------------------------------------------------
 
 
 class Tokens(NamedTuple):
     """What is known of each token of B sequences, (B, N) integers each; see the top of this file."""
 
-    position: torch.Tensor
-    order: torch.Tensor
-    sample: torch.Tensor
-    group: torch.Tensor
+    position: Tensor
+    order: Tensor
+    sample: Tensor
+    group: Tensor
 
     @classmethod
-    def plain(cls, position):
+    def plain(cls, position: Tensor) -> "Tokens":
         """One sample, nothing private, and the position is the order: a context as inference reads it."""
         return cls(position, position, torch.zeros_like(position), torch.zeros_like(position))
 
-    def to(self, device):
-        return Tokens(*(part.to(device, non_blocking=True) for part in self))
+    def to(self, device: torch.device) -> "Tokens":
+        return Tokens(*(numbers.to(device, non_blocking=True) for numbers in self))
 
 
 def sees(order, key_order, sample, key_sample, group, key_group):
@@ -52,34 +54,30 @@ def sees(order, key_order, sample, key_sample, group, key_group):
     return (sample == key_sample) & (key_order <= order) & ((key_group == 0) | (key_group == group))
 
 
-def sight(queries, keys):
-    """(B, N, K) bool: what each of the queries (Tokens) sees of the keys (Tokens)."""
-    pairs = [part for q, k in zip(queries[1:], keys[1:]) for part in (q[:, :, None], k[:, None, :])]
-    return sees(*pairs)
+def sight(queries: Tokens, keys: Tokens) -> Tensor:
+    """(B, N, K) bool: what each query sees of each key."""
+    q = Tokens(*(numbers[:, :, None] for numbers in queries))
+    k = Tokens(*(numbers[:, None, :] for numbers in keys))
+    return sees(q.order, k.order, q.sample, k.sample, q.group, k.group)
 
 
-def dense_attention(queries, keys, dtype):
+def dense_attention(queries: Tokens, keys: Tokens, dtype: torch.dtype) -> Callable:
     """A function (q, k, v) -> y by SDPA with a mask over all pairs, or without one where all see all."""
-    seen = sight(queries, keys)
-    mask = (
-        None
-        if seen.all()
-        else torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)[:, None]
-    )
-
-    def attend(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
-
-    return attend
+    visible = sight(queries, keys)
+    mask = None
+    if not visible.all():
+        mask = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)[:, None]
+    return partial(F.scaled_dot_product_attention, attn_mask=mask, enable_gqa=True)
 
 
-def flex_attention_for(queries, keys, compiled=True):
+def flex_attention_for(queries: Tokens, keys: Tokens, compiled: bool = True) -> Callable:
     """The same function by flex attention: blocks of 128 x 128 pairs that see nothing are never computed.
 
     No mask over all pairs exists at any time: the rule is evaluated inside the kernel.
     compiled   False evaluates the same rule without a compiler (tests; it is slow and dense)
     """
-    (_, order, sample, group), (_, key_order, key_sample, key_group) = queries, keys
+    _, order, sample, group = queries
+    _, key_order, key_sample, key_group = keys
 
     def rule(b, head, q, k):
         return sees(
@@ -91,21 +89,16 @@ def flex_attention_for(queries, keys, compiled=True):
             key_group[b, k],
         )
 
-    make_blocks, kernel = (
-        compiled_once(f) if compiled else f for f in (create_block_mask, flex_attention)
-    )
-    blocks = make_blocks(
-        rule, len(order), None, order.shape[1], key_order.shape[1], device=order.device
-    )
-
-    def attend(q, k, v):
-        return kernel(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
-
-    return attend
+    make_blocks, kernel = create_block_mask, flex_attention
+    if compiled:
+        make_blocks, kernel = compiled_once(make_blocks), compiled_once(kernel)
+    counts = (order.shape[1], key_order.shape[1])
+    blocks = make_blocks(rule, len(order), None, *counts, device=order.device)
+    return partial(kernel, block_mask=blocks, enable_gqa=True)
 
 
-@functools.cache
-def compiled_once(function):
+@cache
+def compiled_once(function: Callable) -> Callable:
     """torch.compile of a function, once per process, for any length.
 
     Each kind of call (one row or several, with a gradient or without, ...) is compiled for itself, seven or eight in
@@ -116,7 +109,7 @@ def compiled_once(function):
     return torch.compile(function, dynamic=True)
 
 
-def attention(queries, keys, device, dtype):
+def attention(queries: Tokens, keys: Tokens, device: torch.device, dtype: torch.dtype) -> Callable:
     """What `queries` see of `keys` (Tokens) as a function (q, k, v) -> y.
 
     q (B, heads, N, d), k and v (B, kv_heads, K, d), y like q. Flex attention on a GPU, a masked SDPA elsewhere.
@@ -126,11 +119,11 @@ def attention(queries, keys, device, dtype):
     return dense_attention(queries, keys, dtype)
 
 
-# ---------------------------------------------------------------- packing
+# ---- segments ------------------------------------------------------------------------------------------------------------
 
 
 class Text(NamedTuple):
-    """Token ids with their <|im_start|> and <|im_end|>. A sentence that is not kept is gone without a trace."""
+    """Token ids with their <|im_start|> and <|im_end|>. Without `keep` (condition dropout) it is gone without a trace."""
 
     ids: list
     group: int = 0
@@ -138,162 +131,166 @@ class Text(NamedTuple):
 
 
 class View(NamedTuple):
-    """A picture as the ViT takes it: patches (n, 3 * patch²), grid (h, w). Not kept, its position stays empty."""
+    """A picture as the ViT takes it. Without `keep` its position stays empty."""
 
-    patches: torch.Tensor
-    grid: tuple
+    patches: Tensor  # (n, 3 * patch²)
+    grid: tuple  # (h, w), n = h w
     number: int = 0  # which context image it is (Settings.learned_places)
     group: int = 0
     keep: bool = True
 
 
 class Latent(NamedTuple):
-    """A picture as latent tokens (n, C), grid (h, w): clean, or with `noise` (n, C) at time t > 0 a target."""
+    """A picture as latent tokens x_t = (1 - t) x0 + t eps: clean at t = 0, a target of the loss at any other time."""
 
-    tokens: torch.Tensor
+    x_t: Tensor  # (n, C)
     grid: tuple
     number: int = 0
     group: int = 0
     keep: bool = True
     t: float = 0.0
-    noise: torch.Tensor = None
-    said: tuple = ()  # the ids of the words that command it (Settings.motion_to_target)
+    motion_ids: list = []  # the words that command a target (Settings.motion_to_target)
 
 
 class Pack(NamedTuple):
     """B packed sequences of U und tokens and G gen tokens, padded; I_v ViT pictures, I latent pictures in all."""
 
     tokens: Tokens  # (B, U + G), on the CPU
-    ids: torch.Tensor  # (B, U) word ids; 0 where a ViT feature stands
-    patches: torch.Tensor  # (I_v, L, 3 * patch²) padded to the longest
-    patch_ids: torch.Tensor  # (I_v, L) row * grid + column; -1 for padding
-    patch_numbers: torch.Tensor  # (I_v,) which context image
-    patch_places: torch.Tensor  # (sum of lengths,) where ViT features go among B * U
-    latents: torch.Tensor  # (B, G, C) clean
-    noise: torch.Tensor  # (B, G, C)
-    latent_ids: torch.Tensor  # (B, G) row * grid + column
-    image: torch.Tensor  # (B, G) which of the I latent pictures
-    t: torch.Tensor  # (I,) fp32
-    numbers: torch.Tensor  # (I,) which context image; -1 for a target
-    said: torch.Tensor  # (I, W) ids of the words that command it, 0 for padding
-    said_mask: torch.Tensor  # (I, W) float
-    target: torch.Tensor  # (B, G) bool: a token that the loss is about
+    ids: Tensor  # (B, U) word ids; 0 where a ViT feature stands
+    patches: Tensor  # (I_v, L, 3 * patch²) padded to the longest
+    patch_ids: Tensor  # (I_v, L) row * grid + column; -1 for padding
+    patch_numbers: Tensor  # (I_v,) which context image
+    patch_places: Tensor  # (sum of lengths,) where ViT features go among B * U
+    x_t: Tensor  # (B, G, C)
+    latent_ids: Tensor  # (B, G) row * grid + column
+    image: Tensor  # (B, G) which of the I latent pictures
+    target: Tensor  # (B, G) bool: a token that the loss is about
+    t: Tensor  # (I,) fp32
+    numbers: Tensor  # (I,) which context image; -1 for a target
+    motion_ids: Tensor  # (I, W) the words that command a target, 0 for padding
+    motion_mask: Tensor  # (I, W) bool: a word
 
-    def to(self, device):
+    def to(self, device: torch.device) -> "Pack":
         """The pack on a device; `tokens` stay on the CPU, unless FSDP moves them: masks are decided where they are."""
-        return Pack(self.tokens, *(part.to(device, non_blocking=True) for part in self[1:]))
+        return Pack(self.tokens, *(x.to(device, non_blocking=True) for x in self[1:]))
+
+
+# ---- packing -------------------------------------------------------------------------------------------------------------
 
 
 class Sequence:
-    """One sequence in the making; its und and gen tokens are rows (position, order, sample, group) of plain numbers."""
+    """One sequence in the making. A row is what `Tokens` knows of a token: (position, order, sample, group)."""
 
-    def __init__(self):
-        self.und, self.ids = [], []
-        self.gen, self.latents, self.noise, self.latent_ids, self.image, self.target = (
-            [],
-            [],
-            [],
-            [],
-            [],
-            [],
-        )
+    def __init__(self, markers):
+        self.markers = markers
+        self.samples = 0
+        self.ids = []  # of the und tokens
+        self.und = []  # their rows
+        self.gen = []  # the rows of the gen tokens
+        self.views = []  # (View, where its features begin among the und tokens)
+        self.latents = []
 
-    def add_gen(self, s, rows, image, columns):
-        """Append the tokens of Latent `s`, the picture number `image`; `columns`: those of the position table."""
-        self.gen += rows
-        self.latents.append(s.tokens)
-        self.noise.append(torch.zeros_like(s.tokens) if s.noise is None else s.noise)
-        self.latent_ids.append(table_ids(s.grid, columns))
-        self.image += [image] * len(rows)
-        self.target += [s.noise is not None] * len(rows)
+    def add_sample(self, segments):
+        """Append the segments of one more sample."""
+        next_position = {0: 0}  # of each group
+        order = 0
+        for segment in segments:
+            position = next_position.setdefault(segment.group, next_position[0])
+            is_text = isinstance(segment, Text)
+            if is_text and not segment.keep:
+                continue
+            length = len(segment.ids) if is_text else 1
+            next_position[segment.group] = position + length
+            if segment.keep:
+                self.add_segment(segment, position, order)
+                order += length
+        self.samples += 1
+
+    def add_segment(self, segment, position, order):
+        """Append a segment that is there."""
+        row = (position, order, self.samples, segment.group)
+        if isinstance(segment, Text):
+            for i, word in enumerate(segment.ids):
+                self.ids.append(word)
+                self.und.append((position + i, order + i, *row[2:]))
+            return
+        features = 0
+        if isinstance(segment, View):
+            features = len(segment.patches)
+            self.views.append((segment, len(self.ids) + 1))
+        else:
+            self.latents.append(segment)
+            self.gen += [row] * len(segment.x_t)
+        start, end = self.markers
+        self.ids += [start, *[0] * features, end]
+        self.und += [row] * (features + 2)
 
 
-def table_ids(grid, columns):
+def table_ids(grid: tuple, columns: int) -> Tensor:
     """Which row of a position table each token of a picture takes: (h * w,) = row * columns + column."""
     return (torch.arange(grid[0])[:, None] * columns + torch.arange(grid[1])).flatten()
 
 
-def pack(sequences, markers, config):
+def pack(sequences: list, markers: tuple, config) -> Pack:
     """Sequences -> Pack. A sequence is a list of samples, a sample a list of Text, View and Latent segments in order.
 
     markers   ids of <|vision_start|> and <|vision_end|>;   config: lib/bagel.Config, for the sides of position tables
     Every sequence needs a picture as latents (the target of the loss).
     """
-    made, views, places, pictures = [], [], [], []
+    rows, views, places, latents = [], [], [], []
     for samples in sequences:
-        out = Sequence()
-        for number, segments in enumerate(samples):
-            positions, order = {0: 0}, 0  # the next RoPE position of each group
-            for s in segments:
-                position = positions.setdefault(s.group, positions[0])
-                row = (position, order, number, s.group)
-                if isinstance(s, Text):
-                    if s.keep:
-                        out.ids += s.ids
-                        out.und += [
-                            (position + i, order + i, number, s.group) for i in range(len(s.ids))
-                        ]
-                        positions[s.group], order = position + len(s.ids), order + len(s.ids)
-                    continue
-                positions[s.group] = position + 1
-                if not s.keep:
-                    continue
-                if isinstance(s, View):
-                    places.append((len(made), len(out.ids) + 1))
-                    views.append(s)
-                    between = [0] * len(s.patches)
-                else:
-                    out.add_gen(s, [row] * len(s.tokens), len(pictures), config.latent_grid)
-                    pictures.append(s)
-                    between = []
-                ids = [markers[0], *between, markers[1]]
-                out.ids += ids
-                out.und += [row] * len(ids)
-                order += 1
-        made.append(out)
-    return assembled(made, views, places, pictures, config)
+        row = Sequence(markers)
+        for segments in samples:
+            row.add_sample(segments)
+        rows.append(row)
+        latents += row.latents
+    und = max(len(row.ids) for row in rows)
+    for b, row in enumerate(rows):
+        for view, first in row.views:
+            views.append(view)
+            places.append(b * und + first + torch.arange(len(view.patches)))
+    lengths = torch.tensor([len(latent.x_t) for latent in latents])
+    targets = torch.tensor([latent.t > 0 for latent in latents])
+    words = [torch.tensor(latent.motion_ids, dtype=torch.long) for latent in latents]
 
+    def by_sequence(values):  # (gen tokens of all, ...) -> (B, G, ...)
+        return padded(values.split([len(row.gen) for row in rows]))
 
-def assembled(made, views, places, pictures, config):
-    """Finished `Sequence`s and their pictures -> Pack: everything padded to the longest and joined."""
-
-    def padded(parts, fill=0):
-        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
-
-    def numbers(lists):
-        longest, nothing = (
-            max(map(len, lists)),
-            (0, HIDDEN, -1, 0),
-        )  # padding sees padding, is seen by padding
-        return torch.tensor([rows + [nothing] * (longest - len(rows)) for rows in lists])
-
-    tokens = torch.cat(
-        [numbers([s.und for s in made]), numbers([s.gen for s in made])], 1
-    )  # (B, U + G, 4)
-    width = max(len(s.ids) for s in made)
-    where = [
-        row * width + first + torch.arange(len(v.patches)) for (row, first), v in zip(places, views)
-    ]
-    words = [torch.tensor(p.said, dtype=torch.long) for p in pictures]
-    words = padded([w if len(w) else torch.zeros(1, dtype=torch.long) for w in words])
-    spoken = torch.arange(words.shape[1]) < torch.tensor([[len(p.said)] for p in pictures])
-    nothing = torch.zeros(1, 1, 3 * config.vit_patch**2)  # no ViT picture at all: one of padding
+    tokens = torch.cat([padded_rows([r.und for r in rows]), padded_rows([r.gen for r in rows])], 1)
+    patches, patch_ids = view_tensors(views, config)
     return Pack(
         tokens=Tokens(*tokens.unbind(-1)),
-        ids=padded([torch.tensor(s.ids) for s in made]),
-        patches=padded([v.patches for v in views]) if views else nothing,
-        patch_ids=padded([table_ids(v.grid, config.vit_grid) for v in views], -1)
-        if views
-        else torch.full((1, 1), -1),
-        patch_numbers=torch.tensor([v.number for v in views] or [0]),
-        patch_places=torch.cat(where) if views else torch.zeros(0, dtype=torch.long),
-        latents=padded([torch.cat(s.latents) for s in made]),
-        noise=padded([torch.cat(s.noise) for s in made]),
-        latent_ids=padded([torch.cat(s.latent_ids) for s in made]),
-        image=padded([torch.tensor(s.image) for s in made]),
-        t=torch.tensor([float(p.t) for p in pictures]),
-        numbers=torch.tensor([-1 if p.noise is not None else p.number for p in pictures]),
-        said=words,
-        said_mask=spoken.float(),
-        target=padded([torch.tensor(s.target) for s in made], False),
+        ids=padded([torch.tensor(row.ids) for row in rows]),
+        patches=patches,
+        patch_ids=patch_ids,
+        patch_numbers=torch.tensor([view.number for view in views] or [0]),
+        patch_places=torch.cat(places) if views else torch.zeros(0, dtype=torch.long),
+        x_t=by_sequence(torch.cat([latent.x_t for latent in latents])),
+        latent_ids=by_sequence(torch.cat([table_ids(z.grid, config.latent_grid) for z in latents])),
+        image=by_sequence(torch.arange(len(latents)).repeat_interleave(lengths)),
+        target=by_sequence(targets.repeat_interleave(lengths)),
+        t=torch.tensor([float(latent.t) for latent in latents]),
+        numbers=torch.where(targets, -1, torch.tensor([latent.number for latent in latents])),
+        motion_ids=padded(words),
+        motion_mask=padded([torch.ones(len(ids), dtype=torch.bool) for ids in words]),
     )
+
+
+def padded(tensors, fill=0):
+    """Tensors (n, ...) -> (B, longest, ...)."""
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
+
+
+def padded_rows(lists):
+    """The rows of B sequences -> (B, longest, 4). Padding sees padding and is seen by padding alone."""
+    longest = max(map(len, lists))
+    padding = (0, HIDDEN, -1, 0)
+    return torch.tensor([rows + [padding] * (longest - len(rows)) for rows in lists])
+
+
+def view_tensors(views, config):
+    """The patches and patch_ids of a Pack; without any picture one of padding."""
+    if not views:
+        return torch.zeros(1, 1, 3 * config.vit_patch**2), torch.full((1, 1), -1)
+    ids = [table_ids(view.grid, config.vit_grid) for view in views]
+    return padded([view.patches for view in views]), padded(ids, -1)

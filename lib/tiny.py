@@ -157,3 +157,43 @@ def tiny_tokenizer(phrases=()):
         additional_special_tokens=list(SPECIAL),
         clean_up_tokenization_spaces=False,
     )
+
+
+def tiny_bagel_files(size: int, vocabulary: int) -> dict[str, dict]:
+    """What the json files of the tiny world model hold, by their names: 2 M parameters for size x size pictures."""
+    llm = {
+        "model_type": "qwen2",
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 352,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "vocab_size": vocabulary,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    vit = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "patch_size": 16,
+        "image_size": size,
+    }
+    astra = {  # fields of lib.bagel.Settings
+        "prediction": "x0",
+        "motion_to_target": True,
+        "reference_first": True,
+        "learned_places": True,
+        "latent": "pixels",
+        "vae_limits": (size, size, 8),
+        "vit_limits": (size, size, 16),
+        "steps": 4,
+        "shift": 1.0,
+        "text_scale": 1.0,
+        "image_scale": 1.0,
+    }
+    return {"llm_config": llm, "vit_config": vit, "config": {"astra": astra}}

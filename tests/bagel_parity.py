@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import world_model  # noqa: E402
-from lib.bagel import GEN, LATENT_PATCH, token_grid  # noqa: E402
+from lib.bagel import GEN, LATENT_PATCH, ContextImage, ContextText, token_grid  # noqa: E402
 from lib.bagel_files import (  # noqa: E402
     AUTOENCODER,
     NETWORK,
@@ -41,7 +41,7 @@ from lib.bagel_files import (  # noqa: E402
     unpatchify,
 )
 from lib.packing import Latent, Text, View, pack, sight, table_ids  # noqa: E402
-from world_model import Words, WorldModel, read  # noqa: E402
+from world_model import GuidanceBranch, WorldModel, read_inputs  # noqa: E402
 
 # From the original's inferencer.py (ByteDance-Seed/Bagel, Apache-2.0): its defaults, for the options that a case leaves
 # out, and what it says first when it is to think before it answers or draws.
@@ -200,10 +200,11 @@ def encoders(case):
 
 
 def segments(case):
-    """A recorded pack, told by its indices -> (samples, order).
+    """A recorded pack, told by its indices -> (samples, order, velocities).
 
     samples   for lib/packing.pack, one list of Text, View and Latent segments each; a noisy picture is a private group
     order     (L,) where in the original's sequence our tokens stand: und tokens first, then gen
+    velocities   (N, C) eps - x0 of all targets
     Where the case drops pictures, a gap in the positions is a dropped one.
     """
     told, data, special = case.told, case.data, case.reference["special_tokens"]
@@ -226,7 +227,7 @@ def segments(case):
             data["in.packed_vit_tokens"].split(sizes),
             data["in.packed_vit_position_ids"].split(sizes),
         )
-    samples, und, gen, at = [], [], [], 0
+    samples, und, gen, velocities, at = [], [], [], [], 0
     for length in told["sample_lens"]:
         sample, position, stop = (
             [],
@@ -246,15 +247,16 @@ def segments(case):
                 latent, (rows, width) = next(pictures)
                 u = data["in.packed_timesteps"][latents].sigmoid().item()
                 t = told["timestep_shift"] * u / (1 + (told["timestep_shift"] - 1) * u)
-                noise = {
-                    "t": t,
-                    "noise": data["out.noise"][latents : latents + len(inside)],
-                    "group": len(sample) + 1,
-                }
                 tokens = patchify(
                     latent[None, :, : rows * LATENT_PATCH, : width * LATENT_PATCH], LATENT_PATCH
                 )[0]
-                sample.append(Latent(tokens, (rows, width), **(noise if t > 0 else {})))
+                if t > 0:
+                    noise = data["out.noise"][latents : latents + len(inside)]
+                    x_t, group = (1 - t) * tokens + t * noise, len(sample) + 1
+                    velocities.append(noise - tokens)
+                    sample.append(Latent(x_t, (rows, width), group=group, t=t))
+                else:
+                    sample.append(Latent(tokens, (rows, width)))
                 und, gen, latents, position = (
                     und + [at, end],
                     gen + inside,
@@ -274,7 +276,7 @@ def segments(case):
                 raise ValueError(f"token {at} of the pack begins no segment")
             at = end + 1
         samples.append(sample)
-    return samples, torch.tensor(und + gen)
+    return samples, torch.tensor(und + gen), torch.cat(velocities)
 
 
 def attention_of(told, data):
@@ -306,12 +308,10 @@ def attention_of(told, data):
     return (sample[:, None] == sample) & (before | same & whole) & ~(noise & ~same)
 
 
-def losses(case, batch, order):
+def losses(case, batch, order, velocities):
     """A pack -> squared errors (n, C) of its targets, cross entropies of its words, hidden states (L, H)."""
     und, gen = case.network.hidden(batch)
-    mse = (
-        case.network.output(gen)[batch.target] - (batch.noise - batch.latents)[batch.target]
-    ).square()
+    mse = (case.network.output(gen)[batch.target] - velocities).square()
     here = {place: i for i, place in enumerate(order.tolist())}
     scored = [here[place] for place in case.data["in.ce_loss_indexes"].tolist()]
     ce = F.cross_entropy(
@@ -327,29 +327,25 @@ def cached_velocities(network, samples):
     for sample, i in [(sample, i) for sample in samples for i, s in enumerate(sample) if s.group]:
         before, target = [s for s in sample[:i] if not s.group], sample[i]
         size = sum(len(s[0]) + 2 for s in before if s.keep)
-        memory = network.memory(1, size, len(target.tokens) + 2)
+        memory = network.memory(1, size, len(target.x_t) + 2)
         for s in before:
             if not s.keep:  # a dropped picture
                 memory.next = memory.next + 1
             elif isinstance(s, Text):
-                network.read_text(memory, torch.tensor([s.ids]), torch.tensor([len(s.ids)]))
+                text = ContextText(torch.tensor([s.ids]), torch.tensor([len(s.ids)]))
+                network.read_text(memory, text)
             elif isinstance(s, View):
-                network.read_images(
-                    memory, [(None, unpatchify(s.patches[None], c.vit_patch, *s.grid))]
-                )
+                pixels = unpatchify(s.patches[None], c.vit_patch, *s.grid)
+                network.read_images(memory, [ContextImage(None, pixels)])
             else:
-                network.read_images(
-                    memory, [(unpatchify(s.tokens[None], LATENT_PATCH, *s.grid), None)]
-                )
-        x, branch = (1 - target.t) * target.tokens + target.t * target.noise, memory.whole()
+                latent = unpatchify(s.x_t[None], LATENT_PATCH, *s.grid)
+                network.read_images(memory, [ContextImage(latent, None)])
+        branch, markers = memory.everything(), network.embed_markers(1)
         place = network.latent_pos_embed(table_ids(target.grid, c.latent_grid))
         extra = network.time_embedder(torch.tensor([target.t])) + place
         rope = network.rope(branch.next[:, None])
-        found.append(
-            network.output(
-                network.denoise(x[None], extra[None], network.embed_markers(1), rope, [branch])
-            )[0]
-        )
+        hidden = network.denoise(target.x_t[None], extra[None], markers, rope, [branch])
+        found.append(network.output(hidden)[0])
     return torch.cat(found)
 
 
@@ -358,7 +354,7 @@ def training(case):
     data, told, network = case.data, case.told, case.network
     if "in.padded_images" in data:
         latents_of_a_pack(case)
-    samples, order = segments(case)
+    samples, order, velocities = segments(case)
     batch, mask = pack([samples], network.markers, network.config), attention_of(told, data)
     case.compare("positions", batch.tokens.position[0], data["in.packed_position_ids"][order], 0)
     case.compare("positions", batch.latent_ids[0], data["in.packed_latent_position_ids"], 0)
@@ -376,7 +372,7 @@ def training(case):
         case.remarks.append("no mask recorded")
     else:
         case.compare("mask", sight(batch.tokens, batch.tokens)[0], mask[order][:, order], 0)
-    mse, ce, hidden = losses(case, batch, order)
+    mse, ce, hidden = losses(case, batch, order, velocities)
     case.compare("hidden", hidden, data["out.hidden"][order])
     case.compare("velocities", network(batch)[batch.target], data["out.velocity"])
     case.compare("cached velocities", cached_velocities(network, samples), data["out.velocity"])
@@ -422,8 +418,9 @@ def gradients(case):
     if not there:
         raise ValueError("the pack whose gradients these are is not in the folder")
     source = case.other(there[0])
-    samples, order = segments(source)
-    mse, ce, _ = losses(source, pack([samples], case.network.markers, case.network.config), order)
+    samples, order, velocities = segments(source)
+    batch = pack([samples], case.network.markers, case.network.config)
+    mse, ce, _ = losses(source, batch, order, velocities)
     weights = dict(case.network.named_parameters())
     ours = dict(zip(weights, torch.autograd.grad(ce.mean() + mse.mean(), weights.values())))
     # A softmax ignores what is added to all its scores: of the ViT's k_proj.bias only rounding is recorded.
@@ -446,7 +443,7 @@ def options(case):
 
 
 def inputs(case, latents=True):
-    """The inputs of a case in order: images (latent or None, ViT pixels), and Words; first its prompt, if it thinks."""
+    """The inputs of a case in order, ContextImage and ContextText; first its prompt, if it thinks."""
     parts, images, model, o = [], 0, case.model, options(case)
     for item in [TO_ANSWER if o["understanding_output"] else TO_DRAW] * o["think"] + case.told[
         "inputs"
@@ -460,38 +457,42 @@ def inputs(case, latents=True):
             if latents
             else None
         )
-        parts.append((latent, to_pixels(resize(image, model.settings.vit_limits))[None]))
+        pixels = to_pixels(resize(image, model.settings.vit_limits))[None]
+        parts.append(ContextImage(latent, pixels))
         images += 1
     return parts
 
 
 def contexts(network, parts, thought, room):
-    """Read what a case reads -> {"full", "no_text", "no_image"}: (Memory, length, next position).
+    """Read what a case reads -> {"full", "no_text", "no_image"}: (Memory, Mark).
 
     A thought stands behind the rest in "full" alone; "no_text" is what "full" was before the last text of `parts`.
     """
-    texts = [part for part in parts if isinstance(part, Words)]
-    full = network.memory(1, sum(map(network.length_of, [*parts, *thought])), room)
-    no_image = network.memory(1, sum(map(network.length_of, texts)), room)
-    no_text = read(network, full, parts)
-    read(network, full, thought)
-    read(network, no_image, texts)
+    texts = [part for part in parts if isinstance(part, ContextText)]
+    full = network.memory(1, sum(map(network.token_count, [*parts, *thought])), room)
+    no_image = network.memory(1, sum(map(network.token_count, texts)), room)
+    no_text = read_inputs(network, full, parts)
+    read_inputs(network, full, thought)
+    read_inputs(network, no_image, texts)
     return {
-        "full": (full, full.length, full.next),
-        "no_text": (full, *no_text),
-        "no_image": (no_image, no_image.length, no_image.next),
+        "full": (full, full.mark()),
+        "no_text": (full, no_text),
+        "no_image": (no_image, no_image.mark()),
     }
 
 
 def reading_order(network, parts):
     """Where in the original's sequence each token of a Memory stands: ours holds neighbouring images und before gen."""
     order, at = [], 0
-    for is_text, group in itertools.groupby(parts, key=lambda part: isinstance(part, Words)):
+    for kind, group in itertools.groupby(parts, key=type):
         und, gen = [], []
         for part in group:
-            for i, segment in enumerate([part] if is_text else [(part[0], None), (None, part[1])]):
-                places = list(range(at, at + network.length_of(segment)))
-                is_latent = not is_text and i == 0
+            pieces = [part]
+            if kind is ContextImage:
+                pieces = [part._replace(pixels=None), part._replace(latent=None)]
+            for i, piece in enumerate(pieces):
+                places = list(range(at, at + network.token_count(piece)))
+                is_latent = kind is ContextImage and i == 0
                 und += places[:1] + places[-1:] if is_latent else places
                 gen += places[1:-1] if is_latent else []
                 at += len(places)
@@ -502,13 +503,13 @@ def reading_order(network, parts):
 def compare_contexts(case, memories, parts):
     """Lengths, positions, keys and values of the recorded contexts. parts: what "full" has read, in order."""
     orders = [reading_order(case.network, parts)] * 2
-    for (name, (memory, length, next)), order in zip(
-        memories.items(), [*orders, list(range(memories["no_image"][1]))]
-    ):
+    orders.append(list(range(memories["no_image"][1].length)))
+    for (name, (memory, mark)), order in zip(memories.items(), orders, strict=True):
+        length = mark.length
         if f"context.{name}.kv_len" not in case.data:
             continue
         told = torch.cat([case.data[f"context.{name}.{key}"] for key in ("kv_len", "rope")])
-        case.compare("counts", [length, next.item()], told, 0)
+        case.compare("counts", [length, mark.next.item()], told, 0)
         for kind, kept in (("k", memory.keys), ("v", memory.values)):
             for i, layer in enumerate(kept if length else ()):
                 ours = layer[0, :, memory.room : memory.room + length].transpose(
@@ -528,16 +529,13 @@ def written(case, parts):
         [],
         options(case)["max_think_token_n"],
     )
-    memory = network.memory(1, sum(map(network.length_of, parts)) + limit)
-    read(network, memory, parts)
+    memory = network.memory(1, sum(map(network.token_count, parts)) + limit)
+    read_inputs(network, memory, parts)
     word = model.bos
     while len(tokens) < limit and (word != model.eos or not tokens):
         tokens.append(word)
-        logits.append(
-            network.write(
-                network.read_text(memory, torch.tensor([[word]]), torch.tensor([1]), "all")
-            )[0, 0]
-        )
+        text = ContextText(torch.tensor([[word]]), torch.tensor([1]))
+        logits.append(network.write(network.read_text(memory, text, und_needed=True))[0, 0])
         word = logits[-1].argmax().item()
     case.compare("tokens", tokens, case.data["text_tokens"].flatten(), 0)
     case.compare("logits", torch.stack(logits), case.data["text_logits"].flatten(0, -2))
@@ -555,7 +553,7 @@ def understanding(case):
 def watched_sample(network, parts, noise, grid, settings, branches):
     """`world_model.sample` -> (its result (n, C), [(x, t, velocities of the branches, guided velocity)] of its steps).
 
-    branches   what the target sees, where that is not what `sample` would read by itself; else None
+    branches   what the target sees, where that is not what `sample` would read by itself
     """
 
     def watched(name, **instead):
@@ -563,9 +561,7 @@ def watched_sample(network, parts, noise, grid, settings, branches):
             world_model, name, **(instead or {"wraps": getattr(world_model, name)})
         )
 
-    instead = (
-        {"return_value": (branches, [network.no_motion()] * len(branches))} if branches else {}
-    )
+    instead = {"return_value": branches} if branches else {}
     with (
         watched("velocity") as velocity,
         watched("guided") as guided,
@@ -597,16 +593,16 @@ def generation(case):
         [side // case.stride for side in data["image_shape"].tolist()],
         data["step.0.x"][None],
     )
-    parts, branches = inputs(case), None
+    parts, branches = inputs(case), []
     thought = [case.model.texts([written(case, parts)])] if o["think"] else []
     memories = contexts(network, parts, thought, noise.shape[1] + 2)
     compare_contexts(case, memories, [*parts, *thought])
     if thought:  # `sample` does not think: it is given what it would read
-        (full, *_), (_, length, next), (no_image, *_) = memories.values()
-        branches = [full.whole(), full.first(length, next), no_image.whole()]
-        branches = branches[
-            : 1 if settings.text_scale <= 1 else 2 if settings.image_scale <= 1 else 3
-        ]
+        count = 1 if settings.text_scale <= 1 else 2 if settings.image_scale <= 1 else 3
+        silence = torch.zeros(1, 1, network.config.width)
+        (full, _), (_, mark), (no_image, _) = memories.values()
+        seen = [full.everything(), full.up_to(mark), no_image.everything()]
+        branches = [GuidanceBranch(memory, silence) for memory in seen[:count]]
     latent, steps = watched_sample(network, parts, noise, grid, settings, branches)
     case.compare(
         "counts", len(steps), len({key.split(".")[1] for key in data if key.startswith("step.")}), 0
@@ -648,28 +644,24 @@ def versus(case):
     )
     if "input_image.0" in case.data and "inputs" in told and x is not None and t is not None:
         sample = []
-        for a, b in inputs(case):  # ids and lengths of Words, latent and pixels
-            images = (
-                []
-                if a.dim() == 2
-                else [
-                    Latent(patchify(a, LATENT_PATCH)[0], token_grid(a)),
-                    View(patchify(b, patch)[0], [side // patch for side in b.shape[-2:]]),
-                ]
-            )
-            sample += images or [Text(a[0].tolist())]
+        for item in inputs(case):
+            if isinstance(item, ContextText):
+                sample.append(Text(item.ids[0].tolist()))
+                continue
+            latent, pixels = item
+            sides = [side // patch for side in pixels.shape[-2:]]
+            sample.append(Latent(patchify(latent, LATENT_PATCH)[0], token_grid(latent)))
+            sample.append(View(patchify(pixels, patch)[0], sides))
         grid = next(
-            s.grid for s in reversed(sample) if isinstance(s, Latent) and len(s.tokens) == len(x)
+            s.grid for s in reversed(sample) if isinstance(s, Latent) and len(s.x_t) == len(x)
         )
-        samples = [
-            [*sample, Latent(x, grid, group=1, t=t.item(), noise=x)]
-        ]  # x_t = x whatever t is
+        samples = [[*sample, Latent(x, grid, group=1, t=t.item())]]
     else:
         packs = [
             path.stem for path in case.folder.glob("train_*.safetensors") if case.name != path.stem
         ]
         packs = [name for name in packs if name in case.reference["cases"]] or ["train_nested"]
-        samples, _ = segments(case.other(min(packs)))
+        samples, *_ = segments(case.other(min(packs)))
         case.remarks.append(
             f"its context is not understood: only our two forwards are compared, on {min(packs)}"
         )

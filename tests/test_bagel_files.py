@@ -1,5 +1,6 @@
 """pytest tests/test_bagel_files.py: BAGEL's files in and out, also by many ranks.  CPU, about 5 s."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lib import bagel_files, checkpoints, common
-from lib.bagel_files import FluxLatents, load_network, to_flux, write_folder
+from lib import checkpoints
+from lib.bagel_files import FluxLatents, load_network, to_flux, write_checkpoint
+from lib.distributed import is_main, setup, shard
 
 # ---------------------------------------------------------------- the network
 
@@ -98,20 +100,19 @@ def test_a_file_that_does_not_fit_is_named(tmp_path, change, sentence):
 
 
 def load_sharded(folder, per_machine):
-    """Every rank loads its rows in fp32; then come a pass, a training state, and the whole by `write_folder`."""
+    """Every rank loads its rows in fp32; then come a pass, a training state, and the whole by `write_checkpoint`."""
     os.environ["LOCAL_WORLD_SIZE"], folder = per_machine, Path(folder)
-    world, network = common.setup(threads=1), on_meta()
-    common.shard(network, [network.inside], world)
+    world, network = setup(threads=1), on_meta()
+    shard(network, [network.inside], world)
     load_network(network, folder / "f", "cpu", torch.float32)
     assert network.inside.weight.to_local().shape[0] == (4, 3)[world.rank % 2]  # of 7
     y = network(torch.ones(1, 6)).detach()
     checkpoints.save_state(folder / "training", 1, network.state_dict(), {})
     like = checkpoints.contents(folder / "f")
-    write_folder(
-        folder / f"by_{world.size}", network.state_dict().items(), like, {}, Nothing(), Nothing()
-    )
-    if common.is_main():
-        save_file({"y": y}, folder / f"by_{world.size}" / "y")
+    out, tensors = folder / f"by_{world.size}", network.state_dict().items()
+    write_checkpoint(out, tensors, like, {}, Nothing(), Nothing())
+    if is_main():
+        save_file({"y": y}, out / "y")
 
 
 class Nothing:
@@ -145,16 +146,11 @@ def test_saved_file_is_the_loaded_one_byte_for_byte(tmp_path, dtype):
     tensors, network = small_file(tmp_path / "f", dtype), on_meta()
     save_file(tensors, tmp_path / "f", metadata={"format": "pt"})
     load_network(network, tmp_path / "f", "cpu", torch.float32)
-    write_folder(
-        tmp_path / "out",
-        network.state_dict().items(),
-        checkpoints.contents(tmp_path / "f"),
-        {"llm_config": {"hidden_size": 6}},
-        Nothing(),
-        Nothing(),
-    )
+    layout, files = checkpoints.contents(tmp_path / "f"), {"llm_config": {"hidden_size": 6}}
+    tensors = network.state_dict().items()
+    write_checkpoint(tmp_path / "out", tensors, layout, files, Nothing(), Nothing())
     assert (tmp_path / "out" / "ema.safetensors").read_bytes() == (tmp_path / "f").read_bytes()
-    assert bagel_files.read_json(tmp_path / "out" / "llm_config.json") == {"hidden_size": 6}
+    assert json.loads((tmp_path / "out" / "llm_config.json").read_text()) == {"hidden_size": 6}
 
 
 # ---------------------------------------------------------------- the FLUX autoencoder

@@ -11,7 +11,9 @@ import torch
 from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 
-from lib import checkpoints, common
+from lib import checkpoints, distributed
+from lib.distributed import World, fail, is_main, setup, shard
+from lib.records import whole_folder
 
 # ---------------------------------------------------------------- one file
 
@@ -193,7 +195,7 @@ def small_model(world):
     model = torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
     model.scale = torch.nn.Parameter(torch.ones(3))
     model[2].weight.requires_grad_(False)
-    common.shard(model, [model[0]], world, ignored=[model.scale])
+    shard(model, [model[0]], world, ignored=[model.scale])
     sharded = [p for p in model.parameters() if p.requires_grad and p is not model.scale]
     groups = [
         {"params": sharded},
@@ -208,7 +210,7 @@ def train(folder, first, last):
     Rank 0 alone brings data: the sum over ranks then is exact, and any number of ranks gives the same bits.
     """
     folder, first, last = Path(folder), int(first), int(last)
-    world = common.setup(threads=1)
+    world = setup(threads=1)
     model, optimizer = small_model(world)
     tensors = checkpoints.training_tensors(model, optimizer)
     assert (checkpoints.load_state(folder / "training", tensors) or (0, {})) == (
@@ -218,23 +220,23 @@ def train(folder, first, last):
     for step in range(first, last):
         x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step)) * (world.rank == 0)
         ((model(x) * model.scale).square().sum() * (world.rank == 0)).backward()
-        common.sum_gradients(model.parameters())
+        distributed.sum_gradients(model.parameters())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     checkpoints.save_state(folder / "training", last, tensors, {"note": 5})
     found = checkpoints.whole(tensors.items())
-    if common.is_main():
+    if is_main():
         torch.save(found, folder / f"after_{last}.pt")
 
 
 def train_then_fill_the_disk(folder, first, last):
     """`train`; then one of two ranks cannot write: both must end with a sentence, and neither wait for the other."""
     train(folder, first, last)
-    world, write = common.setup(threads=1), checkpoints.write_file
+    world, write = setup(threads=1), checkpoints.write_file
 
     def full(path, named, like):
         if world.rank == 1:
-            common.fail("The disk is full")
+            fail("The disk is full")
         write(path, named, like)
 
     checkpoints.write_file = full
@@ -270,22 +272,22 @@ def test_resumed_on_another_number_of_ranks_equals_an_unbroken_run(tmp_path):
 
 
 def write_from_ranks(folder):
-    """A sharded model written in bf16 by `write_whole`; no rank but the first touches the disk."""
-    world = common.setup(threads=1)
+    """A sharded model written in bf16 by `write_gathered`; no rank but the first touches the disk."""
+    world = setup(threads=1)
     model, _ = small_model(world)
     state = model.state_dict()
     like = {
         key: torch.empty(value.shape, dtype=torch.bfloat16, device="meta")
         for key, value in state.items()
     }
-    with common.written_whole(folder) as part:
-        checkpoints.write_whole(part / "model.safetensors", state.items(), like)
+    with whole_folder(folder) as part:
+        checkpoints.write_gathered(part / "model.safetensors", state.items(), like)
 
 
 def test_sharded_model_is_written_as_one_file(tmp_path):
     on_ranks(2, write_from_ranks, tmp_path / "out")
     want, got = (
-        small_model(common.World(0, 1, 0, torch.device("cpu")))[0].state_dict(),
+        small_model(World(0, 1, 0, torch.device("cpu")))[0].state_dict(),
         load_file(tmp_path / "out" / "model.safetensors"),
     )
     assert got.keys() == want.keys() and all(

@@ -53,14 +53,14 @@ def test_the_table_says_what_the_files_say(tmp_path):
         row(tmp_path, "ring-content", 3),
         row(tmp_path, "ring-untuned", 0),
     )
-    row(tmp_path, "rooms250-plain", 1), row(tmp_path, "apart-pose", 4)
+    row(tmp_path, "rooms250-plain", 1), row(tmp_path, "apart-content", 4)
     told = cells(evidence.table(tmp_path))
     assert list(told) == [
         "ring-plain",
         "ring-content",
         "ring-untuned",
         "rooms250-plain",
-        "apart-pose",
+        "apart-content",
     ]
     assert told["ring-plain"] == ["0", "9", "0.400", "1.000", "0.0333", "100", "", "", ""]
     assert told["ring-content"][6:] == [
@@ -71,16 +71,16 @@ def test_the_table_says_what_the_files_say(tmp_path):
     assert told["ring-untuned"][6].startswith("-0.400") and told["rooms250-plain"][6].startswith(
         "-0.200"
     )
-    assert told["apart-pose"][6:] == ["", "", ""]  # its plain row is not there yet
+    assert told["apart-content"][6:] == ["", "", ""]  # its plain row is not there yet
 
 
 def test_seeds_are_averaged(tmp_path):
     (
         row(tmp_path, "ring-plain", 2),
-        row(tmp_path, "ring-pose", 2),
-        row(tmp_path, "ring-pose", 4, seed=1),
+        row(tmp_path, "ring-content", 2),
+        row(tmp_path, "ring-content", 4, seed=1),
     )
-    told = cells(evidence.table(tmp_path))["ring-pose"]
+    told = cells(evidence.table(tmp_path))["ring-content"]
     assert told[:3] == ["0 1", "9", "0.600"] and told[5:7] == ["100", "+0.200 [+0.200 +0.200]"]
 
 

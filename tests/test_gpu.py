@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from lib.bagel import ContextImage, ContextText
 from lib.packing import dense_attention, flex_attention_for
 from policy import Policy, collate, rollout, token_logprobs
-from tests.test_world_model import SMALL, Words, packed, random_network, small_pack
+from tests.test_world_model import SMALL, packed, random_network, small_pack
 from world_model import sample
 
 WIDE = dataclasses.replace(
@@ -72,10 +73,8 @@ def test_sampling_in_bf16_is_near_fp32_on_the_cpu(compiled):
         network = random_network(WIDE).to(device, dtype)
         if compiled and device == "cuda":
             network.denoise = torch.compile(network.denoise, fullgraph=True)
-        inputs = [
-            *((z.to(device), p.to(device)) for z, p in images),
-            Words(ids[:2].to(device), lengths[:2]),
-        ]
+        inputs = [ContextImage(z.to(device), p.to(device)) for z, p in images]
+        inputs.append(ContextText(ids[:2].to(device), lengths[:2]))
         views.append(sample(network, inputs, noise.to(device), grid, settings))
     near(views[1], views[0], 0.15)
 

@@ -9,8 +9,9 @@ from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lib import checkpoints, common
+from lib import checkpoints
 from lib.bagel_files import load_network
+from lib.distributed import clip_gradients, setup, shard, sum_gradients
 from lib.lora import LANGUAGE_LAYERS, QWEN_LAYERS, LoraLinear, add_lora, merged
 from policy import Policy
 from world_model import WorldModel
@@ -150,11 +151,11 @@ def test_dropout_acts_on_the_correction_in_training_alone():
 
 def train_sharded(folder):
     """Load a bf16 base, sharded already, and take two steps on this rank's share of 5 rows; write the merged model."""
-    world, folder = common.setup(threads=1), Path(folder)
+    world, folder = setup(threads=1), Path(folder)
     with torch.device("meta"):
         network = Small().bfloat16()
     adapters = add_lora(network, 2, 8, NAMES, 0, CPU)
-    common.shard(network, network.blocks, world, ignored=adapters)
+    shard(network, network.blocks, world, ignored=adapters)
     load_network(network, folder / "base", "cpu", torch.bfloat16)
     optimizer, x = (
         torch.optim.AdamW(adapters, lr=0.05),
@@ -163,10 +164,10 @@ def train_sharded(folder):
     for _ in range(2):
         optimizer.zero_grad()
         network(x).float().square().sum().backward()
-        common.sum_gradients(adapters)
-        norm = common.clip_gradients(adapters, 1e9)
+        sum_gradients(adapters)
+        norm = clip_gradients(adapters, 1e9)
         optimizer.step()
-    checkpoints.write_whole(
+    checkpoints.write_gathered(
         folder / f"by_{world.size}", merged(network), checkpoints.contents(folder / "base")
     )
     state = checkpoints.training_tensors(network, optimizer)

@@ -230,13 +230,8 @@ def test_position_gaps_are_read_as_dropped_pictures_only_where_pictures_were_dro
 def answered(case, before):
     """Greedy text behind segments, from whole packs -> (tokens, logits)."""
     model, network, limit = case.model, case.network, case.told["options"]["max_think_token_n"]
-    blank = Latent(
-        torch.zeros(1, network.config.latent_numbers),
-        (1, 1),
-        group=1,
-        t=1.0,
-        noise=torch.zeros(1, network.config.latent_numbers),
-    )  # a pack has a target, always
+    zeros = torch.zeros(1, network.config.latent_numbers)
+    blank = Latent(zeros, (1, 1), group=1, t=1.0)  # a pack has a target, always
     tokens, logits = [model.bos], []
     while len(logits) < limit:
         und, _ = network.hidden(
@@ -255,11 +250,13 @@ def test_a_thought_stands_in_the_full_context_alone(folder):
     reference["cases"]["t2i_think"] = told
     data = Recording(folder / "t2i.safetensors")
     case, network = Case(folder, "t2i_think", model, reference, data), model.network
-    prompt, text = (Text(model.words(words)) for words in (TO_DRAW, told["inputs"][0]))
+    prompt, text = (Text(model.token_ids(words)) for words in (TO_DRAW, told["inputs"][0]))
     with torch.no_grad():
         data["text_tokens"], data["text_logits"] = answered(case, [prompt, text])
         thought = Text(
-            model.words(model.tokenizer.decode(data["text_tokens"]).removeprefix("<|im_start|>"))
+            model.token_ids(
+                model.tokenizer.decode(data["text_tokens"]).removeprefix("<|im_start|>")
+            )
         )
         settings = dataclasses.replace(
             model.settings, text_scale=4.0, image_scale=2.0, renorm="global"
@@ -267,7 +264,7 @@ def test_a_thought_stands_in_the_full_context_alone(folder):
         x, grid = data["step.0.x"], [side // case.stride for side in data["image_shape"].tolist()]
         times = [data[f"step.{i}.t"] for i in range(told["steps"])] + [torch.zeros(1)]
         for i, (t, t_next) in enumerate(zip(times, times[1:])):
-            target = Latent(x, grid, group=1, t=t.item(), noise=x)
+            target = Latent(x, grid, group=1, t=t.item())
             packs = [
                 pack([[[*before, target]]], network.markers, network.config)
                 for before in ([prompt, text, thought], [prompt], [prompt, text])

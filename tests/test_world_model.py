@@ -11,7 +11,7 @@ from PIL import Image
 
 import train_wm
 import world_model
-from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, Settings
+from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, ContextImage, ContextText, Settings
 from lib.bagel_files import PixelLatents, patchify, resized, unpatchify
 from lib.geometry import Query
 from lib.images import load_image
@@ -26,7 +26,6 @@ from lib.packing import (
     table_ids,
 )
 from world_model import (
-    Words,
     WorldModel,
     clean,
     guided,
@@ -72,10 +71,10 @@ def random_network(config=SMALL, seed=0):
 def small_pack(contexts=2, seed=1):
     """Two images of different sizes per context; three targets for the first context, two for the second."""
     g = torch.Generator().manual_seed(seed)
-    images = [
-        (torch.randn(contexts, 3, 4, 6, generator=g), torch.randn(contexts, 3, 8, 12, generator=g)),
-        (torch.randn(contexts, 3, 6, 4, generator=g), torch.randn(contexts, 3, 16, 8, generator=g)),
-    ]
+    images = []
+    for height, width, pixels in ((4, 6, (8, 12)), (6, 4, (16, 8))):
+        latent = torch.randn(contexts, 3, height, width, generator=g)
+        images.append(ContextImage(latent, torch.randn(contexts, 3, *pixels, generator=g)))
     owner = torch.tensor([0, 0, 0, 1, 1])[: 5 if contexts == 2 else 3]
     ids = torch.randint(0, 38, (len(owner), 6), generator=g)
     lengths = torch.tensor([4, 6, 3, 5, 6])[: len(owner)]
@@ -99,20 +98,9 @@ def packed(network, images, owner, ids, lengths, x, t, grid, keep=None, together
                 View(patches, (pixels.shape[2] // 4, pixels.shape[3] // 4), number=i, keep=vit),
             ]
         for k in (owner == b).nonzero().flatten().tolist():
-            words = ids[
-                k, : lengths[k]
-            ].tolist()  # x_t is given, not x0: x_t = (1 - t) 0 + t (x_t / t)
-            segments += [
-                Text(words, group=k + 1, keep=len(words) > 0),
-                Latent(
-                    torch.zeros_like(x[k]),
-                    grid,
-                    group=k + 1,
-                    t=float(t[k]),
-                    noise=x[k] / t[k],
-                    said=words[1:-1],
-                ),
-            ]
+            words = ids[k, : lengths[k]].tolist()
+            target = Latent(x[k], grid, group=k + 1, t=float(t[k]), motion_ids=words[1:-1])
+            segments += [Text(words, group=k + 1, keep=len(words) > 0), target]
         samples.append(segments)
     return pack(
         [samples] if together else [[sample] for sample in samples], network.markers, network.config
@@ -283,17 +271,13 @@ def test_recomputed_layers_give_the_same_gradients():
 def velocity_behind(network, memory, x, t, grid, motion=0):
     """The network's output for noisy latents x (R, n, C) that see all of a memory: one branch, one step.
 
-    motion   what `embed_motion` makes of the sentences, (R, 1, H), where the network asks for it
+    motion   what `motion_vector` makes of the sentences, (R, 1, H), where the network asks for it
     """
-    ids, branch = table_ids(grid, network.config.latent_grid), memory.whole()
-    extra = (
-        network.time_embedder(torch.full((1,), float(t))) + network.latent_pos_embed(ids) + motion
-    )
-    return network.output(
-        network.denoise(
-            x, extra, network.embed_markers(len(x)), network.rope(branch.next[:, None]), [branch]
-        )
-    )
+    branch, markers = memory.everything(), network.embed_markers(len(x))
+    places = network.latent_pos_embed(table_ids(grid, network.config.latent_grid))
+    extra = network.time_embedder(torch.full((1,), float(t))) + places + motion
+    rope = network.rope(branch.next[:, None])
+    return network.output(network.denoise(x, extra, markers, rope, [branch]))
 
 
 def context_of(network, images=(), ids=None):
@@ -302,7 +286,7 @@ def context_of(network, images=(), ids=None):
     if images:
         network.read_images(memory, images)
     if ids is not None:
-        network.read_text(memory, ids, torch.tensor([ids.shape[1]]))
+        network.read_text(memory, ContextText(ids, torch.tensor([ids.shape[1]])))
     return memory
 
 
@@ -318,46 +302,44 @@ def test_cached_sampling_step_equals_training_forward(settings):
     with torch.no_grad():
         want = predicted(network, images, owner, ids, lengths, x, t, grid)
         for row in range(len(x)):
-            sentence = ids[row : row + 1, : lengths[row]]
-            memory = context_of(network, images, sentence)
-            assert memory.whole().mask is None, "one query behind its own context needs no mask"
-            motion = network.embed_motion(sentence, lengths[row : row + 1])[:, None]
+            text = ContextText(ids[row : row + 1, : lengths[row]], lengths[row : row + 1])
+            memory = context_of(network, images, text.ids)
+            assert memory.everything().mask is None, "one query needs no mask"
+            motion = network.motion_vector(text.ids, text.words())[:, None]
             got = velocity_behind(network, memory, x[row : row + 1], t[row], grid, motion)
             torch.testing.assert_close(got[0], want[row], rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("said", [True, False])
-def test_what_the_demo_trains_on_is_what_it_samples_with(said):
-    """train_wm's own samples, packed, against the memory and the motion that `imagine` makes of the same query."""
+@pytest.mark.parametrize("keep_text", [True, False])
+def test_what_the_demo_trains_on_is_what_it_samples_with(keep_text):
+    """train_wm's own segments, packed, against the memory and the motion that `imagine` makes of the same query."""
     model, query, t, g = tiny(), queries(2)[1], 0.6, torch.Generator().manual_seed(0)
     network = random_network(model.network.config)
     network.markers, model.network = model.network.markers, network
     images, _, sentence = model.arranged(query.images, query.reference, query.instruction)
-    eps, target = torch.randn(1, 16, 192, generator=g), model.encode(query.images[:1], None)
-    part = {
-        "context": images,
-        "keep": [True] * 2 * len(images),
-        "said": [said],
-        "t": torch.tensor([t]),
-    }
-    latents = [*(model.encode(image[None], None) for image in images), target]
-    sample_of = train_wm.sample_of(part, latents, eps, model, [model.words(sentence)])
-    p = pack([[sample_of]], network.markers, network.config)
-    inputs = [model.see([image], None) for image in images] + [model.texts([sentence])] * said
+    context = [model.encode(image[None], None) for image in images]
+    x_t = torch.randn(1, 16, 192, generator=g)
+    example = train_wm.Example(
+        context=images,
+        targets=[],
+        warps=[],
+        visible=[],
+        token_ids=[model.token_ids(sentence)],
+        keep_vae=[True] * len(images),
+        keep_vit=[True] * len(images),
+        keep_text=[keep_text],
+        t=torch.tensor([t]),
+    )
+    segments = train_wm.segments(example, context, x_t, (4, 4), model)
+    p = pack([[segments]], network.markers, network.config)
+    inputs = [model.see([image], None) for image in images]
+    inputs += [model.texts([sentence])] * keep_text
     with torch.no_grad():
-        (branch,), (motion,) = world_model.guidance_branches(network, inputs, eps, model.settings)
-        x = (1 - t) * patchify(target, LATENT_PATCH) + t * eps
-        extra = (
-            network.time_embedder(torch.tensor([t]))
-            + network.latent_pos_embed(table_ids((4, 4), 4))
-            + motion
-        )
-        got = network.output(
-            network.denoise(
-                x, extra, network.embed_markers(1), network.rope(branch.next[:, None]), [branch]
-            )
-        )
-        torch.testing.assert_close(got[0], network(p)[p.target], rtol=1e-4, atol=1e-4)
+        branches = world_model.guidance_branches(network, inputs, x_t, model.settings)
+        denoiser = world_model.Denoiser(network, branches, [t], (4, 4))
+        (hidden,) = denoiser.hidden(x_t, 0, [0])
+        got = network.output(hidden)[0]
+        torch.testing.assert_close(got, network(p)[p.target], rtol=1e-4, atol=1e-4)
 
 
 def test_rows_with_texts_of_different_lengths_share_a_memory():
@@ -366,12 +348,11 @@ def test_rows_with_texts_of_different_lengths_share_a_memory():
     with torch.no_grad():
         want = predicted(network, images, owner, ids, lengths, x, torch.full_like(t, 0.5), grid)
         memory = network.memory(len(x), 200, room=8)
-        network.read_images(
-            memory,
-            [(z.expand(len(x), -1, -1, -1), p.expand(len(x), -1, -1, -1)) for z, p in images],
-        )
-        network.read_text(memory, ids, lengths)
-        assert memory.whole().mask is not None
+        size = (len(x), -1, -1, -1)
+        rows = [ContextImage(z.expand(size), p.expand(size)) for z, p in images]
+        network.read_images(memory, rows)
+        network.read_text(memory, ContextText(ids, lengths))
+        assert memory.everything().mask is not None
         torch.testing.assert_close(
             velocity_behind(network, memory, x, 0.5, grid), want, rtol=1e-5, atol=2e-5
         )
@@ -398,10 +379,7 @@ def test_dropped_segments_and_sentences_are_seen_by_nobody():
     images, owner, ids, lengths, x, t, grid = small_pack(contexts=1)
     keep, none = torch.tensor([[True, False, True, True]]), torch.zeros_like(lengths)
     with torch.no_grad():
-        other = [
-            (images[0][0], images[0][1] + 1),
-            images[1],
-        ]  # another picture, but only for the ViT
+        other = [images[0]._replace(pixels=images[0].pixels + 1), images[1]]  # for the ViT alone
         a = predicted(network, images, owner, ids, none, x, t, grid, keep=keep)
         b = predicted(network, other, owner, (ids + 1) % 38, none, x, t, grid, keep=keep)
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
@@ -444,7 +422,7 @@ def test_guided_sampling_equals_three_separate_branches(renorm):
         SMALL.settings, steps=3, text_scale=4.0, image_scale=2.0, renorm=renorm, interval=(0.5, 1.0)
     )
     noise = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(3))
-    got = sample(network, [*images, Words(ids, lengths)], noise, grid, settings)
+    got = sample(network, [*images, ContextText(ids, lengths)], noise, grid, settings)
 
     def v(memory, x, t):
         return velocity_behind(network, memory, x, t, grid)
@@ -479,7 +457,7 @@ def test_a_denoising_step_compiles_whole():
     images, _, ids, lengths, _, _, grid = small_pack(contexts=1)
     settings = dataclasses.replace(SMALL.settings, steps=2, text_scale=4.0, image_scale=2.0)
     noise = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(3))
-    inputs = [*images, Words(ids[:1, :4], lengths[:1])]
+    inputs = [*images, ContextText(ids[:1, :4], lengths[:1])]
     want = sample(network, inputs, noise, grid, settings)
     network.denoise = torch.compile(network.denoise, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
@@ -490,7 +468,7 @@ def test_a_denoising_step_compiles_whole():
 def test_without_an_image_the_third_branch_is_the_first():
     """BAGEL runs "no images" for text-to-image too, where it equals "everything": the effective text scale grows."""
     network = random_network()
-    words = Words(torch.tensor([[1, 2, 3, 4]]), torch.tensor([4]))
+    words = ContextText(torch.tensor([[1, 2, 3, 4]]), torch.tensor([4]))
     noise = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(3))
     plain = dataclasses.replace(SMALL.settings, steps=1, shift=1.0, renorm="global", renorm_min=1.0)
     views = [
@@ -505,7 +483,7 @@ def test_without_an_image_the_third_branch_is_the_first():
 
 def test_taylor_series_of_a_line_is_exact_once_two_values_are_known():
     """Divided differences of equally spaced values reproduce a line at once, and the schedule is 0..4, 7, 10, ..."""
-    series, computed = world_model.Taylor(), []
+    series, computed = world_model.TaylorSeries(), []
     for step in range(14):
         due = series.due()
         computed += [step] * due
@@ -642,7 +620,8 @@ def released_config():
         "patch_size": 14,
         "image_size": 980,
     }
-    return Config.read(llm, vit, {}, vocabulary=152064, latent_grid=64, latent_numbers=64)
+    files = {"llm_config": llm, "vit_config": vit, "config": {}}
+    return Config.read(files, vocabulary=152064, latent_grid=64, latent_numbers=64)
 
 
 def test_true_size_has_the_released_checkpoint_s_keys():
