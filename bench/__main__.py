@@ -54,7 +54,7 @@ def memory(args):
     """What each GPU holds while train_rl.py and train_wm.py run, in GB by part: tables, then the JSON line."""
     tiny = args.preset == "tiny"
     rl = vars(train_rl.parse_args(["--preset", args.preset]))
-    wm_flags = train_wm.PRESETS[args.preset]
+    wm_flags = vars(train_wm.parse_args(["--preset", args.preset]))
     model, network = (
         (Policy.tiny().model, WorldModel.tiny().network)
         if tiny

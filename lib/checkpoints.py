@@ -85,31 +85,37 @@ def write_file(path: Path, tensors: Iterable, layout: dict[str, Tensor]) -> None
     Raises ValueError unless `tensors` brings exactly these names and shapes. What safetensors' own `save_file` would
     write, byte for byte, but that one holds all tensors in host memory first.
     """
-    text, begins = file_header(layout)
-    missing = set(layout)
     beside = path.with_name(path.name + ".partial")
     try:
-        with disk(path), open(beside, "wb") as file:
-            file.write(text)
-            for name, tensor in tensors:
-                if name not in missing or tensor.shape != layout[name].shape:
-                    reason = "there is no such tensor in it"
-                    if name in missing:
-                        reason = f"its shape there is {tuple(layout[name].shape)}"
-                    elif name in layout:
-                        reason = "it is there already"
-                    raise ValueError(f"{path} cannot hold {name} {tuple(tensor.shape)}: {reason}")
-                missing.remove(name)
-                file.seek(begins[name])
-                numbers = tensor.detach().to(layout[name].dtype).cpu().contiguous()
-                file.write(numbers.reshape(-1).view(torch.uint8).numpy())
-        if missing:
-            few = ", ".join(sorted(missing)[:4])
-            raise ValueError(f"{path} lacks {few}: {len(missing)} tensors not given")
-        # A model that was read from this very file is a map of it: renaming leaves the old file to the map.
-        os.replace(beside, path)
+        with disk(path):
+            with open(beside, "wb") as file:
+                write_tensors(file, path, tensors, layout)
+            # A model that was read from this very file is a map of it: renaming leaves the old file to the map.
+            os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_tensors(file, path, tensors, layout):
+    """What `write_file` writes, into an open file that is to be called `path`."""
+    text, begins = file_header(layout)
+    file.write(text)
+    missing = set(layout)
+    for name, tensor in tensors:
+        if name not in missing or tensor.shape != layout[name].shape:
+            reason = "there is no such tensor in it"
+            if name in missing:
+                reason = f"its shape there is {tuple(layout[name].shape)}"
+            elif name in layout:
+                reason = "it is there already"
+            raise ValueError(f"{path} cannot hold {name} {tuple(tensor.shape)}: {reason}")
+        missing.remove(name)
+        file.seek(begins[name])
+        numbers = tensor.detach().to(layout[name].dtype).cpu().contiguous()
+        file.write(numbers.reshape(-1).view(torch.uint8).numpy())
+    if missing:
+        few = ", ".join(sorted(missing)[:4])
+        raise ValueError(f"{path} lacks {few}: {len(missing)} tensors not given")
 
 
 # ---- sharded tensors -----------------------------------------------------------------------------------------------------
