@@ -14,6 +14,13 @@ from extras.scans.triples import Rules
 from lib.distributed import fail
 from lib.stage import bounded
 
+COUNTS = {
+    "size": "of the pictures' shorter side, in pixels",
+    "frames": "looked at per scan",
+    "contexts": "per scan",
+    "targets": "triples per context; the paper keeps 48 triples per scan",
+}
+
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The flags behind `data.py triples`."""
@@ -24,7 +31,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     count = bounded(int, 1)
     rules = Rules()
-    apart = (rules.apart_meters, rules.apart_degrees)
     add = parser.add_argument
     add("--dataset", required=True, choices=list(READERS))
     add("--root", required=True, help="folder of the dataset")
@@ -38,15 +44,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="file with the ids of test scans, one per line, or an official CSV of them, instead of 5 %% of places. "
         "All scans of a listed place go with it",
     )
-    add("--size", type=count, default=rules.size, help="of the pictures' shorter side, in pixels")
-    add("--frames", type=count, default=rules.frames, help="frames looked at per scan")
-    add("--contexts", type=count, default=rules.contexts, help="contexts per scan")
-    add(
-        "--targets",
-        type=count,
-        default=rules.targets,
-        help="triples per context; the paper keeps 48 triples per scan",
-    )
+    for name, text in COUNTS.items():
+        add(f"--{name}", type=count, default=getattr(rules, name), help=text)
     add(
         "--coverage",
         type=float,
@@ -57,7 +56,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--apart",
         type=float,
         nargs=2,
-        default=apart,
+        default=rules[1:3],
         metavar=("M", "DEG"),
         help="between the cameras of a context, at least (paper: 1 m and 30 degrees)",
     )
@@ -71,14 +70,7 @@ def make_triples_of_scans(args: argparse.Namespace) -> None:
     """Make all triples of one dataset."""
     if not Path(args.root).is_dir():
         fail(f"--root {args.root} is no folder: give the one that holds the dataset.")
-    rules = Rules(
-        coverage=args.coverage,
-        apart_meters=args.apart[0],
-        apart_degrees=args.apart[1],
-        frames=args.frames,
-        contexts=args.contexts,
-        targets=args.targets,
-        size=args.size,
-    )
+    counts = {name: getattr(args, name) for name in COUNTS}
+    rules = Rules(args.coverage, *args.apart, **counts)
     lists = {split: file for split, file in (("val", args.val), ("test", args.test)) if file}
     make_scans(args.dataset, args.root, args.out, args.threads, args.seed, rules, lists, args.limit)

@@ -13,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy import ndarray
 from PIL import Image
 from tqdm import tqdm
 
-from extras.scans.frames import Frame, collect, thousandths
+from extras.scans.frames import Camera, Frame, collect, thousandths
 from extras.scans.readers import (
     dl3dv_folder,
     dl3dv_frames,
@@ -38,8 +37,6 @@ DEPTH_MODEL = "depth-anything/Depth-Anything-V2-Metric-Indoor-Small-hf"
 MAX_DISAGREEMENT = 0.15  # of depth and poses, as a share of the depth; sensors stay below 0.05
 UNFINISHED = "its depth is estimated in part; run `python -m extras.scans.depth --root DIR` again, it continues."
 OVERLAP = 0.2  # share of a view's points that another must see to be compared with it
-
-Camera = tuple[ndarray, ndarray, ndarray]  # depth (H, W), K (3, 3), c2w (4, 4)
 
 
 def make_depth(root: str | Path, model: str) -> None:
@@ -111,23 +108,16 @@ def estimate_depth(
 
 def depth_network(model: str, device: str) -> Callable[[ndarray], ndarray]:
     """A transformers depth network, trained for metres, as a function (H, W, 3) uint8 -> (H, W) float32 metres."""
-    from transformers import AutoImageProcessor, AutoModelForDepthEstimation
+    from transformers import pipeline
 
-    processor = AutoImageProcessor.from_pretrained(model)
-    network = AutoModelForDepthEstimation.from_pretrained(model)
-    if getattr(network.config, "depth_estimation_type", "metric") != "metric":
+    network = pipeline("depth-estimation", model, device=device)
+    if getattr(network.model.config, "depth_estimation_type", "metric") != "metric":
         raise ValueError(
             f"{model} knows relative depth only; take one trained for metres, such as {DEPTH_MODEL}."
         )
-    network = network.to(device).eval()
 
-    def predict(pixels: ndarray) -> ndarray:
-        inputs = processor(images=Image.fromarray(pixels), return_tensors="pt").to(device)
-        with torch.inference_mode():
-            outputs = network(**inputs)
-        sizes = [pixels.shape[:2]]
-        (depth,) = processor.post_process_depth_estimation(outputs, target_sizes=sizes)
-        return depth["predicted_depth"].float().cpu().numpy()
+    def predict(pixels):
+        return network(Image.fromarray(pixels))["predicted_depth"].float().cpu().numpy()
 
     return predict
 
@@ -147,21 +137,20 @@ def scale_of(frames: list[Frame], views: int = 24, width: int = 40) -> tuple[flo
     """
     cameras = []
     for i in np.unique(np.linspace(0, len(frames) - 1, views).astype(int)):
-        frame = frames[i]
-        size = (width, max(1, round(width * frame.size[1] / frame.size[0])))
-        cameras.append((frame.depth(size), frame.K(size), frame.c2w))
-    poses = np.array([c2w for _, _, c2w in cameras])
+        height = max(1, round(width * frames[i].size[1] / frames[i].size[0]))
+        cameras.append(frames[i].camera((width, height)))
+    poses = np.array([camera.c2w for camera in cameras])
     pairs = pairs_with_parallax(poses)
     baseline = np.median([np.linalg.norm(poses[i, :3, 3] - poses[j, :3, 3]) for i, j in pairs] or 0)
-    depths = np.concatenate([depth[depth > 0] for depth, _, _ in cameras])
+    depths = np.concatenate([camera.depth[camera.depth > 0] for camera in cameras])
     if baseline == 0 or not len(depths):
         return None, 1.0
 
-    def pairs_at(scale: float) -> list[tuple[Camera, Camera]]:
-        moved = [(depth, K, rescaled(c2w, scale)) for depth, K, c2w in cameras]
+    def pairs_at(scale):
+        moved = [camera._replace(c2w=rescaled(camera.c2w, scale)) for camera in cameras]
         return [(moved[i], moved[j]) for i, j in pairs]
 
-    def spread(scale: float) -> float:
+    def spread(scale):
         spreads = []
         for one, other in pairs_at(scale):
             ratios, share = depth_ratios(one, other)

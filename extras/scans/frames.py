@@ -5,7 +5,7 @@ What a scan is: frames, each a posed picture with depth, in one contract for eve
   pixels    centres at +0.5 (lib/geometry.py), so that a picture's scale multiplies its whole K
   depth     along the optical axis, float32 metres, 0 = invalid; always on the pixels of the image
 
-A reader (extras/scans/readers.py) lists a `Row` for every frame, or a sentence that says why there is none.
+A reader (extras/scans/readers.py) lists a `FrameFiles` for every frame, or a sentence that says why there is none.
 `frames_of` turns rows into Frames, `collect` turns Frames into a Scene. A frame that cannot be used (no depth, lost
 tracking, a name that comes twice) is skipped and counted with the reason; a scene without frames is refused. A picture
 is decoded when it is asked for, and refused then if it is truncated.
@@ -25,15 +25,24 @@ from PIL import Image
 from lib.images import read
 
 Size = tuple[int, int]  # (width, height)
+Z_UP = (0, 0, 1)  # of most worlds
 
 
-class View(NamedTuple):
+class PosedView(NamedTuple):
     """A frame in memory, at one size; what `lib.geometry.warp` takes as a context view."""
 
     rgb: ndarray  # (H, W, 3) uint8
     depth: ndarray  # (H, W) metres, 0 = invalid
     c2w: ndarray  # (4, 4)
     intrinsics: ndarray  # (3, 3)
+
+
+class Camera(NamedTuple):
+    """What a frame knows of space, at one size; what `lib.geometry.unproject` and `visible` take."""
+
+    depth: ndarray  # (H, W) metres, 0 = invalid
+    K: ndarray  # (3, 3)
+    c2w: ndarray  # (4, 4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +91,15 @@ class Frame:
         nearest = metres[np.ix_(indices[1], indices[0])]
         return np.where(inside[1][:, None] & inside[0], nearest, np.float32(0))
 
-    def view(self, size: Size) -> View:
-        """Picture, depth, pose and intrinsics at `size`."""
-        return View(self.image(size), self.depth(size), self.c2w, self.K(size))
+    def camera(self, size: Size) -> Camera:
+        """Depth, intrinsics and pose at `size`."""
+        return Camera(self.depth(size), self.K(size), self.c2w)
 
-    def checked(self, what: str, pixels: ndarray, size: Size) -> ndarray:
+    def view(self, size: Size) -> PosedView:
+        """Picture, depth, pose and intrinsics at `size`."""
+        return PosedView(self.image(size), self.depth(size), self.c2w, self.K(size))
+
+    def checked(self, what, pixels, size):
         """The pixels; ValueError if they have not the size of their scene."""
         height, width = pixels.shape[:2]
         if (width, height) != tuple(size):
@@ -109,7 +122,7 @@ class Scene(NamedTuple):
     note: str  # where depth and scale come from, if they were not measured; else ""
 
 
-class Row(NamedTuple):
+class FrameFiles(NamedTuple):
     """What a reader knows of a frame before any picture is opened."""
 
     name: str
@@ -117,94 +130,6 @@ class Row(NamedTuple):
     depth: Path | None
     c2w: ndarray  # (4, 4)
     K: ndarray  # (3, 3)
-
-
-# ---- rows to frames to a scene -------------------------------------------------------------------------------------------
-
-
-def frames_of(
-    rows: list[Row | str],
-    at: Size | None = None,
-    depth_K: ndarray | None = None,
-    load: Callable[[Path], ndarray] = read,
-    load_depth: Callable[[Path], ndarray] | None = None,
-) -> list[Frame | str]:
-    """Frames and, in the place of those that cannot be used, reasons.
-
-    at        the size that the rows' K belongs to; default the images' own, which is read once for all rows
-    depth_K   (3, 3) of the depth camera; default: it is the image's, and depth has K scaled to its size
-    """
-    rows = [row if isinstance(row, str) else fault_of_files(row) or row for row in rows]
-    usable = [row for row in rows if isinstance(row, Row)]
-    if not usable:
-        return rows
-    size = size_of([row.image for row in usable])
-    depth_size = size_of([row.depth for row in usable])
-    if depth_K is None and abs(size[0] * depth_size[1] / (size[1] * depth_size[0]) - 1) > 0.02:
-        raise ValueError("depth of another shape than the image")
-
-    def frame(row: Row) -> Frame:
-        return Frame(
-            row.name,
-            row.c2w,
-            scaled(row.K, at or size, size),
-            size,
-            partial(load, row.image),
-            scaled(row.K, at or size, depth_size) if depth_K is None else depth_K,
-            depth_size,
-            partial(load_depth or read_depth, row.depth),
-        )
-
-    return [row if isinstance(row, str) else frame(row) for row in rows]
-
-
-def collect(frames: list[Frame | str], up=None, metric: bool = True, note: str = "") -> Scene:
-    """Frames and reasons -> Scene (its name comes later): frames in the order of their names, faults counted.
-
-    up   (3,) of the world; default: the mean of minus the cameras' y axes
-    """
-    by_name, skipped = {}, Counter()
-    for frame in frames:
-        reason = frame if isinstance(frame, str) else fault_of_camera(frame)
-        if reason:
-            skipped[reason] += 1
-        elif frame.name in by_name:
-            skipped["name given twice"] += 1
-        else:
-            by_name[frame.name] = frame
-    if not by_name:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.items())
-        raise ValueError(f"it has no usable frame ({reasons or 'it names none'}).")
-    frames = [by_name[name] for name in sorted(by_name)]
-    if up is None:
-        up = -np.mean([frame.c2w[:3, 1] for frame in frames], axis=0)
-    up = array_of(up, (3,))
-    length = np.linalg.norm(up)
-    if not length > 1e-6:
-        raise ValueError("its 'up' is no direction: three numbers, not all zero.")
-    return Scene("", "", frames, up / length, metric, dict(skipped), note)
-
-
-def fault_of_camera(frame: Frame) -> str:
-    """What is wrong with a frame's pose or intrinsics, or ""."""
-    if not np.isfinite(frame.c2w).all():
-        return "pose not finite"
-    rotation = frame.c2w[:3, :3]
-    skew = np.abs(rotation.T @ rotation - np.eye(3)).max()
-    last_row = np.abs(frame.c2w[3] - [0, 0, 0, 1]).max()
-    if max(skew, last_row) > 1e-3 or np.linalg.det(rotation) < 0:
-        return "pose not rigid"
-    focal = np.diag(frame.intrinsics)[:2]
-    return "" if np.isfinite(frame.intrinsics).all() and (focal > 0).all() else "bad intrinsics"
-
-
-def fault_of_files(row: Row) -> str:
-    """Why a frame's files cannot be used, or ""."""
-    if row.image is None or row.depth is None:
-        return "path leaves the scene"
-    if not row.image.is_file():
-        return "no image"
-    return "" if row.depth.is_file() else "no depth"
 
 
 # ---- numbers and files ---------------------------------------------------------------------------------------------------
@@ -223,7 +148,7 @@ def array_of(values, shape: tuple) -> ndarray:
         return np.full(shape, np.nan)
 
 
-def size_of(paths: list[Path]) -> Size:
+def size_of(paths):
     """(width, height) of the first picture or .npy array that opens."""
     for path in paths:
         try:
@@ -256,3 +181,87 @@ def thousandths(depth: ndarray) -> ndarray:
     """(H, W) depth as a uint16 picture; what does not fit is 0, unknown."""
     units = np.round(1000 * np.nan_to_num(depth, posinf=0, neginf=0))
     return np.where((units > 0) & (units <= 65535), units, 0).astype(np.uint16)
+
+
+# ---- rows to frames to a scene -------------------------------------------------------------------------------------------
+
+
+def frames_of(
+    rows: list[FrameFiles | str],
+    at: Size | None = None,
+    depth_K: ndarray | None = None,
+    load: Callable = read,
+    load_depth: Callable = read_depth,
+) -> list[Frame | str]:
+    """Frames and, in the place of those that cannot be used, reasons.
+
+    at        the size that the rows' K belongs to; default the images' own, which is read once for all rows
+    depth_K   (3, 3) of the depth camera; default: it is the image's, and depth has K scaled to its size
+    """
+    rows = [row if isinstance(row, str) else fault_of_files(row) or row for row in rows]
+    usable = [row for row in rows if isinstance(row, FrameFiles)]
+    if not usable:
+        return rows
+    size = size_of([row.image for row in usable])
+    depth_size = size_of([row.depth for row in usable])
+    if depth_K is None and abs(size[0] * depth_size[1] / (size[1] * depth_size[0]) - 1) > 0.02:
+        raise ValueError("depth of another shape than the image")
+    frames = []
+    for row in rows:
+        if isinstance(row, FrameFiles):
+            name, image, depth, c2w, K = row
+            K_of_depth = scaled(K, at or size, depth_size) if depth_K is None else depth_K
+            K = scaled(K, at or size, size)
+            loads = partial(load, image), partial(load_depth, depth)
+            row = Frame(name, c2w, K, size, loads[0], K_of_depth, depth_size, loads[1])
+        frames.append(row)
+    return frames
+
+
+def collect(frames: list[Frame | str], up=Z_UP, metric: bool = True, note: str = "") -> Scene:
+    """Frames and reasons -> Scene (its name comes later): frames in the order of their names, faults counted.
+
+    up   (3,) of the world; None: the mean of minus the cameras' y axes
+    """
+    by_name, skipped = {}, Counter()
+    for frame in frames:
+        reason = frame if isinstance(frame, str) else fault_of_camera(frame)
+        if reason:
+            skipped[reason] += 1
+        elif frame.name in by_name:
+            skipped["name given twice"] += 1
+        else:
+            by_name[frame.name] = frame
+    if not by_name:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.items())
+        raise ValueError(f"it has no usable frame ({reasons or 'it names none'}).")
+    frames = [by_name[name] for name in sorted(by_name)]
+    if up is None:
+        up = -np.mean([frame.c2w[:3, 1] for frame in frames], axis=0)
+    up = array_of(up, (3,))
+    length = np.linalg.norm(up)
+    if not length > 1e-6:
+        raise ValueError("its 'up' is no direction: three numbers, not all zero.")
+    return Scene("", "", frames, up / length, metric, dict(skipped), note)
+
+
+def fault_of_camera(frame):
+    """What is wrong with a frame's pose or intrinsics, or ""."""
+    if not np.isfinite(frame.c2w).all():
+        return "pose not finite"
+    rotation = frame.c2w[:3, :3]
+    skew = np.abs(rotation.T @ rotation - np.eye(3)).max()
+    last_row = np.abs(frame.c2w[3] - [0, 0, 0, 1]).max()
+    if max(skew, last_row) > 1e-3 or np.linalg.det(rotation) < 0:
+        return "pose not rigid"
+    focal = np.diag(frame.intrinsics)[:2]
+    return "" if np.isfinite(frame.intrinsics).all() and (focal > 0).all() else "bad intrinsics"
+
+
+def fault_of_files(files):
+    """Why a frame's files cannot be used, or ""."""
+    if files.image is None or files.depth is None:
+        return "path leaves the scene"
+    if not files.image.is_file():
+        return "no image"
+    return "" if files.depth.is_file() else "no depth"

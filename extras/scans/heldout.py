@@ -13,13 +13,13 @@ count as wrong.
 """
 
 import argparse
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from extras.scans.make import with_relative_paths
 from extras.scans.scene import READERS
+from extras.scans.triples import in_turn
 from lib.consistency import pose_errors
 from lib.distributed import fail, say
 from lib.geometry import decompose
@@ -42,7 +42,7 @@ def make_heldout(
         )
     rows, left_out = [], 0
     for source in map(Path, sources):
-        candidates = test_rows(source)
+        candidates = rows_for_tests(source)
         true = [row for row in candidates if does_what_its_words_say(row)]
         left_out += len(candidates) - len(true)
         if len(true) < per_dataset:
@@ -50,7 +50,10 @@ def make_heldout(
                 f"{source} has {len(true)} triples of test scans that do what their words say, and {per_dataset} are "
                 f"asked for: read more scans, or give --per-dataset {len(true)}."
             )
-        rows += in_turn(true, numpy_stream("held-out scans", seed))[:per_dataset]
+        by_scan = {}
+        for i in numpy_stream("held-out scans", seed).permutation(len(true)):
+            by_scan.setdefault(true[i]["scene"], []).append(true[i])
+        rows += in_turn(by_scan)[:per_dataset]
     rows.sort(key=lambda row: (row["scene"], row["context"], row["reference"]))
     scans = {row["scene"] for row in rows}
     path = Path(out) / "triples_test.jsonl"
@@ -61,7 +64,7 @@ def make_heldout(
     )
 
 
-def test_rows(source: Path) -> list[dict]:
+def rows_for_tests(source):
     """The triples of a source's test scans; a sentence where the same places are trained on, or nobody knows."""
     if not (source / "triples_test.jsonl").exists():
         fail(
@@ -83,22 +86,11 @@ def test_rows(source: Path) -> list[dict]:
     return test
 
 
-def does_what_its_words_say(row: dict) -> bool:
+def does_what_its_words_say(row):
     """Whether the true pose of a target is within the thresholds of the triple's motion."""
     reference = np.array(row["context_c2w"][row["reference"] - 1])
     delta = decompose(reference, np.array(row["target_c2w"]))[:5]
     return pose_errors([row], [delta])[0]["within"]
-
-
-def in_turn(rows: list[dict], rng: np.random.Generator) -> list[dict]:
-    """All rows: one of every scan, then a second one of every scan ...; each scan's in random order."""
-    by_scan = {}
-    for i in rng.permutation(len(rows)):
-        by_scan.setdefault(rows[i]["scene"], []).append(rows[i])
-    turns = []
-    for one_of_each in zip_longest(*by_scan.values()):
-        turns += filter(None, one_of_each)
-    return turns
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -68,7 +68,7 @@ def make_scans(
     with disk(out), Pool(workers, worker) as pool:
         jobs = pool.imap(job, ids)
         reports = list(tqdm(jobs, total=len(ids), desc=f"triples of {dataset}", unit="scan"))
-    gather(out, reports, places, splits)
+    write_splits(out, reports, places, splits)
 
 
 def scan_triples(id: str, dataset: str, root: str, out: str, seed: int, rules: Rules) -> Path:
@@ -103,7 +103,7 @@ def scan_triples(id: str, dataset: str, root: str, out: str, seed: int, rules: R
     return file
 
 
-def gather(out: Path, reports: list[Path], places: dict, splits: dict) -> None:
+def write_splits(out: Path, reports: list[Path], places: dict, splits: dict) -> None:
     """The reports of all scans as triples_{split}.jsonl, summary.json and sheet.jpg.
 
     places, splits   {id of a scan: its place}, {id: its split}

@@ -5,18 +5,20 @@ Is a triple fit to train on: pictures sharp and well exposed, depth and poses tr
   exposure       of one picture: shares of nearly black and of clipped pixels, spread of luminance
   contradiction  of depth and poses alone: the share of a view's points that another view sees through
   agreement      of colours: the target beside the context that depth and pose warp onto it
-`verify` measures a triple and names the first rule that fails.
+`verify` measures a triple and names the first rule that it breaks.
 
 Thresholds were chosen on rooms from 6,000,000 at 32, 64 and 128 pixels, to lose few good triples. Rooms have no
 texture, and their "good" depth and poses are off by 1 %, 0.3 degrees and 1 cm: before trust in scans, look at the share
 that is lost there.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy import ndarray
 from numpy.lib.stride_tricks import sliding_window_view
 
-from extras.scans.frames import View
+from extras.scans.frames import PosedView
 from lib.geometry import project, unproject, warp
 
 LUMA = np.array([0.299, 0.587, 0.114])
@@ -24,67 +26,73 @@ SIDE = 64  # pixels: colours and depth are compared at this size, where 0.3 degr
 BLACK = 40  # luminance: below, 8 bits and JPEG leave little but noise
 WHITE = 245  # above, it is clipped
 SEEN_AT_LEAST = 0.1  # share of the target: a context that sees less cannot be compared with it
+
+
+class Bounds(NamedTuple):
+    """What a measure may be, both included, and the rule that is broken elsewhere."""
+
+    rule: str
+    low: float = -np.inf
+    high: float = np.inf
+
+
 THRESHOLDS = {
-    # at least: the worst of five sharp views has 0.75 (99 % of triples: above 0.64), motion of 3 pixels 0.61, of 5 0.48
-    "sharpness": 0.63,
-    # at most: rooms five stops too dark have 0.68 and more (four: 0.37), a good photograph of a dark uniform 0.51
-    "dark": 0.60,
-    # at most: one stop too bright, white ceilings and walls make 0.3 (one in twenty 0.47); two stops, 0.6 and more
-    "bright": 0.50,
-    # at least: an empty frame has 0, a photograph of one plain wall 3 to 7 by its noise alone, rooms 75 and more
-    "spread": 2.0,
-    # at most: 99 % of good triples are below 0.0025 at 64 pixels and 0.0038 at 128, half of them below 0.0003
-    "contradiction": 0.003,
-    # at least: 99 % of good triples are above 0.68 at 64 pixels, 0.70 at 128 and 0.66 at 32; the median is 0.82
-    "agreement": 0.67,
+    # the worst of five sharp views has 0.75 (99 % of triples: above 0.64), motion of 3 pixels 0.61, of 5 0.48
+    "sharpness": Bounds("blurred", low=0.63),
+    # rooms five stops too dark have 0.68 and more (four: 0.37), a good photograph of a dark uniform 0.51
+    "dark": Bounds("exposure", high=0.60),
+    # one stop too bright, white ceilings and walls make 0.3 (one in twenty 0.47); two stops, 0.6 and more
+    "bright": Bounds("exposure", high=0.50),
+    # an empty frame has 0, a photograph of one plain wall 3 to 7 by its noise alone, rooms 75 and more
+    "spread": Bounds("exposure", low=2.0),
+    # 99 % of good triples are below 0.0025 at 64 pixels and 0.0038 at 128, half of them below 0.0003
+    "contradiction": Bounds("geometric", high=0.003),
+    # 99 % of good triples are above 0.68 at 64 pixels, 0.70 at 128 and 0.66 at 32; the median is 0.82
+    "agreement": Bounds("photometric", low=0.67),
 }
 
 
 # ---- triples -------------------------------------------------------------------------------------------------------------
 
 
-def verify(target: View, context: list[View], thresholds: dict = THRESHOLDS) -> dict:
-    """Measure a triple; each number is that of its worst view, but "agreement": the mean over what each view covers.
+def verify(target: PosedView, context: list[PosedView]) -> tuple[str | None, dict[str, float]]:
+    """The first rule of THRESHOLDS that a triple breaks (None: it is fit), and what was measured.
 
-    returns  {"sharpness", "dark", "bright", "spread", "contradiction", "agreement": see THRESHOLDS,
-              "rejected": None, or the first broken rule of "blurred", "exposure", "geometric", "photometric"}
-    A context view that cannot be compared (`agreement` 0) has no say; if none can, what cannot be verified is rejected.
+    Each number is that of its worst view, but "agreement": the mean over what each view covers. A context view that
+    cannot be compared (`agreement` 0) has no say; if none can, what cannot be verified is rejected.
     """
     views = [target, *context]
+    small = [reduced(view) for view in views]
     light = [exposure(view.rgb) for view in views]
+    scores, weights = [], []
+    for view in small[1:]:
+        warped, mask = warp(small[0].depth, small[0].c2w, [view], small[0].intrinsics)
+        scores.append(agreement(small[0].rgb, warped, mask))
+        weights.append(mask.mean() if scores[-1] > 0 else 0.0)
     measures = {
         "sharpness": min(sharpness(view.rgb) for view in views),
-        "dark": max(each["dark"] for each in light),
-        "bright": max(each["bright"] for each in light),
-        "spread": min(each["spread"] for each in light),
+        "dark": max(dark for dark, _, _ in light),
+        "bright": max(bright for _, bright, _ in light),
+        "spread": min(spread for _, _, spread in light),
+        "contradiction": float(contradictions(small).max()),
+        "agreement": float(np.dot(scores, weights) / max(sum(weights), 1e-9)),
     }
-    small_target, *small_context = small = [reduced(view) for view in views]
-    measures["contradiction"] = float(contradictions(small).max())
-    scores, weights = [], []
-    for view in small_context:
-        warped, mask = warp(small_target.depth, small_target.c2w, [view], small_target.intrinsics)
-        scores.append(agreement(small_target.rgb, warped, mask))
-        weights.append(mask.mean() if scores[-1] > 0 else 0.0)
-    measures["agreement"] = float(np.dot(scores, weights) / max(sum(weights), 1e-9))
-    return measures | {"rejected": next(iter(broken_rules(measures, thresholds)), None)}
+    return next(iter(broken_rules(measures)), None), measures
 
 
-def broken_rules(measures: dict, thresholds: dict = THRESHOLDS) -> list[str]:
-    """The rules that measures of `verify` break, in the order in which a triple is judged."""
-    excess = {key: measures[key] - limit for key, limit in thresholds.items()}
-    broken = {
-        "blurred": excess["sharpness"] < 0,
-        "exposure": excess["dark"] > 0 or excess["bright"] > 0 or excess["spread"] < 0,
-        "geometric": excess["contradiction"] > 0,
-        "photometric": excess["agreement"] < 0,
-    }
-    return [rule for rule, is_broken in broken.items() if is_broken]
+def broken_rules(measures: dict[str, float]) -> list[str]:
+    """The rules that measures break, in the order in which a triple is judged."""
+    broken = []
+    for measure, (rule, low, high) in THRESHOLDS.items():
+        if not low <= measures[measure] <= high:
+            broken.append(rule)
+    return broken
 
 
 # ---- one picture ---------------------------------------------------------------------------------------------------------
 
 
-def box(values: ndarray, width: int) -> ndarray:
+def box(values, width):
     """Moving mean of `width` (odd) along the rows (H, W); their ends are repeated."""
     total = np.cumsum(np.pad(values, ((0, 0), (width // 2 + 1, width // 2)), "edge"), 1)
     return (total[:, width:] - total[:, :-width]) / width
@@ -111,21 +119,17 @@ def sharpness(rgb: ndarray, width: int = 7) -> float:
     return float(least)
 
 
-def exposure(rgb: ndarray) -> dict[str, float]:
-    """{"dark", "bright": shares of pixels below BLACK and above WHITE, "spread": 5 to 95 % of luminance, in levels}."""
+def exposure(rgb: ndarray) -> tuple[float, float, float]:
+    """Shares of pixels below BLACK and above WHITE, and the spread of luminance: 5 to 95 %, in levels."""
     luminance = rgb @ LUMA
     low, high = np.quantile(luminance, [0.05, 0.95])
-    return {
-        "dark": float((luminance < BLACK).mean()),
-        "bright": float((luminance > WHITE).mean()),
-        "spread": float(high - low),
-    }
+    return (luminance < BLACK).mean(), (luminance > WHITE).mean(), high - low
 
 
 # ---- depth and poses of views --------------------------------------------------------------------------------------------
 
 
-def reduced(view: View) -> View:
+def reduced(view):
     """A view at about SIDE pixels: colours are averaged (float), depth is picked, for the mean of two is neither."""
     factor = max(1, round(min(view.depth.shape) / SIDE))
     height, width = (length // factor for length in view.depth.shape)
@@ -135,10 +139,10 @@ def reduced(view: View) -> View:
     depth = view.depth[first::factor, first::factor][:height, :width]
     K = view.intrinsics / [[factor], [factor], [1]]
     K[:2, 2] += 0.5 - (first + 0.5) / factor  # the rays of the pixels whose depth is picked
-    return View(rgb, depth, view.c2w, K)
+    return PosedView(rgb, depth, view.c2w, K)
 
 
-def see_through(view: View, other: View, tolerance: float = 0.05) -> float:
+def see_through(view: PosedView, other: PosedView, tolerance: float = 0.05) -> float:
     """Share of the points of `view` that `other` sees through: in all four pixels around, its depth is larger.
 
     A point behind what `other` sees is hidden, as it may be; one before it cannot be there.  `tolerance`: as in `warp`
@@ -158,7 +162,7 @@ def see_through(view: View, other: View, tolerance: float = 0.05) -> float:
     return float((nearest - z > tolerance * (1 + z)).mean())
 
 
-def contradictions(views: list[View]) -> ndarray:
+def contradictions(views: list[PosedView]) -> ndarray:
     """Per view (n,): the median of how much it and each other view see through each other. The largest is at fault.
 
     The median, since one wrong view contradicts all that overlap it, and every other view contradicts only that one.
@@ -229,17 +233,17 @@ def agreement(target: ndarray, warped: ndarray, mask: ndarray) -> float:
     return float((weight * place * colour).sum() / weight.sum())
 
 
-def window(values: ndarray, width: int = 13) -> ndarray:
+def window(values, width=13):
     """The mean of the square of `width` around every pixel (H, W)."""
     return box(box(values, width).T, width).T
 
 
-def neighbourhood(rgb: ndarray) -> ndarray:
+def neighbourhood(rgb):
     """The 3 x 3 pixels around every pixel: (H, W, 3) -> (H, W, 3, 9)."""
     padded = np.pad(rgb, ((1, 1), (1, 1), (0, 0)), "edge")
     return sliding_window_view(padded, (3, 3), (0, 1)).reshape(*rgb.shape, 9)
 
 
-def outside_of(near: ndarray, rgb: ndarray) -> ndarray:
+def outside_of(near, rgb):
     """How far a picture (H, W, 3) leaves the range of another's 3 x 3 pixels (H, W, 3, 9): its worst channel (H, W)."""
     return np.maximum(near.min(-1) - rgb, rgb - near.max(-1)).max(-1)

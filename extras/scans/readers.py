@@ -12,14 +12,14 @@ import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
 
 from extras.scans.frames import (
     Frame,
-    Row,
+    FrameFiles,
     Scene,
     Size,
     array_of,
@@ -32,11 +32,10 @@ from lib.images import PictureError, read
 
 HALF = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])  # + K: centres from whole numbers to +0.5
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # on the right of a c2w: y up, z back -> y down, z forward
-Z_UP = (0, 0, 1)  # of most worlds
 TRANSFORMS = ("transforms.json", "colmap/transforms.json", "nerfstudio/transforms.json")  # DL3DV's
 
 
-def inside(folder: Path, path: str | Path) -> Path | None:
+def inside(folder, path):
     """folder / path, or None if that leaves the folder (.., an absolute path, a symbolic link)."""
     whole = (folder / path).resolve()
     return whole if whole.is_relative_to(folder.resolve()) else None
@@ -50,12 +49,12 @@ def load_json(path: Path) -> dict:
         raise ValueError(f"{path} is not JSON ({error}); copy it again.") from None
 
 
-def camera_matrix(fx: float, fy: float, cx: float, cy: float) -> ndarray:
+def camera_matrix(fx, fy, cx, cy):
     """K (3, 3)."""
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], np.float64)
 
 
-def nerfstudio_camera(info: dict) -> ndarray:
+def nerfstudio_camera(info):
     """K (3, 3) of a transforms.json."""
     return camera_matrix(info["fl_x"], info["fl_y"], info["cx"], info["cy"])
 
@@ -88,8 +87,8 @@ def scannet(folder: Path) -> Scene:
             continue
         c2w = array_of(pose_file.read_text().split(), (4, 4))
         depth = folder / f"depth/{image.stem}.png"
-        rows.append(Row(f"{int(image.stem):06d}", image, depth, c2w, K))
-    return collect(frames_of(rows, depth_K=depth_K), up=Z_UP)
+        rows.append(FrameFiles(f"{int(image.stem):06d}", image, depth, c2w, K))
+    return collect(frames_of(rows, depth_K=depth_K))
 
 
 def scannet_sens(path: Path) -> Scene:
@@ -119,27 +118,27 @@ def scannet_sens(path: Path) -> Scene:
                 read_sens_depth, path, start + colour_bytes, depth_bytes, depth_size, per_metre
             )
             frames.append(Frame(f"{i:06d}", c2w, K, size, load, depth_K, depth_size, load_depth))
-    return collect(frames, up=Z_UP)
+    return collect(frames)
 
 
-def unpack(file: BinaryIO, form: str) -> tuple:
+def unpack(file, form):
     """The next numbers of a file, as `struct` names their kinds; little-endian, without gaps."""
     return struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))
 
 
-def unpack_matrix(file: BinaryIO) -> ndarray:
+def unpack_matrix(file):
     """The next (4, 4) float32 of a file, as float64."""
     return np.reshape(unpack(file, "16f"), (4, 4))
 
 
-def file_bytes(path: Path, start: int, count: int) -> bytes:
+def file_bytes(path, start, count):
     """`count` bytes of a file, from byte `start`."""
     with open(path, "rb") as file:
         file.seek(start)
         return file.read(count)
 
 
-def read_sens_colour(path: Path, start: int, count: int) -> ndarray:
+def read_sens_colour(path, start, count):
     """(H, W, 3) uint8."""
     try:
         return read(file_bytes(path, start, count))
@@ -147,7 +146,7 @@ def read_sens_colour(path: Path, start: int, count: int) -> ndarray:
         raise PictureError(f"The image at byte {start} of {path}: {error}") from None
 
 
-def read_sens_depth(path: Path, start: int, count: int, size: Size, per_metre: float) -> ndarray:
+def read_sens_depth(path, start, count, size, per_metre):
     """(H, W) float32 metres."""
     try:
         units = np.frombuffer(zlib.decompress(file_bytes(path, start, count)), "<u2")
@@ -174,8 +173,8 @@ def scannetpp(folder: Path) -> Scene:
         image, depth = folder / f"rgb/{name}.jpg", folder / f"depth/{name}.png"
         c2w = array_of(info.get("aligned_pose"), (4, 4))
         K = array_of(info["intrinsic"], (3, 3)) + HALF
-        rows.append(Row(name, image, depth, c2w, K))
-    return collect(frames_of(rows, at=(1920, 1440)), up=Z_UP)
+        rows.append(FrameFiles(name, image, depth, c2w, K))
+    return collect(frames_of(rows, at=(1920, 1440)))
 
 
 def scannetpp_dslr(folder: Path) -> Scene:
@@ -197,8 +196,8 @@ def scannetpp_dslr(folder: Path) -> Scene:
         stem = Path(frame["file_path"]).stem
         image = inside(folder / "resized_undistorted_images", frame["file_path"])
         c2w = to_mesh @ array_of(frame["transform_matrix"], (4, 4)) @ OPENGL
-        rows.append(Row(stem, image, folder / f"render_depth/{stem}.png", c2w, K))
-    return collect(frames_of(rows, at=(info["w"], info["h"])), up=Z_UP)
+        rows.append(FrameFiles(stem, image, folder / f"render_depth/{stem}.png", c2w, K))
+    return collect(frames_of(rows, at=(info["w"], info["h"])))
 
 
 # ---- Matterport3D --------------------------------------------------------------------------------------------------------
@@ -222,9 +221,9 @@ def matterport(folder: Path) -> Scene:
             depth = inside(folder, Path(folders["depth_directory"], words[0]))
             image = inside(folder, Path(folders["color_directory"], words[1]))
             c2w = array_of(words[2:], (4, 4)) @ OPENGL
-            rows.append(Row(Path(words[1]).stem, image, depth, c2w, K))
+            rows.append(FrameFiles(Path(words[1]).stem, image, depth, c2w, K))
     load_depth = partial(read_depth, per_metre=4000)
-    return collect(frames_of(rows, at=(1280, 1024), load_depth=load_depth), up=Z_UP)
+    return collect(frames_of(rows, at=(1280, 1024), load_depth=load_depth))
 
 
 # ---- ARKitScenes ---------------------------------------------------------------------------------------------------------
@@ -240,7 +239,7 @@ def arkitscenes(folder: Path) -> Scene:
     poses = np.reshape([array_of(line.split(), (7,)) for line in lines], (-1, 7))
     poses = poses[np.isfinite(poses[:, 0])]
     rows = [arkit_row(folder, image, poses) for image in folder.glob("lowres_wide/*.png")]
-    scene = collect(frames_of(rows, load_depth=read_sure_depth), up=Z_UP)
+    scene = collect(frames_of(rows, load_depth=read_sure_depth))
     # the world's up in each camera's axes says how many quarter turns clockwise make it upright: 0, 1, 2 or 3
     skies = np.array([frame.c2w[2, :3] for frame in scene.frames])
     upright_after = np.array([[0, -1, 0], [-1, 0, 0], [0, 1, 0], [1, 0, 0]])
@@ -251,7 +250,7 @@ def arkitscenes(folder: Path) -> Scene:
     return scene._replace(frames=frames)
 
 
-def arkit_row(folder: Path, image: Path, poses: ndarray) -> Row | str:
+def arkit_row(folder, image, poses):
     """A frame takes the pose nearest to its time stamp, at most 5 ms away; the official loader would keep the one before.
 
     poses   (n, 7): seconds, then R's axis times its angle in radians and t of the map [R | t] from world to camera
@@ -273,10 +272,10 @@ def arkit_row(folder: Path, image: Path, poses: ndarray) -> Row | str:
     w2c[:3, 3] = pose[4:]
     depth = folder / "lowres_depth" / image.name
     K = camera_matrix(*numbers) + HALF
-    return Row(f"{ms / 1000:012.3f}", image, depth, np.linalg.inv(w2c), K)
+    return FrameFiles(f"{ms / 1000:012.3f}", image, depth, np.linalg.inv(w2c), K)
 
 
-def read_sure_depth(path: Path) -> ndarray:
+def read_sure_depth(path):
     """(H, W) float32 metres; 0 where confidence/, if the capture has it, is not 2, the highest."""
     metres, confidence = read_depth(path), path.parents[1] / "confidence" / path.name
     if not confidence.parent.is_dir():
@@ -284,7 +283,7 @@ def read_sure_depth(path: Path) -> ndarray:
     return np.where(read(confidence)[..., 0] == 2, metres, np.float32(0))
 
 
-def quarter_turn(frame: Frame) -> Frame:
+def quarter_turn(frame):
     """The frame after a quarter turn clockwise of its image, depth, K and camera; the camera's place stays."""
     old_axes = np.array([[0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])  # x is -y
     return replace(
@@ -299,12 +298,12 @@ def quarter_turn(frame: Frame) -> Frame:
     )
 
 
-def quarter_turn_of_K(K: ndarray, size: Size) -> ndarray:
+def quarter_turn_of_K(K, size):
     """Intrinsics of a picture of `size` after a quarter turn clockwise."""
     return camera_matrix(K[1, 1], K[0, 0], size[1] - K[1, 2], K[0, 2])
 
 
-def read_turned(load) -> ndarray:
+def read_turned(load):
     """What `load` returns, after a quarter turn clockwise."""
     return np.rot90(load(), -1).copy()
 
@@ -337,7 +336,7 @@ def dl3dv(folder: Path) -> Scene:
             )
         unit = f"a unit of its poses is {scale:.4g} m"
     frames = dl3dv_frames(folder, scale or 1)
-    return collect(frames, metric=scale is not None, note=f"{info['how']}; {unit}")
+    return collect(frames, None, scale is not None, f"{info['how']}; {unit}")
 
 
 def dl3dv_folder(folder: Path) -> Path:
@@ -354,7 +353,7 @@ class Distorted(NamedTuple):
     coefficients: tuple  # k1, k2, p1, p2
 
 
-def dl3dv_rows(folder: Path) -> tuple[list[Row], Distorted]:
+def dl3dv_rows(folder: Path) -> tuple[list[FrameFiles], Distorted]:
     """Rows with poses in COLMAP's unit, and the camera of all pictures."""
     info, rows = load_json(folder / "transforms.json"), []
     sizes = ("images_4", "images_8", "images_2", "images")
@@ -370,7 +369,7 @@ def dl3dv_rows(folder: Path) -> tuple[list[Row], Distorted]:
         if not depth.is_file():
             depth = depth.with_suffix(".png")
         c2w = array_of(frame["transform_matrix"], (4, 4)) @ OPENGL
-        rows.append(Row(name.stem, image, depth, c2w, camera.K))
+        rows.append(FrameFiles(name.stem, image, depth, c2w, camera.K))
     return rows, camera
 
 
@@ -426,7 +425,7 @@ def plain_folder(folder: Path) -> Scene:
         images.add(image)
         K = array_of(frame.get("intrinsics", info.get("intrinsics")), (3, 3))
         name = f"{i:06d}_{Path(frame['image']).stem}"
-        row = Row(name, image, depth, array_of(frame["c2w"], (4, 4)), K)
+        row = FrameFiles(name, image, depth, array_of(frame["c2w"], (4, 4)), K)
         try:
             frames += frames_of([row], load_depth=load_depth)
         except ValueError as reason:  # a picture that does not open, or of another shape

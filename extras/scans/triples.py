@@ -16,13 +16,13 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import ndarray
 
 from extras.scans import quality
-from extras.scans.frames import Frame, Scene, Size, View, thousandths
+from extras.scans.frames import Camera, Frame, PosedView, Scene, Size, thousandths
 from lib.geometry import (
     Motion,
     coverage,
@@ -68,21 +68,15 @@ class Candidates(NamedTuple):
     targets: list[tuple[int, Motion]]  # in the order in which they should be tried
 
 
-class Camera(NamedTuple):
-    """A frame on the coarse grid, as `lib.geometry.visible` takes it."""
+class VerifiedTarget(NamedTuple):
+    """A target that passed, with its picture in memory."""
 
-    depth: ndarray  # (h, w) metres, 0 = invalid
-    K: ndarray
-    c2w: ndarray
-
-
-class Check(NamedTuple):
-    """What came of looking at a triple in full."""
-
-    rejected: str | None  # by which rule
+    frame: int
+    motion: Motion
+    view: PosedView
     coverage: float
     agreement: float
-    warp: ndarray  # (H, W, 4) uint8: the context warped into the target, alpha 255 where it is seen
+    warp: ndarray  # (H, W, 4) uint8: the context warped into it, alpha 255 where it is seen
 
 
 def fit(size: Size, pixels: int, side: Callable = max) -> Size:
@@ -130,24 +124,27 @@ def may_stand_together(c2w: ndarray, up: ndarray, metric: bool, rules: Rules) ->
     return (angles >= rules.apart_degrees - 1e-6) & is_far
 
 
-def targets_in_turn(
-    delta: ndarray, main: ndarray, rng: np.random.Generator, count: int
-) -> list[int]:
-    """Up to `count` indices of targets, kinds of motion taking turns and each kind in random order.
+def in_turn(groups: dict[Any, list]) -> list:
+    """The first of every group, then the second of every group that has one ..."""
+    turns = []
+    for one_of_each in zip_longest(*groups.values()):
+        turns += [member for member in one_of_each if member is not None]
+    return turns
+
+
+def targets_in_turn(delta: ndarray, main: ndarray, rng: np.random.Generator) -> list[int]:
+    """Indices of targets, kinds of motion taking turns and each kind in random order.
 
     delta, main   of all frames seen from one reference: (N, 6) and (N,), main -1 = not a target
     """
     kinds = {}
-    for k in rng.permutation(len(main)):
+    for k in rng.permutation(len(main)).tolist():
         if main[k] >= 0:
-            kinds.setdefault((main[k], delta[k, main[k]] > 0), []).append(int(k))
-    turns = []
-    for one_of_each in zip_longest(*kinds.values()):
-        turns += [k for k in one_of_each if k is not None]
-    return turns[:count]
+            kinds.setdefault((main[k], delta[k, main[k]] > 0), []).append(k)
+    return in_turn(kinds)
 
 
-def repeats(delta: ndarray, rules: Rules) -> bool:
+def repeats(delta, rules):
     """Whether two cameras differ by less than the smallest motion that is worth a view; delta (6,)."""
     is_near = np.linalg.norm(delta[:3]) < rules.least_meters
     return is_near and np.abs(delta[3:]).max() < rules.least_degrees
@@ -171,7 +168,7 @@ def find_triples(
     for reference in rng.permutation(len(frames))[: TRIES * rules.contexts].tolist():
         if len(groups) == rules.contexts:
             break
-        targets = targets_in_turn(delta[reference], main[reference], rng, TRIES * rules.targets)
+        targets = targets_in_turn(delta[reference], main[reference], rng)[: TRIES * rules.targets]
         distance = np.linalg.norm(c2w[:, :3, 3] - c2w[reference, :3, 3], axis=1)
         near = (distance <= REACH) | (not scene.metric)
         others = np.flatnonzero(together[reference] & near)
@@ -196,22 +193,21 @@ def find_triples(
     return groups, counts, frames
 
 
-def open_cameras(scene: Scene, rules: Rules) -> tuple[list[Frame], list[Camera], Counter]:
+def open_cameras(scene, rules):
     """The frames that are looked at and whose depth can be read, their cameras, and why others fell out."""
     frames, cameras, counts = [], [], Counter()
     count = min(rules.frames, len(scene.frames))
     for k in np.unique(np.linspace(0, len(scene.frames) - 1, count).astype(int)):
         frame = scene.frames[k]
-        size = fit(frame.size, GRID)
         try:
-            cameras.append(Camera(frame.depth(size), frame.K(size), frame.c2w))
+            cameras.append(frame.camera(fit(frame.size, GRID)))
             frames.append(frame)
         except ValueError as error:
             counts[unreadable(error)] += 1
     return frames, cameras, counts
 
 
-def unreadable(error: ValueError) -> str:
+def unreadable(error):
     """The reason under which a broken frame is counted."""
     return f"unreadable frame: {str(error).split(':')[-1].strip()}"
 
@@ -235,7 +231,7 @@ def cover_targets(
     flat, totals = np.concatenate(points), np.bincount(owner, minlength=len(targets))
     sees = {k: np.isfinite(visible(flat, *cameras[k])[0]) for k in (reference, *others)}
 
-    def shares(mask: ndarray) -> ndarray:
+    def shares(mask):
         return np.bincount(owner, mask, len(targets)) / np.maximum(totals, 1)
 
     context = choose_context(reference, others, together, sees, shares, rules)
@@ -256,7 +252,7 @@ def choose_context(
     sees        {camera: (P,) bool, which points of all targets it sees};  shares(mask) -> (T,) share of each target
     """
 
-    def worth(mask: ndarray) -> float:
+    def worth(mask):
         # a target counts up to what is asked of it: more of the same view brings nothing
         return np.minimum(shares(mask), rules.coverage).sum()
 
@@ -290,7 +286,7 @@ def write_triples(scene: Scene, out: Path, seed: int, rules: Rules) -> tuple[lis
     folder = f"{scene.dataset}/{scene.id.replace('/', '_')}"
     rows, written = [], set()
 
-    def save(name: str, pixels: ndarray) -> None:
+    def save(name, pixels):
         if name not in written:  # contexts share frames
             save_image(out / name, pixels)
             written.add(name)
@@ -300,37 +296,47 @@ def write_triples(scene: Scene, out: Path, seed: int, rules: Rules) -> tuple[lis
         if any(view is None for view in context):
             counts["a context view cannot be read"] += len(group.targets)
             continue
-        bases = [f"{folder}/{frames[k].name}" for k in group.context]  # of the names of files
-        start, triples = frames[group.context[group.reference]].name, 0
-        for k, motion in group.targets:
-            if triples == rules.targets:
-                counts["enough of this context"] += 1
-                continue
-            target = open_view(frames[k], rules, counts)
-            if target is None:
-                continue
-            check = check_triple(target, context, rules)
-            if check.rejected:
-                counts[check.rejected] += 1
-                continue
-            triples += 1
-            end = frames[k].name
-            id = (
-                f"{folder}/{number}_{start}_{motion.kind.replace(' ', '_')}_{motion.amount:g}_{end}"
-            )
-            views, names = [*context, target], [*bases, f"{folder}/{end}"]
-            for name, view in zip(names, views, strict=True):
-                save(f"{name}.jpg", view.rgb)
-            save(f"{id}_warp.png", check.warp)
-            rows.append(row_of(id, scene, group, motion, names, views, check))
-        if triples:
-            for base, view in zip(bases, context, strict=True):
-                save(f"{base}_depth.png", thousandths(view.depth))
+        names = [frames[k].name for k in group.context]
+        targets = verified_targets(group, context, frames, rules, counts)
+        for name, view in zip(names, context if targets else [], strict=False):
+            save(f"{folder}/{name}.jpg", view.rgb)
+            save(f"{folder}/{name}_depth.png", thousandths(view.depth))
+        for target in targets:
+            view, motion, name = target.view, target.motion, frames[target.frame].name
+            command = f"{motion.kind.replace(' ', '_')}_{motion.amount:g}"
+            id = f"{folder}/{number}_{names[group.reference]}_{command}_{name}"
+            save(f"{folder}/{name}.jpg", view.rgb)
+            save(f"{id}_warp.png", target.warp)
+            row = {
+                "id": id,
+                "scene": f"{scene.dataset}/{scene.id}",
+                "dataset": scene.dataset,
+                "context": [f"{folder}/{name}.jpg" for name in names],
+                "reference": group.reference + 1,
+                "motion": {"kind": motion.kind, "amount": motion.amount},
+                "instruction": instruction(motion, group.reference + 1),
+                "target": f"{folder}/{name}.jpg",
+                "warp": f"{id}_warp.png",
+                "coverage": round(target.coverage, 4),
+                "metric": scene.metric,
+                "agreement": round(target.agreement, 4),
+                "intrinsics": rounded(view.intrinsics, 4),
+                "context_c2w": [rounded(view.c2w, 6) for view in context],
+                "context_intrinsics": [rounded(view.intrinsics, 4) for view in context],
+                "context_depth": [f"{folder}/{name}_depth.png" for name in names],
+                "target_c2w": rounded(view.c2w, 6),
+            }
+            rows.append(row)
     counts["kept"] = len(rows)
     return rows, counts
 
 
-def open_view(frame: Frame, rules: Rules, counts: Counter) -> View | None:
+def rounded(values, digits):
+    """An array as nested lists, for JSON."""
+    return np.round(values, digits).tolist()
+
+
+def open_view(frame, rules, counts):
     """A frame at the size that is written; None, counted, if it is broken."""
     try:
         return frame.view(fit(frame.size, rules.size, min))
@@ -339,44 +345,26 @@ def open_view(frame: Frame, rules: Rules, counts: Counter) -> View | None:
         return None
 
 
-def check_triple(target: View, context: list[View], rules: Rules) -> Check:
-    """Coverage and quality of a triple whose pictures are in memory."""
-    rgb, mask = warp(target.depth, target.c2w, context, target.intrinsics)
-    rgba = np.concatenate([rgb, 255 * mask[..., None].astype(np.uint8)], -1)
-    share = coverage(target.depth, mask)
-    if share < rules.coverage:
-        return Check("coverage", share, 0.0, rgba)
-    measures = quality.verify(target, context)
-    return Check(measures["rejected"], share, measures["agreement"], rgba)
-
-
-def row_of(
-    id: str,
-    scene: Scene,
-    group: Candidates,
-    motion: Motion,
-    names: list[str],
-    views: list[View],
-    check: Check,
-) -> dict:
-    """A row of triples; `names` (of files, without their ends) and `views` are of the context, and last of the target."""
-    context, target = views[:-1], views[-1]
-    return {
-        "id": id,
-        "scene": f"{scene.dataset}/{scene.id}",
-        "dataset": scene.dataset,
-        "context": [f"{name}.jpg" for name in names[:-1]],
-        "reference": group.reference + 1,
-        "motion": {"kind": motion.kind, "amount": motion.amount},
-        "instruction": instruction(motion, group.reference + 1),
-        "target": f"{names[-1]}.jpg",
-        "warp": f"{id}_warp.png",
-        "coverage": round(check.coverage, 4),
-        "metric": scene.metric,
-        "agreement": round(check.agreement, 4),
-        "intrinsics": np.round(target.intrinsics, 4).tolist(),
-        "context_c2w": [np.round(view.c2w, 6).tolist() for view in context],
-        "context_intrinsics": [np.round(view.intrinsics, 4).tolist() for view in context],
-        "context_depth": [f"{name}_depth.png" for name in names[:-1]],
-        "target_c2w": np.round(target.c2w, 6).tolist(),
-    }
+def verified_targets(
+    group: Candidates, context: list[PosedView], frames: list[Frame], rules: Rules, counts: Counter
+) -> list[VerifiedTarget]:
+    """The targets of a context that pass when they are looked at in full, `rules.targets` at most; `counts` the rest."""
+    targets = []
+    for k, motion in group.targets:
+        if len(targets) == rules.targets:
+            counts["enough of this context"] += 1
+            continue
+        view = open_view(frames[k], rules, counts)
+        if view is None:
+            continue
+        rgb, mask = warp(view.depth, view.c2w, context, view.intrinsics)
+        share = coverage(view.depth, mask)
+        reason, measures = "coverage", {}
+        if share >= rules.coverage:
+            reason, measures = quality.verify(view, context)
+        if reason:
+            counts[reason] += 1
+            continue
+        rgba = np.concatenate([rgb, 255 * mask[..., None].astype(np.uint8)], -1)
+        targets.append(VerifiedTarget(k, motion, view, share, measures["agreement"], rgba))
+    return targets
