@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
@@ -86,12 +87,12 @@ def fetch(bench: Bench) -> Path:
         snapshot_download(
             bench.repo, repo_type="dataset", local_dir=partial, allow_patterns=bench.downloads
         )
+        missing = [name for name in bench.downloads if not (partial / name).exists()]
+        if missing:  # offline, the hub's client is content with nothing
+            raise FileNotFoundError(f"no {missing[0]}")
         for name in bench.downloads:
-            if not (partial / name).exists():  # offline, the hub's client is content with nothing
-                raise FileNotFoundError(f"no {name}")
             if name.endswith(".zip"):
-                with zipfile.ZipFile(partial / name) as archive:
-                    archive.extractall(partial)
+                shutil.unpack_archive(partial / name, partial)
     except (OSError, zipfile.BadZipFile) as error:
         reason = str(error).partition("\n")[0]
         fail(f"{bench.name} could not be fetched ({reason}). {how_to_fetch(bench)}")
@@ -246,11 +247,9 @@ def video_frames(path: str, count: int) -> list[Image.Image]:
         with av.open(path) as video:  # packets are counted: what the file claims is not always true
             total = sum(packet.size > 0 for packet in video.demux(video=0))
         wanted = set(sample_frames([total], count)[0])
-        frames = []
         with av.open(path) as video:
-            for number, frame in enumerate(video.decode(video=0)):
-                if number in wanted:
-                    frames.append(frame.to_image())
+            numbered = enumerate(video.decode(video=0))
+            frames = [frame.to_image() for number, frame in numbered if number in wanted]
     except av.FFmpegError as error:
         raise PictureError(f"{path}: {error}") from error
     if not frames:

@@ -8,6 +8,15 @@ from extras.benches.vsi import finite
 from lib.answers import option_letter
 
 NUMERAL = r"[-+]?(?:\d*\.\d+|\d+)(?:[eE][-+]?\d+)?"
+LETTER = r"[(\[{]?\s*([A-F])\s*[)\]}]?"  # maybe in brackets
+ANSWER_BLOCK = re.compile(r"<\s*answer\b[^>]*>\s*([A-J]).*?<\s*/\s*answer\s*>", re.I | re.S)
+BEFORE_ANSWER = re.compile(rf"(?<![A-Za-z]){LETTER}\s*</\s*answer\s*>", re.I)
+BEFORE_THINK = re.compile(rf"(?<![A-Za-z]){LETTER}\s*</\s*think\s*>", re.I)
+CUE = re.compile(
+    r"(?:final\s*answer|the\s*answer\s*is|answer(?:\s*is)?|correct\s*answer)"
+    rf"\s*[:>=]?\s*{LETTER}(?:\b|[.)])",
+    re.I,
+)
 LISTED = re.compile(r"[*_>\-\s]*option\s+[A-J]\s*:", re.I)  # a line that repeats an option
 TAIL = 800  # letters at the end of a reply that are looked at once more
 
@@ -53,23 +62,16 @@ def easi_letter(text: str) -> str | None:
     Its Chinese cue words and brackets are left out.
     """
     text = re.sub("[\u200b-\u200d\ufeff]", "", text.strip())  # 1
-    cue = r"(?:final\s*answer|the\s*answer\s*is|answer(?:\s*is)?|correct\s*answer)"
-    answer_block = r"<\s*answer\b[^>]*>\s*([A-J]).*?<\s*/\s*answer\s*>"
-    before_tag = r"(?<![A-Za-z])[(\[{{]?\s*([A-F])\s*[)\]}}]?\s*</\s*{}\s*>"
-    after_cue = cue + r"\s*[:>=]?\s*[(\[{]?\s*([A-F])\s*[)\]}]?(?:\b|[.)])"
-    found = (
-        re.search(answer_block, text, re.I | re.S)  # 2
-        or re.search(before_tag.format("answer"), text[-TAIL:], re.I)  # 3
-        or re.search(before_tag.format("think"), text[-TAIL:], re.I)
-    )
-    if found:
-        return found[1].upper()
-    if letter := letter_of_last_lines(after_thoughts(text)):  # 4
+    tail = text[-TAIL:]
+    tagged = ANSWER_BLOCK.search(text)  # 2
+    tagged = tagged or BEFORE_ANSWER.search(tail) or BEFORE_THINK.search(tail)  # 3
+    if tagged:
+        return tagged[1].upper()
+    letter = letter_of_last_lines(after_thoughts(text)) or letter_of_last_lines(tail)  # 4, 5
+    if letter:
         return letter
-    if letter := letter_of_last_lines(text[-TAIL:]):  # 5
-        return letter
-    if found := re.search(after_cue, text, re.I):  # 6
-        return found[1].upper()
+    if cued := CUE.search(text):  # 6
+        return cued[1].upper()
     lines = [line for line in text.splitlines() if not LISTED.match(line)]  # 7
     return the_only(re.findall(r"(?<![A-Za-z])([A-F])(?![A-Za-z])", "\n".join(lines)))
 

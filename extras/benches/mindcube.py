@@ -91,14 +91,15 @@ def mindcube_letter(text: str, question: dict) -> str | None:
         letters = letters_of_first_hit(
             inside, r"[Mm]y answer is ([A-E])", r"[Tt]he answer is ([A-E])", r"\b([A-E])\b"
         )
-    letters = letters or letters_of_first_hit(
-        text,
-        r"^(?:Answer: )?([A-E])(?:\.|\s|$)",  # 3a
-        r"[*\"]([A-E])[*\"]",  # 3b
-        r"\bAnswer:?\s*([A-E])\b",  # 3c
-        r"[Mm]y answer is ([A-E])",  # 3d
-        r"answer is ([A-E])",  # 3e
-    )
+    if not letters:
+        letters = letters_of_first_hit(
+            text,
+            r"^(?:Answer: )?([A-E])(?:\.|\s|$)",  # 3a
+            r"[*\"]([A-E])[*\"]",  # 3b
+            r"\bAnswer:?\s*([A-E])\b",  # 3c
+            r"[Mm]y answer is ([A-E])",  # 3d
+            r"answer is ([A-E])",  # 3e
+        )
     if letters:
         return letters[-1]
     alone = re.search(r"\b([A-E])\b", text)  # 4
