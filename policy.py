@@ -34,7 +34,6 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 from transformers.utils import cached_file, logging
 
 from extras.world2vlm.words import PIECES
@@ -69,7 +68,6 @@ class Policy:
         self.model, self.tokenizer, self.images = model, tokenizer, images
         self.vision = model.model.visual
         model.model.language_model.set_attn_implementation("shared_attention")
-        model.model.language_model.layers[-1].__class__ = LastLayer  # the same parameters
         self.device = model.lm_head.weight.device
         self.banned = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
         self.banned[: len(tokenizer)] = False  # rows beyond the tokenizer pad the embedding
@@ -272,72 +270,34 @@ class Policy:
             found |= dict(zip(keys, levels.split(sizes, 1)))
         return [found[number, id(image)] for number, image in numbered]
 
-    def forward(self, ids, positions, mask, features=None):
-        """One pass over ids (B, L) with M-RoPE positions (3, B, L) -> logits (B, L, vocabulary), float32.
+    def hidden(self, ids, positions, mask, features=None, cache=None):
+        """One pass over ids (B, L) with M-RoPE positions (3, B, L) -> (B, L, width), which `logits` reads.
 
-        mask      (B, L) 1 = token, 0 = padding, or (B, 1, L, keys) bool, True = may look
+        mask      (B, L) 1 = token, 0 = padding; (B, 1, L, keys) bool, True = may look; or that of `shared_attention`
         features  (1 + levels, image tokens, width): all images of the batch in row order, from `encode`
-        """
-        return self._allowed(self._run(ids, positions, mask, features, use_cache=False).logits)
-
-    def hidden(self, ids, positions, mask, features=None, read=None, cache=None):
-        """The same pass, stopped before the language head, where somebody reads it: (n, width), for `logits`.
-
-        read      (n,) places in ids.flatten(), None for none; the last layer's MLP runs on these alone
         cache     takes in the keys and values of all tokens
         """
-        # The whole model is called, not its language part alone: FSDP gathers weights in the root's hook. To keep no
-        # logits skips the head.
-        nowhere = ids.new_empty(0)
-        return self._run(
-            ids,
-            positions,
-            mask,
-            features,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            output_hidden_states=[-1],
-            logits_to_keep=nowhere,
-            read=nowhere if read is None else read,
-        ).hidden_states[-1][0]
-
-    def logits(self, hidden):
-        """The language head: hidden states (..., width) -> logits (..., vocabulary), float32."""
-        return self._allowed(self.model.lm_head(hidden))
-
-    def _run(self, ids, positions, mask, features, **options):
-        vision = (
-            None
-            if features is None
-            else {
-                "image": SimpleNamespace(
-                    pooler_output=(features[0],),
-                    deepstack_features=[(level,) for level in features[1:]],
-                )
-            }
-        )
+        vision = None
+        if features is not None:
+            levels = [(level,) for level in features[1:]]
+            image = SimpleNamespace(pooler_output=(features[0],), deepstack_features=levels)
+            vision = {"image": image}
+        # The whole model is called, not its language part alone: FSDP gathers weights in the root's hook.
         return self.model(
             input_ids=ids,
             position_ids=positions,
             attention_mask=mask,
             mm_encoder_outputs=vision,
-            **options,
-        )
+            past_key_values=cache,
+            use_cache=cache is not None,
+            output_hidden_states=[-1],
+            logits_to_keep=ids.new_empty(0),  # skips the head
+        ).hidden_states[-1]
 
-    def _allowed(self, logits):
-        return logits.float().masked_fill(self.banned, -1e9)  # exp gives exactly 0
-
-
-class LastLayer(Qwen3VLTextDecoderLayer):
-    """The decoder's last layer, whose MLP, most of its work, runs only where somebody reads what it makes."""
-
-    def forward(self, hidden_states, read=None, **options):
-        """hidden_states (B, L, width) -> (1, n, width) of the places `read` (n,) in (B * L), or all (B, L, width)."""
-        if read is None:
-            return super().forward(hidden_states, **options)
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **options)
-        x = (hidden_states + attended).flatten(0, 1)[read]
-        return (x + self.mlp(self.post_attention_layernorm(x)))[None]
+    def logits(self, hidden):
+        """The language head: hidden states (..., width) -> logits (..., vocabulary), float32."""
+        logits = self.model.lm_head(hidden).float()
+        return logits.masked_fill(self.banned, -1e9)  # exp gives exactly 0
 
 
 def stamp(image, number):
@@ -577,9 +537,8 @@ def token_logprobs(policy, batch, temperature=1.0):
     batch the logits, 151,936 per token, would be larger than the model.
     """
     wrote = batch.loss_mask > 0  # (B, L - 1)
-    hidden = policy.hidden(
-        batch.ids, batch.positions, batch.mask, batch.features, batch.predecessors[wrote]
-    )  # (n, width)
+    hidden = policy.hidden(batch.ids, batch.positions, batch.mask, batch.features)
+    hidden = hidden.flatten(0, 1)[batch.predecessors[wrote]]  # (n, width)
     parts = [
         checkpoint(chosen_logprobs, policy, *part, temperature, use_reentrant=False)
         for part in zip(hidden.split(HEAD_TOKENS), batch.targets[wrote].split(HEAD_TOKENS))

@@ -210,8 +210,8 @@ def supervised_loss(policy: Policy, batch: DialogueBatch) -> SupervisedLoss:
     """
     taught = batch.loss_weights > 0  # (B, L - 1)
     places = batch.predecessors[taught]
-    hidden = policy.hidden(batch.ids, batch.positions, batch.mask, batch.features, places)
-    logits = policy.logits(hidden)  # (n, vocabulary), n tokens with a weight
+    hidden = policy.hidden(batch.ids, batch.positions, batch.mask, batch.features)
+    logits = policy.logits(hidden.flatten(0, 1)[places])  # (n, vocabulary), n tokens with a weight
     targets = batch.targets[taught]
     nll = F.cross_entropy(logits, targets, reduction="none")  # (n,)
     loss = (batch.loss_weights[taught] * nll).sum()

@@ -131,7 +131,7 @@ def uniforms_that_say(policy, dialogues):
     a trained one would, and each way to write has to find the same distributions to say the same.
     """
     batch = collate(policy, dialogues)
-    logits = policy.forward(batch.ids, batch.positions, batch.mask, batch.features)
+    logits = policy.logits(policy.hidden(batch.ids, batch.positions, batch.mask, batch.features))
     share, chosen = torch.softmax(logits.double(), -1), batch.targets[..., None]
     aim = (share.cumsum(-1).gather(-1, chosen) - share.gather(-1, chosen) / 2)[
         ..., 0

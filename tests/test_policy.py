@@ -524,7 +524,9 @@ def test_every_cached_logit_equals_a_full_pass(policy):
     encode_images(policy, [whole])
     with torch.no_grad():
         batch = collate(policy, [whole])
-        want = policy.forward(batch.ids, batch.positions, batch.mask, batch.features)[0]
+        want = policy.logits(policy.hidden(batch.ids, batch.positions, batch.mask, batch.features))[
+            0
+        ]
         start = whole.loss_mask.index(1)
         growing = whole.fork()
         growing.ids, growing.positions = whole.ids[:start], whole.positions[:start]
@@ -585,7 +587,9 @@ def test_banned_tokens_are_never_sampled_and_have_no_probability(policy):
     assert len(wrote) > 300 and not banned & set(wrote)
     batch = collate(policy, trajectories[:2])
     with torch.no_grad():
-        logits = policy.forward(batch.ids, batch.positions, batch.mask, batch.features)
+        logits = policy.logits(
+            policy.hidden(batch.ids, batch.positions, batch.mask, batch.features)
+        )
         assert not logits.softmax(-1)[..., policy.banned].any()
         logprobs, _ = token_logprobs(policy, batch, temperature=8.0)
     wrote = batch.loss_mask > 0
@@ -690,30 +694,6 @@ def test_a_shared_prompt_changes_no_logprob_and_no_gradient(policy, checkpointin
         policy.model.eval()
 
 
-def test_what_nobody_reads_is_left_out_of_the_last_layer_alone(policy, monkeypatch):
-    """Log-probs and gradients against a pass that computes every layer of every token."""
-
-    def everywhere(policy, ids, positions, mask, features, read):
-        return plainly(policy, ids, positions, mask, features, torch.arange(ids.numel()))[read]
-
-    batch, plainly = (
-        collate(
-            policy, chatter(policy, [question(0), question(1, images=3)], group_size=2, seed=5)
-        ),
-        Policy.hidden,
-    )
-    want, worked = gradients(policy, batch), []
-    monkeypatch.setattr(Policy, "hidden", everywhere)
-    hook = policy.model.model.language_model.layers[-1].mlp.register_forward_hook(
-        lambda module, given, made: worked.append(made.numel() // made.shape[-1])
-    )
-    same(gradients(policy, batch), want)
-    monkeypatch.undo()
-    gradients(policy, batch)
-    hook.remove()
-    assert worked == [batch.ids.numel(), int(batch.loss_mask.sum())] and worked[1] < worked[0]
-
-
 def test_the_language_head_sees_a_few_tokens_at_a_time(policy, monkeypatch):
     batch = collate(policy, [full_dialogue(policy), say(policy, full_dialogue(policy), LOOK)])
     want, sizes, logits = gradients(policy, batch), [], Policy.logits
@@ -746,7 +726,9 @@ def test_entropy_by_hand(policy):
     batch = collate(policy, [dialogue])
     with torch.no_grad():
         _, entropy = token_logprobs(policy, batch, temperature=0.7)
-        logits = policy.forward(batch.ids, batch.positions, batch.mask, batch.features)[0].double()
+        logits = policy.logits(
+            policy.hidden(batch.ids, batch.positions, batch.mask, batch.features)
+        )[0].double()
     p = (logits[:, ~policy.banned] / 0.7).softmax(-1)
     want = -(p * p.log()).sum(-1)
     wrote = batch.loss_mask[0] > 0

@@ -316,9 +316,9 @@ def slowly(policy, dialogue, limit):
                 :, None
             ]
             every = torch.tensor([fork.ids + ids])
-            logits = policy.forward(every, positions, torch.ones_like(every), torch.cat(encode, 1))[
-                0, -1
-            ]
+            logits = policy.logits(
+                policy.hidden(every, positions, torch.ones_like(every), torch.cat(encode, 1))
+            )[0, -1]
             ids.append(int(logits.argmax()))
             total += float(torch.log_softmax(logits, -1)[ids[-1]])
             if ids[-1] == policy.tokenizer.eos_token_id:

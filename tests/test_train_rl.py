@@ -201,7 +201,7 @@ def test_gradient_of_the_written_formula(advantage, ratio, monkeypatch):
     policy.vision.requires_grad_(False)
     (episode,) = episodes_of(policy, turns=(5,))
     batch = train_rl.collate(policy, [episode.trajectory])
-    logits = policy.forward(batch.ids, batch.positions, batch.mask, batch.features)[0]
+    logits = policy.logits(policy.hidden(batch.ids, batch.positions, batch.mask, batch.features))[0]
     logprobs = torch.log_softmax(logits, -1).gather(-1, batch.targets[0, :, None])[:, 0]
     wrote = batch.loss_mask[0] > 0
     episode.advantage = advantage

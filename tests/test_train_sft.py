@@ -84,7 +84,9 @@ def test_loss_is_the_weighted_sum_of_log_probs(policy, lessons):
     with torch.no_grad():
         result = supervised_loss(policy, batch)
         logprobs, _ = token_logprobs(policy, batch)
-        logits = policy.forward(batch.ids, batch.positions, batch.mask, batch.features)
+        logits = policy.logits(
+            policy.hidden(batch.ids, batch.positions, batch.mask, batch.features)
+        )
     taught = batch.loss_weights > 0
     torch.testing.assert_close(result.nll, -logprobs * taught, atol=1e-4, rtol=1e-4)
     assert result.loss.item() == pytest.approx(-(logprobs * batch.loss_weights).sum().item())
