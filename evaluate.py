@@ -56,10 +56,11 @@ from extras.report import real_views, report, search
 from extras.report.diagnosis import diagnose, tally
 from extras.world2vlm import rewards as world2vlm_rewards
 from lib import common, consistency, predictions, simulators, tables
-from lib.dialogue import NOTE, Trajectory
+from lib.dialogue import Trajectory
 from lib.geometry import move_camera
 from lib.images import PictureError, figure_image
 from lib.predictions import digest, keyed
+from lib.protocol import NOTE
 from lib.questions import text_only_chance
 from lib.scores import TOOLLESS, chance, summarise
 from lib.simulators import SimulatorError

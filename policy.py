@@ -15,8 +15,6 @@ import math
 import re
 from functools import lru_cache, partial
 from inspect import signature
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -24,26 +22,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoTokenizer,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.utils import cached_file, logging
 
-from extras.world2vlm.words import PIECES
-from lib.common import at_least, fail, newest, run
-from lib.dialogue import NO_SIMULATOR, NOTE, PAD, PHRASES, Trajectory
+from lib.dialogue import Trajectory
+from lib.distributed import default_device, fail
 from lib.images import load_image
-from lib.rollout import Writer, layout_of
+from lib.protocol import NO_SIMULATOR, NOTE, PHRASES
+from lib.rollout import Layout, Writer
 from lib.simulators import NO_VIEW, imagine_each, load_simulator
+from lib.stage import bounded, newest, run_stage
 from lib.streams import stream_seed, torch_stream
-from lib.tiny import tiny_tokenizer
+from lib.tiny import MOTION_PHRASES, stamp, tiny_policy_config, tiny_tokenizer
 
 logging.disable_progress_bar()  # of loading and saving: seconds at most, inside our own bars
 
@@ -54,121 +46,42 @@ class Policy:
     """A Qwen3-VL with its tokenizer and image preparation; `tiny`, `load` and `save` are the ways in and out.
 
     model       transformers' Qwen3VLForConditionalGeneration; its vision tower is `vision`
+    tokens      text -> token ids
     images      preprocessor_config.json: patch_size, merge_size, size (limits of the area in pixels)
     banned      (vocabulary,) bool: special tokens a policy must not write, so that it cannot promise an image
     """
 
-    def __init__(self, model, tokenizer, images):
-        if (
-            "mm_encoder_outputs" not in signature(model.model.forward).parameters
-        ):  # it would not see its images
-            fail(
+    def __init__(self, model: Qwen3VLForConditionalGeneration, tokenizer, images: dict):
+        if "mm_encoder_outputs" not in signature(model.model.forward).parameters:
+            fail(  # the model would not see its images
                 "This version of transformers cannot take images that are encoded already: install 5.23 or later."
             )
         self.model, self.tokenizer, self.images = model, tokenizer, images
         self.vision = model.model.visual
-        model.model.language_model.set_attn_implementation("shared_attention")
         self.device = model.lm_head.weight.device
-        self.banned = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
-        self.banned[: len(tokenizer)] = False  # rows beyond the tokenizer pad the embedding
-        self.banned[[i for i, token in tokenizer.added_tokens_decoder.items() if token.special]] = (
-            True
-        )
-        self.banned[tokenizer.eos_token_id] = False
-        self.banned = self.banned.to(self.device)
         self.pad_id = model.config.image_token_id
-        self.tokens = lru_cache(20_000)(
-            lambda text: tokenizer.encode(text, add_special_tokens=False)
-        )
+        self.tokens = lru_cache(20_000)(partial(tokenizer.encode, add_special_tokens=False))
+        model.model.language_model.set_attn_implementation("shared_attention")  # lib/rollout.py
+
+        banned = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
+        banned[: len(tokenizer)] = False  # rows beyond the tokenizer pad the embedding
+        for number, token in tokenizer.added_tokens_decoder.items():
+            banned[number] |= token.special
+        banned[tokenizer.eos_token_id] = False
+        self.banned = banned.to(self.device)
 
     @classmethod
-    def tiny(
-        cls,
-        seed=0,
-        width=128,
-        depth=4,
-        heads=4,
-        kv_heads=2,
-        mlp=384,
-        vision_width=128,
-        vision_depth=2,
-        patch=8,
-        merge=2,
-        side=32,
-        device="cpu",
-    ):
-        """Random weights, 1.9 M of them; an image of side² pixels becomes (side / patch / merge)² = 4 tokens."""
-        tokenizer = tiny_tokenizer(PHRASES + PIECES)
-        names = {
-            f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
-            for name, token in (
-                ("image", PAD),
-                ("video", "<|video_pad|>"),
-                ("vision_start", "<|vision_start|>"),
-                ("vision_end", "<|vision_end|>"),
-            )
-        }
-        head = width // heads
-        config = Qwen3VLConfig(
-            text_config=dict(
-                vocab_size=len(tokenizer),
-                hidden_size=width,
-                intermediate_size=mlp,
-                num_hidden_layers=depth,
-                num_attention_heads=heads,
-                num_key_value_heads=kv_heads,
-                head_dim=head,
-                tie_word_embeddings=True,
-                max_position_embeddings=4096,
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=None,
-                initializer_range=width
-                ** -0.5,  # the usual 0.02 is for wide models; this keeps a vector's length
-                eos_token_id=tokenizer.eos_token_id,
-                rope_parameters=dict(
-                    rope_type="default",
-                    rope_theta=5e6,
-                    mrope_interleaved=True,
-                    mrope_section=[head // 2 - 2 * (head // 8), head // 8, head // 8],
-                ),
-            ),  # time, row, column
-            vision_config=dict(
-                depth=vision_depth,
-                hidden_size=vision_width,
-                intermediate_size=3 * vision_width,
-                num_heads=4,
-                patch_size=patch,
-                spatial_merge_size=merge,
-                temporal_patch_size=2,
-                out_hidden_size=width,
-                num_position_embeddings=(side // patch) ** 2,
-                deepstack_visual_indexes=[0],
-            ),
-            tie_word_embeddings=True,
-            **names,
-        )
+    def tiny(cls, seed: int = 0, device="cpu", **sizes: int) -> "Policy":
+        """Random weights, 1.9 M of them. sizes: those of `lib.tiny.tiny_policy_config` to depart from."""
+        tokenizer = tiny_tokenizer(PHRASES + MOTION_PHRASES)
+        config, images = tiny_policy_config(tokenizer, **sizes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed("weights", seed, "policy"))
             model = Qwen3VLForConditionalGeneration(config).to(device).eval()
-        images = {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "patch_size": patch,
-            "merge_size": merge,
-            "temporal_patch_size": 2,
-            "size": {"shortest_edge": side * side, "longest_edge": side * side},
-            "image_mean": [0.5] * 3,
-            "image_std": [0.5] * 3,
-            "stamped": True,
-        }
         return cls(model, tokenizer, images)
 
-    @property
-    def turn_limit(self):
-        """Tokens of a turn if the caller gives no limit: tiny policies think in few words, published ones at length."""
-        return 256 if self.images.get("stamped") else 4096
-
     @classmethod
-    def load(cls, path, device="cpu", dtype=None):
+    def load(cls, path: str | Path, device="cpu", dtype: torch.dtype | None = None) -> "Policy":
         """Read a checkpoint: a folder that `save` wrote, or any Qwen3-VL by folder or hub id.
 
         dtype   None: to answer questions, that is bf16 on a GPU, else the checkpoint's own
@@ -178,53 +91,52 @@ class Policy:
         dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else "auto")
         try:
             images = json.loads(Path(cached_file(path, "preprocessor_config.json")).read_text())
-            model = (
-                Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype).to(device).eval()
-            )
-            return cls(model, AutoTokenizer.from_pretrained(path), images)
-        except (
-            Exception
-        ) as error:  # the file system, JSON, safetensors and the hub each have their own
-            reason = (
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            )
+            model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype)
+            return cls(model.to(device).eval(), AutoTokenizer.from_pretrained(path), images)
+        except Exception as error:  # files, JSON, safetensors and the hub each have their own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             fail(
                 f"No policy could be read from {path}: {reason} A tiny one is made by: python train_sft.py"
             )
 
-    def save(self, folder, state_dict=None):
+    def save(self, folder: str | Path, state_dict: dict | None = None) -> None:
         """Write weights, tokenizer and image preparation in the public layout.
 
         state_dict   the whole weights, gathered, if the model itself is sharded
         """
         self.model.save_pretrained(folder, state_dict=state_dict)
         self.tokenizer.save_pretrained(folder)
-        (Path(folder) / "preprocessor_config.json").write_text(
-            json.dumps(self.images, indent=1) + "\n"
-        )
+        text = json.dumps(self.images, indent=1) + "\n"
+        (Path(folder) / "preprocessor_config.json").write_text(text)
 
-    def grid(self, image):
-        """Rows and columns of language tokens an image (H, W, 3) becomes: Qwen's rounding, area within the limits."""
+    @property
+    def turn_limit(self) -> int:
+        """Tokens of a turn if the caller gives no limit: tiny policies think in few words, published ones at length."""
+        return 256 if self.images.get("stamped") else 4096
+
+    def grid(self, image: np.ndarray) -> tuple[int, int]:
+        """Rows and columns of language tokens an image (H, W, 3) becomes: Qwen's rounding, area within the limits.
+
+        Raises ValueError for an image that is more than 200 times as long as it is wide.
+        """
         height, width = image.shape[:2]
-        unit = self.images["patch_size"] * self.images["merge_size"]
-        low, high = (
-            self.images["size"]["shortest_edge"],
-            self.images["size"]["longest_edge"],
-        )  # areas, in pixels
+        unit = self.images["patch_size"] * self.images["merge_size"]  # pixels of a token's side
+        smallest = self.images["size"]["shortest_edge"]  # areas in pixels, whatever they are called
+        largest = self.images["size"]["longest_edge"]
         if max(height, width) > 200 * min(height, width):
             raise ValueError(
                 f"an image of {width} x {height} pixels is too narrow: the limit is 1 : 200"
             )
         rows, columns = round(height / unit), round(width / unit)
-        if rows * columns * unit**2 > high:
-            shrink = math.sqrt(height * width / high)
+        if rows * columns * unit**2 > largest:
+            shrink = math.sqrt(height * width / largest)
             rows, columns = math.floor(height / shrink / unit), math.floor(width / shrink / unit)
-        elif rows * columns * unit**2 < low:
-            grow = math.sqrt(low / (height * width))
+        elif rows * columns * unit**2 < smallest:
+            grow = math.sqrt(smallest / (height * width))
             rows, columns = math.ceil(height * grow / unit), math.ceil(width * grow / unit)
         return max(1, rows), max(1, columns)
 
-    def pixels(self, numbered):
+    def pixels(self, numbered: list[tuple[int, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Cut images into patches as Qwen does: those of one merged token are neighbours, a still lasts two frames.
 
         numbered  (number in the dialogue, image (H, W, 3) uint8 of any size) each
@@ -240,40 +152,44 @@ class Policy:
             if self.images.get("stamped"):
                 image = stamp(image, number)
             x = image.reshape(rows, merge, patch, columns, merge, patch, 3)
-            x = x.transpose(0, 3, 1, 4, 6, 2, 5)[
-                :, :, :, :, :, None
-            ]  # row, column, merge, merge, 3, 1, patch, patch
-            patches.append(np.repeat(x, 2, axis=5).reshape(rows * columns * merge**2, -1))
+            x = x.transpose(0, 3, 1, 4, 6, 2, 5)  # row, column, merge, merge, 3, patch, patch
+            x = np.repeat(x[:, :, :, :, :, None], 2, axis=5)  # two frames
+            patches.append(x.reshape(rows * columns * merge**2, -1))
             grids.append((1, rows * merge, columns * merge))
         patches = torch.from_numpy(np.concatenate(patches)).to(self.device)
         return patches.float() / 127.5 - 1, torch.tensor(grids, device=self.device)
 
     @torch.no_grad()
-    def encode(self, numbered, at_once=16_384):
+    def encode(self, numbered: list[tuple[int, np.ndarray]], at_once: int = 16_384) -> list:
         """What the frozen tower makes of images, per image (1 + deepstack levels, tokens, width). Each array once.
 
         numbered  (number in the dialogue, image) each;  at_once: tokens, 64 images of 512 x 512
         Kept on a GPU until a step is over, so there in bf16, as the language model would take it anyhow.
         """
         distinct = {(number, id(image)): (number, image) for number, image in numbered}
-        tokens = np.cumsum([math.prod(self.grid(image)) for _, image in distinct.values()])
-        found = {}
-        for _, chunk in groupby(zip((tokens - 1) // at_once, distinct.items()), key=itemgetter(0)):
-            keys, part = zip(*(item for _, item in chunk))
-            patches, grids = self.pixels(part)
+        chunks, room = [], 0
+        for key, (_, image) in distinct.items():
+            tokens = math.prod(self.grid(image))
+            if tokens > room:
+                chunks.append([])
+                room = at_once
+            chunks[-1].append(key)
+            room -= tokens
+        features = {}
+        for keys in chunks:
+            patches, grids = self.pixels([distinct[key] for key in keys])
             out = self.vision(patches.to(self.vision.dtype), grid_thw=grids)
-            levels = torch.stack(
-                [out.pooler_output, *out.deepstack_features]
-            )  # (1 + levels, tokens, width)
-            levels = levels.to(torch.bfloat16 if self.device.type == "cuda" else levels.dtype)
-            sizes = (grids.prod(1) // self.images["merge_size"] ** 2).tolist()
-            found |= dict(zip(keys, levels.split(sizes, 1)))
-        return [found[number, id(image)] for number, image in numbered]
+            levels = torch.stack([out.pooler_output, *out.deepstack_features])
+            if self.device.type == "cuda":
+                levels = levels.bfloat16()
+            sizes = grids.prod(1) // self.images["merge_size"] ** 2  # tokens of each image
+            features.update(zip(keys, levels.split(sizes.tolist(), 1), strict=True))
+        return [features[number, id(image)] for number, image in numbered]
 
-    def hidden(self, ids, positions, mask, features=None, cache=None):
+    def hidden(self, ids, positions, mask, features=None, cache=None) -> torch.Tensor:
         """One pass over ids (B, L) with M-RoPE positions (3, B, L) -> (B, L, width), which `logits` reads.
 
-        mask      (B, L) 1 = token, 0 = padding; (B, 1, L, keys) bool, True = may look; or that of `shared_attention`
+        mask      (B, L) 1 = token, 0 = padding; (B, 1, L, keys) bool, True = may look; or that of a Layout with branches
         features  (1 + levels, image tokens, width): all images of the batch in row order, from `encode`
         cache     takes in the keys and values of all tokens
         """
@@ -294,24 +210,10 @@ class Policy:
             logits_to_keep=ids.new_empty(0),  # skips the head
         ).hidden_states[-1]
 
-    def logits(self, hidden):
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The language head: hidden states (..., width) -> logits (..., vocabulary), float32."""
         logits = self.model.lm_head(hidden).float()
         return logits.masked_fill(self.banned, -1e9)  # exp gives exactly 0
-
-
-def stamp(image, number):
-    """Mark an image (H, W, 3) with its number: that many black squares along the upper edge, as on a contact sheet.
-
-    A departure of the tiny model ("stamped" in preprocessor_config.json): to bind the words "Image-3" to the picture
-    behind them takes a two-step look-up that a small transformer does not learn in minutes (measured: facts of one
-    image among four stayed at .3 for 60 CPU-s without, and reached .55 within 30 with it). Published checkpoints know
-    how to, and see their images as they are. The simulator never sees the mark.
-    """
-    image, side = image.copy(), max(1, image.shape[0] // 16)
-    for k in range(number):
-        image[:side, 3 * side * k // 2 : 3 * side * k // 2 + side] = 0
-    return image
 
 
 # ---- sampling dialogues ---------------------------------------------------------------------------------------------
@@ -319,18 +221,18 @@ def stamp(image, number):
 
 @torch.no_grad()
 def rollout(
-    policy,
-    questions,
+    policy: Policy,
+    questions: list[dict],
     simulator=None,
-    mode="agentic",
-    group_size=1,
-    temperature=1.0,
-    seed=0,
-    max_rounds=3,
-    max_turns=10,
-    max_new_tokens=64,
-    rows=64,
-):
+    mode: str = "agentic",
+    group_size: int = 1,
+    temperature: float = 1.0,
+    seed: int = 0,
+    max_rounds: int = 3,
+    max_turns: int = 10,
+    max_new_tokens: int = 64,
+    rows: int = 64,
+) -> list[Trajectory]:
     """Let the policy hold `group_size` dialogues per question; returns Trajectories, question-major.
 
     questions        rows of out/data/questions_*.jsonl; "images" are paths or arrays
@@ -342,86 +244,83 @@ def rollout(
     """
     was_training = policy.model.training
     policy.model.eval()  # checkpointing in training mode would drop the cache silently
-    finished, step = [], max(1, rows // group_size)
-    for start in range(0, len(questions), step):
-        prompts = [
-            Trajectory.start(
-                policy, question, [load_image(i) for i in question["images"]], mode, max_rounds
-            )
-            for question in questions[start : start + step]
-        ]
+    trajectories = []
+    at_once = max(1, rows // group_size)
+    for first in range(0, len(questions), at_once):
+        prompts = []
+        for question in questions[first : first + at_once]:
+            images = [load_image(image) for image in question["images"]]
+            prompts.append(Trajectory.start(policy, question, images, mode, max_rounds))
         encode_images(policy, prompts)
-        dialogues = [prompt.fork() for prompt in prompts for _ in range(group_size)]
-        streams = [
-            (seed, dialogue.question.get("id", dialogue.question["question"]), d % group_size)
-            for d, dialogue in enumerate(dialogues)
-        ]
-        uniforms = torch.stack(
-            [
-                torch.rand(
-                    max_turns,
-                    max_new_tokens,
-                    dtype=torch.float64,
-                    generator=torch_stream("rollout", *stream),
+
+        dialogues, streams, uniforms = [], [], []
+        for prompt in prompts:
+            name = prompt.question.get("id", prompt.question["question"])
+            for member in range(group_size):
+                stream = torch_stream("rollout", seed, name, member)
+                dialogues.append(prompt.fork())
+                streams.append((seed, name, member))
+                uniforms.append(
+                    torch.rand(max_turns, max_new_tokens, dtype=torch.float64, generator=stream)
                 )
-                for stream in streams
-            ]
-        )
-        go_on(policy, dialogues, uniforms, temperature, simulator, streams, group_size)
-        finished += dialogues
+        uniforms = torch.stack(uniforms)
+        write_turns(policy, dialogues, uniforms, temperature, simulator, streams, group_size)
+        trajectories += dialogues
     policy.model.train(was_training)
-    return finished
+    return trajectories
 
 
 @torch.no_grad()
-def go_on(policy, dialogues, uniforms, temperature=0.0, simulator=None, streams=None, group_size=1):
+def write_turns(
+    policy: Policy,
+    dialogues: list[Trajectory],
+    uniforms: torch.Tensor,
+    temperature: float = 0.0,
+    simulator=None,
+    streams: list[tuple] | None = None,
+    group_size: int = 1,
+) -> None:
     """Let the policy write turns, and answer its calls, until every dialogue is done.
 
-    dialogues   Trajectories with features, those of a group neighbours and equal so far
+    dialogues   with features, those of a group neighbours and equal so far
     uniforms    (dialogues, turns, tokens per turn) float64 in [0, 1): what sampling draws
-    streams     what the simulator's noise depends on, besides the turn
+    streams     keys of each dialogue's stream, on which the simulator's noise depends, besides the turn
     """
-    writer, turns, limit = Writer(policy, dialogues, group_size), *uniforms.shape[1:]
+    writer = Writer(policy, dialogues, group_size)
+    _, turns, limit = uniforms.shape
     for turn in range(turns):
         members = [d for d, dialogue in enumerate(dialogues) if not dialogue.done]
         if not members:
             break
-        for d, (ids, logprobs) in zip(
-            members, writer.write(members, uniforms[:, turn], temperature, limit)
-        ):
+        written = writer.write(members, uniforms[:, turn], temperature, limit)
+        for d, (ids, logprobs) in zip(members, written, strict=True):
             dialogues[d].say(policy, ids, logprobs)
-            dialogues[d].truncated |= turn + 1 == turns and dialogues[d].answer is None
-        reply(
-            policy,
-            simulator,
-            [
-                (dialogues[d], stream_seed("imagine", *(streams[d] if streams else ()), turn))
-                for d in members
-                if not dialogues[d].done
-            ],
-        )
+            if turn + 1 == turns and dialogues[d].answer is None:
+                dialogues[d].truncated = True
+
+        waiting = [d for d in members if not dialogues[d].done]
+        views = imagine_views(simulator, dialogues, waiting, streams, turn)
+        for d in waiting:
+            if dialogues[d].call and views.get(d) is None:
+                dialogues[d].reply = NO_VIEW if simulator else NO_SIMULATOR
+            dialogues[d].observe(policy, image=views.get(d))
+        encode_images(policy, [dialogues[d] for d in waiting])
 
 
-def reply(policy, simulator, waiting):
-    """Give every waiting dialogue its observation; all views of a turn are imagined in one batch.
-
-    waiting   (Trajectory, seed of the simulator) pairs
-    """
-    calling = [(dialogue, seed) for dialogue, seed in waiting if dialogue.call and simulator]
-    views = iter(imagine_each(simulator, [dialogue.query(seed) for dialogue, seed in calling]))
-    for dialogue, _ in waiting:
-        view = next(views) if dialogue.call and simulator else None
-        if dialogue.call and view is None:
-            dialogue.reply = NO_VIEW if simulator else NO_SIMULATOR
-        dialogue.observe(policy, image=view)
-    encode_images(policy, [dialogue for dialogue, _ in waiting])
+def imagine_views(simulator, dialogues, waiting, streams, turn) -> dict:
+    """The views that dialogues wait for, all in one batch -> {number of the dialogue: view, or None if refused}."""
+    calling = [d for d in waiting if dialogues[d].call and simulator]
+    queries = []
+    for d in calling:
+        queries.append(dialogues[d].query(stream_seed("imagine", *streams[d], turn)))
+    return dict(zip(calling, imagine_each(simulator, queries), strict=True))
 
 
-def encode_images(policy, trajectories):
+def encode_images(policy: Policy, trajectories: list[Trajectory]) -> None:
     """Fill in the `features` that are missing: the tower is frozen, so what it made of an image stays true."""
-    missing = [
-        pair for t in trajectories for pair in list(enumerate(t.images, 1))[len(t.features) :]
-    ]
+    missing = []
+    for t in trajectories:
+        missing += list(enumerate(t.images, 1))[len(t.features) :]
     encoded = iter(policy.encode(missing))
     for t in trajectories:
         t.features += [next(encoded) for _ in t.images[len(t.features) :]]
@@ -438,7 +337,7 @@ class DialogueBatch(NamedTuple):
     # of the rows (lib.rollout.Layout)
     ids: torch.Tensor  # (R, C)
     positions: torch.Tensor  # (3, R, C), M-RoPE's
-    mask: torch.Tensor  # (R, C) 1 = token, or that of `shared_attention` if dialogues share rows
+    mask: torch.Tensor  # `Layout.mask`: (R, C) 1 = token, if no row is shared
     features: (
         torch.Tensor | None
     )  # (1 + levels, tokens, width): the tower's of all images, in row order
@@ -450,14 +349,14 @@ class DialogueBatch(NamedTuple):
     logprobs: torch.Tensor  # the rollout's
 
 
-def collate(policy, trajectories, share=False) -> DialogueBatch:
+def collate(policy: Policy, trajectories: list[Trajectory], share: bool = False) -> DialogueBatch:
     """Trajectories -> one batch for `token_logprobs`.
 
     share   dialogues with the same prompt share a row: the prompt with its images is computed once, as in `rollout`.
             Each sees the prompt and itself, at its own positions, so the numbers are the same
     """
     encode_images(policy, trajectories)
-    layout = layout_of(trajectories, share)
+    layout = Layout.of(trajectories, share)
     ids = torch.full((len(layout.rows), layout.width), policy.tokenizer.pad_token_id)
     positions = torch.zeros(3, *ids.shape, dtype=torch.long)
     predecessors = [[] for _ in trajectories]
@@ -470,65 +369,27 @@ def collate(policy, trajectories, share=False) -> DialogueBatch:
             positions[:, row, columns] = torch.tensor(t.positions[:-1]).T
             predecessors[number] = [row * layout.width + column for column in columns]
             features += t.features if branch == 0 else t.features[t.provenance.count(None) :]
-    batch = DialogueBatch(
-        ids=ids,
-        positions=positions,
-        mask=layout.mask(),
-        features=None,
-        targets=padded([t.ids[1:] for t in trajectories]),
-        predecessors=padded(predecessors),
-        loss_mask=padded([t.loss_mask[1:] for t in trajectories]).float(),
-        loss_weights=padded([t.loss_weights[1:] for t in trajectories]),
-        logprobs=padded([t.logprobs[1:] for t in trajectories]),
+
+    def table(lists: list[list]) -> torch.Tensor:
+        rows = [torch.tensor(row) for row in lists]
+        return pad_sequence(rows, batch_first=True).to(policy.device)
+
+    return DialogueBatch(
+        ids=ids.to(policy.device),
+        positions=positions.to(policy.device),
+        mask=layout.mask().to(policy.device),
+        features=torch.cat(features, 1) if features else None,
+        targets=table([t.ids[1:] for t in trajectories]),
+        predecessors=table(predecessors),
+        loss_mask=table([t.loss_mask[1:] for t in trajectories]).float(),
+        loss_weights=table([t.loss_weights[1:] for t in trajectories]),
+        logprobs=table([t.logprobs[1:] for t in trajectories]),
     )
-    batch = DialogueBatch(*(x if x is None else x.to(policy.device) for x in batch))
-    return batch._replace(features=torch.cat(features, 1) if features else None)
 
 
-def shared_attention(module, query, key, value, mask, scaling=None, **options):
-    """What transformers' attention layers call: SDPA, or SDPA for rows in which dialogues share a prompt.
-
-    query (R, heads, C, head dim), key and value (R, kv heads, C, head dim). Of a row that is shared, the first `prompt`
-    cells are the prompt, and `branches` stretches of `rest` cells follow, C = prompt + branches * rest
-    mask   (R, branches, rest, prompt + rest) bool: what each branch sees of the prompt and of itself. The prompt sees
-           itself causally. A mask as long as the query, or none, is the ordinary case
-    The arithmetic is that of separate rows: no cell is compared with another branch's.
-    """
-    attend = partial(
-        sdpa_attention_forward, module, scaling=scaling, **options
-    )  # -> (R, cells, heads, width), None
-    if mask is None or mask.shape[2] == query.shape[2]:
-        return attend(query, key, value, mask)
-    rows, branches, rest, seen = mask.shape
-    prompt = seen - rest
-    first, _ = attend(*(x[:, :, :prompt] for x in (query, key, value)), None)  # None: causal
-
-    def of_branch(x):  # -> (R, branches, heads, rest, head dim)
-        return x[:, :, prompt:].unflatten(2, (branches, rest)).transpose(1, 2)
-
-    def with_prompt(x):  # -> (R * branches, kv heads, prompt + rest, head dim)
-        again = x[:, None, :, :prompt].expand(-1, branches, -1, -1, -1)
-        return torch.cat([again, of_branch(x)], 3).flatten(0, 1)
-
-    then, _ = attend(
-        of_branch(query).flatten(0, 1),
-        with_prompt(key),
-        with_prompt(value),
-        mask.flatten(0, 1)[:, None],
-    )
-    return torch.cat([first, then.unflatten(0, (rows, branches)).flatten(1, 2)], 1), None
-
-
-AttentionInterface.register("shared_attention", shared_attention)
-AttentionMaskInterface.register("shared_attention", sdpa_mask)  # of ordinary masks (B, L)
-
-
-def padded(lists):
-    """Lists of unequal length -> one tensor (lists, longest), 0 behind the shorter ones."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in lists], True)
-
-
-def token_logprobs(policy, batch, temperature=1.0):
+def token_logprobs(
+    policy: Policy, batch: DialogueBatch, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy of what the policy wrote, under the distribution `rollout` samples from.
 
     returns   (B, L - 1) each: column t is about token t + 1; 0 where that token is not the policy's. The first is
@@ -537,15 +398,18 @@ def token_logprobs(policy, batch, temperature=1.0):
     batch the logits, 151,936 per token, would be larger than the model.
     """
     wrote = batch.loss_mask > 0  # (B, L - 1)
-    hidden = policy.hidden(batch.ids, batch.positions, batch.mask, batch.features)
+    hidden = policy.hidden(batch.ids, batch.positions, batch.mask, batch.features)  # (R, C, width)
     hidden = hidden.flatten(0, 1)[batch.predecessors[wrote]]  # (n, width)
-    parts = [
-        checkpoint(chosen_logprobs, policy, *part, temperature, use_reentrant=False)
-        for part in zip(hidden.split(HEAD_TOKENS), batch.targets[wrote].split(HEAD_TOKENS))
-    ]
-    return tuple(
-        torch.zeros(wrote.shape, device=wrote.device).masked_scatter(wrote, torch.cat(part))
-        for part in zip(*parts)
+    chunks = zip(hidden.split(HEAD_TOKENS), batch.targets[wrote].split(HEAD_TOKENS), strict=True)
+    logprobs, entropies = [], []
+    for chunk in chunks:
+        of_chunk = checkpoint(chosen_logprobs, policy, *chunk, temperature, use_reentrant=False)
+        logprobs.append(of_chunk[0])
+        entropies.append(of_chunk[1])
+    zeros = torch.zeros_like(batch.loss_mask)
+    return (
+        zeros.masked_scatter(wrote, torch.cat(logprobs)),
+        zeros.masked_scatter(wrote, torch.cat(entropies)),
     )
 
 
@@ -560,69 +424,55 @@ def chosen_logprobs(policy, hidden, tokens, temperature):
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's flags."""
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        "--images",
-        nargs="+",
-        required=True,
-        help="the given views, in order: Image-1, Image-2, ...",
-    )
-    p.add_argument("--ask", required=True, help="the question")
-    p.add_argument(
-        "--options",
-        nargs="*",
-        default=[],
-        help="answers to choose from; they are lettered A, B, C, ...",
-    )
-    p.add_argument(
+    add = parser.add_argument
+    add("--images", nargs="+", required=True, help="the views, in order: Image-1, Image-2, ...")
+    add("--ask", required=True, help="the question")
+    add("--options", nargs="*", default=[], help="answers to choose from, lettered A, B, C, ...")
+    add(
         "--model",
         help="policy folder or hub id (default: the last stage trained, in out/ or out/demo/)",
     )
-    p.add_argument("--wm", help="world model folder or hub id (default: out/wm or out/demo/wm)")
-    p.add_argument(
+    add("--wm", help="world model folder or hub id (default: out/wm or out/demo/wm)")
+    add(
         "--mode",
         choices=list(NOTE),
         default="agentic",
         help="direct: no tool; forced: must imagine first",
     )
-    p.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
-    p.add_argument(
-        "--max-new-tokens", type=int, help="per turn (default: 4096, of a tiny policy 256)"
+    add("--temperature", type=bounded(float, 0), default=0.0, help="0 = greedy")
+    add(
+        "--max-new-tokens",
+        type=bounded(int, 1),
+        help="per turn (default: 4096, of a tiny policy 256)",
     )
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument(
-        "--out", default="out/ask", help="imagined views and the dialogue are saved here"
-    )
-    return at_least(p, p.parse_args(argv), [("max_new_tokens", 1), ("temperature", 0)])
+    add("--seed", type=int, default=0)
+    add("--out", default="out/ask", help="imagined views and the dialogue are saved here")
+    return parser.parse_args(argv)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Ask one question and show the dialogue."""
     args = parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = [
-        text if re.match(r"[A-Z]\. ", text) else f"{chr(65 + i)}. {text}"
-        for i, text in enumerate(args.options)
-    ]
-    question = {
-        "question": args.ask,
-        "options": options,
-        "images": [load_image(path) for path in args.images],
-    }
-    model = (
-        args.model
-        or newest(("phase2", "phase1", "sft"))
-        or fail(
+    device = default_device()
+    options = []
+    for i, text in enumerate(args.options):
+        options.append(text if re.match(r"[A-Z]\. ", text) else f"{chr(65 + i)}. {text}")
+    images = [load_image(path) for path in args.images]
+    question = {"question": args.ask, "options": options, "images": images}
+    path = args.model or newest(("phase2", "phase1", "sft"))
+    if path is None:
+        fail(
             "There is no policy in out/ yet. Train one with: python train_sft.py   (or name one with --model)"
         )
-    )
     simulator = None if args.mode == "direct" else load_simulator("tuned", device, args.wm)
     try:
-        policy = Policy.load(model, device)
+        policy = Policy.load(path, device)
+        limit = args.max_new_tokens or policy.turn_limit
         (trajectory,) = rollout(
             policy,
             [question],
@@ -630,22 +480,20 @@ def main(argv=None):
             args.mode,
             temperature=args.temperature,
             seed=args.seed,
-            max_new_tokens=args.max_new_tokens or policy.turn_limit,
+            max_new_tokens=limit,
         )
     except (OSError, ValueError) as error:
         fail(str(error))
-    for kind, content in trajectory.lines():
-        print(content if kind == "text" else " ".join(f"[Image-{number}]" for number in content))
-    if (Path(args.out) / "dialogue.json").exists():  # of another dialogue, with its pictures
-        for picture in Path(args.out).glob("image_*.png"):
+    print(trajectory.transcript())
+    out = Path(args.out)
+    if (out / "dialogue.json").exists():  # of another dialogue, with its pictures
+        for picture in out.glob("image_*.png"):
             picture.unlink()
-    trajectory.save(args.out)
-    trajectory.draw(Path(args.out) / "dialogue.png")
-    print(
-        f"{'No answer.' if trajectory.answer is None else f'Answer: {trajectory.answer}.'} "
-        f"Imagined views: {trajectory.valid_calls}. Pictures: {args.out}"
-    )
+    trajectory.save(out)
+    trajectory.draw(out / "dialogue.png")
+    answer = "No answer." if trajectory.answer is None else f"Answer: {trajectory.answer}."
+    print(f"{answer} Imagined views: {trajectory.valid_calls}. Pictures: {out}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

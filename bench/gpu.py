@@ -31,13 +31,13 @@ from bench.wm import (
     work_of,
 )
 from data import MOTIONS
-from extras.world2vlm.words import PIECES
 from lib import budget, common
-from lib.dialogue import PHRASES, Trajectory
+from lib.dialogue import Trajectory
 from lib.geometry import Motion, instruction
+from lib.protocol import PHRASES
 from lib.rollout import Writer
 from lib.streams import torch_stream
-from lib.tiny import tiny_tokenizer
+from lib.tiny import MOTION_PHRASES, tiny_tokenizer
 from policy import Policy
 from world_model import WorldModel, initialise
 
@@ -67,7 +67,7 @@ def true_policy(device, dtype, layers=36):
     """Qwen3-VL-8B's shapes (8.8 B parameters) straight on the device, with random weights and the tiny tokenizer."""
     return Policy(
         budget.qwen3_vl_8b(layers, device, dtype).eval(),
-        tiny_tokenizer(PHRASES + PIECES),
+        tiny_tokenizer(PHRASES + MOTION_PHRASES),
         QWEN_IMAGES,
     )
 

@@ -21,8 +21,8 @@ from transformers.processing_utils import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_template, qwen3_vl_chat_template
 
-from lib.dialogue import PAD, TOOL, prompt_text
 from lib.geometry import Motion, phrase
+from lib.protocol import PAD, TOOL, prompt_text
 
 
 class Stills(Qwen3VLProcessor):

@@ -1,225 +1,34 @@
 """
-The protocol of a dialogue between the policy and its simulator: prompt, turns, observations, and their tokens.
+A dialogue between the policy and its simulator as tokens: what was said, by whom, what was seen, and where it stands.
 
-A dialogue is a chat in Qwen's layout. The policy's turn is a thought and then exactly one of two things:
-
-    <think>…</think>
-    <tool_call>{"name": "imagine", "arguments": {"image": 2, "motion": "move left", "amount": 1.5}}</tool_call>
-
-    <think>…</think><answer>B</answer>
-
-A call is answered by a user turn that shows the imagined view as the next image (Image-5); a call that is malformed or
-impossible is answered by a sentence that says what is wrong: it costs a turn and never crashes. Modes: `direct` has no
-tool, `agentic` leaves the choice to the policy, `forced` refuses an answer before the first valid call.
+The words of the protocol, and how a turn is read, stand in lib/protocol.py.
 """
 
+import copy
 import json
-import re
+import math
 import textwrap
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lib.geometry import KINDS, Motion, Query, instruction, move_camera, phrase
-from lib.images import load_image
-
-# ---- the prompt: one template for training and inference ----------------------------------------------------------
-
-PAD = "<|image_pad|>"
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "imagine",
-        "description": "Imagine the view after moving or turning the camera of one of the images.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "image": {"type": "integer", "description": "number of the image to start from"},
-                "motion": {"type": "string", "enum": list(KINDS)},
-                "amount": {
-                    "type": "number",
-                    "description": "meters for move, degrees for turn and look",
-                },
-            },
-            "required": ["image", "motion", "amount"],
-        },
-    },
-}
-TOOLS = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"  # Qwen's own words
-    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
-    + json.dumps(TOOL)
-    + "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
-    '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
-    "</tool_call>"
-)
-NOTE = {
-    "direct": "\nThink in <think></think>, then give the answer (an option, if there are any) in "
-    "<answer></answer>.",
-    "agentic": "\nIn every turn think in <think></think>, then either call imagine to see a view that is missing, "
-    "or give the answer (an option, if there are any) in <answer></answer>.",
-}
-CALL_FIRST = " Call imagine at least once before you answer."
-NOTE["forced"] = NOTE["agentic"] + CALL_FIRST
-
-# What a policy is told when a turn cannot be obeyed. Its words are never repeated: JSON can smuggle in <|image_pad|>.
-LIMITS = {"meters": 10, "degrees": 360}
-UNREADABLE = (
-    "This turn cannot be read. Write <think>...</think> and then exactly one <tool_call>...</tool_call> or "
-    "one <answer>...</answer>."
-)
-NOT_JSON = (
-    'The tool call is not JSON of this form: {"name": "imagine", "arguments": {"image": 1, "motion": '
-    '"turn left", "amount": 45}}'
-)
-NO_SUCH_TOOL = "There is no such tool. The only tool is imagine."
-ARGUMENTS = "imagine takes exactly these arguments: image, motion and amount."
-IMAGE_NUMBER = "image must be the number of an image, such as 1."
-NO_SUCH_IMAGE = "There is no such image. The images so far are Image-1 to"
-MOTIONS = f"There is no such motion. The motions are: {', '.join(KINDS)}."
-AMOUNT = (
-    f"The amount must be a number, more than 0 and at most {LIMITS['meters']} (meters) for a move or "
-    f"{LIMITS['degrees']} (degrees) for a turn or look."
-)
-ENOUGH = "No more views can be imagined. Answer now."
-NO_TOOL = "There is no tool here. Answer from the images."
-NO_SIMULATOR = "No simulator is available. Answer from the images."
-# Each is one token of the tiny tokenizer.
-PHRASES = (
-    TOOLS,
-    NOTE["direct"],
-    NOTE["agentic"],
+from lib.geometry import Motion, Query, instruction, move_camera, phrase
+from lib.images import load_image, save_image
+from lib.protocol import (
     CALL_FIRST,
-    CALL_FIRST.strip(),
-    "Imagined from",
-    UNREADABLE,
-    NOT_JSON,
-    NO_SUCH_TOOL,
-    ARGUMENTS,
-    IMAGE_NUMBER,
-    NO_SUCH_IMAGE,
-    MOTIONS,
-    AMOUNT,
     ENOUGH,
+    NO_SUCH_IMAGE,
     NO_TOOL,
-    NO_SIMULATOR,
+    PAD,
+    numbered_image,
+    parse_reply,
+    parse_turn,
+    prompt_text,
 )
-
-
-def numbered_image(number):
-    return f"Image-{number}: <|vision_start|>{PAD}<|vision_end|>"
-
-
-def prompt_text(question, mode, n_images):
-    """The prompt, up to where the policy begins to write; one <|image_pad|> stands for each image.
-
-    question   {"question": str, "options": ["A. red box", ...] or absent}; mode: direct, agentic or forced. With a
-               "prompt", a bench's own words (the text before each image and after the last one), these alone are said
-    """
-    if mode not in NOTE:
-        raise ValueError(f"unknown mode {mode!r}; the modes are: {', '.join(NOTE)}")
-    system = "" if mode == "direct" else f"<|im_start|>system\n{TOOLS}<|im_end|>\n"
-    images = [numbered_image(i + 1) for i in range(n_images)]
-    options = "".join(f"\n{option}" for option in question.get("options") or ())
-    texts = question.get("prompt") or [""] * n_images + [
-        f"{question['question']}{options}{NOTE[mode]}"
-    ]
-    said = "".join(text + image for text, image in zip(texts, [*images, ""], strict=True))
-    return f"{system}<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n"
-
-
-class Turn(NamedTuple):
-    """One turn of the policy as read by `parse_turn`: a call or an answer or an error, the other two None."""
-
-    think: str
-    call: dict | None  # {"image": 2, "motion": "turn left", "amount": 45.0}
-    answer: str | None
-    error: str | None  # a sentence for the policy
-
-
-TURN = re.compile(
-    r"\s*<think>(.*?)</think>\s*(?:<tool_call>(.*?)</tool_call>|<answer>(.*?)</answer>)\s*",
-    re.DOTALL,
-)
-
-
-def parse_turn(text):
-    """Read a turn strictly; every way to be wrong has its own sentence in `error`, and nothing raises."""
-    match = TURN.fullmatch(text)
-    if not match or any(
-        re.search("</?(think|tool_call|answer)>", part or "") for part in match.groups()
-    ):
-        return Turn("", None, None, UNREADABLE)
-    think, call, answer = match.groups()
-    if call is None:
-        return (
-            Turn(think, None, answer.strip(), None)
-            if answer.strip()
-            else Turn(think, None, None, UNREADABLE)
-        )
-    call, error = read_call(call)
-    return Turn(think, call, None, error)
-
-
-def parse_reply(text):
-    """Read a turn of a policy that was asked in a bench's own words: a call if there is one, else all is the answer."""
-    calls = re.findall("<tool_call>(.*?)</tool_call>", text, re.DOTALL)
-    if len(calls) == 1:
-        call, error = read_call(calls[0])
-        return Turn("", call, None, error)
-    return (
-        Turn("", None, None, UNREADABLE)
-        if calls or not text.strip()
-        else Turn("", None, text.strip(), None)
-    )
-
-
-def read_call(text):
-    """JSON of a call -> (call, None) or (None, what is wrong). Which images exist is not known here."""
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError):
-        return None, NOT_JSON
-    if (
-        not isinstance(call, dict)
-        or not isinstance(call.get("arguments"), dict)
-        or "name" not in call
-    ):
-        return None, NOT_JSON
-    if call["name"] != "imagine":
-        return None, NO_SUCH_TOOL
-    arguments = call["arguments"]
-    if set(arguments) != {"image", "motion", "amount"}:
-        return None, ARGUMENTS
-    image, motion, amount = arguments["image"], arguments["motion"], arguments["amount"]
-    if type(image) is not int:
-        return None, IMAGE_NUMBER
-    if motion not in KINDS:
-        return None, MOTIONS
-    if (
-        type(amount) not in (int, float) or not 0 < amount <= LIMITS[Motion(motion, 1.0).unit]
-    ):  # NaN fails too
-        return None, AMOUNT
-    return {"image": image, "motion": motion, "amount": float(amount)}, None
-
-
-def motion_in(call):
-    """The Motion of a valid call."""
-    return Motion(call["motion"], call["amount"])
-
-
-def call_poses(scene, calls):
-    """The cameras (n, 4, 4) of all images, given and imagined, the latter where their calls lead if carried out."""
-    poses = [np.array(pose) for pose in scene["poses"]]
-    for call in calls:
-        poses.append(move_camera(poses[call["image"] - 1], motion_in(call)))
-    return np.stack(poses)
-
-
-# ---- a dialogue -----------------------------------------------------------------------------------------------------
+from lib.records import write_text
 
 
 @dataclass
@@ -246,9 +55,7 @@ class Trajectory:
     provenance: list = field(default_factory=list)
     features: list = field(default_factory=list)
     turns: list = field(default_factory=list)  # the policy's turns as text
-    replies: list = field(
-        default_factory=list
-    )  # what it was told: (text, number of the image shown or None)
+    replies: list = field(default_factory=list)  # (observation, number of its image or None)
     valid_calls: int = 0
     invalid_calls: int = 0
     unreadable: int = 0  # turns that were neither a call nor an answer
@@ -258,41 +65,54 @@ class Trajectory:
     reply: str | None = None
 
     @property
-    def well_formed(self):
+    def well_formed(self) -> bool:
         """True if every turn could be read, every call be obeyed, and the last turn is an answer."""
         return self.answer is not None and not self.invalid_calls and not self.unreadable
 
     @property
-    def done(self):
+    def done(self) -> bool:
+        """True once there is an answer, or no room for one."""
         return self.answer is not None or self.truncated
 
     @classmethod
-    def start(cls, policy, question, images, mode, max_rounds=3):
+    def start(
+        cls, policy, question: dict, images: list[np.ndarray], mode: str, max_rounds: int = 3
+    ) -> "Trajectory":
         """The prompt of a question with its images, (H, W, 3) uint8 arrays."""
         pieces = prompt_text(question, mode, len(images)).split(PAD)
         if len(pieces) != len(images) + 1:
             raise ValueError(f"the question must not contain {PAD}: {question['question']!r}")
         trajectory = cls(question, mode, max_rounds)
-        for piece, image in zip(pieces, [*images, None]):
+        for piece, image in zip(pieces, [*images, None], strict=True):
             trajectory._text(policy.tokens(piece))
             if image is not None:
                 trajectory._image(policy, image, None)
         return trajectory
 
-    def say(self, policy, turn, logprobs=None, loss_weights=None):
+    def say(
+        self,
+        policy,
+        turn: str | list[int],
+        logprobs: list | None = None,
+        loss_weights: list | None = None,
+    ) -> None:
         """Add a turn of the policy (token ids as sampled, or text, which gets its <|im_end|>) and judge it.
 
         logprobs, loss_weights   per token of the turn; by default 0.0 and 1.0 each
         """
         ids = policy.tokens(turn + "<|im_end|>") if isinstance(turn, str) else turn
-        self._text(ids, wrote=True, logprobs=logprobs, loss_weights=loss_weights)
+        self._text(ids, 1, logprobs, loss_weights)
         closed = ids[-1] == policy.tokenizer.eos_token_id
         text = policy.tokenizer.decode(ids[:-1] if closed else ids)
         self.turns.append(text)
         self.call = self.reply = None
-        if not closed:
+        if closed:
+            self._judge(text)
+        else:
             self.truncated = True
-            return
+
+    def _judge(self, text: str) -> None:
+        """Take a whole turn as the answer, as a call, or as neither; `reply` says so to the policy."""
         turn = parse_reply(text) if self.question.get("prompt") else parse_turn(text)
         if turn.answer is not None:
             if self.mode == "forced" and not self.valid_calls:
@@ -300,25 +120,35 @@ class Trajectory:
             else:
                 self.answer = turn.answer
             return
-        error = turn.error or self._impossible(turn.call)
-        if error is None:
+        self.reply = turn.error or self._refusal(turn.call)
+        if self.reply is None:
             self.valid_calls += 1
             self.call = turn.call
             self.reply = (
-                f"Imagined from Image-{self.call['image']}, {phrase(motion_in(self.call))}. "
+                f"Imagined from Image-{turn.call['image']}, {phrase(motion_in(turn.call))}. "
             )
+        elif "<tool_call>" in text:
+            self.invalid_calls += 1
         else:
-            self.invalid_calls += "<tool_call>" in text
-            self.unreadable += "<tool_call>" not in text
-            self.reply = error
+            self.unreadable += 1
 
-    def observe(self, policy, image=None):
+    def _refusal(self, call: dict) -> str | None:
+        """Why a well-formed call is impossible here, or None."""
+        if self.mode == "direct":
+            return NO_TOOL
+        if self.valid_calls >= self.max_rounds:
+            return ENOUGH
+        if not 1 <= call["image"] <= len(self.images):
+            return f"{NO_SUCH_IMAGE} Image-{len(self.images)}."
+        return None
+
+    def observe(self, policy, image: np.ndarray | None = None) -> None:
         """Answer the last turn: with `reply` and, after a valid call, the imagined view."""
-        number = len(self.images) + 1 if image is not None else None
-        shown = numbered_image(number) if number else ""
+        number = None if image is None else len(self.images) + 1
+        view = "" if image is None else numbered_image(number)
         self.replies.append((self.reply, number))
         before, *after = (
-            f"\n<|im_start|>user\n<tool_response>\n{self.reply}{shown}\n</tool_response><|im_end|>\n"
+            f"\n<|im_start|>user\n<tool_response>\n{self.reply}{view}\n</tool_response><|im_end|>\n"
             f"<|im_start|>assistant\n"
         ).split(PAD)
         self._text(policy.tokens(before))
@@ -327,8 +157,8 @@ class Trajectory:
             self._text(policy.tokens(*after))
         self.call = self.reply = None
 
-    def query(self, seed):
-        """The waiting call as an order to a simulator; rooms are told where every image was taken, as commanded."""
+    def query(self, seed: int) -> Query:
+        """The waiting call as an order to a simulator; rooms learn where every image was taken, as commanded."""
         scene = self.question.get("scene")
         if scene:
             poses = call_poses(scene, self.provenance[len(scene["poses"]) :])
@@ -336,107 +166,94 @@ class Trajectory:
         sentence = instruction(motion_in(self.call), self.call["image"])
         return Query(list(self.images), self.call["image"], sentence, seed, scene)
 
-    def fork(self):
+    def fork(self) -> "Trajectory":
         """An independent copy that shares the images."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{name: list(value) for name, value in values.items() if isinstance(value, list)}
-        )
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                setattr(twin, name, list(value))
+        return twin
 
-    def _impossible(self, call):
-        if self.mode == "direct":
-            return NO_TOOL
-        if self.valid_calls >= self.max_rounds:
-            return ENOUGH
-        if not 1 <= call["image"] <= len(self.images):
-            return f"{NO_SUCH_IMAGE} Image-{len(self.images)}."
-
-    def _next(self):
+    def _next(self) -> int:
         """The next text position: one more than the largest so far (an image of h x w tokens takes max(h, w))."""
         return max(self.positions[-1]) + 1 if self.positions else 0
 
-    def _text(self, ids, wrote=False, logprobs=None, loss_weights=None):
+    def _text(self, ids, wrote=0, logprobs=None, loss_weights=None):
         start = self._next()
-        self.ids += ids
-        self.positions += [(p, p, p) for p in range(start, start + len(ids))]
-        self.loss_mask += [int(wrote)] * len(ids)
-        self.logprobs += logprobs or [0.0] * len(ids)
-        self.loss_weights += loss_weights or [float(wrote)] * len(ids)
+        positions = [(p, p, p) for p in range(start, start + len(ids))]
+        self._tokens(ids, positions, wrote, logprobs, loss_weights)
 
     def _image(self, policy, image, call):
-        start, (rows, columns) = self._next(), policy.grid(image)
-        self.ids += [policy.pad_id] * (rows * columns)
-        self.positions += [
-            (start, start + r, start + c) for r in range(rows) for c in range(columns)
-        ]
-        self.loss_mask += [0] * (rows * columns)
-        self.logprobs += [0.0] * (rows * columns)
-        self.loss_weights += [0.0] * (rows * columns)
+        start = self._next()
+        rows, columns = policy.grid(image)
+        positions = [(start, start + r, start + c) for r in range(rows) for c in range(columns)]
+        self._tokens([policy.pad_id] * len(positions), positions)
         self.images.append(image)
         self.provenance.append(call)
 
-    def save(self, folder):
+    def _tokens(self, ids, positions, wrote=0, logprobs=None, loss_weights=None):
+        self.ids += ids
+        self.positions += positions
+        self.loss_mask += [wrote] * len(ids)
+        self.logprobs += logprobs or [0.0] * len(ids)
+        self.loss_weights += loss_weights or [float(wrote)] * len(ids)
+
+    def save(self, folder: str | Path) -> None:
         """Write dialogue.json and image_1.png, image_2.png, ... `load` gives the dialogue back, ready for `collate`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        record = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name not in ("images", "features")
-        }
-        record["question"] = {key: value for key, value in self.question.items() if key != "images"}
+        record = {k: v for k, v in vars(self).items() if k not in ("images", "features")}
+        record["question"] = {k: v for k, v in self.question.items() if k != "images"}
         for number, image in enumerate(self.images, 1):
-            Image.fromarray(image).save(folder / f"image_{number}.png")
-        (folder / "dialogue.json").write_text(json.dumps(record) + "\n")
+            save_image(Path(folder) / f"image_{number}.png", image)
+        write_text(Path(folder) / "dialogue.json", json.dumps(record) + "\n")
 
     @classmethod
-    def load(cls, folder):
+    def load(cls, folder: str | Path) -> "Trajectory":
+        """The dialogue that `save` wrote."""
         record = json.loads((Path(folder) / "dialogue.json").read_text())
         record["positions"] = [tuple(position) for position in record["positions"]]
-        count = len(record["provenance"])
-        return cls(
-            **record,
-            images=[load_image(Path(folder) / f"image_{n}.png") for n in range(1, count + 1)],
-        )
+        numbers = range(1, len(record["provenance"]) + 1)
+        return cls(**record, images=[load_image(Path(folder) / f"image_{n}.png") for n in numbers])
 
-    def lines(self):
-        """The dialogue for people, in order: ("text", words) and ("images", [numbers])."""
-        yield "images", [number for number, call in enumerate(self.provenance, 1) if call is None]
-        yield "text", "\n".join([self.question["question"], *(self.question.get("options") or ())])
-        for turn, (reply, image) in zip(self.turns, [*self.replies, (None, None)]):
-            yield "text", f"Policy: {turn}"
+    def transcript(self) -> str:
+        """The dialogue for people."""
+        given = [f"[Image-{n}]" for n, call in enumerate(self.provenance, 1) if call is None]
+        lines = [" ".join(given), self.question["question"], *(self.question.get("options") or ())]
+        for turn, (reply, number) in zip_longest(self.turns, self.replies, fillvalue=(None, None)):
+            lines.append(f"Policy: {turn}")
             if reply:
-                yield "text", f"Reply: {reply}"
-            if image:
-                yield "images", [image]
+                lines.append(f"Reply: {reply}")
+            if number:
+                lines.append(f"[Image-{number}]")
         if self.question.get("answer"):
-            yield "text", f"True answer: {self.question['answer']}"
+            lines.append(f"True answer: {self.question['answer']}")
+        return "\n".join(lines)
 
-    def draw(self, path):
-        """Save the dialogue as one picture, as high as it takes."""
-        side, font, top, rows = 128, ImageFont.load_default(13), 10, []
-        for kind, content in self.lines():  # rows: (height, up to five images or a line, colour)
-            if kind == "images":
-                rows += [(side + 24, content[i : i + 5], "gray") for i in range(0, len(content), 5)]
-                continue
-            colour = "black" if content.startswith("Policy") else "gray"
-            rows += [
-                (17, line, colour)
-                for text in content.splitlines()
-                for line in textwrap.wrap(text, 100) or [""]
-            ]
-            rows.append((6, "", colour))
-        page = Image.new("RGB", (720, top + sum(height for height, *_ in rows) + 4), "white")
-        pen = ImageDraw.Draw(page)
-        for height, content, colour in rows:
-            if isinstance(content, str):
-                pen.text((10, top), content, colour, font)
-            else:
-                for left, number in zip(range(10, 720, side + 10), content):
-                    view = Image.fromarray(self.images[number - 1]).resize(
-                        (side, side), Image.NEAREST
-                    )
-                    page.paste(view, (left, top))
-                    pen.text((left, top + side + 2), f"Image-{number}", colour, font)
-            top += height
+    def draw(self, path: str | Path) -> None:
+        """Save the dialogue as one picture, as high as it takes: its images, five in a row, then its words."""
+        lines = []
+        for line in self.transcript().splitlines():
+            lines += textwrap.wrap(line, 100) or [""]
+        top = math.ceil(len(self.images) / 5) * 152 + 4
+        page = Image.new("RGB", (720, top + 17 * len(lines)), "white")
+        pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+        for n, image in enumerate(self.images):
+            left, upper = 10 + n % 5 * 138, n // 5 * 152
+            pen.text((left, upper + 2), f"Image-{n + 1}", "gray", font)
+            tile = Image.fromarray(image).resize((128, 128), Image.Resampling.NEAREST)
+            page.paste(tile, (left, upper + 20))
+        for n, line in enumerate(lines):
+            pen.text((10, top + 17 * n), line, "black", font)
         page.save(path)
+
+
+def motion_in(call: dict) -> Motion:
+    """The Motion of a valid call."""
+    return Motion(call["motion"], call["amount"])
+
+
+def call_poses(scene: dict, calls: list[dict]) -> np.ndarray:
+    """The cameras (n, 4, 4) of all images, given and imagined, the latter where their calls lead if carried out."""
+    poses = [np.array(pose) for pose in scene["poses"]]
+    for call in calls:
+        poses.append(move_camera(poses[call["image"] - 1], motion_in(call)))
+    return np.stack(poses)

@@ -1,40 +1,50 @@
 """
-Writing many dialogues at once: one KV cache that lives across turns.
+Many dialogues at once: the cache in which they are written, and the rows in which they are learned from.
 
-Row b of the cache is dialogue b: token i of the dialogue stands in slot i, nothing stands between. So dialogues of
-different lengths can grow together, nothing is ever encoded twice, and one rule is the whole mask:
+While dialogues are written, row b of one KV cache is dialogue b: its token i stands in slot i, nothing between. So
+dialogues of different lengths grow together, nothing is encoded twice, and one rule is the whole mask: a token in slot
+s sees the slots 0 .. s of its row. A batch is right-padded; what padding writes lies beyond the row's end, where nobody
+looks until the next token overwrites it. The rows that are writing stand first, a finished one changes places with the
+last of them: a step works on a prefix of the cache, and no cache is copied. The cache always lacks the last token of a
+dialogue: feeding it gives the distribution of the next one.
 
-    a token in slot s sees the slots 0 .. s of its row
-
-A batch is right-padded; what padding writes lies beyond the row's end, where nobody looks until the next token
-overwrites it. The rows that are writing stand first, a finished row changes places with the last of them, so a step
-works on a prefix of the cache and no cache is copied. The cache always lacks the last token of a dialogue: feeding it
-gives the distribution of the next one.
+While they are learned from, dialogues with the same prompt share a row: `Layout` alone knows where their tokens stand.
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
-from lib.common import fail
+from lib.distributed import fail
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 class RowCache:
     """Keys and values of all rows and layers; what transformers' attention layers call `past_key_values`."""
 
-    def __init__(self, rows):
+    def __init__(self, rows: int):
         self.rows = rows
         self.layers = []  # per layer (2, rows, kv heads, capacity, head dim): keys and values
         self.slots = None  # (n, m) where the next forward pass writes, n <= rows
         self.seen = 0  # how many slots that pass attends to
 
-    def aim(self, slots, device):
-        """slots from the CPU, which then need not wait for a GPU to know their largest."""
-        self.slots, self.seen = slots.to(device), int(slots.max()) + 1
+    def aim(self, slots: torch.Tensor, device) -> torch.Tensor:
+        """Where the next pass writes, (n, m) -> what it may look at, (n, 1, m, seen) bool on `device`.
 
-    def update(self, keys, values, layer, *_, **__):
+        slots   on the CPU, which then need not wait for a GPU to know their largest
+        """
+        self.slots, self.seen = slots.to(device), int(slots.max()) + 1
+        return torch.arange(self.seen, device=device) <= self.slots[:, None, :, None]
+
+    def update(self, keys, values, layer: int, *_, **__):
         """Write keys and values (n, kv heads, m, head dim) of one layer; return all those of the n rows so far."""
         n, heads, _, width = keys.shape
         if layer == len(self.layers):
@@ -43,17 +53,17 @@ class RowCache:
         if self.seen > store.shape[3]:  # room for 64 more tokens at a time
             room = keys.new_zeros(2, self.rows, heads, self.seen + 64 - store.shape[3], width)
             store = self.layers[layer] = torch.cat([store, room], 3)
-        place = self.slots[:, None, :, None].expand_as(keys)
-        store[0, :n].scatter_(2, place, keys)
-        store[1, :n].scatter_(2, place, values)
+        slots = self.slots[:, None, :, None].expand_as(keys)
+        store[0, :n].scatter_(2, slots, keys)
+        store[1, :n].scatter_(2, slots, values)
         return store[0, :n, :, : self.seen], store[1, :n, :, : self.seen]
 
-    def repeat(self, times):
+    def repeat(self, times: int) -> None:
         """Each row becomes `times` neighbouring rows: a question's prompt, shared by its group."""
         self.rows *= times
         self.layers = [store.repeat_interleave(times, 1) for store in self.layers]
 
-    def swap(self, i, j):
+    def swap(self, i: int, j: int) -> None:
         for store in self.layers:
             store[:, [i, j]] = store[:, [j, i]]
 
@@ -65,31 +75,78 @@ class Writer:
     The writer reads their `ids`, `positions` and `features`, and never changes them.
     """
 
-    def __init__(self, policy, dialogues, group_size=1):
+    def __init__(self, policy, dialogues: list, group_size: int = 1):
         self.policy, self.dialogues = policy, dialogues
         self.cache = RowCache(len(dialogues) // group_size)
         self.filled = [0] * len(dialogues)  # tokens of dialogue d in the cache
         self.images = [0] * len(dialogues)  # images of dialogue d in the cache
-        self.order = list(
-            range(0, len(dialogues), group_size)
-        )  # which dialogue stands in which row
+        self.order = list(range(0, len(dialogues), group_size))  # which dialogue is in which row
         self.feed(len(self.order))  # every prompt once
         self.cache.repeat(group_size)
         self.order = list(range(len(dialogues)))
-        heads = [d - d % group_size for d in self.order]
-        self.filled, self.images = [self.filled[h] for h in heads], [self.images[h] for h in heads]
+        for d in self.order:
+            first = d - d % group_size  # of its group
+            self.filled[d], self.images[d] = self.filled[first], self.images[first]
 
-    def forward(self, ids, slots, positions, features):
-        """Write ids (n, m) at slots (n, m) and positions (3, n, m) of the first n rows into the cache."""
+    def write(self, members: list[int], uniforms: torch.Tensor, temperature: float, limit: int):
+        """Let some dialogues write one turn each, of `limit` tokens at most.
+
+        members    which dialogues; uniforms (dialogues, limit) in [0, 1), float64: what each row's sampling draws
+        returns    per member (ids, logprobs): the tokens as sampled, <|im_end|> last unless the limit cut the turn
+        """
+        n, stop = len(members), self.policy.tokenizer.eos_token_id
+        self.bring_forward(members)
+        self.feed(n)
+        turns = {d: ([], []) for d in members}  # ids, logprobs
+        token = {d: self.dialogues[d].ids[-1] for d in members}  # the one to feed, and its position
+        position = {d: self.dialogues[d].positions[-1][0] for d in members}
+        for step in range(limit):
+            writing = self.order[:n]
+            of_rows = [[token[d], self.filled[d], position[d]] for d in writing]
+            logits = self.step(*torch.tensor(of_rows).T)
+            tokens, logprobs = sample(logits, uniforms[writing, step], temperature)
+            tokens, logprobs = tokens.tolist(), logprobs.tolist()
+            if any(map(math.isnan, logprobs)):
+                fail(
+                    "The policy's logits are not numbers: its weights are broken. Take an earlier checkpoint."
+                )
+            for row in reversed(range(len(writing))):
+                d = writing[row]
+                turns[d][0].append(tokens[row])
+                turns[d][1].append(logprobs[row])
+                token[d] = tokens[row]
+                self.filled[d] += 1
+                position[d] += 1
+                if token[d] == stop:  # the row leaves the batch
+                    n -= 1
+                    self.swap(row, n)
+            if n == 0:
+                break
+        return [turns[d] for d in members]
+
+    def feed(self, n: int) -> None:
+        """Bring the cache of the first n rows up to date, to all tokens but the last."""
+        starts = torch.tensor([self.filled[d] for d in self.order[:n]])
+        longest = max(len(self.dialogues[d].ids) - 1 - self.filled[d] for d in self.order[:n])
+        if longest <= 0:
+            return
+        ids = torch.full((n, longest), self.policy.tokenizer.pad_token_id)
+        positions = torch.zeros(3, n, longest, dtype=torch.long)
+        features = []
+        for row, d in enumerate(self.order[:n]):
+            dialogue, start = self.dialogues[d], self.filled[d]
+            new = dialogue.ids[start:-1]
+            ids[row, : len(new)] = torch.tensor(new)
+            positions[:, row, : len(new)] = torch.tensor(dialogue.positions[start:-1]).T
+            features += dialogue.features[self.images[d] :]
+            self.filled[d] += len(new)
+            self.images[d] = len(dialogue.features)
         device = self.policy.device
-        ids, positions = ids.to(device), positions.to(device)
-        self.cache.aim(slots, device)
-        mask = (
-            torch.arange(self.cache.seen, device=device) <= self.cache.slots[:, None, :, None]
-        )  # (n, 1, m, seen)
-        self.policy.hidden(ids, positions, mask, features, cache=self.cache)
+        mask = self.cache.aim(starts[:, None] + torch.arange(longest), device)
+        features = torch.cat(features, 1) if features else None
+        self.policy.hidden(ids.to(device), positions.to(device), mask, features, self.cache)
 
-    def step(self, tokens, slots, positions):
+    def step(self, tokens, slots, positions) -> torch.Tensor:
         """Feed one token to each of the first n rows: (n,) each -> logits (n, vocabulary) of what follows it.
 
         The decoder of transformers by hand, with its own modules: a step is many small operations, and the general
@@ -97,23 +154,17 @@ class Writer:
         """
         text, device, n = self.policy.model.model.language_model, self.policy.device, len(tokens)
         tokens, positions = tokens.to(device), positions.to(device)
-        self.cache.aim(slots[:, None], device)
         x = text.embed_tokens(tokens)  # (n, width)
-        mask = (
-            torch.arange(self.cache.seen, device=device) <= self.cache.slots[..., None, None]
-        )  # (n, 1, 1, seen)
+        mask = self.cache.aim(slots[:, None], device)  # (n, 1, 1, seen)
         mask = mask.to(x.dtype).log()  # 0 or -inf, as SDPA would make it per layer
-        cos, sin = text.rotary_emb(
-            x, positions.expand(3, 1, -1)
-        )  # text: one number for time, row and column
-        cos, sin = cos[0, :, None], sin[0, :, None]  # (n, 1, head dim)
+        cos, sin = text.rotary_emb(x, positions.expand(3, 1, -1))  # time = row = column
         for number, layer in enumerate(text.layers):
             attention, y = layer.self_attn, layer.input_layernorm(x)
-            q, k, v = (
-                project(y).view(n, -1, attention.head_dim)  # (n, heads, head dim)
-                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            q, k = (z * cos + rotated(z) * sin for z in (attention.q_norm(q), attention.k_norm(k)))
+            heads = (n, -1, attention.head_dim)
+            q = attention.q_norm(attention.q_proj(y).view(heads))  # (n, heads, head dim)
+            k = attention.k_norm(attention.k_proj(y).view(heads))  # (n, kv heads, head dim)
+            v = attention.v_proj(y).view(heads)
+            q, k = apply_rotary_pos_emb(q, k, cos[0], sin[0])
             keys, values = self.cache.update(k[:, :, None], v[:, :, None], number)
             # query heads that share a key head stand as that many queries of it: no key is copied
             q = q.view(n, keys.shape[1], -1, attention.head_dim)
@@ -122,79 +173,21 @@ class Writer:
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return self.policy.logits(text.norm(x))
 
-    def feed(self, n):
-        """Bring the cache of the first n rows up to date, to all tokens but the last."""
-        new = [(d, self.dialogues[d], self.filled[d]) for d in self.order[:n]]
-        longest = max(len(dialogue.ids) - 1 - start for _, dialogue, start in new)
-        if longest <= 0:
-            return
-        ids = torch.full((n, longest), self.policy.tokenizer.pad_token_id)
-        positions = torch.zeros(3, n, longest, dtype=torch.long)
-        features = []
-        for row, (d, dialogue, start) in enumerate(new):
-            piece = dialogue.ids[start:-1]
-            ids[row, : len(piece)] = torch.tensor(piece)
-            positions[:, row, : len(piece)] = torch.tensor(dialogue.positions[start:-1]).T
-            features += dialogue.features[self.images[d] :]
-            self.filled[d], self.images[d] = start + len(piece), len(dialogue.features)
-        slots = torch.tensor([start for *_, start in new])[:, None] + torch.arange(longest)
-        self.forward(ids, slots, positions, torch.cat(features, 1) if features else None)
-
-    def write(self, members, uniforms, temperature, limit):
-        """Let some dialogues write one turn each.
-
-        members    which dialogues; uniforms (dialogues, limit) in [0, 1), float64: what each row's sampling draws
-        limit      tokens per turn
-        returns    per member (ids, logprobs): the tokens as sampled, <|im_end|> last unless the limit cut the turn
-        """
-        self.bring_forward(members)
-        self.feed(len(members))
-        ids, logprobs = {d: [] for d in members}, {d: [] for d in members}
-        last = {d: (self.dialogues[d].ids[-1], self.dialogues[d].positions[-1][0]) for d in members}
-        stop, n = self.policy.tokenizer.eos_token_id, len(members)
-        for step in range(limit):
-            now = self.order[:n]
-            tokens, places = torch.tensor([last[d] for d in now]).T  # (n,), (n,)
-            slots = torch.tensor([self.filled[d] for d in now])
-            logits = self.step(tokens, slots, places)
-            sampled = [x.tolist() for x in sample(logits, uniforms[now, step], temperature)]
-            if any(map(math.isnan, sampled[1])):
-                fail(
-                    "The policy's logits are not numbers: its weights are broken. Take an earlier checkpoint."
-                )
-            for row, (d, token, logprob) in reversed(list(enumerate(zip(now, *sampled)))):
-                ids[d].append(token)
-                logprobs[d].append(logprob)
-                self.filled[d] += 1
-                last[d] = (token, last[d][1] + 1)
-                if token == stop:  # the row leaves the batch
-                    n -= 1
-                    self.swap(row, n)
-            if n == 0:
-                break
-        return [(ids[d], logprobs[d]) for d in members]
-
-    def bring_forward(self, members):
+    def bring_forward(self, members: list[int]) -> None:
         """Let the rows of `members` stand first, in any order."""
-        wanted, n = set(members), len(members)
-        free = [row for row in range(n) if self.order[row] not in wanted]
+        n = len(members)
+        free = [row for row in range(n) if self.order[row] not in members]
         for row in range(n, len(self.order)):
-            if self.order[row] in wanted:
+            if self.order[row] in members:
                 self.swap(free.pop(), row)
 
-    def swap(self, i, j):
+    def swap(self, i: int, j: int) -> None:
         if i != j:
             self.cache.swap(i, j)
             self.order[i], self.order[j] = self.order[j], self.order[i]
 
 
-def rotated(z):
-    """(..., head dim) with its halves turned by 90 degrees against each other: the other term of a rotary embedding."""
-    first, second = z.chunk(2, -1)
-    return torch.cat([-second, first], -1)
-
-
-def sample(logits, uniforms, temperature):
+def sample(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float):
     """Draw a token per row by inverting the cumulative distribution at a uniform number.
 
     logits (n, V) float32, uniforms (n,) in [0, 1); temperature 0 takes the most likely token
@@ -206,25 +199,21 @@ def sample(logits, uniforms, temperature):
         tokens = logprobs.argmax(-1)
     else:
         cumulative = logprobs.exp().double().cumsum(-1)
-        aim = uniforms.to(cumulative.device) * cumulative[:, -1]
-        tokens = torch.searchsorted(cumulative, aim[:, None], right=True)[
-            :, 0
-        ]  # right: never a token of mass zero
+        goal = uniforms.to(cumulative.device) * cumulative[:, -1]
+        tokens = torch.searchsorted(cumulative, goal[:, None], right=True)[:, 0]  # none of mass 0
         tokens = tokens.clamp(max=logits.shape[1] - 1)  # of logits that are not numbers
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
-# ---- dialogues that share their prompt -------------------------------------------------------------------------------
+# ---- learning: dialogues that share their prompt ---------------------------------------------------------------------
 
 
 class Layout(NamedTuple):
     """Where the tokens of dialogues stand in the rows of one batch: [ prompt | branch | branch | ... ].
 
-    Dialogues with the same prompt may share a row: the prompt is computed once, and each dialogue's rest is a branch
-    that sees the prompt and itself. Three dialogues with a prompt of 4 (where the longest has 5), rests of up to 3:
-        [ p p p p . | a a . | b b b | c . . ]
-    Rows hold all tokens of a dialogue but the last, which predicts nothing. Where no row is shared, each dialogue is a
-    row without branches.
+    Each dialogue's rest is a branch: it sees the prompt, and of itself what came before. Three dialogues with a prompt
+    of 4 tokens (the longest has 5) and rests of up to 3:    [ p p p p . | a a . | b b b | c . . ]
+    Rows hold all tokens of a dialogue but the last, which predicts nothing. Where none is shared, they have no branch.
     """
 
     rows: list[list[int]]  # per row, the numbers of its dialogues
@@ -233,25 +222,35 @@ class Layout(NamedTuple):
     branches: int  # of the row with most dialogues
     rest: int  # columns of each branch: the longest rest; 0 where no row is shared
 
+    @classmethod
+    def of(cls, trajectories: list, share: bool) -> "Layout":
+        """The rows of a batch. share: dialogues with the same prompt make one row, neighbours or not."""
+        rows = {}
+        for number, trajectory in enumerate(trajectories):
+            rows.setdefault(prompt_key(trajectory) if share else number, []).append(number)
+        shared = len(rows) < len(trajectories)  # a dialogue alone is an ordinary row
+        starts, rest = [], 0
+        for numbers in rows.values():
+            lengths = [len(trajectories[number].ids) - 1 for number in numbers]
+            starts.append(trajectories[numbers[0]].loss_mask.index(1) if shared else lengths[0])
+            rest = max(rest, max(lengths) - starts[-1])
+        branches = max(map(len, rows.values()))
+        return cls(list(rows.values()), starts, max(starts), branches, rest)
+
     @property
     def width(self) -> int:
         """Cells of a row."""
         return self.prompt + self.branches * self.rest
 
     def columns(self, row: int, branch: int, tokens: int) -> list[int]:
-        """Where the first `tokens` tokens of a row's dialogue number `branch` stand."""
+        """Where the first `tokens` tokens of dialogue number `branch` of a row stand."""
         start = self.starts[row]
         first = self.prompt + branch * self.rest
         return [*range(start), *range(first, first + tokens - start)]
 
     def mask(self) -> torch.Tensor:
-        """What may be looked at, for `shared_attention`.
-
-        Where no row is shared: (R, width), 1 = token. Else (R, branches, rest, prompt + rest) bool: each branch sees
-        its row's own prompt, and of itself what came before.
-        """
-        starts = torch.tensor(self.starts)[:, None]
-        own_prompt = torch.arange(self.prompt) < starts  # (R, prompt)
+        """(R, width), 1 = token; of shared rows (R, branches, rest, prompt + rest) bool, for `shared_attention`."""
+        own_prompt = torch.arange(self.prompt) < torch.tensor(self.starts)[:, None]  # (R, prompt)
         if not self.rest:
             return own_prompt.long()
         causal = torch.ones(self.rest, self.rest, dtype=torch.bool).tril()
@@ -259,31 +258,43 @@ class Layout(NamedTuple):
         return torch.cat([own_prompt[:, None, None].expand(shape), causal.expand(shape)], -1)
 
 
-def layout_of(trajectories: list, share: bool) -> Layout:
-    """The rows of a batch. share: dialogues with the same prompt make one row, neighbours or not."""
-    rows = {}
-    for number, trajectory in enumerate(trajectories):
-        rows.setdefault(prompt_key(trajectory) if share else number, []).append(number)
-    rows = list(rows.values())
-    shared = len(rows) < len(trajectories)  # a dialogue alone is an ordinary row
-    starts, rest = [], 0
-    for numbers in rows:
-        lengths = [len(trajectories[number].ids) - 1 for number in numbers]
-        starts.append(trajectories[numbers[0]].loss_mask.index(1) if shared else lengths[0])
-        rest = max(rest, max(lengths) - starts[-1])
-    return Layout(rows, starts, max(starts), max(map(len, rows)), rest)
-
-
 def cell_count(trajectories: list) -> int:
     """How many cells `policy.collate` takes for these dialogues where they may share rows."""
-    layout = layout_of(trajectories, share=True)
+    layout = Layout.of(trajectories, share=True)
     return len(layout.rows) * layout.width
 
 
 def prompt_key(trajectory) -> tuple:
     """What dialogues of one prompt have in common: the tokens up to the first turn, and the very same images."""
-    images = []
-    for image, call in zip(trajectory.images, trajectory.provenance, strict=True):
-        if call is None:
-            images.append(id(image))
-    return *trajectory.ids[: trajectory.loss_mask.index(1)], *images
+    given = trajectory.images[: trajectory.provenance.count(None)]
+    return *trajectory.ids[: trajectory.loss_mask.index(1)], *map(id, given)
+
+
+def shared_attention(module, query, key, value, mask, scaling=None, **options):
+    """What transformers' attention layers call: SDPA, of ordinary rows or of those of a Layout with branches.
+
+    query (R, heads, C, head dim), key and value (R, kv heads, C, head dim)
+    mask   of `Layout.mask`, or one as long as the query, or none: the ordinary case
+    The prompt sees itself causally. The arithmetic is that of separate rows: no cell meets another branch's.
+    """
+    attend = partial(sdpa_attention_forward, module, scaling=scaling, **options)
+    if mask is None or mask.shape[2] == query.shape[2]:
+        return attend(query, key, value, mask)  # (R, C, heads, head dim), None
+    rows, branches, rest, seen = mask.shape
+    prompt = seen - rest
+
+    def of_branches(x):  # (R, heads, C, head dim) -> (R, branches, heads, rest, head dim)
+        return x[:, :, prompt:].unflatten(2, (branches, rest)).transpose(1, 2)
+
+    def with_prompt(x):  # -> (R * branches, heads, prompt + rest, head dim)
+        again = x[:, None, :, :prompt].expand(-1, branches, -1, -1, -1)
+        return torch.cat([again, of_branches(x)], 3).flatten(0, 1)
+
+    own = attend(*(x[:, :, :prompt] for x in (query, key, value)), None)[0]  # None: causal
+    queries, mask = of_branches(query).flatten(0, 1), mask.flatten(0, 1)[:, None]
+    rests = attend(queries, with_prompt(key), with_prompt(value), mask)[0]
+    return torch.cat([own, rests.unflatten(0, (rows, branches)).flatten(1, 2)], 1), None
+
+
+AttentionInterface.register("shared_attention", shared_attention)
+AttentionMaskInterface.register("shared_attention", sdpa_mask)  # of ordinary masks (B, L)

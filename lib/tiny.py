@@ -1,5 +1,5 @@
 """
-The tokenizer of both tiny models: single bytes, and whole words of our small language.
+What only tiny models have: a tokenizer of their own, sizes, and images that carry their number.
 
 Real checkpoints bring their own tokenizer. A tiny model learns in minutes only if the few facts of a sentence are few
 tokens, so every word and fixed phrase of the templates is one token ("turn left", " 45", " red"), and the longest
@@ -10,8 +10,11 @@ exactly. Special tokens and their roles are Qwen's, so the code around the tiny 
     tokenizer.encode("turn left 45 degrees")        # 3 tokens
 """
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3VLConfig
+
+# ---- the tokenizer ---------------------------------------------------------------------------------------------------
 
 # Skipped by decode(skip_special_tokens=True). A policy may write none of them but <|im_end|>.
 SPECIAL = (
@@ -41,99 +44,84 @@ NUMBERS = {f"{n:g}" for n in [*range(1, 10), *range(5, 185, 5), *(m / 10 for m i
 
 WORDS = (
     # chat layout
-    "system\n",
-    "user\n",
-    "assistant\n",
-    "<tool_response>\n",
-    "\n</tool_response>",
+    *("system\n", "user\n", "assistant\n", "<tool_response>\n", "\n</tool_response>"),
     # images and motions
     *(form.format(n) for form in ("Image-{}", " Image-{}", "Image-{}: ") for n in range(1, 10)),
-    "Base on the viewpoint of",
-    ", ",
-    ". ",
-    "turn left",
-    "turn right",
-    "look up",
-    "look down",
-    "move",
-    "move left",
-    "move right",
-    "move up",
-    "move down",
-    "move forward",
-    "move backward",
-    " meters",
-    " degrees",
-    " to the left",
-    " to the right",
-    " forward",
-    " backward",
-    " up",
-    " down",
+    *("Base on the viewpoint of", ", ", ". ", "turn left", "turn right", "look up", "look down"),
+    *("move", "move left", "move right", "move up", "move down", "move forward", "move backward"),
+    *(
+        " meters",
+        " degrees",
+        " to the left",
+        " to the right",
+        " forward",
+        " backward",
+        " up",
+        " down",
+    ),
     *sorted(f" {n}" for n in NUMBERS),
     # tool call
-    '{"name": "imagine", "arguments": {"image":',
-    ', "motion": "',
-    '", "amount":',
-    "}}",
+    *('{"name": "imagine", "arguments": {"image":', ', "motion": "', '", "amount":', "}}"),
     # what rooms contain and where
-    " red",
-    " green",
-    " blue",
-    " yellow",
-    " purple",
-    " orange",
-    " cyan",
-    " white",
-    " pink",
-    " black",
-    " none",
-    " box",
-    " barrel",
-    " ball",
-    " table",
-    " cabinet",
-    " lamp",
-    " left",
-    " right",
-    " centre",
+    *(" red", " green", " blue", " yellow", " purple", " orange", " cyan", " white", " pink"),
+    *(" black", " none", " box", " barrel", " ball", " table", " cabinet", " lamp"),
+    *(" left", " right", " centre"),
     # questions (lib/questions.py), options, and the thoughts that the cold start teaches (train_sft.py)
-    "Start from",
-    " and ",
-    ". Then ",
-    "In",
+    *("Start from", " and ", ". Then ", "In"),
     "How did the camera get from Image-1 to Image-2?",
     "which object looks largest?",
     "which object is furthest to the left?",
     "which object is furthest to the right?",
     *(f"which object fills most of the {third} third?" for third in ("left", "centre", "right")),
     *(f" it moved {way}" for way in ("to the left", "to the right", "forward", "backward")),
-    " A",
-    " B",
-    " C",
-    " D",
-    "A.",
-    "B.",
-    "C.",
-    "D.",
-    "\nA.",
-    "\nB.",
-    "\nC.",
-    "\nD.",
-    "I need to see it.",
-    "The camera:",
-    " the new view:",
+    *(" A", " B", " C", " D", "A.", "B.", "C.", "D.", "\nA.", "\nB.", "\nC.", "\nD."),
+    *("I need to see it.", "The camera:", " the new view:"),
     *(f" Image-{n}:" for n in range(1, 10)),
-    "largest in",
-    "furthest left in",
-    "furthest right in",
-    "left third of",
-    "centre third of",
-    "right third of",
+    *("largest in", "furthest left in", "furthest right in"),
+    *("left third of", "centre third of", "right third of"),
+)
+
+# What questions about motions (extras/world2vlm) say beside objects, boxes and actions: of a tiny policy's vocabulary,
+# which all its weights are drawn from. A prompt takes 64 to 276 tokens in letters and 1 to 47 in these phrases.
+_ALLOWED = (
+    "Write the full action sequence using ';' as a separator. Allowed actions:\n"
+    "- move forward/backward/left/right X meters\n- turn left/right X degrees"
+)
+MOTION_PHRASES = (
+    "How many meters did the camera move to get the second image? "
+    "Answer as: move forward/backward/left/right X meters.",
+    "How many degrees did the camera turn to get the second image? "
+    "Answer as: turn left/right X degrees.",
+    "To move from the first image to the second image, the camera used 2 or 3 actions in order. "
+    + _ALLOWED,
+    'True or false: the camera did "',
+    '" to get the second image.',
+    "In the first image, the",
+    " is at bbox ",
+    '. Bboxes use normalized integer coordinates in [0,1000]. After the camera does "',
+    '", give the bbox of the same',
+    " in the second image. Answer with bbox [x1, y1, x2, y2] only.",
+    "In the image, the",
+    '. After the camera does "',
+    '", does this',
+    " disappear from view? Answer: yes or no.",
+    "The",
+    " in the first image (bbox ",
+    ") and the",
+    " in the second image (bbox ",
+    ") are the same physical object. The camera used 1 or 2 actions in order. " + _ALLOWED,
+    '", the second image shows a',
+    " at bbox ",
+    ". Are these the same physical object instance? Answer: yes or no.",
+    "; ",
+    "yes",
+    "no",
+    "true",
+    "false",
 )
 
 
-def tiny_tokenizer(phrases=()):
+def tiny_tokenizer(phrases: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     """Build the tokenizer. `phrases`: further fixed sentences that become one token each (a policy's prompt template).
 
     The same WORDS and phrases give the same ids. `save_pretrained` writes it, `AutoTokenizer.from_pretrained` reads it.
@@ -143,12 +131,8 @@ def tiny_tokenizer(phrases=()):
     tokenizer = Tokenizer(bytes_only)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(
-        [
-            AddedToken(word, special=word in SPECIAL, normalized=False)
-            for word in dict.fromkeys((*SPECIAL, *TAGS, *WORDS, *phrases))
-        ]
-    )
+    for word in dict.fromkeys((*SPECIAL, *TAGS, *WORDS, *phrases)):
+        tokenizer.add_tokens([AddedToken(word, special=word in SPECIAL, normalized=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=None,
@@ -157,6 +141,102 @@ def tiny_tokenizer(phrases=()):
         additional_special_tokens=list(SPECIAL),
         clean_up_tokenization_spaces=False,
     )
+
+
+# ---- the tiny policy -------------------------------------------------------------------------------------------------
+
+
+def tiny_policy_config(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    width: int = 128,
+    depth: int = 4,
+    heads: int = 4,
+    kv_heads: int = 2,
+    mlp: int = 384,
+    vision_width: int = 128,
+    vision_depth: int = 2,
+    patch: int = 8,
+    merge: int = 2,
+    side: int = 32,
+) -> tuple[Qwen3VLConfig, dict]:
+    """Sizes of a policy of 1.9 M parameters -> its network's, and its images' (preprocessor_config.json).
+
+    An image of side^2 pixels becomes (side / patch / merge)^2 = 4 tokens.
+    """
+    head = width // heads
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=width**-0.5,  # keeps a vector's length; the usual 0.02 is for wide models
+        rope_parameters=dict(
+            rope_type="default",
+            rope_theta=5e6,
+            mrope_interleaved=True,
+            mrope_section=[head // 2 - 2 * (head // 8), head // 8, head // 8],  # time, row, column
+        ),
+    )
+    vision = dict(
+        depth=vision_depth,
+        hidden_size=vision_width,
+        intermediate_size=3 * vision_width,
+        num_heads=4,
+        patch_size=patch,
+        spatial_merge_size=merge,
+        temporal_patch_size=2,
+        out_hidden_size=width,
+        num_position_embeddings=(side // patch) ** 2,
+        deepstack_visual_indexes=[0],
+    )
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+    )
+    images = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": patch,
+        "merge_size": merge,
+        "temporal_patch_size": 2,
+        "size": {"shortest_edge": side * side, "longest_edge": side * side},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "stamped": True,
+    }
+    return config, images
+
+
+def stamp(image: np.ndarray, number: int) -> np.ndarray:
+    """Mark an image (H, W, 3) with its number: that many black squares along the upper edge, as on a contact sheet.
+
+    A departure of the tiny policy ("stamped" in preprocessor_config.json): to bind the words "Image-3" to the picture
+    behind them takes a two-step look-up that a small transformer does not learn in minutes (measured: facts of one
+    image among four stayed at .3 for 60 CPU-s without, and reached .55 within 30 with it). Published checkpoints know
+    how to, and see their images as they are. The simulator never sees the mark.
+    """
+    image = image.copy()
+    side = max(1, image.shape[0] // 16)
+    for k in range(number):
+        left = 3 * side * k // 2
+        image[:side, left : left + side] = 0
+    return image
+
+
+# ---- the tiny world model ------------------------------------------------------------------------------------------
 
 
 def tiny_bagel_files(size: int, vocabulary: int) -> dict[str, dict]:

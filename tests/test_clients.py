@@ -25,19 +25,19 @@ from extras.remote.client import (
 from extras.remote.endpoint import Endpoint, seconds_of, sentence_of
 from extras.remote.serve import read_form
 from lib.bagel import MAX_IMAGES
-from lib.dialogue import (
+from lib.dialogue import Trajectory
+from lib.geometry import Query, read_instruction
+from lib.images import PictureError, read
+from lib.protocol import (
     CALL_FIRST,
     ENOUGH,
     NO_SIMULATOR,
     NO_TOOL,
     NOT_JSON,
     TOOL,
-    Trajectory,
     parse_turn,
     prompt_text,
 )
-from lib.geometry import Query, read_instruction
-from lib.images import PictureError, read
 from lib.simulators import NO_VIEW, SimulatorError, imagine_each
 from lib.streams import stream_seed
 from world_model import select_context
@@ -705,4 +705,4 @@ def test_a_dialogue_is_saved_and_loaded(tmp_path):
     dialogue.save(tmp_path)
     loaded = Trajectory.load(tmp_path)
     assert loaded.turns == dialogue.turns and (loaded.images[2] == dialogue.images[2]).all()
-    assert list(loaded.lines()) and sum(dialogue.loss_mask)
+    assert loaded.transcript() and sum(dialogue.loss_mask)

@@ -5,18 +5,18 @@ import json
 import numpy as np
 import pytest
 
-from lib.dialogue import (
+from lib.dialogue import Trajectory, call_poses
+from lib.geometry import KINDS, Motion, move_camera
+from lib.protocol import (
     AMOUNT,
     CALL_FIRST,
     ENOUGH,
     LIMITS,
     UNREADABLE,
-    Trajectory,
-    call_poses,
+    Turn,
     parse_reply,
     read_call,
 )
-from lib.geometry import KINDS, Motion, move_camera
 from policy import Policy
 
 ANSWER = "<think>red</think><answer>A</answer>"
@@ -59,11 +59,9 @@ def test_amounts_just_inside_and_just_outside():
     )
     for motion in KINDS:
         most, more = (10, 10.1) if motion.startswith("move") else (360, 361)
-        assert read_call(call(motion=motion, amount=most)) == (
-            {"image": 1, "motion": motion, "amount": float(most)},
-            None,
-        )
-        assert read_call(call(motion=motion, amount=more)) == (None, AMOUNT)
+        want = {"image": 1, "motion": motion, "amount": float(most)}
+        assert read_call(call(motion=motion, amount=most)) == Turn(call=want)
+        assert read_call(call(motion=motion, amount=more)) == Turn(error=AMOUNT)
 
 
 def test_only_a_valid_call_lets_forced_answer(policy):
@@ -85,19 +83,10 @@ def test_an_invalid_call_costs_no_view(policy):
 
 def test_a_reply_in_a_benchs_own_words_may_call_once():
     one = f"Let me look. <tool_call>{call()}</tool_call>"
-    assert parse_reply(one) == ("", {"image": 1, "motion": "turn left", "amount": 45.0}, None, None)
-    assert parse_reply(f"{one} and <tool_call>{call(image=2)}</tool_call>") == (
-        "",
-        None,
-        None,
-        UNREADABLE,
-    )
-    assert parse_reply(" B. \n") == ("", None, "B.", None) and parse_reply(" ") == (
-        "",
-        None,
-        None,
-        UNREADABLE,
-    )
+    two = f"{one} and <tool_call>{call(image=2)}</tool_call>"
+    assert parse_reply(one).call == {"image": 1, "motion": "turn left", "amount": 45.0}
+    assert parse_reply(two) == parse_reply(" ") == Turn(error=UNREADABLE)
+    assert parse_reply(" B. \n") == Turn(answer="B.")
 
 
 def test_calls_lead_where_they_say():

@@ -20,10 +20,10 @@ from extras.remote.endpoint import raise_if_down
 from extras.report import real_views, report
 from lib import consistency, predictions, views
 from lib.common import World, read_log
-from lib.dialogue import NOTE, TOOLS, prompt_text
 from lib.geometry import Motion, camera_pose
 from lib.images import save_image
 from lib.predictions import keyed
+from lib.protocol import NOTE, TOOLS, prompt_text
 from lib.questions import text_only_chance
 from lib.rooms import TrueRenderer
 from lib.scores import brief, interval, paired_bootstrap

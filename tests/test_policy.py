@@ -10,7 +10,9 @@ from mirror import Mirror
 from PIL import Image
 
 import policy as policy_file
-from lib.dialogue import (
+from lib.dialogue import Trajectory
+from lib.geometry import Motion, move_camera
+from lib.protocol import (
     AMOUNT,
     ARGUMENTS,
     CALL_FIRST,
@@ -22,11 +24,9 @@ from lib.dialogue import (
     NO_TOOL,
     NOT_JSON,
     UNREADABLE,
-    Trajectory,
     parse_turn,
     prompt_text,
 )
-from lib.geometry import Motion, move_camera
 from lib.rollout import Writer, sample
 from policy import Policy, collate, encode_images, rollout, token_logprobs
 
@@ -455,7 +455,7 @@ def test_saved_and_loaded_dialogue_is_the_same(policy, tmp_path):
         and len(loaded.images) == 3
     )
     a, b = (token_logprobs(policy, collate(policy, [t]))[0] for t in (trajectory, loaded))
-    assert torch.equal(a, b) and list(loaded.lines()) == list(trajectory.lines())
+    assert torch.equal(a, b) and loaded.transcript() == trajectory.transcript()
     loaded.draw(tmp_path / "dialogue.png")
     assert (tmp_path / "dialogue.png").stat().st_size > 1000
 

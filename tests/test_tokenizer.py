@@ -5,9 +5,9 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
-from extras.world2vlm.words import PIECES, PROMPTS
+from extras.world2vlm.words import PROMPTS
 from lib.geometry import KINDS, Motion, instruction
-from lib.tiny import SPECIAL, TAGS, WORDS, tiny_tokenizer
+from lib.tiny import MOTION_PHRASES, SPECIAL, TAGS, WORDS, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_prompts_of_world2vlm_are_short_in_their_pieces():
         "sequence": "move left 0.5 meters; turn right 40 degrees",
         "claim": "move left 0.5 meters and turn right 40 degrees",
     }
-    tokenizer, lengths = tiny_tokenizer(PIECES), {}
+    tokenizer, lengths = tiny_tokenizer(MOTION_PHRASES), {}
     for task, prompt in PROMPTS.items():
         text = prompt.format(**words)
         ids = tokenizer.encode(text)

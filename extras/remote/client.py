@@ -20,17 +20,10 @@ import numpy as np
 from PIL import Image
 
 from extras.remote.endpoint import Endpoint, in_threads, raise_if_down
-from lib.dialogue import (
-    NO_SIMULATOR,
-    PAD,
-    TOOL,
-    UNREADABLE,
-    Trajectory,
-    numbered_image,
-    prompt_text,
-)
+from lib.dialogue import Trajectory
 from lib.geometry import Query, renumbered, select_context
 from lib.images import load_image, read
+from lib.protocol import NO_SIMULATOR, PAD, TOOL, UNREADABLE, numbered_image, prompt_text
 from lib.simulators import NO_VIEW, SimulatorError, imagine_each
 from lib.streams import stream_seed
 

@@ -38,12 +38,13 @@ import torch
 from extras.remote.client import RemotePolicy, converse
 from extras.world2vlm.transitions import cut
 from lib.answers import option_letter
-from lib.dialogue import LIMITS, Trajectory
+from lib.dialogue import Trajectory
 from lib.geometry import KINDS, Motion, phrase
 from lib.images import load_image
+from lib.protocol import LIMITS
 from lib.simulators import SimulatorError, imagine_each
 from lib.streams import numpy_stream, stream_seed
-from policy import encode_images, go_on, rollout
+from policy import encode_images, rollout, write_turns
 
 STEPS, BEAMS = 3, 2  # MindJourney's code with Stable Virtual Camera; so are the next three
 EXPLORE = HELP = 8  # of 9: from here on a view becomes a beam, or evidence
@@ -240,7 +241,7 @@ def imagine(run, wanted):
 
 
 def way_of(policy):
-    """How this policy judges: "confidence" if it is a tiny one (`policy.stamp`), else "words"."""
+    """How this policy judges: "confidence" if it is a tiny one (`lib.tiny.stamp`), else "words"."""
     return (
         "confidence"
         if not isinstance(policy, RemotePolicy) and policy.images.get("stamped")
@@ -254,7 +255,7 @@ def write(run, dialogues, turns):
         part = dialogues[start : start + run.rows]
         encode_images(run.policy, part)
         before = [len(dialogue.turns) for dialogue in part]
-        go_on(run.policy, part, torch.zeros(len(part), turns, run.limit, dtype=torch.float64))
+        write_turns(run.policy, part, torch.zeros(len(part), turns, run.limit, dtype=torch.float64))
         for dialogue, made in zip(part, before):
             dialogue.cost.update(policy_calls=len(dialogue.turns) - made, tokens=len(dialogue.ids))
 

@@ -99,8 +99,4 @@ PROMPTS = {  # released: A1 and A2 say the true direction in place of the altern
     "D4": 'In the first image, the {object} is at bbox {box1}. After the camera does "{sequence}", the second image '
     "shows a {object} at bbox {box2}. Are these the same physical object instance? Answer: yes or no.",
 }
-# What prompts and answers say beside objects, boxes and actions, for the tiny tokenizer: a prompt takes 64 to 276 in
-# letters and 1 to 47 in these pieces.
-PIECES = re.split(r" ?{object}|{\w+}", "{claim}".join(PROMPTS.values()))
-PIECES = (*dict.fromkeys(filter(None, PIECES)), "; ", "yes", "no", "true", "false")
 COUNTS = {"A1": (1,), "A2": (1,), "A3": (2, 3), "D3": (1, 2)}  # actions of an answer
