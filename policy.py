@@ -299,7 +299,7 @@ def write_turns(
                 dialogues[d].truncated = True
 
         waiting = [d for d in members if not dialogues[d].done]
-        views = imagine_views(simulator, dialogues, waiting, streams, turn)
+        views = views_of_turn(simulator, dialogues, waiting, streams, turn)
         for d in waiting:
             if dialogues[d].call and views.get(d) is None:
                 dialogues[d].reply = NO_VIEW if simulator else NO_SIMULATOR
@@ -307,7 +307,7 @@ def write_turns(
         encode_images(policy, [dialogues[d] for d in waiting])
 
 
-def imagine_views(simulator, dialogues, waiting, streams, turn) -> dict:
+def views_of_turn(simulator, dialogues, waiting, streams, turn) -> dict:
     """The views that dialogues wait for, all in one batch -> {number of the dialogue: view, or None if refused}."""
     calling = [d for d in waiting if dialogues[d].call and simulator]
     queries = []
