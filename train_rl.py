@@ -183,7 +183,7 @@ def inputs_of(args: Namespace) -> list[tuple[str | Path, str]]:
     preset = " --preset astra" if args.preset == "astra" else ""
     stage = "train_sft.py" if args.phase == 1 else "train_rl.py --phase 1"
     inputs = [(args.policy, f"python {stage}{preset}")]
-    data = "data.py mine --questions FILE --policy FOLDER" if preset else "data.py"
+    data = "-m extras.scans.mining --questions FILE --policy FOLDER" if preset else "data.py"
     for folder in args.data:
         for split in ("train", "val"):
             inputs.append(

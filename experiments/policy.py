@@ -61,7 +61,6 @@ RUNS = [
     *(
         Run(f"{name}-untuned", stages, simulator="untuned") for name, stages in REWARDS.items()
     ),  # calls do not help
-    Run("two-phase-variance", tuple(f"{stage} --curriculum variance" for stage in TWO)),  # ours
     Run("direct-only", ("--phase 1 --mode direct --steps 72",), mode="direct"),  # never imagines
     Run("two-phase-direct", mode="direct", of="two-phase"),
     *(
