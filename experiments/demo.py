@@ -266,7 +266,7 @@ def show(results, out):
         + ", ".join(f"{name} {spent:.0f}" for name, spent in results["seconds"].items())
     )
 
-    from evaluate import dialogues
+    from extras.report.pages import dialogue_rows
 
     place, told = out / "eval" / "rooms", {}
     for row in common.read_log(place / "predictions.jsonl"):
@@ -280,7 +280,7 @@ def show(results, out):
         logs=logs,
         sheet=out / "wm" / "views.png",
         folder=place,
-        dialogues=dialogues(told, load_jsonl(out / "data" / "questions_test.jsonl")),
+        dialogues=dialogue_rows(told, load_jsonl(out / "data" / "questions_test.jsonl")),
     )
     print(
         f"\nto look at: {out}/report.html, {out}/wm/views.png, {out}/phase1/curves.png, {out}/phase2/curves.png"

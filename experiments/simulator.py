@@ -25,7 +25,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lib import common, consistency
-from lib.views import imagine_targets, load_triples
+from lib.simulators import imagine_targets, load_triples
+from lib.streams import numpy_stream
 from world_model import WorldModel
 
 
@@ -257,6 +258,28 @@ def finished(name, out):
     } if views else None
 
 
+def difference(values, others, rooms, resamples=2000):
+    """Pose, content and mse of one list of views minus those of another -> {key: (difference, low, high)}.
+
+    values, others   (n, 11) of `consistency.per_view`, over the same rows;  rooms: (n,), the room of each row
+    The 95 % interval draws whole rooms with replacement: views of one room are not independent.
+    """
+    _, member = np.unique(rooms, return_inverse=True)
+    count = member.max() + 1
+    even = np.full(count, 1 / count)
+    draws = numpy_stream("bootstrap", 0).multinomial(count, even, resamples)
+    draws = np.vstack([np.ones((1, count)), draws])  # how often each room; first: each once
+    scores = []
+    for views in (values, others):
+        sums = np.stack([np.bincount(member, column, count) for column in views.T], 1)
+        scores.append(consistency.scores_of(draws @ sums))
+    gaps = {}
+    for key in ("pose", "content", "mse"):
+        gap = scores[0][key] - scores[1][key]
+        gaps[key] = (float(gap[0]), *np.nanquantile(gap[1:], [0.025, 0.975]).tolist())
+    return gaps
+
+
 def table(out):
     """The lines of table.md: every finished row, and its difference from the plain row on the same test views."""
     digits = {"steps": 0, "pose": 3, "content": 3, "mse": 4, "cpu_seconds": 0}
@@ -278,9 +301,7 @@ def table(out):
             common.fail(
                 f"{run.name} and {name} in {out} saw different test views. Remove the older and run it again."
             )
-        gaps = (
-            consistency.difference(views["values"], plain["values"], views["room"]) if plain else {}
-        )
+        gaps = difference(views["values"], plain["values"], views["room"]) if plain else {}
         line += [
             "{:+.{d}f} [{:+.{d}f} {:+.{d}f}]".format(*gap, d=digits[key])
             for key, gap in gaps.items()

@@ -29,7 +29,6 @@ import numpy as np
 from tqdm import tqdm
 
 from data import FIRST_ROOM
-from evaluate import verdict
 from experiments.simulator import (
     call,
     chosen,
@@ -40,6 +39,7 @@ from experiments.simulator import (
     publish,
     show_jobs,
 )
+from extras.world2vlm.evaluate import answer_record
 from extras.world2vlm.questions import motion_questions, write_motion_questions
 from extras.world2vlm.rewards import world2vlm
 from extras.world2vlm.transitions import ROOMS, SEEN, drift, room_anchor
@@ -239,16 +239,8 @@ def blind_answers(rows, known, neighbours=5):
 
 
 def given(rows, answers):
-    """Answers that no policy gave, as records like those of evaluate.py."""
-    return [
-        {
-            "key": row["id"],
-            "category": row["category"],
-            "scene": row["scene"]["room"],
-            **verdict(row, SimpleNamespace(answer=answer, turns=[])),
-        }
-        for row, answer in zip(rows, answers)
-    ]
+    """Answers that no policy gave, as the records of extras/world2vlm/evaluate.py."""
+    return [answer_record(row, answer) for row, answer in zip(rows, answers, strict=True)]
 
 
 def learned(run, seed, out):

@@ -1,178 +1,277 @@
 """
-Records of answers into numbers: accuracy, intervals, calls, comparisons.
+Predictions into numbers: accuracy, intervals, calls, comparisons; and the tables that evaluate.py prints.
 
-A record is a line of predictions.jsonl (evaluate.record_of). Every question with a gold answer is in the denominator,
-whatever became of it. Intervals are 95 % bootstrap intervals over rooms (videos), since questions about one room are
-not independent.
+Every question with a gold answer is in the denominator, whatever became of it. Intervals are 95 % bootstrap intervals
+over rooms (videos), since questions about one room are not independent. A published bench weighs its questions by its
+own rule (extras/benches); in rooms each counts the same.
 """
 
 from collections import Counter
 
 import numpy as np
 
-from extras.benches import rules as benchmarks
-from extras.benches.rules import LISTED_ONLY, group_weights, weights
+from lib.answers import Prediction
 from lib.streams import numpy_stream
 
 STRATA = {"needs_view": True, "answerable": False}
 TOOLLESS = ("direct", "official")  # modes that know no tool
 RESAMPLES = 2000
+MEANS = ("valid_calls", "invalid_calls", "unreadable", "truncated", "seconds")
+
+Rows = list[Prediction]
 
 
-def interval(values, clusters=None, counted=None, seed=0):
-    """95 % bootstrap interval of a mean, drawing whole clusters (rooms, videos) -> [low, high].
+# ---- accuracy -------------------------------------------------------------------------------------------------------
 
-    counted   (n,) what each value counts in the mean; None: all the same
+
+def interval(values, clusters=None, weights=None, seed: int = 0) -> list[float]:
+    """95 % bootstrap interval of a weighted mean, drawing whole clusters (rooms, videos) -> [low, high].
+
+    values (n,);  clusters: (n,) names, None: each value on its own;  weights (n,), None: all the same
     """
     values = np.asarray(values, float)
-    counted = np.ones(len(values)) if counted is None else counted
+    if weights is None:
+        weights = np.ones(len(values))
     names = np.arange(len(values)) if clusters is None else [str(cluster) for cluster in clusters]
     _, member = np.unique(names, return_inverse=True)
-    sums, counts = np.bincount(member, values * counted), np.bincount(member, counted)
-    drawn = numpy_stream("bootstrap", seed).integers(len(sums), size=(RESAMPLES, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    sums = np.bincount(member, values * weights)  # per cluster
+    totals = np.bincount(member, weights)
+    draws = numpy_stream("bootstrap", seed).integers(len(sums), size=(RESAMPLES, len(sums)))
+    means = sums[draws].sum(1) / totals[draws].sum(1)
     return np.quantile(means, [0.025, 0.975]).round(4).tolist()
 
 
-def brief(records, counted=None):
-    """{"accuracy", "ci95", "call_rate", "n"}; call_rate is the share of questions with at least one valid call.
+def official_weights(predictions: Rows) -> np.ndarray:
+    """What each prediction counts in the bench's own overall (n,): they sum to 1, and some may be 0."""
+    bench = predictions[0]["bench"]
+    if bench == "rooms":
+        return np.full(len(predictions), 1 / len(predictions))
+    from extras.benches.common import weights
 
-    counted   (n,) what each record counts in the accuracy (lib/benchmarks.weights); None: all the same
-    World2VLM's accuracy is its mean reward; beside it stands "exact", the share of rewards of 1.
+    return weights(bench, [row["category"] for row in predictions])
+
+
+def brief(predictions: Rows, weights=None) -> dict:
+    """{"accuracy", "ci95", "call_rate": the share of questions with at least one valid call, "n"}.
+
+    weights   (n,) what each counts in the accuracy; None: all the same
     """
-    correct, scenes = ([record[key] for record in records] for key in ("correct", "scene"))
-    exact = (
-        {"exact": float(np.mean([record["exact"] for record in records]))}
-        if "exact" in records[0]
-        else {}
-    )
+    correct = [row["correct"] for row in predictions]
     return {
-        "accuracy": float(np.average(correct, weights=counted)),
-        "ci95": interval(correct, scenes, counted),
-        "call_rate": float(np.mean([record["valid_calls"] > 0 for record in records])),
-        "n": len(records),
-    } | exact
-
-
-def gain_over(alone, records, counted=None):
-    """Accuracy beyond that of mode direct on the same questions -> {"difference", "ci95"}, paired: an interval of the
-    differences, drawing whole clusters.
-
-    alone     {key: "correct" in mode direct};  counted   as in `brief`
-    """
-    gain, scenes = (
-        [record["correct"] - alone[record["key"]] for record in records],
-        [r["scene"] for r in records],
-    )
-    return {
-        "difference": float(np.average(gain, weights=counted)),
-        "ci95": interval(gain, scenes, counted),
+        "accuracy": float(np.average(correct, weights=weights)),
+        "ci95": interval(correct, [row["scene"] for row in predictions], weights),
+        "call_rate": float(np.mean([row["valid_calls"] > 0 for row in predictions])),
+        "n": len(predictions),
     }
 
 
-def summarise(records, direct=None, truth=None):
+def gain_over(alone: dict[str, float], predictions: Rows, weights=None) -> dict:
+    """Accuracy beyond that on the same questions alone, paired -> {"difference", "ci95" of the differences}.
+
+    alone   {key: "correct" in mode direct};  weights: as in `brief`
+    """
+    gain = [row["correct"] - alone[row["key"]] for row in predictions]
+    return {
+        "difference": float(np.average(gain, weights=weights)),
+        "ci95": interval(gain, [row["scene"] for row in predictions], weights),
+    }
+
+
+def paired_bootstrap(ours: Rows, theirs: Rows) -> dict:
+    """Accuracy of ours minus theirs on the same questions, each counting the same -> {"difference", "ci95", "n"}.
+
+    Raises ValueError if the two were not asked the same questions.
+    """
+    other = {row["key"]: row["correct"] for row in theirs}
+    apart = other.keys() ^ {row["key"] for row in ours}
+    if apart or not ours:
+        raise ValueError(
+            f"a paired comparison needs the same questions: {len(apart)} stand in one list"
+        )
+    return {**gain_over(other, ours), "n": len(ours)}
+
+
+def chance(questions: list[dict]) -> float | None:
+    """Expected accuracy of a blind guess: the mean of 1 / number of options; None where no question has options."""
+    odds = []
+    for question in questions:
+        if question["answer"] is not None and question.get("options"):
+            odds.append(1 / len(question["options"]))
+    return float(np.mean(odds)) if odds else None
+
+
+# ---- cost -----------------------------------------------------------------------------------------------------------
+
+
+def cost_of(trajectory) -> dict[str, int | None]:
+    """What a dialogue of any mode took: views rendered and shown, turns the policy wrote, tokens read and written.
+
+    A prompt that several dialogues read counts in each; tokens that only a server knows are None.
+    """
+    views = sum(call is not None for call in trajectory.provenance)
+    cost = dict(rendered=views, shown=views)
+    cost |= dict(policy_calls=len(trajectory.turns), tokens=len(trajectory.ids))
+    if hasattr(trajectory, "cost"):  # of extras/report/search.py: several dialogues for one answer
+        cost = {key: trajectory.cost[key] for key in cost}
+    if not all(isinstance(token, int) for token in trajectory.ids):
+        cost["tokens"] = None
+    return cost
+
+
+def mean_cost(predictions: Rows) -> dict[str, float]:
+    """The mean of what every question took that could be asked; what is unknown for one is left out."""
+    costs = [row["cost"] for row in predictions if "cost" in row and not row["error"]]
+    means = {}
+    for key in costs[0] if costs else ():
+        values = [cost[key] for cost in costs]
+        if None not in values:
+            means[key] = float(np.mean(values))
+    return means
+
+
+# ---- a summary ------------------------------------------------------------------------------------------------------
+
+
+def summarise(predictions: Rows, direct: Rows | None = None, truth: Rows | None = None) -> dict:
     """Everything the table shows of one mode with one simulator.
 
-    direct   records of the same questions in mode direct: "gain", overall and beside every part's accuracy (a level or
-             type of the bench, what needs a view), is `gain_over` them; over_use, the share of questions on which the
-             policy called though it is right without
-    truth    and also records under forced use of the true view: under_use, the share on which it did not call though it
-             is wrong without and right with the true view
+    direct   of the same questions in mode direct: "gain", overall and beside every part's accuracy (a level or type of
+             the bench, what needs a view), is `gain_over` them; over_use, the share of questions on which the policy
+             called though it is right without
+    truth    and also under forced use of the true view: under_use, the share on which it did not call though it is
+             wrong without and right with the true view
     """
-    records = sorted(records, key=lambda record: record["key"])
-    gold = [record for record in records if record["gold"] is not None]
-    counted = [record for record in gold if record["category"] not in LISTED_ONLY]
-    if not counted:
+    predictions = sorted(predictions, key=lambda row: row["key"])
+    gold = [row for row in predictions if row["gold"] is not None]
+    if not gold:
         raise ValueError("no question has a gold answer: there is nothing to summarise")
-    total = {
-        key: sum(record[key] for record in counted) / len(counted)
-        for key in ("valid_calls", "invalid_calls", "unreadable", "truncated", "seconds")
-    }
-    bench, categories = counted[0]["bench"], [record["category"] for record in counted]
-    total["lenient"] = float(weights(bench, categories) @ [record["lenient"] for record in counted])
-    alone = direct and {record["key"]: record["correct"] for record in direct}
+    counted = [row for row, weight in zip(gold, official_weights(gold), strict=True) if weight > 0]
+    alone = {row["key"]: row["correct"] for row in direct or ()}
+    summary = part_summary(counted, alone)
+    for key in MEANS:
+        summary[key] = sum(row[key] for row in counted) / len(counted)
+    summary["lenient"] = float(official_weights(counted) @ [row["lenient"] for row in counted])
+    summary["by_category"] = {}
+    for group in sorted({group for row in gold for group in row["groups"]}):
+        part = [row for row in gold if group in row["groups"]]
+        summary["by_category"][group] = part_summary(part, alone)
+    summary["by_need"] = {}
+    for title, need in STRATA.items():
+        part = [row for row in counted if row["needs_view"] is need]
+        if part:
+            summary["by_need"][title] = part_summary(part, alone)
+    letters = Counter(row["answer"] or "none" for row in counted if row["kind"] == "mca")
+    summary["letters"] = dict(sorted(letters.items()))
+    summary["cost"] = mean_cost(predictions)
+    summary["counts"] = counts_of(predictions, counted)
+    summary["counts"]["no gold answer (left out)"] = len(predictions) - len(gold)
+    if counted[0]["bench"] != "rooms":
+        from extras.benches.common import more_numbers
 
-    def part_of(part):
-        weighed = weights(bench, [record["category"] for record in part])
-        return brief(part, weighed) | ({"gain": gain_over(alone, part, weighed)} if direct else {})
-
-    summary = (
-        part_of(counted)
-        | total
-        | {
-            "by_category": {
-                c: part_of([record for record in gold if c in record["groups"]])
-                for c in sorted({group for record in gold for group in record["groups"]})
-            },
-            "by_need": {
-                title: part_of(part)
-                for title, need in STRATA.items()
-                if (part := [record for record in counted if record["needs_view"] is need])
-            },
-            "letters": dict(
-                sorted(
-                    Counter(
-                        record["answer"] or "none" for record in counted if record["kind"] == "mca"
-                    ).items()
-                )
-            ),
-            "counts": {
-                "no answer read": sum(record["answer"] is None for record in counted),
-                "empty reply": sum(
-                    record["turns"] != [] and not record["turns"][-1].strip() for record in counted
-                ),
-                "image unreadable (counted as wrong)": sum(
-                    (record["error"] or "").startswith("image: ") for record in counted
-                ),
-                "refused by the endpoint (counted as wrong)": sum(
-                    not (record["error"] or "image: ").startswith("image: ") for record in counted
-                ),
-                "asked without a missing image": sum(
-                    record["missing_images"] > 0 for record in counted
-                ),
-                "duplicate id": sum("#" in record["key"] for record in records),
-                "no gold answer (left out)": len(records) - len(gold),
-            },
-        }
-    )
-    if bench == "sat":  # some tables print this one beside the official one
-        summary["mean_of_groups"] = float(
-            group_weights(categories) @ [record["correct"] for record in counted]
-        )
-    failures = Counter(
-        record["error_group"]
-        for record in counted
-        if record["error_group"] and not record["correct"]
-    )
-    if failures:  # MMSI-Video: the four error groups of its abstract
-        summary["failures"] = dict(failures.most_common())
-    called = {record["key"]: record["valid_calls"] > 0 for record in counted}
-    if direct and records[0].get("mode") not in TOOLLESS:
-        summary["over_use"] = float(np.mean([called[key] and alone[key] == 1 for key in called]))
-    if direct and truth:
-        shown = {record["key"]: record["correct"] for record in truth}
-        missed = [not called[key] and alone[key] < 1 and shown[key] == 1 for key in called]
+        summary |= more_numbers(counted)
+    called = {row["key"]: row["valid_calls"] > 0 for row in counted}
+    if alone and counted[0]["mode"] not in TOOLLESS:
+        needless = [called[key] and alone[key] == 1 for key in called]
+        summary["over_use"] = float(np.mean(needless))
+    if alone and truth:
+        with_truth = {row["key"]: row["correct"] for row in truth}
+        missed = [not called[key] and alone[key] < 1 and with_truth[key] == 1 for key in called]
         summary["under_use"] = float(np.mean(missed))
     return summary
 
 
-def paired_bootstrap(records_a, records_b):
-    """Accuracy of a minus accuracy of b on the same questions, each counting the same -> {"difference", "ci95", "n"}.
+def part_summary(part: Rows, alone: dict[str, float]) -> dict:
+    """`brief` of some predictions by the bench's weights, and their gain over mode direct if that is known."""
+    weights = official_weights(part)
+    gain = {"gain": gain_over(alone, part, weights)} if alone else {}
+    return brief(part, weights) | gain
 
-    Raises ValueError if the two were not asked the same questions.
-    """
-    a, b = ({record["key"]: record for record in records} for records in (records_a, records_b))
-    if a.keys() != b.keys() or not a:
-        raise ValueError(
-            f"a paired comparison needs the same questions: {len(a.keys() ^ b.keys())} stand in one list"
-        )
-    return gain_over({key: record["correct"] for key, record in b.items()}, list(a.values())) | {
-        "n": len(a)
+
+def counts_of(predictions: Rows, counted: Rows) -> dict[str, int]:
+    """How often something went wrong."""
+    errors = [row["error"] for row in counted if row["error"]]
+    unreadable = sum(error.startswith("image: ") for error in errors)
+    return {
+        "no answer read": sum(row["answer"] is None for row in counted),
+        "empty reply": sum(row["turns"] != [] and not row["turns"][-1].strip() for row in counted),
+        "image unreadable (counted as wrong)": unreadable,
+        "refused by the endpoint (counted as wrong)": len(errors) - unreadable,
+        "asked without a missing image": sum(row["missing_images"] > 0 for row in counted),
+        "duplicate id": sum("#" in row["key"] for row in predictions),
     }
 
 
-def chance(questions):
-    """Expected accuracy of a blind guess: the mean of 1 / number of options."""
-    odds = [benchmarks.chance(question) for question in questions if question["answer"] is not None]
-    odds = [share for share in odds if share is not None]
-    return float(np.mean(odds)) if odds else None
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def text_table(head: list[str], rows: list[list]) -> str:
+    """A table for the terminal, the first column to the left; a float shows three digits, None is "-"."""
+    lines = [head]
+    for row in rows:
+        cells = ["-" if cell is None else cell for cell in row]
+        lines.append([f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ""
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        text += "  ".join([line[0].ljust(widths[0]), *cells[1:]]) + "\n"
+    return text
+
+
+def title_of(mode: str, simulator: str) -> str:
+    """What a column is called: "direct", or "agentic, tuned"."""
+    return mode if mode in TOOLLESS else f"{mode}, {simulator}"
+
+
+def print_answers(runs: dict[tuple, dict], blind: dict[str, float | None]) -> None:
+    """The table: a row per part of the questions, a column per mode and simulator; then the gain over mode direct.
+
+    runs   {(mode, simulator): of `summarise`, with "cost"};  blind: {what guesses without looking: accuracy}
+    """
+    summaries = list(runs.values())
+    head = ["", "n", *(title_of(*run) for run in runs)]
+    parts = {"all": summaries}
+    for group in ("by_need", "by_category"):
+        for name in summaries[0][group]:
+            parts[name] = [summary[group].get(name) for summary in summaries]
+    rows, gains = [], []
+    for name, cells in parts.items():
+        rows.append([name, cells[0]["n"], *map(accuracy_text, cells)])
+        gains.append([name, cells[0]["n"], *map(gain_text, cells)])
+    for key in ("lenient", "valid_calls", "invalid_calls", "seconds", "over_use", "under_use"):
+        values = [summary.get(key) for summary in summaries]
+        if any(value is not None for value in values):
+            rows.append([key, "", *values])
+    print("\n" + text_table(head, rows), end="")
+    guesses = [f"chance, {name} {share:.3f}" for name, share in blind.items() if share is not None]
+    print("; ".join(["accuracy [95 % interval] share of questions with a call", *guesses]))
+    if any("gain" in summary for summary in summaries):
+        print("\naccuracy beyond direct on the same questions [95 % interval]")
+        print(text_table(head, gains), end="")
+    for (mode, simulator), summary in runs.items():
+        counts = [f"{title}: {count}" for title, count in summary["counts"].items() if count]
+        cost = [f"{key.replace('_', ' ')} {mean:,.1f}" for key, mean in summary["cost"].items()]
+        print("; ".join([f"{mode}, {simulator}, per question: {', '.join(cost)}", *counts]))
+
+
+def accuracy_text(part: dict | None) -> str | None:
+    """ "0.812 [0.75 0.87]  40%" of a part's `brief`."""
+    return part and "{accuracy:.3f} [{ci95[0]:.2f} {ci95[1]:.2f}] {call_rate:4.0%}".format(**part)
+
+
+def gain_text(part: dict | None) -> str | None:
+    """ "+0.120 [+0.05 +0.19]" of a part's `gain_over`."""
+    gain = (part or {}).get("gain")
+    return gain and "{difference:+.3f} [{ci95[0]:+.2f} {ci95[1]:+.2f}]".format(**gain)
+
+
+def print_consistency(results: dict) -> None:
+    """A table of pose and content: simulators, trivial baselines, oracles, views with a known error."""
+    keys = ["pose", "content", "f1", "order", "thirds", "mse"]
+    rows = []
+    for title in ("simulators", "baselines", "oracles", "calibration"):
+        for name, scores in results[title].items():
+            families = [scores.get(family, {}).get("pose") for family in ("moves", "turns")]
+            error = "known error: " if title == "calibration" else ""
+            rows.append([error + name, *(scores[key] for key in keys), *families])
+    print("\n" + text_table(["", *keys, "pose, moves", "turns"], rows), end="")

@@ -12,24 +12,33 @@ A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`
   anything else is the folder or hub id of a world model
 """
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from tqdm import tqdm
 
-from lib.distributed import fail, say
+from lib.distributed import fail, is_main, say
 from lib.geometry import (
+    Array,
+    Motion,
     Query,
     fill_holes,
+    instruction,
     move_camera,
     pinhole,
     project,
     read_instruction,
     unproject,
 )
+from lib.images import PictureError, decode, read, save_image
+from lib.records import load_jsonl
 from lib.rooms import TrueRenderer, random_room, render
 from lib.stage import newest
+from lib.streams import stable_hash, stream_seed
 
 NAMES = ("tuned", "untuned", "reprojection", "truth", "none")
 NEEDS_ROOM = ("reprojection", "truth")
@@ -55,7 +64,7 @@ class SimulatorError(ValueError):
         self.results = list(results)
 
 
-def imagine_each(simulator, queries: list[Query]) -> list[np.ndarray | None]:
+def imagine_each(simulator, queries: list[Query]) -> list[Array | None]:
     """`simulator.imagine`, but None in the place of a view that it refuses. Raises SimulatorError if it is down."""
     if not queries:
         return []
@@ -112,6 +121,81 @@ def load_simulator(
         fail(f"The simulator {find_weights(name, wm)} cannot be read: {error}")
 
 
+# ---- triples and their imagined views on disk --------------------------------------------------------------------------------------
+
+
+def load_triples(path: str | Path, limit: int | None = None) -> list[dict]:
+    """Rows of triples_*.jsonl with context, target and warp as arrays; files are read once.
+
+    The depth of the context, which rows of scans have, stays in its files.
+    """
+    rows = load_jsonl(path)[:limit]
+    pictures = {}
+    try:
+        for row in rows:
+            for file in (*row["context"], row["target"]):
+                if file not in pictures:
+                    pictures[file] = read(file)
+            row["context"] = [pictures[file] for file in row["context"]]
+            row["target"] = pictures[row["target"]]
+            row["warp"] = np.array(decode(row["warp"]).convert("RGBA"))
+    except PictureError as error:
+        fail(
+            f"A picture of {path} cannot be read ({error}). Remove {path} and make it again: "
+            f"python data.py triples"
+        )
+    return rows
+
+
+def view_file(folder: Path, row: dict) -> Path:
+    """Where the view for a triple is kept: a name that changes with the pictures a simulator is shown."""
+    pictures = [hashlib.sha256(image.tobytes()).hexdigest() for image in row["context"]]
+    return folder / f"{row['id'].replace('/', '_')}_{stable_hash(pictures):016x}.png"
+
+
+def query_of(row: dict) -> Query:
+    """What a simulator is asked for a triple."""
+    sentence = instruction(Motion(**row["motion"]), row["reference"])
+    scene = None
+    if "room" in row:
+        scene = {"room": row["room"], "poses": row["context_c2w"]}
+    noise = stream_seed("imagine", row["id"])
+    return Query(row["context"], row["reference"], sentence, noise, scene)
+
+
+def imagine_targets(
+    simulator, rows: list[dict], folder=None, batch: int = 64, title: str = "imagine"
+) -> list[Array]:
+    """The view that the simulator gives for every triple; kept in `folder` so that a killed run continues.
+
+    Raises SimulatorError if a server fails, once the views that it gave are kept.
+    """
+    views = []
+    for start in tqdm(range(0, len(rows), batch), desc=title, unit="batch", disable=not is_main()):
+        part = rows[start : start + batch]
+        files = [folder and view_file(Path(folder), row) for row in part]
+        missing = [i for i, file in enumerate(files) if not (file and file.exists())]
+        new, failure = [], None
+        try:
+            if missing:
+                new = simulator.imagine([query_of(part[i]) for i in missing])
+        except SimulatorError as error:
+            new, failure = error.results, error
+        fresh = dict(zip(missing, new, strict=False))  # an error may bring no results
+        for i, view in fresh.items():
+            if files[i] and not isinstance(view, SimulatorError):
+                save_image(files[i], np.asarray(view))
+        if failure:
+            raise failure
+        for i, row in enumerate(part):
+            view = np.asarray(fresh[i]) if i in fresh else read(files[i])
+            shape = row["context"][row["reference"] - 1].shape  # the target's shape as well
+            if view.shape != shape:
+                view = np.asarray(Image.fromarray(view).resize(shape[1::-1], Image.BICUBIC))
+            views.append(view)
+    return views
+
+
 # ---- reprojection ---------------------------------------------------------------------------------------------------
 
 
@@ -122,11 +206,11 @@ class Reprojection:
     is rendered at the pose of the view; an image counts as given if it shows what stands at its pose.
     """
 
-    def imagine(self, queries: list[Query]) -> list[np.ndarray]:
+    def imagine(self, queries: list[Query]) -> list[Array]:
         """Queries with `scene` -> (H, W, 3) uint8 each. Raises ValueError without a scene."""
         return [self.reproject(query) for query in queries]
 
-    def reproject(self, query: Query) -> np.ndarray:
+    def reproject(self, query: Query) -> Array:
         """One query -> (H, W, 3) uint8."""
         if query.scene is None:
             raise ValueError(
@@ -149,9 +233,7 @@ class Reprojection:
         return fill_holes(view, covered)
 
 
-def points(
-    rgb: np.ndarray, depth: np.ndarray, c2w: np.ndarray, fine: int = 3
-) -> tuple[np.ndarray, np.ndarray]:
+def points(rgb: Array, depth: Array, c2w: Array, fine: int = 3) -> tuple[Array, Array]:
     """A view as coloured points: each pixel becomes fine² of them -> world points (n, 3), colours (n, 3) uint8."""
     rgb = rgb.repeat(fine, 0).repeat(fine, 1)
     depth = depth.repeat(fine, 0).repeat(fine, 1)
@@ -159,9 +241,7 @@ def points(
     return xyz[depth > 0], rgb[depth > 0]
 
 
-def splat(
-    xyz: np.ndarray, colours: np.ndarray, c2w: np.ndarray, size: int
-) -> tuple[np.ndarray, np.ndarray]:
+def splat(xyz: Array, colours: Array, c2w: Array, size: int) -> tuple[Array, Array]:
     """Paint points into a view of `size` pixels, the nearest on top -> rgb (H, W, 3) uint8, covered (H, W) bool."""
     pixel, z = project(xyz, pinhole(size), c2w)
     column, row = np.floor(pixel).astype(int).T

@@ -5,6 +5,7 @@ import os
 import re
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,21 +15,39 @@ from test_real_views import Matcher, detect, triples
 
 import data
 import evaluate
-from evaluate import chance, evaluate_policy, main, parse_args, score, summarise
+from evaluate import (
+    Condition,
+    Rooms,
+    ask_missing,
+    bench_called,
+    conditions_of,
+    evaluate_policy,
+    main,
+    parse_args,
+    score,
+)
+from extras.benches import common
 from extras.benches.mindcube import make_mindcube
+from extras.remote import client
 from extras.remote.endpoint import raise_if_down
-from extras.report import real_views, report
-from lib import consistency, predictions, views
-from lib.common import World, read_log
+from extras.report import calibration, pages, real_views, scan_views
+from extras.report.calibration import DOSES, dose_rows
+from lib import answers
+from lib.answers import load_predictions, with_keys
+from lib.dialogue import Trajectory
+from lib.distributed import World
 from lib.geometry import Motion, camera_pose
 from lib.images import save_image
-from lib.predictions import keyed
 from lib.protocol import NOTE, TOOLS, prompt_text
 from lib.questions import text_only_chance
+from lib.records import load_jsonl, read_log, save_jsonl
 from lib.rooms import TrueRenderer
-from lib.scores import brief, interval, paired_bootstrap
-from lib.simulators import SimulatorError
-from policy import Policy, Trajectory
+from lib.scores import brief, chance, interval, paired_bootstrap, summarise
+from lib.simulators import SimulatorError, load_triples
+from policy import Policy
+
+ALONE = World(0, 1, 0, None)
+SETTINGS = {"version": 0, "policy": "p", "seed": 0, "max_new_tokens": 3, "frames": None}
 
 
 def question(number, answer="B", need=True, **more):
@@ -74,7 +93,6 @@ def record(key, correct, called=False, need=True, scene=None, **more):
         "kind": "mca",
         "category": "region",
         "groups": [more.get("category", "region")],
-        "error_group": None,
         "needs_view": need,
         "scene": scene or key,
         "answer": "B",
@@ -89,11 +107,33 @@ def record(key, correct, called=False, need=True, scene=None, **more):
         "seconds": 0.5,
         "error": None,
         "missing_images": 0,
+        "mode": "agentic",
         **more,
     }
 
 
 # ---- asking ---------------------------------------------------------------------------------------------------------
+
+
+def condition(mode="direct", simulator="none"):
+    return Condition(mode, simulator, {**SETTINGS, "mode": mode, "weights": simulator})
+
+
+def ask(questions, mode="direct", policy=None, batch=64):
+    """The predictions of all questions, which no trained policy answers."""
+    rows = []
+    pairs = with_keys(questions)
+    for batch_rows, _ in evaluate_policy(policy, Rooms(), pairs, condition(mode), None, batch):
+        rows += batch_rows
+    return rows
+
+
+def ask_into(out, questions, mode="direct", policy=None, world=ALONE, batch=64):
+    """The predictions that `out` holds after `ask_missing`."""
+    args = SimpleNamespace(out=str(out), batch=batch)
+    ask_missing(policy, Rooms(), questions, condition(mode), None, args, world)
+    answers.gather_predictions(out)
+    return load_predictions(out, condition(mode).settings, questions)
 
 
 def test_every_question_counts_even_broken_and_duplicate_ones(monkeypatch, tmp_path):
@@ -108,7 +148,7 @@ def test_every_question_counts_even_broken_and_duplicate_ones(monkeypatch, tmp_p
         question(4, answer=None),
     ]
     scripted(monkeypatch, lambda q, mode: "B")
-    records = evaluate_policy(None, questions, mode="agentic", batch=4)
+    records = ask(questions, "agentic", batch=4)
     summary = summarise(records)
     assert summarise([record("a", 1), record("b", 0, turns=[" "])])["counts"]["empty reply"] == 1
     assert [r["key"] for r in records] == ["q0", "q1", "q1#2", "q2", "q3", "q4"]
@@ -124,46 +164,28 @@ def test_every_question_counts_even_broken_and_duplicate_ones(monkeypatch, tmp_p
     }
 
 
-def test_what_is_scored_is_the_answer_in_rooms_and_the_whole_turn_elsewhere(monkeypatch):
+def test_what_is_scored_is_the_answer_in_rooms_and_the_whole_turn_elsewhere():
     rooms, mindcube = question(0), question(0, bench="mindcube")
     turn = "<think>not A. at all</think><answer>B</answer>"
-    monkeypatch.setattr(
-        evaluate,
-        "rollout",
-        lambda policy, questions, *_, **__: [
-            Trajectory(q, "direct", answer="B", turns=[turn]) for q in questions
-        ],
-    )
-    assert [evaluate_policy(None, [q], mode="direct")[0]["correct"] for q in (rooms, mindcube)] == [
-        1,
-        0,
-    ]
-    monkeypatch.setattr(
-        evaluate,
-        "rollout",
-        lambda policy, questions, *_, **__: [
-            Trajectory(q, "direct", truncated=True, turns=["<answer>B</answer> and on"])
-            for q in questions
-        ],
-    )
-    assert evaluate_policy(None, [rooms], mode="direct")[0]["correct"] == 0
+    dialogue = Trajectory(rooms, "direct", answer="B", turns=[turn])
+    assert Rooms().judge(rooms, dialogue, "direct")["correct"] == 1
+    assert bench_called("mindcube").judge(mindcube, dialogue, "direct")["correct"] == 0
+    cut = Trajectory(rooms, "direct", truncated=True, turns=["<answer>B</answer> and on"])
+    assert Rooms().judge(rooms, cut, "direct")["correct"] == 0
     assert score("mindcube", rooms, "<answer>B</answer>") == ("B", 1.0)
+    assert score("rooms", rooms, "blue ball") == ("B", 1.0)
+    assert score("rooms", rooms, None) == (None, 0.0)
 
 
 def sat(number, **more):
-    return question(
-        number,
-        bench="sat",
-        cluster=str(number),
-        answer="B",
-        options=["A. rotated left", "B. night stand"],
-        **more,
-    )
+    options = ["A. rotated left", "B. night stand"]
+    more |= {"bench": "sat", "cluster": str(number)}
+    return question(number, options=options, **more)
 
 
-def test_an_answer_that_was_never_accepted_is_wrong_but_in_mode_official(monkeypatch):
+def test_an_answer_that_was_never_accepted_is_wrong_but_in_mode_official():
     """Forced without a call, or cut off in its thoughts: what was said last counts for nothing."""
-    said = {
+    turns = {
         "mindcube": "<think>so</think><answer>B. ball</answer>",
         "mmsi": "B",
         "mmsi_video": "B",
@@ -171,24 +193,22 @@ def test_an_answer_that_was_never_accepted_is_wrong_but_in_mode_official(monkeyp
         "sat": "night stand",
         "rooms": "B",
     }
-    for bench, turn in said.items():
-        asked = {
-            **(sat(0) if bench == "sat" else question(0, bench=bench)),
-            "domains": {},
-        }
+    for name, turn in turns.items():
+        row = sat(0) if name == "sat" else question(0, bench=name)
         for answer in (None, "B"):
-            t = Trajectory(asked, "forced", answer=answer, turns=[turn] * 10)
-            told = evaluate.verdict(asked, t, "forced")
-            assert (told["correct"], told["lenient"]) == (float(answer == "B"),) * 2, bench
+            dialogue = Trajectory(row, "forced", answer=answer, turns=[turn] * 10)
+            verdict = bench_called(name).judge(row, dialogue, "forced")
+            assert verdict["correct"] == verdict["lenient"] == float(answer == "B"), name
     cut = Trajectory(question(0, bench="mmsi"), "direct", truncated=True, turns=["``B`` since"])
+    mmsi = bench_called("mmsi")
     assert (
-        evaluate.verdict(cut.question, cut, "official")["correct"] == 1
+        mmsi.judge(cut.question, cut, "official")["correct"] == 1
     )  # the bench's own code reads it
-    assert evaluate.verdict(cut.question, cut, "direct")["correct"] == 0
+    assert mmsi.judge(cut.question, cut, "direct")["correct"] == 0
 
 
 @pytest.mark.parametrize(
-    "said, ours, official",
+    "answer, ours, official",
     [
         ("B", 1, 0),
         ("B. night stand", 1, 0),
@@ -200,37 +220,26 @@ def test_an_answer_that_was_never_accepted_is_wrong_but_in_mode_official(monkeyp
         ("ight stand", 0, 1),
     ],
 )
-def test_sat_is_scored_by_letter_or_words_where_our_words_show_letters(said, ours, official):
-    turn = f"<think>left?</think>\n<answer>{said}</answer>"
-    t = Trajectory(sat(0), "direct", answer=said, turns=[turn])
+def test_sat_is_scored_by_letter_or_words_where_our_words_show_letters(answer, ours, official):
+    turn = f"<think>left?</think>\n<answer>{answer}</answer>"
+    dialogue = Trajectory(sat(0), "direct", answer=answer, turns=[turn])
+    judge = bench_called("sat").judge
     for mode in ("direct", "forced", "agentic", "search"):
-        assert evaluate.verdict(sat(0), t, mode)["correct"] == ours
-    assert evaluate.verdict(sat(0), t, "official")["correct"] == official
+        assert judge(sat(0), dialogue, mode)["correct"] == ours
+    assert judge(sat(0), dialogue, "official")["correct"] == official
 
 
-def test_mindcube_is_asked_in_its_published_words_in_mode_official(monkeypatch):
-    seen = []
-
-    def rollout(policy, questions, simulator, mode, **flags):
-        seen.extend((mode, q["prompt"]) for q in questions)
-        return [
-            Trajectory(q, mode, answer="B. blue ball", turns=["<answer>B. blue ball</answer>"])
-            for q in questions
-        ]
-
-    monkeypatch.setattr(evaluate, "rollout", rollout)
-    asked = question(0, bench="mindcube", category="among", official=["", "", "Which?"])
-    (record,) = evaluate_policy(None, [asked], mode="official")
-    assert seen[0][0] == "direct" and seen[0][1] == asked["official"]
-    assert (
-        record["correct"] == 1
-        and evaluate_policy(None, [asked], mode="direct")
-        and seen[1][1] is None
-    )
+def test_mindcube_is_asked_in_its_published_words_in_mode_official():
+    row = question(0, bench="mindcube", category="among", official=["", "", "Which?"])
+    mindcube = bench_called("mindcube")
+    assert mindcube.prompt(row, "official") == row["official"]
+    assert mindcube.prompt(row, "direct") is None and Rooms().prompt(row, "direct") is None
     assert parse_args(["--bench", "mindcube", "--mode", "official"]).mode == "official"
 
 
-def test_a_server_that_refuses_one_mode_stops_there_and_a_refused_rest_does_not(monkeypatch):
+def test_a_server_that_refuses_one_mode_stops_there_and_a_refused_rest_does_not(
+    monkeypatch, tmp_path
+):
     """Direct answers came; a refusal of all calls is a server without tools. But single questions may be too long."""
 
     def refuse(policy, questions, *_):
@@ -238,50 +247,55 @@ def test_a_server_that_refuses_one_mode_stops_there_and_a_refused_rest_does_not(
         raise_if_down(policy.endpoint, results)
         return results
 
-    monkeypatch.setattr(evaluate, "converse", refuse)
-    policy = evaluate.RemotePolicy("http://127.0.0.1:9/v1", "vlm")
+    questions = [question(0), question(1)]
+    policy = client.RemotePolicy("http://127.0.0.1:9/v1", "vlm")
+    scripted(monkeypatch, lambda q, mode: "B")
+    ask_into(tmp_path, questions[:1], "forced")
     policy.endpoint.served = True
-    with pytest.raises(SimulatorError, match="no tools"):
-        evaluate_policy(policy, [question(0), question(1)], None, "forced")
-    (record,) = evaluate_policy(policy, [question(0), question(1)], None, "forced", done=("q0",))
-    assert record["key"] == "q1" and record["error"] == "400: no tools" and record["correct"] == 0
+    monkeypatch.setattr(client, "converse", refuse)
+    with pytest.raises(SystemExit, match="no tools The answers so far are in"):
+        ask_into(tmp_path / "new", questions, "forced", policy)
+    row = ask_into(tmp_path, questions, "forced", policy)["q1"]
+    assert row["error"] == "400: no tools" and row["correct"] == 0
 
 
-def test_done_questions_are_not_asked_again_and_batches_are_told(monkeypatch):
-    asked, told, questions = [], [], [question(i) for i in range(5)]
-    scripted(monkeypatch, lambda q, mode: "B", asked)
-    evaluate_policy(
-        None,
-        questions,
-        batch=2,
-        done=("q1",),
-        on_batch=lambda new, dialogues: told.append(len(new)),
-    )
-    assert asked == [["q0", "q2"], ["q3", "q4"]] and told == [2, 2]
+def test_every_batch_is_on_disk_before_the_next_is_asked_and_answers_are_not_asked_again(
+    monkeypatch, tmp_path
+):
+    asked, on_disk = [], []
+    questions = [question(i) for i in range(5)]
+
+    def answer(q, mode):
+        on_disk.append(len(read_log(tmp_path / "predictions.jsonl")))
+        return "B"
+
+    scripted(monkeypatch, lambda q, mode: "B")
+    ask_into(tmp_path, questions[1:2])
+    scripted(monkeypatch, answer, asked)
+    assert len(ask_into(tmp_path, questions, batch=2)) == 5
+    assert asked == [["q0", "q2"], ["q3", "q4"]] and set(on_disk[:4]) == {1} < set(on_disk) == {
+        1,
+        3,
+    }
 
 
-def test_several_processes_ask_every_question_once_between_them(monkeypatch):
+def test_several_processes_ask_every_question_once_between_them(monkeypatch, tmp_path):
     asked, questions = [], [question(i) for i in range(7)]
+    scripted(monkeypatch, lambda q, mode: "B")
+    ask_into(tmp_path, questions[1:2])
     scripted(monkeypatch, lambda q, mode: "B", asked)
+    args = SimpleNamespace(out=str(tmp_path), batch=64)
     for rank in range(3):
-        evaluate_policy(None, questions, done=("q1",), share=(rank, 3))
+        world = World(rank, 3, rank, None)
+        ask_missing(None, Rooms(), questions, condition(), None, args, world)
     assert asked == [["q0", "q4"], ["q2", "q5"], ["q3", "q6"]]
 
 
-def test_direct_mode_gets_no_simulator(monkeypatch):
-    met = []
-    monkeypatch.setattr(
-        evaluate,
-        "rollout",
-        lambda policy, questions, simulator, mode, **__: (
-            met.append(simulator)
-            or [Trajectory(q, mode, answer="B", turns=["x"]) for q in questions]
-        ),
-    )
-    for mode in ("direct", "forced"):
-        record = evaluate_policy(None, [question(0)], TrueRenderer(), mode, "truth")[0]
-        assert record["simulator"] == ("none" if mode == "direct" else "truth")
-    assert met[0] is None and isinstance(met[1], TrueRenderer)
+def test_direct_mode_gets_no_simulator():
+    args = parse_args(["--simulator", "truth", "reprojection"])
+    columns = [(one.mode, one.simulator) for one in conditions_of(args, "policy")]
+    tools = [(mode, name) for mode in ("forced", "agentic") for name in args.simulator]
+    assert columns == [("direct", "none"), *tools]
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -310,6 +324,8 @@ def test_summary_by_need_and_category():
         record("c", 1, False, need=False),
         record("d", 1, False, need=None, category="translation"),
     ]
+    for row in records:
+        row["bench"] = "mindcube"  # where translation is listed, not counted
     summary = summarise(records)
     assert (summary["n"], summary["accuracy"], summary["call_rate"]) == (
         3,
@@ -421,10 +437,8 @@ def place(tmp_path_factory):
     rows = [
         row for seed in (5_000_000, 5_000_001) for row in data.room_questions(seed, root / "data")
     ]
-    data.save_jsonl(root / "data" / "questions_test.jsonl", rows)
-    data.save_jsonl(
-        root / "data" / "triples_test.jsonl", data.room_triples(5_000_000, root / "data")
-    )
+    save_jsonl(root / "data" / "questions_test.jsonl", rows)
+    save_jsonl(root / "data" / "triples_test.jsonl", data.room_triples(5_000_000, root / "data"))
     make_mindcube(root / "data" / "mindcube", root / "data" / "questions_test.jsonl")
     Policy.tiny().save(root / "policy")
     Policy.tiny(seed=1).save(root / "other")
@@ -455,7 +469,7 @@ def test_rooms_from_end_to_end_and_a_killed_run_continues(place, monkeypatch, ca
     out = place / "eval" / "rooms"
     results = json.loads((out / "results.json").read_text())
     lines = (out / "predictions.jsonl").read_text().splitlines()
-    n = len(data.load_jsonl(place / "data" / "questions_test.jsonl"))
+    n = len(load_jsonl(place / "data" / "questions_test.jsonl"))
     assert list(results["modes"]) == ["direct", "forced", "agentic"] and len(lines) == 3 * n
     for summary in results["modes"].values():
         assert {"accuracy", "ci95", "call_rate", "n", "by_need", "by_category"} <= set(
@@ -493,10 +507,10 @@ def test_rooms_from_end_to_end_and_a_killed_run_continues(place, monkeypatch, ca
 def test_a_question_whose_image_was_missing_is_asked_again_and_takes_the_place_of_its_failure(
     place, tmp_path
 ):
-    rows = data.load_jsonl(place / "data" / "questions_test.jsonl")[:3]
+    rows = load_jsonl(place / "data" / "questions_test.jsonl")[:3]
     away, there = tmp_path / "away.png", Path(rows[1]["images"][0])
     rows[1]["images"] = [str(away), *rows[1]["images"][1:]]
-    data.save_jsonl(tmp_path / "questions_test.jsonl", rows)
+    save_jsonl(tmp_path / "questions_test.jsonl", rows)
     own = [
         *arguments(place, "rooms", "--mode", "direct", "--no-report"),
         "--data",
@@ -515,7 +529,7 @@ def test_a_question_whose_image_was_missing_is_asked_again_and_takes_the_place_o
     assert counts() == (3, 0) and len(read_log(tmp_path / "out" / "predictions.jsonl")) == 3
     for row in rows:
         row["images"] = [str(tmp_path / "nowhere.png")]
-    data.save_jsonl(tmp_path / "questions_test.jsonl", rows)
+    save_jsonl(tmp_path / "questions_test.jsonl", rows)
     with pytest.raises(SystemExit, match="Not one image of the 3 questions .*nowhere.png"):
         main(own)
 
@@ -539,7 +553,7 @@ def test_a_file_of_questions_that_is_none_ends_in_a_sentence(place, tmp_path, te
 
 
 def test_questions_without_any_gold_answer_are_not_asked(place, tmp_path):
-    rows = data.load_jsonl(place / "data" / "questions_test.jsonl")[:2]
+    rows = load_jsonl(place / "data" / "questions_test.jsonl")[:2]
     (tmp_path / "questions_test.jsonl").write_text(
         "\n".join(
             json.dumps({**row, "answer": None, "question": "a\u2028b"}, ensure_ascii=False) + "\n"
@@ -554,7 +568,7 @@ def test_questions_without_any_gold_answer_are_not_asked(place, tmp_path):
         )  # a separator in a string ends no line
 
 
-def test_one_simulator_at_a_time_is_in_memory_and_none_is_loaded_twice_in_a_row(
+def test_one_simulator_at_a_time_is_in_memory_and_none_is_loaded_twice(
     place, tmp_path, monkeypatch
 ):
     alive, loaded = [], []
@@ -564,75 +578,64 @@ def test_one_simulator_at_a_time_is_in_memory_and_none_is_loaded_twice_in_a_row(
             self.own = self
 
     def load(name, *_):
+        if name == "none":
+            return None
         assert not [one for one in alive if one() is not None]
         loaded.append(name)
         one = Cyclic()
         alive.append(weakref.ref(one))
         return one
 
-    monkeypatch.setattr(evaluate.simulators, "load_simulator", load)
+    monkeypatch.setattr(evaluate, "load_simulator", load)
     scripted(monkeypatch, lambda q, mode: "B")
     own = [*arguments(place, "rooms", "--limit", "2", "--no-report"), "--out", str(tmp_path)]
     main([*own, "--simulator", "truth"])
     assert loaded == ["truth"]
     main([*own, "--simulator", "truth", "reprojection"])
-    assert loaded[1:] == ["truth", "reprojection"] * 2
+    assert loaded[1:] == ["truth", "reprojection"]
 
 
 def test_batches_are_small_for_a_published_policy_and_of_the_width_of_a_server(
     place, tmp_path, monkeypatch
 ):
-    met = []
-    monkeypatch.setattr(evaluate, "evaluate_policy", lambda *flags: met.append(flags[6]))
-    monkeypatch.setattr(evaluate, "conclude", lambda *_: None)
-    own = ["--data", str(place / "data"), "--mode", "direct", "--out", str(tmp_path)]
-    local, remote = (
-        ["--policy", str(place / "policy")],
-        ["--policy-url", "http://127.0.0.1:9/v1", "--model", "m"],
-    )
+    batches = []
+    monkeypatch.setattr(evaluate, "ask_missing", lambda *flags: batches.append(flags[5].batch))
+    monkeypatch.setattr(evaluate, "conclude", lambda *_: {})
+    own = ["--data", str(place / "data"), "--mode", "direct", "--out", str(tmp_path), "--no-report"]
+    local = ["--policy", str(place / "policy")]
+    remote = ["--policy-url", "http://127.0.0.1:9/v1", "--model", "m"]
+    monkeypatch.setattr(pages, "write_answers", lambda *_: [])
     for more in (local, [*local, "--batch", "3"], remote, [*remote, "--concurrency", "5"]):
         main([*own, *more])
     monkeypatch.setattr(Policy, "turn_limit", 4096)
     main([*own, *local])
-    assert met == [64, 3, 8, 5, 8]
+    assert batches == [64, 3, 8, 5, 8]
 
 
-def test_a_policy_configured_anew_is_another_one_and_the_default_of_frames_is_its_number(
-    place, tmp_path, monkeypatch
-):
+def test_a_policy_configured_anew_is_another_one(tmp_path):
     Policy.tiny().save(tmp_path / "policy")
     before = evaluate.fingerprint(str(tmp_path / "policy"))
     config = tmp_path / "policy" / "generation_config.json"
     config.write_text("{}")
     os.utime(config, (2e9, 2e9))
     assert evaluate.fingerprint(str(tmp_path / "policy")) != before
-    runs = []
-    monkeypatch.setattr(evaluate, "load", lambda bench, place, frames: [question(0, bench="vsi")])
-    monkeypatch.setattr(evaluate, "worth_asking", lambda *_: None)
-    monkeypatch.setattr(evaluate, "evaluate_policy", lambda *_: None)
-    monkeypatch.setattr(evaluate, "conclude", lambda *_: None)
-    monkeypatch.setattr(predictions, "told", lambda out, run, *_: runs.append(run["frames"]) or {})
-    own = [
-        "--policy",
-        str(place / "policy"),
-        "--mode",
-        "direct",
-        "--data",
-        str(tmp_path),
-        "--out",
-        str(tmp_path / "o"),
-    ]
-    main(["--bench", "vsi", *own])
-    main(["--bench", "vsi", "--frames", "32", *own])
-    main(["--bench", "mindcube", "--frames", "3", *own])
-    assert set(runs[:-2]) == {32} and runs[-1] is None
+
+
+def test_the_default_of_frames_is_its_number(monkeypatch):
+    monkeypatch.setattr(common, "load", lambda *_: [])
+    frames = []
+    for bench, *flags in (["vsi"], ["vsi", "--frames", "3"], ["mindcube", "--frames", "3"]):
+        args = parse_args(["--bench", bench, "--data", "here", "--simulator", "none", *flags])
+        bench_called(bench).load(args)
+        frames.append(conditions_of(args, "policy")[0].settings["frames"])
+    assert frames == [32, 3, None]
 
 
 def test_old_answers_of_a_url_are_told(place, tmp_path, monkeypatch, capsys):
     def served(policy, questions, simulator, mode, seed):
         return [Trajectory(q, mode, answer="B", turns=["<answer>B</answer>"]) for q in questions]
 
-    monkeypatch.setattr(evaluate, "converse", served)
+    monkeypatch.setattr(client, "converse", served)
     own = [
         "--data",
         str(place / "data"),
@@ -651,7 +654,7 @@ def test_old_answers_of_a_url_are_told(place, tmp_path, monkeypatch, capsys):
     main(own)
     assert "Old answers" not in capsys.readouterr().out
     main(own)
-    assert "Old answers of http://127.0.0.1:9/v1" in capsys.readouterr().out
+    assert "Old answers of m at http://127.0.0.1:9/v1" in capsys.readouterr().out
 
 
 def test_answers_of_another_policy_stay_and_are_not_counted(place):
@@ -732,65 +735,46 @@ def test_two_ranks_give_the_results_of_one_process_even_where_three_were_killed(
 def test_the_first_answer_to_a_question_counts(tmp_path):
     first, second = World(0, 2, 0, None), World(1, 2, 1, None)
     row = {"key": "a", "digest": 1, "mode": "direct", "weights": "none", "policy": "p"}
-    predictions.append(tmp_path, first, [{**row, "said": "A"}, {**row, "said": "B", "policy": "q"}])
-    predictions.append(
+    answers.append_predictions(
+        tmp_path, first, [{**row, "said": "A"}, {**row, "said": "B", "policy": "q"}]
+    )
+    answers.append_predictions(
         tmp_path, second, [{**row, "said": "C"}, {**row, "said": "D", "mode": "forced"}]
     )
-    predictions.gather(tmp_path)
+    answers.gather_predictions(tmp_path)
     assert [line["said"] for line in read_log(tmp_path / "predictions.jsonl")] == ["A", "B", "D"]
     assert [file.name for file in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
-def test_a_failure_gives_way_to_an_answer_and_is_asked_again(tmp_path):
+def test_a_failure_gives_way_to_an_answer_and_to_a_failure_that_is_no_worse(tmp_path):
     asked = [question(number) for number in range(4)]
-    run = {
-        "version": predictions.VERSION,
-        "policy": "p",
-        "seed": 0,
-        "max_new_tokens": 3,
-        "frames": None,
-    }
+    settings = condition().settings
 
     def row(number, said, error=None, missing=0):
-        return {
-            **run,
-            "key": f"q{number}",
-            "digest": predictions.digest(asked[number]),
-            "mode": "direct",
-            "weights": "none",
-            "said": said,
-            "error": error,
-            "missing_images": missing,
-        }
+        digest = answers.digest(asked[number])
+        failed = {"error": error, "missing_images": missing}
+        return {**settings, "key": f"q{number}", "digest": digest, "said": said, **failed}
 
-    alone, place = World(0, 1, 0, None), (tmp_path, run, "direct", "none", asked)
-    predictions.append(
-        tmp_path, alone, [row(0, "A"), row(1, None, "image: gone"), row(2, "A", missing=2)]
-    )
+    def said():
+        rows = load_predictions(tmp_path, settings, asked)
+        return {key: line["said"] for key, line in rows.items()}
+
+    before = [row(0, "A"), row(1, None, "image: gone"), row(2, "A", missing=2)]
+    answers.append_predictions(tmp_path, ALONE, before)
     with open(tmp_path / "predictions.jsonl", "a") as lines:
         lines.write("[1]\n3\n")  # no objects
-    assert list(predictions.answered(*place)) == ["q0"] and list(predictions.told(*place)) == [
-        "q0",
-        "q1",
-        "q2",
-    ]
-    predictions.append(
-        tmp_path, alone, [row(0, "B"), row(1, "B"), row(2, "B", missing=1), row(3, "A")]
-    )
-    predictions.append(
-        tmp_path, alone, [row(2, None, "image: gone"), row(3, None, "refused"), row(1, "C")]
-    )
-    predictions.gather(tmp_path)
-    assert {key: told["said"] for key, told in predictions.told(*place).items()} == dict(
-        q0="A", q1="B", q2="B", q3="A"
-    )
-    assert list(predictions.answered(*place)) == ["q0", "q1", "q3"]
+    assert said() == {"q0": "A", "q1": None, "q2": "A"}
+    answered = [row(0, "B"), row(1, "B"), row(2, "B", missing=1), row(3, "A")]
+    worse = [row(2, None, "image: gone"), row(3, None, "refused"), row(1, "C")]
+    answers.append_predictions(tmp_path, ALONE, answered + worse)
+    answers.gather_predictions(tmp_path)
+    assert said() == {"q0": "A", "q1": "B", "q2": "B", "q3": "A"}
     assert all(isinstance(line, dict) for line in read_log(tmp_path / "predictions.jsonl"))
 
 
 def test_views_are_kept_once(tmp_path):
     small, large = np.zeros((32, 32, 3), np.uint8), np.zeros((200, 100, 3), np.uint8)
-    names = predictions.save_views(tmp_path, [small, large, small])
+    names = answers.save_views(tmp_path, [small, large, small])
     assert names[0] == names[2] and len(list((tmp_path / "views").iterdir())) == 2
     assert names[0].endswith(".png") and names[1].endswith(".jpg")
 
@@ -826,10 +810,10 @@ def test_wm_from_end_to_end(place, capsys):
     )
     assert results["mse"] == 0 < results["baselines"]["nearest context view"]["mse"]
     assert results["calibration"]["none"]["pose"] == 1 and set(results["calibration"]) == set(
-        consistency.ERRORS
+        calibration.ERRORS
     )
     assert "data:image/png;base64," in (place / "eval" / "wm" / "report.html").read_text()
-    assert "turn left     slope  1.00" in capsys.readouterr().out
+    assert re.search(r"turn left +1\.0\d\d", capsys.readouterr().out)
     dose = results["dose"]["truth"]
     assert set(dose) == {"turn left", "turn right", "move left", "move right", "move forward"}
     assert all(told["slope"] == pytest.approx(1, abs=0.05) for told in dose.values())
@@ -872,7 +856,7 @@ def test_a_simulator_behind_a_url_that_falls_silent_costs_no_view_that_it_gave(
                 ],
             )
 
-    monkeypatch.setattr(evaluate.simulators, "load_simulator", lambda *_: Falling())
+    monkeypatch.setattr(evaluate, "load_simulator", lambda *_: Falling())
     own = [
         *arguments(place, "wm", "--dose-rooms", "0", "--limit", "4"),
         "--out",
@@ -883,7 +867,7 @@ def test_a_simulator_behind_a_url_that_falls_silent_costs_no_view_that_it_gave(
     with pytest.raises(SystemExit, match="The server is down. The views so far are in"):
         main(own)
     assert len(list(tmp_path.glob("views/*/*.png"))) == 2
-    monkeypatch.setattr(evaluate.simulators, "load_simulator", lambda *_: TrueRenderer())
+    monkeypatch.setattr(evaluate, "load_simulator", lambda *_: TrueRenderer())
     main(own)
     assert json.loads((tmp_path / "results.json").read_text())["mse"] == 0
 
@@ -912,7 +896,7 @@ def scans(folder, match):
             warp=warp,
             context_depth=[str(place.relative_to(folder)) for place in row["context_depth"]],
         )
-    data.save_jsonl(folder / "triples_test.jsonl", rows)
+    save_jsonl(folder / "triples_test.jsonl", rows)
 
 
 def test_wm_in_scans_from_end_to_end(tmp_path, monkeypatch, capsys):
@@ -928,7 +912,7 @@ def test_wm_in_scans_from_end_to_end(tmp_path, monkeypatch, capsys):
         "--simulator",
         "still",
     ]
-    monkeypatch.setattr(evaluate.simulators, "load_simulator", lambda *_: Copier())
+    monkeypatch.setattr(evaluate, "load_simulator", lambda *_: Copier())
     monkeypatch.setattr(real_views, "matcher", lambda *flags: asked.append(flags) or match)
     monkeypatch.setattr(real_views, "detector", lambda model, device: detect)
     main([*own, "--matcher", "mine"])
@@ -967,7 +951,7 @@ def test_wm_in_scans_from_end_to_end(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="works in rooms only"):
         main([*own[:-1], "truth"])
     rows = [json.loads(line) for line in (tmp_path / "triples_test.jsonl").read_text().splitlines()]
-    data.save_jsonl(
+    save_jsonl(
         tmp_path / "triples_test.jsonl",
         [{k: v for k, v in row.items() if k != "context_depth"} for row in rows],
     )
@@ -977,52 +961,27 @@ def test_wm_in_scans_from_end_to_end(tmp_path, monkeypatch, capsys):
 
 def test_a_vlm_behind_a_url_lists_the_categories_of_scans(monkeypatch):
     sent = []
-    monkeypatch.setattr(
-        evaluate.RemotePolicy,
-        "ask",
-        lambda self, messages: sent.append(messages) or ({"content": "Chair, lamp"}, False),
-    )
-    monkeypatch.setattr(real_views, "matcher", lambda *_: None)
-    monkeypatch.setattr(real_views, "detector", lambda *_: detect)
-    args = parse_args(
-        [
-            "--bench",
-            "wm",
-            "--simulator",
-            "x",
-            "--policy-url",
-            "http://127.0.0.1:9/v1",
-            "--model",
-            "vlm",
-        ]
-    )
-    *_, ask = evaluate.instruments(args, [], "cpu")
+
+    def ask(policy, messages):
+        sent.append(messages)
+        return {"content": "Chair, lamp"}, False
+
+    monkeypatch.setattr(client.RemotePolicy, "ask", ask)
+    policy = client.RemotePolicy("http://127.0.0.1:9/v1", "vlm")
     image = np.zeros((8, 8, 3), np.uint8)
-    assert real_views.categories([image, image], ask) == ("chair", "lamp")
+    assert real_views.categories([image, image], scan_views.asker(policy)) == ("chair", "lamp")
     assert [part["type"] for part in sent[0][0]["content"]] == ["image_url", "image_url", "text"]
 
 
 def test_doses_leave_out_what_ends_in_the_furniture(place):
-    rows = views.load_triples(place / "data" / "triples_test.jsonl")
-    doses = evaluate.dose_rows(rows, 24)
-    assert len({row["id"] for row in doses}) == len(doses) <= len(consistency.DOSES)
-    middle = np.eye(4)
-    corner = {**rows[0], "reference": 1, "context_c2w": [camera_pose(0, -1.3, 1.2).tolist()]}
-    assert len(evaluate.dose_rows([{**corner, "context_c2w": [middle.tolist()]}], 1)) == len(
-        consistency.DOSES
-    )
-    ways = [row["motion"]["kind"] for row in evaluate.dose_rows([corner], 1)]
-    assert "turn left" in ways and "move forward" not in ways and evaluate.dose_rows(rows, 0) == []
-
-
-def test_a_sheet_shows_every_context_view(place):
-    rows = views.load_triples(place / "data" / "triples_test.jsonl")[:2]
-    truth = {"truth": [row["target"] for row in rows]}
-    four, six = (
-        report.contact_sheet([{**row, "context": row["context"] + more} for row in rows], truth)
-        for more in ([], rows[0]["context"][:2])
-    )
-    assert six.width == four.width + 2 * (96 + 6)
+    rows = load_triples(place / "data" / "triples_test.jsonl")
+    doses = dose_rows(rows, 24)
+    assert len({row["id"] for row in doses}) == len(doses) <= len(DOSES)
+    middle = {**rows[0], "reference": 1, "context_c2w": [np.eye(4).tolist()]}
+    corner = {**middle, "context_c2w": [camera_pose(0, -1.3, 1.2).tolist()]}
+    assert len(dose_rows([middle], 1)) == len(DOSES)
+    ways = [row["motion"]["kind"] for row in dose_rows([corner], 1)]
+    assert "turn left" in ways and "move forward" not in ways and dose_rows(rows, 0) == []
 
 
 def test_the_untuned_twin_stands_beside_the_tuned_one_if_it_is_there(tmp_path, monkeypatch):
@@ -1056,11 +1015,8 @@ def test_helpers_of_the_command_line():
         with pytest.raises(SystemExit):
             parse_args(flags)
     assert parse_args([]).out == "out/eval/rooms" and parse_args(["--bench", "wm"]).mode == "all"
-    assert [key for key, _ in keyed([question(0), question(0), question(0)])] == [
-        "q0",
-        "q0#2",
-        "q0#3",
-    ]
+    keys = [key for key, _ in with_keys([question(0)] * 3)]
+    assert keys == ["q0", "q0#2", "q0#3"]
 
 
 # ---- published benches ----------------------------------------------------------------------------------------------
@@ -1114,97 +1070,24 @@ def test_published_records_are_scored_grouped_and_weighted_by_their_own_rules(mo
         vsi(2, "route_planning", "B", letters),
         vsi(3, "route_planning", "B", letters),
     ]
-    seen = []
+    bench, prompts = bench_called("vsi"), []
 
     def rollout(policy, questions, simulator, mode, **flags):
         assert mode == "direct"
-        seen.extend(q["prompt"] for q in questions)
+        prompts.extend(q["prompt"] for q in questions)
+        said = ("4", "A", "A", "A")
         return [
-            Trajectory(q, mode, answer=said, turns=[said])
-            for q, said in zip(questions, ("4", "A", "A", "A"))
+            Trajectory(q, mode, answer=answer, turns=[answer])
+            for q, answer in zip(questions, said, strict=True)
         ]
 
     monkeypatch.setattr(evaluate, "rollout", rollout)
-    records = evaluate_policy(None, questions, mode="direct")
-    assert seen == [None] * 4 and {record["simulator"] for record in records} == {
-        "none"
-    }  # in our words
-    records, seen[:] = evaluate_policy(None, questions, object(), mode="official"), seen[4:]
-    assert [record["correct"] for record in records] == [
-        1.0,
-        1.0,
-        0.0,
-        0.0,
-    ] and "How many?" in seen[0][-1]
-    assert {(record["mode"], record["simulator"]) for record in records} == {("official", "none")}
-    summary = summarise(records)
+    monkeypatch.setattr(bench, "images", lambda question: question["images"])
+    for mode in ("direct", "official"):
+        column = condition(mode)
+        (rows, _), *_ = evaluate_policy(None, bench, with_keys(questions), column)
+        assert [row["correct"] for row in rows] == [1.0, 1.0, 0.0, 0.0]
+    assert prompts[:4] == [None] * 4 and "How many?" in prompts[4][-1]
+    summary = summarise(rows)
     assert summary["accuracy"] == pytest.approx((1 + 1 / 3) / 2)  # of questions it would be 1 / 2
     assert summary["by_category"]["route_planning"]["n"] == 3 and summary["letters"] == {"A": 3}
-
-
-# ---- World2VLM ------------------------------------------------------------------------------------------------------
-
-
-def world2vlm_rows(root):
-    """Hand-made rows, one image each."""
-    save_image(root / "questions" / "a.png", np.zeros((32, 32, 3), np.uint8))
-    asked = [
-        ("A1", "move left 0.5 meters"),
-        ("A1", "move right 2 meters"),
-        ("A4", "true"),
-        ("D1", "[48, 558, 226, 681]"),
-    ]
-    return [
-        {
-            "id": f"w{k}",
-            "bench": "world2vlm",
-            "images": ["questions/a.png"],
-            "question": "What did the camera do?",
-            "options": [],
-            "answer": answer,
-            "category": task,
-            "kind": "na",
-            "needs_view": None,
-        }
-        for k, (task, answer) in enumerate(asked)
-    ]
-
-
-def test_world2vlm_is_scored_by_its_rewards(place, tmp_path, monkeypatch, capsys):
-    data.save_jsonl(tmp_path / "questions_test.jsonl", world2vlm_rows(tmp_path))
-    said = iter(["move left 0.5 meters", "move right 7 meters", "no", "x" * 300])
-    monkeypatch.setattr(
-        evaluate,
-        "rollout",
-        lambda policy, questions, simulator, mode, **_: [
-            Trajectory(q, mode, answer=answer, turns=[answer]) for q, answer in zip(questions, said)
-        ],
-    )
-    main(
-        [
-            "--bench",
-            "world2vlm",
-            "--data",
-            str(tmp_path),
-            "--policy",
-            str(place / "policy"),
-            "--out",
-            str(tmp_path / "out"),
-        ]
-    )
-    summary = json.loads((tmp_path / "out" / "results.json").read_text())["modes"]["direct"]
-    tasks = summary["by_category"]
-    assert tasks["A1"]["accuracy"] == pytest.approx((1 + 0.45) / 2) and tasks["A1"]["exact"] == 0.5
-    assert (
-        tasks["A4"]["accuracy"] == pytest.approx(0.2) and tasks["D1"]["accuracy"] == -1
-    )  # too long
-    assert (
-        summary["exact"] == 0.25 and summary["n"] == 4 and "mean reward" in capsys.readouterr().out
-    )
-    assert "numeric" in (tmp_path / "out" / "report.html").read_text()
-    for flags in (
-        ["--bench", "world2vlm", "--mode", "agentic"],
-        ["--bench", "mmsi_video", "--mode", "official"],
-    ):
-        with pytest.raises(SystemExit):
-            parse_args(flags)

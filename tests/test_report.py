@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluate import dialogues, record_of
+from evaluate import Condition, Rooms, prediction_of
 from extras.report import report
-from lib import predictions
+from extras.report.pages import dialogue_rows
+from lib.answers import save_views
 from lib.dialogue import Trajectory, motion_in
 from lib.geometry import phrase
 from lib.images import save_image
@@ -59,13 +60,12 @@ def page(tmp_path_factory):
         calls = [(9, "turn left", 45.0), call] * (k % 2)  # the first is impossible
         asked = held(arrays, "agentic", wrong if k % 3 else row["answer"], calls, [view] * 2)
         for (mode, name), t in zip(records, (held(arrays, "direct", row["answer"], [], []), asked)):
-            record = record_of(
-                row["id"], arrays, t, None, {"mode": mode, "simulator": name, "seconds": 0.1}
-            )
-            record["views"] = predictions.save_views(out, t.images[len(row["images"]) :])
+            column = Condition(mode, name, {"mode": mode})
+            record = prediction_of(Rooms(), row["id"], arrays, t, column, 0.1)
+            record["views"] = save_views(out, t.images[len(row["images"]) :])
             records[mode, name][row["id"]] = json.loads(json.dumps(record))
     summaries = {mode: summarise(list(told.values())) for (mode, _), told in records.items()}
-    shown = dialogues(records, rows)
+    shown = dialogue_rows(records, rows)
     results = {"modes": summaries, "chance": 0.25}
     report.write(out / "report.html", f"rooms: {EVIL}", results, dialogues=shown, folder=out)
     return out, shown

@@ -5,10 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from extras.benches.mmsi_video import VIDEO_TYPES
 from extras.benches.common import groups
-from lib import tables
-from lib.scores import gain_over, interval, paired_bootstrap, summarise
+from extras.benches.mmsi_video import VIDEO_TYPES
+from lib.scores import gain_over, interval, paired_bootstrap, print_answers, summarise, text_table
 
 
 def record(
@@ -21,7 +20,6 @@ def record(
         "kind": "mca",
         "category": category,
         "groups": groups(question),
-        "error_group": None,
         "needs_view": None,
         "scene": number // 4 if room is None else room,
         "answer": "B",
@@ -36,6 +34,7 @@ def record(
         "seconds": 0.1,
         "error": None,
         "missing_images": 0,
+        "mode": "agentic",
     }
 
 
@@ -153,19 +152,22 @@ def test_what_has_no_gold_answer_has_no_gain(modes):
 def test_the_table_prints_a_line_of_gains_per_level_and_type_with_its_whole_name(modes, capsys):
     direct, agentic = modes
     runs = {("direct", "none"): summarise(direct), ("agentic", "tuned"): summarise(agentic, direct)}
-    tables.answers(runs, {"guessing": 0.25})
+    print_answers(runs, {"guessing": 0.25})
     before, after = capsys.readouterr().out.split("accuracy beyond direct on the same questions")
     gain = runs["agentic", "tuned"]["by_category"]["Prediction"]["gain"]
-    told = "{:+.3f} [{:+.2f} {:+.2f}]".format(gain["difference"], *gain["ci95"])
+    cell = "{:+.3f} [{:+.2f} {:+.2f}]".format(gain["difference"], *gain["ci95"])
     for name in ("Perception", "Planning", "Prediction", "Cross-Video", *VIDEO_TYPES):
-        (line,) = [
-            line for line in after.splitlines() if line.startswith(f"{name} ") and " n " in line
-        ]
-        assert re.search(r" [+-]\d\.\d{3} \[[+-]\d\.\d\d [+-]\d\.\d\d\]$", line)
-        assert any(
-            line.startswith(f"{name} ") and "100%" in line for line in before.splitlines()
-        ) == (name in ("Planning", "Prediction"))
-        assert (told in line) == (name == "Prediction")
-    assert "agentic, tuned" in after.splitlines()[1] and "direct" not in after.splitlines()[1]
-    tables.answers({("direct", "none"): summarise(direct)}, {"guessing": 0.25})
+        row = re.compile(re.escape(name) + r" +\d+ ")
+        (line,) = [line for line in after.splitlines() if row.match(line)]
+        assert re.search(r" - +[+-]\d\.\d{3} \[[+-]\d\.\d\d [+-]\d\.\d\d\]$", line)
+        assert (cell in line) == (name == "Prediction")
+        (line,) = [line for line in before.splitlines() if row.match(line)]
+        assert ("100%" in line) == (name in ("Planning", "Prediction"))
+    assert "agentic, tuned" in after.splitlines()[1]
+    print_answers({("direct", "none"): summarise(direct)}, {"guessing": 0.25})
     assert "beyond direct" not in capsys.readouterr().out
+
+
+def test_a_table_has_three_digits_and_a_dash_for_what_is_unknown():
+    text = text_table(["", "n", "share"], [["all", 12, 0.5], ["none", 3, None]])
+    assert text.splitlines() == ["       n  share", "all   12  0.500", "none   3      -"]

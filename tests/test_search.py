@@ -33,6 +33,7 @@ from lib.geometry import Motion, read_instruction
 from lib.images import load_image
 from lib.protocol import ENOUGH
 from lib.rooms import TrueRenderer, random_room, render
+from lib.scores import cost_of
 from lib.simulators import SimulatorError
 from policy import Policy, collate, token_logprobs
 from train_sft import call_texts
@@ -537,7 +538,7 @@ def test_a_remote_policy_searches_by_two_scoring_calls_a_step():
     calls = [(call["image"], call["motion"], call["amount"]) for call in found.provenance if call]
     assert calls == [(2, R, 9.0)]
     # step 1: 9 views, the turn by 18 becomes the beam; step 2: 3 forward and 3 further left (27 is known), none passes
-    assert search.cost_of(found) == {"rendered": 14, "shown": 1, "policy_calls": 5, "tokens": None}
+    assert cost_of(found) == {"rendered": 14, "shown": 1, "policy_calls": 5, "tokens": None}
     assert len(simulator.queries) == 14 and len(fake.requests) == 5
     asked = texts_of(fake.requests[-1])[-1]
     assert (

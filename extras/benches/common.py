@@ -13,6 +13,7 @@ published rule, to stand beside the official one and never for it.
 """
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from extras.benches.files import Bench, fetch, find_file, open_picture, read_que
 from extras.benches.lenient import lenient_reading
 from extras.benches.mindcube import LISTED_ONLY, MINDCUBE
 from extras.benches.mmsi import MMSI
-from extras.benches.mmsi_video import MMSI_VIDEO
+from extras.benches.mmsi_video import MMSI_VIDEO, error_group
 from extras.benches.sat import SAT
 from extras.benches.vsi import VSI, group_weights, relative_accuracy
 
@@ -121,3 +122,17 @@ def weights(bench: str, categories: list[str]) -> np.ndarray:
     if not counted.any():
         counted += 1
     return counted / counted.sum()
+
+
+def more_numbers(predictions: list[dict]) -> dict:
+    """What a bench's own tables show besides, of the lines of predictions.jsonl."""
+    numbers = {}
+    bench = predictions[0]["bench"]
+    if bench == "sat":  # some tables print this one beside the official one
+        shares = group_weights([row["category"] for row in predictions])
+        numbers["mean_of_groups"] = float(shares @ [row["correct"] for row in predictions])
+    wrong = [row for row in predictions if bench == "mmsi_video" and not row["correct"]]
+    failures = Counter(error_group(row) for row in wrong if error_group(row))
+    if failures:  # MMSI-Video: the four error groups of its abstract
+        numbers["failures"] = dict(failures.most_common())
+    return numbers

@@ -256,7 +256,7 @@ def object_counts(view: list[Detection], target: list[Detection]) -> np.ndarray:
 def compare_scans(rows: list[dict], views: dict, match: Callable, detect=None, ask=None) -> dict:
     """`consistency.compare` for triples of scans: {name: one view per row} beside what is trivial and what is perfect.
 
-    rows    of `consistency.load_triples`, their "context_depth" as paths
+    rows    of `simulators.load_triples`, their "context_depth" as paths
     match, detect, ask   as above; without a detector content is nan, without a VLM the categories are INDOOR
     The oracles are the target photograph itself (what the instruments make of the truth) and the context warped by the
     target's depth and pose. A view is taken to have the target's intrinsics.
@@ -298,7 +298,7 @@ def context_views(row: dict) -> list[ContextView]:
 
 
 def summary(rows: list[dict], motions: np.ndarray, counts: np.ndarray) -> dict:
-    """`consistency.consistency` of one list of views, and "found": the share of them that a camera was found for.
+    """`consistency.score_views` of one list of views, and "found": the share of them that a camera was found for.
 
     motions (n, 5), nan where no camera was found;  counts (n, 9): mse, `object_counts`, nan if nothing was detected
     """

@@ -232,7 +232,7 @@ def curves_figure(title, path):
 
 
 def dose_curves(dose):
-    """{simulator: `consistency.dose_response`} -> draw(pyplot): commanded against recovered, a panel per kind.
+    """{simulator: `calibration.dose_response`} -> draw(pyplot): commanded against recovered, a panel per kind.
 
     Medians and quartiles over rooms; filled where training showed that amount, hollow where it never did.
     """
@@ -375,7 +375,7 @@ class Pictures:
 def dialogue(told, pictures, folder):
     """One question in one mode as <details>: its line, and in a <template> images, turns, views, verdict, reward.
 
-    told     of evaluate.dialogues;  folder: below which its views lie
+    told     of pages.dialogue_rows;  folder: below which its views lie
     """
     question, given, folder = told["question"], len(told["question"]["images"]), Path(folder)
     parts, shown = (
@@ -474,7 +474,7 @@ def write(
 
     results     as results.json of a bench of questions;  wm: as results.json of --bench wm
     logs        {title: log.jsonl};  sheet: `contact_sheet` or a file;  dose: `dose_curves` as a picture
-    dialogues   of evaluate.dialogues;  folder: below which their imagined views lie
+    dialogues   of pages.dialogue_rows;  folder: below which their imagined views lie
     """
     body = [f"<h1>{escape(title)}</h1>"]
     if results:

@@ -638,31 +638,3 @@ def verify(run, several):
 
 
 METHODS = {"search": search, "gate": gate}
-
-
-def cost_of(trajectory):
-    """What a dialogue of any mode took: views rendered and shown, turns the policy wrote, tokens read and written.
-
-    A prompt that several dialogues read counts in each; tokens that only a server knows are None.
-    """
-    views = sum(call is not None for call in trajectory.provenance)
-    cost = {
-        "rendered": views,
-        "shown": views,
-        "policy_calls": len(trajectory.turns),
-        "tokens": len(trajectory.ids),
-    }
-    if isinstance(trajectory, Imagined):
-        cost = {key: trajectory.cost[key] for key in cost}
-    return cost | (
-        {} if all(isinstance(token, int) for token in trajectory.ids) else {"tokens": None}
-    )
-
-
-def mean_cost(records):
-    """The mean of what every question took that could be asked; what is unknown for one is left out."""
-    costs = [
-        record["cost"] for record in records if "cost" in record and not record["error"]
-    ]  # older lines: none
-    values = {key: [cost[key] for cost in costs] for key in (costs or [{}])[0]}
-    return {key: float(np.mean(own)) for key, own in values.items() if None not in own}

@@ -1,0 +1,102 @@
+"""The pages that evaluate.py leaves: every question as a dialogue, the modes side by side, the simulators."""
+
+import argparse
+from pathlib import Path
+
+import rewards
+from extras.report import report
+from extras.report.diagnosis import tally
+from lib.answers import Prediction, with_keys
+from lib.geometry import Motion, phrase
+from lib.images import contact_sheet, figure_image
+from lib.scores import title_of
+
+
+def causes(records: dict[tuple, dict[str, Prediction]]) -> dict[str, dict]:
+    """{mode: {simulator: how often which diagnosis was made}}.   records: {(mode, simulator): {key: prediction}}"""
+    tallies = {}
+    for (mode, simulator), predictions in records.items():
+        counts = tally(list(predictions.values()))
+        if counts:
+            tallies.setdefault(mode, {})[simulator] = counts
+    return tallies
+
+
+def write_answers(
+    args: argparse.Namespace, results: dict, questions: list[dict], records: dict
+) -> list[str]:
+    """workflow.png and, by --report, report.html -> the names of what was written."""
+    out = Path(args.out)
+    names = []
+    workflow = figure_image(report.workflow(results))
+    if workflow:  # None without matplotlib
+        workflow.save(out / "workflow.png")
+        names.append("workflow.png")
+    if args.report:
+        report.write(
+            out / "report.html",
+            f"{args.bench}: {results['policy']}",
+            results,
+            logs=report.find_logs(Path(results["policy"]).parent),
+            dialogues=dialogue_rows(records, questions),
+            folder=out,
+        )
+        names.append("report.html")
+    return names
+
+
+def write_simulators(out: Path, results: dict, rows: list[dict], views: dict) -> list[str]:
+    """report.html and dose.png of --bench wm -> the names of what was written."""
+    pictures = []
+    for index in range(0, len(rows), max(1, len(rows) // 8)):
+        row = rows[index]
+        motion = f"Image-{row['reference']}:\n{phrase(Motion(**row['motion']))}"
+        imagined = [own[index] for own in views.values()]
+        pictures.append([*row["context"], motion, *imagined, row["target"]])
+    names = [Path(name).name for name in views]
+    head = ["context", *[""] * len(rows[0]["context"]), *names, "true"]
+    curves = figure_image(report.dose_curves(results["dose"])) if results["dose"] else None
+    report.write(
+        out / "report.html",
+        "Pose and content consistency of the simulator",
+        wm=results,
+        sheet=contact_sheet(head, pictures),
+        dose=curves,
+    )
+    if not curves:  # None also without matplotlib
+        return ["report.html"]
+    curves.save(out / "dose.png")
+    return ["report.html", "dose.png"]
+
+
+def dialogue_rows(records: dict, questions: list[dict]) -> list[dict]:
+    """What the report shows of every question in every mode: its prediction, in the order of the questions.
+
+    records   {(mode, simulator): {key: prediction}}
+    returns   predictions with "question", "run", "hurt": wrong after a call, though right in mode direct; and "reward"
+    """
+    direct = records.get(("direct", "none"), {})
+    rows = []
+    for key, question in with_keys(questions):
+        alone = direct[key]["correct"] if key in direct else None
+        for run, predictions in records.items():
+            row = predictions[key]
+            called = row["valid_calls"] > 0
+            hurt = alone is not None and called and row["correct"] < alone
+            reward = row.get("parts") or reward_parts(row, alone)
+            more = {"question": question, "run": title_of(*run), "hurt": hurt, "reward": reward}
+            rows.append({**row, **more})
+    return rows
+
+
+def reward_parts(row: Prediction, alone: float | None) -> dict[str, float]:
+    """The terms of rewards.py.   alone: exact match in mode direct, one greedy answer, or None if it is not known"""
+    match = row["correct"]
+    form = float(row["well_formed"])
+    calls = row["valid_calls"]
+    parts = {"match": match, "format": form, "calls": calls}
+    parts["phase 1"] = rewards.phase1_reward(match, form, calls)
+    if alone is not None:
+        parts["gain"] = rewards.tool_gain(match, calls, alone)
+        parts["phase 2"] = rewards.phase2_reward(match, form, calls, alone)
+    return parts
