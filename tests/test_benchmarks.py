@@ -162,13 +162,8 @@ def test_letters_are_read_as_the_official_code_reads_them(bench, gold, text, let
 @pytest.mark.parametrize("text, verdicts", ALL)
 def test_the_benches_disagree_on_one_text_as_the_fact_sheet_says(text, verdicts):
     question = {"answer": "B", "kind": "mca", "options": []}
-    assert (
-        "".join(
-            f"{score(bench, question, text)[1]:.0f}"
-            for bench in ("mindcube", "mmsi", "mmsi_video", "vsi")
-        )
-        == verdicts
-    )
+    for bench, right in zip(("mindcube", "mmsi", "mmsi_video", "vsi"), verdicts, strict=True):
+        assert score(bench, question, text)[1] == int(right), bench
 
 
 def test_rooms_verdict_is_the_reward():
@@ -188,12 +183,8 @@ def test_rooms_verdict_is_the_reward():
 
 def test_an_option_without_a_letter_is_named_by_its_text():
     options = ["A. red box", "Blue box", "C."]
-    assert [option_letter(text, options) for text in ("blue box", "Red box", "b", "c.")] == [
-        "Blue box",
-        "A",
-        "B",
-        "C.",
-    ]
+    for text, name in (("blue box", "Blue box"), ("Red box", "A"), ("b", "B"), ("c.", "C.")):
+        assert option_letter(text, options) == name
 
 
 def test_sat_reads_the_words_of_an_option_and_nothing_else():
@@ -215,20 +206,13 @@ def test_sat_reads_the_words_of_an_option_and_nothing_else():
         (" moved right\n", "A"),
     ]:
         assert read(text, "moved right", "moved left") == (letter, float(letter == "A")), text
-    for text in (
-        "right",
-        "Answer: right",
-        "ight",
-        "it is located right of it",
-        "answer: right it is",
-    ):
+    words = ("right", "Answer: right", "ight", "it is located right of it", "answer: right it is")
+    for text in words:
         assert read(text, "right", "left")[1] == 1, text
     assert read("night stand", "night stand", "sofa") == (None, 0)  # becomes "nnight stand"
     assert read("ight stand", "night stand", "sofa")[1] == 1
-    assert (
-        read("left (north)", "left (north)", "right")[1] == 0
-        and read("left north", "left (north)", "right")[1] == 1
-    )
+    assert read("left (north)", "left (north)", "right")[1] == 0
+    assert read("left north", "left (north)", "right")[1] == 1
 
 
 @pytest.mark.parametrize(
@@ -287,20 +271,22 @@ def test_vsi_gives_relative_accuracy_for_numbers():
     assert score("vsi", {"kind": "na", "answer": "10"}, "12 m")[0] == 12.0
 
 
-def test_our_protocol_is_taken_off_where_the_bench_knows_no_thoughts():
+@pytest.mark.parametrize(
+    "bench, part, right",
+    [
+        ("mindcube", "<think>no answer: not A. at all</think><answer>B</answer>", 0),
+        ("mmsi", "<answer>B</answer>", 1),
+        ("mmsi_video", "<answer>B</answer>", 1),
+        ("vsi", "B", 1),
+        ("sat", "B", 0),
+    ],
+)
+def test_our_protocol_is_taken_off_where_the_bench_knows_no_thoughts(bench, part, right):
     turn = "<think>no answer: not A. at all</think><answer>B</answer>"
-    assert [reply(bench, turn) for bench in ("mindcube", "mmsi", "mmsi_video", "sat", "vsi")] == [
-        turn,
-        "<answer>B</answer>",
-        "<answer>B</answer>",
-        "B",
-        "B",
-    ]
-    assert [
-        score(bench, {"answer": "B", "kind": "mca"}, reply(bench, turn))[1]
-        for bench in ("mindcube", "mmsi", "mmsi_video", "vsi")
-    ] == [0, 1, 1, 1]
-    assert reply("vsi", "") == "" and reply("vsi", "C. sofa") == "C. sofa"
+    assert reply(bench, turn) == part
+    question = {"answer": "B", "kind": "mca", "options": ["A. left", "B. right"]}
+    assert score(bench, question, part)[1] == right
+    assert reply(bench, "") == "" and reply(bench, "C. sofa") == "C. sofa"
 
 
 @pytest.mark.parametrize(
@@ -336,50 +322,47 @@ def test_the_lenient_letter_follows_easi(text, letter):
     )
 
 
-def test_lenient_numbers_and_words():
-    number = {"bench": "vsi", "kind": "na", "answer": "10"}
-    assert [
-        lenient(number, text)[0]
-        for text in (
-            "<answer>12 m</answer> or 9",
-            "<think>3</think>from 4 to about 12m",
-            "~1.2e1",
-            "none",
-            None,
-        )
-    ] == [12, 12, 12, None, None]
-    assert lenient(number, "12m")[1] == pytest.approx(0.6)
-    words = {"bench": "sat", "kind": "mca", "answer": "B", "options": ["A. left", "B. right"]}
-    assert [
-        lenient(words, text)[0]
-        for text in (
-            "B",
-            "<think>left</think><answer>B. right</answer>",
-            "It is right.",
-            "left or right",
-            "right",
-            "",
-        )
-    ] == ["B", "B", "B", None, "B", None]
+def test_lenient_numbers():
+    question = {"bench": "vsi", "kind": "na", "answer": "10"}
+    for text, number in (
+        ("<answer>12 m</answer> or 9", 12),
+        ("<think>3</think>from 4 to about 12m", 12),
+        ("~1.2e1", 12),
+        ("none", None),
+        (None, None),
+    ):
+        assert lenient(question, text)[0] == number, text
+    assert lenient(question, "12m")[1] == pytest.approx(0.6)
+
+
+def test_lenient_words_of_sat():
+    question = {"bench": "sat", "kind": "mca", "answer": "B", "options": ["A. left", "B. right"]}
+    for text, letter in (
+        ("B", "B"),
+        ("<think>left</think><answer>B. right</answer>", "B"),
+        ("It is right.", "B"),
+        ("left or right", None),
+        ("right", "B"),
+        ("", None),
+    ):
+        assert lenient(question, text)[0] == letter, text
 
 
 # ---- MindCube -------------------------------------------------------------------------------------------------------
 
 
 def test_setting_is_the_first_of_four_words_in_the_id():
-    assert [
-        mindcube_setting(i)
-        for i in (
-            "among_group901_q0_1_2",
-            "aroundnew_group3_q1_2",
-            "Among_turn_AROUND_1",
-            "rotation_group902_q1_3",
-            "translation_x",
-            "rotation_among",
-            "",
-            "x",
-        )
-    ] == ["among", "around", "around", "rotation", "translation", "rotation", "other", "other"]
+    for identity, setting in {
+        "among_group901_q0_1_2": "among",
+        "aroundnew_group3_q1_2": "around",
+        "Among_turn_AROUND_1": "around",
+        "rotation_group902_q1_3": "rotation",
+        "translation_x": "translation",
+        "rotation_among": "rotation",
+        "": "other",
+        "x": "other",
+    }.items():
+        assert mindcube_setting(identity) == setting, identity
 
 
 def test_image_paths_follow_the_official_rule():
@@ -462,12 +445,8 @@ def test_mindcube_records_become_questions(tmp_path):
     picture.parent.mkdir(parents=True)
     picture.write_bytes(png(800, 600, "RGBA"))
     first, second = load("mindcube", tmp_path / "data")
-    assert (first["category"], first["answer"], first["missing_images"], len(first["images"])) == (
-        "among",
-        "C",
-        1,
-        1,
-    )
+    assert (first["category"], first["answer"]) == ("among", "C")
+    assert (first["missing_images"], len(first["images"])) == (1, 1)
     assert " ".join([first["question"], *first["options"]]) == records[0]["question"]
     assert (second["category"], second["answer"]) == ("rotation", None)
     assert (second["images"], second["missing_images"]) == ([], 1)
@@ -480,11 +459,8 @@ def test_mindcube_records_become_questions(tmp_path):
     ]
     assert load("mindcube", tmp_path) == [first, second]  # where the zip was unpacked
     before, text = prompt(first)
-    assert (
-        before == ""
-        and text.endswith("[Question]\n" + records[0]["question"])
-        and "<answer>" in text
-    )
+    assert before == "" and "<answer>" in text
+    assert text.endswith("[Question]\n" + records[0]["question"])
 
 
 def test_questions_of_rooms_in_mindcube_s_files_are_read_back(tmp_path):
@@ -540,16 +516,12 @@ def write_parquet(file, records):
 
 
 def write_mmsi_tsv(file, records):
-    rows = [
-        {
-            "index": r["id"],
-            "image": json.dumps([base64.b64encode(image).decode() for image in r["images"]]),
-            "question": r["question"],
-            "answer": r["answer"],
-            "category": r["question_type"],
-        }
-        for r in records
-    ]
+    rows = []
+    for record in records:
+        images = [base64.b64encode(image).decode() for image in record["images"]]
+        row = {"index": record["id"], "image": json.dumps(images)}
+        row |= {"question": record["question"], "answer": record["answer"]}
+        rows.append(row | {"category": record["question_type"]})
     rows[0]["image"] = json.loads(rows[0]["image"])[0]  # one bare string
     with open(file, "w", newline="") as lines:
         writer = csv.DictWriter(lines, list(rows[0]), delimiter="\t")
@@ -574,26 +546,24 @@ def test_mmsi_tsv_becomes_questions(tmp_path):
     assert [groups(q) for q in questions[-2:]] == [["Motion", "Motion (Obj.)"], ["MSR"]]
     assert np.asarray(open_image(questions[3]["images"][1], "mmsi"))[0, 0, 0] == 4
     pieces = prompt(questions[1])
-    assert (
-        len(pieces) == 3
-        and pieces[2].startswith(records[1]["question"] + "\n")
-        and "``" in pieces[2]
-    )
+    assert len(pieces) == 3 and "``" in pieces[2]
+    assert pieces[2].startswith(records[1]["question"] + "\n")
     assert "secret" not in json.dumps(questions)
 
 
 def test_mmsi_parquet_equals_its_tsv_and_images_are_written_once(tmp_path):
+    def written():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
+
     records = list(mmsi_records(5, np.random.default_rng(0)))
     plain = load("mmsi", write_parquet(tmp_path / "MMSI_Bench.parquet", records))
-    assert [q["images"] for q in plain[1:]] == [
-        q["images"] for q in load("mmsi", write_mmsi_tsv(tmp_path / "MMSI_bench.tsv", records))[1:]
-    ]
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
-    wrapped = [
-        {**r, "images": [{"bytes": image, "path": None} for image in r["images"]]} for r in records
-    ]
-    assert load("mmsi", write_parquet(tmp_path / "other.parquet", wrapped)) == plain
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()} == written
+    tsv = load("mmsi", write_mmsi_tsv(tmp_path / "MMSI_bench.tsv", records))
+    assert [q["images"] for q in plain[1:]] == [q["images"] for q in tsv[1:]]
+    before = written()
+    for record in records:
+        record["images"] = [{"bytes": image, "path": None} for image in record["images"]]
+    assert load("mmsi", write_parquet(tmp_path / "other.parquet", records)) == plain
+    assert written() == before
 
 
 def test_the_circular_file_is_refused_since_its_score_is_another(tmp_path):
@@ -609,52 +579,41 @@ def test_the_circular_file_is_refused_since_its_score_is_another(tmp_path):
 
 
 def test_frames_are_sampled_as_the_official_code_does():
-    (seventy_five,) = sample_frames([75], 50)
-    assert (
-        seventy_five[:5] == [0, 1, 3, 4, 6]
-        and seventy_five[-3:] == [70, 72, 74]
-        and len(seventy_five) == 50
-    )
+    (clip,) = sample_frames([75], 50)
+    assert len(clip) == 50 and clip[:5] == [0, 1, 3, 4, 6] and clip[-3:] == [70, 72, 74]
     first, second = sample_frames([70, 6], 50)
     assert (len(first), first[-1], second) == (46, 68, [0, 1, 3, 5])
     assert sample_frames([99], 50)[0][-3:] == [94, 96, 98]
     first, second = sample_frames([90, 1], 50)
     assert (len(first), first[-1], second) == (49, 88, [0])
-    assert sample_frames([100, 1, 100], 4) == [
-        [0, 66],
-        [0],
-        [32, 99],
-    ]  # 0, 66, 133, 200, and rule 3: one more
-    assert sample_frames([3, 2], 5) == [[0, 1, 2], [0, 1]] and sample_frames([3, 2], 300) == [
-        [0, 1, 2],
-        [0, 1],
-    ]
+    # 0, 66, 133, 200, and frame 0 of the clip that got none: one more
+    assert sample_frames([100, 1, 100], 4) == [[0, 66], [0], [32, 99]]
+    for cap in (5, 300):
+        assert sample_frames([3, 2], cap) == [[0, 1, 2], [0, 1]]
     assert sample_frames([9], 1) == [[0]]
-    assert max(len(clip) for cap in (50, 300) for clip in sample_frames([1000], cap)) == 300
+    assert len(sample_frames([1000], 300)[0]) == 300
 
 
 def video_records(count, rng, clips=1):
+    """MMSI-Video's records with three to six options."""
     for i in range(count):
-        options = "ABCDEF"[: int(rng.integers(3, 7))]
+        letters = "ABCDEF"[: int(rng.integers(3, 7))]
+        options = "\n".join(f"{letter}. Thing" for letter in letters)
+        videos, frames = [], []
+        for c in range(clips):
+            videos.append({"path": f"toy/{c}.mp4", "start": 2.0, "end": 77.0, "base_fps": 1.0})
+            frames.append([f"toy/{c}/00:{n:02}.00_frame_1.00_{n}.jpg" for n in range(75)])
         yield {
             "id": f"question_{i:04}",
             "type": VIDEO_TYPES[i % len(VIDEO_TYPES)],
             "ref_images": ["toy/r.jpg"],
-            "video_list": [
-                {"path": f"toy/{c}.mp4", "start": 2.0, "end": 77.0, "base_fps": 1.0}
-                for c in range(clips)
-            ],
-            "frames_list": [
-                [f"toy/{c}/00:{n:02}.00_frame_1.00_{n}.jpg" for n in range(75)]
-                for c in range(clips)
-            ],
+            "video_list": videos,
+            "frames_list": frames,
             "system_prompt": "Frames follow.",
             "task_prompt": "Judge. ",
-            "user_prompt": "<video> " * clips
-            + "What of <image>?\n"
-            + "\n".join(f"{o}. Thing" for o in options),
+            "user_prompt": f"{'<video> ' * clips}What of <image>?\n{options}",
             "format_prompt": "\nGive one letter.",
-            "ground_truth": options[rng.integers(len(options))],
+            "ground_truth": letters[rng.integers(len(letters))],
             "ori_question": "What of <image>?",
         }
 
