@@ -632,9 +632,8 @@ def test_video_prompt_is_the_record_word_for_word(tmp_path):
     assert question["images"][-1] == str(tmp_path / "ref_images/toy/r.jpg")
     pieces = prompt(question)
     assert len(pieces) == 52 and pieces[0] == "Frames follow.\nJudge. " and pieces[25] == " "
-    assert "".join(pieces) == (
-        "Frames follow.\nJudge. " + record["user_prompt"] + "\nGive one letter."
-    ).replace("<video>", "").replace("<image>", "")
+    words = f"Frames follow.\nJudge. {record['user_prompt']}\nGive one letter."
+    assert "".join(pieces) == words.replace("<video>", "").replace("<image>", "")
     assert question["question"] == "What of <image>?" and question["options"][0] == "A. Thing"
     (full,) = load("mmsi_video", tmp_path, frames=300)
     assert (full["clips"], len(prompt(full))) == ([75, 75], 152)
@@ -642,35 +641,30 @@ def test_video_prompt_is_the_record_word_for_word(tmp_path):
         open_image(question["images"][0], "mmsi_video")
 
 
-def test_video_types_levels_domains_and_error_groups(tmp_path):
-    records = list(video_records(13, np.random.default_rng(0)))
-    (tmp_path / "meta_data").mkdir()
-    for name, kinds in {
-        "robot": {"Manipulation": ["question_0000"], "Navigation": ["question_0009"]},
-        "easy2hard": {"level_1": ["question_0000"]},
-    }.items():
-        (tmp_path / "meta_data" / f"{name}_bench.json").write_text(json.dumps(kinds))
-    questions = load("mmsi_video", write_video(tmp_path, records))
-    assert [level(t) for t in VIDEO_TYPES] == 9 * ["Perception"] + [
-        "Planning",
-        "Prediction",
-    ] + 2 * ["Cross-Video"]
-    assert groups(questions[0]) == [
-        "Perception",
-        VIDEO_TYPES[0],
-        "easy2hard: level_1",
-        "robot",
-        "robot: Manipulation",
+def test_video_types_have_levels_and_error_groups():
+    pairs = [(level(t), error_group({"bench": "mmsi_video", "category": t})) for t in VIDEO_TYPES]
+    assert pairs == [
+        *6 * [("Perception", "geometric reasoning")],
+        *3 * [("Perception", "motion grounding")],
+        ("Planning", None),
+        ("Prediction", "long-horizon prediction"),
+        *2 * [("Cross-Video", "cross-video correspondence")],
     ]
+    assert error_group({"bench": "mmsi"}) is None
+
+
+def test_video_groups_are_level_type_and_sub_benches(tmp_path):
+    robot = {"Manipulation": ["question_0000"], "Navigation": ["question_0009"]}
+    hard = {"level_1": ["question_0000"]}
+    (tmp_path / "meta_data").mkdir()
+    (tmp_path / "meta_data" / "robot_bench.json").write_text(json.dumps(robot))
+    (tmp_path / "meta_data" / "easy2hard_bench.json").write_text(json.dumps(hard))
+    records = video_records(13, np.random.default_rng(0))
+    questions = load("mmsi_video", write_video(tmp_path, records))
+    sub_benches = ["easy2hard: level_1", "robot", "robot: Manipulation"]
+    assert groups(questions[0]) == ["Perception", VIDEO_TYPES[0], *sub_benches]
     assert groups(questions[9]) == ["Planning", "robot", "robot: Navigation"]
     assert groups(questions[11]) == ["Cross-Video", "(Cross-Video) Memoery Update"]
-    assert [error_group(q) for q in questions] == (
-        6 * ["geometric reasoning"]
-        + 3 * ["motion grounding"]
-        + [None, "long-horizon prediction"]
-        + 2 * ["cross-video correspondence"]
-    )
-    assert error_group({"bench": "mmsi"}) is None
 
 
 # ---- SAT ------------------------------------------------------------------------------------------------------------
@@ -696,30 +690,15 @@ def test_sat_asks_in_both_orders(tmp_path):
         "question_type": "goal_aim",
     }
     questions = load("sat", write_parquet(tmp_path / "SAT_test.parquet", records).parent)
-    assert [q["id"] for q in questions] == [
-        "SAT_test_00001/kept",
-        "SAT_test_00001/reversed",
-        "SAT_test_00002/kept",
-        "SAT_test_00002/reversed",
-    ]
+    names = ("00001/kept", "00001/reversed", "00002/kept", "00002/reversed")
+    assert [q["id"] for q in questions] == [f"SAT_test_{name}" for name in names]
     assert [q["answer"] for q in questions] == ["A", "B", "A", "B"]
-    assert (
-        questions[1]["options"] == ["A. turn right", "B. turn left"]
-        and questions[2]["options"][0] == "A. near"
-    )
+    assert questions[1]["options"] == ["A. turn right", "B. turn left"]
+    assert questions[2]["options"][0] == "A. near"
     assert [q["category"] for q in questions] == ["EgoM", "EgoM", "GoalAim", "GoalAim"]
-    first, last = prompt(questions[1])[-1], prompt(questions[3])[-1]
-    assert (
-        '"turn right" or "turn left"' in first
-        and first.count("is the start") == 1
-        and "start" not in last
-    )
-    assert [q["question"].count("Image 1 is the start") for q in questions] == [
-        1,
-        1,
-        0,
-        0,
-    ]  # in our words too
+    assert '"turn right" or "turn left"' in prompt(questions[1])[-1]
+    for words in (lambda q: prompt(q)[-1], lambda q: q["question"]):  # the bench's and ours
+        assert [words(q).count("Image 1 is the start") for q in questions] == [1, 1, 0, 0]
     always_first = [score("sat", q, q["options"][0][3:])[1] for q in questions]
     assert weights("sat", [q["category"] for q in questions]) @ always_first == 0.5
 
@@ -748,39 +727,31 @@ def write_vsi(folder, records):
     return folder
 
 
-def test_vsi_frames_come_from_a_folder_of_pictures_or_the_video(tmp_path, monkeypatch):
-    write_vsi(tmp_path, vsi_records(10, np.random.default_rng(0)))
-    scene = tmp_path / "scannet" / "scene9001_00"
-    letter, number = (load("vsi", tmp_path, frames=4)[i] for i in (0, 9))
-    assert letter["images"] == [f"{scene}.mp4#{i}/4" for i in (1, 2, 3, 4)]
-    with pytest.raises(PictureError):  # no video: the caller counts the question as wrong
-        open_image(letter["images"][0], "vsi")
-    assert (letter["kind"], number["kind"], number["options"], number["answer"]) == (
-        "mca",
-        "na",
-        [],
-        "1.8",
-    )
+def test_vsi_records_become_questions(tmp_path):
+    records = list(vsi_records(10, np.random.default_rng(0)))
+    questions = load("vsi", write_vsi(tmp_path, records), frames=4)
+    letter, number = questions[0], questions[9]
+    assert (letter["kind"], letter["options"]) == ("mca", records[0]["options"])
+    assert (number["kind"], number["options"], number["answer"]) == ("na", [], "1.8")
     assert groups(letter) == ["object_rel_direction", VSI_LETTER[0]]
     assert "Options:\nA. thing A" in prompt(letter)[-1] and "Options" not in prompt(number)[-1]
+    file = write_parquet(tmp_path / "test-00000-of-00001.parquet", records)
+    assert load("vsi", file, frames=4) == questions
+
+
+def test_vsi_frames_come_from_a_folder_of_pictures_or_the_video(tmp_path, monkeypatch):
+    write_vsi(tmp_path, vsi_records(1, np.random.default_rng(0)))
+    scene = tmp_path / "scannet" / "scene9001_00"
+    (question,) = load("vsi", tmp_path, frames=4)
+    assert question["images"] == [f"{scene}.mp4#{i}/4" for i in (1, 2, 3, 4)]
+    with pytest.raises(PictureError):  # no video: the caller counts the question as wrong
+        open_image(question["images"][0], "vsi")
 
     scene.mkdir(parents=True)
     for i in range(7):
         (scene / f"{i:03}.png").write_bytes(png(value=i))
     images = load("vsi", tmp_path, frames=4)[0]["images"]
     assert [np.asarray(open_image(path, "vsi"))[0, 0, 0] for path in images] == [0, 2, 4, 6]
-    assert (
-        len(
-            load(
-                "vsi",
-                write_parquet(
-                    tmp_path / "test-00000-of-00001.parquet",
-                    vsi_records(10, np.random.default_rng(0)),
-                ),
-            )
-        )
-        == 10
-    )
 
     for picture in scene.iterdir():
         picture.unlink()
@@ -796,9 +767,8 @@ def test_frames_of_a_true_video(tmp_path):
         stream = video.add_stream("mpeg4", rate=5)
         stream.width, stream.height = 64, 64
         for i in range(10):
-            for packet in stream.encode(
-                av.VideoFrame.from_image(Image.new("RGB", (64, 64), (25 * i,) * 3))
-            ):
+            grey = Image.new("RGB", (64, 64), (25 * i,) * 3)
+            for packet in stream.encode(av.VideoFrame.from_image(grey)):
                 video.mux(packet)
         for packet in stream.encode():
             video.mux(packet)
@@ -813,12 +783,8 @@ def test_frames_of_a_true_video(tmp_path):
 
 
 def test_official_averages():
-    assert weights("mindcube", ["among", "translation", "other", "around"]) @ [
-        1,
-        1,
-        0,
-        0,
-    ] == pytest.approx(1 / 3)
+    settings = ["among", "translation", "other", "around"]
+    assert weights("mindcube", settings) @ [1, 1, 0, 0] == pytest.approx(1 / 3)
     assert weights("mmsi", ["MSR", "MSR", "MSR", "Motion (Cam.)"]) @ [1, 1, 1, 0] == 0.75  # micro
     directions = [f"object_rel_direction_{hard}" for hard in ("easy", "medium", "hard", "hard")]
     categories, scores = [*directions, "route_planning", "object_counting"], [1, 0, 1, 0, 0.5, 0.6]
@@ -830,56 +796,61 @@ def test_official_averages():
     assert len({task(kind) for kind in (*VSI_LETTER, *VSI_NUMBER)}) == 8
 
 
-def saying(question, letter):
-    """A reply that names an option in the form that the bench asks for."""
-    words = next(option[3:] for option in question["options"] if option[0] == letter)
+def official_reply(question, answer):
+    """A reply that gives an answer in the form that the bench asks for."""
+    if question["kind"] == "na":
+        return answer
+    words = next(option[3:] for option in question["options"] if option[0] == answer)
     return {
-        "mindcube": f"<answer>{letter}. {words}</answer>",
-        "mmsi": f"``{letter}``",
-        "mmsi_video": letter,
+        "mindcube": f"<answer>{answer}. {words}</answer>",
+        "mmsi": f"``{answer}``",
+        "mmsi_video": answer,
         "sat": words,
-        "vsi": letter,
+        "vsi": answer,
     }[question["bench"]]
 
 
-@pytest.mark.parametrize("bench", ["mindcube", "mmsi", "mmsi_video", "sat", "vsi"])
-def test_an_oracle_scores_100_and_random_letters_score_chance(bench, tmp_path):
-    rng = np.random.default_rng(len(bench))
-    place = {
-        "mindcube": lambda: write_mindcube(tmp_path, mindcube_records(600, rng)),
-        "mmsi": lambda: write_mmsi_tsv(tmp_path / "MMSI_bench.tsv", mmsi_records(500, rng)),
-        "mmsi_video": lambda: write_video(tmp_path, video_records(1106, rng)),
-        "sat": lambda: write_parquet(tmp_path / "SAT_test.parquet", sat_records(150)),
-        "vsi": lambda: write_vsi(tmp_path, vsi_records(1000, rng)),
-    }[bench]()
-    questions = load(bench, place)
-    categories = [q["category"] for q in questions]
-    perfect = [
-        score(bench, q, q["answer"] if q["kind"] == "na" else saying(q, q["answer"]))
-        for q in questions
-    ]
-    assert weights(bench, categories) @ [right for _, right in perfect] == pytest.approx(1)
-    assert all(
-        lenient(
-            q,
-            "<answer>"
-            + (q["answer"] if q["kind"] == "na" else saying(q, q["answer"]).strip("`"))
-            + "</answer>",
-        )[1]
-        == 1
-        for q in questions
-    )
+def write_bench(bench, folder, rng):
+    """Many records of a bench -> what `load` takes."""
+    if bench == "mindcube":
+        return write_mindcube(folder, mindcube_records(600, rng))
+    if bench == "mmsi":
+        return write_mmsi_tsv(folder / "MMSI_bench.tsv", mmsi_records(500, rng))
+    if bench == "mmsi_video":
+        return write_video(folder, video_records(1106, rng))
+    if bench == "sat":
+        return write_parquet(folder / "SAT_test.parquet", sat_records(150))
+    return write_vsi(folder, vsi_records(1000, rng))
+
+
+@pytest.mark.parametrize("bench", list(BENCHES))
+def test_an_oracle_scores_100(bench, tmp_path):
+    questions = load(bench, write_bench(bench, tmp_path, np.random.default_rng(len(bench))))
+    scores = []
+    for question in questions:
+        text = official_reply(question, question["answer"])
+        scores.append(score(bench, question, text)[1])
+        assert lenient(question, f"<answer>{text.strip('`')}</answer>")[1] == 1
+    assert weights(bench, [q["category"] for q in questions]) @ scores == pytest.approx(1)
     if bench == "mmsi_video":
         assert len(questions) == 1106  # every one is in the denominator
-    asked = [q for q in questions if q["options"]]
-    guesses = [q["options"][rng.integers(len(q["options"]))][0] for q in asked]
-    scores = [score(bench, q, saying(q, guess))[1] for q, guess in zip(asked, guesses, strict=True)]
-    share = weights(bench, [q["category"] for q in asked])
-    blind = np.array([1 / len(q["options"]) for q in asked])
-    deviation = (share**2 * blind * (1 - blind)).sum() ** 0.5
-    assert abs(share @ scores - share @ blind) < 3 * deviation
+
+
+@pytest.mark.parametrize("bench", list(BENCHES))
+def test_random_letters_score_chance(bench, tmp_path):
+    rng = np.random.default_rng(len(bench))
+    questions = [q for q in load(bench, write_bench(bench, tmp_path, rng)) if q["options"]]
+    scores, chances = [], []
+    for question in questions:
+        options = question["options"]
+        guess = options[rng.integers(len(options))][0]
+        scores.append(score(bench, question, official_reply(question, guess))[1])
+        chances.append(1 / len(options))
+    share, chances = weights(bench, [q["category"] for q in questions]), np.array(chances)
+    deviation = (share**2 * chances * (1 - chances)).sum() ** 0.5
+    assert abs(share @ scores - share @ chances) < 3 * deviation
     if bench in ("mmsi", "sat"):
-        assert share @ blind == pytest.approx({"mmsi": 0.25, "sat": 0.5}[bench])  # as published
+        assert share @ chances == pytest.approx({"mmsi": 0.25, "sat": 0.5}[bench])  # as published
 
 
 # ---- what is missing or broken --------------------------------------------------------------------------------------
