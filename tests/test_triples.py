@@ -308,8 +308,8 @@ def test_a_summary_adds_up():
         and found["rejected"] == {"coverage": 4}
         and found["broken"] == {"b": "It is empty."}
     )
-    assert found["degrees"] == {30: 2} and found["meters"] == {0.5: 2} and found["per_scan"] == 1.0
-    assert "kept, by meters" in total.text()
+    assert found["motions"] == {"turn left": 2, "move up": 2} and found["per_scan"] == 1.0
+    assert "kept, by motion" in total.text()
 
 
 # ---- held out -------------------------------------------------------------------------------------------------------

@@ -42,22 +42,12 @@ class Record(NamedTuple):
 
 
 def make_corpus(corpus: str, root: str | Path, out: str | Path) -> None:
-    """out/questions_train.jsonl: the questions of a published corpus that can be verified; the rest is counted."""
-    out = Path(out)
-    rows, left_out = convert(corpus, root, out)
-    save_jsonl(out / "questions_train.jsonl", [with_relative_paths(row, out) for row in rows])
-    say(f"{out}/questions_train.jsonl: {len(rows)} questions")
-    for reason, count in left_out.most_common():
-        say(f"  {count:8}  left out: {reason}")
-
-
-def convert(corpus: str, root: str | Path, out: Path) -> tuple[list[dict], Counter]:
-    """All questions of a corpus that can be verified, and why how many others were left out.
+    """out/questions_train.jsonl: the questions of a corpus that can be verified; the rest is counted by reason.
 
     An id that comes again, or none, gets a number: "#2", "#3", ...
     """
-    rows, left_out, times = [], Counter(), Counter()
-    for record in records(corpus, Path(root), out):
+    out, rows, left_out, times = Path(out), [], Counter(), Counter()
+    for record in RECORDS[corpus](Path(root), out / "images"):
         question, reason = read_question(record.conversations)
         if question and not record.images:
             reason = "no image"
@@ -69,23 +59,19 @@ def convert(corpus: str, root: str | Path, out: Path) -> tuple[list[dict], Count
         times[record.id] += 1
         number = f"#{times[record.id]}" if times[record.id] > 1 else ""
         row = {"id": f"{corpus}/{record.id}{number}", "bench": corpus, "images": record.images}
-        rows.append(row | question | {"category": record.category, "needs_view": None})
-    return rows, left_out
+        row |= question | {"category": record.category, "needs_view": None}
+        rows.append(with_relative_paths(row, out))
+    save_jsonl(out / "questions_train.jsonl", rows)
+    say(f"{out}/questions_train.jsonl: {len(rows)} questions")
+    for reason, count in left_out.most_common():
+        say(f"  {count:8}  left out: {reason}")
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------------
+# ---- files: (folder of the corpus, folder for pictures that lie inside its files) -> records, one by one ----------------
 
 
-def records(corpus: str, root: Path, out: Path) -> Iterator[Record]:
-    """Raw records of a corpus, one by one; pictures inside parquet files are written to out/images/.
-
-    Stops with a sentence if files are missing or cut off; what is no record comes without images and conversations.
-    """
-    return sensenova_records(root) if corpus == "sensenova" else vst_records(root, out / "images")
-
-
-def sensenova_records(root: Path) -> Iterator[Record]:
-    """The lines of SenseNova-SI-800K.jsonl."""
+def sensenova_records(root: Path, folder: Path) -> Iterator[Record]:
+    """The lines of SenseNova-SI-800K.jsonl; one that is no record comes without images and conversations."""
     file = root / "SenseNova-SI-800K.jsonl"
     if not file.exists():
         fail(
@@ -104,7 +90,7 @@ def sensenova_records(root: Path) -> Iterator[Record]:
 
 
 def vst_records(root: Path, folder: Path) -> Iterator[Record]:
-    """The rows of VST-500K's parquet files, whose pictures go to `folder`; the name of a task is the category."""
+    """The rows of VST-500K's parquet files; the name of a task is the category."""
     files = sorted(root.glob("*/*.parquet"))
     if not files:
         fail(
@@ -116,6 +102,9 @@ def vst_records(root: Path, folder: Path) -> Iterator[Record]:
         for row in parquet_rows(file):
             id = f"{task}/{row.get('id', file.stem)}"
             yield Record(id, task, save_pictures(row["images"], folder), row["conversations"])
+
+
+RECORDS = {"sensenova": sensenova_records, "vst": vst_records}
 
 
 # ---- words ---------------------------------------------------------------------------------------------------------------
@@ -143,7 +132,7 @@ def read_question(conversations: list[dict]) -> tuple[dict | None, str | None]:
     return {"question": text, "options": [], "answer": answer.rstrip("."), "kind": "na"}, None
 
 
-def letter_of(answer: str, options: list[str]) -> str | None:
+def letter_of(answer, options):
     """The option that an answer names, by its letter ("(B) blue") or by its words ("Blue."); None if it is none."""
     match, words = LETTER.fullmatch(answer), answer.lower().rstrip(".")
     for option in options:
@@ -152,7 +141,7 @@ def letter_of(answer: str, options: list[str]) -> str | None:
     return None
 
 
-def split_after_options(text: str) -> tuple[str, str]:
+def split_after_options(text):
     """Where options have lines of their own -> (text up to the last one, what follows); elsewhere (text, "").
 
     What follows, such as a word on how to answer, is no part of the last option.
@@ -170,7 +159,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--corpus", required=True, choices=("sensenova", "vst"))
+    parser.add_argument("--corpus", required=True, choices=list(RECORDS))
     parser.add_argument("--root", required=True, help="folder of the corpus")
     parser.add_argument("--out", help="folder of the files (default: out/<corpus>)")
     return parser.parse_args(argv)

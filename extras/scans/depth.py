@@ -23,7 +23,6 @@ from extras.scans.readers import (
     dl3dv_frames,
     dl3dv_rows,
     load_json,
-    read_undistorted,
     rescaled,
 )
 from extras.scans.scene import scene_folders, scene_ids
@@ -85,12 +84,12 @@ def estimate_depth(
     if info and info["refused"] != UNFINISHED:
         return info
     write_json(file, {"scale": None, "how": how, "refused": UNFINISHED})
-    rows, camera = dl3dv_rows(folder)
+    rows, _, load = dl3dv_rows(folder)
     for row in rows:
         if row.image is None or row.depth.exists():
             continue
         try:
-            pixels = read_undistorted(row.image, camera)
+            pixels = load(row.image)
         except ValueError:  # missing or broken; the reader will count it among those without depth
             continue
         save_image(row.depth, thousandths(np.float64(predict(pixels))))

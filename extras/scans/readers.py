@@ -9,10 +9,10 @@ import json
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
@@ -99,7 +99,7 @@ def scannet_sens(path: Path) -> Scene:
         if version != 4:
             raise ValueError(f"{path.name} has version {version}; this reads version 4.")
         file.seek(letters, os.SEEK_CUR)  # the sensor's name
-        K, _, depth_K, _ = [unpack_matrix(file)[:3, :3] + HALF for _ in range(4)]  # and extrinsics
+        K, _, depth_K, _ = np.reshape(unpack(file, "64f"), (4, 4, 4))[:, :3, :3] + HALF
         kinds = unpack(file, "ii")
         if kinds != (2, 1):
             raise ValueError(
@@ -108,8 +108,7 @@ def scannet_sens(path: Path) -> Scene:
         size, depth_size = unpack(file, "II"), unpack(file, "II")
         per_metre, count = unpack(file, "fQ")
         for i in range(count):
-            c2w = unpack_matrix(file)
-            _, _, colour_bytes, depth_bytes = unpack(file, "QQQQ")  # two time stamps come first
+            *numbers, _, _, colour_bytes, depth_bytes = unpack(file, "16fQQQQ")  # _: time stamps
             start = file.tell()
             if file.seek(colour_bytes + depth_bytes, os.SEEK_CUR) > end:
                 raise ValueError(f"{path.name} ends within frame {i} of {count}; copy it again.")
@@ -117,6 +116,7 @@ def scannet_sens(path: Path) -> Scene:
             load_depth = partial(
                 read_sens_depth, path, start + colour_bytes, depth_bytes, depth_size, per_metre
             )
+            c2w = np.reshape(numbers, (4, 4))
             frames.append(Frame(f"{i:06d}", c2w, K, size, load, depth_K, depth_size, load_depth))
     return collect(frames)
 
@@ -124,11 +124,6 @@ def scannet_sens(path: Path) -> Scene:
 def unpack(file, form):
     """The next numbers of a file, as `struct` names their kinds; little-endian, without gaps."""
     return struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))
-
-
-def unpack_matrix(file):
-    """The next (4, 4) float32 of a file, as float64."""
-    return np.reshape(unpack(file, "16f"), (4, 4))
 
 
 def file_bytes(path, start, count):
@@ -345,23 +340,15 @@ def dl3dv_folder(folder: Path) -> Path:
     return next(file.parent for file in files if file.is_file())
 
 
-class Distorted(NamedTuple):
-    """A camera with a lens: OpenCV's model."""
-
-    K: ndarray  # (3, 3) at `size`, with centres at +0.5
-    size: Size
-    coefficients: tuple  # k1, k2, p1, p2
-
-
-def dl3dv_rows(folder: Path) -> tuple[list[FrameFiles], Distorted]:
-    """Rows with poses in COLMAP's unit, and the camera of all pictures."""
+def dl3dv_rows(folder: Path) -> tuple[list[FrameFiles], Size, Callable]:
+    """Rows with poses in COLMAP's unit, the size that their K belongs to, and how to load a picture."""
     info, rows = load_json(folder / "transforms.json"), []
     sizes = ("images_4", "images_8", "images_2", "images")
     pictures = next((name for name in sizes if (folder / name).is_dir()), None)
     if pictures is None:
         raise ValueError("there is no images_4/ (960P) or images_8/ (480P) beside transforms.json.")
-    coefficients = tuple(info.get(key, 0.0) for key in ("k1", "k2", "p1", "p2"))
-    camera = Distorted(nerfstudio_camera(info), (info["w"], info["h"]), coefficients)
+    K, size = nerfstudio_camera(info), (info["w"], info["h"])
+    distortion = np.array([info.get(key, 0.0) for key in ("k1", "k2", "p1", "p2")])
     for frame in info["frames"]:
         name = Path(frame["file_path"])  # images/frame_00001.png
         image = inside(folder, Path(pictures, *name.parts[1:]))
@@ -369,15 +356,15 @@ def dl3dv_rows(folder: Path) -> tuple[list[FrameFiles], Distorted]:
         if not depth.is_file():
             depth = depth.with_suffix(".png")
         c2w = array_of(frame["transform_matrix"], (4, 4)) @ OPENGL
-        rows.append(FrameFiles(name.stem, image, depth, c2w, camera.K))
-    return rows, camera
+        rows.append(FrameFiles(name.stem, image, depth, c2w, K))
+    return rows, size, partial(read_undistorted, K=K, size=size, distortion=distortion)
 
 
 def dl3dv_frames(folder: Path, scale: float) -> list[Frame | str]:
     """Frames whose poses are multiplied by `scale`, their pictures without distortion."""
-    rows, camera = dl3dv_rows(folder)
+    rows, size, load = dl3dv_rows(folder)
     rows = [row._replace(c2w=rescaled(row.c2w, scale)) for row in rows]
-    return frames_of(rows, at=camera.size, load=partial(read_undistorted, camera=camera))
+    return frames_of(rows, at=size, load=load)
 
 
 def rescaled(c2w: ndarray, scale: float) -> ndarray:
@@ -387,16 +374,17 @@ def rescaled(c2w: ndarray, scale: float) -> ndarray:
     return c2w
 
 
-def read_undistorted(path: Path, camera: Distorted) -> ndarray:
-    """(H, W, 3) uint8 of a pinhole camera with the same K; what left the picture has the colour of its border."""
+def read_undistorted(path, K, size, distortion):
+    """(H, W, 3) uint8 of a pinhole camera with the same K; what left the picture has the colour of its border.
+
+    K at `size`, with centres at +0.5;  distortion   (k1, k2, p1, p2) of OpenCV
+    """
     pixels = read(path)
-    if not any(camera.coefficients):
+    if not distortion.any():
         return pixels
-    cv2 = opencv()
-    size = pixels.shape[1::-1]
-    K = scaled(camera.K, camera.size, size) - HALF  # OpenCV counts centres in whole numbers
-    coefficients = np.array(camera.coefficients)
-    x, y = cv2.initUndistortRectifyMap(K, coefficients, None, K, size, cv2.CV_32FC1)
+    cv2, to = opencv(), pixels.shape[1::-1]
+    K = scaled(K, size, to) - HALF  # OpenCV counts centres in whole numbers
+    x, y = cv2.initUndistortRectifyMap(K, distortion, None, K, to, cv2.CV_32FC1)
     return cv2.remap(pixels, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 

@@ -6,17 +6,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lib.geometry import Motion
 from lib.images import contact_sheet, load_image
 
-STEPS = {"degrees": 30, "meters": 0.5}  # of the histograms of amounts
 SHEET_LINES = 12
 TITLES = {
     "rejected": "pairs and candidates that fell out, by rule",
     "frames_skipped": "frames skipped by the reader",
     "motions": "kept, by motion",
-    "degrees": "kept, by degrees from",
-    "meters": "kept, by meters from",
     "notes": "notes",
 }
 
@@ -27,7 +23,7 @@ class Summary:
     def __init__(self):
         self.splits = Counter()  # scans
         self.totals = Counter(frames=0, candidates=0, kept=0)
-        self.tallies = {title: Counter() for title in TITLES}
+        self.tallies = {key: Counter() for key in TITLES}
         self.broken = {}  # id of a scan -> why it could not be read
         self.cpu_seconds = 0.0
 
@@ -38,35 +34,28 @@ class Summary:
             tally = self.totals if key in self.totals else self.tallies["rejected"]
             tally[key] += count
         self.tallies["frames_skipped"].update(report["skipped"])
-        self.tallies["notes"].update([report["note"]] if report["note"] else [])
-        for row in report["rows"]:
-            motion = Motion(**row["motion"])
-            step = STEPS[motion.unit]
-            low = round(int(motion.amount / step + 1e-9) * step, 1)  # of its bin
-            self.tallies["motions"][motion.kind] += 1
-            self.tallies[motion.unit][low] += 1
+        self.tallies["motions"].update(row["motion"]["kind"] for row in report["rows"])
+        if report["note"]:
+            self.tallies["notes"][report["note"]] += 1
         if report["error"]:
             self.broken[report["id"]] = report["error"]
         self.cpu_seconds += report["cpu_seconds"]
 
     def as_dict(self) -> dict:
-        """{"scans", "splits", "frames", "candidates", "kept", "per_scan", a tally for each of TITLES, ...};
-        an amount stands for itself and what lies above it, up to the next one."""
-        tallies = {key: dict(tally.most_common()) for key, tally in self.tallies.items()}
-        tallies |= {unit: dict(sorted(tallies[unit].items())) for unit in STEPS}
+        """{"scans", "splits", "frames", "candidates", "kept", "per_scan", a tally for each of TITLES, "broken", ...}"""
         scans = self.splits.total()
         return {
             "scans": scans,
             "splits": dict(self.splits),
             **self.totals,
             "per_scan": round(self.totals["kept"] / scans, 1),
-            **tallies,
+            **{key: dict(tally.most_common()) for key, tally in self.tallies.items()},
             "broken": self.broken,
             "cpu_seconds": round(self.cpu_seconds, 1),
         }
 
     def text(self) -> str:
-        """The same in lines to read, with bars."""
+        """The same in lines to read."""
         facts = self.as_dict()
         splits = ", ".join(f"{count} {split}" for split, count in self.splits.items())
         lines = [
@@ -76,9 +65,7 @@ class Summary:
         ]
         for key, title in TITLES.items():
             lines += [f"  {title}"] if facts[key] else []
-            for name, count in facts[key].items():
-                bar = "#" * round(40 * count / max(1, *facts[key].values()))
-                lines.append(f"    {count:8}  {name}  {bar}")
+            lines += [f"    {count:8}  {name}" for name, count in facts[key].items()]
         lines += [f"  broken: {id}: {error}" for id, error in self.broken.items()]
         return "\n".join(lines)
 
