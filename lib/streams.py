@@ -23,7 +23,6 @@ STREAMS = {
     # scans: keys (seed, ...)
     "triples of a scan": "which frames become context and target",
     "held-out scans": "which triples of test scans are kept",
-    "faults": "what a study of the verification breaks",
     "split": "which part a place belongs to",
     # World2VLM: keys (seed or place, ...)
     "anchor of a room": "where the motions of a room start",

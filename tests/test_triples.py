@@ -124,23 +124,22 @@ def test_kinds_of_motion_take_turns():
 
 
 def test_a_context_grows_by_the_camera_that_covers_most_and_stays_apart():
-    sees = {
-        0: np.array([1, 0, 0, 0, 0, 0], bool),
-        1: np.array([0, 1, 0, 0, 0, 0], bool),
-        2: np.array([0, 1, 1, 1, 0, 0], bool),
-        3: np.array([0, 0, 0, 0, 1, 1], bool),
-    }
-    shares = lambda mask: np.array([mask.mean()])  # noqa: E731, one target
+    sees = np.array(
+        [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]], bool
+    )
+    target = np.ones((6, 1))  # one, with all six points
+
+    def choose(together, rules):
+        return choose_context(0, [1, 2, 3], together, sees, target, rules)
+
     free = np.ones((4, 4), bool)
-    assert choose_context(0, [1, 2, 3], free, sees, shares, Rules()) == [
-        0,
-        2,
-        3,
-    ]  # 1 would bring nothing more
+    context, covered = choose(free, Rules())
+    assert context == [0, 2, 3] and covered == [1]  # 1 would bring nothing more
     near = free.copy()
     near[2, 3] = near[3, 2] = False
-    assert choose_context(0, [1, 2, 3], near, sees, shares, Rules()) == [0, 2]
-    assert choose_context(0, [1, 2, 3], free, sees, shares, Rules(context=2)) == [0, 2]
+    context, covered = choose(near, Rules())
+    assert context == [0, 2] and covered == [4 / 6]
+    assert choose(free, Rules(context=2))[0] == [0, 2]
 
 
 def test_found_targets_keep_every_rule():

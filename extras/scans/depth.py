@@ -165,7 +165,7 @@ def scale_of(frames: list[Frame], views: int = 24, width: int = 40) -> tuple[flo
     return (scale if clear else None), off
 
 
-def pairs_with_parallax(poses: ndarray) -> list[tuple[int, int]]:
+def pairs_with_parallax(poses):
     """Each of the cameras (n, 4, 4) with two of the next six: the farthest that look its way within 40 degrees."""
     apart = np.linalg.norm(poses[:, None, :3, 3] - poses[:, :3, 3], axis=-1)  # (n, n)
     same_way = poses[:, :3, 2] @ poses[:, :3, 2].T > np.cos(np.radians(40))

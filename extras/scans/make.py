@@ -103,7 +103,7 @@ def scan_triples(id: str, dataset: str, root: str, out: str, seed: int, rules: R
     return file
 
 
-def write_splits(out: Path, reports: list[Path], places: dict, splits: dict) -> None:
+def write_splits(out, reports, places, splits):
     """The reports of all scans as triples_{split}.jsonl, summary.json and sheet.jpg.
 
     places, splits   {id of a scan: its place}, {id: its split}
@@ -166,7 +166,7 @@ def split_of(dataset: str, place: str, listed: dict[str, str], lists: Iterable[s
     return "train" if split in lists else split
 
 
-def read_list(split: str, file: str | Path, ids: list[str]) -> list[str]:
+def read_list(split, file, ids):
     """The scans that a list names, one per line: of a CSV's line the first field that is one of `ids`."""
     if not Path(file).is_file():
         fail(

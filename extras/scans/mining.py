@@ -68,7 +68,7 @@ def mine(
     )
 
 
-def questions_to_mine(source: Path, out: Path) -> list[dict]:
+def questions_to_mine(source, out):
     """The rows of `source`; a sentence where they may not be mined, or would take the place of others in `out`."""
     if "train" not in source.stem:
         fail(

@@ -80,7 +80,7 @@ def verify(target: PosedView, context: list[PosedView]) -> tuple[str | None, dic
     return next(iter(broken_rules(measures)), None), measures
 
 
-def broken_rules(measures: dict[str, float]) -> list[str]:
+def broken_rules(measures):
     """The rules that measures break, in the order in which a triple is judged."""
     broken = []
     for measure, (rule, low, high) in THRESHOLDS.items():
@@ -142,7 +142,7 @@ def reduced(view):
     return PosedView(rgb, depth, view.c2w, K)
 
 
-def see_through(view: PosedView, other: PosedView, tolerance: float = 0.05) -> float:
+def see_through(view, other, tolerance=0.05):
     """Share of the points of `view` that `other` sees through: in all four pixels around, its depth is larger.
 
     A point behind what `other` sees is hidden, as it may be; one before it cannot be there.  `tolerance`: as in `warp`
@@ -162,7 +162,7 @@ def see_through(view: PosedView, other: PosedView, tolerance: float = 0.05) -> f
     return float((nearest - z > tolerance * (1 + z)).mean())
 
 
-def contradictions(views: list[PosedView]) -> ndarray:
+def contradictions(views):
     """Per view (n,): the median of how much it and each other view see through each other. The largest is at fault.
 
     The median, since one wrong view contradicts all that overlap it, and every other view contradicts only that one.
@@ -178,7 +178,7 @@ def contradictions(views: list[PosedView]) -> ndarray:
 # ---- colours of a target and of its warped context -----------------------------------------------------------------------
 
 
-def same_light(target: ndarray, warped: ndarray, mask: ndarray) -> ndarray:
+def same_light(target, warped, mask):
     """`warped` in the light of `target`: gain and bias per channel, fitted robustly over seen, unclipped pixels."""
     x, y = warped[mask], target[mask]  # (n, 3)
     usable = (np.minimum(x, y) > 5) & (np.maximum(x, y) < 250)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy import ndarray
 
 from extras.scans import quality
-from extras.scans.frames import Camera, Frame, PosedView, Scene, Size, thousandths
+from extras.scans.frames import Frame, PosedView, Scene, Size, thousandths
 from lib.geometry import (
     Motion,
     coverage,
@@ -132,7 +132,7 @@ def in_turn(groups: dict[Any, list]) -> list:
     return turns
 
 
-def targets_in_turn(delta: ndarray, main: ndarray, rng: np.random.Generator) -> list[int]:
+def targets_in_turn(delta, main, rng):
     """Indices of targets, kinds of motion taking turns and each kind in random order.
 
     delta, main   of all frames seen from one reference: (N, 6) and (N,), main -1 = not a target
@@ -212,62 +212,55 @@ def unreadable(error):
     return f"unreadable frame: {str(error).split(':')[-1].strip()}"
 
 
-def cover_targets(
-    reference: int,
-    others: list[int],
-    together: ndarray,
-    targets: list[int],
-    cameras: list[Camera],
-    rules: Rules,
-) -> tuple[list[int], ndarray]:
+def cover_targets(reference, others, together, targets, cameras, rules):
     """The context of one reference, and (T,) the share of each target's points that it covers."""
     points = []
     for k in targets:
         depth = cameras[k].depth[1::2, 1::2]
         points.append(unproject(*cameras[k])[1::2, 1::2][depth > 0])  # (P_t, 3)
-    owner = np.repeat(np.arange(len(targets)), [len(part) for part in points])  # target of a point
-    if not len(owner):
+    flat = np.concatenate(points)  # (P, 3)
+    if not len(flat):
         return [reference], np.zeros(len(targets))
-    flat, totals = np.concatenate(points), np.bincount(owner, minlength=len(targets))
-    sees = {k: np.isfinite(visible(flat, *cameras[k])[0]) for k in (reference, *others)}
-
-    def shares(mask):
-        return np.bincount(owner, mask, len(targets)) / np.maximum(totals, 1)
-
-    context = choose_context(reference, others, together, sees, shares, rules)
-    return context, shares(np.any([sees[k] for k in context], 0))
+    owner = np.repeat(np.eye(len(targets)), [len(part) for part in points], axis=0)  # (P, T)
+    sees = np.zeros((len(cameras), len(flat)), bool)
+    for k in (reference, *others):
+        sees[k] = np.isfinite(visible(flat, *cameras[k])[0])
+    return choose_context(reference, others, together, sees, owner, rules)
 
 
 def choose_context(
     reference: int,
     others: list[int],
     together: ndarray,
-    sees: dict[int, ndarray],
-    shares: Callable[[ndarray], ndarray],
+    sees: ndarray,
+    owner: ndarray,
     rules: Rules,
-) -> list[int]:
+) -> tuple[list[int], ndarray]:
     """The reference and then, one after the other, the camera that covers most of what is not yet covered.
 
-    others      cameras to choose from;  together   (N, N) bool of `may_stand_together`
-    sees        {camera: (P,) bool, which points of all targets it sees};  shares(mask) -> (T,) share of each target
+    others     cameras to choose from;  together   (N, N) bool of `may_stand_together`
+    sees       (N, P) bool: which points of all targets a camera sees
+    owner      (P, T): 1 where a point is of a target
+    returns    the context, and (T,) the share of each target that it covers
     """
+    points = np.maximum(owner.sum(0), 1)  # of each target
 
-    def worth(mask):
+    def worth(masks):
         # a target counts up to what is asked of it: more of the same view brings nothing
-        return np.minimum(shares(mask), rules.coverage).sum()
+        return np.minimum(masks @ owner / points, rules.coverage).sum(-1)
 
     context, covered = [reference], sees[reference]
     while len(context) < rules.context:
         others = [k for k in others if together[k, context].all()]
         if not others:
             break
-        gains = [worth(covered | sees[k]) + 1e-3 * sees[k].mean() for k in others]
-        best = int(np.argmax(gains))
+        gains = worth(covered | sees[others]) + 1e-3 * sees[others].mean(-1)
+        best = gains.argmax()
         if len(context) > 1 and gains[best] - worth(covered) < WORTH:
             break
         context.append(others[best])
         covered = covered | sees[others[best]]
-    return context
+    return context, covered @ owner / points
 
 
 # ---- by picture ----------------------------------------------------------------------------------------------------------
@@ -345,9 +338,7 @@ def open_view(frame, rules, counts):
         return None
 
 
-def verified_targets(
-    group: Candidates, context: list[PosedView], frames: list[Frame], rules: Rules, counts: Counter
-) -> list[VerifiedTarget]:
+def verified_targets(group, context, frames, rules, counts):
     """The targets of a context that pass when they are looked at in full, `rules.targets` at most; `counts` the rest."""
     targets = []
     for k, motion in group.targets:
