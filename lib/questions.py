@@ -1,22 +1,23 @@
 """
 Questions about rooms with exact answers, in the categories of the benchmarks.
 
-A room is seen from a ring of four views. Half of the questions need a view that was not given (`needs_view`): "Start
-from Image-2 and turn left 45 degrees. Then which object looks largest?" The given views answer the others. What a view
+A room is seen from a ring of four views. Half of the questions need a view that is not among them (`needs_view`): "Start
+from Image-2 and turn left 45 degrees. Then which object looks largest?" The four views answer the others. What a view
 shows is counted on its instance map (`facts`), and a question is asked only where the answer is clear.
 """
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
-from lib.geometry import Motion, as_lists, move_camera, phrase
+from lib.geometry import Array, Motion, as_lists, move_camera, phrase
 from lib.images import save_image
-from lib.rooms import SIZE, random_room, render, ring
+from lib.rooms import SIZE, Room, random_room, render, ring
 from lib.streams import numpy_stream
 
-# ---- questions ------------------------------------------------------------------------------------------------
+# ---- what a view shows -----------------------------------------------------------------------------------------------
 
 ASKS = {
     "largest": "which object looks largest?",
@@ -34,74 +35,90 @@ CATEGORY = {
     "centre": "region",
     "right": "region",
 }
-UNSEEN = [
-    Motion(f"turn {side}", amount) for side in ("left", "right") for amount in (45.0, 135.0)
-] + [Motion(f"move {way}", 1.0) for way in ("left", "right", "forward")]
-RING_TURNS = [Motion("turn left", 90.0), Motion("turn right", 90.0), Motion("turn left", 180.0)]
-WALKS = ("left", "right", "forward", "backward")
 VISIBLE = 16  # pixels of 1,024: an object that counts as seen
 
 
-def facts(ids, things):
+def facts(ids: Array, things: int) -> dict:
     """What an instance map (H, W) shows, exactly: {ask: index of the object, None if ambiguous, -1 if there is none}.
 
     largest: at least 1.3 times the pixels of the next.  leftmost, rightmost: centroids at least 3 of 32 columns
     apart.  left, centre, right: most pixels of that third, at least 2 % of the view and 1.5 times the next.
+    "seen" lists the objects that are visible at all.
     """
     width = ids.shape[1]
-    per_column = np.stack([(ids == i + 1).sum(0) for i in range(things)])  # (things, W)
     scale = width**2 / 1024
+    per_column = np.stack([(ids == i + 1).sum(0) for i in range(things)])  # (things, W)
     pixels = per_column.sum(1)
-    seen = np.flatnonzero(pixels >= VISIBLE * scale)
-    if len(seen) == 0:
+    visible = np.flatnonzero(pixels >= VISIBLE * scale)
+    if len(visible) == 0:
         return {ask: -1 for ask in ASKS} | {"seen": []}
 
-    def winner(scores, margin):
-        order = seen[np.argsort(-scores[seen], kind="stable")]
-        return (
-            int(order[0]) if len(order) == 1 or margin(scores[order[0]], scores[order[1]]) else None
-        )
+    def winner(scores, is_clear):
+        """The visible object with the highest score, None unless `is_clear(its score, the next one's)`."""
+        order = visible[np.argsort(-scores[visible], kind="stable")]
+        if len(order) > 1 and not is_clear(scores[order[0]], scores[order[1]]):
+            return None
+        return int(order[0])
 
-    column = (per_column * np.arange(width)).sum(1) / np.maximum(pixels, 1) * 32 / width
-    found = {
+    centroid = (per_column * np.arange(width)).sum(1) / np.maximum(pixels, 1) * 32 / width
+    answers = {
         "largest": winner(pixels, lambda a, b: a >= 1.3 * b),
-        "leftmost": winner(-column, lambda a, b: a - b >= 3),
-        "rightmost": winner(column, lambda a, b: a - b >= 3),
+        "leftmost": winner(-centroid, lambda a, b: a - b >= 3),
+        "rightmost": winner(centroid, lambda a, b: a - b >= 3),
     }
-    cuts = [0, width // 3, width - width // 3, width]
-    for k, third in enumerate(("left", "centre", "right")):
-        inside = per_column[:, cuts[k] : cuts[k + 1]].sum(1)
+    third = width // 3
+    columns = {
+        "left": slice(third),
+        "centre": slice(third, width - third),
+        "right": slice(width - third, width),
+    }
+    for ask, where in columns.items():
+        inside = per_column[:, where].sum(1)
         best = winner(inside, lambda a, b: a >= 1.5 * b)
-        found[third] = (
-            -1
-            if inside.max() < 6 * scale
-            else best
-            if best is None or inside[best] >= 20 * scale
-            else None
-        )
-    return found | {"seen": seen.tolist()}
+        if inside.max() < 6 * scale:
+            best = -1
+        elif best is not None and inside[best] < 20 * scale:
+            best = None
+        answers[ask] = best
+    return answers | {"seen": visible.tolist()}
 
 
-def choose(rng, letter, answer, others):
-    """Four lettered options, the answer at `letter` (0 to 3), the others in random order."""
-    options = [others[i] for i in rng.permutation(3)]
-    options.insert(letter, answer)
-    return [f"{name}. {option}" for name, option in zip("ABCD", options)]
+def usable(view_facts: dict, ask: str) -> bool:
+    """A question is asked where its answer is clear, and a comparison only where there is something to compare."""
+    answer = view_facts[ask]
+    enough = CATEGORY[ask] == "region" or len(view_facts["seen"]) >= 2
+    return answer is not None and answer >= 0 and enough
 
 
-def distractors(rng, room, found, ask):
-    """Three other objects of the room: up to two that the asked view shows as well, then others.
-
-    Objects are called by their colour alone: the kind tells the size (a cabinet is more often the largest than a
-    ball), and the question would be half answered by its text.
-    """
-    others = [i for i in rng.permutation(len(room.things)).tolist() if i != found[ask]]
-    visible = [i for i in others if i in found["seen"]][:2]
-    return [room.things[i].colour for i in (visible + [i for i in others if i not in visible])[:3]]
+def in_colours(view_facts: dict, room: Room) -> dict[str, str | None]:
+    """Facts with objects called by their colour: {ask: "red", "none", or None where it is unclear}."""
+    colours = {i: thing.colour for i, thing in enumerate(room.things)} | {-1: "none", None: None}
+    return {ask: colours[view_facts[ask]] for ask in ASKS}
 
 
-def room_questions(seed, out, per_kind=2):
-    """Questions about one room: `per_kind` that need an unseen view, and as many that the given views answer.
+# ---- questions -------------------------------------------------------------------------------------------------------
+
+SIDES = ("left", "right")
+UNSEEN = [
+    *(Motion(f"turn {side}", amount) for side in SIDES for amount in (45.0, 135.0)),
+    *(Motion(f"move {way}", 1.0) for way in (*SIDES, "forward")),
+]
+RING_TURNS = {  # and how many views further in the ring each leads
+    Motion("turn left", 90.0): 1,
+    Motion("turn right", 90.0): -1,
+    Motion("turn left", 180.0): 2,
+}
+WALKS = {
+    "left": "it moved to the left",
+    "right": "it moved to the right",
+    "forward": "it moved forward",
+    "backward": "it moved backward",
+}
+
+
+def room_questions(seed: int, out: Path, per_kind: int = 2) -> list[dict]:
+    """Questions (lib/records.Question) about one room: `per_kind` that need an unseen view, and as many that the given
+    views answer. Pictures go to `out`/questions.
 
     Of the latter, one in six asks for the camera's way between two views at different places (camera-camera), one
     in six for a turn that ends at a given view (rotation), the others about one image. Beside the published fields a
@@ -109,40 +126,38 @@ def room_questions(seed, out, per_kind=2):
     `view`, the true view that `command` leads to, and `shows`, the facts of every image and last of that view.
     """
     rng = numpy_stream("questions of a room", seed)
-    room, poses = random_room(seed), ring(rng)
-    views = render(room, np.stack(poses), SIZE)
-    given = [facts(ids, len(room.things)) for ids in views["ids"]]
-    rows, letters = (
-        [],
-        rng.permutation(2 * per_kind) % 4,
-    )  # each letter as often as any other, in every room
-    for i in range(2 * per_kind):
-        form = (
-            "unseen"
-            if i < per_kind
-            else rng.choice(["image", "rotation", "camera"], p=[4 / 6, 1 / 6, 1 / 6])
-        )
-        draft = (
-            camera_question(rng, poses)
-            if form == "camera"
-            else object_question(rng, room, poses, given, form)
-        )
+    room = random_room(seed)
+    poses = ring(rng)
+    ring_facts = []
+    for ids in render(room, np.stack(poses), SIZE)["ids"]:
+        ring_facts.append(facts(ids, len(room.things)))
+    letters = rng.permutation(2 * per_kind) % 4  # each as often as any other, in every room
+    rows = []
+    for i, letter in enumerate(letters):
+        form = "unseen"
+        if i >= per_kind:
+            form = rng.choice(["image", "rotation", "camera"], p=[4 / 6, 1 / 6, 1 / 6])
+        if form == "camera":
+            draft = camera_question(rng, poses)
+        else:
+            draft = object_question(rng, room, poses, ring_facts, form)
         if draft is None:  # a bare room: nothing clear to ask
             continue
-        motion, cameras = draft["motion"], draft.pop("cameras", poses)
-        command = motion or {"image": draft["shown_by"] or 1, "kind": "turn left", "amount": 45.0}
-        target = move_camera(
-            cameras[command["image"] - 1], Motion(command["kind"], command["amount"])
-        )
+        cameras = draft.pop("cameras", poses)
+        answer = draft.pop("answer")
+        others = draft.pop("others")
+        nothing = {"image": draft["shown_by"] or 1, "kind": "turn left", "amount": 45.0}
+        command = draft["motion"] or nothing
+        motion = Motion(command["kind"], command["amount"])
+        target = move_camera(cameras[command["image"] - 1], motion)
         truth = render(room, np.stack([*cameras, target]), SIZE)
-        own = (
-            f"q{i}_" if form == "camera" else ""
-        )  # the four views of the ring are shared by its questions
-        images = [f"questions/{seed:07d}/{own}{k + 1}.png" for k in range(len(cameras))]
-        view = f"questions/{seed:07d}/q{i}_view.png"
-        for path, rgb in zip([*images, view], truth["rgb"]):
+        folder = f"questions/{seed:07d}"
+        own = f"q{i}_" if form == "camera" else ""  # the four views of the ring are shared
+        images = [f"{folder}/{own}{k}.png" for k in range(1, len(cameras) + 1)]
+        view = f"{folder}/q{i}_view.png"
+        for path, rgb in zip([*images, view], truth["rgb"], strict=True):
             save_image(out / path, rgb)
-        answer, others = draft.pop("answer"), draft.pop("others")
+        shows = [in_colours(facts(ids, len(room.things)), room) for ids in truth["ids"]]
         rows.append(
             {
                 "id": f"room_{seed}_{i}",
@@ -150,60 +165,62 @@ def room_questions(seed, out, per_kind=2):
                 "images": images,
                 **draft,
                 "kind": "mca",
-                "options": choose(rng, letters[i], answer, others),
-                "answer": "ABCD"[letters[i]],
+                "options": choose(rng, letter, answer, others),
+                "answer": "ABCD"[letter],
                 "scene": {"room": seed, "poses": [as_lists(camera) for camera in cameras]},
                 "command": command,
                 "view": view,
-                "shows": [named(facts(ids, len(room.things)), room) for ids in truth["ids"]],
+                "shows": shows,
             }
         )
     return rows
 
 
-def object_question(rng, room, poses, given, form):
+def object_question(
+    rng: np.random.Generator, room: Room, poses: list[Array], ring_facts: list[dict], form: str
+) -> dict | None:
     """A question about objects: "unseen" (after a motion that leads to a view not given), "rotation" or "image"."""
+    motions = {"unseen": UNSEEN, "rotation": list(RING_TURNS), "image": [None]}[form]
     for _ in range(40):
-        k, ask = int(rng.integers(4)), draw_ask(rng)
-        motion = {"unseen": UNSEEN, "rotation": RING_TURNS, "image": [None]}[form]
-        motion, shown = motion[rng.integers(len(motion))], None
-        if form == "unseen":  # clear, and other than the reference image itself would say
-            there = facts(
-                render(room, move_camera(poses[k], motion), SIZE, supersample=1)["ids"][0],
-                len(room.things),
-            )
-            if given[k][ask] is None or there[ask] == given[k][ask]:
+        k = int(rng.integers(4))
+        ask = str(rng.choice(list(ASKS), p=[1 / 3, 1 / 6, 1 / 6, 1 / 9, 1 / 9, 1 / 9]))
+        motion = motions[rng.integers(len(motions))]
+        shown_by = None
+        if form == "unseen":
+            ids = render(room, move_camera(poses[k], motion), SIZE, supersample=1)["ids"][0]
+            there = facts(ids, len(room.things))
+            if ring_facts[k][ask] in (
+                None,
+                there[ask],
+            ):  # the image itself says the same, or nothing
                 continue
         else:
-            turns = (
-                0
-                if form == "image"
-                else int(motion.amount) // 90 * (1 if motion.kind == "turn left" else -1)
-            )
-            shown = (k + turns) % 4
-            there = given[shown]
-        if usable(there, ask):
-            start = (
-                f"Start from Image-{k + 1} and {phrase(motion)}. Then"
-                if motion
-                else f"In Image-{k + 1},"
-            )
-            return {
-                "question": f"{start} {ASKS[ask]}",
-                "category": "rotation" if form == "rotation" else CATEGORY[ask],
-                "needs_view": form == "unseen",
-                "ask": ask,
-                "shown_by": None if shown is None else shown + 1,
-                "motion": motion and {"image": k + 1, "kind": motion.kind, "amount": motion.amount},
-                "answer": room.things[there[ask]].colour,
-                "others": distractors(rng, room, there, ask),
-            }
+            shown_by = 1 + (k + RING_TURNS.get(motion, 0)) % 4
+            there = ring_facts[shown_by - 1]
+        if not usable(there, ask):
+            continue
+        start = f"In Image-{k + 1},"
+        command = None
+        if motion:
+            start = f"Start from Image-{k + 1} and {phrase(motion)}. Then"
+            command = {"image": k + 1, "kind": motion.kind, "amount": motion.amount}
+        return {
+            "question": f"{start} {ASKS[ask]}",
+            "category": "rotation" if form == "rotation" else CATEGORY[ask],
+            "needs_view": form == "unseen",
+            "ask": ask,
+            "shown_by": shown_by,
+            "motion": command,
+            "answer": room.things[there[ask]].colour,
+            "others": distractors(rng, room, there, ask),
+        }
+    return None
 
 
-def camera_question(rng, poses):
+def camera_question(rng: np.random.Generator, poses: list[Array]) -> dict:
     """Two views that look the same way from places 1 m apart: which way did the camera go?"""
-    way, k = WALKS[rng.integers(4)], int(rng.integers(4))
-    say = {w: f"it moved {'to the ' if w in ('left', 'right') else ''}{w}" for w in WALKS}
+    way = list(WALKS)[rng.integers(4)]
+    start = poses[rng.integers(4)]
     return {
         "question": "How did the camera get from Image-1 to Image-2?",
         "category": "camera-camera",
@@ -211,91 +228,103 @@ def camera_question(rng, poses):
         "ask": None,
         "shown_by": None,
         "motion": None,
-        "answer": say[way],
-        "others": [say[w] for w in WALKS if w != way],
-        "cameras": [poses[k], move_camera(poses[k], Motion(f"move {way}", 1.0))],
+        "answer": WALKS[way],
+        "others": [words for other, words in WALKS.items() if other != way],
+        "cameras": [start, move_camera(start, Motion(f"move {way}", 1.0))],
     }
 
 
-def named(found, room):
-    """Facts with objects called by their colour: {ask: "red", "none", or None where it is unclear}."""
-    colours = {i: thing.colour for i, thing in enumerate(room.things)} | {-1: "none", None: None}
-    return {ask: colours[found[ask]] for ask in ASKS}
+def distractors(rng: np.random.Generator, room: Room, view_facts: dict, ask: str) -> list[str]:
+    """Three other objects of the room: up to two that the asked view shows as well, then others.
+
+    Objects are called by their colour alone: the kind tells the size (a cabinet is more often the largest than a
+    ball), and the question would be half answered by its text.
+    """
+    others = [i for i in rng.permutation(len(room.things)).tolist() if i != view_facts[ask]]
+    first = [i for i in others if i in view_facts["seen"]][:2]
+    rest = [i for i in others if i not in first]
+    return [room.things[i].colour for i in (first + rest)[:3]]
 
 
-def draw_ask(rng):
-    """A third each for camera-object, object-object and region."""
-    return str(rng.choice(list(ASKS), p=[1 / 3, 1 / 6, 1 / 6, 1 / 9, 1 / 9, 1 / 9]))
-
-
-def usable(found, ask):
-    """A question is asked where its answer is clear, and a comparison only where there is something to compare."""
-    return (
-        found[ask] is not None
-        and found[ask] >= 0
-        and (CATEGORY[ask] == "region" or len(found["seen"]) >= 2)
-    )
+def choose(rng: np.random.Generator, letter: int, answer: str, others: list[str]) -> list[str]:
+    """Four lettered options, the answer at `letter` (0 to 3), the others in random order."""
+    options = [others[i] for i in rng.permutation(3)]
+    options.insert(letter, answer)
+    return [f"{name}. {option}" for name, option in zip("ABCD", options, strict=True)]
 
 
 # ---- what a question's text gives away -------------------------------------------------------------------------------
 
 
-def text_features(question):
-    """What the text tells of each option, a list of strings per option: letter, words, and these given the question."""
+def text_features(question: dict) -> list[list[str]]:
+    """What the text says of each option, a list of features per option: letter, words, their rank and likeness, then
+    the same given the question with numbers left out, then the same given the whole question."""
     template = re.sub(r"\d+(\.\d+)?", "#", question["question"])
     texts = [option.split(". ", 1)[1] for option in question["options"]]
-    words = [(text.split()[0], text.split()[-1]) for text in texts]  # in rooms: colour and kind
-    rows = []
-    for place, (text, own) in enumerate(zip(texts, words)):
-        alike = [sum(word in other for other in words) for word in own]
-        facts = ["ABCDEF"[place], text, *own, f"alike {alike}", f"rank {sorted(texts).index(text)}"]
-        rows.append(
-            facts
-            + [f"{given} | {fact}" for given in (template, question["question"]) for fact in facts]
-        )
-    return rows
+    ends = [(text.split()[0], text.split()[-1]) for text in texts]
+    features = []
+    for letter, text, words in zip("ABCDEF", texts, ends, strict=False):
+        alike = [sum(word in other for other in ends) for word in words]
+        alone = [letter, text, *words, f"alike {alike}", f"rank {sorted(texts).index(text)}"]
+        row = list(alone)
+        for condition in (template, question["question"]):
+            row += [f"{condition} | {feature}" for feature in alone]
+        features.append(row)
+    return features
 
 
-def text_only_chance(questions_train, questions_test, epochs=12):
+def text_only_chance(train: list[dict], test: list[dict], epochs: int = 12) -> float:
     """The best accuracy that the text alone allows, of several blind rules fitted on the training questions.
 
     The rules: the commonest letter; the commonest letter given the question; the option that was the answer most often
     when offered, given the question or its template; a linear model of all `text_features`. Near 1 / number of options
     if no question gives itself away (the best of several is a little above).
     """
-    train, test = (
-        ([text_features(q) for q in part], ["ABCDEF".index(q["answer"]) for q in part])
-        for part in (questions_train, questions_test)
-    )
-    offered, right = Counter(), Counter()
-    for rows, gold in zip(*train):
-        for place, row in enumerate(rows):
-            offered.update(row)
-            right.update(row if place == gold else ())
+    train_rows = [text_features(question) for question in train]
+    test_rows = [text_features(question) for question in test]
+    train_gold = ["ABCDEF".index(question["answer"]) for question in train]
+    test_gold = ["ABCDEF".index(question["answer"]) for question in test]
 
-    def share(feature):  # how often an option with this feature was the answer
+    offered = Counter()
+    right = Counter()
+    for options, gold in zip(train_rows, train_gold, strict=True):
+        for option in options:
+            offered.update(option)
+        right.update(options[gold])
+
+    def share(feature):
+        """How often an option with this feature was the answer."""
         return (right[feature] + 1) / (offered[feature] + 4)
 
-    width = len(train[0][0][0]) // 3  # features alone, given the template, given the question
-    rules = [
-        lambda row, k=k: share(row[k]) for k in (0, width, 2 * width, 1, width + 1, 2 * width + 1)
-    ]
-    index = {feature: i for i, feature in enumerate(offered)}
+    guesses = []
+    width = len(train_rows[0][0]) // 3
+    for k in (0, 1):  # the letter, the whole text
+        for condition in (0, width, 2 * width):  # alone, given the template, given the question
+            guess = [
+                np.argmax([share(option[k + condition]) for option in row]) for row in test_rows
+            ]
+            guesses.append(guess)
+    guesses.append(linear_guesses(train_rows, train_gold, test_rows, list(offered), epochs))
+    return max(float(np.mean(np.array(guess) == test_gold)) for guess in guesses)
+
+
+def linear_guesses(
+    train_rows: list, train_gold: list[int], test_rows: list, known: list[str], epochs: int
+) -> list[int]:
+    """Conditional logit over `known` features by stochastic gradient descent -> the option it takes, per test question."""
+    index = {feature: i for i, feature in enumerate(known)}
     weights = np.zeros(len(index) + 1)  # the last one is every unknown feature: never learned
-    coded = [
-        [
-            np.array([[index.get(feature, -1) for feature in row] for row in rows])
-            for rows in part[0]
-        ]
-        for part in (train, test)
-    ]  # (options, features) per question
-    for epoch in range(epochs):  # conditional logit by stochastic gradient descent
-        for q in numpy_stream("text guess", epoch).permutation(len(coded[0])):
-            rows = coded[0][q]
-            odds = np.exp(weights[rows].sum(1) - weights[rows].sum(1).max())
-            slope = (np.arange(len(rows)) == train[1][q]) - odds / odds.sum()
-            np.add.at(weights, rows, 0.05 / (1 + epoch) * slope[:, None])
+
+    def coded(options):
+        return np.array([[index.get(feature, -1) for feature in option] for option in options])
+
+    train_codes = [coded(options) for options in train_rows]  # (options, features) each
+    for epoch in range(epochs):
+        for q in numpy_stream("text guess", epoch).permutation(len(train_codes)):
+            codes = train_codes[q]
+            scores = weights[codes].sum(1)
+            odds = np.exp(scores - scores.max())
+            slope = (np.arange(len(codes)) == train_gold[q]) - odds / odds.sum()
+            np.add.at(weights, codes, 0.05 / (1 + epoch) * slope[:, None])
             weights[-1] = 0
-    guesses = [[int(np.argmax([rule(row) for row in rows])) for rows in test[0]] for rule in rules]
-    guesses.append([int(weights[rows].sum(1).argmax()) for rows in coded[1]])
-    return max(float(np.mean(np.array(guess) == test[1])) for guess in guesses)
+    return [int(weights[coded(options)].sum(1).argmax()) for options in test_rows]
