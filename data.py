@@ -310,10 +310,3 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     run_stage(main)
-
-
-def __getattr__(name):
-    """On its way out: what extras take from here, until they have it."""
-    import old_data
-
-    return getattr(old_data, name)

@@ -70,10 +70,6 @@ class Thing:
     half: float
     height: float
 
-    @property
-    def name(self) -> str:
-        return f"{self.colour} {self.kind}"
-
     def solids(self) -> list[Solid]:
         """What it is made of: a table of a top and a foot, everything else of one piece."""
         if self.kind == "table":

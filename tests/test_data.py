@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import data
-from extras.scans.triples import Rules
 from lib import questions
 from lib.geometry import (
     Motion,
@@ -308,6 +307,11 @@ def test_folders_that_cannot_be_stop_with_a_sentence_before_anything_is_made(tmp
             SystemExit, match=f"--out .*{out} cannot be a folder: .*/file is a file"
         ):
             data.main(["triples", "--rooms", "1", "--out", str(tmp_path / out)])
+
+
+def test_a_folder_without_scans_stops_with_a_sentence(tmp_path):
+    pytest.importorskip("extras.scans.dataset")
+    (tmp_path / "file").write_text("")
     for root in ("nowhere", "file"):
         command = ["triples", "--dataset", "scannet", "--root", str(tmp_path / root)]
         with pytest.raises(SystemExit, match=f"--root .*{root} is no folder"):
@@ -316,7 +320,7 @@ def test_folders_that_cannot_be_stop_with_a_sentence_before_anything_is_made(tmp
 
 def test_the_papers_numbers_are_the_same_for_rooms_and_scans():
     papers = (data.MIN_COVERAGE, data.MIN_METERS, data.MIN_DEGREES)
-    rules = Rules()
+    rules = pytest.importorskip("extras.scans.triples").Rules()
     assert papers == (0.85, 1.0, 30.0)
     assert papers == (rules.coverage, rules.apart_meters, rules.apart_degrees)
 

@@ -7,7 +7,6 @@ import pytest
 import evaluate
 import train_rl
 import train_sft
-from data import load_jsonl
 from experiments import world2vlm as evidence_world2vlm
 from experiments.world2vlm import (
     DATA,
@@ -20,7 +19,7 @@ from experiments.world2vlm import (
     given,
     make_questions,
 )
-from lib.records import save_jsonl
+from lib.records import load_jsonl, save_jsonl
 from lib.rooms import FURNISHED, random_room
 
 

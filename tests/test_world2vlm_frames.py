@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import load_jsonl
 from extras.report import real_views
 from extras.world2vlm import questions
 from extras.world2vlm.frames import (
@@ -29,7 +28,7 @@ from extras.world2vlm.transitions import end_pose, room_anchor, transitions
 from extras.world2vlm.words import is_on_grid, read_actions
 from lib.geometry import Motion, move_camera
 from lib.images import load_image, save_image
-from lib.records import SPLITS
+from lib.records import SPLITS, load_jsonl
 from lib.rooms import TrueRenderer, random_room, render
 from lib.streams import numpy_stream
 
