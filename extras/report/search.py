@@ -4,25 +4,19 @@ Search and gate: two ways to imagine at test time without training, baselines of
   search   MindJourney: a beam search over imagined trajectories, whose views the policy scores
   gate     AVIC (arXiv 2602.08236): the policy votes first on whether the images suffice, then on how much to imagine
 
-Both grow a tree of paths per question. A path is (image, Motion, …): where it starts and what the camera does;
+Both grow a tree of paths per question. A path is (image, Motion, ...): where it starts and what the camera does;
 neighbouring motions of one kind are one. Every view is imagined from the original image along its whole path. A
 simulator takes one motion per call, so longer paths are chained; seeds belong to paths, so the views on the way are the
-same every time and are kept. A node is the dialogue in which the policy calls for exactly this path.
+same every time and are not imagined again. A node is the dialogue in which the policy calls for exactly this path.
 
-How a policy judges (`way_of`):
-  words        a model that follows instructions writes scores and plans. The prompts are in our own words
-  confidence   the tiny policy cannot. A view's score is 9 times the probability of the turn in which the policy then
-               answers (0 if that names no option), for both of MindJourney's scores. The gate takes what the first
-               turn of an ordinary dialogue does: a call is a plan, an answer a skip
+The policy judges in words: it writes scores and plans, so it has to follow instructions, which a tiny one cannot
+(`check_policy`). The prompts are our own words.
 
 Departures. No question is skipped: with more than two images too, it is searched from the image that its words name
-first ("Start from Image-2 …"), else from Image-1. Images keep their size (there: short side 512). Scores that cannot
+first ("Start from Image-2 ..."), else from Image-1. Images keep their size (there: short side 512). Scores that cannot
 be read are asked for again at temperature 1 (greedily they would be the same), and no view is scored twice. Views on
-the way to a chained one are shown with it. The answer is read by the rules of the bench, not by substring. A call of
-the tiny policy is one atom: its simulator was trained on it; and it was taught dialogues with one imagined view, so it
-is shown the most helpful one of all steps (of several it reads the first: 54 of 56 answers). Primitives for the tiny
-simulator: SPACES["rooms"]. Both methods ask in our own words on every bench but MMSI-Video-Bench, as modes direct and
-agentic do.
+the way to a chained one are shown with it. The answer is read by the rules of the bench, not by substring. Both ask in
+our own words on every bench but MMSI-Video-Bench, as modes direct and agentic do.
 """
 
 import copy
@@ -36,112 +30,95 @@ import numpy as np
 import torch
 
 from extras.remote.client import RemotePolicy, converse
-from extras.world2vlm.transitions import cut
-from lib.answers import option_letter
-from lib.dialogue import Trajectory
+from lib.dialogue import LIMITS, Trajectory
+from lib.distributed import fail
 from lib.geometry import KINDS, Motion, phrase
 from lib.images import load_image
-from lib.protocol import LIMITS
 from lib.simulators import SimulatorError, imagine_each
 from lib.streams import numpy_stream, stream_seed
-from policy import encode_images, rollout, write_turns
+from policy import encode_images, go_on, rollout
 
-STEPS, BEAMS = 3, 2  # MindJourney's code with Stable Virtual Camera; so are the next three
-EXPLORE = HELP = 8  # of 9: from here on a view becomes a beam, or evidence
+# MindJourney's code with Stable Virtual Camera
+STEPS = 3
+BEAMS = 2
+THRESHOLD = 8  # of 9: from here on a view becomes a beam, or evidence
+EVIDENCE = 18  # views that a step may add
+PRIMITIVES = (Motion("move forward", 0.75), Motion("turn left", 27.0), Motion("turn right", 27.0))
+INTERVAL = {"meters": 0.25, "degrees": 9.0}  # between the views of a primitive; an atom of a plan
+MOST = {"meters": 1.5, "degrees": 60.0}  # what repeating a motion may add up to
+OPPOSITE = {"turn left": "turn right", "turn right": "turn left"}
 RETRIES = 5  # of scores that cannot be read; then random 0 to 5, so that nothing passes
-SAMPLES, PLANS, ATOMS = 5, 5, 6  # AVIC, as published: votes, distinct plans, views of a plan
+# AVIC, as published
+SAMPLES = 5  # votes
+PLANS = 5  # distinct ones
+ATOMS = 6  # views of a plan
 TURNS = 10  # until an answer, as in policy.rollout
-OPPOSITE = {
-    "turn left": "turn right",
-    "turn right": "turn left",
-    "move left": "move right",
-    "move right": "move left",
-}
+
+Path = tuple  # (image number, Motion, Motion, ...)
 
 
-class Space(NamedTuple):
-    """What a step may add to a path."""
-
-    primitives: tuple  # of Motion
-    every: dict  # unit -> interval between the views of a primitive; an atom of a plan
-    most: dict  # unit -> the sum that repeating a kind may reach
-    evidence: int  # views that a step may add
+# ---- paths ---------------------------------------------------------------------------------------------------------
 
 
-SPACES = {
-    "mindjourney": Space(
-        (Motion("move forward", 0.75), Motion("turn left", 27.0), Motion("turn right", 27.0)),
-        {"meters": 0.25, "degrees": 9.0},
-        {"meters": 1.5, "degrees": 60.0},
-        18,
-    ),
-    # The tiny simulator was trained on turns by 45, 90, 135 degrees and moves by 0.5 and 1 m, sideways too
-    # (data.MOTIONS): each is a view of one primitive. Evidence: three in all, and the views on the way to them.
-    "rooms": Space(
-        (
-            *(Motion(f"move {way}", 1.0) for way in ("forward", "left", "right")),
-            Motion("turn left", 135.0),
-            Motion("turn right", 135.0),
-        ),
-        {"meters": 0.5, "degrees": 45.0},
-        {"meters": 1.0, "degrees": 135.0},
-        1,
-    ),
-}
+def extend(path: Path, motion: Motion) -> Path:
+    """One more motion; where the last one is of the same kind, it grows."""
+    last = path[-1]
+    if isinstance(last, Motion) and last.kind == motion.kind:
+        return (*path[:-1], Motion(motion.kind, round(last.amount + motion.amount, 6)))
+    return (*path, motion)
 
 
-# ---- paths ----------------------------------------------------------------------------------------------------------
+def waypoints(path: Path, program: list[Motion]) -> list[Path]:
+    """Where a program of motions leads from `path`: a path per INTERVAL, the rest of a motion last."""
+    paths = []
+    for motion in program:
+        left = motion.amount
+        while left > 1e-6:
+            amount = min(INTERVAL[motion.unit], left)
+            left = round(left - amount, 6)
+            path = extend(path, Motion(motion.kind, amount))
+            paths.append(path)
+    return paths
 
 
-def along(path, program, every=None):
-    """Where a program of Motions leads from `path`: a path per interval (None: per motion)."""
-    found = []
-    for piece in cut(program, every):
-        last = path[-1]
-        if isinstance(last, Motion) and last.kind == piece.kind:
-            path, piece = path[:-1], Motion(piece.kind, round(last.amount + piece.amount, 6))
-        path = (*path, piece)
-        found.append(path)
-    return found
+def expand(path: Path) -> list[Path]:
+    """The candidates of one step from `path`: not straight back, and no repetition beyond MOST."""
+    last, paths = path[-1], []
+    for motion in PRIMITIVES:
+        if isinstance(last, Motion):
+            repeated = last.kind == motion.kind
+            if repeated and last.amount + motion.amount > MOST[motion.unit] + 1e-6:
+                continue
+            if last.kind == OPPOSITE.get(motion.kind):
+                continue
+        paths += waypoints(path, [motion])
+    return paths
 
 
-def expand(path, space):
-    """The candidates of one step from `path`: not straight back, and no repetition beyond the bound."""
-    last, found = path[-1], []
-    for motion in space.primitives:
-        repeats = isinstance(last, Motion) and last.kind == motion.kind
-        back = isinstance(last, Motion) and last.kind == OPPOSITE.get(motion.kind)
-        if not back and not (
-            repeats and last.amount + motion.amount > space.most[motion.unit] + 1e-6
-        ):
-            found += along(path, [motion], space.every)
-    return found
-
-
-def told(path):
+def path_words(path: Path) -> str:
     """A path in words: "from Image-1: turn left 27 degrees, and then move 0.5 meters forward"."""
     return f"from Image-{path[0]}: {', and then '.join(map(phrase, path[1:]))}"
 
 
-def order(path):
-    """Views are shown by kind and magnitude, and the beginning of a path before the path."""
+def display_order(path: Path):
+    """Sort key: views are shown by kind and magnitude, and the beginning of a path before the path."""
     return path[0], [(KINDS.index(motion.kind), motion.amount) for motion in path[1:]]
 
 
-def best(scores, threshold, most):
-    """Of {path: score} at most `most` paths with at least `threshold`, best first; of equals the earlier one."""
-    return sorted(
-        (path for path in scores if scores[path] >= threshold), key=lambda path: -scores[path]
-    )[:most]
+def best(scores: dict[Path, float], most: int) -> list[Path]:
+    """At most `most` paths with at least THRESHOLD, best first; of equals the earlier one."""
+    good = [path for path, score in scores.items() if score >= THRESHOLD]
+    return sorted(good, key=scores.get, reverse=True)[:most]
 
 
-def standpoint(question, images):
+def first_image_named(question: dict, images: int) -> int:
     """The number of the image that a question's words name first; 1 if they name none that there is."""
-    named = re.search(r"image[- ]?(\d+)", question["question"], re.IGNORECASE)
-    return int(named[1]) if named and 1 <= int(named[1]) <= images else 1
+    match = re.search(r"image[- ]?(\d+)", question["question"], re.IGNORECASE)
+    number = int(match[1]) if match else 1
+    return number if 1 <= number <= images else 1
 
 
-# ---- a question's tree ----------------------------------------------------------------------------------------------
+# ---- a question's tree ---------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -157,7 +134,6 @@ class Run(NamedTuple):
     policy: object
     simulator: object
     seed: int
-    space: Space
     limit: int
     rows: int
 
@@ -165,37 +141,37 @@ class Run(NamedTuple):
 class Tree:
     """What was imagined for one question, {path: the dialogue that ends with its view}, and the error that ended it."""
 
-    def __init__(self, policy, question):
+    def __init__(self, policy, question: dict):
         images = [load_image(image) for image in question["images"]]
-        self.question, self.name, self.error = (
-            question,
-            question.get("id", question["question"]),
-            None,
-        )
+        self.question = question
+        self.name = question.get("id", question["question"])
+        self.error = None
         self.root = Imagined.start(policy, question, images, "agentic", max_rounds=10**6)
+        self.cost = self.root.cost
+        self.start = (first_image_named(question, len(images)),)
         self.nodes = {(number,): self.root for number in range(1, len(images) + 1)}
-        self.start, self.cost = (standpoint(question, len(images)),), self.root.cost
 
-    def charge(self, dialogue):
-        """Book what the policy said and read in a dialogue of its own."""
+    def charge(self, dialogue: Trajectory) -> None:
+        """Book what the policy wrote and read in a dialogue of its own."""
         self.cost.update(policy_calls=len(dialogue.turns), tokens=len(dialogue.ids))
 
-    def dialogue(self, policy, paths):
+    def view(self, path: Path) -> np.ndarray:
+        """(H, W, 3) uint8 at the end of a path."""
+        return self.nodes[path].images[-1]
+
+    def dialogue(self, policy, paths: list[Path]) -> Imagined:
         """The dialogue in which the policy has asked for all these views, and for what they begin with."""
-        dialogue, numbers = (
-            self.root.fork(),
-            {(number,): number for number in range(1, len(self.root.images) + 1)},
-        )
-        for path in sorted(
-            {path[:n] for path in paths for n in range(2, len(path) + 1)}, key=order
-        ):
+        prefixes = {path[:n] for path in paths for n in range(2, len(path) + 1)}
+        dialogue = self.root.fork()
+        numbers = {(number,): number for number in range(1, len(self.root.images) + 1)}
+        for path in sorted(prefixes, key=display_order):
             dialogue.say(policy, call_turn(numbers[path[:-1]], path[-1]))
-            dialogue.observe(policy, image=self.nodes[path].images[-1])
+            dialogue.observe(policy, image=self.view(path))
             numbers[path] = len(dialogue.images)
         return dialogue
 
 
-def call_turn(image, motion):
+def call_turn(image: int, motion: Motion) -> str:
     """The policy's turn that calls for a motion, token by token as train_sft.py teaches it."""
     return (
         f'<think>I need to see it.</think><tool_call>{{"name": "imagine", "arguments": {{"image": {image}, '
@@ -203,113 +179,61 @@ def call_turn(image, motion):
     )
 
 
-def imagine(run, wanted):
-    """Add nodes to trees, {tree: paths}; what is refused stays out. All views of one depth are one batch."""
-    for length in sorted({len(path) for paths in wanted.values() for path in paths}):
-        level = [
-            (tree, path)
-            for tree, paths in wanted.items()
-            for path in dict.fromkeys(paths)
-            if len(path) == length
-            and path[:-1] in tree.nodes
-            and path not in tree.nodes
-            and not tree.error
-        ]
-        dialogues = [tree.nodes[path[:-1]].fork() for tree, path in level]
-        for (_, path), dialogue in zip(level, dialogues):
-            dialogue.say(
-                run.policy, call_turn(path[0] if length == 2 else len(dialogue.images), path[-1])
-            )
-        queries = [
-            dialogue.query(stream_seed("imagine", run.seed, tree.name, told(path)))
-            for (tree, path), dialogue in zip(level, dialogues)
-        ]
-        try:
-            views = imagine_each(run.simulator, queries) if run.simulator else [None] * len(level)
-        except SimulatorError as error:  # the simulator is down
-            views = error.results or [error] * len(level)
-        for (tree, path), dialogue, view in zip(level, dialogues, views):
-            if isinstance(view, SimulatorError):
-                tree.error = view if view.down else tree.error
-            elif view is not None:
-                dialogue.observe(run.policy, image=view)
-                tree.nodes[path] = dialogue
-                tree.cost["rendered"] += 1
+def imagine(run: Run, wanted: dict[Tree, list[Path]]) -> None:
+    """Add nodes to trees; what is refused stays out. All views of one depth are one batch."""
+    longest = max((len(path) for paths in wanted.values() for path in paths), default=0)
+    for length in range(2, longest + 1):
+        level = []
+        for tree, paths in wanted.items():
+            for path in dict.fromkeys(paths):
+                due = len(path) == length and path not in tree.nodes and not tree.error
+                if due and path[:-1] in tree.nodes:
+                    level.append((tree, path))
+        imagine_level(run, level)
 
 
-# ---- what the policy says -------------------------------------------------------------------------------------------
-
-
-def way_of(policy):
-    """How this policy judges: "confidence" if it is a tiny one (`lib.tiny.stamp`), else "words"."""
-    return (
-        "confidence"
-        if not isinstance(policy, RemotePolicy) and policy.images.get("stamped")
-        else "words"
-    )
-
-
-def write(run, dialogues, turns):
-    """Let a local policy go on with dialogues, greedily, `turns` turns at most; nothing more is imagined."""
-    for start in range(0, len(dialogues), run.rows):
-        part = dialogues[start : start + run.rows]
-        encode_images(run.policy, part)
-        before = [len(dialogue.turns) for dialogue in part]
-        write_turns(run.policy, part, torch.zeros(len(part), turns, run.limit, dtype=torch.float64))
-        for dialogue, made in zip(part, before):
-            dialogue.cost.update(policy_calls=len(dialogue.turns) - made, tokens=len(dialogue.ids))
-
-
-def confidence(run, dialogues):
-    """9 times the probability of each dialogue's next turn, if that answers with an option; else 0."""
-    forks, scores = [dialogue.fork() for dialogue in dialogues], []
-    write(run, forks, 1)
-    for dialogue, fork in zip(dialogues, forks):
-        options = fork.question.get("options") or ()
-        letters = [option[0] for option in options]
-        named = fork.answer is not None and (
-            not options or option_letter(fork.answer, options) in letters
-        )
-        scores.append(9.0 * named * float(np.exp(sum(fork.logprobs[len(dialogue.ids) :]))))
-    return scores
-
-
-def ask(run, trees, sheets, temperature=0.0, seed=0):
-    """A reply to each `sheet` (about trees[k] each), None where there is none: the tree then holds the error."""
-    rows = [
-        {"id": f"{tree.name}, {name}", "question": name, "prompt": texts, "images": images}
-        for tree, (name, texts, images) in zip(trees, sheets)
-    ]
-    if isinstance(run.policy, RemotePolicy):
-        policy = copy.copy(run.policy)
-        policy.temperature = temperature or policy.temperature
-        replies = held(policy, rows, seed)
-    else:
-        replies = rollout(
-            run.policy,
-            rows,
-            None,
-            "direct",
-            temperature=temperature,
-            seed=seed,
-            max_turns=1,
-            max_new_tokens=run.limit,
-            rows=run.rows,
-        )
-    for tree, answer in zip(trees, replies):
-        if isinstance(answer, SimulatorError):
-            tree.error = answer
-        else:
-            tree.charge(answer)
-    return [None if isinstance(answer, SimulatorError) else answer.turns[-1] for answer in replies]
-
-
-def held(policy, rows, seed):
-    """`converse` without a tool; if the server is down, SimulatorErrors stand in the list."""
+def imagine_level(run: Run, level: list[tuple[Tree, Path]]) -> None:
+    """One batch of views, each one motion beyond a node of its tree."""
+    dialogues, queries = [], []
+    for tree, path in level:
+        dialogue = tree.nodes[path[:-1]].fork()
+        start = path[0] if len(path) == 2 else len(dialogue.images)
+        dialogue.say(run.policy, call_turn(start, path[-1]))
+        seed = stream_seed("imagine", run.seed, tree.name, path_words(path))
+        queries.append(dialogue.query(seed))
+        dialogues.append(dialogue)
     try:
-        return converse(policy, rows, None, "direct", seed)
-    except SimulatorError as error:
-        return error.results
+        views = imagine_each(run.simulator, queries) if run.simulator else [None] * len(level)
+    except SimulatorError as error:  # the simulator is down
+        views = error.results or [error] * len(level)
+    for (tree, path), dialogue, view in zip(level, dialogues, views, strict=True):
+        if isinstance(view, SimulatorError):
+            tree.error = view if view.down else tree.error
+        elif view is not None:
+            dialogue.observe(run.policy, image=view)
+            tree.nodes[path] = dialogue
+            tree.cost["rendered"] += 1
+
+
+# ---- what the policy says ------------------------------------------------------------------------------------------
+
+
+def check_policy(policy) -> None:
+    """End with a sentence where a policy cannot judge in words."""
+    if policy.turn_limit < RemotePolicy.turn_limit:
+        fail(
+            "Modes search and gate ask the policy for scores and plans in words, which a tiny one cannot write: give "
+            "--policy-url and --model, or a published policy with --policy."
+        )
+
+
+class Sheet(NamedTuple):
+    """A question with some views and a task."""
+
+    tree: Tree
+    name: str  # of the task
+    texts: list[str]  # before each image, and at the end
+    images: list[np.ndarray]
 
 
 SCORE = (
@@ -331,19 +255,51 @@ TASKS = {
 }
 
 
-def sheet(tree, paths, name, task):
-    """A question with the views of some paths, and a task -> (name, texts before each image and at the end, images)."""
-    images = [*tree.root.images, *(tree.nodes[path].images[-1] for path in paths)]
-    texts = [
-        "A question about a scene. Its images:\n",
-        *["\n"] * (len(tree.root.images) - 1),
-        *(f"\nImagined {told(path)}\n" for path in paths),
-    ]
-    asked = "\n".join([tree.question["question"], *(tree.question.get("options") or ())])
-    return name, [*texts[: len(images)], f"\n\n{asked}\n\n{task}"], images
+def sheet(tree: Tree, paths: list[Path], name: str, task: str) -> Sheet:
+    """The question of a tree with the views of some paths, and a task."""
+    images = [*tree.root.images, *(tree.view(path) for path in paths)]
+    texts = ["A question about a scene. Its images:\n"]
+    texts += ["\n"] * (len(tree.root.images) - 1)
+    texts += [f"\nImagined {path_words(path)}\n" for path in paths]
+    words = "\n".join([tree.question["question"], *(tree.question.get("options") or ())])
+    return Sheet(tree, name, [*texts[: len(images)], f"\n\n{words}\n\n{task}"], images)
 
 
-def read_scores(text, count):
+def ask(run: Run, sheets: list[Sheet], temperature=0.0, seed=0) -> list[str | None]:
+    """A reply to each sheet, None where there is none: its tree then holds the error."""
+    rows = []
+    for one in sheets:
+        name = f"{one.tree.name}, {one.name}"
+        rows.append({"id": name, "question": one.name, "prompt": one.texts, "images": one.images})
+    if isinstance(run.policy, RemotePolicy):
+        policy = copy.copy(run.policy)
+        policy.temperature = temperature or policy.temperature
+        replies = converse_or_errors(policy, rows, seed)
+    else:
+        options = {"max_turns": 1, "max_new_tokens": run.limit, "rows": run.rows}
+        replies = rollout(
+            run.policy, rows, None, "direct", temperature=temperature, seed=seed, **options
+        )
+    texts = []
+    for one, reply in zip(sheets, replies, strict=True):
+        if isinstance(reply, SimulatorError):
+            one.tree.error = reply
+            texts.append(None)
+        else:
+            one.tree.charge(reply)
+            texts.append(reply.turns[-1])
+    return texts
+
+
+def converse_or_errors(policy: RemotePolicy, rows: list[dict], seed: int) -> list:
+    """`converse` without a tool; if the server is down, its errors stand in the list."""
+    try:
+        return converse(policy, rows, None, "direct", seed)
+    except SimulatorError as error:
+        return error.results
+
+
+def read_scores(text: str | None, count: int) -> list[int] | None:
     """The `count` integers from 0 to 9 behind the last "Output:", or None."""
     _, marker, numbers = (text or "").rpartition("Output:")
     numbers = numbers.strip(" \n*[].`").split(",") if marker else []
@@ -351,290 +307,229 @@ def read_scores(text, count):
     return scores if len(scores) == len(numbers) == count else None
 
 
-def rate(run, trees, sheets, counts):
+def rate(run: Run, sheets: list[Sheet], counts: list[int]) -> list[list[int]]:
     """Ask for counts[k] scores on each sheet until they can be read; random ones from 0 to 5 in the end."""
     scores = [None] * len(sheets)
     for attempt in range(1 + RETRIES):
-        left = [k for k, tree in enumerate(trees) if scores[k] is None and not tree.error]
-        texts = (
-            ask(
-                run,
-                [trees[k] for k in left],
-                [sheets[k] for k in left],
-                float(attempt > 0),
-                stream_seed("scores", run.seed, attempt),
-            )
-            if left
-            else []
-        )
-        for k, text in zip(left, texts):
+        left = [k for k, one in enumerate(sheets) if scores[k] is None and not one.tree.error]
+        if not left:
+            break
+        seed = stream_seed("scores", run.seed, attempt)
+        texts = ask(run, [sheets[k] for k in left], float(attempt > 0), seed)
+        for k, text in zip(left, texts, strict=True):
             scores[k] = read_scores(text, counts[k])
-    return [
-        numpy_stream("scores", run.seed, tree.name, name).integers(0, 6, count).tolist()
-        if found is None
-        else found
-        for tree, (name, *_), count, found in zip(trees, sheets, counts, scores)
-    ]
+    for k, one in enumerate(sheets):
+        if scores[k] is None:
+            rng = numpy_stream("scores", run.seed, one.tree.name, one.name)
+            scores[k] = rng.integers(0, 6, counts[k]).tolist()
+    return scores
 
 
-def judge(run, fresh, step):
-    """{tree: paths} -> per tree ({path: explore}, {path: help})."""
-    if way_of(run.policy) == "confidence":
-        scores = iter(
-            confidence(run, [tree.nodes[path] for tree, paths in fresh.items() for path in paths])
-        )
-        return [
-            (own, own)
-            for own in [{path: next(scores) for path in paths} for paths in fresh.values()]
-        ]
-    both = []
-    for task in ("explore", "help"):
-        sheets = [
-            sheet(
-                tree,
-                paths,
-                f"{task}, step {step}",
-                f"{TASKS[task]} {SCORE.format(thing='view', count=len(paths))}",
-            )
-            for tree, paths in fresh.items()
-        ]
-        scores = rate(run, list(fresh), sheets, list(map(len, fresh.values())))
-        both.append([dict(zip(paths, own)) for paths, own in zip(fresh.values(), scores)])
-    return list(zip(*both))
-
-
-# ---- the answer -----------------------------------------------------------------------------------------------------
-
-
-def answers(run, evidence, mode):
-    """Answer every question from its images and the views of {tree: paths} -> the result of `search`."""
-    dialogues = {
-        tree: tree.dialogue(run.policy, paths) for tree, paths in evidence.items() if not tree.error
+def rate_views(run: Run, views: dict[Tree, list[Path]], name: str, step: int) -> dict[Tree, dict]:
+    """{tree: {path: score}} of one task of a step, "explore" or "help"."""
+    counts = [len(paths) for paths in views.values()]
+    sheets = []
+    for tree, paths in views.items():
+        task = f"{TASKS[name]} {SCORE.format(thing='view', count=len(paths))}"
+        sheets.append(sheet(tree, paths, f"{name}, step {step}", task))
+    scores = rate(run, sheets, counts)
+    return {
+        tree: dict(zip(views[tree], own, strict=True))
+        for tree, own in zip(views, scores, strict=True)
     }
-    for tree, dialogue in dialogues.items():
+
+
+# ---- the answer ----------------------------------------------------------------------------------------------------
+
+
+def answer_all(run: Run, evidence: dict[Tree, list[Path]], mode: str) -> list:
+    """Answer every question from its images and the views of its paths -> the result of `search`."""
+    dialogues = {}
+    remote = isinstance(run.policy, RemotePolicy)
+    for tree, paths in evidence.items():
+        if tree.error:
+            continue
+        dialogue = tree.dialogue(run.policy, paths)
         tree.cost["shown"] += dialogue.valid_calls
         dialogue.max_rounds = dialogue.valid_calls  # a further call is refused
-        if not dialogue.valid_calls and not isinstance(
-            run.policy, RemotePolicy
-        ):  # nothing to say about a tool
-            dialogues[tree] = Imagined.start(run.policy, tree.question, tree.root.images, "direct")
-            dialogues[tree].cost = tree.cost
-    if isinstance(run.policy, RemotePolicy):
-        replies = held(
-            run.policy,
-            [shown_at_once(tree, dialogue) for tree, dialogue in dialogues.items()],
-            run.seed,
-        )
-        for (tree, dialogue), answer in zip(dialogues.items(), replies):
-            if isinstance(answer, SimulatorError):
-                tree.error = answer
-                continue
-            tree.charge(answer)
-            for name in ("turns", "replies", "invalid_calls", "unreadable"):
-                setattr(dialogue, name, getattr(dialogue, name) + getattr(answer, name))
-            dialogue.answer, dialogue.truncated = answer.answer, answer.truncated
+        if not dialogue.valid_calls and not remote:  # nothing to say about a tool
+            dialogue = Imagined.start(run.policy, tree.question, tree.root.images, "direct")
+            dialogue.cost = tree.cost
+        dialogues[tree] = dialogue
+    if remote:
+        answer_remotely(run, dialogues)
     else:
-        write(run, list(dialogues.values()), TURNS)
+        answer_locally(run, list(dialogues.values()))
     for dialogue in dialogues.values():
         dialogue.mode = mode
     results = [tree.error or dialogues[tree] for tree in evidence]
-    down = next((tree.error for tree in evidence if tree.error and tree.error.down), None)
-    if down:
-        raise SimulatorError(str(down), True, results)
+    for tree in evidence:
+        if tree.error and tree.error.down:
+            raise SimulatorError(str(tree.error), True, results)
     return results
 
 
-def shown_at_once(tree, dialogue):
-    """The question for a remote policy, which is shown all views in one message and told where they come from."""
-    question, given, ways = tree.question, len(tree.root.images), []
-    for number in range(given + 1, len(dialogue.images) + 1):
-        program = []
-        while call := dialogue.provenance[number - 1]:
-            program, number = [Motion(call["motion"], call["amount"]), *program], call["image"]
-        ways.append(told((number, *program)))
+def answer_locally(run: Run, dialogues: list[Imagined]) -> None:
+    """Let a local policy go on with its dialogues, greedily; nothing more is imagined."""
+    for start in range(0, len(dialogues), run.rows):
+        batch = dialogues[start : start + run.rows]
+        encode_images(run.policy, batch)
+        turns_before = [len(dialogue.turns) for dialogue in batch]
+        go_on(run.policy, batch, torch.zeros(len(batch), TURNS, run.limit, dtype=torch.float64))
+        for dialogue, before in zip(batch, turns_before, strict=True):
+            dialogue.cost.update(
+                policy_calls=len(dialogue.turns) - before, tokens=len(dialogue.ids)
+            )
+
+
+def answer_remotely(run: Run, dialogues: dict[Tree, Imagined]) -> None:
+    """Ask a remote policy, which sees all views in one message; its turns join the dialogue."""
+    rows = [with_views(tree, dialogue) for tree, dialogue in dialogues.items()]
+    replies = converse_or_errors(run.policy, rows, run.seed)
+    for (tree, dialogue), reply in zip(dialogues.items(), replies, strict=True):
+        if isinstance(reply, SimulatorError):
+            tree.error = reply
+            continue
+        tree.charge(reply)
+        dialogue.turns += reply.turns
+        dialogue.replies += reply.replies
+        dialogue.invalid_calls += reply.invalid_calls
+        dialogue.unreadable += reply.unreadable
+        dialogue.answer = reply.answer
+        dialogue.truncated = reply.truncated
+
+
+def with_views(tree: Tree, dialogue: Imagined) -> dict:
+    """The question with all views of a dialogue among its images, told where they come from."""
+    question, count = tree.question, len(tree.root.images)
+    numbers = range(count + 1, len(dialogue.images) + 1)
+    ways = [path_words(path_of(dialogue, number)) for number in numbers]
     row = {**question, "images": dialogue.images}
     if question.get("prompt"):  # a bench's own words
-        return row | {
-            "prompt": [
-                *question["prompt"][:-1],
-                *(f"\nImagined {way}\n" for way in ways),
-                question["prompt"][-1],
-            ]
-        }
-    views = "".join(
-        f"Image-{number} is imagined {way}.\n" for number, way in enumerate(ways, given + 1)
-    )
+        *before, last = question["prompt"]
+        return row | {"prompt": [*before, *(f"\nImagined {way}\n" for way in ways), last]}
+    views = ""
+    for number, way in zip(numbers, ways, strict=True):
+        views += f"Image-{number} is imagined {way}.\n"
     return row | {"question": f"{views}{question['question']}"}
 
 
-# ---- the two methods ------------------------------------------------------------------------------------------------
+def path_of(dialogue: Imagined, number: int) -> Path:
+    """How a view of a dialogue was come by, back to a given image."""
+    program = []
+    while call := dialogue.provenance[number - 1]:
+        program.insert(0, Motion(call["motion"], call["amount"]))
+        number = call["image"]
+    return (number, *program)
 
 
-def search(
-    policy, questions, simulator, seed=0, space=SPACES["mindjourney"], max_new_tokens=256, rows=64
-):
+# ---- the two methods -----------------------------------------------------------------------------------------------
+
+
+def search(policy, questions: list[dict], simulator, seed=0, max_new_tokens=256, rows=64) -> list:
     """MindJourney: imagine around the current view in STEPS steps, show what helps, answer.
 
     questions   rows with "images" as paths or arrays;  simulator: anything with imagine(queries), or None
-    space       of SPACES;  rows: dialogues written together, memory and speed only
+    rows        dialogues written together, memory and speed only
     returns     an Imagined per question, of mode "search": its calls are the views that were shown
-    raises      SimulatorError if a server is down, its `results` the list so far. What one request alone was refused for
-                stands in the list as a SimulatorError
+    raises      SimulatorError if a server is down, its `results` the list so far. What one request alone was refused
+                for stands in the list as a SimulatorError
     """
-    run = Run(policy, simulator, seed, space, max_new_tokens, rows)
-    evidence = {Tree(policy, question): {} for question in questions}  # {path: help}
-    beams = {tree: [tree.start] for tree in evidence}
+    run = Run(policy, simulator, seed, max_new_tokens, rows)
+    helps = {Tree(policy, question): {} for question in questions}  # {tree: {path: score}}
+    beams = {tree: [tree.start] for tree in helps}
     for step in range(1, 1 + STEPS):
-        fresh = {
-            tree: [
-                path
-                for beam in beams[tree]
-                for path in expand(beam, space)
-                if path not in tree.nodes
-            ]
-            for tree in beams
-        }
+        fresh = {}
+        for tree, own in beams.items():
+            paths = [path for beam in own for path in expand(beam)]
+            fresh[tree] = [path for path in dict.fromkeys(paths) if path not in tree.nodes]
         imagine(run, fresh)
-        fresh = {
-            tree: [path for path in dict.fromkeys(paths) if path in tree.nodes]
-            for tree, paths in fresh.items()
-        }
-        fresh = {tree: paths for tree, paths in fresh.items() if paths and not tree.error}
+        views = {}
+        for tree, paths in fresh.items():
+            paths = [path for path in paths if path in tree.nodes]
+            if paths and not tree.error:
+                views[tree] = paths
+        explore = rate_views(run, views, "explore", step)
+        help_ = rate_views(run, views, "help", step)
         beams = {}
-        for (tree, _), (explore, helps) in zip(fresh.items(), judge(run, fresh, step)):
-            beams[tree] = best(explore, EXPLORE, BEAMS)
-            evidence[tree] |= {path: helps[path] for path in best(helps, HELP, space.evidence)}
-    shown = 1 if way_of(policy) == "confidence" else STEPS * space.evidence
-    return answers(
-        run, {tree: best(helps, HELP, shown) for tree, helps in evidence.items()}, "search"
-    )
+        for tree in views:
+            beams[tree] = best(explore[tree], BEAMS)
+            helps[tree] |= {path: help_[tree][path] for path in best(help_[tree], EVIDENCE)}
+    evidence = {tree: best(own, STEPS * EVIDENCE) for tree, own in helps.items()}
+    return answer_all(run, evidence, "search")
 
 
-def gate(
-    policy, questions, simulator, seed=0, space=SPACES["mindjourney"], max_new_tokens=256, rows=64
-):
+def gate(policy, questions: list[dict], simulator, seed=0, max_new_tokens=256, rows=64) -> list:
     """AVIC without training: vote on whether to imagine, and along which plan. As `search`; the mode is "gate"."""
-    run = Run(policy, simulator, seed, space, max_new_tokens, rows)
-    trees, tiny = [Tree(policy, question) for question in questions], way_of(policy) == "confidence"
-    votes = sampled_turns(run, trees) if tiny else sampled_plans(run, trees)
-    plans = {
-        tree: list(
-            map(
-                list,
-                dict.fromkeys(
-                    tuple(along(plan[:1], plan[1:], None if tiny else space.every)[:ATOMS])
-                    for plan in elect(own)
-                ),
-            )
-        )
-        for tree, own in zip(trees, votes)
-    }
-    imagine(run, {tree: sum(own, []) for tree, own in plans.items()})
-    plans = {
-        tree: [[path for path in plan if path in tree.nodes] for plan in own]
-        for tree, own in plans.items()
-    }
-    plans = {
-        tree: [plan for plan in own if plan] for tree, own in plans.items()
-    }  # without what was refused
+    run = Run(policy, simulator, seed, max_new_tokens, rows)
+    trees = [Tree(policy, question) for question in questions]
+    plans = {}  # {tree: plans, each the paths of its views}
+    for tree, votes in zip(trees, sampled_plans(run, trees), strict=True):
+        ways = [tuple(waypoints(plan[:1], plan[1:])[:ATOMS]) for plan in elect(votes)]
+        plans[tree] = list(dict.fromkeys(ways))
+    imagine(run, {tree: [path for plan in own for path in plan] for tree, own in plans.items()})
+    for tree, own in plans.items():  # without what was refused
+        there = [[path for path in plan if path in tree.nodes] for plan in own]
+        plans[tree] = [plan for plan in there if plan]
     several = {tree: own for tree, own in plans.items() if len(own) > 1 and not tree.error}
-    for tree, scores in zip(several, verify(run, several)):
+    for tree, scores in zip(several, verify(run, several), strict=True):
         plans[tree] = [plans[tree][int(np.argmax(scores))]]
-    return answers(run, {tree: own[0] if own else [] for tree, own in plans.items()}, "gate")
+    return answer_all(run, {tree: own[0] if own else [] for tree, own in plans.items()}, "gate")
 
 
-def sampled_turns(run, trees):
-    """What SAMPLES first turns of ordinary dialogues do: plans as paths, () to skip, None if neither."""
-    turns = rollout(
-        run.policy,
-        [tree.question for tree in trees],
-        None,
-        "agentic",
-        SAMPLES,
-        1.0,
-        run.seed,
-        max_turns=1,
-        max_new_tokens=run.limit,
-        rows=run.rows,
-    )
-    votes = [[] for _ in trees]
-    for place, turn in enumerate(turns):
-        trees[place // SAMPLES].charge(turn)
-        plan = turn.call and (turn.call["image"], Motion(turn.call["motion"], turn.call["amount"]))
-        votes[place // SAMPLES].append(plan or (() if turn.answer is not None else None))
-    return votes
-
-
-def sampled_plans(run, trees):
-    """SAMPLES replies to the gate's prompt, as `sampled_turns`."""
-    kinds = dict.fromkeys(motion.kind for motion in run.space.primitives)
-    types = ", ".join(kind.replace(" ", "-") for kind in kinds)
-    asked = [tree for tree in trees for _ in range(SAMPLES)]
-    sheets = [
-        sheet(
-            tree, [], f"vote {k % SAMPLES}", TASKS["gate"].format(image=tree.start[0], types=types)
-        )
-        for k, tree in enumerate(asked)
-    ]
-    plans = [
-        read_plan(text, tree.start, kinds)
-        for tree, text in zip(asked, ask(run, asked, sheets, 1.0, run.seed))
-    ]
+def sampled_plans(run: Run, trees: list[Tree]) -> list[list[Path | None]]:
+    """SAMPLES replies to the gate's prompt per question: plans as paths, () to skip, None if it cannot be read."""
+    types = ", ".join(motion.kind.replace(" ", "-") for motion in PRIMITIVES)
+    sheets = []
+    for tree in trees:
+        task = TASKS["gate"].format(image=tree.start[0], types=types)
+        sheets += [sheet(tree, [], f"vote {k}", task) for k in range(SAMPLES)]
+    texts = ask(run, sheets, 1.0, run.seed)
+    plans = [read_plan(text, one.tree.start) for text, one in zip(texts, sheets, strict=True)]
     return [plans[k : k + SAMPLES] for k in range(0, len(plans), SAMPLES)]
 
 
-def read_plan(text, start, kinds):
-    """The last JSON with a decision in a reply -> the path that it plans, () to skip, None if it cannot be read.
-
-    kinds   of motions that may be planned
-    """
-    found = {}
+def read_plan(text: str | None, start: Path) -> Path | None:
+    """The last JSON with a decision in a reply -> the path that it plans, () to skip, None if it cannot be read."""
+    decision = {}
     for brace in re.finditer("{", text or ""):
         try:
             value, _ = json.JSONDecoder().raw_decode(text, brace.start())
         except (ValueError, RecursionError):
             continue
-        found = value if "decision" in value else found
-    if found.get("decision") == "skip":
+        decision = value if "decision" in value else decision
+    if decision.get("decision") == "skip":
         return ()
+    kinds = [motion.kind for motion in PRIMITIVES]
     try:
-        steps = [(action["type"].replace("-", " "), action["value"]) for action in found["actions"]]
-        plan = [Motion(kind, float(value)) for kind, value in steps if type(value) in (int, float)]
+        motions = []
+        for action in decision["actions"]:
+            if type(action["value"]) not in (int, float):
+                return None
+            motions.append(Motion(action["type"].replace("-", " "), float(action["value"])))
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         return None
-    fits = found.get("decision") == "call_wm" and len(plan) == len(steps) and plan
-    return (
-        (*start, *plan)
-        if fits
-        and all(motion.kind in kinds and motion.amount <= LIMITS[motion.unit] for motion in plan)
-        else None
-    )
+    for motion in motions:
+        if motion.kind not in kinds or motion.amount > LIMITS[motion.unit]:
+            return None
+    return (*start, *motions) if decision.get("decision") == "call_wm" and motions else None
 
 
-def elect(votes):
+def elect(votes: list[Path | None]) -> list[Path]:
     """Votes (plans, () to skip, None) -> the distinct plans, most votes first; [] without a strict majority."""
     calls = Counter(vote for vote in votes if vote)
     return [plan for plan, _ in calls.most_common(PLANS)] if calls.total() > votes.count(()) else []
 
 
-def verify(run, several):
+def verify(run: Run, several: dict[Tree, list[list[Path]]]) -> list[list[int]]:
     """{tree: plans, each its views} -> a score per plan."""
-    if way_of(run.policy) == "confidence":
-        ends = [tree.dialogue(run.policy, plan) for tree, own in several.items() for plan in own]
-        scores = iter(confidence(run, ends))
-        return [[next(scores) for _ in own] for own in several.values()]
     sheets = []
-    for tree, own in several.items():
-        task = TASKS["verify"].format(plans="; ".join(told(plan[-1]) for plan in own))
-        sheets.append(
-            sheet(
-                tree,
-                list(dict.fromkeys(sum(own, []))),
-                "verify",
-                f"{task} {SCORE.format(thing='plan', count=len(own))}",
-            )
-        )
-    return rate(run, list(several), sheets, list(map(len, several.values())))
+    for tree, plans in several.items():
+        task = TASKS["verify"].format(plans="; ".join(path_words(plan[-1]) for plan in plans))
+        task = f"{task} {SCORE.format(thing='plan', count=len(plans))}"
+        views = dict.fromkeys(path for plan in plans for path in plan)
+        sheets.append(sheet(tree, list(views), "verify", task))
+    return rate(run, sheets, [len(plans) for plans in several.values()])
 
 
 METHODS = {"search": search, "gate": gate}
