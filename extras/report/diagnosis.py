@@ -5,7 +5,7 @@ Why an answer is right or wrong, after the failure modes that the paper names, w
 Of a call it is asked, in this order:
   useful   its motion, carried out exactly, leads where the question asks (to within 0.25 m and 10 degrees), or to
            another view that shows the right answer
-  shown    it is useful, and the imagined view reads like the right answer, or (where the question asks) as the true
+  shows    it is useful, and the imagined view reads like the right answer, or (where the question asks) as the true
            view does
 
 The case of a dialogue is the first that holds.
@@ -31,14 +31,16 @@ the answer `deviation`: "pose" if the last such view was taken from somewhere el
 """
 
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from lib.answers import option_letter
 from lib.consistency import LENGTH, ROTATION, STRONG, delta_of, describe, pose_error, recover
-from lib.dialogue import call_poses
+from lib.dialogue import Trajectory, call_poses
 from lib.geometry import Motion, Query, decompose, instruction, move_camera
+from lib.records import Question
 from lib.rooms import COLOURS, SIZE, TrueRenderer, random_room
 
 CASES = {
@@ -62,127 +64,148 @@ USES = {
 }
 
 
-def true_views(question, calls):
+class UsefulCall(NamedTuple):
+    """A call that leads to a view with the answer, what its imagined view reads like, and whether that is right."""
+
+    call: dict
+    view: np.ndarray
+    reading: str
+    shows: bool
+
+
+def true_views(question: Question, calls: list[dict]) -> list[np.ndarray]:
     """What the true renderer would have shown after every call -> [(SIZE, SIZE, 3)]; [] if no room is known."""
     scene = question.get("scene")
     if not scene or not calls:
         return []
-    poses, blank = call_poses(scene, calls).tolist(), np.zeros((SIZE, SIZE, 3), np.uint8)
-    return TrueRenderer().imagine(
-        [
-            Query(
-                [blank],
-                call["image"],
-                instruction(Motion(call["motion"], call["amount"]), call["image"]),
-                0,
-                {"room": scene["room"], "poses": poses},
-            )
-            for call in calls
-        ]
-    )
+    room = {"room": scene["room"], "poses": call_poses(scene, calls).tolist()}
+    blank = np.zeros((SIZE, SIZE, 3), np.uint8)
+    queries = []
+    for call in calls:
+        sentence = instruction(Motion(call["motion"], call["amount"]), call["image"])
+        queries.append(Query([blank], call["image"], sentence, 0, room))
+    return TrueRenderer().imagine(queries)
 
 
-def reads(view, ask):
+def reads(view: np.ndarray, ask: str) -> str:
     """What a view (H, W, 3) shows of an `ask` of lib/questions.py: a colour of COLOURS, or "none"."""
-    count, middle, dominant = (part[0] for part in describe(view[None]))
+    count, middle, dominant = (values[0] for values in describe(view[None]))
     if ask in ("left", "centre", "right"):
-        best = dominant[("left", "centre", "right").index(ask)]
+        colour = dominant[("left", "centre", "right").index(ask)]
+    elif count.max() < STRONG:
+        colour = -1
     else:
         score = {"largest": count, "leftmost": -middle, "rightmost": middle}[ask]
-        best = np.where(count >= STRONG, score, -np.inf).argmax() if count.max() >= STRONG else -1
-    return "none" if best < 0 else list(COLOURS)[best]
+        colour = np.where(count >= STRONG, score, -np.inf).argmax()
+    return "none" if colour < 0 else list(COLOURS)[colour]
 
 
-def near(a, b):
+def near(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two cameras stand within the thresholds of lib/consistency.py: 0.25 m and 10 degrees."""
     delta = decompose(a, b)
     return bool(np.linalg.norm(delta[:3]) <= LENGTH and np.abs(delta[3:]).max() <= ROTATION)
 
 
-def deviation(question, poses, call, view):
-    """Why a view is wrong: "pose" or "content". poses: `call_poses`."""
-    motion = Motion(call["motion"], call["amount"])
+def deviation(question: Question, start: np.ndarray, call: dict, view: np.ndarray) -> str:
+    """Why the view of a call from the camera `start` is wrong: "pose" or "content"."""
     small = np.asarray(Image.fromarray(view).resize((SIZE, SIZE), Image.BOX))
-    found, _ = recover(
-        random_room(question["scene"]["room"]), poses[call["image"] - 1], small[None]
-    )
-    return "content" if pose_error(delta_of(motion), found[0])["within"] else "pose"
+    motions, _ = recover(random_room(question["scene"]["room"]), start, small[None])
+    commanded = delta_of(Motion(call["motion"], call["amount"]))
+    return "content" if pose_error(commanded, motions[0])["within"] else "pose"
 
 
-def diagnose(question, trajectory):
-    """-> {"case": of CASES, "use": of USES, "deviation": "pose", "content" or None}, see above.
+def diagnose(question: Question, trajectory: Trajectory) -> dict | None:
+    """Why a dialogue of any mode with a tool is right or wrong -> {"case": of CASES, "use": of USES, "deviation"}.
 
-    question   a row of lib/questions.py;  trajectory: of any mode with a tool
-    returns    None for direct mode and for questions that do not tell what their views show
+    None for direct mode and for questions that do not tell what their views show.
     """
     if trajectory.mode == "direct" or "shows" not in question:
         return None
     calls = [call for call in trajectory.provenance if call]
     views = trajectory.images[len(trajectory.images) - len(calls) :]
-    options, ask, needed = question["options"], question["ask"], bool(question["needs_view"])
-    said, gold = option_letter(trajectory.answer or "", options), question["answer"]
-    words = {option[0]: option[3:] for option in options}
-    found = {"case": None, "use": USES[needed, bool(calls)], "deviation": None}
-    imagined = [reads(view, ask) for view in views] if ask else []
+    letter = option_letter(trajectory.answer or "", question["options"])
+    words = {option[0]: option[3:] for option in question["options"]}.get(letter)
+    right = letter == question["answer"]
+    needed = bool(question["needs_view"])
+    result = {"case": None, "use": USES[needed, bool(calls)], "deviation": None}
     if not needed:
-        others = [
-            told[ask]
-            for k, told in enumerate(question["shows"][:-1], 1)
-            if ask and k != question["shown_by"]
-        ]
-        return found | {
-            "case": "unaided"
-            if said == gold
-            else "no_answer"
-            if said not in words
-            else "trusted"
-            if words[said] in imagined
-            else "confused"
-            if words[said] in others
-            else "misread"
-        }
+        return result | {"case": case_of_answerable(question, views, words, right)}
+    useful = useful_calls(question, calls, views)
+    answer_was_shown = any(one.shows for one in useful)
+    if useful and not answer_was_shown:
+        last = useful[-1]
+        start = call_poses(question["scene"], calls)[last.call["image"] - 1]
+        result["deviation"] = deviation(question, start, last.call, last.view)
+    return result | {"case": case_of_unseen(question, calls, useful, words, right)}
 
-    poses, asked = call_poses(question["scene"], calls), question["command"]
-    goal, useful, wrong = (
-        move_camera(poses[asked["image"] - 1], Motion(asked["kind"], asked["amount"])),
-        0,
-        [],
-    )
-    for pose, call, view, told, true in zip(
-        poses[len(poses) - len(calls) :], calls, views, imagined, true_views(question, calls)
-    ):
-        answers = {words[gold], *([reads(true, ask)] if near(goal, pose) else [])}
+
+def case_of_answerable(question: Question, views: list, words: str | None, right: bool) -> str:
+    """The case where the given images answer the question; `words` of the option that was named, if any."""
+    if right:
+        return "unaided"
+    if words is None:
+        return "no_answer"
+    ask = question["ask"]
+    if ask is None:
+        return "misread"
+    if words in [reads(view, ask) for view in views]:
+        return "trusted"
+    others = [facts[ask] for facts in question["shows"][:-1]]
+    if question["shown_by"] is not None:
+        others.pop(question["shown_by"] - 1)
+    return "confused" if words in others else "misread"
+
+
+def useful_calls(question: Question, calls: list[dict], views: list) -> list[UsefulCall]:
+    """The calls that lead where the question asks, or to another view that shows the right answer."""
+    command, ask = question["command"], question["ask"]
+    gold = question["options"]["ABCD".index(question["answer"])][3:]
+    poses = call_poses(question["scene"], calls)
+    start = poses[command["image"] - 1]
+    goal = move_camera(start, Motion(command["kind"], command["amount"]))
+    ends = poses[len(poses) - len(calls) :]
+    useful = []
+    for c2w, call, view, true in zip(ends, calls, views, true_views(question, calls), strict=True):
+        answers = {gold}
+        if near(goal, c2w):
+            answers.add(reads(true, ask))
         if reads(true, ask) in answers:
-            useful += 1
-            wrong += [(call, view, told)] if told not in answers else []
-    shown = useful > len(wrong)
-    if wrong and not shown:
-        call, view, _ = wrong[-1]
-        found["deviation"] = deviation(question, poses, call, view)
-    if said == gold:
-        return found | {"case": "resolved" if shown else "guessed"}
-    if said not in words:
-        return found | {"case": "no_answer"}
+            reading = reads(view, ask)
+            useful.append(UsefulCall(call, view, reading, reading in answers))
+    return useful
+
+
+def case_of_unseen(
+    question: Question, calls: list, useful: list[UsefulCall], words: str | None, right: bool
+) -> str:
+    """The case where a view is needed that is not given."""
+    answer_was_shown = any(one.shows for one in useful)
+    if right:
+        return "resolved" if answer_was_shown else "guessed"
+    if words is None:
+        return "no_answer"
     if not calls:
-        return found | {"case": "under_use"}
+        return "under_use"
+    if answer_was_shown:
+        return "ignored"
     if useful:
-        followed = words[said] in [told for _, _, told in wrong]
-        return found | {"case": "ignored" if shown else "trusted" if followed else "deviates"}
-    elsewhere = any(
-        (call["motion"], call["amount"]) == (asked["kind"], asked["amount"]) for call in calls
-    )
-    return found | {"case": "confused" if elsewhere else "off_target"}
+        return "trusted" if words in [one.reading for one in useful] else "deviates"
+    command = question["command"]
+    motion = (command["kind"], command["amount"])
+    made = [(call["motion"], call["amount"]) for call in calls]
+    return "confused" if motion in made else "off_target"
 
 
-def tally(records):
-    """Counts of cases, uses and deviations over records with a "diagnosis" -> {"n", "cases", …}, None if none has."""
-    found = [record["diagnosis"] for record in records if record.get("diagnosis")]
-    if not found:
+def tally(records: list[dict]) -> dict | None:
+    """Counts of cases, uses and deviations over records with a "diagnosis", or None if none has one."""
+    diagnoses = [record["diagnosis"] for record in records if record.get("diagnosis")]
+    if not diagnoses:
         return None
-    cases = Counter(one["case"] for one in found)
+    cases = Counter(one["case"] for one in diagnoses)
+    deviations = Counter(one["deviation"] for one in diagnoses if one["deviation"])
     return {
-        "n": len(found),
+        "n": len(diagnoses),
         "cases": {case: cases[case] for case in CASES},
-        "uses": dict(Counter(one["use"] for one in found)),
-        "deviations": dict(Counter(one["deviation"] for one in found if one["deviation"])),
+        "uses": dict(Counter(one["use"] for one in diagnoses)),
+        "deviations": dict(deviations),
     }

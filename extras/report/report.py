@@ -8,47 +8,26 @@ One page to look at after a run: report.html, whole in itself (pictures inside, 
               context | motion | imagined | true; commanded against recovered motion
   dialogues   every question: what the policy asked for, what it was shown, what it would have seen in the room itself
 
-A thousand dialogues open quickly: each is a <template>, built when it is opened, and each picture stands once in the
-page, as a thumbnail. What models and data say is escaped; the one script takes nothing from them but numbers.
+The page is a template, page.html, which escapes what models and data say. A thousand dialogues open quickly: each is a
+<template>, built when it is opened, and each picture stands once in the page, as a thumbnail.
 """
 
 import base64
 import io
-import json
-from html import escape
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from extras.benches.common import open_image
 from extras.report.diagnosis import CASES, true_views
-from lib.common import read_log, write_text
 from lib.geometry import Motion, phrase
-from lib.images import PictureError, figure_image
+from lib.images import figure_image
+from lib.records import read_log, write_text
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1040px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
-td:first-child,th:first-child{text-align:left}small{color:#888}figure{display:inline-block;margin:4px 10px 4px 0}
-figcaption{font-size:12px;color:#666}img.view{width:112px;image-rendering:pixelated}img.wide{max-width:100%}
-.turn{font-family:ui-monospace,monospace;font-size:13px;white-space:pre-wrap}.reply{color:#777}
-details{border-bottom:1px solid #ddd;padding:.2em 0}details>div{border-left:3px solid #ddd;padding-left:1em}
-#filters label{margin-right:1.2em}.wrong{color:#b22}.right{color:#282}"""
-SCRIPT = """const find = query => [...document.querySelectorAll(query)];
-const all = find('details'), controls = find('#filters [name]');
-const pictures = JSON.parse(document.getElementById('pictures').textContent);
-function filter() {
-  for (const d of all) d.hidden = !controls.every(c => c.type == 'checkbox' ? !c.checked || d.dataset[c.name] == 1
-                                                                            : !c.value || d.dataset[c.name] == c.value);
-  document.getElementById('count').textContent = all.filter(d => !d.hidden).length + ' of ' + all.length;
-}
-for (const c of controls) c.onchange = filter;
-for (const d of all) d.ontoggle = () => {
-  const template = d.querySelector('template');
-  if (template) template.replaceWith(template.content);
-  for (const image of d.querySelectorAll('img:not([src])')) image.src = pictures[image.dataset.picture];
-};
-filter();"""
 FILTERS = {
     "wrong": "wrong only",
     "tool": "used the tool",
@@ -56,76 +35,128 @@ FILTERS = {
     "invalid": "invalid call",
 }
 THUMBNAIL = 160  # pixels of the longer side
-SHOWN = 12  # given images of a question; of a video these many, evenly
-CURVES = (
-    "reward",
-    "match",
-    "call_rate_needs_view",
-    "call_rate_answerable",
-    "invalid_calls",
-    "gain",
-    "entropy",
-    "loss",
-    "loss_flow",
-    "nearest",
-    "mse",
-    "facts",
-)  # of these a log shows the ones it has, and its "eval"
+MOST_IMAGES = 12  # given images of a question; of a video these many, evenly
+CURVES = (  # of these a log shows the ones it has, and its "eval"
+    "reward, match, call_rate_needs_view, call_rate_answerable, invalid_calls, gain, entropy, loss, loss_flow, nearest, "
+    "mse, facts"
+).split(", ")
 
 
-# ---- pieces of a page -----------------------------------------------------------------------------------------------
+def write(
+    path: str | Path,
+    title: str,
+    results: dict | None = None,
+    wm: dict | None = None,
+    logs: dict[str, Path] | None = None,
+    sheet: Image.Image | str | None = None,
+    dose: Image.Image | None = None,
+    dialogues: list[dict] = (),
+    folder: str | Path = ".",
+) -> None:
+    """Write report.html; what is not given is left out.
 
-
-def picture(image):
-    """A PIL image or a file -> HTML with the picture inside."""
-    buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.open(image)).save(buffer, "png")
-    return f'<img class="wide" alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def table(head, rows):
-    """HTML table; cells may be strings or numbers, None is a dash."""
-
-    def cell(value):
-        return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    lines = ["<tr>" + "".join(f"<th>{cell(value)}</th>" for value in head) + "</tr>"]
-    lines += [
-        "<tr>" + "".join(f"<td>{cell(value)}</td>" for value in row) + "</tr>" for row in rows
+    results     as results.json of a bench of questions;  wm: as results.json of --bench wm
+    logs        {title: log.jsonl};  sheet: `contact_sheet` or a file;  dose: `dose_curves` as a picture
+    dialogues   of pages.dialogue_rows;  folder: below which their imagined views lie
+    """
+    pictures = Pictures()
+    page = {"title": title, "boxes": FILTERS, "pictures": pictures.uris}
+    if results:
+        page["results"] = results_table(results)
+        page["note"] = results_note(results)
+        page["workflow"] = data_uri(figure_image(workflow(results)))
+    if results and results.get("diagnosis"):
+        page["diagnosis"] = diagnosis_table(results["diagnosis"])
+    if wm:
+        page["wm"] = consistency_table(wm)
+    if sheet is not None:
+        page["sheet"] = data_uri(sheet if isinstance(sheet, Image.Image) else Image.open(sheet))
+    page["dose"] = data_uri(dose)
+    page["curves"] = {}
+    for name, log in (logs or {}).items():
+        curves = curves_of(log)
+        if curves:
+            page["curves"][name] = data_uri(figure_image(curves_figure(curves)))
+    page["dialogues"] = [dialogue_data(one, pictures, folder) for one in dialogues]
+    cases = [one["diagnosis"]["case"] for one in dialogues if one["diagnosis"]]
+    runs = [one["run"] for one in dialogues]
+    page["selects"] = [
+        {"name": "run", "label": "mode", "options": list(dict.fromkeys(runs))},
+        {"name": "case", "label": "diagnosis", "options": list(dict.fromkeys(cases))},
     ]
-    return f"<table>{''.join(lines)}</table>"
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    template = jinja2.Environment(loader=loader, autoescape=True).get_template("page.html")
+    write_text(path, template.render(page))
 
 
-def results_table(results):
+def data_uri(image: Image.Image | None) -> str | None:
+    """A picture as a PNG inside the page; None for None."""
+    if image is None:
+        return None
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# ---- tables: (head, rows of Cell) --------------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """What stands in a table, and in small type behind it."""
+
+    text: str
+    small: str = ""
+
+
+def number_cell(value) -> Cell:
+    """A number with three digits, a count or a name as it is, None as a dash."""
+    if value is None:
+        return Cell("–")
+    return Cell(f"{value:.3f}" if isinstance(value, float) else str(value))
+
+
+def accuracy_cell(summary: dict | None) -> Cell:
+    """Accuracy, interval and share of questions with a call."""
+    if not summary:
+        return Cell("–")
+    low, high = summary["ci95"]
+    return Cell(
+        f"{summary['accuracy']:.3f}", f"[{low:.2f} {high:.2f}] calls {summary['call_rate']:.0%}"
+    )
+
+
+def results_table(results: dict) -> tuple:
     """The final table of results.json: all, the strata of need, the categories; one column per mode."""
     modes = results["modes"]
-
-    def shown(part):
-        if not part:
-            return None
-        low, high = part["ci95"]
-        return f"{part['accuracy']:.3f} <small>[{low:.2f} {high:.2f}] calls {part['call_rate']:.0%}</small>"
-
-    parts = [("all", list(modes.values()))]
+    rows = [[Cell("all"), *map(accuracy_cell, modes.values())]]
     for group in ("by_need", "by_category"):
-        names = list(
-            dict.fromkeys(name for summary in modes.values() for name in summary.get(group, {}))
-        )
-        parts += [
-            (name, [summary.get(group, {}).get(name) for summary in modes.values()])
-            for name in names
-        ]
-    blind = {
+        for name in names_in(modes, group):
+            parts = [summary.get(group, {}).get(name) for summary in modes.values()]
+            rows.append([Cell(name), *map(accuracy_cell, parts)])
+    return ["", *modes], rows
+
+
+def names_in(modes: dict, group: str) -> list[str]:
+    """The names of a group of questions, "by_need" or "by_category", in all modes."""
+    return list(
+        dict.fromkeys(name for summary in modes.values() for name in summary.get(group, {}))
+    )
+
+
+def results_note(results: dict) -> str:
+    """What the numbers of `results_table` are."""
+    chances = {
         "guessing": results.get("chance"),
         "from the text alone": results.get("text_only_chance"),
     }
-    said = ", ".join(f"{title} {value:.3f}" for title, value in blind.items() if value is not None)
-    note = f"Accuracy, 95 % bootstrap interval over rooms, share of questions with a call. Chance: {said}."
-    rows = [[escape(name), *map(shown, cells)] for name, cells in parts]
-    return table(["", *modes], rows) + f"<p><small>{note}</small></p>"
+    known = [f"{name} {value:.3f}" for name, value in chances.items() if value is not None]
+    return (
+        f"Accuracy, 95 % bootstrap interval over rooms, share of questions with a call. "
+        f"Chance: {', '.join(known)}."
+    )
 
 
-def consistency_table(wm):
+def consistency_table(wm: dict) -> tuple:
     """Pose and content of the simulators (of --bench wm's results.json, or that itself), and what stands beside."""
     groups = {
         "simulators": wm.get("simulators") or {"simulator": wm},
@@ -133,364 +164,285 @@ def consistency_table(wm):
         "oracles": wm["oracles"],
         "known error": wm.get("calibration", {}),
     }
-    keys, rows = ("pose", "content", "f1", "order", "thirds", "mse"), []
+    keys = ("pose", "content", "f1", "order", "thirds", "mse")
+    rows = []
     for title, group in groups.items():
         for name, scores in group.items():
-            families = [scores.get(family, {}).get("pose") for family in ("moves", "turns")]
-            rows.append([escape(name), *(scores.get(key) for key in keys), *families, title])
-    return table(["", *keys, "pose, moves", "pose, turns", ""], rows)
+            poses = [scores.get(family, {}).get("pose") for family in ("moves", "turns")]
+            rows.append([name, *(scores.get(key) for key in keys), *poses, title])
+    head = ["", *keys, "pose, moves", "pose, turns", ""]
+    return head, [list(map(number_cell, row)) for row in rows]
 
 
-# ---- figures --------------------------------------------------------------------------------------------------------
+def diagnosis_table(diagnosis: dict) -> tuple:
+    """results["diagnosis"]: {mode: {simulator: counts}} -> how many answers stand in which case."""
+    runs = {}
+    for mode, simulators in diagnosis.items():
+        for name, counts in simulators.items():
+            runs[f"{mode}, {name}"] = counts
+    rows = []
+    for case, meaning in CASES.items():
+        counts = [run["cases"][case] for run in runs.values()]
+        rows.append([Cell(case, meaning), *map(number_cell, counts)])
+    for key, title in (("uses", ""), ("deviations", "wrong view: ")):
+        for name in sorted({name for run in runs.values() for name in run[key]}):
+            counts = [run[key].get(name, 0) for run in runs.values()]
+            rows.append([Cell(title + name), *map(number_cell, counts)])
+    return ["questions", *runs], rows
 
 
-def figure(draw):
-    """`draw(pyplot)` -> HTML of the figure it returns, or a sentence where matplotlib is missing."""
-    image = figure_image(draw)
-    return (
-        picture(image)
-        if image
-        else "<p>No figure: matplotlib is not installed (<code>pip install matplotlib</code>).</p>"
-    )
+# ---- figures ---------------------------------------------------------------------------------------------------------
 
 
-def workflow(results):
+def workflow(results: dict) -> Callable:
     """results.json -> draw(pyplot): accuracy per category and overall, one bar per mode with its interval.
 
     With direct, forced and agentic of one policy this is the paper's Figure 3.
     """
+    modes = results["modes"]
+    names = names_in(modes, "by_category")
+    many = len(names) >= 8
 
     def draw(pyplot):
         """One group of bars per category, and a last one for all questions."""
-        modes = results["modes"]
-        names = list(
-            dict.fromkeys(
-                name for summary in modes.values() for name in summary.get("by_category", {})
-            )
-        )
-        fig, axes = pyplot.subplots(figsize=(max(9, 0.9 * len(names) + 2), 3))
-        places, width = np.arange(len(names) + 1), 0.8 / len(modes)
+        figure, axes = pyplot.subplots(figsize=(max(9, 0.9 * len(names) + 2), 3))
+        ticks, width = np.arange(len(names) + 1), 0.8 / len(modes)
         for m, (mode, summary) in enumerate(modes.items()):
-            parts = [*(summary.get("by_category", {}).get(name) for name in names), summary]
+            parts = [summary.get("by_category", {}).get(name) for name in names] + [summary]
             heights = np.array([part["accuracy"] if part else np.nan for part in parts])
             bounds = np.array([part["ci95"] if part else (np.nan, np.nan) for part in parts])
             spread = np.maximum(0, [heights - bounds[:, 0], bounds[:, 1] - heights])
-            places_of_mode = places + (m - (len(modes) - 1) / 2) * width
-            axes.bar(places_of_mode, heights, width, yerr=spread, error_kw={"lw": 0.8}, label=mode)
+            shift = (m - (len(modes) - 1) / 2) * width
+            style = {"error_kw": {"lw": 0.8}, "label": mode}
+            axes.bar(ticks + shift, heights, width, yerr=spread, **style)
         if results.get("chance") is not None:
             axes.axhline(results["chance"], color="gray", lw=0.8, ls=":")
         axes.axvline(len(names) - 0.5, color="gray", lw=0.8)
-        axes.set_xticks(
-            places,
-            [*names, "overall"],
-            rotation=0 if len(names) < 8 else 30,
-            ha="center" if len(names) < 8 else "right",
-        )
+        alignment = {"rotation": 30, "ha": "right"} if many else {"rotation": 0, "ha": "center"}
+        axes.set_xticks(ticks, [*names, "overall"], **alignment)
         axes.set_ylim(0, 1)
         axes.set_ylabel("accuracy")
         axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-        return fig
+        return figure
 
     return draw
 
 
-def curves_figure(title, path):
-    """The curves of one log.jsonl: what of CURVES it has, and the held-out accuracy and calls of its "eval"."""
-    rows, number = read_log(path), (int, float)
-    curves = {
-        key: [(row["step"], row[key]) for row in rows if isinstance(row.get(key), number)]
-        for key in CURVES
-    }
-    for row in rows:
-        for mode, held in (row.get("eval") or {}).items():
-            for key in ("accuracy", "call_rate"):
-                if isinstance(held, dict) and isinstance(held.get(key), number):
-                    curves.setdefault(f"held out, {mode}: {key}", []).append(
-                        (row["step"], held[key])
-                    )
-    curves = {key: points for key, points in curves.items() if points}
-    if not curves:
-        return ""
+def find_logs(root: str | Path) -> dict[str, Path]:
+    """{stage: its log.jsonl} of the stages below `root`."""
+    return {file.parent.name: file for file in sorted(Path(root).glob("*/log.jsonl"))}
+
+
+def curves_of(path: Path) -> dict[str, list]:
+    """{key: [(step, value)]} of a log.jsonl: what of CURVES it has, and accuracy and calls of its "eval"."""
+    curves = {key: [] for key in CURVES}
+    for row in read_log(path):
+        values = {key: row.get(key) for key in CURVES}
+        for mode, means in (row.get("eval") or {}).items():
+            if isinstance(means, dict):
+                for key in ("accuracy", "call_rate"):
+                    values[f"held out, {mode}: {key}"] = means.get(key)
+        for key, value in values.items():
+            if isinstance(value, (int, float)):
+                curves.setdefault(key, []).append((row["step"], value))
+    return {key: points for key, points in curves.items() if points}
+
+
+def curves_figure(curves: dict[str, list]) -> Callable:
+    """`curves_of` -> draw(pyplot): a panel per curve, four to a line."""
 
     def draw(pyplot):
-        """A panel per curve, four to a line."""
+        """All panels of one log."""
         columns = min(4, len(curves))
         lines = -(-len(curves) // columns)
-        fig, axes = pyplot.subplots(
-            lines, columns, figsize=(2.6 * columns, 1.9 * lines), squeeze=False
-        )
-        fig.set_layout_engine("constrained")
-        for axis, (key, points) in zip(axes.flat, curves.items()):
-            axis.plot(*zip(*points), lw=1, marker="." if len(points) < 20 else None)
+        size = (2.6 * columns, 1.9 * lines)
+        figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False)
+        figure.set_layout_engine("constrained")
+        for axis, (key, points) in zip(axes.flat, curves.items(), strict=False):
+            axis.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 20 else None)
             axis.set_title(key, fontsize=8)
             axis.tick_params(labelsize=7)
         for axis in axes.flat[len(curves) :]:
             axis.axis("off")
-        return fig
+        return figure
 
-    return f"<h3>{escape(title)}</h3>" + figure(draw)
+    return draw
 
 
-def dose_curves(dose):
+def dose_curves(dose: dict) -> Callable:
     """{simulator: `calibration.dose_response`} -> draw(pyplot): commanded against recovered, a panel per kind.
 
     Medians and quartiles over rooms; filled where training showed that amount, hollow where it never did.
     """
+    kinds = list(dict.fromkeys(kind for responses in dose.values() for kind in responses))
 
     def draw(pyplot):
         """A panel per kind of motion, a line per simulator."""
-        kinds = list(dict.fromkeys(kind for kinds in dose.values() for kind in kinds))
-        fig, axes = pyplot.subplots(1, len(kinds), figsize=(2.7 * len(kinds), 3), squeeze=False)
-        fig.set_layout_engine("constrained")
-        for axis, kind in zip(axes[0], kinds):
-            told = {name: kinds[kind] for name, kinds in dose.items() if kind in kinds}
-            end = max(point["amount"] for response in told.values() for point in response["points"])
-            axis.plot([0, end], [0, end], color="gray", lw=0.8, ls=":")
-            for k, (name, response) in enumerate(told.items()):
-                points, colour = response["points"], f"C{k}"
-                x, y, low, high = (
-                    np.array([p[key] for p in points])
-                    for key in ("amount", "median", "low", "high")
-                )
-                axis.errorbar(
-                    x,
-                    y,
-                    [y - low, high - y],
-                    color=colour,
-                    lw=0.8,
-                    label=f"{Path(name).name}: slope {response['slope']:.2f}",
-                )
-                axis.scatter(
-                    x,
-                    y,
-                    22,
-                    [colour if p["trained"] else "white" for p in points],
-                    edgecolors=colour,
-                    zorder=3,
-                )
+        size = (2.7 * len(kinds), 3)
+        figure, axes = pyplot.subplots(1, len(kinds), figsize=size, squeeze=False)
+        figure.set_layout_engine("constrained")
+        for axis, kind in zip(axes[0], kinds, strict=True):
+            responses = {name: own[kind] for name, own in dose.items() if kind in own}
+            draw_responses(axis, responses)
             axis.set_title(f"{kind}, {'degrees' if 'turn' in kind else 'meters'}", fontsize=9)
             axis.set_xlabel("commanded (filled: trained on)", fontsize=8)
             axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
             axis.tick_params(labelsize=7)
         axes[0, 0].set_ylabel("recovered", fontsize=8)
-        return fig
+        return figure
 
     return draw
 
 
-def find_logs(root):
-    """{stage: its log.jsonl} of the stages below `root`."""
-    return {file.parent.name: file for file in sorted(Path(root).glob("*/log.jsonl"))}
+def draw_responses(axis, responses: dict) -> None:
+    """One panel of `dose_curves`: a line per simulator beside the diagonal."""
+    end = max(point["amount"] for own in responses.values() for point in own["points"])
+    axis.plot([0, end], [0, end], color="gray", lw=0.8, ls=":")
+    for k, (name, response) in enumerate(responses.items()):
+        points, colour = response["points"], f"C{k}"
+        x = np.array([point["amount"] for point in points])
+        y = np.array([point["median"] for point in points])
+        low = np.array([point["low"] for point in points])
+        high = np.array([point["high"] for point in points])
+        label = f"{Path(name).name}: slope {response['slope']:.2f}"
+        axis.errorbar(x, y, [y - low, high - y], color=colour, lw=0.8, label=label)
+        fill = [colour if point["trained"] else "white" for point in points]
+        axis.scatter(x, y, 22, fill, edgecolors=colour, zorder=3)
 
 
-def contact_sheet(rows, views):
-    """Triples (rows of arrays) and {simulator: a view per row} -> a picture: context | motion | imagined … | true."""
+def contact_sheet(rows: list[dict], views: dict[str, list]) -> Image.Image:
+    """Triples (rows of arrays) and {simulator: a view per row} -> a picture: context | motion | imagined ... | true."""
     font, side, gap, words = ImageFont.load_default(12), 96, 6, 150
-    left = [k * (side + gap) for k in range(len(rows[0]["context"]))]
-    right = [left[-1] + side + gap + words + k * (side + gap) for k in range(len(views) + 1)]
-    page = Image.new("RGB", (right[-1] + side, 20 + len(rows) * (side + gap)), "white")
+    step = side + gap
+    left = [k * step for k in range(len(rows[0]["context"]))]
+    words_at = left[-1] + step
+    right = [words_at + words + k * step for k in range(len(views) + 1)]
+    page = Image.new("RGB", (right[-1] + side, 20 + len(rows) * step), "white")
     pen = ImageDraw.Draw(page)
-    for x, title in [(left[0], "context"), *zip(right, [*views, "true"])]:
+    pen.text((left[0], 2), "context", "gray", font)
+    for x, title in zip(right, [*views, "true"], strict=True):
         pen.text((x, 2), Path(title).name, "gray", font)
     for r, row in enumerate(rows):
-        top = 20 + r * (side + gap)
-        shown = [
-            *zip(left, row["context"]),
-            *zip(right, [*(view[r] for view in views.values()), row["target"]]),
-        ]
-        for x, image in shown:
+        top = 20 + r * step
+        images = [*row["context"], *(view[r] for view in views.values()), row["target"]]
+        for x, image in zip(left + right, images, strict=False):
             page.paste(Image.fromarray(image).resize((side, side), Image.NEAREST), (x, top))
         motion = phrase(Motion(**row["motion"])).replace(" to the ", "\nto the ")
-        words_at = (left[-1] + side + gap, top + side // 3)
-        pen.multiline_text(words_at, f"Image-{row['reference']}:\n{motion}", "black", font)
+        text = f"Image-{row['reference']}:\n{motion}"
+        pen.multiline_text((words_at, top + side // 3), text, "black", font)
     return page
 
 
-# ---- why ------------------------------------------------------------------------------------------------------------
-
-
-def diagnosis_table(diagnosis):
-    """results["diagnosis"]: {mode: {simulator: counts}} -> how many answers stand in which case of extras/report/diagnosis.py."""
-    runs = {
-        f"{mode}, {name}": counts
-        for mode, told in diagnosis.items()
-        for name, counts in told.items()
-    }
-    rows = [
-        [f"{case} <small>{meaning}</small>", *(counts["cases"][case] for counts in runs.values())]
-        for case, meaning in CASES.items()
-    ]
-    for part, title in (("uses", ""), ("deviations", "wrong view: ")):
-        names = sorted({name for counts in runs.values() for name in counts[part]})
-        rows += [
-            [title + name, *(counts[part].get(name, 0) for counts in runs.values())]
-            for name in names
-        ]
-    return "<h2>Why answers are right or wrong</h2>" + table(
-        ["questions", *map(escape, runs)], rows
-    )
-
-
-# ---- dialogues ------------------------------------------------------------------------------------------------------
+# ---- dialogues -------------------------------------------------------------------------------------------------------
 
 
 class Pictures:
     """The pictures of a page, each once, as thumbnails; dialogues name them by number."""
 
     def __init__(self):
-        self.uris, self.known = [], {}
+        self.uris = []
+        self.numbers = {}
 
-    def add(self, key, read):
-        """The number of the picture called `key`, None if unreadable; read() -> array or PIL image is asked once."""
-        if key not in self.known:
-            try:
-                image = read()
-                image = (
-                    Image.fromarray(image)
-                    if isinstance(image, np.ndarray)
-                    else image.convert("RGB")
-                )
-            except (OSError, PictureError):
-                self.known[key] = None
-                return None
-            small = max(image.size) <= 64  # of the tiny world: every pixel counts
-            image.thumbnail((THUMBNAIL, THUMBNAIL))
-            buffer = io.BytesIO()
-            image.save(buffer, *(("png",) if small else ("jpeg",)), quality=80)
-            kind, data = "png" if small else "jpeg", base64.b64encode(buffer.getvalue()).decode()
-            self.uris.append(f"data:image/{kind};base64,{data}")
-            self.known[key] = len(self.uris) - 1
-        return self.known[key]
+    def add(self, caption: str, key, read: Callable) -> dict:
+        """{"number" of the picture called `key`, None if unreadable, "caption"}; read() is asked once per key."""
+        if key not in self.numbers:
+            self.numbers[key] = self.store(read)
+        return {"number": self.numbers[key], "caption": caption}
 
-    def tag(self, number, caption):
-        """A figure whose picture the page fills in when it is opened."""
-        image = (
-            f'<img class="view" data-picture="{number}" alt="">'
-            if number is not None
-            else "(no picture)"
-        )
-        return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+    def store(self, read: Callable) -> int | None:
+        """A thumbnail of read(), an array or a PIL image -> its number."""
+        try:
+            image = read()
+            image = (
+                image.convert("RGB") if isinstance(image, Image.Image) else Image.fromarray(image)
+            )
+        except (OSError, SyntaxError, ValueError):
+            return None
+        kind = "png" if max(image.size) <= 64 else "jpeg"  # in the tiny world every pixel counts
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        buffer = io.BytesIO()
+        image.save(buffer, kind, quality=80)
+        data = base64.b64encode(buffer.getvalue()).decode()
+        self.uris.append(f"data:image/{kind};base64,{data}")
+        return len(self.uris) - 1
 
 
-def dialogue(told, pictures, folder):
-    """One question in one mode as <details>: its line, and in a <template> images, turns, views, verdict, reward.
+def dialogue_data(record: dict, pictures: Pictures, folder: str | Path) -> dict:
+    """One question in one mode, as the template shows it: its line, images, turns with their views, verdict, reward.
 
-    told     of pages.dialogue_rows;  folder: below which its views lie
+    record   of pages.dialogue_rows;  folder: below which its views lie
     """
-    question, given, folder = told["question"], len(told["question"]["images"]), Path(folder)
-    parts, shown = (
-        [],
-        np.unique(np.linspace(1, given, min(given, SHOWN)).round().astype(int)) if given else [],
-    )
-    for number in map(int, shown):
-        image = question["images"][number - 1]
-        parts.append(
-            pictures.tag(
-                pictures.add(str(image), lambda: open_image(image, question["bench"])),
-                f"Image-{number}",
-            )
-        )
-    left_out = f"{len(shown)} of {given} images are shown." if len(shown) < given else ""
+    question = record["question"]
+    images, left_out = given_images(question, pictures)
     words = [question["question"], *(question.get("options") or ()), left_out]
-    parts.append("<p>" + "<br>".join(escape(line) for line in words if line) + "</p>")
-    true = true_views(question, told["calls"])
-    for turn, (reply, number) in zip(told["turns"], [*told["replies"], (None, None)]):
-        parts.append(f'<div class="turn">{escape(turn)}</div>')
-        if reply:
-            parts.append(f'<div class="turn reply">{escape(reply)}</div>')
-        if number:
-            k = number - given - 1
-            call, view = told["calls"][k], folder / told["views"][k]
-            source = (
-                f"Image-{number}: imagined from Image-{call['image']}, "
-                f"{phrase(Motion(call['motion'], call['amount']))}"
-            )
-            parts.append(pictures.tag(pictures.add(str(view), lambda: Image.open(view)), source))
-            if true:
-                seen = true[k]
-                parts.append(
-                    pictures.tag(pictures.add(seen.tobytes(), lambda: seen), "the true view")
-                )
-    case = (told["diagnosis"] or {}).get("case", "")
-    wrong = told.get("exact", told["correct"]) < 1
-    verdict = told["error"] or ("no answer" if told["said"] is None else f"answered {told['said']}")
-    verdict += "" if told["gold"] is None else f"; true answer {told['gold']}"
-    because = "; ".join(part for part in (told["diagnosis"] or {}).values() if part)
-    reward = ", ".join(f"{name} {value:.3g}" for name, value in told["reward"].items())
-    parts.append(
-        f"<p><b>{escape(verdict)}</b><br>reward: {escape(reward)}"
-        f"{'<br>diagnosis: ' + escape(because) if because else ''}</p>"
-    )
+    diagnosis = record["diagnosis"] or {}
+    wrong = record.get("exact", record["correct"]) < 1
     flags = {
         "wrong": wrong,
-        "tool": told["valid_calls"],
-        "hurt": told["hurt"],
-        "invalid": told["invalid_calls"],
+        "tool": record["valid_calls"] > 0,
+        "hurt": record["hurt"],
+        "invalid": record["invalid_calls"] > 0,
     }
-    data = " ".join(
-        [
-            *(f'data-{name}="{int(on > 0)}"' for name, on in flags.items()),
-            f'data-run="{escape(told["run"])}" data-case="{escape(case)}"',
-        ]
-    )
-    line = f"{told['key']}, {told['run']}: {question['question'][:100]}"
-    mark = '<span class="wrong">✗</span>' if wrong else '<span class="right">✓</span>'
-    return (
-        f"<details {data}><summary>{mark} {escape(line)}</summary><template><div>{''.join(parts)}</div></template>"
-        f"</details>"
-    )
+    data = {name: int(flag) for name, flag in flags.items()}
+    rewards = [f"{name} {value:.3g}" for name, value in record["reward"].items()]
+    return {
+        "wrong": wrong,
+        "data": data | {"run": record["run"], "case": diagnosis.get("case", "")},
+        "line": f"{record['key']}, {record['run']}: {question['question'][:100]}",
+        "images": images,
+        "words": [line for line in words if line],
+        "turns": turns_with_views(record, pictures, Path(folder)),
+        "verdict": verdict_words(record),
+        "reward": ", ".join(rewards),
+        "because": "; ".join(value for value in diagnosis.values() if value),
+    }
 
 
-def dialogue_pages(dialogues, folder):
-    """The filters, every dialogue, the pictures and the script."""
-    pictures = Pictures()
-    each = [dialogue(told, pictures, folder) for told in dialogues]
-    boxes = [
-        f'<label><input type="checkbox" name="{name}"> {title}</label>'
-        for name, title in FILTERS.items()
-    ]
-    cases = [told["diagnosis"]["case"] for told in dialogues if told["diagnosis"]]
-    for name, title, values in (
-        ("run", "mode", [told["run"] for told in dialogues]),
-        ("case", "diagnosis", cases),
-    ):
-        options = "".join(f"<option>{escape(value)}</option>" for value in dict.fromkeys(values))
-        boxes.append(
-            f'<label>{title} <select name="{name}"><option value="">all</option>{options}</select></label>'
-        )
-    return [
-        "<h2>Dialogues</h2>",
-        f'<p id="filters">{"".join(boxes)}<span id="count"></span></p>',
-        *each,
-        f'<script type="application/json" id="pictures">{json.dumps(pictures.uris)}</script>',
-        f"<script>{SCRIPT}</script>",
-    ]
+def given_images(question: dict, pictures: Pictures) -> tuple[list[dict], str]:
+    """The images of a question, and a sentence if only some of them are shown."""
+    paths = question["images"]
+    count = min(len(paths), MOST_IMAGES)
+    numbers = np.unique(np.linspace(1, len(paths), count).round().astype(int)).tolist()
+    images = []
+    for number in numbers:
+        path = paths[number - 1]
+        read = _reader(path, question["bench"])
+        images.append(pictures.add(f"Image-{number}", str(path), read))
+    few = len(numbers) < len(paths)
+    return images, f"{len(numbers)} of {len(paths)} images are shown." if few else ""
 
 
-def write(
-    path, title, results=None, wm=None, logs=None, sheet=None, dose=None, dialogues=(), folder="."
-):
-    """Write report.html; what is not given is left out.
+def _reader(path, bench: str) -> Callable:
+    return lambda: open_image(path, bench)
 
-    results     as results.json of a bench of questions;  wm: as results.json of --bench wm
-    logs        {title: log.jsonl};  sheet: `contact_sheet` or a file;  dose: `dose_curves` as a picture
-    dialogues   of pages.dialogue_rows;  folder: below which their imagined views lie
-    """
-    body = [f"<h1>{escape(title)}</h1>"]
-    if results:
-        body += [results_table(results), figure(workflow(results))]
-        body += [diagnosis_table(results["diagnosis"])] if results.get("diagnosis") else []
-    if wm or sheet is not None:
-        body.append("<h2>The simulator</h2>")
-        body += ([consistency_table(wm)] if wm else []) + (
-            [picture(sheet)] if sheet is not None else []
-        )
-        body += [picture(dose)] if dose else []
-    if logs:
-        body += ["<h2>Learning</h2>", *(curves_figure(name, log) for name, log in logs.items())]
-    if dialogues:
-        body += dialogue_pages(dialogues, folder)
-    head = (
-        f'<!doctype html><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-    )
-    write_text(path, "\n".join([head, *body]))
+
+def turns_with_views(record: dict, pictures: Pictures, folder: Path) -> list[dict]:
+    """The turns of a dialogue, what was replied, and the imagined view beside the true one."""
+    given = len(record["question"]["images"])
+    true = true_views(record["question"], record["calls"])
+    turns = []
+    replies = [*record["replies"], (None, None)]
+    for text, (reply, number) in zip(record["turns"], replies, strict=False):
+        views = []
+        if number:
+            k = number - given - 1
+            call, file = record["calls"][k], folder / record["views"][k]
+            motion = phrase(Motion(call["motion"], call["amount"]))
+            caption = f"Image-{number}: imagined from Image-{call['image']}, {motion}"
+            views.append(pictures.add(caption, str(file), lambda file=file: Image.open(file)))
+            if true:
+                view = true[k]
+                views.append(pictures.add("the true view", view.tobytes(), lambda view=view: view))
+        turns.append({"text": text, "reply": reply, "views": views})
+    return turns
+
+
+def verdict_words(record: dict) -> str:
+    """What was answered, or why not; and the true answer."""
+    if record["error"]:
+        verdict = record["error"]
+    elif record["said"] is None:
+        verdict = "no answer"
+    else:
+        verdict = f"answered {record['said']}"
+    return verdict if record["gold"] is None else f"{verdict}; true answer {record['gold']}"
