@@ -613,6 +613,10 @@ def main(argv: list[str] | None = None) -> None:
     questions = questions[: args.limit]
     worth_asking(args, questions)
     policy, name = open_policy(args, world.device)
+    if args.mode in BASELINES:
+        from extras.report.search import check_policy
+
+        check_policy(policy)
     say(f"{args.bench}: {len(questions)} questions, policy {name} on {world.device}")
     conditions = conditions_of(args, name)
     if is_main():

@@ -27,7 +27,7 @@ EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 def held(question, mode, answer, calls, views):
     """A scripted dialogue: (image, motion, amount) per call, and what it is shown."""
     t = Trajectory.start(POLICY, question, question["images"], mode)
-    for (image, motion, amount), view in zip(calls, views):
+    for (image, motion, amount), view in zip(calls, views, strict=False):
         call = json.dumps(
             {"name": "imagine", "arguments": {"image": image, "motion": motion, "amount": amount}}
         )
@@ -59,7 +59,9 @@ def page(tmp_path_factory):
         call = tuple(row["command"][key] for key in ("image", "kind", "amount"))
         calls = [(9, "turn left", 45.0), call] * (k % 2)  # the first is impossible
         asked = held(arrays, "agentic", wrong if k % 3 else row["answer"], calls, [view] * 2)
-        for (mode, name), t in zip(records, (held(arrays, "direct", row["answer"], [], []), asked)):
+        for (mode, name), t in zip(
+            records, (held(arrays, "direct", row["answer"], [], []), asked), strict=True
+        ):
             column = Condition(mode, name, {"mode": mode})
             record = prediction_of(Rooms(), row["id"], arrays, t, column, 0.1)
             record["views"] = save_views(out, t.images[len(row["images"]) :])
@@ -71,11 +73,17 @@ def page(tmp_path_factory):
     return out, shown
 
 
+def shown(record, folder):
+    """The page of one dialogue alone."""
+    report.write(folder / "one.html", "one", dialogues=[record], folder=folder)
+    return (folder / "one.html").read_text()
+
+
 def test_what_models_and_data_say_is_escaped(page):
     html = (page[0] / "report.html").read_text()
     assert EVIL not in html and "<img src=x" not in html and html.count("<script") == 2
     assert (
-        html.count("&lt;script&gt;alert(&quot;x&quot;)") >= 2 + 24
+        html.count("&lt;script&gt;alert(&#34;x&#34;)") >= 2 + 24
     )  # title, heading, every dialogue
 
 
@@ -100,7 +108,7 @@ def test_every_question_is_there_in_every_mode_and_filters_know_it(page):
 
 
 def test_a_dialogue_shows_what_was_imagined_beside_the_truth_and_what_it_earned(page):
-    html = report.dialogue(page[1][3], report.Pictures(), page[0])  # the second question, agentic
+    html = shown(page[1][3], page[0])  # the second question, agentic
     call = page[1][3]["calls"][0]
     assert f"Image-5: imagined from Image-{call['image']}, {phrase(motion_in(call))}" in html
     assert "the true view" in html and "There is no such image" in html and "What is there?" in html
@@ -135,7 +143,8 @@ def test_large_pictures_become_thumbnails_and_videos_show_some_frames(page, tmp_
     question = {**page[1][0]["question"], "images": [str(tmp_path / "large.jpg")] * 50}
     told = {**page[1][0], "calls": [], "question": question}
     pictures = report.Pictures()
-    html = report.dialogue(told, pictures, tmp_path)
+    report.dialogue_data(told, pictures, tmp_path)
+    html = shown(told, tmp_path)
     assert "12 of 50 images are shown" in html and "Image-50" in html
     assert len(pictures.uris) == 1 and len(pictures.uris[0]) < 20_000
 

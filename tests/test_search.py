@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from test_clients import QUICK, Fake, says
+from fake_server import QUICK, Fake, says
 
 import data
 import evaluate
@@ -25,14 +25,15 @@ from extras.report.search import (
     waypoints,
 )
 from extras.world2vlm.transitions import end_pose
-from lib.common import read_log
-from lib.dialogue import ENOUGH, Trajectory
+from lib.records import read_log
+from lib.dialogue import Trajectory
 from lib.geometry import Motion, read_instruction
 from lib.images import load_image
+from lib.protocol import ENOUGH
 from lib.rooms import TrueRenderer, random_room, render
 from lib.simulators import SimulatorError
 from policy import Policy
-from train_sft import call_parts
+from train_sft import call_texts
 
 F, L, R = "move forward", "turn left", "turn right"
 
@@ -231,13 +232,15 @@ def test_every_view_is_the_one_at_the_end_of_its_whole_path_from_the_original_im
     orders = [(read_instruction(query.instruction), len(query.images)) for query in spy.queries]
     assert orders == [((2, way[1]), 4) for way in ways[:2]] + [((5, way[2]), 5) for way in ways[2:]]
     given = [load_image(image) for image in row["images"]]
-    assert all((a == b).all() for query in spy.queries for a, b in zip(query.images, given))
+    assert all(
+        (a == b).all() for query in spy.queries for a, b in zip(query.images, given, strict=False)
+    )
 
 
 def test_the_calls_are_the_turns_that_the_cold_start_teaches():
     policy = Policy.tiny()
     for kind, amount in ((L, 45.0), (F, 0.5), ("move right", 1.0)):
-        taught = call_parts({"image": 2, "kind": kind, "amount": amount})
+        taught = call_texts({"image": 2, "kind": kind, "amount": amount})
         ids = [token for text, _ in taught for token in policy.tokens(text)]
         assert policy.tokens(search.call_turn(2, Motion(kind, amount)) + "<|im_end|>") == ids
 
@@ -261,7 +264,8 @@ def test_an_answer_shows_views_by_kind_and_magnitude_and_what_leads_to_them():
     ]  # Image-4 is the turn by 45 degrees
     shown = [path(2, (F, 1.0)), path(2, (L, 45)), *ways[:2]]
     assert all(
-        image is tree.nodes[way].images[-1] for image, way in zip(dialogue.images[2:], shown)
+        image is tree.nodes[way].images[-1]
+        for image, way in zip(dialogue.images[2:], shown, strict=True)
     )
     words = search.with_views(tree, dialogue)["question"]
     assert (
@@ -278,7 +282,7 @@ def test_search_gives_the_same_whatever_the_batch(policy, monkeypatch):
     for method in (search.search, gate):
         together = method(policy, asked, Noise(), 5, 24)
         alone = [method(policy, [row], Noise(), 5, 24, 2)[0] for row in asked]
-        for a, b in zip(together, alone):
+        for a, b in zip(together, alone, strict=True):
             assert (a.turns, a.provenance, a.cost) == (b.turns, b.provenance, b.cost)
             assert all((x == y).all() for x, y in zip(a.images, b.images, strict=True))
         if method is search.search:

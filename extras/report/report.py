@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import jinja2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from extras.benches.common import open_image
 from extras.report.diagnosis import CASES, true_views
@@ -56,7 +56,7 @@ def write(
     """Write report.html; what is not given is left out.
 
     results     as results.json of a bench of questions;  wm: as results.json of --bench wm
-    logs        {title: log.jsonl};  sheet: `contact_sheet` or a file;  dose: `dose_curves` as a picture
+    logs        {title: log.jsonl};  sheet: `images.contact_sheet` or a file;  dose: `dose_curves` as a picture
     dialogues   of pages.dialogue_rows;  folder: below which their imagined views lie
     """
     pictures = Pictures()
@@ -308,29 +308,6 @@ def draw_responses(axis, responses: dict) -> None:
         axis.errorbar(x, y, [y - low, high - y], color=colour, lw=0.8, label=label)
         fill = [colour if point["trained"] else "white" for point in points]
         axis.scatter(x, y, 22, fill, edgecolors=colour, zorder=3)
-
-
-def contact_sheet(rows: list[dict], views: dict[str, list]) -> Image.Image:
-    """Triples (rows of arrays) and {simulator: a view per row} -> a picture: context | motion | imagined ... | true."""
-    font, side, gap, words = ImageFont.load_default(12), 96, 6, 150
-    step = side + gap
-    left = [k * step for k in range(len(rows[0]["context"]))]
-    words_at = left[-1] + step
-    right = [words_at + words + k * step for k in range(len(views) + 1)]
-    page = Image.new("RGB", (right[-1] + side, 20 + len(rows) * step), "white")
-    pen = ImageDraw.Draw(page)
-    pen.text((left[0], 2), "context", "gray", font)
-    for x, title in zip(right, [*views, "true"], strict=True):
-        pen.text((x, 2), Path(title).name, "gray", font)
-    for r, row in enumerate(rows):
-        top = 20 + r * step
-        images = [*row["context"], *(view[r] for view in views.values()), row["target"]]
-        for x, image in zip(left + right, images, strict=False):
-            page.paste(Image.fromarray(image).resize((side, side), Image.NEAREST), (x, top))
-        motion = phrase(Motion(**row["motion"])).replace(" to the ", "\nto the ")
-        text = f"Image-{row['reference']}:\n{motion}"
-        pen.multiline_text((words_at, top + side // 3), text, "black", font)
-    return page
 
 
 # ---- dialogues -------------------------------------------------------------------------------------------------------

@@ -30,13 +30,14 @@ import numpy as np
 import torch
 
 from extras.remote.client import RemotePolicy, converse
-from lib.dialogue import LIMITS, Trajectory
+from lib.dialogue import Trajectory
 from lib.distributed import fail
 from lib.geometry import KINDS, Motion, phrase
 from lib.images import load_image
+from lib.protocol import LIMITS
 from lib.simulators import SimulatorError, imagine_each
 from lib.streams import numpy_stream, stream_seed
-from policy import encode_images, go_on, rollout
+from policy import encode_images, rollout, write_turns
 
 # MindJourney's code with Stable Virtual Camera
 STEPS = 3
@@ -375,7 +376,9 @@ def answer_locally(run: Run, dialogues: list[Imagined]) -> None:
         batch = dialogues[start : start + run.rows]
         encode_images(run.policy, batch)
         turns_before = [len(dialogue.turns) for dialogue in batch]
-        go_on(run.policy, batch, torch.zeros(len(batch), TURNS, run.limit, dtype=torch.float64))
+        write_turns(
+            run.policy, batch, torch.zeros(len(batch), TURNS, run.limit, dtype=torch.float64)
+        )
         for dialogue, before in zip(batch, turns_before, strict=True):
             dialogue.cost.update(
                 policy_calls=len(dialogue.turns) - before, tokens=len(dialogue.ids)
