@@ -98,7 +98,7 @@ class Condition(NamedTuple):
 
 
 class Rooms:
-    """What this file asks of a bench. The published ones have the same methods: extras/benches/asking.py."""
+    """What this file asks of a bench. The published ones have the same methods: extras/benches/common.py."""
 
     def load(self, args: argparse.Namespace) -> tuple[list[dict], list[dict] | None]:
         """-> (questions, training questions, from which a blind guesser learns, or None)."""
@@ -143,7 +143,7 @@ def bench_called(name: str):
     """`Rooms`, or a published bench."""
     if name == "rooms":
         return Rooms()
-    from extras.benches.asking import Published
+    from extras.benches.common import Published
 
     return Published(name)
 

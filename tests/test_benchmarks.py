@@ -15,12 +15,11 @@ from PIL import Image
 import evaluate
 from extras.benches.common import (
     BENCHES,
+    Published,
     group_weights,
-    groups,
     lenient,
     load,
     open_image,
-    prompt,
     reply,
     score,
     weights,
@@ -142,6 +141,10 @@ ALL = [  # the fact sheet's table, gold B: MindCube, MMSI, MMSI-Video, VSI
     ("the answer is B because it turns", "1000"),
     ("Not A but B", "0100"),
 ]
+
+
+def groups(question):
+    return Published(question["bench"]).groups(question)
 
 
 # ---- verdicts -------------------------------------------------------------------------------------------------------
@@ -458,7 +461,7 @@ def test_mindcube_records_become_questions(tmp_path):
         second,
     ]
     assert load("mindcube", tmp_path) == [first, second]  # where the zip was unpacked
-    before, text = prompt(first)
+    before, text = first["official"]
     assert before == "" and "<answer>" in text
     assert text.endswith("[Question]\n" + records[0]["question"])
 
@@ -479,7 +482,7 @@ def test_questions_of_rooms_in_mindcube_s_files_are_read_back(tmp_path):
     assert (rotation["id"], rotation["category"]) == ("rotation_room_1", "rotation")
     for question, row in zip((around, rotation), rows, strict=True):
         words = " ".join([row["question"], *row["options"]])
-        assert prompt(question)[-1].endswith("[Question]\n" + words)
+        assert question["official"][-1].endswith("[Question]\n" + words)
         assert (question["options"], question["answer"]) == (row["options"], "B")
     assert [np.asarray(open_image(path, "mindcube")).max() for path in rotation["images"]] == [
         40,
@@ -545,7 +548,7 @@ def test_mmsi_tsv_becomes_questions(tmp_path):
     ]
     assert [groups(q) for q in questions[-2:]] == [["Motion", "Motion (Obj.)"], ["MSR"]]
     assert np.asarray(open_image(questions[3]["images"][1], "mmsi"))[0, 0, 0] == 4
-    pieces = prompt(questions[1])
+    pieces = questions[1]["official"]
     assert len(pieces) == 3 and "``" in pieces[2]
     assert pieces[2].startswith(records[1]["question"] + "\n")
     assert "secret" not in json.dumps(questions)
@@ -630,19 +633,19 @@ def test_video_prompt_is_the_record_word_for_word(tmp_path):
     assert (question["clips"], len(question["images"])) == ([25, 25], 51)
     assert question["images"][0].endswith("frames/toy/0/00:00.00_frame_1.00_0.jpg")
     assert question["images"][-1] == str(tmp_path / "ref_images/toy/r.jpg")
-    pieces = prompt(question)
+    pieces = question["official"]
     assert len(pieces) == 52 and pieces[0] == "Frames follow.\nJudge. " and pieces[25] == " "
     words = f"Frames follow.\nJudge. {record['user_prompt']}\nGive one letter."
     assert "".join(pieces) == words.replace("<video>", "").replace("<image>", "")
     assert question["question"] == "What of <image>?" and question["options"][0] == "A. Thing"
     (full,) = load("mmsi_video", tmp_path, frames=300)
-    assert (full["clips"], len(prompt(full))) == ([75, 75], 152)
+    assert (full["clips"], len(full["official"])) == ([75, 75], 152)
     with pytest.raises(PictureError):  # a missing frame is not left out: the caller counts
         open_image(question["images"][0], "mmsi_video")
 
 
 def test_video_types_have_levels_and_error_groups():
-    pairs = [(level(t), error_group({"bench": "mmsi_video", "category": t})) for t in VIDEO_TYPES]
+    pairs = [(level(t), error_group(t)) for t in VIDEO_TYPES]
     assert pairs == [
         *6 * [("Perception", "geometric reasoning")],
         *3 * [("Perception", "motion grounding")],
@@ -650,7 +653,6 @@ def test_video_types_have_levels_and_error_groups():
         ("Prediction", "long-horizon prediction"),
         *2 * [("Cross-Video", "cross-video correspondence")],
     ]
-    assert error_group({"bench": "mmsi"}) is None
 
 
 def test_video_groups_are_level_type_and_sub_benches(tmp_path):
@@ -696,9 +698,9 @@ def test_sat_asks_in_both_orders(tmp_path):
     assert questions[1]["options"] == ["A. turn right", "B. turn left"]
     assert questions[2]["options"][0] == "A. near"
     assert [q["category"] for q in questions] == ["EgoM", "EgoM", "GoalAim", "GoalAim"]
-    assert '"turn right" or "turn left"' in prompt(questions[1])[-1]
-    for words in (lambda q: prompt(q)[-1], lambda q: q["question"]):  # the bench's and ours
-        assert [words(q).count("Image 1 is the start") for q in questions] == [1, 1, 0, 0]
+    assert '"turn right" or "turn left"' in questions[1]["official"][-1]
+    for texts in ([q["official"][-1] for q in questions], [q["question"] for q in questions]):
+        assert [text.count("Image 1 is the start") for text in texts] == [1, 1, 0, 0]
     always_first = [score("sat", q, q["options"][0][3:])[1] for q in questions]
     assert weights("sat", [q["category"] for q in questions]) @ always_first == 0.5
 
@@ -734,7 +736,9 @@ def test_vsi_records_become_questions(tmp_path):
     assert (letter["kind"], letter["options"]) == ("mca", records[0]["options"])
     assert (number["kind"], number["options"], number["answer"]) == ("na", [], "1.8")
     assert groups(letter) == ["object_rel_direction", VSI_LETTER[0]]
-    assert "Options:\nA. thing A" in prompt(letter)[-1] and "Options" not in prompt(number)[-1]
+    assert (
+        "Options:\nA. thing A" in letter["official"][-1] and "Options" not in number["official"][-1]
+    )
     file = write_parquet(tmp_path / "test-00000-of-00001.parquet", records)
     assert load("vsi", file, frames=4) == questions
 

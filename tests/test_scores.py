@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from extras.benches.common import groups
+from extras.benches.common import Published
 from extras.benches.mmsi_video import VIDEO_TYPES
 from lib.scores import gain_over, interval, paired_bootstrap, print_answers, summarise, text_table
 
@@ -19,7 +19,7 @@ def record(
         "bench": bench,
         "kind": "mca",
         "category": category,
-        "groups": groups(question),
+        "groups": Published(bench).groups(question),
         "needs_view": None,
         "scene": number // 4 if room is None else room,
         "answer": "B",

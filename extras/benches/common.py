@@ -12,6 +12,7 @@ number may stand beside a published one only if it was read the same way. `lenie
 published rule, to stand beside the official one and never for it.
 """
 
+import argparse
 import re
 from collections import Counter
 from pathlib import Path
@@ -26,12 +27,14 @@ from extras.benches.mmsi import MMSI
 from extras.benches.mmsi_video import MMSI_VIDEO, error_group
 from extras.benches.sat import SAT
 from extras.benches.vsi import VSI, group_weights, relative_accuracy
+from lib.dialogue import Trajectory
+from lib.distributed import is_main, say, wait_for_all
 
 BENCHES = {bench.name: bench for bench in (MINDCUBE, MMSI, MMSI_VIDEO, SAT, VSI)}
 BARE = ("sat", "vsi")  # read a reply without tags
 
 
-def bench_called(name: str) -> Bench:
+def find_bench(name: str) -> Bench:
     """The bench of a name. Raises ValueError if no published bench is called so."""
     if name not in BENCHES:
         raise ValueError(f"no published bench is called {name!r}; there are: {', '.join(BENCHES)}")
@@ -45,7 +48,7 @@ def load(bench: str, folder: str | Path | None = None, frames: int | None = None
     frames   the most frames a question shows, all its clips together (default the bench's; video benches only)
     Stops with a sentence where nothing can be read; raises ValueError for a bench that is not published.
     """
-    source = bench_called(bench)
+    source = find_bench(bench)
     place = fetch(source) if folder is None else Path(folder)
     return read_questions(source, find_file(source, place), frames or source.frames)
 
@@ -68,7 +71,7 @@ def score(bench: str, record: dict, text: str | None) -> tuple[str | float | Non
     returns   (what was read or None, 1.0 if right else 0.0; a number gets its `relative_accuracy`)
     raises    ValueError for an unknown bench
     """
-    read = bench_called(bench).read(text or "", record)
+    read = find_bench(bench).read(text or "", record)
     return read, credit(read, record)
 
 
@@ -97,18 +100,7 @@ def reply(bench: str, turn: str) -> str:
     return re.sub(r"</?answer>", "", turn).strip() if bench in BARE else turn
 
 
-# ---- prompts, groups and averages -----------------------------------------------------------------------------------
-
-
-def prompt(question: dict) -> list[str]:
-    """What the official code asks, as the text before each image and after the last one: (images + 1) strings."""
-    return question["official"]
-
-
-def groups(question: dict) -> list[str]:
-    """The official groups that a question belongs to, from the widest to its category, then sub-benches."""
-    names = bench_called(question["bench"]).groups(question)
-    return list(dict.fromkeys(names))  # a task of one type has its name
+# ---- averages -------------------------------------------------------------------------------------------------------
 
 
 def weights(bench: str, categories: list[str]) -> np.ndarray:
@@ -131,8 +123,72 @@ def more_numbers(predictions: list[dict]) -> dict:
     if bench == "sat":  # some tables print this one beside the official one
         shares = group_weights([row["category"] for row in predictions])
         numbers["mean_of_groups"] = float(shares @ [row["correct"] for row in predictions])
-    wrong = [row for row in predictions if bench == "mmsi_video" and not row["correct"]]
-    failures = Counter(error_group(row) for row in wrong if error_group(row))
-    if failures:  # MMSI-Video: the four error groups of its abstract
-        numbers["failures"] = dict(failures.most_common())
+    if bench == "mmsi_video":
+        wrong = [error_group(row["category"]) for row in predictions if not row["correct"]]
+        failures = Counter(group for group in wrong if group)
+        if failures:
+            numbers["failures"] = dict(failures.most_common())
     return numbers
+
+
+# ---- what evaluate.py asks ------------------------------------------------------------------------------------------
+
+
+class Published:
+    """One of BENCHES, by its name: what evaluate.py asks of a bench (`evaluate.Rooms` has the same methods)."""
+
+    def __init__(self, name: str):
+        self.bench = find_bench(name)
+
+    def load(self, args: argparse.Namespace) -> tuple[list[dict], None]:
+        """The questions of --data, of data/<bench>, or of rooms in its layout; sets args.frames to its default."""
+        name = self.bench.name
+        args.frames = (args.frames or self.bench.frames) if self.bench.frames else None
+        folder = args.data
+        for root in ("data", "out/data", "out/demo/data"):
+            if folder is None and Path(root, name).exists():
+                folder = f"{root}/{name}"
+        if not is_main():
+            wait_for_all()  # the first process fetches what is missing
+        questions = load(name, folder, args.frames)
+        if is_main():
+            wait_for_all()
+        say(f"{name}: {len(questions)} questions of {folder or f'data/{name}'}")
+        return questions, None
+
+    def images(self, question: dict) -> list[np.ndarray]:
+        """Its images, (H, W, 3) uint8 each. Raises PictureError if one is missing or broken."""
+        name = self.bench.name
+        return [np.asarray(open_image(image, name)) for image in question["images"]]
+
+    def prompt(self, question: dict, mode: str) -> list[str] | None:
+        """What the bench's own code asks, or None where the policy is asked in its own words (lib/dialogue.py).
+
+        MMSI-Video-Bench is always asked word for word, and a mode with a tool adds the tool's schema alone. The others
+        are asked so in mode official: "reply with the answer only" goes together neither with a call nor with thoughts.
+        """
+        if mode == "official" or self.bench.name == "mmsi_video":
+            return question["official"]
+        return None
+
+    def groups(self, question: dict) -> list[str]:
+        """The official groups of a question, from the widest to its category, then sub-benches: rows of the table."""
+        return list(dict.fromkeys(self.bench.groups(question)))  # a task of one type has its name
+
+    def judge(self, question: dict, dialogue: Trajectory, mode: str) -> dict:
+        """-> {"answer": what was read, "correct", "lenient"} by the bench's rules.
+
+        Except in mode official, a dialogue without an accepted answer (no call in mode forced, cut off in its thoughts)
+        has said nothing, and SAT, whose own rule knows no letters, is read leniently, since our words show them.
+        """
+        name = self.bench.name
+        accepted = mode == "official" or dialogue.answer is not None
+        text = dialogue.turns[-1] if accepted and dialogue.turns else ""
+        answer, forgiving = lenient(question, text)
+        correct = forgiving
+        if name != "sat" or mode == "official":
+            answer, correct = score(name, question, reply(name, text))
+        return {"answer": answer, "correct": correct, "lenient": forgiving}
+
+    def diagnose(self, question: dict, dialogue: Trajectory) -> None:
+        """Only in rooms it is known what every view shows."""

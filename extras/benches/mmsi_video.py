@@ -162,14 +162,12 @@ def level(category: str) -> str:
     return "Perception" if head in ("Spatial Construction", "Motion Understanding") else head
 
 
-def error_group(question: dict) -> str | None:
-    """Which of the four FAILURES a wrong answer counts to; None for planning, which is none, and for other benches.
+def error_group(category: str) -> str | None:
+    """Which of the four FAILURES a wrong answer counts to, told by the type of its question; None for planning.
 
-    Told by the type of the question alone, since why an answer is wrong cannot be read off a letter.
+    Why an answer is wrong cannot be read off a letter.
     """
-    if question["bench"] != "mmsi_video":
-        return None
-    return FAILURES.get(head_of(question["category"]))
+    return FAILURES.get(head_of(category))
 
 
 MMSI_VIDEO = Bench(
