@@ -1,4 +1,4 @@
-"""The protocol of a dialogue at its edges (tests/test_policy.py has the rest): pytest tests/test_dialogue.py"""
+"""How turns are read, and the rules of a dialogue at their edges; tests/test_policy.py has the rest."""
 
 import json
 
@@ -9,17 +9,25 @@ from lib.dialogue import Trajectory, call_poses
 from lib.geometry import KINDS, Motion, move_camera
 from lib.protocol import (
     AMOUNT,
+    ARGUMENTS,
     CALL_FIRST,
     ENOUGH,
+    IMAGE_NUMBER,
     LIMITS,
+    MOTIONS,
+    NO_SUCH_TOOL,
+    NOT_JSON,
     UNREADABLE,
     Turn,
     parse_reply,
+    parse_turn,
     read_call,
 )
 from policy import Policy
 
-ANSWER = "<think>red</think><answer>A</answer>"
+CALL = '<think>look</think><tool_call>{"name": "imagine", "arguments": %s}</tool_call>'
+LOOK = CALL % '{"image": 2, "motion": "turn left", "amount": 45}'
+ANSWER = "<think>red</think><answer> A </answer>"
 
 
 def call(image=1, motion="turn left", amount=45):
@@ -39,24 +47,85 @@ def policy():
 
 def play(policy, mode, *turns):
     """A dialogue about one picture; every valid call is shown the same view -> what was replied, the Trajectory."""
-    view, question = (
-        np.full((32, 32, 3), 100, np.uint8),
-        {"question": "Which?", "options": ["A. red", "B. blue"]},
-    )
+    view = np.full((32, 32, 3), 100, np.uint8)
+    question = {"question": "Which?", "options": ["A. red", "B. blue"]}
     trajectory = Trajectory.start(policy, question, [view], mode)
-    for said in turns:
-        trajectory.say(policy, said)
+    for text in turns:
+        trajectory.say(policy, text)
         if not trajectory.done:
             trajectory.observe(policy, image=view if trajectory.call else None)
     return [reply for reply, _ in trajectory.replies], trajectory
 
 
-def test_amounts_just_inside_and_just_outside():
-    assert (
-        LIMITS == {"meters": 10, "degrees": 360}
-        and "at most 10 (meters)" in AMOUNT
-        and "360 (degrees)" in AMOUNT
+# ---- a turn is read ---------------------------------------------------------------------------------------------------------
+
+
+def test_good_turns():
+    assert parse_turn(LOOK).call == {"image": 2, "motion": "turn left", "amount": 45.0}
+    assert parse_turn(ANSWER) == ("red", None, "A", None)
+    spread = (
+        '<think>\na\n</think>\n\n<tool_call>\n{"name": "imagine", '
+        '"arguments": {"image": 1, "motion": "move up", "amount": 1e-1}}\n</tool_call>\n'
     )
+    assert parse_turn(spread).call == {"image": 1, "motion": "move up", "amount": 0.1}
+
+
+@pytest.mark.parametrize(
+    "text, error",
+    [
+        ("", UNREADABLE),
+        ("B", UNREADABLE),
+        ("<answer>B</answer>", UNREADABLE),
+        ("<think>x</think>B", UNREADABLE),
+        ("<think>x</think><answer></answer>", UNREADABLE),
+        (ANSWER + ANSWER, UNREADABLE),
+        (LOOK + ANSWER, UNREADABLE),
+        ("<think>a<think>b</think><answer>B</answer>", UNREADABLE),
+        (ANSWER + " I am sure.", UNREADABLE),
+        ("<think>x</think><answer>A</answer><answer>B</answer>", UNREADABLE),
+        ("<think>x</think><tool_call>imagine(2)</tool_call>", NOT_JSON),
+        (CALL % "[1, 2]", NOT_JSON),
+        (CALL % "{", NOT_JSON),
+        ("<think>x</think><tool_call>[]</tool_call>", NOT_JSON),
+        ("<think>x</think><tool_call>{}</tool_call>", NOT_JSON),
+        ("<think>x</think><tool_call>" + "[" * 100_000 + "</tool_call>", NOT_JSON),
+        (LOOK.replace("imagine", "zoom"), NO_SUCH_TOOL),
+        (CALL % '{"image": 2, "motion": "turn left"}', ARGUMENTS),
+        (CALL % '{"image": 2, "motion": "turn left", "amount": 45, "speed": 1}', ARGUMENTS),
+        (CALL % '{"image": "2", "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
+        (CALL % '{"image": true, "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
+        (CALL % '{"image": 2.5, "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
+        (CALL % '{"image": 2, "motion": "fly", "amount": 45}', MOTIONS),
+        (CALL % '{"image": 2, "motion": ["turn left"], "amount": 45}', MOTIONS),
+        *[
+            (CALL % f'{{"image": 2, "motion": "move left", "amount": {bad}}}', AMOUNT)
+            for bad in (
+                "null",
+                '"1.5"',
+                "NaN",
+                "Infinity",
+                "-1",
+                "0",
+                "10000",
+                "1e999",
+                "1" + "0" * 400,
+                "true",
+                "[1]",
+            )
+        ],
+    ],
+)
+def test_bad_turns_get_a_sentence(text, error):
+    turn = parse_turn(text)
+    assert turn.error == error and turn.call is None and turn.answer is None
+
+
+# ---- the rules at their edges -----------------------------------------------------------------------------------------
+
+
+def test_amounts_just_inside_and_just_outside():
+    assert LIMITS == {"meters": 10, "degrees": 360}
+    assert "at most 10 (meters)" in AMOUNT and "360 (degrees)" in AMOUNT
     for motion in KINDS:
         most, more = (10, 10.1) if motion.startswith("move") else (360, 361)
         want = {"image": 1, "motion": motion, "amount": float(most)}
@@ -68,9 +137,8 @@ def test_only_a_valid_call_lets_forced_answer(policy):
     replies, trajectory = play(
         policy, "forced", turn(image=7), ANSWER, turn(amount=400), ANSWER, turn(), ANSWER
     )
-    assert replies[1] == replies[3] == CALL_FIRST.strip() and replies[4].startswith(
-        "Imagined from Image-1, turn left"
-    )
+    assert replies[1] == replies[3] == CALL_FIRST.strip()
+    assert replies[4].startswith("Imagined from Image-1, turn left")
     assert trajectory.answer == "A" and (trajectory.valid_calls, trajectory.invalid_calls) == (1, 2)
 
 

@@ -14,20 +14,13 @@ from lib.dialogue import Trajectory
 from lib.geometry import Motion, move_camera
 from lib.protocol import (
     AMOUNT,
-    ARGUMENTS,
     CALL_FIRST,
     ENOUGH,
-    IMAGE_NUMBER,
-    MOTIONS,
     NO_SIMULATOR,
-    NO_SUCH_TOOL,
     NO_TOOL,
-    NOT_JSON,
-    UNREADABLE,
-    parse_turn,
     prompt_text,
 )
-from lib.rollout import Writer, sample
+from lib.rollout import Writer, cell_count, sample
 from policy import Policy, collate, encode_images, rollout, token_logprobs
 
 
@@ -149,9 +142,8 @@ def test_smaller_patches_give_more_tokens_per_image():
     small = Policy.tiny(patch=4)
     trajectory = Trajectory.start(small, question(0), [picture(0)], "agentic")
     assert trajectory.ids.count(small.pad_id) == 16
-    assert (
-        token_logprobs(small, collate(small, [say(small, trajectory, ANSWER)]))[0].isfinite().all()
-    )
+    batch = collate(small, [say(small, trajectory, ANSWER)])
+    assert token_logprobs(small, batch)[0].isfinite().all()
 
 
 def test_saved_and_loaded_policy_is_the_same(policy, tmp_path):
@@ -161,11 +153,9 @@ def test_saved_and_loaded_policy_is_the_same(policy, tmp_path):
         rollout(p, [question(1)], Mirror(), seed=3, max_turns=2, max_new_tokens=12)[0]
         for p in (policy, loaded)
     )
-    assert (
-        a.ids == b.ids
-        and a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
-        and loaded.images == policy.images
-    )
+    assert a.ids == b.ids
+    assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+    assert loaded.images == policy.images
     theirs = loaded.model.state_dict()
     assert all(
         torch.equal(value, theirs[name]) for name, value in policy.model.state_dict().items()
@@ -183,16 +173,13 @@ def test_missing_or_broken_checkpoint_is_a_sentence(tmp_path):
 
 def test_prompt_is_qwens_layout(policy):
     text = prompt_text(question(1), "agentic", 2)
-    assert text.startswith("<|im_start|>system\n# Tools\n") and text.endswith(
-        "<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert text.startswith("<|im_start|>system\n# Tools\n")
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
     tool = json.loads(text.split("<tools>\n")[1].split("\n</tools>")[0])
     arguments = tool["function"]["parameters"]["properties"]
     assert tool["function"]["name"] == "imagine" and len(arguments["motion"]["enum"]) == 10
-    assert (
-        "Image-2: <|vision_start|><|image_pad|><|vision_end|>" in text
-        and "\nA. red box\nB. blue ball" in text
-    )
+    assert "Image-2: <|vision_start|><|image_pad|><|vision_end|>" in text
+    assert "\nA. red box\nB. blue ball" in text
     direct = prompt_text(question(1), "direct", 2)
     assert "tool" not in direct and "imagine" not in direct
     assert CALL_FIRST in prompt_text(question(1), "forced", 2)
@@ -210,11 +197,13 @@ def test_pieces_are_tokenised_as_the_whole_text_would_be(policy):
 
 def test_four_small_images_make_a_short_prompt(policy):
     overhead = 4 * (16 + 3) + len(policy.tokens(question(0)["question"])) + 4  # and one option
-    assert (
-        len(Trajectory.start(policy, question(0), question(0, 4)["images"], "agentic").ids)
-        - overhead
-        <= 14
-    )
+    prompt = Trajectory.start(policy, question(0), question(0, 4)["images"], "agentic")
+    assert len(prompt.ids) - overhead <= 14
+
+
+def of_policy(trajectory, mask=1):
+    """The tokens that the policy wrote; mask=0: all others."""
+    return [i for i, m in zip(trajectory.ids, trajectory.loss_mask, strict=True) if m == mask]
 
 
 def say(policy, trajectory, text):
@@ -257,13 +246,9 @@ def test_positions_are_the_librarys(policy):
 
 def test_loss_mask_covers_the_policys_tokens_and_nothing_else(policy):
     trajectory = full_dialogue(policy)
-    wrote = [i for i, m in zip(trajectory.ids, trajectory.loss_mask) if m]
-    assert policy.tokenizer.decode(wrote) == "".join(
-        turn + "<|im_end|>" for turn in trajectory.turns
-    )
-    rest = policy.tokenizer.decode(
-        [i for i, m in zip(trajectory.ids, trajectory.loss_mask) if not m]
-    )
+    turns = "".join(turn + "<|im_end|>" for turn in trajectory.turns)
+    assert policy.tokenizer.decode(of_policy(trajectory)) == turns
+    rest = policy.tokenizer.decode(of_policy(trajectory, 0))
     prompt = prompt_text(question(1), "agentic", 2)
     around = "\n<|im_start|>user\n<tool_response>\n{}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     observations = [
@@ -274,75 +259,9 @@ def test_loss_mask_covers_the_policys_tokens_and_nothing_else(policy):
         )
     ]
     assert rest == (prompt + "".join(observations)).replace("<|image_pad|>", 4 * "<|image_pad|>")
-    assert (
-        len(trajectory.ids)
-        == len(trajectory.loss_mask)
-        == len(trajectory.logprobs)
-        == len(trajectory.positions)
-    )
-
-
-# ---- parser ---------------------------------------------------------------------------------------------------------
-
-
-def test_good_turns():
-    assert parse_turn(LOOK).call == {"image": 2, "motion": "turn left", "amount": 45.0}
-    assert parse_turn(ANSWER) == ("red", None, "A", None)
-    spread = (
-        '<think>\na\n</think>\n\n<tool_call>\n{"name": "imagine", '
-        '"arguments": {"image": 1, "motion": "move up", "amount": 1e-1}}\n</tool_call>\n'
-    )
-    assert parse_turn(spread).call == {"image": 1, "motion": "move up", "amount": 0.1}
-
-
-@pytest.mark.parametrize(
-    "text, error",
-    [
-        ("", UNREADABLE),
-        ("B", UNREADABLE),
-        ("<answer>B</answer>", UNREADABLE),
-        ("<think>x</think>B", UNREADABLE),
-        ("<think>x</think><answer></answer>", UNREADABLE),
-        (ANSWER + ANSWER, UNREADABLE),
-        (LOOK + ANSWER, UNREADABLE),
-        ("<think>a<think>b</think><answer>B</answer>", UNREADABLE),
-        (ANSWER + " I am sure.", UNREADABLE),
-        ("<think>x</think><answer>A</answer><answer>B</answer>", UNREADABLE),
-        ("<think>x</think><tool_call>imagine(2)</tool_call>", NOT_JSON),
-        (CALL % "[1, 2]", NOT_JSON),
-        (CALL % "{", NOT_JSON),
-        ("<think>x</think><tool_call>[]</tool_call>", NOT_JSON),
-        ("<think>x</think><tool_call>{}</tool_call>", NOT_JSON),
-        ("<think>x</think><tool_call>" + "[" * 100_000 + "</tool_call>", NOT_JSON),
-        (LOOK.replace("imagine", "zoom"), NO_SUCH_TOOL),
-        (CALL % '{"image": 2, "motion": "turn left"}', ARGUMENTS),
-        (CALL % '{"image": 2, "motion": "turn left", "amount": 45, "speed": 1}', ARGUMENTS),
-        (CALL % '{"image": "2", "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
-        (CALL % '{"image": true, "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
-        (CALL % '{"image": 2.5, "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
-        (CALL % '{"image": 2, "motion": "fly", "amount": 45}', MOTIONS),
-        (CALL % '{"image": 2, "motion": ["turn left"], "amount": 45}', MOTIONS),
-        *[
-            (CALL % f'{{"image": 2, "motion": "move left", "amount": {bad}}}', AMOUNT)
-            for bad in (
-                "null",
-                '"1.5"',
-                "NaN",
-                "Infinity",
-                "-1",
-                "0",
-                "10000",
-                "1e999",
-                "1" + "0" * 400,
-                "true",
-                "[1]",
-            )
-        ],
-    ],
-)
-def test_bad_turns_get_a_sentence(text, error):
-    turn = parse_turn(text)
-    assert turn.error == error and turn.call is None and turn.answer is None
+    assert trajectory.loss_weights == [float(m) for m in trajectory.loss_mask]
+    for per_token in (trajectory.loss_mask, trajectory.logprobs, trajectory.positions):
+        assert len(per_token) == len(trajectory.ids)
 
 
 # ---- the rules of a dialogue ----------------------------------------------------------------------------------------
@@ -379,15 +298,11 @@ def test_views_of_a_turn_are_imagined_in_one_batch(act):
     one, two, three = act([LOOK, again, ANSWER], [ANSWER], [LOOK, ANSWER], simulator=simulator)
     assert [len(batch) for batch in simulator.batches] == [2, 1]
     assert simulator.batches[1][0].reference == 3 and len(simulator.batches[1][0].images) == 3
-    assert (
-        simulator.batches[0][0].instruction
-        == "Base on the viewpoint of Image-2, turn left 45 degrees."
-    )
-    assert (
-        np.array_equal(one.images[3], one.images[1])
-        and one.provenance[2]["image"] == 2
-        and not two.valid_calls
-    )
+    sentence = "Base on the viewpoint of Image-2, turn left 45 degrees."
+    assert simulator.batches[0][0].instruction == sentence
+    assert np.array_equal(one.images[3], one.images[1])
+    assert one.provenance[2]["image"] == 2
+    assert not two.valid_calls
     seeds = [query.seed for batch in simulator.batches for query in batch]
     assert len(set(seeds)) == 3
     assert one.well_formed and two.well_formed and three.well_formed
@@ -403,29 +318,23 @@ def test_modes(act):
     (direct,) = act([LOOK, ANSWER], mode="direct", simulator=Mirror())
     assert direct.replies == [(NO_TOOL, None)] and not direct.valid_calls and not direct.well_formed
     (forced,) = act([ANSWER, LOOK, ANSWER], mode="forced", simulator=Mirror())
-    assert (
-        forced.replies[0][0] == CALL_FIRST.strip()
-        and forced.valid_calls == 1
-        and forced.answer == "A"
-    )
+    assert forced.replies[0][0] == CALL_FIRST.strip()
+    assert forced.valid_calls == 1
+    assert forced.answer == "A"
     (alone,) = act([LOOK, ANSWER], mode="agentic", simulator=None)
-    assert (
-        alone.replies == [(NO_SIMULATOR, None)]
-        and alone.valid_calls == 1
-        and len(alone.images) == 2
-    )
+    assert alone.replies == [(NO_SIMULATOR, None)]
+    assert alone.valid_calls == 1
+    assert len(alone.images) == 2
 
 
 def test_running_out_of_tokens_or_turns_ends_the_dialogue(act):
     (cut,) = act([LOOK], max_new_tokens=4, simulator=Mirror())
     assert cut.truncated and cut.answer is None and not cut.well_formed and sum(cut.loss_mask) == 4
     (chatter,) = act([LOOK.replace("}}", "")] * 10, simulator=Mirror())
-    assert (
-        chatter.truncated
-        and len(chatter.turns) == 10
-        and chatter.invalid_calls == 10
-        and len(chatter.replies) == 9
-    )
+    assert chatter.truncated
+    assert len(chatter.turns) == 10
+    assert chatter.invalid_calls == 10
+    assert len(chatter.replies) == 9
     (late,) = act(["hm"] * 9 + [ANSWER], simulator=Mirror())
     assert not late.truncated and late.answer == "A" and not late.well_formed
 
@@ -450,10 +359,8 @@ def test_saved_and_loaded_dialogue_is_the_same(policy, tmp_path):
     for f in fields(Trajectory):
         if f.name not in ("images", "features", "question", "replies"):
             assert getattr(loaded, f.name) == getattr(trajectory, f.name), f.name
-    assert (
-        all(np.array_equal(a, b) for a, b in zip(loaded.images, trajectory.images))
-        and len(loaded.images) == 3
-    )
+    assert len(loaded.images) == 3
+    assert all(map(np.array_equal, loaded.images, trajectory.images))
     a, b = (token_logprobs(policy, collate(policy, [t]))[0] for t in (trajectory, loaded))
     assert torch.equal(a, b) and loaded.transcript() == trajectory.transcript()
     loaded.draw(tmp_path / "dialogue.png")
@@ -503,10 +410,8 @@ def test_cached_rollouts_equal_a_full_pass(policy):
     trajectories = chatter(
         policy, [question(0), question(1, images=3), question(2, images=1)], group_size=3, seed=1
     )
-    assert (
-        len({len(t.images) for t in trajectories}) > 2
-        and len({len(t.ids) for t in trajectories}) > 3
-    )
+    assert len({len(t.images) for t in trajectories}) > 2
+    assert len({len(t.ids) for t in trajectories}) > 3
     batch = collate(policy, trajectories)
     with torch.no_grad():
         logprobs, entropy = token_logprobs(policy, batch)
@@ -518,6 +423,7 @@ def test_cached_rollouts_equal_a_full_pass(policy):
     assert not logprobs[~wrote].any() and not entropy[~wrote].any() and (entropy[wrote] > 0).all()
 
 
+@pytest.mark.slow
 def test_every_cached_logit_equals_a_full_pass(policy):
     """The writer's own logits along a dialogue with a new image, against one uncached forward over all of it."""
     whole = full_dialogue(policy)
@@ -543,6 +449,7 @@ def test_every_cached_logit_equals_a_full_pass(policy):
         assert writer.images == [3]
 
 
+@pytest.mark.slow
 def test_rollouts_do_not_depend_on_the_batch(policy):
     """Same seed, same rollouts: whatever the order of questions, their company, and how many rows run together."""
     questions = [question(n, images=1 + n % 3) for n in range(4)]
@@ -573,6 +480,7 @@ def test_greedy_rollouts_repeat_and_ignore_the_seed(policy):
     assert a == b
 
 
+@pytest.mark.slow
 def test_banned_tokens_are_never_sampled_and_have_no_probability(policy):
     special = {
         policy.tokenizer.convert_tokens_to_ids(token)
@@ -583,7 +491,7 @@ def test_banned_tokens_are_never_sampled_and_have_no_probability(policy):
     trajectories = rollout(
         policy, [question(n) for n in range(4)], group_size=8, temperature=8.0, max_turns=1
     )
-    wrote = [i for t in trajectories for i, m in zip(t.ids, t.loss_mask) if m]
+    wrote = [token for t in trajectories for token in of_policy(t)]
     assert len(wrote) > 300 and not banned & set(wrote)
     batch = collate(policy, trajectories[:2])
     with torch.no_grad():
@@ -646,7 +554,7 @@ def test_padding_and_company_do_not_change_logprobs(policy):
     ]
     with torch.no_grad():
         together, _ = token_logprobs(policy, collate(policy, rows))
-        for row, trajectory in zip(together, rows):
+        for row, trajectory in zip(together, rows, strict=True):
             alone, _ = token_logprobs(policy, collate(policy, [trajectory]))
             torch.testing.assert_close(row[: alone.shape[1]], alone[0], rtol=1e-5, atol=1e-5)
 
@@ -662,7 +570,7 @@ def gradients(policy, batch):
 
 
 def same(one, other):
-    for a, b in zip(one[:2], other[:2]):
+    for a, b in zip(one[:2], other[:2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(one[2], other[2], rtol=0, atol=1e-5 * other[2].abs().max().item())
 
@@ -681,6 +589,7 @@ def test_a_shared_prompt_changes_no_logprob_and_no_gradient(policy, checkpointin
     assert len({len(t.images) for t in together}) > 2 and len({len(t.ids) for t in together}) > 3
     shared, apart = (collate(policy, trajectories, share) for share in (True, False))
     assert shared.ids.shape[0] == 4 and apart.ids.shape[0] == 10
+    assert cell_count(trajectories) == shared.ids.numel()
     assert shared.features.shape[1] == apart.features.shape[1] - 3 * 4 * (
         2 + 3
     )  # prompts' images, once
@@ -702,9 +611,8 @@ def test_the_language_head_sees_a_few_tokens_at_a_time(policy, monkeypatch):
         Policy, "logits", lambda self, hidden: sizes.append(len(hidden)) or logits(self, hidden)
     )
     same(gradients(policy, batch), want)
-    assert (
-        max(sizes) == 7 and sum(sizes) == 2 * (batch.loss_mask > 0).sum()
-    )  # and once more in backward
+    assert max(sizes) == 7
+    assert sum(sizes) == 2 * (batch.loss_mask > 0).sum()
 
 
 def test_rollout_leaves_the_training_mode_as_it_was_and_its_cache_works_in_it(policy):
@@ -737,32 +645,17 @@ def test_entropy_by_hand(policy):
 
 
 def test_turns_are_as_long_as_the_policy_thinks_where_nobody_says(policy, monkeypatch):
-    published = Policy(
-        policy.model,
-        policy.tokenizer,
-        {key: v for key, v in policy.images.items() if key != "stamped"},
-    )
+    published = Policy(policy.model, policy.tokenizer, policy.images | {"stamped": False})
     limits = []
     monkeypatch.setattr(
         policy_file, "rollout", lambda *_, max_new_tokens, **__: limits.append(max_new_tokens) or []
     )
     monkeypatch.setattr(policy_file, "load_image", lambda path: picture(0))
     for asked, flags in ((policy, []), (published, []), (published, ["--max-new-tokens", "9"])):
-        monkeypatch.setattr(Policy, "load", lambda *_: asked)
+        monkeypatch.setattr(Policy, "load", lambda *_, asked=asked: asked)
         with pytest.raises(SystemExit, match="not enough values to unpack"):
-            policy_file.main(
-                [
-                    "--images",
-                    "a.png",
-                    "--ask",
-                    "?",
-                    "--mode",
-                    "direct",
-                    "--model",
-                    "somewhere",
-                    *flags,
-                ]
-            )
+            command = "--images a.png --ask ? --mode direct --model somewhere"
+            policy_file.main([*command.split(), *flags])
     assert limits == [256, 4096, 9]
 
 
@@ -772,27 +665,16 @@ def test_turns_are_as_long_as_the_policy_thinks_where_nobody_says(policy, monkey
 def test_command_line_prints_a_dialogue_and_saves_it(policy, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(picture(0)).save("a.png")
-    arguments = [
-        "--images",
-        "a.png",
-        "--ask",
-        "Which?",
-        "--mode",
-        "direct",
-        "--max-new-tokens",
-        "8",
-    ]
+    arguments = "--images a.png --ask Which? --mode direct --max-new-tokens 8".split()
     with pytest.raises(SystemExit, match="python train_sft.py"):
         policy_file.main(arguments)
     policy.save("out/demo/sft")
     policy_file.main([*arguments, "--options", "red box", "blue ball"])
     printed = capsys.readouterr().out
-    assert (
-        "[Image-1]\nWhich?\nA. red box\nB. blue ball\nPolicy: " in printed and "out/ask" in printed
-    )
-    assert (tmp_path / "out/ask/dialogue.png").exists() and (
-        tmp_path / "out/ask/image_1.png"
-    ).exists()
+    assert "[Image-1]\nWhich?\nA. red box\nB. blue ball\nPolicy: " in printed
+    assert "out/ask" in printed
+    assert (tmp_path / "out/ask/dialogue.png").exists()
+    assert (tmp_path / "out/ask/image_1.png").exists()
     for name in ("image_9.png", "thesis.txt"):
         (tmp_path / "out/ask" / name).write_text("of another dialogue, and of somebody else")
     policy_file.main(arguments)
