@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from extras.world2vlm.rewards import BOX_PARTS, FULL, world2vlm
 from extras.world2vlm.words import TASKS
-from lib.distributed import Means, fail, is_main, say, setup, unsharded, wait_for_all
+from lib.distributed import Means, World, fail, is_main, say, setup, unsharded, wait_for_all
 from lib.records import disk, load_jsonl, read_log, save_jsonl, write_json
 from lib.stage import Clock, Flag, begin, finish, parse_flags, run_stage
 from policy import Policy, rollout
@@ -74,12 +74,19 @@ def greedy_records(policy: Policy, questions: list[dict], args) -> list[dict]:
     return [answer_record(question, dialogue.answer) for question, dialogue in pairs]
 
 
+def held_out_means(policy: Policy, questions: list[dict], args, world: World) -> dict[str, float]:
+    """`task_means` of greedy answers, each rank asking its share; also printed, with the share of full rewards."""
+    means = task_means(greedy_records(policy, questions[world.rank :: world.size], args))
+    say_means(means)
+    return means
+
+
 def say_means(means: dict[str, float]) -> None:
-    """One line: mean reward and share of full rewards per task."""
-    tasks = [task for task in TASKS if f"{task}_total" in means]
-    numbers = [
-        f"{task} {means[f'{task}_total']:.2f} {means[f'{task}_exact']:.2f}" for task in tasks
-    ]
+    """One line: mean reward and share of full rewards of each task."""
+    numbers = []
+    for task in TASKS:
+        if f"{task}_total" in means:
+            numbers.append(f"{task} {means[f'{task}_total']:.2f} {means[f'{task}_exact']:.2f}")
     say(f"held out, mean reward and share of perfect answers: {', '.join(numbers)}")
 
 
