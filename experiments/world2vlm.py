@@ -22,7 +22,6 @@ answers; result.json}, table.md.
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -254,35 +253,27 @@ def learned(run, seed, out):
 def commands(run, seed, out):
     """What makes a row, one stage after the other: [(script, flags)]; the last asks the held-out questions."""
     place, made, policy = out / f"{run.name}-s{seed}", [], learned(run, seed, out)
-    task = f"--task world2vlm --data {out}/data/{run.data}"
+    data = f"--data {out}/data/{run.data} --seed {seed}"
     for number, flags in enumerate(run.sft, 1):
-        about = f"--data {DEMO}/data" if flags == LESSONS else f"{task} --eval-questions 0"
-        made.append(
-            (
-                "train_sft.py",
-                f"{about} --seed {seed} --start {policy} {flags} --out {place}/{number}",
-            )
-        )
+        script, about = "-m extras.world2vlm.train", f"{data} --eval-questions 0"
+        if flags == LESSONS:
+            script, about = "train_sft.py", f"--data {DEMO}/data --seed {seed}"
+        made.append((script, f"{about} --start {policy} {flags} --out {place}/{number}"))
         policy = place / str(number)
     if run.rl is not None:
-        made.append(
-            (
-                "train_rl.py",
-                f"{task} --seed {seed} --policy {policy} --eval-every 0 {run.rl} --out {place}/rl",
-            )
-        )
+        flags = f"{data} --policy {policy} --eval-every 0 {run.rl} --out {place}/rl"
+        made.append(("-m extras.world2vlm.train_rl", flags))
         policy = place / "rl"
-    asked = (
-        f"--data {DEMO}/data --wm {DEMO}/wm {run.rooms}"
-        if run.rooms
-        else (f"--bench world2vlm --data {out}/data/usual --limit {ASKED} --max-new-tokens 64")
-    )
-    made.append(("evaluate.py", f"{asked} --policy {policy} --no-report --out {place}/asked"))
-    return (
-        []
-        if run.name in ("constant", "blind") or run.drift
-        else [(script, f"{flags} --threads 1".split()) for script, flags in made]
-    )
+    if run.rooms:
+        flags = f"--data {DEMO}/data --wm {DEMO}/wm {run.rooms} --no-report"
+        script = "evaluate.py"
+    else:
+        flags = f"--data {out}/data/usual --limit {ASKED}"
+        script = "-m extras.world2vlm.evaluate"
+    made.append((script, f"{flags} --policy {policy} --out {place}/asked"))
+    if run.name in ("constant", "blind") or run.drift:
+        return []
+    return [(script, f"{flags} --threads 1".split()) for script, flags in made]
 
 
 def finish(run, seed, out):
@@ -312,8 +303,9 @@ def finish(run, seed, out):
         answers = constant_answers(asked) if run.name == "constant" else blind_answers(asked, known)
         save_jsonl(place / "asked/predictions.jsonl", given(asked, answers))
     for script, flags in made:
-        call(script, *flags)
-    spent = sum(json.loads(file.read_text())["cpu_seconds"] for file in place.glob("*/done.json"))
+        call(*script.split(), *flags)
+    done = [file for file in place.glob("*/done.json") if file.parent.name != "asked"]
+    spent = sum(json.loads(file.read_text())["cpu_seconds"] for file in done)
     common.write_json(place / "result.json", {**setting, "cpu_seconds": spent})
 
 

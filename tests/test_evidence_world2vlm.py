@@ -5,7 +5,6 @@ import json
 import pytest
 
 import evaluate
-import train_rl
 import train_sft
 from experiments import world2vlm as evidence_world2vlm
 from experiments.world2vlm import (
@@ -19,8 +18,19 @@ from experiments.world2vlm import (
     given,
     make_questions,
 )
+from extras.world2vlm import evaluate as evaluate_motions
+from extras.world2vlm import train, train_rl
 from lib.records import load_jsonl, save_jsonl
 from lib.rooms import FURNISHED, random_room
+from lib.stage import parse_flags
+
+PARSERS = {
+    "train_sft.py": train_sft.parse_args,
+    "-m extras.world2vlm.train": train.parse_args,
+    "-m extras.world2vlm.train_rl": train_rl.parse_args,
+    "-m extras.world2vlm.evaluate": lambda flags: parse_flags("", evaluate_motions.FLAGS, flags),
+    "evaluate.py": evaluate.parse_args,
+}
 
 
 def answered(out, name, reward, exact, seed=0, seconds=100):
@@ -46,16 +56,11 @@ def answered(out, name, reward, exact, seed=0, seconds=100):
 
 def test_every_row_is_one_the_stages_understand(tmp_path):
     assert len({run.name for run in RUNS}) == len(RUNS)
-    parsers = {
-        "train_sft.py": train_sft.parse_args,
-        "train_rl.py": train_rl.parse_args,
-        "evaluate.py": evaluate.parse_args,
-    }
     for run in RUNS:
         told = commands(run, 3, tmp_path)
         for script, flags in told:
-            args = parsers[script](flags)
-            assert args.seed == (0 if script == "evaluate.py" else 3)
+            args = PARSERS[script](flags)
+            assert "evaluate" in script or args.seed == 3
         stages = len(run.sft) + (run.rl is not None)
         assert len(told) == (0 if run.drift or run.name in ("constant", "blind") else stages + 1)
         assert run.data in DATA and run.of in {
@@ -66,9 +71,8 @@ def test_every_row_is_one_the_stages_understand(tmp_path):
         }
     learned = {
         run.name: sum(
-            train_sft.parse_args(flags).steps
-            for script, flags in commands(run, 0, tmp_path)
-            if script == "train_sft.py"
+            PARSERS[script](flags).steps
+            for script, flags in commands(run, 0, tmp_path)[: len(run.sft)]
         )
         for run in RUNS
         if run.sft
@@ -288,7 +292,7 @@ def test_a_finished_row_is_kept_and_one_of_other_commands_refused(tmp_path, monk
     monkeypatch.setattr(evidence_world2vlm, "call", lambda *command: calls.append(command))
     for _ in range(2):
         evidence_world2vlm.finish(Run("start"), 0, tmp_path)
-    assert [script for script, *_ in calls] == ["-m", "evaluate.py"]
+    assert [script for script, *_ in calls] == ["-m", "-m"]
     with pytest.raises(SystemExit, match="was made with"):
         evidence_world2vlm.finish(Run("start", of="sft"), 0, tmp_path)
     with pytest.raises(SystemExit, match="--list"):
