@@ -82,7 +82,8 @@ def test_the_loss_is_the_papers_by_hand(motions):
         assert answer.answer == row["answer"] and answer.well_formed
         batch = collate(policy, [answer])
         with torch.no_grad():
-            logits = policy.forward(batch.ids, batch.positions, batch.mask, batch.features)[0]
+            hidden = policy.hidden(batch.ids, batch.positions, batch.mask, batch.features)
+            logits = policy.logits(hidden)[0]
         logprobs = torch.log_softmax(logits, -1)
         nll = -sum(logprobs[t - 1, answer.ids[t]].item() for t in range(first, len(answer.ids)))
         sums[row["category"] in ("A1", "A2", "A3", "D3")] += row["weight"] * nll, row["weight"]
