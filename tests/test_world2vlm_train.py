@@ -8,7 +8,6 @@ import pytest
 import torch
 from ranks import on_ranks
 
-from data import load_jsonl
 from extras.world2vlm import evaluate, train, train_rl
 from extras.world2vlm.evaluate import answer_record, task_means
 from extras.world2vlm.questions import make_room_questions
@@ -17,7 +16,7 @@ from extras.world2vlm.train import answers_of_step, loss_shares, parse_args, tru
 from extras.world2vlm.words import TASKS
 from lib import stage
 from lib.distributed import World
-from lib.records import read_log, save_jsonl
+from lib.records import load_jsonl, read_log, save_jsonl
 from lib.streams import rows_of_step
 from policy import Policy, collate
 from train_sft import supervised_loss
