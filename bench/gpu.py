@@ -9,35 +9,27 @@ that it runs, and measures little.
 """
 
 import dataclasses
-import gc
-import json
-import statistics
+from argparse import Namespace
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-import train_rl
+import train_rl as rl_stage
 import train_wm as wm_stage
 from bench import naive
-from bench.policy import Seconds, timed_rollout
-from bench.wm import (
-    Squares,
-    best_matmul_rate,
-    clock,
-    needed_flops,
-    pair_queries,
-    sides,
-    work_of,
-)
+from bench.policy import picture_question, timed_rollout
+from bench.timing import Seconds, best_matmul_rate, clock, medians, print_json, timed
+from bench.wm import Squares, needed_flops, pair_queries, picture_tokens, work_of
 from data import MOTIONS
-from lib import budget, common
+from lib.bagel import Bagel, Config
 from lib.dialogue import Trajectory
+from lib.distributed import clip_gradients, fail, setup, shard
 from lib.geometry import Motion, instruction
-from lib.protocol import PHRASES
 from lib.rollout import Writer
-from lib.streams import torch_stream
-from lib.tiny import MOTION_PHRASES, tiny_tokenizer
+from lib.tiny import tiny_tokenizer
 from policy import Policy
 from world_model import WorldModel, initialise
 
@@ -49,12 +41,35 @@ QWEN_IMAGES = {
 }
 
 
-# ---------------------------------------------------------------- models
+# ---- the published shapes --------------------------------------------------------------------------------------------
 
 
-def true_bagel(device, dtype, layers=28):
-    """BAGEL-7B-MoT's shapes (14.6 B parameters) straight on the device, with random weights and no files."""
-    network = budget.bagel_7b(layers).to(dtype).to_empty(device=device)
+def bagel_7b(layers: int = 28) -> Bagel:
+    """BAGEL-7B-MoT's shapes on the meta device, 14.6 B parameters with its 28 layers."""
+    llm = {
+        "hidden_size": 3584,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+    }
+    vit = {
+        "hidden_size": 1152,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "intermediate_size": 4304,
+        "patch_size": 14,
+        "image_size": 980,
+    }
+    with torch.device("meta"):
+        return Bagel(Config.read(llm, vit, {}, 152_064, latent_grid=64, latent_numbers=64))
+
+
+def true_bagel(device, dtype: torch.dtype, layers: int = 28) -> WorldModel:
+    """BAGEL-7B-MoT straight on the device, with random weights and no files."""
+    network = bagel_7b(layers).to(dtype).to_empty(device=device)
     with torch.no_grad():
         for tensor in network.state_dict().values():
             tensor.fill_(1.0)  # norms and position tables; the rest is drawn next
@@ -63,103 +78,183 @@ def true_bagel(device, dtype, layers=28):
     return WorldModel(network, Squares(), tiny_tokenizer(), files={})
 
 
-def true_policy(device, dtype, layers=36):
-    """Qwen3-VL-8B's shapes (8.8 B parameters) straight on the device, with random weights and the tiny tokenizer."""
-    return Policy(
-        budget.qwen3_vl_8b(layers, device, dtype).eval(),
-        tiny_tokenizer(PHRASES + MOTION_PHRASES),
-        QWEN_IMAGES,
-    )
+def qwen3_vl_8b(layers: int = 36, device="meta", dtype=torch.float32):
+    """Qwen3-VL-8B-Instruct's shapes, 8.77 B parameters (its config.json on the hub), with random weights."""
+    text = {
+        "vocab_size": 151_936,
+        "hidden_size": 4096,
+        "intermediate_size": 12_288,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    }
+    vision = {
+        "depth": 27,
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_heads": 16,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 4096,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": [8, 16, 24],
+    }
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    with torch.device(device):
+        return Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
 
 
-def layers_that_fit(shapes, layers, device):
-    """How many layers leave room for activations, with fp32 weights, gradients and two moments: 16 bytes a parameter.
+def true_policy(device, dtype: torch.dtype, layers: int = 36) -> Policy:
+    """Qwen3-VL-8B straight on the device, with random weights and the tiny tokenizer."""
+    return Policy(qwen3_vl_8b(layers, device, dtype).eval(), tiny_tokenizer(), QWEN_IMAGES)
 
+
+def count(parameters) -> int:
+    """Numbers in some tensors."""
+    return sum(p.numel() for p in parameters)
+
+
+def layers_that_fit(model, blocks, device) -> int:
+    """How many decoder layers leave room for activations, with fp32 weights, gradients and two moments: 16 bytes each.
+
+    model, blocks   on the meta device, whole, and its decoder layers
     At least 4: the policy adds what its tower found to the first three, and nothing to the last.
     """
-    room = 0.6 * torch.cuda.get_device_properties(device).total_memory / 16 - shapes.root
-    return max(4, min(layers, int(room // shapes.block)))
+    block = count(blocks[0].parameters())
+    root = count(model.parameters()) - len(blocks) * block
+    room = 0.6 * torch.cuda.get_device_properties(device).total_memory / 16 - root
+    return max(4, min(len(blocks), int(room // block)))
 
 
-def need_gpu(args):
+def need_gpu(args: Namespace) -> None:
     """End with a sentence where the published shapes have no weights, or no GPU to stand on."""
     if args.what in ("wm", "rollout") and not (args.model or args.random_init):
-        common.fail(
+        fail(
             "--preset astra needs weights: give --model FOLDER, or --random-init to build the shapes without "
             "files."
         )
     if not torch.cuda.is_available():
-        common.fail(
+        fail(
             f"--preset astra needs a GPU. `python -m bench {args.what} --preset tiny` runs on a CPU."
         )
 
 
-# ---------------------------------------------------------------- measuring
+# ---- python -m bench wm --preset astra -------------------------------------------------------------------------------
 
 
-def timed(step, repeats, device):
-    """Run `step` once to warm up, then `repeats` times -> (median seconds, peak GiB), or None if memory is short."""
-    try:
-        step()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        seconds = []
-        for _ in range(repeats):
-            start = clock(device.type)
-            step()
-            seconds.append(clock(device.type) - start)
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
-    return statistics.median(
-        seconds
-    ), torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+def wm(args: Namespace) -> None:
+    """Seconds per 512 x 512 view, peak memory and MFU of BAGEL in bf16: a table, and the JSON line."""
+    need_gpu(args)
+    if args.model:
+        model = WorldModel.load(args.model, "cuda", torch.bfloat16)
+    else:
+        model = true_bagel("cuda", torch.bfloat16)
+    model.network.requires_grad_(False).eval()
+    print_json(sampling(model, pixels=512, steps=args.steps, repeats=args.repeats))
 
 
-def training_table(name, step, switch, tokens, flops, rate, args, device):
-    """A step with checkpointing and without it: a table, and the JSON line.
-
-    switch   called with True or False before the steps;   flops   needed forward and backward
-    """
+def sampling(model: WorldModel, pixels: int, steps: int, repeats: int) -> dict:
+    """The measurement itself, on the model's own device."""
+    device, dtype = model.device, model.network.vae2llm.weight.dtype
+    rate = best_matmul_rate(model.network.config, 8192, device.type, dtype)
     print(
-        f"{'checkpointing':16}{'s':>8}{'tokens/s':>10}{'TFLOP':>9}{'MFU':>8}{'peak GiB':>10}",
+        f"{pixels} x {pixels} views, {steps} steps, both guidances, two context images, {dtype}; best matmul "
+        f"{rate / 1e12:.1f} TFLOP/s"
+    )
+    print(f"{'batch':>5}{'s per view':>12}{'TFLOP':>10}{'MFU':>8}{'peak GiB':>10}", flush=True)
+    results = {"bench": "wm", "preset": "astra", "steps": steps}
+    for batch in (1, 4, 8):
+        queries = pair_queries(batch, pixels)
+        model.imagine(queries, steps=2)  # compile
+
+        def step(queries=queries):
+            model.imagine(queries, steps=steps)
+
+        measured = timed(step, repeats, device)
+        if measured is None:
+            print(f"{batch:5}  does not fit")
+            continue
+        seconds, peak = measured
+        flops = sum(work_of(model, query, steps) for query in queries)
+        mfu = flops / seconds / rate
+        line = f"{batch:5}{seconds / batch:12.3f}{flops / 1e12:10.1f}{mfu:8.1%}{peak:10.1f}"
+        print(line, flush=True)
+        results[f"seconds_per_view_b{batch}"] = seconds / batch
+        results[f"peak_gib_b{batch}"] = peak
+        results[f"mfu_b{batch}"] = mfu
+    return results | {"matmul_tflops": rate / 1e12}
+
+
+# ---- python -m bench rollout --preset astra --------------------------------------------------------------------------
+
+
+def rollout(args: Namespace) -> None:
+    """Prefill and decoding of Qwen3-VL-8B in bf16, beside the memory's bound and plain `generate`."""
+    need_gpu(args)
+    policy = Policy.load(args.model, "cuda") if args.model else true_policy("cuda", torch.bfloat16)
+    print_json(decoding(policy, 16, 8, 256, 512, args.repeats))
+
+
+def decoding(policy: Policy, count: int, group: int, length: int, side: int, repeats: int) -> dict:
+    """Direct answers of `length` tokens, `group` for each question about two images, ours and through `generate`."""
+    device = policy.device
+    policy.banned[policy.tokenizer.eos_token_id] = True  # all write as many tokens
+    questions, rows = noise_questions(count, side), count * group
+    generator = torch.Generator().manual_seed(0)
+    uniforms = torch.rand(rows, 1, length, dtype=torch.float64, generator=generator)
+    options = {"mode": "direct", "max_turns": 1, "max_new_tokens": length, "rows": rows}
+    spent = {}
+    for name, way in (("fast", Writer), ("generate", naive.Writer)):
+        runs = []
+        for _ in range(repeats + 1):  # the first warms up
+            seconds = Seconds(lambda: clock(device.type))
+            dialogues = timed_rollout(policy, questions, group, way, uniforms, seconds, **options)
+            runs.append(seconds)
+        spent[name] = medians(runs[1:])
+    prompt = dialogues[0].loss_mask.index(1)
+    rate = bandwidth(device, 2048 if device.type == "cuda" else 64)
+    bound = rows * rate / bytes_of_step(policy, rows, prompt + length / 2)
+    prefill = count * prompt / spent["fast"]["prefill"]
+    decode = rows * length / spent["fast"]["decode"]
+    whole = {name: rows * length / sum(parts.values()) for name, parts in spent.items()}
+    speedup = whole["fast"] / whole["generate"]
+    print(
+        f"{count} questions x {group} rollouts, two {side} x {side} images each, prompts of {prompt} tokens, "
+        f"{length} written; memory {rate / 1e9:.0f} GB/s\n"
+        f"prefill, images included     {prefill:10.0f} tokens/s\n"
+        f"decode                       {decode:10.0f} tokens/s, {decode / bound:.0%} of {bound:.0f}, the bound by "
+        f"weights, keys and values read\n"
+        f"written per second, in all   {whole['fast']:10.0f}; by `generate` {whole['generate']:.0f}: "
+        f"{speedup:.2f} times",
         flush=True,
     )
-    results = {
-        "bench": name,
-        "preset": args.preset,
-        "layers": args.layers,
-        "tokens": tokens,
-        "tflop": round(flops / 1e12, 6),
-        "matmul_tflops": round(rate / 1e12, 3),
+    return {
+        "bench": "rollout",
+        "prefill_tokens_per_second": prefill,
+        "decode_tokens_per_second": decode,
+        "share_of_bandwidth_bound": decode / bound,
+        "bandwidth_gb": rate / 1e9,
+        "speedup": speedup,
     }
-    for on in (True, False):
-        switch(on)
-        found, word = timed(step, args.repeats, device), "on" if on else "off"
-        if found is None:
-            print(f"{word:16}  does not fit")
-            continue
-        seconds, peak = found
-        print(
-            f"{word:16}{seconds:8.2f}{tokens / seconds:10.0f}{flops / 1e12:9.3f}{flops / seconds / rate:8.1%}"
-            f"{peak:10.1f}",
-            flush=True,
-        )
-        results |= {
-            f"seconds_{word}": round(seconds, 4),
-            f"mfu_{word}": round(flops / seconds / rate, 4),
-            f"tokens_per_second_{word}": round(tokens / seconds, 1),
-            f"peak_gib_{word}": round(peak, 2),
-        }
-    print(json.dumps(results))
 
 
-def bandwidth(device, megabytes):
+def bytes_of_step(policy: Policy, rows: int, tokens: float) -> float:
+    """What a step of decoding reads: the weights of the language model, and keys and values of `tokens` a row."""
+    text = policy.model.config.text_config
+    layers = policy.model.model.language_model.layers
+    head = policy.model.lm_head.weight
+    key_value = 2 * text.num_key_value_heads * text.head_dim
+    keys = text.num_hidden_layers * key_value * tokens * rows
+    return (count(layers.parameters()) + head.numel() + keys) * head.element_size()
+
+
+def bandwidth(device, megabytes: int) -> float:
     """Bytes per second that the device's memory reads and writes: the best of ten copies."""
-    x, best = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=device), 0.0
+    x = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
+    best = 0.0
     for _ in range(10):
         start = clock(device.type)
         y.copy_(x)
@@ -167,185 +262,90 @@ def bandwidth(device, megabytes):
     return best
 
 
-# ---------------------------------------------------------------- python -m bench wm --preset astra
-
-
-def wm(args):
-    """Seconds per 512 x 512 view, peak memory and MFU of BAGEL in bf16: a table, and the JSON line."""
-    need_gpu(args)
-    model = (
-        WorldModel.load(args.model, "cuda", torch.bfloat16)
-        if args.model
-        else true_bagel("cuda", torch.bfloat16)
-    )
-    model.network.requires_grad_(False).eval()
-    print(json.dumps(sampling(model, pixels=512, steps=args.steps, repeats=args.repeats)))
-
-
-def sampling(model, pixels, steps, repeats):
-    """The measurement itself, on the model's own device."""
-    device, dtype = model.device, model.network.vae2llm.weight.dtype
-    config, results = model.network.config, {"bench": "wm", "preset": "astra", "steps": steps}
-    rate = best_matmul_rate(config, 8192, device.type, dtype)
-    print(
-        f"{pixels} x {pixels} views, {steps} steps, both guidances, two context images, {dtype}; best matmul "
-        f"{rate / 1e12:.1f} TFLOP/s"
-    )
-    print(f"{'batch':>5}{'s per view':>12}{'TFLOP':>10}{'MFU':>8}{'peak GiB':>10}", flush=True)
-    for batch in (1, 4, 8):
-        queries = pair_queries(batch, pixels)
-        model.imagine(queries, steps=2)  # compile
-        found = timed(lambda: model.imagine(queries, steps=steps), repeats, device)
-        if found is None:
-            print(f"{batch:5}  does not fit")
-            continue
-        flops, (wall, peak) = sum(work_of(model, query, steps) for query in queries), found
-        print(
-            f"{batch:5}{wall / batch:12.3f}{flops / 1e12:10.1f}{flops / wall / rate:8.1%}{peak:10.1f}",
-            flush=True,
-        )
-        results |= {
-            f"seconds_per_view_b{batch}": round(wall / batch, 4),
-            f"peak_gib_b{batch}": round(peak, 2),
-            f"mfu_b{batch}": round(flops / wall / rate, 4),
-        }
-    return results | {"matmul_tflops": round(rate / 1e12, 3)}
-
-
-# ---------------------------------------------------------------- bench.py rollout --preset astra
-
-
-def rollout(args):
-    """Prefill and decoding of Qwen3-VL-8B in bf16, beside the memory's bound and plain `generate`."""
-    need_gpu(args)
-    policy = Policy.load(args.model, "cuda") if args.model else true_policy("cuda", torch.bfloat16)
-    print(json.dumps(decoding(policy, 16, 8, 256, 512, args.repeats)))
-
-
-def decoding(policy, questions, group, length, side, repeats):
-    """Direct answers of `length` tokens, `group` for each question about two images, ours and through `generate`."""
-    device = policy.device
-    policy.banned[policy.tokenizer.eos_token_id] = True  # all write as many tokens
-    asked, rows = picture_questions(questions, side), questions * group
-    uniforms = torch.rand(
-        rows, 1, length, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
-    options = dict(mode="direct", max_turns=1, max_new_tokens=length, rows=rows)
-    spent = {}
-    for name, way in (("fast", Writer), ("generate", naive.Writer)):
-        runs = []
-        for _ in range(repeats + 1):  # the first warms up
-            seconds, dialogues = timed_rollout(
-                policy, asked, group, way, uniforms, Seconds(lambda: clock(device.type)), **options
-            )
-            runs.append(seconds)
-        spent[name] = {part: statistics.median(run[part] for run in runs[1:]) for part in runs[0]}
-    prompt = dialogues[0].loss_mask.index(1)
-    shapes = budget.policy_shapes(policy.model)
-    bytes_each = policy.model.lm_head.weight.element_size()
-    weights = (shapes.layers * shapes.block + policy.model.lm_head.weight.numel()) * bytes_each
-    keys = (
-        shapes.layers * shapes.key_value * (prompt + length / 2) * rows * bytes_each
-    )  # of a mean step
-    rate = bandwidth(device, 2048 if device.type == "cuda" else 64)
-    bound = rows / ((weights + keys) / rate)
-    prefill, decode = (
-        questions * prompt / spent["fast"]["prefill"],
-        rows * length / spent["fast"]["decode"],
-    )
-    whole = {name: rows * length / sum(parts.values()) for name, parts in spent.items()}
-    print(
-        f"{questions} questions x {group} rollouts, two {side} x {side} images each, prompts of {prompt} tokens, "
-        f"{length} written; memory {rate / 1e9:.0f} GB/s\n"
-        f"prefill, images included     {prefill:10.0f} tokens/s\n"
-        f"decode                       {decode:10.0f} tokens/s, {decode / bound:.0%} of {bound:.0f}, the bound by "
-        f"weights, keys and values read\n"
-        f"written per second, in all   {whole['fast']:10.0f}; by `generate` {whole['generate']:.0f}: "
-        f"{whole['fast'] / whole['generate']:.2f} times",
-        flush=True,
-    )
-    return {
-        "bench": "rollout",
-        "prefill_tokens_per_second": round(prefill, 1),
-        "decode_tokens_per_second": round(decode, 1),
-        "share_of_bandwidth_bound": round(decode / bound, 4),
-        "bandwidth_gb": round(rate / 1e9, 1),
-        "speedup": round(whole["fast"] / whole["generate"], 3),
-    }
-
-
-def picture_questions(count, side):
+def noise_questions(count: int, side: int) -> list[dict]:
     """Questions about two pictures of noise."""
-    pictures = np.random.default_rng(0).integers(0, 256, (count, 2, side, side, 3), dtype=np.uint8)
-    return [
-        {
-            "id": f"q{q}",
-            "images": list(pair),
-            "options": ["A. red", "B. green", "C. blue", "D. white"],
-            "answer": "A",
-            "question": f"Start from Image-1 and turn left {5 * q + 5} degrees. Then which object looks largest?",
-        }
-        for q, pair in enumerate(pictures)
-    ]
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (count, 2, side, side, 3), dtype=np.uint8)
+    return [picture_question(number, list(pair)) for number, pair in enumerate(pictures)]
 
 
-# ---------------------------------------------------------------- bench.py train_wm
+# ---- python -m bench train_wm, train_rl ------------------------------------------------------------------------------
 
 
-def train_wm(args):
+def training_table(
+    args: Namespace, step: Callable, switch: Callable, work: tuple, shape, device
+) -> None:
+    """A step with checkpointing and without it: a table, and the JSON line.
+
+    switch   called with True or False before the steps;   work   (tokens, FLOP needed forward and backward)
+    shape    of the decoder, as best_matmul_rate takes it
+    """
+    tokens, flops = work
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rate = best_matmul_rate(shape, 8192, device.type, dtype)
+    print(f"{tokens:,} tokens; best matmul {rate / 1e12:.2f} TFLOP/s")
+    head = f"{'checkpointing':16}{'s':>8}{'tokens/s':>10}{'TFLOP':>9}{'MFU':>8}{'peak GiB':>10}"
+    print(head, flush=True)
+    results = {"bench": args.what, "preset": args.preset, "layers": args.layers, "tokens": tokens}
+    results |= {"tflop": flops / 1e12, "matmul_tflops": rate / 1e12}
+    for word, on in (("on", True), ("off", False)):
+        switch(on)
+        measured = timed(step, args.repeats, device)
+        if measured is None:
+            print(f"{word:16}  does not fit")
+            continue
+        seconds, peak = measured
+        mfu = flops / seconds / rate
+        line = f"{word:16}{seconds:8.2f}{tokens / seconds:10.0f}{flops / 1e12:9.3f}{mfu:8.1%}"
+        print(f"{line}{peak:10.1f}", flush=True)
+        results[f"seconds_{word}"] = seconds
+        results[f"mfu_{word}"] = mfu
+        results[f"tokens_per_second_{word}"] = tokens / seconds
+        results[f"peak_gib_{word}"] = peak
+    print_json(results)
+
+
+def train_wm(args: Namespace) -> None:
     """An update of the simulator by train_wm.py's own functions, on one context with all its targets."""
+    world = setup(args.threads)
+    flags = ["--preset", args.preset, "--drop-text", "0", "--drop-vit", "0", "--drop-vae", "0"]
+    flags = wm_stage.parse_args(flags)
+    side, views = 32, 4
     if args.preset == "astra":
         need_gpu(args)
-    world = common.setup(args.threads)
-    flags = wm_stage.parse_args(
-        ["--preset", args.preset, "--drop-text", "0", "--drop-vit", "0", "--drop-vae", "0"]
-    )
-    if args.preset == "astra":
-        args.layers = args.layers or layers_that_fit(
-            budget.bagel_shapes(budget.bagel_7b()), 28, world.device
-        )
+        side = 512
+        whole = bagel_7b()
+        blocks = whole.language_model["model"]["layers"]
+        args.layers = args.layers or layers_that_fit(whole, blocks, world.device)
         model = true_bagel(world.device, torch.float32, args.layers)
         model.autoencoder.random = False
     else:
         model = WorldModel.tiny()
         model.network.to(world.device)
-    network = common.shard(model.network, model.network.blocks, world)
+    network = shard(model.network, model.network.blocks, world)
     args.layers = network.config.layers
-    side, views = (512 if args.preset == "astra" else 32), 4
     groups, read = noise_triples(flags.micro_contexts, views, flags.targets, side)
-    streams = [torch_stream("batch", 0, 0, i) for i in range(len(groups))]
+    streams = [torch.Generator().manual_seed(number) for number in range(len(groups))]
     pack, targets = wm_stage.make_batch(groups, streams, model, read, flags)
-    tokens, flops = work_of_update(model, groups, views, side)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-    )
+    options = {"lr": 0.0, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+    optimizer = torch.optim.AdamW(network.parameters(), **options)
 
     def step():
         parts = wm_stage.losses(network, pack, targets, flags.warp_weight)
         (sum(parts.values()) / len(targets.x0)).backward()
-        common.clip_gradients(network.parameters(), flags.max_grad_norm)
+        clip_gradients(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    rate = best_matmul_rate(network.config, 8192, world.device.type, dtype)
-    print(
-        f"{args.layers} layers, {len(groups)} context(s) of {views} views with {flags.targets} targets, {side} x "
-        f"{side}: {tokens:,} tokens; best matmul {rate / 1e12:.2f} TFLOP/s"
-    )
-    training_table(
-        "train_wm",
-        step,
-        lambda on: setattr(network, "recompute", on),
-        tokens,
-        flops,
-        rate,
-        args,
-        world.device,
-    )
+    def switch(on):
+        network.recompute = on
+
+    print(f"{args.layers} layers, {len(groups)} context(s) of {views} views, {side} x {side}")
+    work = work_of_update(model, groups, views, side)
+    training_table(args, step, switch, work, network.config, world.device)
 
 
-def noise_triples(contexts, views, targets, side):
+def noise_triples(contexts: int, views: int, targets: int, side: int):
     """Rows of triples whose pictures are noise, by context, and what reads a picture."""
     rng, pictures = np.random.default_rng(0), {}
 
@@ -356,124 +356,112 @@ def noise_triples(contexts, views, targets, side):
     groups = []
     for c in range(contexts):
         context = [picture(f"{c} view {v}") for v in range(views)]
-        groups.append(
-            [
-                {
-                    "context": context,
-                    "reference": views,
-                    "target": picture(f"{c} target {k}"),
-                    "warp": picture(f"{c} warp {k}", 4),
-                    "motion": dataclasses.asdict(MOTIONS[k % len(MOTIONS)]),
-                }
-                for k in range(targets)
-            ]
-        )
+        rows = []
+        for k in range(targets):
+            motion = dataclasses.asdict(MOTIONS[k % len(MOTIONS)])
+            row = {"context": context, "reference": views, "motion": motion}
+            row["target"] = picture(f"{c} target {k}")
+            row["warp"] = picture(f"{c} warp {k}", 4)
+            rows.append(row)
+        groups.append(rows)
     return groups, pictures.__getitem__
 
 
-def work_of_update(model, groups, views, side):
+def work_of_update(model: WorldModel, groups: list, views: int, side: int) -> tuple[int, float]:
     """(tokens, FLOP forward and backward) of an update: each context is read once for all of its targets."""
-    c, (latent, vit) = model.network.config, sides(model, side, side)
-    images, tokens, flops = [(latent, vit)] * views, 0, 0.0
-    read = needed_flops(c, 0, images, 0, 0, 1)
-    for row in (row for group in groups for row in group):
-        words = model.texts([instruction(Motion(**row["motion"]), row["reference"])])[1].item()
-        tokens += words + latent + 2
-        flops += needed_flops(c, words, images, latent, 1, 1) - read
-    return tokens + len(groups) * views * (latent + vit + 4), 3 * (flops + len(groups) * read)
+    c = model.network.config
+    latent, vit = picture_tokens(model, side, side)
+    images = [(latent, vit)] * views
+    reading = needed_flops(c, 0, images, 0, 0, 1)
+    tokens = len(groups) * views * (latent + vit + 4)
+    flops = len(groups) * reading
+    for rows in groups:
+        for row in rows:
+            sentence = instruction(Motion(**row["motion"]), row["reference"])
+            words = len(model.words(sentence))
+            tokens += words + latent + 2
+            flops += needed_flops(c, words, images, latent, 1, 1) - reading
+    return tokens, 3 * flops
 
 
-# ---------------------------------------------------------------- bench.py train_rl
-
-
-def train_rl_step(args):
+def train_rl(args: Namespace) -> None:
     """A GRPO update by train_rl.py's own functions, on finished dialogues about two images."""
+    world = setup(args.threads)
+    flags = ["--preset", args.preset, "--lr", "0", "--gradient-checkpointing"]
+    flags = rl_stage.parse_args(flags)
+    policy, side, length = None, 32, 64
     if args.preset == "astra":
         need_gpu(args)
-    world = common.setup(args.threads)
-    flags = train_rl.parse_args(
-        ["--preset", args.preset, "--lr", "0", "--micro-batch-tokens", "8192"]
-    )
-    flags.gradient_checkpointing = True
-    if args.preset == "astra":
-        shapes = budget.policy_shapes(budget.qwen3_vl_8b())
-        policy = true_policy(
-            world.device, torch.float32, args.layers or layers_that_fit(shapes, 36, world.device)
-        )
         side, length = 512, 512
+        whole = qwen3_vl_8b()
+        blocks = whole.model.language_model.layers
+        args.layers = args.layers or layers_that_fit(whole, blocks, world.device)
+        policy = true_policy(world.device, torch.float32, args.layers)
     else:
-        policy, side, length = Policy.tiny(device=world.device), 32, 64
-    train_rl.prepare(policy, flags, world)
-    args.layers = policy.model.config.text_config.num_hidden_layers
-    rows = written_rows(policy, questions=4, group=8, length=length, side=side)
-    tokens, flops = work_of_rows(policy, rows, group=8)
-    learned = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        learned, lr=0.0, betas=train_rl.BETAS, weight_decay=0.0, fused=True
-    )
+        policy = Policy.tiny(device=world.device)
+    rl_stage.prepare(policy, flags, world)
+    text = policy.model.config.text_config
+    args.layers = text.num_hidden_layers
+    episodes = written_episodes(policy, questions=4, group=8, length=length, side=side)
+    weights = [p for p in policy.model.parameters() if p.requires_grad]
+    options = {"lr": 0.0, "betas": rl_stage.BETAS, "weight_decay": 0.0, "fused": True}
+    optimizer = torch.optim.AdamW(weights, **options)
+
+    def step():
+        rl_stage.update(policy, optimizer, [episodes], 8192)
 
     def switch(on):
-        (
-            policy.model.gradient_checkpointing_enable
-            if on
-            else policy.model.gradient_checkpointing_disable
-        )()
+        if on:
+            policy.model.gradient_checkpointing_enable()
+        else:
+            policy.model.gradient_checkpointing_disable()
 
-    text = policy.model.config.text_config
     shape = SimpleNamespace(
         width=text.hidden_size,
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads,
         mlp=text.intermediate_size,
     )
-    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    rate = best_matmul_rate(shape, 8192, world.device.type, dtype)
     print(
-        f"{args.layers} layers, 4 questions x 8 dialogues, two {side} x {side} images, {length} tokens written: "
-        f"{tokens:,} tokens; best matmul {rate / 1e12:.2f} TFLOP/s"
+        f"{args.layers} layers, 4 questions x 8 dialogues, two {side} x {side} images, {length} tokens written"
     )
-    training_table(
-        "train_rl",
-        lambda: train_rl.update(policy, optimizer, [rows], flags.micro_batch_tokens),
-        switch,
-        tokens,
-        flops,
-        rate,
-        args,
-        world.device,
-    )
+    work = work_of_episodes(policy, episodes, group=8)
+    training_table(args, step, switch, work, shape, world.device)
 
 
-def written_rows(policy, questions, group, length, side):
-    """Rows of finished dialogues, as an update gets them: random words, every other rollout right."""
-    rng, rows = np.random.default_rng(0), []
-    for question in picture_questions(questions, side):
+def written_episodes(policy: Policy, questions: int, group: int, length: int, side: int) -> list:
+    """Finished dialogues, as an update gets them: random words, every other rollout right."""
+    rng = np.random.default_rng(0)
+    episodes = []
+    for question in noise_questions(questions, side):
         prompt = Trajectory.start(policy, question, question["images"], "direct")
-        for g in range(group):
+        for member in range(group):
             dialogue = prompt.fork()
             dialogue.say(policy, rng.integers(0, 100, length).tolist(), [0.0] * length)
+            right = float(member % 2)
             old = torch.zeros(len(dialogue.ids) - 1)
-            right = float(g % 2)
-            episode = train_rl.Episode(dialogue, right, right, 1.0, old, advantage=2.0 * right - 1)
-            rows.append(episode)
-    return rows
+            episode = rl_stage.Episode(dialogue, right, right, 1.0, old, advantage=2 * right - 1)
+            episodes.append(episode)
+    return episodes
 
 
-def work_of_rows(policy, rows, group):
+def work_of_episodes(policy: Policy, episodes: list, group: int) -> tuple[int, float]:
     """(tokens, FLOP forward and backward) of an update: a group's prompt once, the head on written tokens alone."""
-    c, flops, tokens = policy.model.config.text_config, 0.0, 0
-    weights = sum(
-        p.numel() for p in policy.model.model.language_model.layers[0].parameters() if p.dim() > 1
-    )
+    c = policy.model.config.text_config
+    layer = policy.model.model.language_model.layers[0]
+    weights = count(p for p in layer.parameters() if p.dim() > 1)
     pair = 4 * c.num_attention_heads * c.head_dim  # a query and a key: score and weighted value
-    for i in range(0, len(rows), group):
-        prompt = rows[i].trajectory.loss_mask.index(1)
-        rests = [len(row.trajectory.ids) - 1 - prompt for row in rows[i : i + group]]
-        pairs = prompt * (prompt + 1) / 2 + sum(
-            rest * prompt + rest * (rest + 1) / 2 for rest in rests
-        )
-        tokens += prompt + sum(rests)
-        flops += c.num_hidden_layers * (2 * weights * (prompt + sum(rests)) + pair * pairs)
-        written = sum(sum(row.trajectory.loss_mask) for row in rows[i : i + group])
-        flops += 2 * written * c.hidden_size * c.vocab_size
+    tokens, flops = 0, 0.0
+    for start in range(0, len(episodes), group):
+        dialogues = [episode.trajectory for episode in episodes[start : start + group]]
+        prompt = dialogues[0].loss_mask.index(1)
+        own = prompt
+        pairs = prompt * (prompt + 1) / 2
+        for dialogue in dialogues:
+            rest = len(dialogue.ids) - 1 - prompt
+            own += rest
+            pairs += rest * prompt + rest * (rest + 1) / 2
+            flops += 2 * sum(dialogue.loss_mask) * c.hidden_size * c.vocab_size
+        flops += c.num_hidden_layers * (2 * weights * own + pair * pairs)
+        tokens += own
     return tokens, 3 * flops

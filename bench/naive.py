@@ -16,6 +16,7 @@ Shapes: N tokens of one segment, K keys before it, H width, d head width; n = h 
 """
 
 import copy
+import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -67,7 +68,7 @@ def latent(model, query, **changes):
     tau = torch.linspace(1, 0, s.steps + 1)
     times = s.shift * tau / (1 + (s.shift - 1) * tau)
     low, high = torch.tensor(s.interval, dtype=torch.float32).tolist()
-    for t, t_next in zip(times, times[1:]):
+    for t, t_next in itertools.pairwise(times):
         tokens = embed_latent(network, x, t, grid)
         v = velocity(network, full, tokens + motion, x, t)
         if s.text_scale > 1 and low < t <= high:
@@ -355,4 +356,7 @@ class Writer:
         )
         turns, logprobs = said[:, longest:].tolist(), torch.stack(logprobs, 1).tolist()
         ends = [turn.index(stop) + 1 if stop in turn else limit for turn in turns]
-        return [(turn[:end], chosen[:end]) for turn, chosen, end in zip(turns, logprobs, ends)]
+        return [
+            (turn[:end], chosen[:end])
+            for turn, chosen, end in zip(turns, logprobs, ends, strict=True)
+        ]

@@ -72,7 +72,7 @@ def processor_of(policy, images):
 
 def forced(model, scripts):
     """Let model.generate write token ids: row r writes scripts[r % len(scripts)], one turn per call and in a circle."""
-    generate, turns = model.generate, itertools.cycle(zip(*scripts))
+    generate, turns = model.generate, itertools.cycle(zip(*scripts, strict=True))
 
     def write(input_ids, **options):
         said, start = next(turns), input_ids.shape[1]
@@ -132,7 +132,7 @@ def steps(policy, questions, mode, group, length, view, scripts, count, seconds,
     def remember(prompts):
         said.clear()
         result = rollouts(prompts)
-        said.extend(prompt + written for prompt, written in zip(result[0], result[1]))
+        said.extend(prompt + written for prompt, written in zip(result[0], result[1], strict=True))
         return result
 
     spent, said = [], []

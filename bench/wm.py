@@ -8,9 +8,9 @@ autoencoder, so that the sampler alone is timed.
 """
 
 import contextlib
-import json
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,16 +18,20 @@ import torch
 import torch.nn.functional as F
 
 from bench import naive
+from bench.timing import best_matmul_rate, print_json, sustained_matmul_rate
 from data import MOTIONS
 from lib.bagel import LATENT_PATCH, Bagel, Config, Settings
 from lib.bagel_files import resized
-from lib.common import keep_freed_memory
+from lib.distributed import keep_freed_memory
 from lib.geometry import Query, instruction
 from lib.rooms import random_room, render, ring
+from lib.scores import text_table
 from lib.tiny import tiny_tokenizer
 from world_model import WorldModel, initialise
 
-# ---------------------------------------------------------------- models and queries
+GUIDED = {"text_scale": 4.0, "image_scale": 2.0}
+
+# ---- models and queries ----------------------------------------------------------------------------------------------
 
 
 class Squares:
@@ -36,10 +40,9 @@ class Squares:
     cell, channels, random = 8, 16, True
 
     def __init__(self):
-        draw = torch.randn(
-            3 * self.cell**2, self.channels, generator=torch.Generator().manual_seed(0)
-        )
-        self.basis = torch.linalg.qr(draw)[0]  # (192, 16), orthonormal
+        generator = torch.Generator().manual_seed(0)
+        matrix = torch.randn(3 * self.cell**2, self.channels, generator=generator)
+        self.basis = torch.linalg.qr(matrix)[0]  # (192, 16), orthonormal
 
     def encode(self, pixels, noise=0.0):
         """pixels (B, 3, H, W) -> latent (B, 16, H/8, W/8)."""
@@ -52,11 +55,9 @@ class Squares:
         return F.pixel_shuffle(cells, self.cell)
 
 
-def middle(pixels=256, layers=8):
+def middle_model(pixels: int = 256, layers: int = 8) -> WorldModel:
     """The middle size, where arithmetic is the bound: 63 M parameters in its layers, pictures of `pixels` a side."""
-    settings = Settings(
-        vae_limits=(pixels, pixels, 16), vit_limits=(pixels // 14 * 14, pixels // 14 * 14, 14)
-    )
+    side = pixels // 14 * 14
     config = Config(
         width=512,
         layers=layers,
@@ -74,14 +75,14 @@ def middle(pixels=256, layers=8):
         vit_grid=20,
         latent_grid=16,
         latent_numbers=64,
-        settings=settings,
+        settings=Settings(vae_limits=(pixels, pixels, 16), vit_limits=(side, side, 14)),
     )
     network = Bagel(config)
     initialise(network)
     return WorldModel(stirred(network), Squares(), tiny_tokenizer(), files={})
 
 
-def stirred(network):
+def stirred(network: Bagel) -> Bagel:
     """The network with every weight moved a little, so that llm2vae is not zero and no expert is its twin's copy."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -90,36 +91,31 @@ def stirred(network):
     return network.requires_grad_(False).eval()
 
 
-def rollout_queries(rooms=8):
+def rollout_queries(rooms: int = 8) -> list[Query]:
     """What a rollout asks at once: four questions in each room, each from another view of its ring of four."""
     queries = []
     for seed in range(rooms):
-        images = list(
-            render(random_room(seed), np.stack(ring(np.random.default_rng(seed))), size=32)["rgb"]
-        )
+        poses = np.stack(ring(np.random.default_rng(seed)))
+        images = list(render(random_room(seed), poses, size=32)["rgb"])
         for reference in range(1, 5):
-            motion = MOTIONS[len(queries) % len(MOTIONS)]
-            queries.append(
-                Query(images, reference, instruction(motion, reference), seed=len(queries))
-            )
+            number = len(queries)
+            sentence = instruction(MOTIONS[number % len(MOTIONS)], reference)
+            queries.append(Query(images, reference, sentence, seed=number))
     return queries
 
 
-def pair_queries(count, pixels):
+def pair_queries(count: int, pixels: int) -> list[Query]:
     """`count` queries, each with two pictures and a sentence of its own."""
     rng = np.random.default_rng(0)
-    return [
-        Query(
-            list(rng.integers(0, 256, (2, pixels, pixels, 3), dtype=np.uint8)),
-            2,
-            instruction(MOTIONS[i % len(MOTIONS)], 2),
-            seed=i,
-        )
-        for i in range(count)
-    ]
+    queries = []
+    for number in range(count):
+        images = list(rng.integers(0, 256, (2, pixels, pixels, 3), dtype=np.uint8))
+        sentence = instruction(MOTIONS[number % len(MOTIONS)], 2)
+        queries.append(Query(images, 2, sentence, seed=number))
+    return queries
 
 
-# ---------------------------------------------------------------- measuring
+# ---- measuring -------------------------------------------------------------------------------------------------------
 
 
 class Comparison(NamedTuple):
@@ -133,17 +129,23 @@ class Comparison(NamedTuple):
 
 
 @contextlib.contextmanager
-def latents_of(model):
+def latents_of(model: WorldModel) -> Iterator[list]:
     """A list that collects every final latent (c, 2 h, 2 w): what `model.autoencoder.decode` is given."""
-    seen, decode = [], model.autoencoder.decode
-    model.autoencoder.decode = lambda latent: (seen.extend(latent), decode(latent))[1]
+    latents = []
+    decode = model.autoencoder.decode
+
+    def watched(latent):
+        latents.extend(latent)
+        return decode(latent)
+
+    model.autoencoder.decode = watched
     try:
-        yield seen
+        yield latents
     finally:
         model.autoencoder.decode = decode
 
 
-def timed(model, imagine):
+def timed_run(model: WorldModel, imagine: Callable) -> tuple[float, float, list]:
     """Run `imagine` once: (seconds, seconds of CPU over all threads, latents)."""
     with latents_of(model) as latents:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -151,71 +153,35 @@ def timed(model, imagine):
         return time.perf_counter() - wall, time.process_time() - cpu, latents
 
 
-def compare(title, model, queries, repeats, after=lambda: None, **changes):
+def compare_ways(
+    title: str,
+    model: WorldModel,
+    queries: list[Query],
+    repeats: int,
+    after: Callable = lambda: None,
+    **changes,
+) -> Comparison:
     """A B A B ...: `repeats` times WorldModel.imagine, then the straightforward way, on the same queries.
 
     after   called behind each A
-
     All queries have pictures of the same sizes: then `imagine` decodes them in their order, and latents can be paired.
     """
     model.imagine(queries, **changes | {"steps": 1})  # warm up
     naive.imagine(model, queries[:1], **changes | {"steps": 1})
-    rows = []
-    for i in range(repeats):
-        fast, fast_cpu, ours = timed(model, lambda: model.imagine(queries, **changes))
+    pairs = []
+    for number in range(repeats):
+        fast, fast_cpu, ours = timed_run(model, lambda: model.imagine(queries, **changes))
         after()
-        slow, slow_cpu, theirs = timed(model, lambda: naive.imagine(model, queries, **changes))
-        diff = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
-        rows.append((fast, slow, fast_cpu, slow_cpu, diff))
-        print(
-            f"  {title}, pair {i + 1} of {repeats}: {fast:.2f} s against {slow:.2f} s", flush=True
-        )
-    *medians, _ = (statistics.median(column) for column in zip(*rows))
-    return Comparison(*medians, max_diff=max(row[-1] for row in rows))
+        slow, slow_cpu, theirs = timed_run(model, lambda: naive.imagine(model, queries, **changes))
+        gaps = [(a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True)]
+        pairs.append(Comparison(fast, slow, fast_cpu, slow_cpu, max(gaps)))
+        line = f"{fast:.2f} s against {slow:.2f} s"
+        print(f"  {title}, pair {number + 1} of {repeats}: {line}", flush=True)
+    columns = list(zip(*pairs, strict=True))
+    return Comparison(*map(statistics.median, columns[:4]), max_diff=max(columns[4]))
 
 
-def best_matmul_rate(config, rows, device="cpu", dtype=torch.float32, seconds=0.15):
-    """The best torch.mm rate (FLOP/s) over the layers' shapes, each with several numbers of rows up to `rows`."""
-    h, kv, best = config.width, config.width // config.heads * config.kv_heads, 0.0
-    for inside, out in ((h, h), (h, kv), (h, config.mlp), (config.mlp, h)):
-        weight = torch.randn(out, inside, device=device, dtype=dtype).t()
-        for m in sorted({min(rows, m) for m in (128, 256, 512, 1024, 2048, 8192)}):
-            x, y = (torch.randn(m, side, device=device, dtype=dtype) for side in (inside, out))
-            begin = time.perf_counter()
-            while time.perf_counter() - begin < seconds:
-                start = clock(device)
-                for _ in range(3):
-                    torch.mm(x, weight, out=y)
-                best = max(best, 3 * 2 * m * inside * out / (clock(device) - start))
-    return best
-
-
-def sustained_matmul_rate(config, rows, seconds=3.0):
-    """The same over runs of `seconds` on the CPU, without a pause, the best shape's mean: what the machine keeps up.
-
-    Servers shared with others give their full rate in bursts only; a run of minutes is compared with this one, measured
-    right behind it.
-    """
-    h, means = config.width, []
-    for inside, out in ((h, h), (h, config.mlp), (config.mlp, h)):
-        weight, m = torch.randn(out, inside).t(), min(rows, 1024)
-        x, y = torch.randn(m, inside), torch.empty(m, out)
-        start, count = time.perf_counter(), 0
-        while (spent := time.perf_counter() - start) < seconds:
-            torch.mm(x, weight, out=y)
-            count += 1
-        means.append(count * 2 * m * inside * out / spent)
-    return max(means)
-
-
-def clock(device):
-    """Seconds, when all that was asked of the device so far is done."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def needed_flops(config, words, images, tokens, steps, branches):
+def needed_flops(config, words: int, images: list, tokens: int, steps: int, branches: int) -> float:
     """The arithmetic of linear layers and of attention that one view needs, whatever the program does; in FLOP.
 
     words     tokens of the sentence;   images   (latent tokens, ViT tokens) of each context image
@@ -223,75 +189,62 @@ def needed_flops(config, words, images, tokens, steps, branches):
     A multiply-add is 2. Keys count where a query may see them; in the last layer only the tokens whose result is used
     need more than keys and values. Left out: norms, softmax, activations, embeddings of time, place and words.
     """
-    c, head = config, config.width // config.heads
-    key_value, rest = 4 * c.width * head * c.kv_heads, 4 * c.width**2 + 6 * c.width * c.mlp
+    c = config
+    key_value = 4 * c.width * (c.width // c.heads) * c.kv_heads
+    rest = 4 * c.width**2 + 6 * c.width * c.mlp
 
-    def segment(count, seen, used):
-        """`count` tokens that see `seen` keys each, on average; `used` of them are read after the last layer."""
-        return c.layers * count * key_value + ((c.layers - 1) * count + used) * (
-            rest + 4 * c.width * seen
-        )
+    def segment(count, keys, used):
+        """`count` tokens that see `keys` keys each, on average; `used` of them are read after the last layer."""
+        full = (
+            c.layers - 1
+        ) * count + used  # tokens times layers that need more than keys and values
+        return c.layers * count * key_value + full * (rest + 4 * c.width * keys)
 
-    def causal(past):
+    def sentence(past):
         return segment(words, past + (words + 1) / 2, 0)
 
     flops, past = 0.0, 0
     for latent, vit in images:
-        flops += 2 * latent * c.latent_numbers * c.width + segment(latent + 2, past + latent + 2, 0)
-        flops += (
-            vit * 2 * (3 * c.vit_patch**2 * c.vit_width + c.vit_width * c.width + c.width**2)
-        )  # and connector
-        flops += (
-            vit
-            * c.vit_layers
-            * (8 * c.vit_width**2 + 4 * c.vit_width * c.vit_mlp + 4 * c.vit_width * vit)
-        )
+        flops += 2 * latent * c.latent_numbers * c.width
+        flops += segment(latent + 2, past + latent + 2, 0)
+        patches = 3 * c.vit_patch**2 * c.vit_width
+        connector = c.vit_width * c.width + c.width**2
+        flops += vit * 2 * (patches + connector)
+        layer = 8 * c.vit_width**2 + 4 * c.vit_width * c.vit_mlp + 4 * c.vit_width * vit
+        flops += vit * c.vit_layers * layer
         flops += segment(vit + 2, past + latent + 2 + vit + 2, 0)
         past += latent + vit + 4
-    flops += causal(past) + (causal(0) if branches == 3 else 0)
+    flops += sentence(past)
+    if branches == 3:
+        flops += sentence(0)
     ends = 4 * tokens * c.latent_numbers * c.width  # vae2llm and llm2vae
-    return flops + steps * sum(
-        segment(tokens + 2, before + tokens + 2, tokens) + ends
-        for before in (past + words, past, words)[:branches]
-    )
+    for before in (past + words, past, words)[:branches]:
+        flops += steps * (segment(tokens + 2, before + tokens + 2, tokens) + ends)
+    return flops
 
 
-# ---------------------------------------------------------------- where the time goes
-
-GROUPS = {
-    "matmul": ("mm", "addmm", "bmm", "baddbmm"),
-    "attention": ("_scaled_dot_product",),
-    "copies": ("copy_", "cat", "stack", "index", "gather", "scatter", "fill_", "zero_", "repeat"),
-}
-
-
-def where_time_goes(model, queries, **changes):
-    """Seconds of one Euler step of the fast way: {"matmul", "attention", "copies", "elementwise", "Python"}.
-
-    The difference between two steps and one, so that reading the context does not count. "elementwise" is all the rest
-    of torch (norms, SiLU, rotation, sums), "Python" what passes between torch's operations.
-    """
-    totals = []
-    for steps in (1, 2):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            start = time.perf_counter()
-            model.imagine(queries, **changes | {"steps": steps})
-            wall = time.perf_counter() - start
-        groups = dict.fromkeys((*GROUPS, "elementwise"), 0.0)
-        for event in profile.key_averages():
-            name = event.key.removeprefix("aten::")
-            kind = next(
-                (kind for kind, starts in GROUPS.items() if name.startswith(starts)), "elementwise"
-            )
-            groups[kind] += event.self_cpu_time_total / 1e6
-        totals.append(groups | {"Python": wall - sum(groups.values())})
-    return {kind: totals[1][kind] - totals[0][kind] for kind in totals[0]}
+def work_of(model: WorldModel, query: Query, steps: int) -> float:
+    """`needed_flops` of a query with both guidances, all its pictures of one size."""
+    height, width = query.images[0].shape[:2]
+    latent, vit = picture_tokens(model, width, height)
+    words = len(model.words(query.instruction))
+    images = [(latent, vit)] * len(query.images)
+    return needed_flops(model.network.config, words, images, latent, steps, branches=3)
 
 
-# ---------------------------------------------------------------- bench.py wm
+def picture_tokens(model: WorldModel, width: int, height: int) -> tuple[int, int]:
+    """Tokens of a picture: as latents, as ViT features."""
+    cell = model.autoencoder.cell * LATENT_PATCH
+    patch = model.network.config.vit_patch
+    columns, rows = resized(width, height, model.settings.vae_limits)
+    vit_columns, vit_rows = resized(width, height, model.settings.vit_limits)
+    return columns * rows // cell**2, vit_columns * vit_rows // patch**2
 
 
-def wm(args):
+# ---- python -m bench wm ----------------------------------------------------------------------------------------------
+
+
+def wm(args) -> None:
     """The demo's model with a rollout's queries, then the middle size alone and in a batch of eight: tables, JSON."""
     torch.set_num_threads(args.threads)
     keep_freed_memory()
@@ -300,94 +253,56 @@ def wm(args):
     demo = WorldModel.load(args.model) if args.model else WorldModel.tiny()
     if not args.model:
         stirred(demo.network)
-    model, changes = (
-        middle(pixels, layers),
-        {"steps": args.steps, "text_scale": 4.0, "image_scale": 2.0},
-    )
+    model = middle_model(pixels, layers)
+    changes = GUIDED | {"steps": args.steps}
     print(
         f"fast against straightforward, {args.threads} CPU threads, fp32; the middle size: two {pixels} x {pixels} "
         f"pictures, {args.steps} steps, both guidances",
         flush=True,
     )
-    rows = {"demo32": compare("demo's model", demo, rollout_queries(rooms), repeats)}
-    flops, rate, kept_up = {}, 0.0, {}
+    rows = {"demo32": compare_ways("demo's model", demo, rollout_queries(rooms), repeats)}
+    flops, sustained, burst = {}, {}, 0.0
     for batch in (1, 8):
-        queries = pair_queries(batch, pixels)
+        name, queries = f"b{batch}", pair_queries(batch, pixels)
+        tokens, rates = 3 * batch * (pixels // 16) ** 2, []
+
+        def measure(tokens=tokens, rates=rates):
+            seconds = 0.05 if args.quick else 3.0
+            rates.append(sustained_matmul_rate(model.network.config, tokens, seconds))
+
+        title = f"middle size, batch {batch}"
         pairs = repeats if batch == 1 else (repeats + 1) // 2
-        rates, tokens = [], 3 * batch * (pixels // 16) ** 2
-        rows[f"b{batch}"] = compare(
-            f"middle size, batch {batch}",
-            model,
-            queries,
-            pairs,
-            lambda: rates.append(
-                sustained_matmul_rate(model.network.config, tokens, 0.05 if args.quick else 3.0)
-            ),
-            **changes,
-        )
-        kept_up[f"b{batch}"] = statistics.median(rates)
-        flops[f"b{batch}"] = sum(work_of(model, query, args.steps) for query in queries)
-        rate = max(rate, best_matmul_rate(model.network.config, tokens))
-    shares = {name: flops[name] / rows[name].fast / kept_up[name] for name in flops}
-    bursts = {name: flops[name] / rows[name].fast / rate for name in flops}
+        rows[name] = compare_ways(title, model, queries, pairs, measure, **changes)
+        sustained[name] = statistics.median(rates)
+        flops[name] = sum(work_of(model, query, args.steps) for query in queries)
+        burst = max(burst, best_matmul_rate(model.network.config, tokens))
+    report(args, rows, flops, sustained, burst)
 
-    print(
-        f"\n{'median seconds':16}{'fast':>10}{'naive':>10}{'ratio':>8}{'CPU ratio':>11}{'max diff':>11}"
-    )
+
+def report(args, rows: dict, flops: dict, sustained: dict, burst: float) -> None:
+    """The tables of `wm`, and its line of JSON."""
+    lines = []
     for name, row in rows.items():
-        print(
-            f"{name:16}{row.fast:10.3f}{row.naive:10.3f}{row.naive / row.fast:8.2f}"
-            f"{row.naive_cpu / row.fast_cpu:11.2f}{row.max_diff:11.1e}"
-        )
-    print(
-        f"\n{'work':16}{'GFLOP':>10}{'GFLOP/s':>10}{'torch.mm':>10}{'share':>8}   torch.mm: kept up for seconds, "
-        f"right behind the run; its best burst: {rate / 1e9:.0f}"
-    )
-    for name in flops:
-        ours = flops[name] / rows[name].fast
-        print(
-            f"{name:16}{flops[name] / 1e9:10.0f}{ours / 1e9:10.0f}{kept_up[name] / 1e9:10.0f}{shares[name]:8.1%}"
-        )
-    step = where_time_goes(model, pair_queries(8, pixels), **changes)
-    print(f"\n{'one step of b8':16}{'seconds':>10}{'share':>10}")
-    for kind, seconds in step.items():
-        print(f"{kind:16}{seconds:10.3f}{seconds / sum(step.values()):10.1%}")
-
-    print(
-        json.dumps(
-            {
-                "bench": "wm",
-                "threads": args.threads,
-                "steps": args.steps,
-                "quick": args.quick,
-                **{f"speedup_{name}": round(row.naive / row.fast, 3) for name, row in rows.items()},
-                "speedup_demo32_cpu": round(rows["demo32"].naive_cpu / rows["demo32"].fast_cpu, 3),
-                "matmul_share": round(shares["b8"], 3),
-                "matmul_share_b1": round(shares["b1"], 3),
-                "matmul_gflops": round(kept_up["b8"] / 1e9, 1),
-                "matmul_share_of_burst": round(bursts["b8"], 3),
-                "matmul_gflops_burst": round(rate / 1e9, 1),
-                "max_diff": max(row.max_diff for row in rows.values()),
-            }
-        )
-    )
-
-
-def work_of(model, query, steps):
-    """`needed_flops` of a query with both guidances, all its pictures of one size."""
-    c, (height, width) = model.network.config, query.images[0].shape[:2]
-    latent, vit = sides(model, width, height)
-    words = model.texts([query.instruction])[1].item()
-    return needed_flops(c, words, [(latent, vit)] * len(query.images), latent, steps, branches=3)
-
-
-def sides(model, width, height):
-    """Tokens of a picture: as latents, as ViT features."""
-    cell = model.autoencoder.cell * LATENT_PATCH
-    return tuple(
-        w * h // size**2
-        for size, (w, h) in (
-            (cell, resized(width, height, model.settings.vae_limits)),
-            (model.network.config.vit_patch, resized(width, height, model.settings.vit_limits)),
-        )
-    )
+        ratios = [row.naive / row.fast, row.naive_cpu / row.fast_cpu]
+        lines.append([name, row.fast, row.naive, *ratios, f"{row.max_diff:.1e}"])
+    head = ["median seconds", "fast", "naive", "ratio", "CPU ratio", "max diff"]
+    print("\n" + text_table(head, lines))
+    rates = {name: flops[name] / rows[name].fast for name in flops}
+    lines = []
+    for name, rate in rates.items():
+        giga = [f"{value / 1e9:.0f}" for value in (flops[name], rate, sustained[name])]
+        lines.append([name, *giga, f"{rate / sustained[name]:.1%}"])
+    print(text_table(["work", "GFLOP", "GFLOP/s", "torch.mm", "share"], lines))
+    print(f"torch.mm: kept up for seconds, right behind the run; its best burst: {burst / 1e9:.0f}")
+    results = {"bench": "wm", "threads": args.threads, "steps": args.steps, "quick": args.quick}
+    for name, row in rows.items():
+        results[f"speedup_{name}"] = row.naive / row.fast
+    demo = rows["demo32"]
+    results["speedup_demo32_cpu"] = demo.naive_cpu / demo.fast_cpu
+    results["matmul_share"] = rates["b8"] / sustained["b8"]
+    results["matmul_share_b1"] = rates["b1"] / sustained["b1"]
+    results["matmul_gflops"] = sustained["b8"] / 1e9
+    results["matmul_share_of_burst"] = rates["b8"] / burst
+    results["matmul_gflops_burst"] = burst / 1e9
+    results["max_diff"] = max(row.max_diff for row in rows.values())
+    print_json(results)

@@ -1,4 +1,4 @@
-"""bench.py, and the fast sampler against the straightforward one of bench/naive.py. `pytest tests/test_bench.py`"""
+"""The benchmarks, and the fast sampler against the straightforward one of bench/naive.py. `pytest tests/test_bench.py`"""
 
 import json
 
@@ -9,14 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import policy as policy_file
 from bench import __main__ as bench
-from bench import gpu as gpu_speed
-from bench import naive
-from bench import policy as policy_speed
-from bench import wm as wm_speed
-from lib import budget
+from bench import gpu, naive
+from bench import policy as policy_bench
+from bench import wm as wm_bench
 from lib.geometry import Query
-from policy import Policy, collate, rollout, token_logprobs
-from world_model import MAX_TOKENS, WorldModel
+from policy import Policy, rollout
+from world_model import WorldModel
 
 GUIDED = {"text_scale": 3.0, "image_scale": 2.0}
 BAGEL = {
@@ -54,7 +52,9 @@ def queries():
             f"Base on the viewpoint of Image-{reference}, {motion}.",
             seed,
         )
-        for seed, (count, reference, motion) in enumerate(zip((2, 2, 3, 4), (1, 2, 2, 4), motions))
+        for seed, (count, reference, motion) in enumerate(
+            zip((2, 2, 3, 4), (1, 2, 2, 4), motions, strict=True)
+        )
     ]
 
 
@@ -73,9 +73,9 @@ def queries():
 def test_the_fast_sampler_equals_the_straightforward_one(departures, changes):
     """A mixed batch in one call, against each query alone, branch by branch."""
     model = lively(**departures)
-    with wm_speed.latents_of(model) as fast:
+    with wm_bench.latents_of(model) as fast:
         views = model.imagine(queries(), **changes)
-    for query, view in zip(queries(), views):
+    for query, view in zip(queries(), views, strict=True):
         latent = naive.latent(model, query, **changes)
         assert min((latent[0] - z).abs().max() for z in fast if z.shape == latent.shape[1:]) < 1e-4
         other = naive.imagine(model, [query], **changes)[0]
@@ -112,7 +112,7 @@ def test_bench_wm_ends_with_one_line_of_json(capsys):
 
 def test_counted_arithmetic_is_what_the_straightforward_way_does():
     """It does a little more: queries and MLP of the last layer for tokens whose result nobody reads."""
-    model, (query,) = wm_speed.middle(64, layers=4), wm_speed.pair_queries(1, 64)
+    model, (query,) = wm_bench.middle_model(64, layers=4), wm_bench.pair_queries(1, 64)
 
     def attention(query, key, *_, **__):
         return 4 * query[0] * query[1] * query[2] * key[2] * query[3]
@@ -122,7 +122,7 @@ def test_counted_arithmetic_is_what_the_straightforward_way_does():
         custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention},
     ) as counter:
         naive.imagine(model, [query], steps=3, text_scale=4.0, image_scale=2.0)
-    assert 1.0 < counter.get_total_flops() / wm_speed.work_of(model, query, steps=3) < 1.2
+    assert 1.0 < counter.get_total_flops() / wm_bench.work_of(model, query, steps=3) < 1.2
 
 
 # ---------------------------------------------------------------- the policy
@@ -135,14 +135,14 @@ def line_of(capsys, *command):
 
 def test_generate_from_scratch_samples_what_the_rollout_samples(monkeypatch):
     """The straightforward writer, under sampling: the same tokens and log-probs, whatever the length of the prompts."""
-    policy, questions = Policy.tiny(), policy_speed.room_questions(3)
+    policy, questions = Policy.tiny(), policy_bench.room_questions(3)
     for count, question in enumerate(questions, 1):
         question["images"] = question["images"][:count]
     fast = rollout(policy, questions, group_size=2, max_turns=2, max_new_tokens=10)
     monkeypatch.setattr(policy_file, "Writer", naive.Writer)
     slow = rollout(policy, questions, group_size=2, max_turns=2, max_new_tokens=10)
     assert [t.ids for t in fast] == [t.ids for t in slow] and len({tuple(t.ids) for t in fast}) == 6
-    for a, b in zip(fast, slow):
+    for a, b in zip(fast, slow, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
 
 
@@ -164,53 +164,6 @@ def test_bench_grpo_does_the_same_step_as_trl(capsys):
     assert {"ratio_text", "ratio_image", "ratio_tool"} <= result.keys()
 
 
-def test_memory_is_what_a_tiny_step_allocates():
-    """Parameters, gradients and moments of one real step, counted tensor by tensor."""
-    policy = Policy.tiny()
-    policy.vision.requires_grad_(False)
-    learned = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned)
-    dialogue = policy_speed.scripted_dialogue(policy, policy_speed.room_questions(1)[0], seed=0)
-    token_logprobs(policy, collate(policy, [dialogue]))[0].sum().backward()
-    optimizer.step()
-    moments = [
-        state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
-    ]
-    real = {
-        "weights": policy.model.parameters(),
-        "gradients": [p.grad for p in learned],
-        "optimiser": moments,
-    }
-    assert budget.trained(budget.policy_shapes(policy.model), gpus=1) == {
-        part: sum(x.numel() * x.element_size() for x in tensors) for part, tensors in real.items()
-    }
-
-
-def test_bench_memory_counts_the_published_models(capsys):
-    result = line_of(capsys, "memory", "--preset", "astra", "--gpus", "8", "64")
-    assert (
-        result["policy_parameters"] == 8_767_123_696
-        and result["simulator_parameters"] == 14_575_018_464
-    )
-    assert (
-        result["train_wm_update_gb_8"] == result["train_wm_update_gb_64"]
-    )  # machines copy, GPUs of one shard
-    features = (
-        (4 / 8 + 3) * 128 * 256 * 4 * 4096 * 2 / 1e9
-    )  # 128 dialogues, 256 tokens, 4 levels, bf16
-    assert result["train_rl_update_gb_8"] - result["train_rl_update_gb_64"] == pytest.approx(
-        features * 7 / 8, abs=2e-3
-    )
-    n = result[
-        "simulator_parameters"
-    ]  # a look: weights, average and own weights aside, moments; all in bf16
-    cache = budget.cache(budget.bagel_shapes(budget.bagel_7b()), MAX_TOKENS)
-    assert result["train_wm_look_gb_8"] == pytest.approx(
-        ((3 + 2) * 4 * n / 8 + 2 * n + cache) / 1e9, abs=1e-3
-    )
-    assert line_of(capsys, "memory", "--preset", "tiny")["train_rl_update_gb_1"] < 1
-
-
 # ---------------------------------------------------------------- the published shapes, here on tiny models
 
 
@@ -224,8 +177,8 @@ def counted(step):
 @pytest.mark.parametrize("name", ["train_wm", "train_rl"])
 def test_the_work_of_an_update_is_what_torch_counts(name, capsys, monkeypatch):
     """Beside it: padding and masked attention more; less where nothing below a layer needs a gradient."""
-    monkeypatch.setattr(gpu_speed, "timed", lambda step, *_: (counted(step), 0.0))
-    monkeypatch.setattr(gpu_speed, "best_matmul_rate", lambda *_: 1e12)
+    monkeypatch.setattr(gpu, "timed", lambda step, *_: (counted(step), 0.0))
+    monkeypatch.setattr(gpu, "best_matmul_rate", lambda *_: 1e12)
     result = line_of(capsys, name)
     done = result["seconds_off"] / (result["tflop"] * 1e12)
     assert 0.9 < done < 1.35
@@ -233,5 +186,5 @@ def test_the_work_of_an_update_is_what_torch_counts(name, capsys, monkeypatch):
 
 
 def test_decoding_is_measured_against_the_memorys_bound():
-    result = gpu_speed.decoding(Policy.tiny(), questions=2, group=2, length=6, side=32, repeats=1)
+    result = gpu.decoding(Policy.tiny(), count=2, group=2, length=6, side=32, repeats=1)
     assert 0 < result["share_of_bandwidth_bound"] < 1 and result["speedup"] > 0
