@@ -14,8 +14,8 @@ from functools import partial
 import numpy as np
 import pytest
 from PIL import Image
+from room_scan import room_scene, write_scan_folder
 
-from bench.room_scan import room_scene, write_scan_folder
 from extras.scans.depth import depth_network, disagreement, estimate_depth, scale_of
 from extras.scans.frames import collect, frames_of, scaled
 from extras.scans.readers import HALF, OPENGL

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from room_scan import room_scene, write_scan_folder
 
-from bench.room_scan import room_scene, write_scan_folder
 from extras.scans.frames import thousandths
 from extras.scans.heldout import make_heldout
 from extras.scans.make import make_scans, places_and_lists, places_of, split_of

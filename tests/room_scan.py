@@ -1,4 +1,4 @@
-"""A room of lib/rooms.py told as a scan: what the bench of triples and the tests of the readers start from."""
+"""A room of lib/rooms.py told as a scan: what the tests of the readers start from."""
 
 from functools import partial
 from pathlib import Path
