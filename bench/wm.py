@@ -227,7 +227,7 @@ def work_of(model: WorldModel, query: Query, steps: int) -> float:
     """`needed_flops` of a query with both guidances, all its pictures of one size."""
     height, width = query.images[0].shape[:2]
     latent, vit = picture_tokens(model, width, height)
-    words = len(model.words(query.instruction))
+    words = len(model.token_ids(query.instruction))
     images = [(latent, vit)] * len(query.images)
     return needed_flops(model.network.config, words, images, latent, steps, branches=3)
 
