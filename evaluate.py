@@ -158,7 +158,7 @@ def score(bench: str, record: dict, text: str | None) -> tuple[str | float | Non
         return letter, float(letter is not None and letter == record["answer"])
     from extras.benches import common
 
-    return common.score(bench, record, text)
+    return common.official_score(bench, record, text)
 
 
 # ---- asking ---------------------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from extras.benches.common import (
     group_weights,
     lenient,
     load,
+    official_score,
     open_image,
     reply,
-    score,
     weights,
 )
 from extras.benches.files import sample_frames, split_options
@@ -159,14 +159,14 @@ def groups(question):
     ],
 )
 def test_letters_are_read_as_the_official_code_reads_them(bench, gold, text, letter):
-    assert score(bench, {"answer": gold}, text) == (letter, float(letter == gold))
+    assert official_score(bench, {"answer": gold}, text) == (letter, float(letter == gold))
 
 
 @pytest.mark.parametrize("text, verdicts", ALL)
 def test_the_benches_disagree_on_one_text_as_the_fact_sheet_says(text, verdicts):
     question = {"answer": "B", "kind": "mca", "options": []}
     for bench, right in zip(("mindcube", "mmsi", "mmsi_video", "vsi"), verdicts, strict=True):
-        assert score(bench, question, text)[1] == int(right), bench
+        assert official_score(bench, question, text)[1] == int(right), bench
 
 
 def test_rooms_verdict_is_the_reward():
@@ -178,10 +178,14 @@ def test_rooms_verdict_is_the_reward():
         assert evaluate.score("rooms", question, text)[1] == exact_match(text, question), text
     assert evaluate.score("rooms", question, "c. blue box") == ("C", 0.0)
     assert evaluate.score("rooms", question, "red box") == ("B", 1.0)
-    for judge in (score, evaluate.score):
+    for judge in (official_score, evaluate.score):
         with pytest.raises(ValueError, match="bench"):
             judge("nope", {"answer": "B"}, "B")
-    assert evaluate.score("mmsi", question, "``B``") == score("mmsi", question, "``B``") == ("B", 1)
+    assert (
+        evaluate.score("mmsi", question, "``B``")
+        == official_score("mmsi", question, "``B``")
+        == ("B", 1)
+    )
 
 
 def test_an_option_without_a_letter_is_named_by_its_text():
@@ -193,7 +197,7 @@ def test_an_option_without_a_letter_is_named_by_its_text():
 def test_sat_reads_the_words_of_an_option_and_nothing_else():
     def read(text, *options):
         options = [f"{letter}. {words}" for letter, words in zip("AB", options, strict=True)]
-        return score("sat", {"answer": "A", "kind": "mca", "options": options}, text)
+        return official_score("sat", {"answer": "A", "kind": "mca", "options": options}, text)
 
     for text, letter in [
         ("moved right", "A"),
@@ -237,12 +241,12 @@ def test_sat_reads_the_words_of_an_option_and_nothing_else():
     ],
 )
 def test_vsi_reads_a_letter_before_the_first_blank(text, right):
-    assert score("vsi", {"kind": "mca", "answer": "C"}, text)[1] == right
+    assert official_score("vsi", {"kind": "mca", "answer": "C"}, text)[1] == right
 
 
 def test_vsi_gives_relative_accuracy_for_numbers():
     def accuracy(text, gold):
-        return score("vsi", {"kind": "na", "answer": gold}, text)[1]
+        return official_score("vsi", {"kind": "na", "answer": gold}, text)[1]
 
     for text, want in [
         ("12", 0.6),
@@ -271,7 +275,7 @@ def test_vsi_gives_relative_accuracy_for_numbers():
         ("15.2", "10", 0),
     ]:
         assert accuracy(text, gold) == pytest.approx(want), (text, gold)
-    assert score("vsi", {"kind": "na", "answer": "10"}, "12 m")[0] == 12.0
+    assert official_score("vsi", {"kind": "na", "answer": "10"}, "12 m")[0] == 12.0
 
 
 @pytest.mark.parametrize(
@@ -288,7 +292,7 @@ def test_our_protocol_is_taken_off_where_the_bench_knows_no_thoughts(bench, part
     turn = "<think>no answer: not A. at all</think><answer>B</answer>"
     assert reply(bench, turn) == part
     question = {"answer": "B", "kind": "mca", "options": ["A. left", "B. right"]}
-    assert score(bench, question, part)[1] == right
+    assert official_score(bench, question, part)[1] == right
     assert reply(bench, "") == "" and reply(bench, "C. sofa") == "C. sofa"
 
 
@@ -701,7 +705,7 @@ def test_sat_asks_in_both_orders(tmp_path):
     assert '"turn right" or "turn left"' in questions[1]["official"][-1]
     for texts in ([q["official"][-1] for q in questions], [q["question"] for q in questions]):
         assert [text.count("Image 1 is the start") for text in texts] == [1, 1, 0, 0]
-    always_first = [score("sat", q, q["options"][0][3:])[1] for q in questions]
+    always_first = [official_score("sat", q, q["options"][0][3:])[1] for q in questions]
     assert weights("sat", [q["category"] for q in questions]) @ always_first == 0.5
 
 
@@ -833,7 +837,7 @@ def test_an_oracle_scores_100(bench, tmp_path):
     scores = []
     for question in questions:
         text = official_reply(question, question["answer"])
-        scores.append(score(bench, question, text)[1])
+        scores.append(official_score(bench, question, text)[1])
         assert lenient(question, f"<answer>{text.strip('`')}</answer>")[1] == 1
     assert weights(bench, [q["category"] for q in questions]) @ scores == pytest.approx(1)
     if bench == "mmsi_video":
@@ -848,7 +852,7 @@ def test_random_letters_score_chance(bench, tmp_path):
     for question in questions:
         options = question["options"]
         guess = options[rng.integers(len(options))][0]
-        scores.append(score(bench, question, official_reply(question, guess))[1])
+        scores.append(official_score(bench, question, official_reply(question, guess))[1])
         chances.append(1 / len(options))
     share, chances = weights(bench, [q["category"] for q in questions]), np.array(chances)
     deviation = (share**2 * chances * (1 - chances)).sum() ** 0.5

@@ -7,7 +7,7 @@ The published benchmarks by name: questions, official verdicts, prompts, groups 
   sat          the words of an option; both orders of the options   extras/benches/sat.py
   vsi          a letter or a number; the mean of 8 tasks            extras/benches/vsi.py
 
-`score` gives the verdict of the bench's official code, traps included: on the same text the benches disagree, and a
+`official_score` gives the verdict of the bench's official code, traps included: on the same text the benches disagree, and a
 number may stand beside a published one only if it was read the same way. `lenient` is a second verdict, of another
 published rule, to stand beside the official one and never for it.
 """
@@ -63,7 +63,7 @@ def open_image(path: str, bench: str) -> Image.Image:
 # ---- verdicts -------------------------------------------------------------------------------------------------------
 
 
-def score(bench: str, record: dict, text: str | None) -> tuple[str | float | None, float]:
+def official_score(bench: str, record: dict, text: str | None) -> tuple[str | float | None, float]:
     """The official verdict on a reply.
 
     record    a question; its "answer" is the gold letter, or the gold number as text where "kind" is "na"
@@ -187,7 +187,7 @@ class Published:
         answer, forgiving = lenient(question, text)
         correct = forgiving
         if name != "sat" or mode == "official":
-            answer, correct = score(name, question, reply(name, text))
+            answer, correct = official_score(name, question, reply(name, text))
         return {"answer": answer, "correct": correct, "lenient": forgiving}
 
     def diagnose(self, question: dict, dialogue: Trajectory) -> None:
