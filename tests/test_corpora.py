@@ -127,13 +127,12 @@ def vst_record(folder, levels, answer):
 
 def vst_questions(folder, records):
     """The questions of VST-500K, one task with one parquet file."""
-    pyarrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow, an extra")
-    import pyarrow.parquet
+    parquet = pytest.importorskip("pyarrow.parquet", reason="parquet needs pyarrow, an extra")
+    from pyarrow import Table
 
     (folder / "VST-500K" / "mi_camera_motion").mkdir(parents=True)
-    pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist(records), folder / "VST-500K" / "mi_camera_motion/0.parquet"
-    )
+    file = folder / "VST-500K" / "mi_camera_motion" / "0.parquet"
+    parquet.write_table(Table.from_pylist(records), file)
     make_corpus("vst", folder / "VST-500K", folder / "out")
     return load_jsonl(folder / "out" / "questions_train.jsonl")
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def write_scan(folder, seed, spoil=None):
     frames = (
         scene.frames
         if spoil is None
-        else [replace(frame, load=lambda rgb=frame.image(): spoil(rgb)) for frame in scene.frames]
+        else [replace(frame, load=partial(spoil, frame.image())) for frame in scene.frames]
     )
     write_scan_folder(folder, frames, scene.up, ".png")
 
@@ -165,19 +166,21 @@ def test_a_picture_is_never_enlarged():
 # ---- by picture -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_triples_come_out_of_a_folder_as_out_of_the_room(scans, tmp_path):
     room, _ = write_triples(room_scene(1, 40), tmp_path / "room", 5, Rules(size=64))
     folder, _ = write_triples(
         read_scene("folder", scans, "scan1"), tmp_path / "folder", 5, Rules(size=64)
     )
     assert len(room) == len(folder) > 8
-    for a, b in zip(room, folder):
+    for a, b in zip(room, folder, strict=True):
         assert (a["instruction"], a["reference"]) == (b["instruction"], b["reference"])
         np.testing.assert_allclose(a["target_c2w"], b["target_c2w"], atol=1e-6)
         np.testing.assert_allclose(a["context_c2w"], b["context_c2w"], atol=1e-6)
         assert abs(a["coverage"] - b["coverage"]) < 0.005 and a["coverage"] >= 0.85
 
 
+@pytest.mark.slow
 def test_a_blurred_capture_gives_no_triples(tmp_path):
     def spoil(rgb):
         return np.mean([np.roll(rgb, shift, 1) for shift in range(9)], 0).astype(np.uint8)
@@ -189,6 +192,7 @@ def test_a_blurred_capture_gives_no_triples(tmp_path):
     assert not rows and counts["blurred"] > 3
 
 
+@pytest.mark.slow
 def test_rows_are_what_training_reads(scans, tmp_path):
     make_scans("folder", scans, tmp_path, 1, rules=SMALL, lists={"test": listed(tmp_path, "scan2")})
     rows = load_jsonl(tmp_path / "triples_train.jsonl")
@@ -236,6 +240,7 @@ def listed(folder, *ids):
     return file
 
 
+@pytest.mark.slow
 def test_the_files_are_the_same_whatever_the_workers_and_after_an_interruption(scans, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     make_scans("folder", scans, one, 1, rules=SMALL)
@@ -257,6 +262,7 @@ def test_the_files_are_the_same_whatever_the_workers_and_after_an_interruption(s
     assert files(one) != files(two)
 
 
+@pytest.mark.slow
 def test_a_broken_scan_is_named_and_the_rest_goes_on(tmp_path, capsys):
     root = tmp_path / "root"
     write_scan(root / "good", 0)
@@ -317,9 +323,8 @@ def test_a_summary_adds_up():
 def test_no_place_is_on_two_sides_of_the_split(tmp_path):
     ids = [f"scene{place:04d}_{scan:02d}" for place in range(300) for scan in range(3)]
     places = places_of("scannet", tmp_path, ids)
-    assert places == {id: id[:9] for id in ids} and places_of("dl3dv", tmp_path, ids) == dict(
-        zip(ids, ids)
-    )
+    assert places == {id: id[:9] for id in ids}
+    assert places_of("dl3dv", tmp_path, ids) == {id: id for id in ids}
     sides = [split_of("scannet", place, {}) for place in places.values()]
     shares = [sides.count(side) / len(sides) for side in ("test", "val")]
     assert 0.02 < shares[0] < 0.09 and 0.005 < shares[1] < 0.045
@@ -396,6 +401,7 @@ def test_arkit_captures_of_one_visit_stay_together(tmp_path, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_a_second_dataset_does_not_drop_the_first(scans, tmp_path):
     out = tmp_path / "out"
     make_scans("folder", scans, out, 1, rules=SMALL, limit=1)
@@ -411,6 +417,7 @@ def test_a_second_dataset_does_not_drop_the_first(scans, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_held_out_set_takes_as_many_of_each_dataset_and_refuses_shared_places(scans, tmp_path):
     source = tmp_path / "a"
     make_scans(

@@ -46,7 +46,8 @@ def make_corpus(corpus: str, root: str | Path, out: str | Path) -> None:
 
     An id that comes again, or none, gets a number: "#2", "#3", ...
     """
-    out, rows, left_out, times = Path(out), [], Counter(), Counter()
+    out, rows = Path(out), []
+    reasons, times = Counter(), Counter()
     for record in RECORDS[corpus](Path(root), out / "images"):
         question, reason = read_question(record.conversations)
         if question and not record.images:
@@ -54,7 +55,7 @@ def make_corpus(corpus: str, root: str | Path, out: str | Path) -> None:
         elif question and not all(Path(path).is_file() for path in record.images):
             reason = "an image is missing"
         if reason:
-            left_out[reason] += 1
+            reasons[reason] += 1
             continue
         times[record.id] += 1
         number = f"#{times[record.id]}" if times[record.id] > 1 else ""
@@ -63,7 +64,7 @@ def make_corpus(corpus: str, root: str | Path, out: str | Path) -> None:
         rows.append(with_relative_paths(row, out))
     save_jsonl(out / "questions_train.jsonl", rows)
     say(f"{out}/questions_train.jsonl: {len(rows)} questions")
-    for reason, count in left_out.most_common():
+    for reason, count in reasons.most_common():
         say(f"  {count:8}  left out: {reason}")
 
 
@@ -134,7 +135,8 @@ def read_question(conversations: list[dict]) -> tuple[dict | None, str | None]:
 
 def letter_of(answer, options):
     """The option that an answer names, by its letter ("(B) blue") or by its words ("Blue."); None if it is none."""
-    match, words = LETTER.fullmatch(answer), answer.lower().rstrip(".")
+    match = LETTER.fullmatch(answer)
+    words = answer.lower().rstrip(".")
     for option in options:
         if option[0] == match[1] if match else option[3:].lower() == words:
             return option[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from extras.scans.make import make_scans
 from extras.scans.scene import READERS
-from extras.scans.triples import Rules
+from extras.scans.triples import RULES, Rules
 from lib.distributed import fail
 from lib.stage import bounded
 
@@ -30,7 +30,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     count = bounded(int, 1)
-    rules = Rules()
     add = parser.add_argument
     add("--dataset", required=True, choices=list(READERS))
     add("--root", required=True, help="folder of the dataset")
@@ -45,18 +44,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "All scans of a listed place go with it",
     )
     for name, text in COUNTS.items():
-        add(f"--{name}", type=count, default=getattr(rules, name), help=text)
+        add(f"--{name}", type=count, default=getattr(RULES, name), help=text)
     add(
         "--coverage",
         type=float,
-        default=rules.coverage,
+        default=RULES.coverage,
         help="of a target, at least (paper: 0.85)",
     )
     add(
         "--apart",
         type=float,
         nargs=2,
-        default=rules[1:3],
+        default=RULES[1:3],
         metavar=("M", "DEG"),
         help="between the cameras of a context, at least (paper: 1 m and 30 degrees)",
     )

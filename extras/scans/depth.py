@@ -74,7 +74,8 @@ def estimate_depth(
     network's, so only roughly metres. Raises ValueError if the scene has depth from elsewhere.
     """
     folder = dl3dv_folder(scene_folders("dl3dv", root, id)[0])
-    file, how = folder / "depth.json", f"depth of single pictures by {model}"
+    file = folder / "depth.json"
+    how = f"depth of single pictures by {model}"
     info = load_json(file) if file.is_file() else {}
     if (info or (folder / "depth").exists()) and info.get("how") != how:
         raise ValueError(
@@ -182,13 +183,12 @@ def depth_ratios(one: Camera, other: Camera) -> tuple[ndarray, float]:
 
     returns z / depth of the points that fall on valid depth of the other (n,), and their share of all points
     """
-    (depth, K, c2w), (other_depth, other_K, other_c2w) = one, other
-    points = unproject(depth, K, c2w)[depth > 0]  # (n, 3)
-    pixel, z = project(points, other_K, other_c2w)
-    height, width = other_depth.shape
+    points = unproject(*one)[one.depth > 0]  # (n, 3)
+    pixel, z = project(points, other.K, other.c2w)
+    height, width = other.depth.shape
     column, row = np.floor(pixel.T)
     inside = (z > 0) & (column >= 0) & (row >= 0) & (column < width) & (row < height)
-    there = other_depth[row[inside].astype(int), column[inside].astype(int)]
+    there = other.depth[row[inside].astype(int), column[inside].astype(int)]
     valid = there > 0
     return z[inside][valid] / there[valid], float(valid.sum() / max(1, len(points)))
 

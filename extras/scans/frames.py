@@ -78,7 +78,8 @@ class Frame:
         Nearest neighbour on the ray of each pixel's centre: the mean of two depths would hang in mid-air.
         """
         metres = self.checked("depth", self.load_depth(), self.depth_size)
-        K, depth_K = self.K(size), self.depth_intrinsics
+        K = self.K(size)
+        depth_K = self.depth_intrinsics
         indices, inside = [], []
         for axis, length in enumerate(size or self.size):  # columns, then rows
             ray = (np.arange(length) + 0.5 - K[axis, 2]) / K[axis, axis]
@@ -91,7 +92,7 @@ class Frame:
         nearest = metres[np.ix_(indices[1], indices[0])]
         return np.where(inside[1][:, None] & inside[0], nearest, np.float32(0))
 
-    def camera(self, size: Size) -> Camera:
+    def camera(self, size: Size | None = None) -> Camera:
         """Depth, intrinsics and pose at `size`."""
         return Camera(self.depth(size), self.K(size), self.c2w)
 
@@ -209,11 +210,17 @@ def frames_of(
     frames = []
     for row in rows:
         if isinstance(row, FrameFiles):
-            name, image, depth, c2w, K = row
-            K_of_depth = scaled(K, at or size, depth_size) if depth_K is None else depth_K
-            K = scaled(K, at or size, size)
-            loads = partial(load, image), partial(load_depth, depth)
-            row = Frame(name, c2w, K, size, loads[0], K_of_depth, depth_size, loads[1])
+            same_K = scaled(row.K, at or size, depth_size)
+            row = Frame(
+                name=row.name,
+                c2w=row.c2w,
+                intrinsics=scaled(row.K, at or size, size),
+                size=size,
+                load=partial(load, row.image),
+                depth_intrinsics=same_K if depth_K is None else depth_K,
+                depth_size=depth_size,
+                load_depth=partial(load_depth, row.depth),
+            )
         frames.append(row)
     return frames
 

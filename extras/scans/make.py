@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from extras.scans.scene import read_scene, scene_ids
 from extras.scans.summary import SHEET_LINES, Summary, sheet_of
-from extras.scans.triples import Rules, write_triples
+from extras.scans.triples import RULES, Rules, write_triples
 from lib.distributed import fail, say
 from lib.records import PICTURES, SPLITS, disk, worker, write_json, write_text
 from lib.streams import stable_hash, stream_seed
@@ -35,7 +35,7 @@ def make_scans(
     out: str | Path,
     workers: int | None = None,
     seed: int = 0,
-    rules: Rules = Rules(),
+    rules: Rules = RULES,
     lists: dict[str, str] | None = None,
     limit: int | None = None,
 ) -> None:
@@ -57,8 +57,8 @@ def make_scans(
             f"{out} holds triples of something else, and they would be lost. Give {dataset} of {root} an --out of its "
             f"own: train_wm.py --data takes several folders."
         )
-    places, listed = places_and_lists(dataset, root, ids, lists)
-    splits = {id: split_of(dataset, place, listed, lists) for id, place in places.items()}
+    places, by_list = places_and_lists(dataset, root, ids, lists)
+    splits = {id: split_of(dataset, place, by_list, lists) for id, place in places.items()}
     ids = [id for id in ids if id in places]
     if limit and limit < len(ids):
         ids = [ids[i] for i in np.linspace(0, len(ids) - 1, limit).astype(int)]
@@ -109,10 +109,10 @@ def write_splits(out, reports, places, splits):
     places, splits   {id of a scan: its place}, {id: its split}
     One report is in memory at a time: the paper's dataset has half a million rows.
     """
-    parts = {split: out / f"triples_{split}.jsonl.partial" for split in SPLITS}
+    partials = {split: out / f"triples_{split}.jsonl.partial" for split in SPLITS}
     total, samples = Summary(), []
     with disk(out), contextlib.ExitStack() as stack:
-        files = {split: stack.enter_context(part.open("w")) for split, part in parts.items()}
+        files = {split: stack.enter_context(file.open("w")) for split, file in partials.items()}
         for path in reports:
             report = json.loads(path.read_text())
             place, split = places[report["id"]], splits[report["id"]]
@@ -120,8 +120,8 @@ def write_splits(out, reports, places, splits):
                 files[split].write(json.dumps(row | {"place": place}) + "\n")
             total.add(report, split)
             samples += report["rows"][: 1 + SHEET_LINES // len(reports)]
-    for part in parts.values():
-        part.replace(part.with_suffix(""))
+    for file in partials.values():
+        file.replace(file.with_suffix(""))
     write_json(out / "summary.json", total.as_dict())
     say(total.text())
     if samples:
@@ -146,21 +146,22 @@ def places_of(dataset: str, root: str | Path, ids: list[str]) -> dict[str, str]:
         return {id: id.rsplit("_", 1)[0] for id in ids}
     if dataset != "arkitscenes":
         return {id: id for id in ids}
-    visits = {}
+    rows, known, places = [], set(ids), {}
     for file in (*Path(root).glob("metadata.csv"), *Path(root).glob("*/metadata.csv")):
         with file.open(newline="") as lines:
-            for row in csv.DictReader(lines):
-                visit = (row.get("visit_id") or "").removesuffix(".0")  # as pandas writes numbers
-                if visit.isdigit():
-                    visits[row.get("video_id")] = visit
-    return {id: visits[id] for id in ids if id in visits}
+            rows += csv.DictReader(lines)
+    for row in rows:
+        visit = (row.get("visit_id") or "").removesuffix(".0")  # as pandas writes numbers
+        if visit.isdigit() and row.get("video_id") in known:
+            places[row["video_id"]] = visit
+    return places
 
 
-def split_of(dataset: str, place: str, listed: dict[str, str], lists: Iterable[str] = ()) -> str:
-    """ "train", "val" or "test" of a place: as `listed` {place: split} says, else drawn by its name, 5 % for tests and
+def split_of(dataset: str, place: str, by_list: dict[str, str], lists: Iterable[str] = ()) -> str:
+    """ "train", "val" or "test" of a place: as `by_list` {place: split} says, else drawn by its name, 5 % for tests and
     2 % for validation; nothing is drawn into the splits that have `lists`."""
-    if place in listed:
-        return listed[place]
+    if place in by_list:
+        return by_list[place]
     draw = stream_seed("split", dataset, place) % 100
     split = "test" if draw < 5 else "val" if draw < 7 else "train"
     return "train" if split in lists else split
@@ -172,19 +173,18 @@ def read_list(split, file, ids):
         fail(
             f"{file} does not exist; --{split} names a file with the ids of its scans, one per line."
         )
-    known, scans, unknown = set(ids), [], 0
+    known, scans = set(ids), []
     lines = [line for line in Path(file).read_text().splitlines() if line.strip()]
     for line in lines:
         fields = [field.strip(' "') for field in line.split(",")]
         id = next((field for field in fields if field in known), None)
-        if id is None:
-            unknown += 1
-        else:
+        if id is not None:
             scans.append(id)
     if not scans:
         fail(
             f"No line of {file} names a scan that is there; --{split} needs ids such as {ids[0]}, one per line."
         )
+    unknown = len(lines) - len(scans)
     if unknown:
         say(
             f"--{split}: {unknown} of {len(lines)} lines of {file} name no scan that is there (a header is such a line)."
@@ -195,13 +195,14 @@ def read_list(split, file, ids):
 def places_and_lists(
     dataset: str, root: str | Path, ids: list[str], lists: dict[str, str | Path]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """({id: place} of the scans that can be split, {place: split} of those that are listed).
+    """({id: place} of the scans that can be split, {place: split} of those that lists name).
 
-    lists   {"val": file, "test": file}; a place goes where one of its scans is listed. Says how many scans are left
+    lists   {"val": file, "test": file}; a place goes where one of its scans is named. Says how many scans are left
             out because nobody knows their place; stops with a sentence where nothing could be drawn by place.
     """
     scans = {split: read_list(split, file, ids) for split, file in lists.items()}
-    places, listed = places_of(dataset, root, ids), {}
+    places = places_of(dataset, root, ids)
+    by_list = {}
     if not places:
         if len(lists) < 2:
             fail(
@@ -210,19 +211,20 @@ def places_and_lists(
                 f"or give both --val FILE and --test FILE."
             )
         places = {id: id for id in ids}
-    for split, id in [(split, id) for split in scans for id in scans[split]]:
-        place = places.setdefault(id, id)
-        if listed.setdefault(place, split) != split:
-            fail(
-                f"{lists[split]} and another list name the same place by {id}: a place stands on one side of the "
-                f"split."
-            )
+    for split in scans:
+        for id in scans[split]:
+            place = places.setdefault(id, id)
+            if by_list.setdefault(place, split) != split:
+                fail(
+                    f"{lists[split]} and another list name the same place by {id}: a place stands on one side of the "
+                    f"split."
+                )
     lost = len(ids) - len(places)
     if lost:
         say(
             f"{lost} scans are left out: nobody knows which place they show. Name them in a list to keep them."
         )
-    return places, listed
+    return places, by_list
 
 
 # ---- rows on disk --------------------------------------------------------------------------------------------------------
@@ -230,16 +232,14 @@ def places_and_lists(
 
 def holds_others(files: Iterable[Path], key: str, ours: set) -> bool:
     """Whether JSONL files hold rows, and `key` of none is one of `ours`: to write them anew would drop another set."""
-    found = False
-    for file in files:
-        if not file.exists():
-            continue
+    any_row = False
+    for file in filter(Path.exists, files):
         with file.open() as lines:
             for line in filter(str.strip, lines):
                 if json.loads(line).get(key) in ours:
                     return False
-                found = True
-    return found
+                any_row = True
+    return any_row
 
 
 def with_relative_paths(row: dict, folder: Path) -> dict:

@@ -93,17 +93,18 @@ def ask_often(questions: list[dict], out: Path, settings: dict) -> None:
 
     settings   {"policy", "samples", "seed"}: answers in out/answers*.jsonl that were given under others do not count
     """
-    world, samples = setup(), settings["samples"]
+    world = setup()
+    samples = settings["samples"]
     log = out / ("answers.jsonl" if is_main() else f"answers_{world.rank}.jsonl")
     save_jsonl(log, read_log(log))  # without a line that a kill tore
     wait_for_all()
-    known = answers_in(out, settings)
-    share = questions[world.rank :: world.size]
-    waiting = [question for question in share if question["id"] not in known]
-    policy = Policy.load(settings["policy"], world.device) if waiting else None
+    answers = answers_in(out, settings)
+    own = questions[world.rank :: world.size]
+    open_questions = [question for question in own if question["id"] not in answers]
+    policy = Policy.load(settings["policy"], world.device) if open_questions else None
     truncated = 0
-    for step in progress(math.ceil(len(waiting) / BATCH), title="ask"):
-        batch = waiting[step * BATCH : (step + 1) * BATCH]
+    for step in progress(math.ceil(len(open_questions) / BATCH), title="ask"):
+        batch = open_questions[step * BATCH : (step + 1) * BATCH]
         trajectories = rollout(
             policy,
             batch,

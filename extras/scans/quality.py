@@ -105,9 +105,11 @@ def sharpness(rgb: ndarray, width: int = 7) -> float:
     slopes, where the blurred picture shows an edge; without the part that noise makes, in which a blurred picture would
     seem sharp. Rows or columns, the less sharp: motion blurs one way. Without edges nothing shows blur: 1.
     """
-    luminance, least = rgb @ LUMA, 1.0
+    luminance = rgb @ LUMA
+    least = 1.0
     for rows in (luminance, luminance.T):
-        fine, coarse = np.diff(rows), np.diff(box(rows, width))
+        fine = np.diff(rows)
+        coarse = np.diff(box(rows, width))
         noise = np.median(np.abs(np.diff(rows, 2))) / (0.6745 * 6**0.5)  # standard deviation
         # below 3 levels per pixel it may be soft light
         edge = np.abs(coarse) > max(3, 6 * noise * 2**0.5 / width)
@@ -115,7 +117,8 @@ def sharpness(rgb: ndarray, width: int = 7) -> float:
             continue
         fine_energy = np.square(fine[edge]).mean() - 2 * noise**2
         coarse_energy = np.square(coarse[edge]).mean() - 2 * noise**2 / width**2
-        least = min(least, 1 - coarse_energy / fine_energy if fine_energy > coarse_energy else 0.0)
+        lost = 1 - coarse_energy / fine_energy if fine_energy > coarse_energy else 0.0
+        least = min(least, lost)
     return float(least)
 
 
@@ -155,7 +158,8 @@ def see_through(view, other, tolerance=0.05):
     compared = (view.depth > 0) & (z > 1e-6) & within
     if not compared.any():
         return 0.0
-    (column, row), z = corner[compared].astype(int).T, z[compared]
+    column, row = corner[compared].astype(int).T
+    z = z[compared]
     upper = np.minimum(other.depth[row, column], other.depth[row, column + 1])
     lower = np.minimum(other.depth[row + 1, column], other.depth[row + 1, column + 1])
     nearest = np.minimum(upper, lower)  # 0: one is invalid
@@ -212,22 +216,30 @@ def agreement(target: ndarray, warped: ndarray, mask: ndarray) -> float:
     lit = same_light(target, warped.astype(float), mask)
     warped = np.where(mask[..., None], lit, target)
 
-    # displacement: the structure tensor of both pictures' mean, and its product with their difference
-    mean, difference = (target + warped) @ LUMA / 2, (target - warped) @ LUMA
-    down, right = np.gradient(mean) * sliding_window_view(np.pad(mask, 1), (3, 3)).all((-2, -1))
-    xx, xy, yy = window(right * right) + 0.2, window(right * down), window(down * down) + 0.2
-    x, y = window(right * difference), window(down * difference)
-    displacement = np.hypot(yy * x - xy * y, xx * y - xy * x) / (xx * yy - xy * xy)  # pixels
+    # the displacement solves [xx xy; xy yy] d = [x; y]: slopes of the mean picture, and their product with the difference
+    mean = (target + warped) @ LUMA / 2  # (h, w)
+    difference = (target - warped) @ LUMA
+    inner = sliding_window_view(np.pad(mask, 1), (3, 3)).all((-2, -1))  # all neighbours are seen
+    down, right = np.gradient(mean) * inner
+    xx = window(right * right) + 0.2
+    xy = window(right * down)
+    yy = window(down * down) + 0.2
+    x = window(right * difference)
+    y = window(down * difference)
+    determinant = xx * yy - xy * xy
+    displacement = np.hypot(yy * x - xy * y, xx * y - xy * x) / determinant  # pixels
     place = 1 - np.minimum(displacement / 3.0, 1)
 
-    near_target, near_warped = neighbourhood(target), neighbourhood(warped)  # (h, w, 3, 9)
+    near_target = neighbourhood(target)  # (h, w, 3, 9)
+    near_warped = neighbourhood(warped)
     gap = np.maximum(outside_of(near_target, warped), outside_of(near_warped, target))
-    steepest = np.maximum(np.ptp(near_target, -1).max(-1), np.ptp(near_warped, -1).max(-1))
-    slope = mask * np.clip(steepest - 12, 0, 40)
+    contrast = np.maximum(np.ptp(near_target, -1), np.ptp(near_warped, -1)).max(-1)
+    slope = mask * np.clip(contrast - 12, 0, 40)
     colour = 1 - window(slope * (gap >= 25)) / (window(slope) + 1)
 
     # noise of 4 levels stays below 3
-    weight = mask * np.maximum(np.sqrt(np.maximum(xx + yy - 0.4, 0)) - 3, 0)
+    steepness = np.sqrt(np.maximum(xx + yy - 0.4, 0))
+    weight = mask * np.maximum(steepness - 3, 0)
     if weight.mean() <= 0.1:
         return 0.0
     return float((weight * place * colour).sum() / weight.sum())

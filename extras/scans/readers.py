@@ -183,7 +183,8 @@ def scannetpp_dslr(folder: Path) -> Scene:
         )
     # nerfstudio's world is the mesh's with x and y exchanged and z turned over; the matrix is its own inverse
     to_mesh = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1.0]])
-    K, rows = nerfstudio_camera(info), []
+    K = nerfstudio_camera(info)
+    rows = []
     for frame in info["frames"] + info.get("test_frames", []):
         if frame.get("is_bad"):
             rows.append("marked as bad")
@@ -204,7 +205,8 @@ def matterport(folder: Path) -> Scene:
     In the .conf an `intrinsics_matrix` holds for all `scan` lines until the next one, and its cy counts rows from the
     bottom of 1024; poses are c2w, OpenGL.
     """
-    folders, K, rows = {}, np.full((3, 3), np.nan), []
+    folders, rows = {}, []
+    K = np.full((3, 3), np.nan)
     for line in next(folder.glob("undistorted_camera_parameters/*.conf")).read_text().splitlines():
         key, *words = line.split() or [""]
         if key.endswith("_directory"):
@@ -272,7 +274,8 @@ def arkit_row(folder, image, poses):
 
 def read_sure_depth(path):
     """(H, W) float32 metres; 0 where confidence/, if the capture has it, is not 2, the highest."""
-    metres, confidence = read_depth(path), path.parents[1] / "confidence" / path.name
+    metres = read_depth(path)
+    confidence = path.parents[1] / "confidence" / path.name
     if not confidence.parent.is_dir():
         return metres
     return np.where(read(confidence)[..., 0] == 2, metres, np.float32(0))
@@ -323,7 +326,8 @@ def dl3dv(folder: Path) -> Scene:
     info = load_json(folder / "depth.json")
     if info.get("refused"):
         raise ValueError(info["refused"])
-    scale, unit = info["scale"], "lengths are in the unit of its poses"
+    scale = info["scale"]
+    unit = "lengths are in the unit of its poses"
     if scale is not None:
         if not 0 < scale < float("inf"):
             raise ValueError(
@@ -342,12 +346,14 @@ def dl3dv_folder(folder: Path) -> Path:
 
 def dl3dv_rows(folder: Path) -> tuple[list[FrameFiles], Size, Callable]:
     """Rows with poses in COLMAP's unit, the size that their K belongs to, and how to load a picture."""
-    info, rows = load_json(folder / "transforms.json"), []
+    info = load_json(folder / "transforms.json")
+    rows = []
     sizes = ("images_4", "images_8", "images_2", "images")
     pictures = next((name for name in sizes if (folder / name).is_dir()), None)
     if pictures is None:
         raise ValueError("there is no images_4/ (960P) or images_8/ (480P) beside transforms.json.")
-    K, size = nerfstudio_camera(info), (info["w"], info["h"])
+    K = nerfstudio_camera(info)
+    size = (info["w"], info["h"])
     distortion = np.array([info.get(key, 0.0) for key in ("k1", "k2", "p1", "p2")])
     for frame in info["frames"]:
         name = Path(frame["file_path"])  # images/frame_00001.png
@@ -382,7 +388,8 @@ def read_undistorted(path, K, size, distortion):
     pixels = read(path)
     if not distortion.any():
         return pixels
-    cv2, to = opencv(), pixels.shape[1::-1]
+    cv2 = opencv()
+    to = pixels.shape[1::-1]
     K = scaled(K, size, to) - HALF  # OpenCV counts centres in whole numbers
     x, y = cv2.initUndistortRectifyMap(K, distortion, None, K, to, cv2.CV_32FC1)
     return cv2.remap(pixels, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
@@ -403,7 +410,8 @@ def plain_folder(folder: Path) -> Scene:
     centres at +0.5: the middle of the picture is (W / 2, H / 2). Depth is along the optical axis, 0 = unknown, from the
     image's own camera; it may have fewer pixels, in the same proportion.
     """
-    info, frames, images = load_json(folder / "scene.json"), [], set()
+    info = load_json(folder / "scene.json")
+    frames, images = [], set()
     load_depth = partial(read_depth, per_metre=info.get("depth_scale", 1000))
     for i, frame in enumerate(info["frames"]):
         image, depth = inside(folder, frame["image"]), inside(folder, frame["depth"])

@@ -73,7 +73,8 @@ class Summary:
 def sheet_of(out: Path, rows: list[dict]) -> Image.Image:
     """A page to judge by eye, of 12 rows at most: context, words, target, warp, target and warp in squares."""
     rows = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, SHEET_LINES).astype(int))]
-    columns, lines = max(len(row["context"]) for row in rows), []
+    columns = max(len(row["context"]) for row in rows)
+    lines = []
     for row in rows:
         context = [load_image(out / name) for name in row["context"]]
         target = load_image(out / row["target"])

@@ -60,6 +60,9 @@ class Rules(NamedTuple):
     size: int = 512  # pixels of a written picture's shorter side: BAGEL enlarges what is smaller
 
 
+RULES = Rules()
+
+
 class Candidates(NamedTuple):
     """A context and the targets that poses and coarse depth allow; frames are indices into a list."""
 
@@ -103,7 +106,8 @@ def motions_between(c2w: ndarray, metric: bool, rules: Rules) -> tuple[ndarray, 
         "a move without a metric scale": is_move & (not metric),
         "too small a motion": amount < least - 1e-6,
     }
-    counts, allowed = Counter(), ~np.eye(len(c2w), dtype=bool)
+    counts = Counter()
+    allowed = ~np.eye(len(c2w), dtype=bool)
     for reason, refused in refusals.items():
         counts[reason] += int((allowed & refused).sum())
         allowed = allowed & ~refused
@@ -176,20 +180,20 @@ def find_triples(
             counts["reference without targets or neighbours"] += 1
             continue
         others = rng.permutation(others)[:NEIGHBOURS].tolist()
-        context, covered = cover_targets(reference, others, together, targets, cameras, rules)
-        accepted = []
-        for k, share in zip(targets, covered, strict=True):
+        context, shares = cover_targets(reference, others, together, targets, cameras, rules)
+        pairs = []
+        for k, share in zip(targets, shares, strict=True):
             counts["candidates"] += 1
             if any(repeats(delta[j, k], rules) for j in context if j != reference):
                 counts["a context view repeats the target"] += 1
             elif share < rules.coverage - COARSE:
                 counts["coverage, coarse"] += 1
             else:
-                accepted.append((k, motion_along(delta[reference, k], main[reference, k])))
-        if accepted:
+                pairs.append((k, motion_along(delta[reference, k], main[reference, k])))
+        if pairs:
             order = rng.permutation(len(context))
             context = [context[i] for i in order]
-            groups.append(Candidates(context, context.index(reference), accepted))
+            groups.append(Candidates(context, context.index(reference), pairs))
     return groups, counts, frames
 
 
@@ -249,18 +253,18 @@ def choose_context(
         # a target counts up to what is asked of it: more of the same view brings nothing
         return np.minimum(masks @ owner / points, rules.coverage).sum(-1)
 
-    context, covered = [reference], sees[reference]
+    context, union = [reference], sees[reference]  # of what the context sees
     while len(context) < rules.context:
         others = [k for k in others if together[k, context].all()]
         if not others:
             break
-        gains = worth(covered | sees[others]) + 1e-3 * sees[others].mean(-1)
+        gains = worth(union | sees[others]) + 1e-3 * sees[others].mean(-1)
         best = gains.argmax()
-        if len(context) > 1 and gains[best] - worth(covered) < WORTH:
+        if len(context) > 1 and gains[best] - worth(union) < WORTH:
             break
         context.append(others[best])
-        covered = covered | sees[others[best]]
-    return context, covered @ owner / points
+        union = union | sees[others[best]]
+    return context, union @ owner / points
 
 
 # ---- by picture ----------------------------------------------------------------------------------------------------------
@@ -277,12 +281,12 @@ def write_triples(scene: Scene, out: Path, seed: int, rules: Rules) -> tuple[lis
     groups, counts, frames = find_triples(scene, numpy_stream("triples of a scan", seed), rules)
     counts["frames"] = len(frames)
     folder = f"{scene.dataset}/{scene.id.replace('/', '_')}"
-    rows, written = [], set()
+    rows, files = [], set()
 
     def save(name, pixels):
-        if name not in written:  # contexts share frames
+        if name not in files:  # contexts share frames
             save_image(out / name, pixels)
-            written.add(name)
+            files.add(name)
 
     for number, group in enumerate(groups, 1):
         context = [open_view(frames[k], rules, counts) for k in group.context]
@@ -295,7 +299,8 @@ def write_triples(scene: Scene, out: Path, seed: int, rules: Rules) -> tuple[lis
             save(f"{folder}/{name}.jpg", view.rgb)
             save(f"{folder}/{name}_depth.png", thousandths(view.depth))
         for target in targets:
-            view, motion, name = target.view, target.motion, frames[target.frame].name
+            view, motion = target.view, target.motion
+            name = frames[target.frame].name
             command = f"{motion.kind.replace(' ', '_')}_{motion.amount:g}"
             id = f"{folder}/{number}_{names[group.reference]}_{command}_{name}"
             save(f"{folder}/{name}.jpg", view.rgb)
@@ -350,7 +355,7 @@ def verified_targets(group, context, frames, rules, counts):
             continue
         rgb, mask = warp(view.depth, view.c2w, context, view.intrinsics)
         share = coverage(view.depth, mask)
-        reason, measures = "coverage", {}
+        reason = "coverage"
         if share >= rules.coverage:
             reason, measures = quality.verify(view, context)
         if reason:
