@@ -25,6 +25,8 @@ def decode(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Im
     """
     in_memory = isinstance(source, bytes)
     name = "The picture" if in_memory else f"The image {source}"
+    if not in_memory and Path(source).exists() and not Path(source).is_file():
+        raise PictureError(f"{name} is no file: a folder, a pipe or a device.")
     try:
         with Image.open(io.BytesIO(source) if in_memory else source, formats=FORMATS) as picture:
             width, height = picture.size  # of the header: nothing is decoded yet

@@ -10,7 +10,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from lib.common import leave
+from lib.distributed import leave
 
 PATIENCE = 300  # seconds; then all ranks are killed
 

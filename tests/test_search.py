@@ -25,11 +25,11 @@ from extras.report.search import (
     waypoints,
 )
 from extras.world2vlm.transitions import end_pose
-from lib.records import read_log
 from lib.dialogue import Trajectory
 from lib.geometry import Motion, read_instruction
 from lib.images import load_image
 from lib.protocol import ENOUGH
+from lib.records import read_log
 from lib.rooms import TrueRenderer, random_room, render
 from lib.simulators import SimulatorError
 from policy import Policy
