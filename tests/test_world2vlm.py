@@ -43,8 +43,8 @@ from extras.world2vlm.transitions import (
     programs,
     random_program,
     room_anchor,
+    summed,
     transitions,
-    uncut,
 )
 from extras.world2vlm.words import (
     BOX,
@@ -306,7 +306,7 @@ def test_long_motions_are_cut_and_chained_and_lose_nothing():
     way = [Motion("move left", 4.3), Motion("turn right", 100.0)]
     pieces = cut(way, {"meters": 1.0, "degrees": 45.0})
     assert [piece.amount for piece in pieces] == [1.0, 1.0, 1.0, 1.0, 0.3, 45.0, 45.0, 10.0]
-    assert uncut(pieces) == way == cut(way, None)
+    assert summed(pieces) == way == cut(way, None)
     whole = transitions([room_anchor(3)], TrueRenderer(), np.random.default_rng(0))[0]
     steps = transitions(
         [room_anchor(3)],

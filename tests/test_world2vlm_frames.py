@@ -20,11 +20,10 @@ from extras.world2vlm.frames import (
     read_rendered,
     rendered_folders,
     rendered_records,
-    summed,
 )
 from extras.world2vlm.objects import room_detections
 from extras.world2vlm.questions import differ, records
-from extras.world2vlm.transitions import end_pose, room_anchor, transitions
+from extras.world2vlm.transitions import end_pose, room_anchor, summed, transitions
 from extras.world2vlm.words import is_on_grid, read_actions
 from lib.geometry import Motion, move_camera
 from lib.images import load_image, save_image

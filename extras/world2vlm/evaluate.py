@@ -74,13 +74,6 @@ def greedy_records(policy: Policy, questions: list[dict], args) -> list[dict]:
     return [answer_record(question, dialogue.answer) for question, dialogue in pairs]
 
 
-def held_out_means(policy: Policy, questions: list[dict], args, world: World) -> dict[str, float]:
-    """`task_means` of greedy answers, each rank asking its share; also printed, with the share of full rewards."""
-    means = task_means(greedy_records(policy, questions[world.rank :: world.size], args))
-    say_means(means)
-    return means
-
-
 def say_means(means: dict[str, float]) -> None:
     """One line: mean reward and share of full rewards of each task."""
     numbers = []
@@ -88,6 +81,19 @@ def say_means(means: dict[str, float]) -> None:
         if f"{task}_total" in means:
             numbers.append(f"{task} {means[f'{task}_total']:.2f} {means[f'{task}_exact']:.2f}")
     say(f"held out, mean reward and share of perfect answers: {', '.join(numbers)}")
+
+
+def held_out_means(policy: Policy, questions: list[dict], args, world: World) -> dict[str, float]:
+    """`task_means` of greedy answers, each rank asking its share; also printed."""
+    means = task_means(greedy_records(policy, questions[world.rank :: world.size], args))
+    say_means(means)
+    return means
+
+
+def read_records(out: Path) -> dict[str, dict]:
+    """{id of a question: its record}, by all ranks so far."""
+    rows = [row for part in (out / "training").glob("*.jsonl") for row in read_log(part)]
+    return {row["key"]: row for row in rows}
 
 
 def main(argv=None):
@@ -105,23 +111,20 @@ def main(argv=None):
         fail(f"{file} has no question.")
     policy = Policy.load(args.policy, world.device)
 
-    def answered():
-        rows = [row for part in (out / "training").glob("*.jsonl") for row in read_log(part)]
-        return {row["key"]: row for row in rows}
-
-    before = answered()
-    wait_for_all()  # until every rank knows what is left
-    waiting = [question for question in questions if question["id"] not in before]
-    mine = waiting[world.rank :: world.size]
     log = out / "training" / f"{world.rank}.jsonl"
     save_jsonl(log, read_log(log))  # without a line that a kill tore
+    wait_for_all()
+    done = read_records(out)
+    wait_for_all()  # all ranks know what is left before one goes on
+    mine = [question for question in questions if question["id"] not in done]
+    mine = mine[world.rank :: world.size]
     for start in tqdm(range(0, len(mine), args.rows), desc="ask", disable=not is_main()):
         records = greedy_records(policy, mine[start : start + args.rows], args)
         with disk(log), log.open("a") as lines:
             lines.writelines(json.dumps(record) + "\n" for record in records)
     wait_for_all()
-    records = answered()
-    records = [records[question["id"]] for question in questions]
+    done = read_records(out)
+    records = [done[question["id"]] for question in questions]
     means = task_means(records)
     say_means(means)
     save_jsonl(out / "predictions.jsonl", records)

@@ -25,11 +25,9 @@ are asked.
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +36,14 @@ from tqdm import tqdm
 from extras.scans.make import split_of
 from extras.world2vlm.objects import Detection, tracked_by_label
 from extras.world2vlm.questions import differ, records, write_motion_questions
-from extras.world2vlm.transitions import MOVES, TURNS, Transition, is_view
+from extras.world2vlm.transitions import MOVES, TURNS, Transition, is_view, summed
 from extras.world2vlm.words import is_on_grid
 from lib import images
 from lib.distributed import fail, say
-from lib.geometry import TABLE, Motion, move_camera, phrase
+from lib.geometry import Motion, move_camera, phrase
 from lib.records import SPLITS, build
 from lib.streams import numpy_stream
 
-KIND = {(row.component, row.sign): kind for kind, row in TABLE.items()}
 MARGIN = {"meters": 0.5, "degrees": 20}  # between the amounts of a program and of a false claim
 THE_OTHER_WAY = "turns the other way"
 MIRRORED = 0.1  # the mirrored turn fits better by this much correlation; of 720 true turns in rooms none does
@@ -113,21 +110,6 @@ def names_of_pictures(folder: Path) -> list[str]:
         return [int(part) if part.isdigit() else part for part in parts]
 
     return sorted(names, key=by_value)
-
-
-def summed(program: list[Motion]) -> list[Motion]:
-    """A program with the same end: moves in a row are summed along each axis, sideways first (as in the paper's third
-    preset), and turns in a row; opposites cancel. No order is left that a picture cannot show."""
-    motions = []
-    for _, run in groupby(program, key=lambda motion: motion.unit):
-        sums = Counter()
-        for motion in run:
-            row = TABLE[motion.kind]
-            sums[row.component] += row.sign * motion.amount
-        for component, total in sorted(sums.items()):
-            if abs(total) > 1e-6:
-                motions.append(Motion(KIND[component, np.sign(total)], round(abs(total), 6)))
-    return motions
 
 
 def read_rendered(folder: Path) -> Transition:

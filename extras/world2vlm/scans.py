@@ -39,16 +39,16 @@ def make_scan_questions(
         done = {tuple(part["key"]): part for part in read_log(log)}
         save_jsonl(log, done.values())  # without a line that a kill tore
         contexts = metric_contexts(Path(source) / f"triples_{split}.jsonl", limit)
-        rows, lost = [], 0
+        parts = []
         for seed, triple in tqdm(contexts.items(), desc=f"world2vlm, {split}"):
             key = (seed, *names)
-            if key not in done:
-                done[key] = context_records(triple, seed, split, simulator, detect, out)
-                done[key]["key"] = key
-                with disk(log), log.open("a") as lines:
-                    lines.write(json.dumps(done[key]) + "\n")
-            rows += done[key]["records"]
-            lost += done[key]["lost"]
+            part = done.get(key)
+            if part is None:
+                part = {"key": key, **context_records(triple, seed, split, simulator, detect, out)}
+                append_line(log, part)
+            parts.append(part)
+        rows = [row for part in parts for row in part["records"]]
+        lost = sum(part["lost"] for part in parts)
         write_motion_questions(out, split, rows, f"{len(contexts)} views of scans", split, lost)
         questions += len(rows)
     if not questions:
@@ -56,6 +56,12 @@ def make_scan_questions(
             f"No question was made: --anchors {source} must hold triples of scans with a metric scale, as of data.py "
             f"triples --dataset NAME, from which the teacher shows usable views."
         )
+
+
+def append_line(log: Path, part: dict) -> None:
+    """Add a JSON line to a log."""
+    with disk(log), log.open("a") as lines:
+        lines.write(json.dumps(part) + "\n")
 
 
 def metric_contexts(file: Path, limit=None) -> dict[int, dict]:

@@ -152,23 +152,12 @@ def main(argv: list[str] | None = None) -> None:
                 metrics["eval"] = held_out_means(policy, held_out, args, world)
             torch.manual_seed(stream_seed("dropout", args.seed, step, world.rank))
             answers = answers_of_step(policy, rows, features, args, step, world)
-
-            means = Means(("loss", "inverse", "forward"))
-            means.add("loss", 0.0, 1 / world.size)  # the shares of all ranks make one loss
-            for start in range(0, len(answers), args.micro_batch):
-                chunk = answers[start : start + args.micro_batch]
-                result = supervised_loss(policy, collate(policy, chunk))
-                result.loss.backward()
-                means.add("loss", result.loss.item(), 0)
-                for answer, nll in zip(chunk, result.nll.sum(1).tolist(), strict=True):
-                    weight = answer.question["weight"]
-                    means.add(direction_of(answer.question), weight * nll, weight)
+            losses = accumulate_gradient(policy, answers, args.micro_batch, world)
             sum_gradients(adapters)  # FSDP sums those of all else
             metrics["grad_norm"] = clip_gradients(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            losses = means.read()
             log.write(step, **losses, **metrics)
             bar.set_postfix({key: f"{value:.2f}" for key, value in losses.items()})
             stop.save_or_leave(step + 1, args, save)
@@ -183,25 +172,24 @@ def main(argv: list[str] | None = None) -> None:
     finish(out, args.steps, clock)
 
 
-# ---- questions and answers ------------------------------------------------------------------------------------------
+# ---- the loss -------------------------------------------------------------------------------------------------------
 
 
-def questions_to_learn(args: Namespace, world: World) -> tuple[list[dict], list[dict]]:
-    """The questions of --tasks whose lambda is not 0, and the held-out ones; a sentence where there are too few."""
-    file, lambdas = Path(args.data, "questions_train.jsonl"), lambdas_of(args)
-    rows = [row for row in load_jsonl(file) if row["category"] in args.tasks]
-    rows = [row for row in rows if lambdas[direction_of(row)]]
-    if args.batch % world.size:
-        fail(
-            f"--batch {args.batch} cannot be shared evenly by {world.size} processes; take a multiple of it."
-        )
-    if not rows:
-        fail(f"{file} has no question of the tasks {' '.join(args.tasks)} whose lambda is not 0.")
-    if args.batch > len(rows):
-        fail(
-            f"A step asks no question twice: {file} has {len(rows)} of these tasks, --batch asks for {args.batch}."
-        )
-    return rows, load_jsonl(Path(args.data, "questions_val.jsonl"))[: args.eval_questions]
+def accumulate_gradient(
+    policy: Policy, answers: list[Trajectory], micro_batch: int, world: World
+) -> dict[str, float]:
+    """Add this rank's part of the gradient -> {"loss", "inverse", "forward"} of all ranks."""
+    means = Means(("loss", "inverse", "forward"))
+    means.add("loss", 0.0, 1 / world.size)  # the loss weights of all ranks make one loss
+    for start in range(0, len(answers), micro_batch):
+        chunk = answers[start : start + micro_batch]
+        result = supervised_loss(policy, collate(policy, chunk))
+        result.loss.backward()
+        means.add("loss", result.loss.item(), 0)
+        for answer, nll in zip(chunk, result.nll.sum(1).tolist(), strict=True):
+            weight = answer.question["weight"]
+            means.add(direction_of(answer.question), weight * nll, weight)
+    return means.read()
 
 
 def lambdas_of(args: Namespace) -> dict[str, float]:
@@ -224,6 +212,27 @@ def loss_shares(rows: list[dict], lambdas: dict[str, float]) -> list[float]:
         sums[direction_of(row)] += row["weight"]
     directions = map(direction_of, rows)
     return [lambdas[d] * row["weight"] / sums[d] for d, row in zip(directions, rows, strict=True)]
+
+
+# ---- questions and answers ------------------------------------------------------------------------------------------
+
+
+def questions_to_learn(args: Namespace, world: World) -> tuple[list[dict], list[dict]]:
+    """The questions of --tasks whose lambda is not 0, and the held-out ones; a sentence where there are too few."""
+    file, lambdas = Path(args.data, "questions_train.jsonl"), lambdas_of(args)
+    rows = [row for row in load_jsonl(file) if row["category"] in args.tasks]
+    rows = [row for row in rows if lambdas[direction_of(row)]]
+    if args.batch % world.size:
+        fail(
+            f"--batch {args.batch} cannot be shared evenly by {world.size} processes; take a multiple of it."
+        )
+    if not rows:
+        fail(f"{file} has no question of the tasks {' '.join(args.tasks)} whose lambda is not 0.")
+    if args.batch > len(rows):
+        fail(
+            f"A step asks no question twice: {file} has {len(rows)} of these tasks, --batch asks for {args.batch}."
+        )
+    return rows, load_jsonl(Path(args.data, "questions_val.jsonl"))[: args.eval_questions]
 
 
 def encode_pictures(policy: Policy, rows: list[dict]) -> dict[tuple[int, str], torch.Tensor]:

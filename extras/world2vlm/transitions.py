@@ -12,6 +12,7 @@ A program is a list of Motions of six kinds. Their names are the paper's words (
 none for up, down and looking. Frames that another program rendered become the same Transitions in frames.py.
 """
 
+from collections import Counter
 from itertools import combinations, groupby
 from typing import NamedTuple
 
@@ -19,13 +20,14 @@ import numpy as np
 from PIL import Image
 
 from lib.consistency import recover
-from lib.geometry import Motion, Query, as_lists, instruction, move_camera
+from lib.geometry import TABLE, Motion, Query, as_lists, instruction, move_camera
 from lib.rooms import SIZE, random_room, render, ring
 from lib.simulators import imagine_each
 from lib.streams import numpy_stream
 
 MOVES = ("move forward", "move backward", "move left", "move right")
 TURNS = ("turn left", "turn right")
+KIND = {(row.component, row.sign): kind for kind, row in TABLE.items()}
 
 Program = list[Motion]
 Pattern = tuple[tuple[str, list], ...]  # ((kind, its amounts), ...): a program with open amounts
@@ -138,12 +140,19 @@ def cut(program: Program, longest: dict | None) -> Program:
     return pieces
 
 
-def uncut(pieces: Program) -> Program:
-    """The inverse of `cut`: pieces of one kind in a row, summed."""
-    program = []
-    for kind, run in groupby(pieces, key=lambda piece: piece.kind):
-        program.append(Motion(kind, round(sum(piece.amount for piece in run), 6)))
-    return program
+def summed(program: list[Motion]) -> list[Motion]:
+    """A program with the same end: moves in a row are summed along each axis, sideways first (as in the paper's third
+    preset), and turns in a row; opposites cancel. No order is left that a picture cannot show. `cut` is undone."""
+    motions = []
+    for _, run in groupby(program, key=lambda motion: motion.unit):
+        sums = Counter()
+        for motion in run:
+            row = TABLE[motion.kind]
+            sums[row.component] += row.sign * motion.amount
+        for component, total in sorted(sums.items()):
+            if abs(total) > 1e-6:
+                motions.append(Motion(KIND[component, np.sign(total)], round(abs(total), 6)))
+    return motions
 
 
 # ---- anchors --------------------------------------------------------------------------------------------------------
@@ -293,7 +302,7 @@ def transition_of(name: str, chains: list[Chain]) -> Transition:
     """
     first = chains[0]
     steps = min(len(chain.views) for chain in chains)
-    program = uncut(first.motions[:steps])
+    program = summed(first.motions[:steps])
     ends = [chain.views[steps - 1] for chain in chains]
     gaps = [picture_gap(a, b) for a, b in combinations(ends, 2)]
     agreement = float(np.exp(-np.mean(gaps) / 0.05)) if gaps else 1.0
