@@ -505,13 +505,13 @@ def test_a_plain_detector_tracks_only_what_it_cannot_confuse():
     by_task = defaultdict(list)
     for seed in range(20):
         for row in questions_about(transition, np.random.default_rng(seed), detect=detect):
-            by_task[row["task"]].append(row)
+            by_task[row["category"]].append(row)
     assert {row["answer"] for row in by_task["D1"]} == {"[312, 94, 500, 281]"}
     assert by_task["D1"][0]["weight"] == pytest.approx(
         0.5 * 0.9 * 0.8
     )  # agreement times both confidences
     asked = {
-        (re.search("the (chair|lamp|box)", row["prompt"])[1], row["answer"])
+        (re.search("the (chair|lamp|box)", row["question"])[1], row["answer"])
         for row in by_task["D2"]
     }
     assert asked == {("lamp", "yes"), ("chair", "no")}
@@ -527,7 +527,7 @@ def test_what_is_seen_unsurely_afterwards_neither_stays_nor_is_gone():
         rows = questions_about(
             transition, np.random.default_rng(0), detect=lambda _: (found[:1], found[1:])
         )
-        return [(row["answer"], row["weight"]) for row in rows if row["task"] == "D2"]
+        return [(row["answer"], row["weight"]) for row in rows if row["category"] == "D2"]
 
     assert asked(0.3) == [("no", pytest.approx(0.5 * 0.8 * 0.3))] and asked(0.29) == []
 
@@ -540,7 +540,7 @@ def test_prompts_word_for_word():
     transition = Transition("t", NOISE, NOISE, [Motion("move forward", 0.5)])
     chair = [Detection("chair", (8, 8, 16, 16), 1.0, 1)]
     rows = {
-        row["task"]: row
+        row["category"]: row
         for row in questions_about(
             transition, np.random.default_rng(0), detect=lambda _: (chair, chair)
         )
@@ -552,24 +552,24 @@ def test_prompts_word_for_word():
         "t_3_D2",
         "t_4_D4",
     ]
-    assert rows["D2"]["prompt"] == (
+    assert rows["D2"]["question"] == (
         'In the image, the chair is at bbox [250, 250, 500, 500]. After the camera does "move forward 0.5 meters", '
         "does this chair disappear from view? Answer: yes or no."
     )
-    assert rows["D4"]["prompt"].endswith(
+    assert rows["D4"]["question"].endswith(
         "shows a chair at bbox [250, 250, 500, 500]. Are these the same physical "
         "object instance? Answer: yes or no."
     )
     assert rows["A1"]["answer"] == rows["D3"]["answer"] == "move forward 0.5 meters"
-    assert "0.5" not in rows["A1"]["prompt"] + rows["D3"]["prompt"]
+    assert "0.5" not in rows["A1"]["question"] + rows["D3"]["question"]
     assert [len(rows[task]["images"]) for task in rows] == [2, 2, 2, 1, 2]
 
 
 def test_all_records_are_valid_and_earn_full_reward(true, told):
-    assert {row["task"] for row in true[1]} == set(TASKS)
+    assert {row["category"] for row in true[1]} == set(TASKS)
     for row in true[1] + told:
         assert validate(row) is None
-        assert world2vlm(row["task"], row["answer"], row["answer"])["total"] == pytest.approx(1)
+        assert world2vlm(row["category"], row["answer"], row["answer"])["total"] == pytest.approx(1)
 
 
 def test_answers_agree_with_geometry(true):
@@ -578,26 +578,27 @@ def test_answers_agree_with_geometry(true):
         rows = questions_about(transition, np.random.default_rng(0), detect=room_detections)
         room, (first, _) = random_room(transition.room), room_detections(transition)
         for row in rows:
-            if row["task"] in ("A1", "A2", "A3", "D3"):
+            if row["category"] in ("A1", "A2", "A3", "D3"):
                 way = [Motion(*action) for action in read_actions(row["answer"])]
                 np.testing.assert_allclose(
                     end_pose(transition.poses[0], way), transition.poses[1], atol=1e-9
                 )
-            if row["task"] == "A4":
+            if row["category"] == "A4":
                 said = end_pose(
-                    transition.poses[0], [Motion(*action) for action in read_actions(row["prompt"])]
+                    transition.poses[0],
+                    [Motion(*action) for action in read_actions(row["question"])],
                 )
                 assert (np.abs(said - transition.poses[1]).max() < 1e-6) == (
                     row["answer"] == "true"
                 )
-            if row["task"] in ("D1", "D2"):
-                start = BOX.search(row["prompt"])[0]
+            if row["category"] in ("D1", "D2"):
+                start = BOX.search(row["question"])[0]
                 (track,) = [d.track for d in first if box_text(d.box, 32, 32) == start]
                 thing, ids = (
                     room.things[track],
                     render(room, transition.poses[1], supersample=1)["ids"][0],
                 )
-                if row["task"] == "D2":
+                if row["category"] == "D2":
                     assert (row["answer"] == "yes") == (not (ids == track + 1).any())
                 else:
                     (x1, _, x2, _), _ = read_box(row["answer"])
@@ -622,14 +623,14 @@ def test_the_same_seed_gives_the_same_records():
 
 
 def test_every_fault_is_found_and_counted(true):
-    rows = {row["task"]: row for row in true[1]}
-    a4 = next(row for row in true[1] if row["task"] == "A4" and row["answer"] == "true")
+    rows = {row["category"]: row for row in true[1]}
+    a4 = next(row for row in true[1] if row["category"] == "A4" and row["answer"] == "true")
     faults = {
         "the weight is not in (0, 1]": rows["A2"] | {"weight": 0.0},
         "an amount is not on the grid": rows["A1"] | {"program": "move left 0.0143 meters"},
         "a box is not four integers in order in 0..1000": rows["D1"]
         | {"answer": "[300, 0, 200, 1001]"},
-        "a box is missing in the prompt": rows["D4"] | {"prompt": "Is it the same?"},
+        "a box is missing in the prompt": rows["D4"] | {"question": "Is it the same?"},
         "the actions in the prompt are not what the camera did": rows["D2"]
         | {"program": "turn left 170 degrees"},
         "the answer has too few or too many actions": rows["A3"]
@@ -652,13 +653,15 @@ def test_labels_are_balanced_in_every_cell(told):
     rows = balanced(told, np.random.default_rng(0))
     cells = defaultdict(Counter)
     for row in rows:
-        cells[row["task"], tuple(row["cell"])][row["label"]] += 1
+        cells[row["category"], tuple(row["cell"])][row["label"]] += 1
     assert {task for task, _ in cells} == set(TASKS)
     for (task, _), counts in cells.items():
         assert len(set(counts.values())) == 1 and (
             task not in ("A4", "D2", "D4") or len(counts) == 2
         )
-    assert sum(row["task"] == "D1" for row in rows) == sum(row["task"] == "D1" for row in told)
+    assert sum(row["category"] == "D1" for row in rows) == sum(
+        row["category"] == "D1" for row in told
+    )
 
 
 def test_rows_say_how_false_ones_were_made_and_a_rare_label_is_told(true, tmp_path, capsys):
@@ -675,7 +678,7 @@ def test_rows_say_how_false_ones_were_made_and_a_rare_label_is_told(true, tmp_pa
         if row["category"] == "A4"
     )
     forward, backward = (
-        next(row for row in rows if row["task"] == "A1" and row["label"] == f"move {way}")
+        next(row for row in rows if row["category"] == "A1" and row["label"] == f"move {way}")
         for way in ("forward", "backward")
     )
     capsys.readouterr()
@@ -727,16 +730,16 @@ def test_a1_to_a4_are_not_solved_by_their_words():
     assert len(rows) > 1500
 
     def claimed(row):
-        return [str(action) for action in read_actions(row["prompt"])] or [""]
+        return [str(action) for action in read_actions(row["question"])] or [""]
 
     clues = {
-        "the prompt": lambda row: row["prompt"],
-        "its words": lambda row: re.sub(r"[0-9.]+", "#", row["prompt"]),
+        "the prompt": lambda row: row["question"],
+        "its words": lambda row: re.sub(r"[0-9.]+", "#", row["question"]),
         "first action": lambda row: claimed(row)[0],
         "last action": lambda row: claimed(row)[-1],
     }
     for task in ("A1", "A2", "A3", "A4"):
-        mine = [row for row in rows if row["task"] == task]
+        mine = [row for row in rows if row["category"] == task]
         for clue, asked in product(clues, ("label", "answer")):
             right, n, labels = blind(mine, clues[clue], lambda row: row[asked])
             bound = 1 / labels + 3 * (1 / labels * (1 - 1 / labels) / n) ** 0.5

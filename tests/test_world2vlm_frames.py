@@ -100,7 +100,7 @@ def test_rooms_in_the_layout_give_the_questions_of_the_renderer(rooms):
             assert all(a[key] == b[key] for key in b.keys() - {"images"})
             images = [load_image(root / path) for path in a["images"]]
             assert all(map(np.array_equal, images, b["images"])) and len(images) == len(b["images"])
-            tasks.add(a["task"])
+            tasks.add(a["category"])
     assert len(tasks) == 7  # without a claim no A4
 
 
@@ -185,8 +185,8 @@ def test_false_claims_are_the_programs_of_others(rooms, tmp_path):
     true = 0
     for folder in claims:
         ((rows, _),) = rendered_records(folder, root, root, claims, None)
-        (row,) = [row for row in rows if row["task"] == "A4"]
-        actions = [Motion(*action) for action in read_actions(row["prompt"])]
+        (row,) = [row for row in rows if row["category"] == "A4"]
+        actions = [Motion(*action) for action in read_actions(row["question"])]
         true += row["answer"] == "true"
         assert actions == (programs[folder] if row["answer"] == "true" else claims[folder][0])
     assert 0.2 < true / len(claims) < 0.8

@@ -40,7 +40,7 @@ from extras.world2vlm.transitions import MOVES, TURNS, Transition, is_view, summ
 from extras.world2vlm.words import is_on_grid
 from lib import images
 from lib.distributed import fail, say
-from lib.geometry import Motion, move_camera, phrase
+from lib.geometry import Motion, move_camera, phrase, project, unproject
 from lib.records import SPLITS, build
 from lib.streams import numpy_stream
 
@@ -198,12 +198,9 @@ def turn_fit(source, target, turn: Motion, K: np.ndarray) -> float:
     A mere turn moves every pixel alike, whatever its depth. nan if they share less than a tenth of the picture.
     """
     height, width = target.shape[:2]
-    rows, columns = np.mgrid[:height, :width] + 0.5
-    rays = np.stack([columns, rows, np.ones_like(rows)], -1) @ np.linalg.inv(K).T  # (H, W, 3)
-    R = move_camera(np.eye(4), turn)[:3, :3]
-    x, y, z = np.moveaxis(rays @ R.T @ K.T, -1, 0)
-    depth = np.where(z > 1e-6, z, np.inf)  # behind the camera: column and row 0
-    column, row = np.floor(x / depth).astype(int), np.floor(y / depth).astype(int)
+    points = unproject(np.ones((height, width)), K, move_camera(np.eye(4), turn))  # any depth
+    pixels, z = project(points, K, np.eye(4))
+    column, row = np.moveaxis(np.floor(pixels).astype(int), -1, 0)
     inside = (z > 1e-6) & (column >= 0) & (row >= 0) & (column < width) & (row < height)
     if inside.mean() < 0.1:
         return np.nan

@@ -73,6 +73,7 @@ from lib.stage import bounded, need, run_stage
 from lib.streams import numpy_stream
 
 OPPOSITE = {"left": "right", "right": "left", "forward": "backward", "backward": "forward"}
+PRIVATE = ("program", "label", "cell")  # of a record, for `validate` and `balanced`
 
 
 # ---- false claims ---------------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def records(transition, rng, claim=None, detect=None) -> list[dict]:
     if detect is not None:
         rows += object_records(transition, rng, *detect(transition))
     for number, row in enumerate(rows):
-        row["id"] = f"{transition.name}_{number}_{row['task']}"
+        rows[number] = {"id": f"{transition.name}_{number}_{row['category']}", **row}
     return rows
 
 
@@ -145,9 +146,9 @@ def record(
 
     label, cell   for `balanced`
     detections    those that the question is about, and whose confidence counts
-    returns       {"task", "images": one or two arrays, "prompt", "answer", "weight": agreement of the teacher's views
-                  times confidence of the detections, "program": the true actions as text, "label", "cell", "negative":
-                  how a false one was made, else None}. All but the images is JSON
+    returns       a lib.records.Question with one or two arrays as images, and "weight": agreement of the teacher's views
+                  times confidence of the detections; "negative": how a false one was made, else None; and what is not
+                  written (PRIVATE): "program", the true actions as text, "label", "cell"
     """
     height, width = transition.source.shape[:2]
     images = [transition.source, transition.target]
@@ -158,15 +159,19 @@ def record(
         words["box1"] = box_text(detections[0].box, width, height)
         words["box2"] = box_text(detections[-1].box, width, height)
     return {
-        "task": task,
+        "bench": "world2vlm",
         "images": images[:1] if task == "D2" else images,
-        "prompt": PROMPTS[task].format(**words),
+        "question": PROMPTS[task].format(**words),
+        "options": [],
         "answer": answer,
+        "category": task,
+        "kind": "na",
+        "needs_view": None,
         "weight": transition.agreement * math.prod(d.confidence for d in detections),
+        "negative": negative,
         "program": program,
         "label": label,
         "cell": list(cell),
-        "negative": negative,
     }
 
 
@@ -253,7 +258,7 @@ def with_pictures(transition, out, folder, rng, space, detect) -> list[dict]:
 
 def validate(record: dict) -> str | None:
     """What is wrong with a record, in words; None if nothing is."""
-    task, prompt, answer = record["task"], record["prompt"], record["answer"]
+    task, prompt, answer = record["category"], record["question"], record["answer"]
     program, claim = read_actions(record["program"]), read_actions(prompt)
     if not 0 < record["weight"] <= 1:
         return "the weight is not in (0, 1]"
@@ -312,7 +317,7 @@ def balanced(rows: list[dict], rng) -> list[dict]:
     cells = defaultdict(lambda: defaultdict(list))
     for i in rng.permutation(len(rows)):
         row = rows[i]
-        cells[row["task"], tuple(row["cell"])][row["label"]].append(row)
+        cells[row["category"], tuple(row["cell"])][row["label"]].append(row)
     chosen = []
     for (task, _), labels in cells.items():
         if task in ("A4", "D2", "D4") and len(labels) < 2:
@@ -336,15 +341,16 @@ def write_motion_questions(out, split, rows, about, seed, lost=0) -> None:
     """
     rows, faults = validated(rows)
     chosen = balanced(rows, numpy_stream("balance", seed))
-    save_jsonl(Path(out) / f"questions_{split}.jsonl", map(question_of, chosen))
-    counts, all_counts = (Counter(row["task"] for row in part) for part in (chosen, rows))
+    public = [{key: row[key] for key in row if key not in PRIVATE} for row in chosen]
+    save_jsonl(Path(out) / f"questions_{split}.jsonl", public)
+    counts, all_counts = (Counter(row["category"] for row in part) for part in (chosen, rows))
     tasks = [f"{task} {counts[task]} of {count}" for task, count in sorted(all_counts.items())]
     say(
         f"questions_{split}.jsonl: {len(chosen)} questions about {about}, balanced: {', '.join(tasks)}"
     )
     for task, count in sorted(all_counts.items()):
         if counts[task] < count / 10:
-            labels = Counter(row["label"] for row in rows if row["task"] == task)
+            labels = Counter(row["label"] for row in rows if row["category"] == task)
             numbers = ", ".join(f"{n} {label}" for label, n in labels.most_common())
             say(
                 f"  {task}: less than a tenth stays, since every label is cut to the rarest of its cell. There were "
@@ -353,23 +359,6 @@ def write_motion_questions(out, split, rows, about, seed, lost=0) -> None:
     faults["the teacher gave no usable view"] += lost
     for reason, count in (+faults).most_common():
         say(f"  {count:6}  left out: {reason}")
-
-
-def question_of(row: dict) -> dict:
-    """A record as a row of questions_<split>.jsonl."""
-    question = {
-        "id": row["id"],
-        "bench": "world2vlm",
-        "images": row["images"],
-        "question": row["prompt"],
-        "options": [],
-        "answer": row["answer"],
-        "category": row["task"],
-        "kind": "na",
-        "needs_view": None,
-    }
-    more = ("weight", "negative", "scene", "cluster")
-    return question | {key: row[key] for key in more if key in row}
 
 
 def motion_questions(seeds, out, teacher, space=ROOMS, tries=1) -> list[tuple[list[dict], int]]:
