@@ -253,19 +253,14 @@ def rollout(
             prompts.append(Trajectory.start(policy, question, images, mode, max_rounds))
         encode_images(policy, prompts)
 
-        dialogues, streams, uniforms = [], [], []
+        group = []
         for prompt in prompts:
             name = prompt.question.get("id", prompt.question["question"])
             for member in range(group_size):
-                stream = torch_stream("rollout", seed, name, member)
-                dialogues.append(prompt.fork())
-                streams.append((seed, name, member))
-                uniforms.append(
-                    torch.rand(max_turns, max_new_tokens, dtype=torch.float64, generator=stream)
-                )
-        uniforms = torch.stack(uniforms)
-        write_turns(policy, dialogues, uniforms, temperature, simulator, streams, group_size)
-        trajectories += dialogues
+                group.append(prompt.fork())
+                group[-1].stream = (seed, name, member)
+        write_turns(policy, group, max_turns, max_new_tokens, temperature, simulator, group_size)
+        trajectories += group
     policy.model.train(was_training)
     return trajectories
 
@@ -274,32 +269,33 @@ def rollout(
 def write_turns(
     policy: Policy,
     dialogues: list[Trajectory],
-    uniforms: torch.Tensor,
+    max_turns: int,
+    max_new_tokens: int,
     temperature: float = 0.0,
     simulator=None,
-    streams: list[tuple] | None = None,
     group_size: int = 1,
 ) -> None:
     """Let the policy write turns, and answer its calls, until every dialogue is done.
 
     dialogues   with features, those of a group neighbours and equal so far
-    uniforms    (dialogues, turns, tokens per turn) float64 in [0, 1): what sampling draws
-    streams     keys of each dialogue's stream, on which the simulator's noise depends, besides the turn
+    What a dialogue samples, and the simulator's noise, depend on its `stream` and the turn alone.
     """
+    uniforms = torch.empty(len(dialogues), max_turns, max_new_tokens, dtype=torch.float64)
+    for d, dialogue in enumerate(dialogues):
+        uniforms[d].uniform_(generator=torch_stream("rollout", *dialogue.stream))
     writer = Writer(policy, dialogues, group_size)
-    _, turns, limit = uniforms.shape
-    for turn in range(turns):
+    for turn in range(max_turns):
         members = [d for d, dialogue in enumerate(dialogues) if not dialogue.done]
         if not members:
             break
-        written = writer.write(members, uniforms[:, turn], temperature, limit)
+        written = writer.write(members, uniforms[:, turn], temperature, max_new_tokens)
         for d, (ids, logprobs) in zip(members, written, strict=True):
             dialogues[d].say(policy, ids, logprobs)
-            if turn + 1 == turns and dialogues[d].answer is None:
+            if turn + 1 == max_turns and dialogues[d].answer is None:
                 dialogues[d].truncated = True
 
         waiting = [d for d in members if not dialogues[d].done]
-        views = views_of_turn(simulator, dialogues, waiting, streams, turn)
+        views = views_of_turn(simulator, dialogues, waiting, turn)
         for d in waiting:
             if dialogues[d].call and views.get(d) is None:
                 dialogues[d].reply = NO_VIEW if simulator else NO_SIMULATOR
@@ -307,12 +303,13 @@ def write_turns(
         encode_images(policy, [dialogues[d] for d in waiting])
 
 
-def views_of_turn(simulator, dialogues, waiting, streams, turn) -> dict:
+def views_of_turn(simulator, dialogues, waiting, turn) -> dict:
     """The views that dialogues wait for, all in one batch -> {number of the dialogue: view, or None if refused}."""
     calling = [d for d in waiting if dialogues[d].call and simulator]
     queries = []
     for d in calling:
-        queries.append(dialogues[d].query(stream_seed("imagine", *streams[d], turn)))
+        noise = stream_seed("imagine", *dialogues[d].stream, turn)
+        queries.append(dialogues[d].query(noise))
     return dict(zip(calling, imagine_each(simulator, queries), strict=True))
 
 

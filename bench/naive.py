@@ -26,7 +26,7 @@ from transformers import LogitsProcessorList
 
 from lib.bagel import GEN, LATENT_PATCH
 from lib.bagel_files import patchify, resize, to_images, unpatchify
-from lib.rollout import sample
+from lib.rollout import sample_tokens
 
 
 @torch.inference_mode()
@@ -315,7 +315,7 @@ class Writer:
     """What lib.rollout's Writer does, in one call of transformers' `generate` per turn: it reads everything anew.
 
     All that write stand in one batch, left-padded, and share a KV cache until the turn ends; each row brings its own
-    prompt, and all its images go through the tower again. Tokens are drawn by `lib.rollout.sample` from the same
+    prompt, and all its images go through the tower again. Tokens are drawn by `lib.rollout.sample_tokens` from the same
     uniform numbers, so both writers say the same.
     """
 
@@ -336,7 +336,7 @@ class Writer:
         def draw(so_far, logits):
             """A logits processor: leaves `generate` no choice but the token that is drawn here."""
             step = so_far.shape[1] - longest
-            tokens, chosen = sample(
+            tokens, chosen = sample_tokens(
                 logits.masked_fill(policy.banned, -1e9), uniforms[members, step], temperature
             )
             logprobs.append(chosen)

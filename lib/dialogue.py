@@ -46,16 +46,21 @@ class Trajectory:
     question: dict
     mode: str
     max_rounds: int = 3
+    stream: tuple = ()  # keys of its random streams: (seed, question id, number in the group)
+    # per token
     ids: list = field(default_factory=list)
     loss_mask: list = field(default_factory=list)
     logprobs: list = field(default_factory=list)
     loss_weights: list = field(default_factory=list)
     positions: list = field(default_factory=list)
+    # per image
     images: list = field(default_factory=list)
     provenance: list = field(default_factory=list)
     features: list = field(default_factory=list)
+    # per turn
     turns: list = field(default_factory=list)  # the policy's turns as text
     replies: list = field(default_factory=list)  # (observation, number of its image or None)
+    # so far
     valid_calls: int = 0
     invalid_calls: int = 0
     unreadable: int = 0  # turns that were neither a call nor an answer
@@ -210,6 +215,7 @@ class Trajectory:
     def load(cls, folder: str | Path) -> "Trajectory":
         """The dialogue that `save` wrote."""
         record = json.loads((Path(folder) / "dialogue.json").read_text())
+        record["stream"] = tuple(record["stream"])
         record["positions"] = [tuple(position) for position in record["positions"]]
         numbers = range(1, len(record["provenance"]) + 1)
         return cls(**record, images=[load_image(Path(folder) / f"image_{n}.png") for n in numbers])

@@ -104,7 +104,7 @@ class Writer:
             writing = self.order[:n]
             of_rows = [[token[d], self.filled[d], position[d]] for d in writing]
             logits = self.step(*torch.tensor(of_rows).T)
-            tokens, logprobs = sample(logits, uniforms[writing, step], temperature)
+            tokens, logprobs = sample_tokens(logits, uniforms[writing, step], temperature)
             tokens, logprobs = tokens.tolist(), logprobs.tolist()
             if any(map(math.isnan, logprobs)):
                 fail(
@@ -187,7 +187,7 @@ class Writer:
             self.order[i], self.order[j] = self.order[j], self.order[i]
 
 
-def sample(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float):
+def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float):
     """Draw a token per row by inverting the cumulative distribution at a uniform number.
 
     logits (n, V) float32, uniforms (n,) in [0, 1); temperature 0 takes the most likely token

@@ -20,7 +20,7 @@ from lib.protocol import (
     NO_TOOL,
     prompt_text,
 )
-from lib.rollout import Writer, cell_count, sample
+from lib.rollout import Writer, cell_count, sample_tokens
 from policy import Policy, collate, encode_images, rollout, token_logprobs
 
 
@@ -372,14 +372,16 @@ def test_saved_and_loaded_dialogue_is_the_same(policy, tmp_path):
 
 def test_sampling_inverts_the_distribution():
     logits = torch.tensor([0.2, 0.5, 0.3]).log().repeat(5, 1)
-    tokens, logprobs = sample(
+    tokens, logprobs = sample_tokens(
         logits, torch.tensor([0.0, 0.19, 0.21, 0.69, 0.9999999], dtype=torch.float64), 1.0
     )
     assert tokens.tolist() == [0, 0, 1, 1, 2]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.2, 0.2, 0.5, 0.5, 0.3]))
-    assert sample(logits, torch.zeros(5), 0)[0].tolist() == [1] * 5
+    assert sample_tokens(logits, torch.zeros(5), 0)[0].tolist() == [1] * 5
     banned = torch.tensor([[-1e9, 0.0, -1e9, 0.0]] * 2)  # at 0 and on a step, mass zero too
-    assert sample(banned, torch.tensor([0.0, 0.5], dtype=torch.float64), 1.0)[0].tolist() == [1, 3]
+    assert sample_tokens(banned, torch.tensor([0.0, 0.5], dtype=torch.float64), 1.0)[
+        0
+    ].tolist() == [1, 3]
 
 
 @torch.no_grad()

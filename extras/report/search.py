@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from extras.remote.client import RemotePolicy, converse
 from lib.dialogue import Trajectory
@@ -376,9 +375,7 @@ def answer_locally(run: Run, dialogues: list[Imagined]) -> None:
         batch = dialogues[start : start + run.rows]
         encode_images(run.policy, batch)
         turns_before = [len(dialogue.turns) for dialogue in batch]
-        write_turns(
-            run.policy, batch, torch.zeros(len(batch), TURNS, run.limit, dtype=torch.float64)
-        )
+        write_turns(run.policy, batch, TURNS, run.limit)
         for dialogue, before in zip(batch, turns_before, strict=True):
             dialogue.cost.update(
                 policy_calls=len(dialogue.turns) - before, tokens=len(dialogue.ids)
