@@ -526,11 +526,14 @@ def update(
 
     The loss of a minibatch is a mean over its tokens on all ranks: each rank's sum, divided by the global count.
     """
-    stats = UpdateStats(clip_high)
+    means = Means(("loss", "entropy", "ratio", "clipped_low", "clipped_high", "kl"))
+    tokens_learned = ratio_max = mismatch = 0.0
+    grad_norms = []
     for minibatch in minibatches:
         tokens = global_sum(float(sum(episode.tokens for episode in minibatch)))
         if not tokens:
             continue
+        tokens_learned += tokens
         for chunk in micro_batches(minibatch, micro_batch_tokens):
             batch = collate(policy, [episode.trajectory for episode in chunk], share=True)
             logprobs, entropy = token_logprobs(policy, batch)  # (B, L - 1) each
@@ -538,18 +541,34 @@ def update(
             advantages = logprobs.new_tensor([episode.advantage for episode in chunk])  # (B,)
             active = logprobs.new_tensor([not episode.idle for episode in chunk])
             loss_mask = batch.loss_mask * active[:, None]
+            count = loss_mask.sum().item()
             loss = grpo_loss(logprobs, old, advantages, loss_mask, CLIP_LOW, clip_high)
-            sums = {"loss": loss, "entropy": (entropy * loss_mask).sum()}
+            means.add("loss", loss.item(), count)
             if chunk[0].start_logprobs is not None:
                 start = pad_stack([episode.start_logprobs for episode in chunk], logprobs)
-                sums["kl"] = kl_to_start(logprobs, start, loss_mask)
-                loss = loss + kl_weight * sums["kl"]
+                kl = kl_to_start(logprobs, start, loss_mask)
+                means.add("kl", kl.item(), count)
+                loss = loss + kl_weight * kl
             (loss / tokens).backward()
-            stats.add(sums, logprobs.detach(), old, batch.logprobs, advantages, loss_mask)
-        stats.add_step(tokens, clip_gradients(policy.model.parameters(), MAX_GRAD_NORM))
+
+            # for the log
+            ratio = (logprobs.detach() - old).exp()
+            stats = clip_stats(ratio, advantages, CLIP_LOW, clip_high) | {"entropy": entropy}
+            for key, values in stats.items():
+                means.add(key, (values * loss_mask).sum().item(), count)
+            ratio_max = max(ratio_max, (ratio * loss_mask).max().item())
+            if not grad_norms:
+                difference = (logprobs.detach() - batch.logprobs).abs() * loss_mask
+                mismatch = max(mismatch, difference.max().item())
+        grad_norms.append(clip_gradients(policy.model.parameters(), MAX_GRAD_NORM))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return stats.read()
+    return means.read() | {
+        "tokens": tokens_learned,
+        "ratio_max": global_max(ratio_max),
+        "mismatch": global_max(mismatch),
+        "grad_norm": sum(grad_norms) / max(1, len(grad_norms)),
+    }
 
 
 # ---- inputs and outputs ----------------------------------------------------------------------------------------------
@@ -701,53 +720,16 @@ def rollout_values(episode: Episode) -> dict[str, float]:
     return values
 
 
-class UpdateStats:
-    """What an update did, added up micro-batch by micro-batch on each rank."""
-
-    def __init__(self, clip_high: float):
-        self.clip_high = clip_high
-        self.means = Means(("loss", "entropy", "ratio", "clipped_low", "clipped_high", "kl"))
-        self.tokens = self.ratio_max = self.mismatch = 0.0
-        self.grad_norms = []
-
-    def add(self, sums: dict, logprobs, old, sampled, advantages, loss_mask) -> None:
-        """A micro-batch: sums over its tokens, and what ratio and clip follow from, as `grpo_loss` takes it.
-
-        sampled   (B, L - 1) log-probs of the rollout
-        """
-        ratio = (logprobs - old).exp() * loss_mask
-        sums["ratio"] = ratio.sum()
-        sums["clipped_low"], sums["clipped_high"] = clipped_tokens(
-            ratio, advantages, loss_mask, CLIP_LOW, self.clip_high
-        )
-        for key, value in sums.items():
-            self.means.add(key, value.item(), loss_mask.sum().item())
-        self.ratio_max = max(self.ratio_max, ratio.max().item())
-        if not self.grad_norms:
-            mismatch = (logprobs - sampled).abs() * loss_mask
-            self.mismatch = max(self.mismatch, mismatch.max().item())
-
-    def add_step(self, tokens: float, grad_norm: float) -> None:
-        """An optimiser step over that many tokens of all ranks."""
-        self.tokens += tokens
-        self.grad_norms.append(grad_norm)
-
-    def read(self) -> dict[str, float]:
-        """{key of LOG: value} (a collective)."""
-        return self.means.read() | {
-            "tokens": self.tokens,
-            "ratio_max": global_max(self.ratio_max),
-            "mismatch": global_max(self.mismatch),
-            "grad_norm": sum(self.grad_norms) / max(1, len(self.grad_norms)),
-        }
-
-
-def clipped_tokens(ratio, advantages, loss_mask, clip_low=CLIP_LOW, clip_high=CLIP_HIGH):
-    """How many tokens the clip silences, below and above: their ratio (B, L) is beyond the bound, where A wants it."""
+def clip_stats(
+    ratio, advantages, clip_low=CLIP_LOW, clip_high=CLIP_HIGH
+) -> dict[str, torch.Tensor]:
+    """Per token (B, L - 1): its ratio, and whether the clip silences it, which it does where A wants it further out."""
     advantages = advantages[:, None]
-    low = (advantages < 0) & (ratio < 1 - clip_low)
-    high = (advantages > 0) & (ratio > 1 + clip_high)
-    return (low * loss_mask).sum(), (high * loss_mask).sum()
+    return {
+        "ratio": ratio,
+        "clipped_low": (advantages < 0) & (ratio < 1 - clip_low),
+        "clipped_high": (advantages > 0) & (ratio > 1 + clip_high),
+    }
 
 
 EVAL_LOG = {  # key of `eval` in log.jsonl: key of LOG that it is over the held-out questions

@@ -35,11 +35,10 @@ def test_grpo_loss_against_numpy():
     want = -(np.minimum(ratio * a, np.clip(ratio, 0.8, 1.28) * a) * mask).sum()
     new, old, ratio_, a_, mask_ = (torch.tensor(x) for x in (new, old, ratio, a[:, 0], mask))
     assert train_rl.grpo_loss(new, old, a_, mask_).item() == pytest.approx(want)
-    silent = [
-        ((a < 0) & (ratio < 0.8) & (mask > 0)).sum(),
-        ((a > 0) & (ratio > 1.28) & (mask > 0)).sum(),
-    ]
-    assert all(silent) and [n.item() for n in train_rl.clipped_tokens(ratio_, a_, mask_)] == silent
+    clipped = train_rl.clip_stats(ratio_, a_)
+    low, high = (clipped[key].numpy() & (mask > 0) for key in ("clipped_low", "clipped_high"))
+    assert (low == (a < 0) & (ratio < 0.8) & (mask > 0)).all() and low.any()
+    assert (high == (a > 0) & (ratio > 1.28) & (mask > 0)).all() and high.any()
 
 
 @pytest.mark.parametrize(
