@@ -102,7 +102,7 @@ FLAGS = [  # a pretrained policy needs no cold start: there is no astra preset
         choices=tuple(LESSONS),
     ),
     Flag("--seed", 0, None, "of weights and scripts"),
-    Flag("--see-steps", 350, None, "updates of the vision tower, 128 images each", 0),
+    Flag("--see-steps", 350, None, "updates of the vision tower, 128 images each", 1),
     Flag("--steps", 800, None, "updates of the language model", 1),
     Flag("--batch", 32, None, "dialogues per update, all ranks together", 1),
     Flag("--lr", 1.5e-3, None, "AdamW peak learning rate", 0),
@@ -150,9 +150,9 @@ def main(argv: list[str] | None = None) -> None:
 
     layers = policy.model.model.language_model.layers
     model = shard(policy.model, layers, world, ignored=policy.vision.parameters())
-    weights = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        weights, lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
+        trainable, lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
     )
     tensors = checkpoints.training_tensors(model, optimizer)
     first, state = checkpoints.load_state(out / "training", tensors) or (0, {})
@@ -188,10 +188,10 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix({key: f"{value:.2f}" for key, value in metrics.items()})
             stop.save_or_leave(step + 1, args, save)
 
-    tensors = checkpoints.whole(model.named_parameters())
+    whole = checkpoints.whole(model.named_parameters())
     if is_main():
         with whole_folder(out) as part:
-            policy.save(part, tensors)
+            policy.save(part, whole)
     finish(out, args.steps, clock)
 
 
@@ -233,9 +233,8 @@ class Lesson:
     question: dict  # records.Question of a room
     images: list[np.ndarray]  # those of the question, then the view that its command leads to
     shows: list[dict]  # the facts of each
-    features: list[torch.Tensor] = field(
-        default_factory=list
-    )  # what the frozen tower makes of each
+    # what the frozen tower makes of each, once `look` has been called
+    features: list[torch.Tensor] = field(default_factory=list)
 
     @classmethod
     def load(cls, question: dict) -> "Lesson":
@@ -296,8 +295,8 @@ def teach_to_see(policy: Policy, lessons: list[Lesson], steps: int, seed: int) -
         torch.manual_seed(stream_seed("weights", seed, "probes"))
         fact_probe = nn.Linear(width, len(ASKS) * len(NAMES)).to(policy.device)
         number_probe = nn.Linear(width, 9).to(policy.device)
-    weights = [*tower.parameters(), *fact_probe.parameters(), *number_probe.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=2e-3, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    trainable = [*tower.parameters(), *fact_probe.parameters(), *number_probe.parameters()]
+    optimizer = torch.optim.AdamW(trainable, lr=2e-3, betas=BETAS, weight_decay=WEIGHT_DECAY)
     for step in (bar := progress(steps, 0, "learning to see")):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * cosine(step, steps, 20, 0.05)
@@ -389,20 +388,24 @@ def script(
         dialogue.say(policy, ids, loss_weights=weights)
 
     if kind == "direct":
-        number = question["shown_by"]
-        say(answer_texts(question, "the new view" if question["needs_view"] else f"Image-{number}"))
-    elif kind == "look" and (mode == "direct" or not calling):
-        say(look_texts(rng, lesson.shows[: len(given)]))
+        name = "the new view" if question["needs_view"] else f"Image-{question['shown_by']}"
+        say(answer_texts(question, name))
+    elif kind == "look":
+        shows = lesson.shows[: len(given)]
+        if calling and mode == "agentic":
+            say(call_texts(command, decision=0.0))
+            dialogue.observe(policy, image=view)
+            shows = lesson.shows
+        say(look_texts(rng, shows))
     else:
         if kind == "slip":
             impossible = command | {"image": int(rng.integers(len(given) + 1, 10))}
             say(call_texts(impossible, decision))
             dialogue.observe(policy)
-        weight = {"tool": decision, "slip": 1.0, "look": 0.0}[kind]
-        say(call_texts(command, weight))
+            decision = 1.0  # it is made: what follows repairs it
+        say(call_texts(command, decision))
         dialogue.observe(policy, image=view)
-        view_name = f"Image-{len(given) + 1}"
-        say(look_texts(rng, lesson.shows) if kind == "look" else answer_texts(question, view_name))
+        say(answer_texts(question, f"Image-{len(given) + 1}"))
     dialogue.features = lesson.features[: len(dialogue.images)]
     return dialogue
 
