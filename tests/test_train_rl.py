@@ -161,6 +161,7 @@ def gradient(policy, episodes, tokens, monkeypatch):
     return stats, torch.cat(gradients)
 
 
+@pytest.mark.slow
 def test_micro_batch_does_not_change_the_gradient(monkeypatch):
     """Dividing once per micro-batch is the classic mistake; answers of unequal length expose it.
 
@@ -177,6 +178,7 @@ def test_micro_batch_does_not_change_the_gradient(monkeypatch):
         assert again["entropy"] == pytest.approx(stats["entropy"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_idle_episodes_teach_nothing(monkeypatch):
     """A rank with fewer episodes fills up with idle ones: only the collectives may notice."""
     policy = small_policy()
@@ -253,6 +255,20 @@ def test_micro_batches_keep_within_their_tokens():
     assert batch.ids.shape[0] == 2
 
 
+def test_every_episode_gets_its_own_logprobs():
+    """However the passes are cut, whatever the order in them."""
+    policy = small_policy()
+    episodes = neighbours_of(policy)
+    for tokens in (1000, 40):
+        train_rl.set_logprobs("start_logprobs", policy, [episodes[:2], episodes[2:]], tokens)
+        for episode in episodes:
+            batch = train_rl.collate(policy, [episode.trajectory])
+            want, _ = train_rl.token_logprobs(policy, batch)
+            torch.testing.assert_close(
+                episode.start_logprobs, want[0].detach(), atol=1e-4, rtol=1e-4
+            )
+
+
 def some_episodes(earned):
     """Episodes with these rewards, two of a question."""
     return [train_rl.Episode(None, reward, 0.0, 0.0, None) for reward in earned]
@@ -308,33 +324,11 @@ def inputs(tmp_path_factory):
 
 
 def command(inputs, out, *more):
-    return [
-        "--policy",
-        str(inputs / "sft"),
-        "--data",
-        str(inputs),
-        "--out",
-        str(out),
-        "--simulator",
-        "none",
-        "--questions",
-        "4",
-        "--group",
-        "4",
-        "--steps",
-        "3",
-        "--max-new-tokens",
-        "6",
-        "--lr",
-        "1e-3",
-        "--eval-every",
-        "2",
-        "--eval-questions",
-        "4",
-        "--threads",
-        "1",
-        *more,
-    ]
+    flags = (
+        f"--policy {inputs / 'sft'} --data {inputs} --out {out} --simulator none --questions 4 --group 4 --steps 3 "
+        "--max-new-tokens 6 --lr 1e-3 --eval-every 2 --eval-questions 4 --threads 1"
+    )
+    return [*flags.split(), *more]
 
 
 def log_of(out):
@@ -352,6 +346,7 @@ def unbroken(inputs, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_stage_leaves_what_it_promises(inputs, unbroken):
     rows = log_of(unbroken)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
@@ -376,6 +371,7 @@ def test_stage_leaves_what_it_promises(inputs, unbroken):
     assert learned == {key for key in before if "visual" not in key}  # the vision tower is frozen
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_an_unbroken_one(inputs, unbroken, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rewards, "format_reward", even_tokens)
     out = tmp_path / "phase1"
@@ -398,6 +394,7 @@ def stage(*flags):
     train_rl.main(flags)
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_curve_of_one(inputs, unbroken, tmp_path, monkeypatch):
     """The whole stage with FSDP: same questions, same samples, same gradients."""
     monkeypatch.setattr(rewards, "format_reward", even_tokens)
@@ -466,6 +463,7 @@ def scripted(inputs, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_what_a_stage_asks_and_of_whom(scripted):
     """Held-out questions greedily, then a step's own with the tool, and the same ones without it four times each."""
     calls, _ = scripted("--steps", "2", "--eval-every", "1")
@@ -486,6 +484,7 @@ def test_what_a_stage_asks_and_of_whom(scripted):
     assert calls[2][0] != other_seed
 
 
+@pytest.mark.slow
 def test_every_rollout_is_measured_against_direct_answers_to_its_own_question(scripted):
     _, steps = scripted("--steps", "3", "--eval-every", "0")  # all six questions
     direct = {e.trajectory.question["id"]: e.direct_match for step in steps for e in step}
@@ -500,6 +499,7 @@ def test_every_rollout_is_measured_against_direct_answers_to_its_own_question(sc
             assert wrong.advantage == pytest.approx(-(0.5**0.5), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_advantages_are_not_divided_where_the_flag_says_so(scripted):
     _, (episodes,) = scripted("--steps", "1", "--eval-every", "0", "--no-divide-by-std")
     for right, wrong in zip(episodes[::2], episodes[1::2], strict=True):
@@ -508,6 +508,7 @@ def test_advantages_are_not_divided_where_the_flag_says_so(scripted):
         assert half > 0.49
 
 
+@pytest.mark.slow
 def test_phase_2_measures_the_gain_over_answering_directly(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(rewards, "format_reward", even_tokens)
     seen = []
@@ -520,6 +521,7 @@ def test_phase_2_measures_the_gain_over_answering_directly(inputs, tmp_path, mon
     assert len(seen) == 16 and log_of(tmp_path / "phase2")[0]["match_direct"] == sum(seen) / 16
 
 
+@pytest.mark.slow
 def test_what_is_rewarded_becomes_more_frequent(inputs, tmp_path, monkeypatch):
     """A wrong sign anywhere between reward and weights would drive the other way."""
     monkeypatch.setattr(rewards, "format_reward", even_tokens)

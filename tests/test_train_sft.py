@@ -121,6 +121,7 @@ def weights_of(out):
     return load_file(out / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_unbroken_run(folder, unbroken, tmp_path, monkeypatch):
     stops = iter([False, False, True])
     monkeypatch.setattr(Interrupt, "requested", lambda self: next(stops, False))
@@ -132,6 +133,7 @@ def test_resumed_run_equals_unbroken_run(folder, unbroken, tmp_path, monkeypatch
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
 
 
+@pytest.mark.slow
 def test_two_ranks_and_small_micro_batches_learn_what_one_learns(folder, unbroken, tmp_path):
     on_ranks(2, stage, *command(folder, tmp_path, "--micro-batch", "1"))
     one, two = read_log(unbroken / "log.jsonl"), read_log(tmp_path / "log.jsonl")
@@ -142,6 +144,7 @@ def test_two_ranks_and_small_micro_batches_learn_what_one_learns(folder, unbroke
         torch.testing.assert_close(shared[key], value, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_tower_is_frozen_when_the_scripts_are_learned(folder, unbroken, tmp_path):
     stage(*command(folder, tmp_path, "--start", str(unbroken), "--lessons", "direct"))
     before, after = weights_of(unbroken), weights_of(tmp_path)
