@@ -73,6 +73,7 @@ from policy import Policy, collate, rollout, token_logprobs
 
 CLIP_LOW = 0.2  # paper: Clip-Higher
 CLIP_HIGH = 0.28
+TEMPERATURE = 1.0  # of sampling, and so of the log-probs that are trained; evaluation is greedy
 BETAS = (0.9, 0.99)  # of AdamW; no weight decay
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to it
 SAVED_DIALOGUES = 4  # per evaluation
@@ -237,17 +238,17 @@ def main(argv: list[str] | None = None) -> None:
             with seconds("sample"):
                 timed = TimedSimulator(simulator, seconds) if simulator else None
                 trajectories = sample_trajectories(
-                    policy, questions, timed, args.mode, args, step, args.group
+                    policy, questions, timed, args.mode, args, step, args.group, TEMPERATURE
                 )
                 without_tool = []
                 if args.phase == 2:
                     without_tool = sample_trajectories(
-                        policy, questions, None, "direct", args, step, args.direct
+                        policy, questions, None, "direct", args, step, args.direct, TEMPERATURE
                     )
 
             # score: e, f, the number of calls, and in phase 2 the gain over answering directly
             with seconds("score"):
-                episodes = score_all(trajectories, without_tool, args)
+                episodes = score_rollouts(trajectories, without_tool, args)
 
             # advantage: each rollout against its group; groups that teach nothing go
             with seconds("advantage"):
@@ -315,10 +316,11 @@ def sample_trajectories(
     simulator,
     mode: str,
     args: Namespace,
-    step: int = 0,
-    group: int | None = None,
+    step: int,
+    group: int,
+    temperature: float,
 ) -> list[Trajectory]:
-    """`group` rollouts per question, question-major, from the stream of (--seed, mode, step); None: a greedy one.
+    """`group` rollouts per question, question-major, drawn from the stream of (--seed, mode, step).
 
     args   seed, max_new_tokens and rows count
     """
@@ -330,9 +332,9 @@ def sample_trajectories(
                 questions,
                 simulator,
                 mode,
-                group or 1,
-                temperature=1.0 if group else 0.0,
-                seed=seed,
+                group,
+                temperature,
+                seed,
                 max_new_tokens=args.max_new_tokens,
                 rows=args.rows,
             )
@@ -366,7 +368,7 @@ class Episode:
         return 0 if self.idle else sum(self.trajectory.loss_mask)
 
 
-def score_all(
+def score_rollouts(
     trajectories: list[Trajectory], without_tool: list[Trajectory], args: Namespace
 ) -> list[Episode]:
     """Reward every rollout, in phase 2 by the no-tool rollouts of its own question too."""
@@ -374,7 +376,7 @@ def score_all(
     episodes = []
     for number, trajectory in enumerate(trajectories):
         e_direct = mean_match(direct[number // args.group]) if direct else None
-        episodes.append(score(trajectory, args, e_direct))
+        episodes.append(episode_of(trajectory, args, e_direct))
     return episodes
 
 
@@ -384,7 +386,9 @@ def mean_match(trajectories: list[Trajectory]) -> float:
     return sum(matches) / len(matches)
 
 
-def score(trajectory: Trajectory, args: Namespace, direct_match: float | None = None) -> Episode:
+def episode_of(
+    trajectory: Trajectory, args: Namespace, direct_match: float | None = None
+) -> Episode:
     """The reward of phase 1, and with `direct_match` that of phase 2, with the weights of the flags."""
     match = rewards.exact_match(trajectory.answer, trajectory.question)
     form = rewards.format_reward(trajectory)
@@ -755,8 +759,8 @@ def evaluate(
     table = {}
     for mode in dict.fromkeys((args.mode, "direct")):
         mine = questions[world.rank :: world.size]
-        trajectories = sample_trajectories(policy, mine, simulator, mode, args)
-        means = rollout_means([score(trajectory, args) for trajectory in trajectories], 1)
+        trajectories = sample_trajectories(policy, mine, simulator, mode, args, 0, 1, temperature=0)
+        means = rollout_means(score_rollouts(trajectories, [], args), 1)
         row = {name: means[key] for name, key in EVAL_LOG.items() if key in means}
         say(f"held out, {mode}: accuracy {row['accuracy']:.3f}, call rate {row['call_rate']:.2f}")
         table[mode] = row

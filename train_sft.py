@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     out = Path(args.out)
     lessons = [Lesson.load(question) for question in load_jsonl(file)]
-    policy = open_policy(args, lessons, world)
+    policy = policy_that_sees(args, lessons, world)
     policy.vision.requires_grad_(False)
     for lesson in lessons:
         lesson.look(policy)
@@ -263,7 +263,7 @@ def soften(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # ---- first the tower learns to see -----------------------------------------------------------------------------------
 
 
-def open_policy(args: Namespace, lessons: list[Lesson], world: World) -> Policy:
+def policy_that_sees(args: Namespace, lessons: list[Lesson], world: World) -> Policy:
     """A policy with a tower that sees: --start, or a new one that is taught (once: a resumed run reads the tower)."""
     if args.start:
         return Policy.load(args.start, world.device, torch.float32)

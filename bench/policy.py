@@ -335,10 +335,17 @@ class OurStep:
         seconds = Seconds()
         with mock.patch.object(policy_file, "Writer", self.writer), seconds("sample"):
             self.dialogues = train_rl.sample_trajectories(
-                self.policy, self.questions, self.simulator, self.mode, self.args, 0, self.group
+                self.policy,
+                self.questions,
+                self.simulator,
+                self.mode,
+                self.args,
+                step=0,
+                group=self.group,
+                temperature=train_rl.TEMPERATURE,
             )
         with seconds("score"):
-            episodes = [train_rl.score(dialogue, self.args) for dialogue in self.dialogues]
+            episodes = [train_rl.episode_of(dialogue, self.args) for dialogue in self.dialogues]
             for number, episode in enumerate(episodes):
                 episode.reward = float(number % 2)
             train_rl.set_advantages(episodes, self.group, divide_by_std=True)

@@ -98,14 +98,14 @@ def test_score_follows_the_phase(calls, answer, direct, reward):
     assert reward == pytest.approx(
         phase1(match, 1, calls) if direct is None else phase2(match, 1, calls, direct)
     )
-    episode = train_rl.score(dialogue_of(answer, calls), train_rl.parse_args([]), direct)
+    episode = train_rl.episode_of(dialogue_of(answer, calls), train_rl.parse_args([]), direct)
     assert episode.reward == pytest.approx(reward) and episode.match == match
 
 
 def test_the_bonus_for_use_can_be_taken_away():
     """A rollout that called, right or wrong, where 1 of 4 direct answers is right: the gain alone is left."""
     args = train_rl.parse_args(["--phase", "2", "--lambda-use", "0"])
-    got = [train_rl.score(dialogue_of(answer, calls=1), args, 0.25).reward for answer in "AB"]
+    got = [train_rl.episode_of(dialogue_of(answer, calls=1), args, 0.25).reward for answer in "AB"]
     assert got == pytest.approx([1.5 + 0.1 * 0.75, 0.5 - 0.03 * 0.25])
 
 
@@ -126,7 +126,7 @@ def episodes_of(policy, turns=(3, 9, 1, 5, 7)):
     for i, words in enumerate(turns):
         dialogue = Trajectory.start(policy, question, [image] * (1 + i % 2), "direct")
         dialogue.say(policy, " red ball" * words)
-        episode = train_rl.score(dialogue, train_rl.parse_args([]))
+        episode = train_rl.episode_of(dialogue, train_rl.parse_args([]))
         episode.advantage = (-1) ** i * (1.0 + i)
         episode.start_logprobs = episode.old_logprobs - 5.0
         episode.old_logprobs = episode.old_logprobs - 6.0
@@ -426,7 +426,7 @@ class Script:
     def __init__(self):
         self.calls = []  # (ids of questions, simulator or not, mode, group, temperature, seed)
 
-    def __call__(self, policy, questions, simulator, mode, group, *, temperature, seed, **_):
+    def __call__(self, policy, questions, simulator, mode, group, temperature, seed, **_):
         ids = [question["id"] for question in questions]
         self.calls.append((ids, bool(simulator), mode, group, temperature, seed))
         return [self.write(policy, q, mode, k) for q in questions for k in range(group)]

@@ -38,6 +38,7 @@ from lib.streams import rows_of_step
 from policy import Policy
 from train_rl import (
     BETAS,
+    TEMPERATURE,
     Episode,
     open_questions,
     prepare,
@@ -121,7 +122,9 @@ def main(argv: list[str] | None = None) -> None:
             # sample and score: G answers per question of this rank
             order = rows_of_step(len(train), args.questions, step, args.seed)
             questions = [train[row] for row in order[world.rank :: world.size]]
-            answers = sample_trajectories(policy, questions, None, "direct", args, step, args.group)
+            answers = sample_trajectories(
+                policy, questions, None, "direct", args, step, args.group, TEMPERATURE
+            )
             records = [answer_record(answer.question, answer.answer) for answer in answers]
             episodes = []
             for answer, record in zip(answers, records, strict=True):
