@@ -31,41 +31,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lib.bagel import LATENT_PATCH, MAX_IMAGES, token_grid
-from lib.bagel_files import patchify, resize, to_pixels
+from lib import distributed, lora, stage
+from lib.bagel import LATENT_PATCH, MAX_IMAGES, patchify, token_grid
+from lib.bagel_files import resize, to_pixels
 from lib.checkpoints import load_state, save_state, training_tensors
-from lib.distributed import (
-    Means,
-    clip_gradients,
-    fail,
-    global_sum,
-    is_main,
-    progress,
-    say,
-    setup,
-    shard,
-    sum_gradients,
-    unsharded,
-)
+from lib.distributed import fail, is_main
 from lib.geometry import Motion, Query, instruction, phrase
-from lib.images import PictureError, decode, on_white
-from lib.lora import LANGUAGE_LAYERS, add_lora, merged
+from lib.images import PictureError, contact_sheet, decode, on_white
 from lib.packing import Latent, Pack, Text, View, pack
 from lib.records import MetricLog, load_jsonl, whole_folder
-from lib.stage import (
-    Clock,
-    Flag,
-    Interrupt,
-    begin,
-    finish,
-    parse_flags,
-    run_stage,
-    set_learning_rate,
-)
+from lib.stage import Flag
 from lib.streams import rows_of_step, torch_stream
 from world_model import WorldModel, clean
 
@@ -111,13 +89,14 @@ FLAGS = [
     Flag("--threads", 1, 1, "CPU threads per process; small models gain little", 1, neutral=True),
 ]
 LOSSES = ("loss_flow", "loss_content")  # keys of the log, beside grad_norm, lr, nearest and mse
+REQUIRED = {"context", "reference", "motion", "target", "warp"}  # of a triple (lib.records.Triple)
 MIRRORED = {"left": "right", "right": "left"}
 COLOURS = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line's flags."""
-    args = parse_flags(__doc__, FLAGS, argv)
+    args = stage.parse_flags(__doc__, FLAGS, argv)
     if args.size % 16:
         args.parser.error(f"--size {args.size} is not a multiple of 16, the ViT's patch")
     if args.lora and not args.init:
@@ -130,7 +109,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 # ---- data: triples that share a context ----------------------------------------------------------------------------------
 
 
-def load_groups(folders: list[str], split: str, most: int) -> list[list[dict]]:
+def load_groups(folders: list[str], split: str, most: int) -> list[list]:
     """The triples of some folders in groups that share a context and a reference, at most `most` in a group.
 
     A group's context is read once for all of its targets. Ends with a sentence where rows are missing or lack something.
@@ -144,9 +123,7 @@ def load_groups(folders: list[str], split: str, most: int) -> list[list[dict]]:
             f"{files}: no triples. Of a few scans none may fall to {split}: name them in a file, "
             f"`python data.py triples --dataset ... --{split} FILE`."
         )
-    lacking = {"context", "reference", "motion", "target", "warp"} - set.intersection(
-        *map(set, rows)
-    )
+    lacking = REQUIRED - set.intersection(*map(set, rows))
     if lacking:
         fail(
             f"Rows of {files} lack {', '.join(sorted(lacking))}; data.py says what a triple holds."
@@ -199,7 +176,7 @@ def read_pictures(rows: list[dict], read: Callable) -> Pictures:
     )
 
 
-def augmented(p: Pictures, stream: torch.Generator) -> Pictures:
+def augmented(p: Pictures, stream) -> Pictures:
     """One of the twelve rooms that a room makes: mirrored or not, with permuted colours.
 
     In the mirror, left and right change places in the words and along the ring.
@@ -227,95 +204,44 @@ def augmented(p: Pictures, stream: torch.Generator) -> Pictures:
 # ---- batches -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Example:
-    """One context with its T targets as the model is shown them: augmented, resized, with condition dropout."""
+class Encoder:
+    """The frozen autoencoder, picture by picture.
 
-    context: list  # (H, W, 3) uint8, in the order in which the model is shown them
-    targets: list  # T (H, W, 3) uint8
-    warps: list  # T (H, W, 3) uint8: the context warped into each target view; its holes show the target
-    visible: list  # T (H, W) uint8: 255 where some context view sees the target
-    token_ids: list  # T instructions
-    keep_vae: list  # condition dropout leaves the VAE segment of this context image ...
-    keep_vit: list  # ... its ViT segment ...
-    keep_text: list  # ... and the instruction of this target
-    t: Tensor  # (T,) the targets' times
-
-
-def make_example(rows, model, read, args, stream) -> Example:
-    """A group of triples as an Example; every draw comes from `stream`."""
-    p = read_pictures(rows, read)
-    if args.augment:
-        p = augmented(p, stream)
-    sentences = [instruction(motion, p.reference) for motion in p.motions]
-    if args.shuffle_instructions:
-        order = torch.randperm(len(rows), generator=stream).tolist()
-        sentences = [sentences[k] for k in order]
-    context = model.arranged(p.context, p.reference, "")[0]
-    sentences = [model.arranged(p.context, p.reference, sentence)[2] for sentence in sentences]
-    drawn = torch.rand(len(context), 2, generator=stream)
-    drawn_text = torch.rand(len(rows), generator=stream)
-    t = torch.sigmoid(torch.randn(len(rows), generator=stream) + math.log(args.shift))
-    torch.randint(2, (), generator=stream)  # unused: recorded runs have a draw here
-    fit = functools.partial(resize, limits=model.settings.vae_limits)
-    warps, visible = [], []
-    for warp, target in zip(p.warps, p.targets, strict=True):
-        alpha = np.where(warp[..., 3:] > 127, np.uint8(255), np.uint8(0))  # (H, W, 1)
-        visible.append(fit(np.repeat(alpha, 3, -1))[..., 0])
-        # without its loss nobody reads the warp: the target stands in for it and is not another picture to encode
-        warps.append(fit(np.where(alpha, warp[..., :3], target) if args.warp_weight else target))
-    return Example(
-        context=[fit(image) for image in context],
-        targets=[fit(image) for image in p.targets],
-        warps=warps,
-        visible=visible,
-        token_ids=[model.token_ids(sentence) for sentence in sentences],
-        keep_vae=(drawn[:, 0] >= args.drop_vae).tolist(),
-        keep_vit=(drawn[:, 1] >= args.drop_vit).tolist(),
-        keep_text=(drawn_text >= args.drop_text).tolist(),
-        t=t,
-    )
-
-
-class LatentFolder:
-    """The frozen autoencoder's moments of each picture (posterior mean and log-variance), kept on disk as fp16.
-
+    folder   keeps its moments of each picture (posterior mean and log-variance) on disk as fp16; None: no folder.
     Without it every epoch would encode every picture again; the draw from the posterior stays fresh. A picture is known
     by its contents, so one that was made anew or mirrored is another.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, model: WorldModel, folder: str | None = None):
+        self.autoencoder, self.device, self.folder = model.autoencoder, model.device, folder
 
-    def moments(self, image: np.ndarray, model: WorldModel) -> tuple[Tensor, Tensor]:
-        """`moments` of a picture, from the folder where it is there."""
+    def latent(self, image: np.ndarray, stream=None) -> Tensor:
+        """(H, W, 3) uint8 -> (1, c, 2 h, 2 w) on the CPU, drawn from the posterior by `stream`; without one, its mean."""
+        if not self.autoencoder.random:
+            return self.autoencoder.encode(to_pixels(image[None]))
+        mean, log_variance = self.stored_moments(image) if self.folder else self.moments(image)
+        noise = torch.zeros_like(mean)
+        if stream is not None:
+            noise = torch.randn(mean.shape, generator=stream)
+        return self.autoencoder.draw(mean, log_variance, noise)
+
+    def moments(self, image):
+        """Mean and log-variance (1, c, 2 h, 2 w), on the CPU."""
+        mean, log_variance = self.autoencoder.moments(to_pixels(image[None]).to(self.device))
+        return mean.cpu(), log_variance.cpu()
+
+    def stored_moments(self, image):
+        """The same from the folder, computed where it is not there yet."""
         name = hashlib.sha256(image.tobytes() + str(image.shape).encode()).hexdigest()[:24]
-        path = self.folder / name[:2] / f"{name}.safetensors"
+        path = Path(self.folder, name[:2], f"{name}.safetensors")
         if not path.exists():
-            mean, log_variance = moments(image, model)
+            mean, log_variance = self.moments(image)
             path.parent.mkdir(parents=True, exist_ok=True)
             beside = path.with_suffix(f".{uuid.uuid4().hex}")  # two ranks may meet here
             save_file({"mean": mean.half(), "log_variance": log_variance.half()}, beside)
             os.replace(beside, path)
         tensors = load_file(path)
         return tensors["mean"].float(), tensors["log_variance"].float()
-
-
-def moments(image: np.ndarray, model: WorldModel) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance (1, c, 2 h, 2 w) of the autoencoder's posterior, on the CPU."""
-    mean, log_variance = model.autoencoder.moments(to_pixels(image[None]).to(model.device))
-    return mean.cpu(), log_variance.cpu()
-
-
-def encode(image, model, latents: LatentFolder | None, stream=None) -> Tensor:
-    """A picture as a latent (1, c, 2 h, 2 w) on the CPU, drawn from its posterior by `stream`; without one, the mean."""
-    if not model.autoencoder.random:
-        return model.autoencoder.encode(to_pixels(image[None]))
-    mean, log_variance = latents.moments(image, model) if latents else moments(image, model)
-    noise = torch.zeros_like(mean)
-    if stream is not None:
-        noise = torch.randn(mean.shape, generator=stream)
-    return model.autoencoder.draw(mean, log_variance, noise)
 
 
 class Targets(NamedTuple):
@@ -327,56 +253,83 @@ class Targets(NamedTuple):
     visible: Tensor  # (N,) share of a token's pixels that some context view sees
 
 
-def segments(example: Example, context: list, x_t: Tensor, grid: tuple, model) -> list:
-    """The segments of one context and its targets, each target a branch with its sentence (lib/packing.py).
+def context_segments(image, latent, number, keep, model) -> list:
+    """A context image as it stands in a sequence: its VAE segment and its ViT segment, or what dropout leaves of them.
 
-    context   latents (1, c, 2 h, 2 w);   x_t (T, n, C), grid (h, w): the noisy targets
+    image (H, W, 3) uint8, latent (1, c, 2 h, 2 w), keep (keep_vae, keep_vit)
     """
-    sample, patch = [], model.network.config.vit_patch
-    for i, (image, latent) in enumerate(zip(example.context, context, strict=True)):
-        tokens = patchify(latent, LATENT_PATCH)[0]
-        pixels = to_pixels(resize(image, model.settings.vit_limits)[None])
-        vit_grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
-        sample.append(Latent(tokens, token_grid(latent), number=i, keep=example.keep_vae[i]))
-        view = View(patchify(pixels, patch)[0], vit_grid, number=i, keep=example.keep_vit[i])
-        sample.append(view)
-    for k, (ids, keep) in enumerate(zip(example.token_ids, example.keep_text, strict=True)):
-        words = ids[1:-1] if keep else []
-        sample.append(Text(ids, group=k + 1, keep=keep))
-        t = float(example.t[k])
-        sample.append(Latent(x_t[k], grid, group=k + 1, t=t, motion_ids=words))
-    return sample
+    patch = model.network.config.vit_patch
+    pixels = to_pixels(resize(image, model.settings.vit_limits)[None])
+    grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
+    tokens, patches = patchify(latent, LATENT_PATCH)[0], patchify(pixels, patch)[0]
+    return [
+        Latent(tokens, token_grid(latent), number=number, keep=keep[0]),
+        View(patches, grid, number=number, keep=keep[1]),
+    ]
+
+
+def make_sample(rows, model, encoder, read, args, stream) -> tuple[list, Targets]:
+    """One context with its T targets -> (segments of a pack, what the loss compares with).
+
+    Every draw comes from `stream`. Each target is a branch of its own, with its sentence (lib/packing.py).
+    """
+    p = read_pictures(rows, read)
+    if args.augment:
+        p = augmented(p, stream)
+    sentences = [instruction(motion, p.reference) for motion in p.motions]
+    if args.shuffle_instructions:
+        order = torch.randperm(len(rows), generator=stream).tolist()
+        sentences = [sentences[k] for k in order]
+    context = model.arranged(p.context, p.reference, "")[0]
+
+    # condition dropout, and the targets' times
+    dropout = torch.tensor([args.drop_vae, args.drop_vit])
+    keep = (torch.rand(len(context), 2, generator=stream) >= dropout).tolist()
+    keep_text = (torch.rand(len(rows), generator=stream) >= args.drop_text).tolist()
+    t = torch.sigmoid(torch.randn(len(rows), generator=stream) + math.log(args.shift))  # (T,)
+    torch.randint(2, (), generator=stream)  # unused: recorded runs have a draw here
+
+    # pictures as latents; x_t is computed here and nowhere else: network and loss find it in the pack
+    fit = functools.partial(resize, limits=model.settings.vae_limits)
+    visible = np.where(p.warps[..., 3] > 127, np.uint8(255), np.uint8(0))  # (T, H, W)
+    warps = p.targets  # without its loss nobody reads the warp: it is not another picture to encode
+    if args.warp_weight:
+        warps = np.where(visible[..., None], p.warps[..., :3], p.targets)
+    context = [fit(image) for image in context]
+    latents = [encoder.latent(image, stream) for image in context]
+    views = torch.cat([encoder.latent(fit(image), stream) for image in p.targets])
+    warps = torch.cat([encoder.latent(fit(image)) for image in warps])
+    x0, warp = patchify(views, LATENT_PATCH), patchify(warps, LATENT_PATCH)  # (T, n, C)
+    eps = torch.randn(x0.shape, generator=stream)
+    x_t = (1 - t[:, None, None]) * x0 + t[:, None, None] * eps
+    visible = np.stack([fit(mask) for mask in visible])[:, None] / np.float32(255)
+    side = LATENT_PATCH * model.autoencoder.cell
+    visible = patchify(torch.from_numpy(visible), side).mean(-1)  # (T, n)
+
+    segments = []
+    for i, image in enumerate(context):
+        segments += context_segments(image, latents[i], i, keep[i], model)
+    for k, sentence in enumerate(sentences):
+        ids = model.token_ids(model.arranged(p.context, p.reference, sentence)[2])
+        words = ids[1:-1] if keep_text[k] else []
+        target = Latent(x_t[k], token_grid(views), group=k + 1, t=float(t[k]), motion_ids=words)
+        segments += [Text(ids, group=k + 1, keep=keep_text[k]), target]
+    return segments, Targets(*(x.flatten(0, 1) for x in (x0, eps, warp, visible)))
 
 
 @torch.no_grad()
-def make_batch(groups, streams, model, read, args, latents=None) -> tuple[Pack, Targets]:
-    """Groups of triples as the network reads them; group i draws from streams[i].
-
-    latents   a LatentFolder, or None to encode every picture
-    """
+def make_batch(groups, streams, model, encoder, read, args) -> tuple[Pack, Targets]:
+    """Groups of triples as the network reads them; group i draws from streams[i]."""
     samples, targets = [], []
     for group, stream in zip(groups, streams, strict=True):
-        example = make_example(group, model, read, args, stream)
-        context = [encode(image, model, latents, stream) for image in example.context]
-        views = torch.cat([encode(image, model, latents, stream) for image in example.targets])
-        warps = torch.cat([encode(image, model, latents) for image in example.warps])
-        x0 = patchify(views, LATENT_PATCH)  # (T, n, C)
-        warp = patchify(warps, LATENT_PATCH)
-        eps = torch.randn(x0.shape, generator=stream)
-        t = example.t[:, None, None]
-        x_t = (
-            1 - t
-        ) * x0 + t * eps  # here and nowhere else: the network and the loss read it in the pack
-        visible = torch.from_numpy(np.stack(example.visible)[:, None] / np.float32(255))
-        visible = patchify(visible, LATENT_PATCH * model.autoencoder.cell).mean(-1)  # (T, n)
-        samples.append(segments(example, context, x_t, token_grid(views), model))
-        flat = (x.flatten(0, 1) for x in (x0, eps, warp, visible))
-        targets.append(Targets(*flat))
+        segments, of_group = make_sample(group, model, encoder, read, args, stream)
+        samples.append(segments)
+        targets.append(of_group)
     # Flex attention skips what sees nothing, so on a GPU all samples stand in one sequence, without padding.
     sequences = [samples] if model.device.type == "cuda" else [[sample] for sample in samples]
-    packed = pack(sequences, model.network.markers, model.network.config)
+    inputs = pack(sequences, model.network.markers, model.network.config)
     joined = (torch.cat(parts).to(model.device) for parts in zip(*targets, strict=True))
-    return packed.to(model.device), Targets(*joined)
+    return inputs.to(model.device), Targets(*joined)
 
 
 # ---- losses, each (N,): one number per latent token ----------------------------------------------------------------------
@@ -415,74 +368,53 @@ def losses(network, pack: Pack, targets: Targets, warp_weight: float) -> dict[st
 # ---- looking at held-out views -------------------------------------------------------------------------------------------
 
 
-class HeldOutView(NamedTuple):
-    """A line of views.png."""
-
-    context: list
-    motion: str  # in words
-    imagined: np.ndarray
-    true: np.ndarray
-
-
-def imagine_held_out(model, groups, read) -> tuple[dict[str, float], list[HeldOutView]]:
-    """Imagine all targets of held-out groups -> (metrics, views).
+def imagine_held_out(model, groups, read) -> tuple[dict, list]:
+    """Imagine all targets of held-out groups -> (metrics, rows of views.png: context, words, imagined, true).
 
     nearest   share of views nearest to the true view of their own motion, among those of the same group
     mse       mean squared error to the true view, pictures in [-1, 1]
     """
-    views, queries = [], []
-    for group in groups:
-        p = read_pictures(group, read)
-        for row, motion, true in zip(group, p.motions, p.targets, strict=True):
+    queries, pictures = [], [read_pictures(group, read) for group in groups]
+    for p in pictures:
+        for motion in p.motions:
             sentence = instruction(motion, p.reference)
             queries.append(Query(p.context, p.reference, sentence, seed=len(queries)))
-            words = f"Image-{row['reference']}: {phrase(motion)}"
-            true = resize(true, model.settings.vae_limits)
-            views.append(HeldOutView(p.context, words, None, true))
-    imagined = model.imagine(queries)
-    views = [view._replace(imagined=x) for view, x in zip(views, imagined, strict=True)]
-    hits, errors, first = [], [], 0
-    for group in groups:
-        alike = views[first : first + len(group)]
-        first += len(group)
-        for k, view in enumerate(alike):
-            true = np.stack([other.true for other in alike]) / 127.5
-            distance = np.square(view.imagined / 127.5 - true).mean((1, 2, 3))
+    views = iter(model.imagine(queries))
+    hits, errors, rows = [], [], []
+    for p in pictures:
+        true = np.stack([resize(target, model.settings.vae_limits) for target in p.targets])
+        for k, motion in enumerate(p.motions):
+            view = next(views)
+            distance = np.square(view / 127.5 - true / 127.5).mean((1, 2, 3))  # (T,)
             hits.append(distance.argmin() == k)
             errors.append(distance[k])
-    return {"nearest": float(np.mean(hits)), "mse": float(np.mean(errors))}, views
+            rows.append([*p.context, f"Image-{p.reference}:\n{phrase(motion)}", view, true[k]])
+    return {"nearest": float(np.mean(hits)), "mse": float(np.mean(errors))}, rows
 
 
-def draw_views(path: Path, views: list[HeldOutView], side: int = 96) -> None:
-    """A picture with one line per held-out view: context | motion in words | imagined | true."""
-    step, columns = side + 4, max(len(view.context) for view in views)
-    words_at = step * columns
-    imagined_at = words_at + 200
-    page = Image.new("RGB", (imagined_at + 2 * step, 16 + step * len(views)), "white")
-    draw = ImageDraw.Draw(page)
-    titles = ((4, "context"), (words_at + 8, "motion"))
-    titles += ((imagined_at, "imagined"), (imagined_at + step, "true"))
-    for x, title in titles:
-        draw.text((x, 2), title, "black")
-    for i, view in enumerate(views):
-        y = 16 + i * step
-        draw.text((words_at + 8, y + side // 2 - 6), view.motion, "black")
-        columns = [k * step for k in range(len(view.context))]
-        columns += [imagined_at, imagined_at + step]
-        for x, image in zip(columns, [*view.context, view.imagined, view.true], strict=True):
-            picture = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
-            page.paste(picture, (x, y))
-    page.save(path)
+def draw_views(rows: list, path: Path) -> None:
+    """A picture with one line per held-out view."""
+    most = max(map(len, rows))
+    blank = np.full((1, 1, 3), 255, np.uint8)  # where another context has one view more
+    head = ["context", *[""] * (most - 4), "motion", "imagined", "true"]
+    contact_sheet(head, [[blank] * (most - len(row)) + row for row in rows]).save(path)
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------------
 
 
-def load_model(args: Namespace, world, groups: list) -> WorldModel:
-    """--init, or random weights, ready to train on this rank."""
-    prepare = functools.partial(prepare_network, args=args, world=world)
+def load_model(args: Namespace, world: distributed.World, most: int) -> WorldModel:
+    """--init, or random weights for at most `most` context views, ready to train on this rank."""
+
+    def prepare(network):
+        """Adapters, recomputation, sharding: of --init before its tensors are read."""
+        network.recompute = args.gradient_checkpointing
+        adapters, size = [], (args.lora, 2 * args.lora)
+        if args.lora:
+            adapters = lora.add_lora(network, *size, lora.LANGUAGE_LAYERS, args.seed, world.device)
+        distributed.shard(network, network.blocks, world, ignored=adapters)
+
     if not args.init:
-        most = max(len(group[0]["context"]) for group in groups)
         model = WorldModel.tiny(args.seed, args.size, max_context=min(MAX_IMAGES, most))
         prepare(model.network.to(world.device))
         return model
@@ -494,24 +426,14 @@ def load_model(args: Namespace, world, groups: list) -> WorldModel:
         fail(f"--init {args.init}: {error}")
 
 
-def prepare_network(network, args, world):
-    """Adapters, recomputation, sharding: of --init before its tensors are read."""
-    network.recompute = args.gradient_checkpointing
-    adapters = []
-    if args.lora:
-        alpha = 2 * args.lora
-        adapters = add_lora(network, args.lora, alpha, LANGUAGE_LAYERS, args.seed, world.device)
-    shard(network, network.blocks, world, ignored=adapters)
-
-
 @contextlib.contextmanager
 def ema_weights(parameters: list, ema: list) -> Iterator[None]:
     """Inside, the model's weights are their EMA, and nothing has a gradient."""
     trained = [p.detach().clone() for p in parameters]
     with torch.no_grad():
+        for p, e in zip(parameters, ema, strict=True):
+            p.copy_(e)
         try:
-            for p, e in zip(parameters, ema, strict=True):
-                p.copy_(e)
             yield
         finally:
             for p, own in zip(parameters, trained, strict=True):
@@ -521,66 +443,59 @@ def ema_weights(parameters: list, ema: list) -> Iterator[None]:
 def main(argv: list[str] | None = None) -> None:
     """The stage: batch, forward, loss, backward, step, EMA, a look now and then, log, save."""
     args = parse_args(argv)
-    makes = "python data.py triples" + " --dataset NAME --root DIR" * (args.preset == "astra")
-    files = itertools.product(args.data, ("train", "val"))
-    needs = [(Path(at) / f"triples_{split}.jsonl", f"{makes} --out {at}") for at, split in files]
-    begin("train_wm", args, FLAGS, needs)
-    world = setup(args.threads)
+    stage.begin("train_wm", args, FLAGS)
+    world = distributed.setup(args.threads)
     train = load_groups(args.data, "train", args.targets)
     held_out = load_groups(args.data, "val", args.targets)[: args.look_contexts]
     if args.contexts % world.size:
-        fail(f"--contexts {args.contexts} cannot be shared evenly by {world.size} processes.")
-    if args.contexts > len(train):
         fail(
-            f"--contexts {args.contexts} are more than the {len(train)} of --data: make more rooms."
+            f"--contexts {args.contexts} cannot be shared evenly by {world.size} processes: take a multiple."
         )
+    if args.contexts > len(train):
+        fail(f"--contexts {args.contexts} are more than the {len(train)} in --data.")
     share = args.contexts // world.size
     mine = range(world.rank * share, (world.rank + 1) * share)  # of the contexts of an update
-    read = functools.lru_cache(args.images_in_memory)(read_image)
-    latents = LatentFolder(args.latents) if args.latents else None
 
-    model = load_model(args, world, train)
+    model = load_model(args, world, most=max(len(group[0]["context"]) for group in train))
     network = model.network
-    names, parameters = [], []
-    for name, p in network.named_parameters():
-        if p.requires_grad:
-            names.append(name)
-            parameters.append(p)
+    encoder = Encoder(model, args.latents)
+    read = functools.lru_cache(args.images_in_memory)(read_image)
+    parameters = [p for p in network.parameters() if p.requires_grad]
     ema = [p.detach().clone() for p in parameters]
     adamw = {"betas": (0.9, 0.95), "eps": args.eps, "weight_decay": args.weight_decay}
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, **adamw, fused=True)
 
     out = Path(args.out)
     tensors = training_tensors(network, optimizer)
-    tensors |= {f"ema.{name}": e for name, e in zip(names, ema, strict=True)}
+    tensors |= {f"ema.{i}": e for i, e in enumerate(ema)}
     start, state = load_state(out / "training", tensors) or (0, {})
-    clock = Clock(state.get("clock"))
+    clock = stage.Clock(state.get("clock"))
     log = MetricLog(out / "log.jsonl", start)
 
     def save(done):
         save_state(out / "training", done, tensors, {"clock": clock.read()})
 
-    with Interrupt() as stop:
-        bar = progress(args.steps, start, "world model")
+    with stage.Interrupt() as stop:
+        bar = distributed.progress(args.steps, start, "world model")
         for step in bar:
-            lr = set_learning_rate(optimizer, step, args)
+            lr = stage.set_learning_rate(optimizer, step, args)
             order = rows_of_step(len(train), args.contexts, step, args.seed)
             batches = []
             for i in range(0, share, args.micro_contexts):
                 micro = mine[i : i + args.micro_contexts]
                 groups = [train[order[k]] for k in micro]
                 streams = [torch_stream("batch", args.seed, step, k) for k in micro]
-                batches.append(make_batch(groups, streams, model, read, args, latents))
-            tokens = global_sum(sum(len(targets.x0) for _, targets in batches))  # all ranks
+                batches.append(make_batch(groups, streams, model, encoder, read, args))
+            tokens = distributed.global_sum(sum(len(targets.x0) for _, targets in batches))
 
-            means = Means(LOSSES)
-            for pack, targets in batches:
-                parts = losses(network, pack, targets, args.warp_weight)
+            means = distributed.Means(LOSSES)
+            for inputs, targets in batches:
+                parts = losses(network, inputs, targets, args.warp_weight)
                 (sum(parts.values()) / tokens).backward()
                 for key, total in parts.items():
                     means.add(key, total.detach(), len(targets.x0))
-            sum_gradients(parameters)
-            grad_norm = clip_gradients(parameters, args.max_grad_norm)
+            distributed.sum_gradients(parameters)
+            grad_norm = distributed.clip_gradients(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             decay = min(args.ema, (1 + step) / (10 + step))
@@ -589,12 +504,12 @@ def main(argv: list[str] | None = None) -> None:
             metrics = means.read() | {"grad_norm": grad_norm, "lr": lr}
             done = step + 1
             if done % args.look_every == 0 or done == args.steps:
-                with ema_weights(parameters, ema), unsharded(network):
-                    scores, views = imagine_held_out(model, held_out, read)
+                with ema_weights(parameters, ema), distributed.unsharded(network):
+                    scores, rows = imagine_held_out(model, held_out, read)
                 if is_main():
-                    draw_views(out / "views.png", views[:: max(1, len(views) // 12)])
+                    draw_views(rows[:: max(1, len(rows) // 12)], out / "views.png")
                 metrics |= scores
-                say(
+                distributed.say(
                     f"step {done}: flow {metrics['loss_flow']:.4f}, held-out views: nearest "
                     f"{scores['nearest']:.2f}, mse {scores['mse']:.4f}, {clock.read()['cpu_seconds']:.0f} CPU-s"
                 )
@@ -603,9 +518,9 @@ def main(argv: list[str] | None = None) -> None:
             stop.save_or_leave(done, args, functools.partial(save, done))
 
     with ema_weights(parameters, ema), whole_folder(out) as part:
-        model.save(part, merged(network))
-    finish(out, args.steps, clock)
+        model.save(part, lora.merged(network))
+    stage.finish(out, args.steps, clock)
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    stage.run_stage(main)

@@ -23,8 +23,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lib import bagel_files
@@ -41,13 +39,13 @@ from lib.bagel import (
     PositionTable,
     Settings,
     token_grid,
+    unpatchify,
 )
-from lib.bagel_files import resize, to_images, to_pixels, unpatchify
+from lib.bagel_files import resize, to_images, to_pixels
 from lib.checkpoints import contents
 from lib.distributed import default_device, fail, say
 from lib.geometry import Query, instruction, read_phrase, renumbered, select_context
-from lib.images import load_image
-from lib.packing import table_ids
+from lib.images import load_image, save_image
 from lib.stage import bounded, newest, run_stage
 from lib.streams import stream_seed
 
@@ -117,19 +115,20 @@ def guidance_branches(
     """
     rows, room = len(noise), noise.shape[1] + 2
     texts = [item for item in inputs if isinstance(item, ContextText)]
-    last = texts[-1] if texts else ContextText.empty(rows, network.device)
-    motion = network.motion_vector(last.ids, last.words())[:, None]
-    silence = network.motion_vector(last.ids, torch.zeros_like(last.words()))[:, None]
+    no_words = torch.zeros(rows, 0, dtype=torch.long, device=network.device)
+    motion = silence = network.motion_vector(no_words, no_words)[:, None]
+    if texts:
+        motion = network.motion_vector(texts[-1].ids, texts[-1].words())[:, None]
     memory = network.memory(rows, sum(map(network.token_count, inputs)), room)
     before_sentence = read_inputs(network, memory, inputs)
-    branches = [GuidanceBranch(memory.everything(), motion)]
+    branches = [GuidanceBranch(memory.branch(), motion)]
     if settings.text_scale <= 1:
         return branches
-    branches.append(GuidanceBranch(memory.up_to(before_sentence), silence))
+    branches.append(GuidanceBranch(memory.branch(before_sentence), silence))
     if settings.image_scale > 1 and len(texts) < len(inputs):
         memory = network.memory(rows, sum(map(network.token_count, texts)), room)
         read_inputs(network, memory, texts)
-        branches.append(GuidanceBranch(memory.everything(), motion))
+        branches.append(GuidanceBranch(memory.branch(), motion))
     return branches
 
 
@@ -154,14 +153,14 @@ class Denoiser:
     """The network at the noisy latents of all rows, behind several branches in one pass."""
 
     def __init__(self, network: Bagel, branches: list[GuidanceBranch], times: list, grid: tuple):
-        device = network.device
         self.network, self.branches = network, branches
         ropes = [network.rope(branch.memory.next[:, None]) for branch in branches]
         self.cosines = [cosine for cosine, _ in ropes]
         self.sines = [sine for _, sine in ropes]
-        self.times = network.time_embedder(torch.tensor(times, device=device))  # (steps + 1, H)
-        ids = table_ids(grid, network.config.latent_grid).to(device)
-        self.places = network.latent_pos_embed(ids).to(network.dtype)  # (n, H)
+        self.times = network.time_embedder(
+            torch.tensor(times, device=network.device)
+        )  # (steps + 1, H)
+        self.places = network.latent_places(grid)  # (n, H)
         self.markers = network.embed_markers(len(branches[0].motion))  # (R, 2, H)
 
     def hidden(self, x: Tensor, step: int, indices: list[int]) -> list[Tensor]:
@@ -273,7 +272,7 @@ class Row(NamedTuple):
 class WorldModel:
     """A simulator: the network, its autoencoder and its tokenizer. To the other stages it is `imagine`, no more."""
 
-    def __init__(self, network, autoencoder, tokenizer, files: dict, layout: dict | None = None):
+    def __init__(self, network, autoencoder, tokenizer, files: dict, layout=None):
         """What is to be written back: files, the contents of {"llm_config", "vit_config", "config"}.json, and layout, a
         meta tensor of the shape and type of each one in ema.safetensors; None: as the network has them.
         """
@@ -289,7 +288,7 @@ class WorldModel:
         self.bos, self.eos, *network.markers = tokenizer.convert_tokens_to_ids(names)
 
     @property
-    def device(self) -> torch.device:
+    def device(self):
         return self.network.device
 
     # ---- made, read, written
@@ -329,11 +328,12 @@ class WorldModel:
         if prepare:
             prepare(network)
         bagel_files.load_network(network, file, device, dtype)
-        autoencoder = bagel_files.PixelLatents()
-        if network.config.settings.latent == "flux":
-            autoencoder = bagel_files.FluxLatents(load_file(folder / bagel_files.AUTOENCODER))
+        if network.config.settings.latent == "pixels":
+            autoencoder = bagel_files.PixelLatents()
+        else:
+            autoencoder = bagel_files.FluxLatents(folder / bagel_files.AUTOENCODER).to(device)
         tokenizer = bagel_files.load_tokenizer(folder)
-        return cls(network, autoencoder.to(device), tokenizer, files, layout)
+        return cls(network, autoencoder, tokenizer, files, layout)
 
     def save(self, folder: str | Path, tensors=None) -> None:
         """Write the public layout, in the types it came in. Called on every rank; rank 0 writes.
@@ -469,21 +469,15 @@ def initialise(network: Bagel) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's flags."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    views = "context views in order (tiny: a ring of left turns)"
-    p.add_argument("--images", nargs="+", required=True, help=views)
-    start = "number of the image that the motion starts from"
-    p.add_argument("--reference", type=int, default=1, help=start)
-    motion = 'such as "turn left 30 degrees" or "move 1.5 meters forward"'
-    p.add_argument("--motion", required=True, help=motion)
-    p.add_argument("--out", default="view.png")
-    model = "folder or Hugging Face id; default: the newer of out/wm and out/demo/wm"
-    p.add_argument("--model", help=model)
-    p.add_argument("--seed", type=int, default=0)
-    steps = "network evaluations; default: the checkpoint's"
-    p.add_argument("--steps", type=bounded(int, 1), help=steps)
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p.add_argument("--images", nargs="+", required=True, help="context views in order")
+    p.add_argument("--reference", type=int, default=1, help="image that the motion starts from")
+    p.add_argument("--motion", required=True, help='such as "move 1.5 meters forward"')
+    p.add_argument("--out", default="view.png", help="the picture to write")
+    p.add_argument("--model", help="folder or Hugging Face id; default: out/wm or out/demo/wm")
+    p.add_argument("--seed", type=int, default=0, help="of the noise")
+    p.add_argument("--steps", type=bounded(int, 1), help="network evaluations")
     return p.parse_args(argv)
 
 
@@ -497,15 +491,14 @@ def main(argv: list[str] | None = None) -> None:
         )
     device = default_device()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    changes = {"steps": args.steps} if args.steps else {}
     try:
         # what is wrong with a motion is said before weights are read
         sentence = instruction(read_phrase(args.motion), args.reference)
         images = [load_image(image) for image in args.images]
-        changes = {} if args.steps is None else {"steps": args.steps}
         query = Query(images, args.reference, sentence, args.seed)
         view = WorldModel.load(path, device, dtype).imagine([query], **changes)[0]
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(view).save(args.out)
+        save_image(Path(args.out), view)
     except (OSError, ValueError) as error:
         fail(str(error))
     print(f"{sentence} -> {args.out} ({view.shape[1]} x {view.shape[0]}, {path})")

@@ -326,7 +326,8 @@ def train_wm(args: Namespace) -> None:
     args.layers = network.config.layers
     groups, read = noise_triples(flags.micro_contexts, views, flags.targets, side)
     streams = [torch.Generator().manual_seed(number) for number in range(len(groups))]
-    pack, targets = wm_stage.make_batch(groups, streams, model, read, flags)
+    encoder = wm_stage.Encoder(model)
+    pack, targets = wm_stage.make_batch(groups, streams, model, encoder, read, flags)
     options = {"lr": 0.0, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     optimizer = torch.optim.AdamW(network.parameters(), **options)
 

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from transformers import LogitsProcessorList
 
-from lib.bagel import GEN, LATENT_PATCH
-from lib.bagel_files import patchify, resize, to_images, unpatchify
+from lib.bagel import GEN, LATENT_PATCH, patchify, unpatchify
+from lib.bagel_files import resize, to_images
 from lib.rollout import sample_tokens
 
 

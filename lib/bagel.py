@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lib.bagel_files import patchify
 from lib.packing import HIDDEN, Pack, Tokens, attention, table_ids
 
 GEN = "_moe_gen"  # what the generation expert's modules are called after the understanding expert's
@@ -140,12 +139,6 @@ class ContextText(NamedTuple):
     ids: Tensor  # (R, L), right-padded
     lengths: Tensor  # (R,), on the CPU
 
-    @classmethod
-    def empty(cls, rows: int, device: torch.device) -> "ContextText":
-        """No token at all."""
-        ids = torch.zeros(rows, 0, dtype=torch.long, device=device)
-        return cls(ids, torch.zeros(rows, dtype=torch.long))
-
     def words(self) -> Tensor:
         """(R, L) bool: a word, neither <|im_start|>, <|im_end|> nor padding."""
         place = torch.arange(self.ids.shape[1])
@@ -179,14 +172,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x):
-        if torch.is_grad_enabled() or x.device.type != "cpu":
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        # Many tokens fall out of a CPU's cache between the two steps; in pieces of 8 MB, and in place, they stay.
-        pieces = []
-        for piece in x.flatten(0, -2).split(max(1, 2**21 // self.up_proj.out_features)):
-            gate = F.silu(self.gate_proj(piece), inplace=True)
-            pieces.append(self.down_proj(gate.mul_(self.up_proj(piece))))
-        return torch.cat(pieces).view_as(x)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class GeluMLP(nn.Module):
@@ -312,7 +298,7 @@ class Attention(nn.Module):
             self.add_module(f"k_norm{expert}", RMSNorm(self.head, c.eps))
 
     def project(self, name, und, gen):
-        """ "q", "k" or "v" of und (B, U, H) and gen (B, G, H) tokens, side by side: (B, heads, U + G, d)."""
+        """The q, k or v of und (B, U, H) and gen (B, G, H) tokens, side by side: (B, heads, U + G, d)."""
         projected = []
         for x, expert in ((und, ""), (gen, GEN)):
             y = getattr(self, f"{name}_proj{expert}")(x).unflatten(-1, (-1, self.head))
@@ -402,29 +388,23 @@ class Memory:
         self.next = torch.zeros(rows, dtype=torch.long)
 
     def mark(self) -> Mark:
-        """What has been read so far."""
+        """How far it has read."""
         return Mark(self.positions.shape[1], self.next)
 
-    def everything(self) -> "Branch":
-        """The Branch that sees all that was read."""
-        end = self.room + self.mark().length
-        return self.branch(
-            slice(self.room, end + self.room), slice(end, end + self.room), self.mark()
-        )
-
-    def up_to(self, mark: Mark) -> "Branch":
-        """The Branch that sees what was read up to a mark."""
-        return self.branch(slice(0, self.room + mark.length), slice(0, self.room), mark)
-
-    def branch(self, visible, room, mark):
-        """The Branch of slices `visible` and `room`; padding among the positions is masked."""
+    def branch(self, mark: Mark | None = None) -> "Branch":
+        """What a target sees: all that was read, its own keys behind it; or all up to a mark, its own keys in front."""
+        behind = mark is None
+        mark = mark or self.mark()
+        start, end = self.room, self.room + mark.length
+        own = slice(end, end + self.room) if behind else slice(0, start)
+        visible = slice(start, end + self.room) if behind else slice(0, end)
         hidden = self.positions[:, : mark.length] == HIDDEN
         mask = None
-        if hidden.any():
-            own = torch.zeros(len(hidden), self.room, dtype=torch.bool)
-            hidden = torch.cat([hidden, own] if room.start else [own, hidden], 1)[:, None, None]
+        if hidden.any():  # padding of texts
+            gap = torch.zeros(len(hidden), self.room, dtype=torch.bool)
+            hidden = torch.cat([hidden, gap] if behind else [gap, hidden], 1)[:, None, None]
             mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf).to(self.keys[0])
-        return Branch(self.keys, self.values, visible, room, mask, mark.next)
+        return Branch(self.keys, self.values, visible, own, mask, mark.next)
 
 
 class Reading:
@@ -457,8 +437,8 @@ class Branch(NamedTuple):
 
     keys: list  # of the Memory
     values: list
-    visible: slice  # context and own room
-    room: slice
+    visible: slice  # context and own keys
+    own: slice
     mask: Tensor | None  # (R, 1, 1, K) added to the scores
     next: Tensor  # (R,) the RoPE position of all tokens of the target, on the CPU
 
@@ -468,8 +448,8 @@ class Branch(NamedTuple):
         The heads that share a key are laid behind one another as more queries of one head: nothing is repeated.
         """
         keys, values = self.keys[layer], self.values[layer]
-        keys[:, :, self.room] = k
-        values[:, :, self.room] = v
+        keys[:, :, self.own] = k
+        values[:, :, self.own] = v
         rows, heads, n, d = q.shape
         q = q.reshape(rows, k.shape[1], -1, d)
         keys, values = keys[:, :, self.visible], values[:, :, self.visible]
@@ -523,23 +503,23 @@ class Bagel(nn.Module):
         self.recompute = False  # activation checkpointing of every layer, the ViT's too
 
     @property
-    def blocks(self) -> list:
+    def blocks(self):
         """The modules that FSDP gathers one at a time."""
         vision = self.vit_model["vision_model"]
         return [*self.language_model["model"]["layers"], *vision.encoder["layers"]]
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self):
         """What the arithmetic runs in. FSDP's bf16 copies of fp32 weights have it while a forward pass runs."""
         return self.vae2llm.weight.dtype
 
     @property
-    def device(self) -> torch.device:
+    def device(self):
         return self.vae2llm.weight.device
 
     # ---- the layers
 
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rope(self, positions):
         """RoPE positions (B, N) or (B, 1), on the CPU -> (cos, sin), each (B, 1, N, d); the angles are fp32."""
         head = self.config.width // self.config.heads
         exponent = -torch.arange(0, head, 2, device=self.device) / head
@@ -555,11 +535,11 @@ class Bagel(nn.Module):
             und, gen = run_layer(self.recompute, layer, und, gen, rope, attention, *needed)
         return und, gen
 
-    def output(self, gen: Tensor) -> Tensor:
+    def output(self, gen):
         """The last layer's latent tokens -> the network's prediction (B, n, C)."""
         return self.llm2vae(self.language_model["model"]["norm" + GEN](gen)).float()
 
-    def write(self, und: Tensor) -> Tensor:
+    def write(self, und):
         """The last layer's und tokens -> logits of the next word (B, U, V)."""
         return self.language_model["lm_head"](self.language_model["model"]["norm"](und)).float()
 
@@ -569,13 +549,13 @@ class Bagel(nn.Module):
         """lib/packing.Pack -> the network's prediction at every latent token (B, G, C); see `pack.target`."""
         return self.output(self.hidden(pack, und_needed=False)[1])
 
-    def hidden(self, pack: Pack, und_needed: bool = True) -> tuple[Tensor, Tensor]:
+    def hidden(self, pack, und_needed=True):
         """What the last layer gives for the tokens of a pack: und (B, U, H), gen (B, G, H)."""
         und, gen = self.embed(pack)
         attention = PackAttention(pack.tokens, self.device, self.dtype)
         return self.run(und, gen, self.rope(pack.tokens.position), attention, und_needed, True)
 
-    def embed(self, pack: Pack) -> tuple[Tensor, Tensor]:
+    def embed(self, pack):
         """The embeddings of a pack: und (B, U, H) and gen (B, G, H)."""
         motion = self.motion_vector(pack.motion_ids, pack.motion_mask)  # (I, H)
         each = self.time_embedder(pack.t) + self.number_vector(pack.numbers)  # (I, H)
@@ -592,14 +572,14 @@ class Bagel(nn.Module):
 
     # ---- embeddings: every kind of token -> (B, tokens, H)
 
-    def embed_text(self, ids: Tensor) -> Tensor:
+    def embed_text(self, ids):
         return self.language_model["model"]["embed_tokens"](ids)
 
-    def embed_markers(self, batch: int) -> Tensor:
+    def embed_markers(self, batch):
         """The two tokens around every image: (batch, 2, H)."""
         return self.embed_text(torch.tensor(self.markers, device=self.device)).expand(batch, -1, -1)
 
-    def embed_vit(self, patches: Tensor, ids: Tensor) -> Tensor:
+    def embed_vit(self, patches, ids):
         """patches (B, n, 3 * patch²) of pictures in [-1, 1], ids (n,) or (B, n) in the tables, -1 = padding."""
         mask = None
         if ids.dim() == 2:
@@ -610,12 +590,15 @@ class Bagel(nn.Module):
         features = self.vit_model["vision_model"](patches.to(self.dtype), ids, mask, self.recompute)
         return self.connector(features) + self.vit_pos_embed(ids).to(self.dtype)
 
-    def number_vector(self, numbers: Tensor) -> Tensor:
+    def latent_places(self, grid):
+        """Where in the picture: (h w, H)."""
+        ids = table_ids(grid, self.config.latent_grid).to(self.device)
+        return self.latent_pos_embed(ids).to(self.dtype)
+
+    def number_vector(self, numbers):
         """Which context image: numbers (I,), -1 for none -> (I, H); zeros without Settings.learned_places."""
         if not self.config.settings.learned_places:
-            return torch.zeros(
-                len(numbers), self.config.width, device=self.device, dtype=self.dtype
-            )
+            return self.vae2llm.bias.new_zeros(len(numbers), self.config.width)
         return self.image_number(numbers.clamp(min=0)) * (numbers >= 0)[:, None]
 
     def motion_vector(self, ids: Tensor, words: Tensor) -> Tensor:
@@ -624,7 +607,7 @@ class Bagel(nn.Module):
         Their embeddings, summed and through one layer; zeros without Settings.motion_to_target.
         """
         if not self.config.settings.motion_to_target:
-            return torch.zeros(len(ids), self.config.width, device=self.device, dtype=self.dtype)
+            return self.vae2llm.bias.new_zeros(len(ids), self.config.width)
         return self.motion2llm((self.embed_text(ids) * words[..., None]).sum(1))
 
     # ---- inference: the context once into a memory, then the target step by step
@@ -657,8 +640,7 @@ class Bagel(nn.Module):
             number = self.number_vector(torch.tensor([i], device=self.device))
             if latent is not None:
                 tokens = self.vae2llm(patchify(latent, LATENT_PATCH).to(self.dtype))
-                ids = table_ids(token_grid(latent), self.config.latent_grid).to(self.device)
-                places = self.latent_pos_embed(ids).to(self.dtype)
+                places = self.latent_places(token_grid(latent))
                 gen.append((tokens + (time + places + number), order))
                 und.append((markers, order))
                 order += 1
@@ -695,6 +677,19 @@ class Bagel(nn.Module):
         """
         gen = self.vae2llm(x.to(self.dtype)) + extra
         return self.run(markers, gen, rope, TargetAttention(branches), False, True)[1]
+
+
+def patchify(x: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) -> tokens (B, H/size * W/size, size * size * C); row-major, in a token (row, column, channel)."""
+    batch, channels, height, width = x.shape
+    x = x.reshape(batch, channels, height // size, size, width // size, size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, size * size * channels)
+
+
+def unpatchify(tokens: Tensor, size: int, rows: int, columns: int) -> Tensor:
+    """The inverse of `patchify`: tokens (B, rows * columns, size * size * C) -> (B, C, rows * size, columns * size)."""
+    x = tokens.reshape(len(tokens), rows, columns, size, size, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, rows * size, columns * size)
 
 
 def token_grid(latent: Tensor) -> tuple[int, int]:

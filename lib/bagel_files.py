@@ -12,6 +12,7 @@ The files of a BAGEL checkpoint, and the way pictures go in and out of it.
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,36 +20,38 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lib.checkpoints import contents, local_rows, write_file, write_gathered
+from lib.checkpoints import contents, local_rows, write_gathered
 from lib.distributed import is_main
 from lib.records import write_json
 
 NETWORK, AUTOENCODER = "ema.safetensors", "ae.safetensors"
 UNFIT = f"{AUTOENCODER} is not a FLUX autoencoder"
 MAX_PIXELS = 14 * 14 * 9 * 1024
-FLUX_NAMES = (  # diffusers' name and FLUX's
-    ("encoder.down_blocks.", "encoder.down."),
-    ("samplers.0.conv", "sample.conv"),
-    ("resnets", "block"),
-    ("mid_block.attentions.0.group_norm.", "mid.attn_1.norm."),
-    ("mid_block.attentions.0.to_q.", "mid.attn_1.q."),
-    ("mid_block.attentions.0.to_k.", "mid.attn_1.k."),
-    ("mid_block.attentions.0.to_v.", "mid.attn_1.v."),
-    ("mid_block.attentions.0.to_out.0.", "mid.attn_1.proj_out."),
-    ("conv_shortcut", "nin_shortcut"),
-    ("conv_norm_out", "norm_out"),
-)
+# names inside diffusers' autoencoder and inside FLUX's; first those of its attention
+FLUX_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+FLUX_NAMES = {
+    "encoder.down_blocks.": "encoder.down.",
+    "samplers.0.conv": "sample.conv",
+    "resnets": "block",
+    "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out",
+}
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------------
 
 
-def resized(
-    width: int, height: int, limits: tuple, max_pixels: float = MAX_PIXELS
-) -> tuple[int, int]:
+def resized(width: int, height: int, limits: tuple, max_pixels: float = MAX_PIXELS) -> tuple:
     """The size BAGEL gives a picture: (width, height) in pixels, multiples of the stride.
 
     limits   (max_side, min_side, stride) in pixels; where both cannot hold, min_side wins at first, max_side at last.
@@ -90,19 +93,6 @@ def to_images(pixels: Tensor) -> np.ndarray:
     return ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).movedim(-3, -1).cpu().numpy()
 
 
-def patchify(x: Tensor, size: int) -> Tensor:
-    """(B, C, H, W) -> tokens (B, H/size * W/size, size * size * C); row-major, in a token (row, column, channel)."""
-    batch, channels, height, width = x.shape
-    x = x.reshape(batch, channels, height // size, size, width // size, size)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, size * size * channels)
-
-
-def unpatchify(tokens: Tensor, size: int, rows: int, columns: int) -> Tensor:
-    """The inverse of `patchify`: tokens (B, rows * columns, size * size * C) -> (B, C, rows * size, columns * size)."""
-    x = tokens.reshape(len(tokens), rows, columns, size, size, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, rows * size, columns * size)
-
-
 # ---- autoencoders: two classes with the same calls -----------------------------------------------------------------------
 
 
@@ -133,13 +123,15 @@ class FluxLatents:
     cell, random = 8, True
     scale, shift = 0.3611, 0.1159
 
-    def __init__(self, tensors):
-        """tensors: the state dict of ae.safetensors, in FLUX's names; the sizes are read from the shapes.
+    def __init__(self, path: Path):
+        """path: ae.safetensors, in FLUX's names; the sizes are read from the shapes.
 
         fp32 tensors are used as they are, not copied. Raises ValueError naming what is missing, unknown or misshapen.
         """
         from diffusers import AutoencoderKL
 
+        self.path = path
+        tensors = load_file(path)
         downs = {key.split(".")[2] for key in tensors if key.startswith("encoder.down.")}
         first = "encoder.down.0.block."
         blocks = {key.split(".")[4] for key in tensors if key.startswith(first)}
@@ -161,18 +153,16 @@ class FluxLatents:
                 use_post_quant_conv=False,
             )
         state = self.vae.state_dict()
-        self.names = {key: to_flux(key, levels) for key in state}
         expected = {}
         for key, value in state.items():
             # FLUX's attention is made of 1 x 1 convolutions, (out, in, 1, 1), diffusers' of linear layers, (out, in).
             convolution = ".attentions." in key and value.dim() == 2
-            expected[self.names[key]] = (*value.shape, 1, 1) if convolution else value.shape
+            expected[to_flux(key, levels)] = (*value.shape, 1, 1) if convolution else value.shape
         complain(UNFIT, misfits(expected, tensors, "it"))
         for key, value in state.items():
-            state[key] = tensors[self.names[key]].float().view(value.shape)
+            state[key] = tensors[to_flux(key, levels)].float().view(value.shape)
         self.vae.load_state_dict(state, assign=True)
         self.vae.requires_grad_(False).eval()
-        self.layout = {key: value.to("meta") for key, value in tensors.items()}
 
     def moments(self, pixels):
         """pixels (B, 3, H, W) in [-1, 1] -> mean and log variance of the posterior, (B, C, H/8, W/8) each."""
@@ -180,15 +170,11 @@ class FluxLatents:
             halves = torch.cat([self.vae.encoder(pair) for pair in pixels.float().split(2)])
         return halves.chunk(2, 1)
 
-    def draw(self, mean, log_variance, noise=None):
-        """The moments of a posterior (B, C, h, w) -> a latent drawn from it, as BAGEL does.
+    def draw(self, mean, log_variance, noise):
+        """The moments of a posterior and standard normal noise, (B, C, h, w) each -> a latent drawn, as BAGEL does."""
+        return self.scale * (mean + torch.exp(0.5 * log_variance) * noise.to(mean) - self.shift)
 
-        noise   standard normal of the latent's shape; None draws it from torch's own generator
-        """
-        noise = torch.randn_like(mean) if noise is None else noise.to(mean)
-        return self.scale * (mean + torch.exp(0.5 * log_variance) * noise - self.shift)
-
-    def encode(self, pixels, noise=None):
+    def encode(self, pixels, noise):
         """pixels (B, 3, H, W) in [-1, 1] -> latent (B, C, H/8, W/8); noise as in `draw`."""
         return self.draw(*self.moments(pixels), noise)
 
@@ -202,12 +188,9 @@ class FluxLatents:
         return self
 
     def save(self, folder):
-        """Write ae.safetensors, every tensor as it came."""
-        state = self.vae.state_dict()
-        tensors = []
-        for key, name in self.names.items():
-            tensors.append((name, state[key].view(self.layout[name].shape)))
-        write_file(Path(folder) / AUTOENCODER, tensors, self.layout)
+        """Write ae.safetensors as it came: it is frozen."""
+        if not Path(folder).samefile(self.path.parent):
+            shutil.copyfile(self.path, Path(folder) / AUTOENCODER)
 
 
 def to_flux(key: str, levels: int) -> str:
@@ -219,8 +202,10 @@ def to_flux(key: str, levels: int) -> str:
         key = key.replace(match[0], f"decoder.up.{levels - 1 - int(match[1])}")
     if match := re.search(r"mid_block\.resnets\.(\d)", key):
         key = key.replace(match[0], f"mid.block_{int(match[1]) + 1}")
-    for theirs, flux in FLUX_NAMES:
-        key = key.replace(theirs, flux)
+    for diffusers, flux in FLUX_ATTENTION.items():
+        key = key.replace(f"mid_block.attentions.0.{diffusers}.", f"mid.attn_1.{flux}.")
+    for diffusers, flux in FLUX_NAMES.items():
+        key = key.replace(diffusers, flux)
     return key
 
 
@@ -232,9 +217,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if Path(path).is_dir():
         return Path(path)
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~", "out/")):
-        raise FileNotFoundError(
-            f"There is no world model at {path}. `python train_wm.py` makes one in out/wm."
-        )
+        sentence = "`python train_wm.py` makes one in out/wm."
+        raise FileNotFoundError(f"There is no world model at {path}. {sentence}")
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(str(path)))
@@ -250,10 +234,8 @@ def read_files(folder: Path) -> dict[str, dict]:
         try:
             files[name] = json.loads(path.read_text())
         except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{path} cannot be read ({error}). A BAGEL folder holds {NETWORK}, llm_config.json and "
-                f"vit_config.json."
-            ) from error
+            holds = f"A BAGEL folder holds {NETWORK}, llm_config.json and vit_config.json."
+            raise ValueError(f"{path} cannot be read ({error}). {holds}") from error
     return files
 
 
@@ -311,8 +293,7 @@ def load_network(network: nn.Module, path: Path, device, dtype: torch.dtype) -> 
 def write_checkpoint(folder: str | Path, tensors, layout: dict, files: dict, tokenizer, coder):
     """Write a checkpoint in the public layout. Called on every rank; rank 0 writes.
 
-    tensors, layout   the network: (name, tensor) pairs, maybe sharded, and {name: tensor of its shape and type in the
-                      file}
+    tensors, layout   the network: (name, tensor) pairs, maybe sharded, and {name: tensor as it is in the file}
     files             the contents of {"llm_config", "vit_config", "config"}.json;   coder: the autoencoder
     """
     folder = Path(folder)

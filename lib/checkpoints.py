@@ -52,9 +52,8 @@ def contents(path: Path) -> dict[str, Tensor]:
                 dtype = TYPES[rows.get_dtype()]
                 layout[name] = torch.empty(rows.get_shape(), dtype=dtype, device="meta")
     except Exception as error:  # safetensors has its own error class for a cut-off file
-        raise ValueError(
-            f"The checkpoint file {path} cannot be read ({error}). Fetch or train it again."
-        ) from error
+        sentence = f"The checkpoint file {path} cannot be read ({error}). Fetch or train it again."
+        raise ValueError(sentence) from error
     return layout
 
 

@@ -29,16 +29,22 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import world_model  # noqa: E402
-from lib.bagel import GEN, LATENT_PATCH, ContextImage, ContextText, token_grid  # noqa: E402
+from lib.bagel import (  # noqa: E402
+    GEN,
+    LATENT_PATCH,
+    ContextImage,
+    ContextText,
+    patchify,
+    token_grid,
+    unpatchify,
+)
 from lib.bagel_files import (  # noqa: E402
     AUTOENCODER,
     NETWORK,
-    patchify,
     resize,
     resized,
     to_images,
     to_pixels,
-    unpatchify,
 )
 from lib.packing import Latent, Text, View, pack, sight, table_ids  # noqa: E402
 from world_model import GuidanceBranch, WorldModel, read_inputs  # noqa: E402
@@ -161,7 +167,7 @@ class Case:
 
 def resize_table(case):
     """Rows of (transform, images in the sample, width, height -> new width, new height)."""
-    rows = [dict(zip(case.data["columns"], row)) for row in case.data["rows"]]
+    rows = [dict(zip(case.data["columns"], row, strict=True)) for row in case.data["rows"]]
     for row in rows:
         *limits, most = case.data["settings"][row["transform"]]
         size = resized(row["width"], row["height"], limits, most / row["img_num"])
@@ -209,7 +215,13 @@ def segments(case):
     """
     told, data, special = case.told, case.data, case.reference["special_tokens"]
     columns, positions = case.network.config.vit_grid, data["in.packed_position_ids"].tolist()
-    ids = dict(zip(data["in.packed_text_indexes"].tolist(), data["in.packed_text_ids"].tolist()))
+    ids = dict(
+        zip(
+            data["in.packed_text_indexes"].tolist(),
+            data["in.packed_text_ids"].tolist(),
+            strict=True,
+        )
+    )
     ends = {special["eos_token_id"], special["end_of_image"]}
     gaps = bool(told.get("dropout", {}).keys() & {"vae", "vit"})
     is_vae, grids, latents = (
@@ -217,7 +229,7 @@ def segments(case):
         told["patchified_vae_latent_shapes"],
         0,
     )
-    is_vit, views, pictures = set(), iter(()), zip(data["out.padded_latent"], grids)
+    is_vit, views, pictures = set(), iter(()), zip(data["out.padded_latent"], grids, strict=True)
     if "in.packed_vit_tokens" in data:
         is_vit, sizes = (
             set(data["in.packed_vit_token_indexes"].tolist()),
@@ -226,6 +238,7 @@ def segments(case):
         views = zip(
             data["in.packed_vit_tokens"].split(sizes),
             data["in.packed_vit_position_ids"].split(sizes),
+            strict=True,
         )
     samples, und, gen, velocities, at = [], [], [], [], 0
     for length in told["sample_lens"]:
@@ -324,7 +337,8 @@ def losses(case, batch, order, velocities):
 def cached_velocities(network, samples):
     """The velocities of all targets of a pack (n, C), each by the forward of inference from what stands before it."""
     c, found = network.config, []
-    for sample, i in [(sample, i) for sample in samples for i, s in enumerate(sample) if s.group]:
+    targets = [(row, i) for row in samples for i, s in enumerate(row) if s.group]
+    for sample, i in targets:
         before, target = [s for s in sample[:i] if not s.group], sample[i]
         size = sum(len(s[0]) + 2 for s in before if s.keep)
         memory = network.memory(1, size, len(target.x_t) + 2)
@@ -340,7 +354,7 @@ def cached_velocities(network, samples):
             else:
                 latent = unpatchify(s.x_t[None], LATENT_PATCH, *s.grid)
                 network.read_images(memory, [ContextImage(latent, None)])
-        branch, markers = memory.everything(), network.embed_markers(1)
+        branch, markers = memory.branch(), network.embed_markers(1)
         place = network.latent_pos_embed(table_ids(target.grid, c.latent_grid))
         extra = network.time_embedder(torch.tensor([target.t])) + place
         rope = network.rope(branch.next[:, None])
@@ -394,7 +408,7 @@ def latents_of_a_pack(case):
         to_pixels(resize(data[key].numpy(), limits)) for key in data if key.startswith("image.")
     ]
     for image, (rows, columns) in zip(
-        data["in.padded_images"], case.told["patchified_vae_latent_shapes"]
+        data["in.padded_images"], case.told["patchified_vae_latent_shapes"], strict=True
     ):
         image = image[:, : rows * case.stride, : columns * case.stride]
         alike = [source for source in sources if source.shape == image.shape] or [
@@ -422,7 +436,9 @@ def gradients(case):
     batch = pack([samples], case.network.markers, case.network.config)
     mse, ce, _ = losses(source, batch, order, velocities)
     weights = dict(case.network.named_parameters())
-    ours = dict(zip(weights, torch.autograd.grad(ce.mean() + mse.mean(), weights.values())))
+    ours = dict(
+        zip(weights, torch.autograd.grad(ce.mean() + mse.mean(), weights.values()), strict=True)
+    )
     # A softmax ignores what is added to all its scores: of the ViT's k_proj.bias only rounding is recorded.
     for key in [key for key in case.data if not re.match(r"vit_model\..*k_proj\.bias", key)]:
         theirs = case.data[key]
@@ -601,7 +617,7 @@ def generation(case):
         count = 1 if settings.text_scale <= 1 else 2 if settings.image_scale <= 1 else 3
         silence = torch.zeros(1, 1, network.config.width)
         (full, _), (_, mark), (no_image, _) = memories.values()
-        seen = [full.everything(), full.up_to(mark), no_image.everything()]
+        seen = [full.branch(), full.branch(mark), no_image.branch()]
         branches = [GuidanceBranch(memory, silence) for memory in seen[:count]]
     latent, steps = watched_sample(network, parts, noise, grid, settings, branches)
     case.compare(
@@ -614,7 +630,7 @@ def generation(case):
             v = [*v, v[0]]
         case.compare("latents", [t], data[f"step.{i}.t"])
         case.compare("latents", x, data[f"step.{i}.x"])
-        for name, ours in zip(("full", "no_text", "no_image"), v):
+        for name, ours in zip(("full", "no_text", "no_image"), v, strict=False):
             if f"step.{i}.v_{name}" in data:
                 case.compare("velocities", ours, data[f"step.{i}.v_{name}"])
         case.compare("guided", w, data[f"step.{i}.v"])

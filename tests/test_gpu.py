@@ -40,7 +40,7 @@ def test_compiled_flex_attention_equals_the_dense_mask(dtype, share):
     for attend in (dense_attention(tokens, tokens, dtype), flex_attention_for(tokens, tokens)):
         y = attend(q, k, v)
         gradients.append([y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))])
-    for dense, flex in zip(*gradients):
+    for dense, flex in zip(*gradients, strict=True):
         near(flex, dense, share)
 
 
@@ -57,7 +57,7 @@ def test_a_training_step_in_bf16_is_near_fp32_on_the_cpu(views):
         velocity = network(pack)[pack.target]
         velocity.square().mean().backward()
         outcomes.append([velocity, *(p.grad for p in network.parameters() if p.grad is not None)])
-    for fp32, bf16 in zip(*outcomes):
+    for fp32, bf16 in zip(*outcomes, strict=True):
         if fp32.abs().max() > 1e-3:
             near(bf16, fp32, 0.15)
 

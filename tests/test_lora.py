@@ -98,7 +98,7 @@ def test_gradient_of_an_adapter_is_the_finite_difference():
     def loss():
         return network(x).square().sum()
 
-    for gradient, p in zip(torch.autograd.grad(loss(), adapters), adapters):
+    for gradient, p in zip(torch.autograd.grad(loss(), adapters), adapters, strict=True):
         direction, step = torch.randn(p.shape, generator=g, dtype=torch.float64), 1e-6
         with torch.no_grad():
             p += step * direction

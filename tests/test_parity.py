@@ -6,6 +6,7 @@ BAGEL computes what the original computes: the recordings in tests/data, and tho
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -263,7 +264,7 @@ def test_a_thought_stands_in_the_full_context_alone(folder):
         )
         x, grid = data["step.0.x"], [side // case.stride for side in data["image_shape"].tolist()]
         times = [data[f"step.{i}.t"] for i in range(told["steps"])] + [torch.zeros(1)]
-        for i, (t, t_next) in enumerate(zip(times, times[1:])):
+        for i, (t, t_next) in enumerate(itertools.pairwise(times)):
             target = Latent(x, grid, group=1, t=t.item())
             packs = [
                 pack([[[*before, target]]], network.markers, network.config)
@@ -275,7 +276,8 @@ def test_a_thought_stands_in_the_full_context_alone(folder):
                 guided([one[None] for one in v], settings)[0],
             )
             data |= {
-                f"step.{i}.v_{name}": one for name, one in zip(("full", "no_text", "no_image"), v)
+                f"step.{i}.v_{name}": one
+                for name, one in zip(("full", "no_text", "no_image"), v, strict=True)
             }
             x = x - (t - t_next) * data[f"step.{i}.v"]
         data["final_latent"] = x

@@ -50,7 +50,8 @@ def batch_of(rooms, *more, groups=None, first=0, model=None):
     groups = groups_of(rooms) if groups is None else groups
     streams = [torch_stream("batch", 0, 3, first + i) for i in range(len(groups))]
     model = model or WorldModel.tiny(0)
-    return train_wm.make_batch(groups, streams, model, train_wm.read_image, args)
+    encoder = train_wm.Encoder(model)
+    return train_wm.make_batch(groups, streams, model, encoder, train_wm.read_image, args)
 
 
 # ---- losses
@@ -208,12 +209,10 @@ def test_several_folders_are_trained_together(rooms, tmp_path):
     assert len(both) == 2 * len(alone) == 2 * sum(view.is_relative_to(more) for view in views)
 
 
-def test_missing_data_names_the_command(rooms, tmp_path):
-    with pytest.raises(
-        SystemExit, match=r"triples_train.jsonl is missing. `python data.py triples --out "
-    ):
+def test_missing_data_is_a_sentence(rooms, tmp_path):
+    with pytest.raises(SystemExit, match="train.jsonl does not exist; `python data.py triples"):
         train_wm.main(flags(tmp_path / "nothing", tmp_path / "out"))
-    with pytest.raises(SystemExit, match=r"1000 are more than the \d+ of --data"):
+    with pytest.raises(SystemExit, match=r"1000 are more than the 5 in --data"):
         train_wm.main(flags(rooms, tmp_path / "out", "--contexts", "1000"))
 
 

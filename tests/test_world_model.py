@@ -1,6 +1,7 @@
 """Astra-WM: fast paths against a plain twin, the checkpoint layout, the sampler. `pytest tests/test_world_model.py`"""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -11,8 +12,18 @@ from PIL import Image
 
 import train_wm
 import world_model
-from lib.bagel import GEN, LATENT_PATCH, Bagel, Config, ContextImage, ContextText, Settings
-from lib.bagel_files import PixelLatents, patchify, resized, unpatchify
+from lib.bagel import (
+    GEN,
+    LATENT_PATCH,
+    Bagel,
+    Config,
+    ContextImage,
+    ContextText,
+    Settings,
+    patchify,
+    unpatchify,
+)
+from lib.bagel_files import PixelLatents, resized
 from lib.geometry import Query
 from lib.images import load_image
 from lib.packing import (
@@ -124,7 +135,9 @@ def dense_prediction(network, images, ids, lengths, x, t, grid):
     c, tokens = network.config, []  # (embedding, expert, position, split, mode, branch)
 
     def add(embeddings, expert, positions, split, mode, branch):
-        tokens.extend((e, expert, p, split, mode, branch) for e, p in zip(embeddings, positions))
+        tokens.extend(
+            (e, expert, p, split, mode, branch) for e, p in zip(embeddings, positions, strict=True)
+        )
 
     def image(latents, position, split, mode, branch):
         start, end = network.embed_markers(1)[0]
@@ -236,7 +249,7 @@ def test_training_forward_equals_one_dense_packed_sequence(together):
     gradients = [
         torch.autograd.grad(out.square().sum(), weights, allow_unused=True) for out in (fast, slow)
     ]
-    for a, b in zip(*gradients):
+    for a, b in zip(*gradients, strict=True):
         if a is not None or b is not None:
             a = torch.zeros_like(b) if a is None else a
             torch.testing.assert_close(
@@ -273,7 +286,7 @@ def velocity_behind(network, memory, x, t, grid, motion=0):
 
     motion   what `motion_vector` makes of the sentences, (R, 1, H), where the network asks for it
     """
-    branch, markers = memory.everything(), network.embed_markers(len(x))
+    branch, markers = memory.branch(), network.embed_markers(len(x))
     places = network.latent_pos_embed(table_ids(grid, network.config.latent_grid))
     extra = network.time_embedder(torch.full((1,), float(t))) + places + motion
     rope = network.rope(branch.next[:, None])
@@ -304,7 +317,7 @@ def test_cached_sampling_step_equals_training_forward(settings):
         for row in range(len(x)):
             text = ContextText(ids[row : row + 1, : lengths[row]], lengths[row : row + 1])
             memory = context_of(network, images, text.ids)
-            assert memory.everything().mask is None, "one query needs no mask"
+            assert memory.branch().mask is None, "one query needs no mask"
             motion = network.motion_vector(text.ids, text.words())[:, None]
             got = velocity_behind(network, memory, x[row : row + 1], t[row], grid, motion)
             torch.testing.assert_close(got[0], want[row], rtol=1e-5, atol=2e-5)
@@ -313,24 +326,19 @@ def test_cached_sampling_step_equals_training_forward(settings):
 @pytest.mark.parametrize("keep_text", [True, False])
 def test_what_the_demo_trains_on_is_what_it_samples_with(keep_text):
     """train_wm's own segments, packed, against the memory and the motion that `imagine` makes of the same query."""
-    model, query, t, g = tiny(), queries(2)[1], 0.6, torch.Generator().manual_seed(0)
+    model, query, g = tiny(), queries(2)[1], torch.Generator().manual_seed(0)
     network = random_network(model.network.config)
     network.markers, model.network = model.network.markers, network
     images, _, sentence = model.arranged(query.images, query.reference, query.instruction)
-    context = [model.encode(image[None], None) for image in images]
-    x_t = torch.randn(1, 16, 192, generator=g)
-    example = train_wm.Example(
-        context=images,
-        targets=[],
-        warps=[],
-        visible=[],
-        token_ids=[model.token_ids(sentence)],
-        keep_vae=[True] * len(images),
-        keep_vit=[True] * len(images),
-        keep_text=[keep_text],
-        t=torch.tensor([t]),
-    )
-    segments = train_wm.segments(example, context, x_t, (4, 4), model)
+    alpha = np.full((32, 32, 4), 255, np.uint8)
+    files = dict(enumerate(query.images)) | {"target": query.images[0], "warp": alpha}
+    row = {"context": list(range(len(images))), "reference": query.reference}
+    motion = {"kind": "move left", "amount": 1.5}
+    row |= {"target": "target", "warp": "warp", "motion": motion}
+    args = train_wm.parse_args(["--no-augment", "--drop-text", str(int(not keep_text))])
+    encoder = train_wm.Encoder(model)
+    segments, _ = train_wm.make_sample([row], model, encoder, files.get, args, g)
+    x_t, t = segments[-1].x_t[None], segments[-1].t
     p = pack([[segments]], network.markers, network.config)
     inputs = [model.see([image], None) for image in images]
     inputs += [model.texts([sentence])] * keep_text
@@ -352,7 +360,7 @@ def test_rows_with_texts_of_different_lengths_share_a_memory():
         rows = [ContextImage(z.expand(size), p.expand(size)) for z, p in images]
         network.read_images(memory, rows)
         network.read_text(memory, ContextText(ids, lengths))
-        assert memory.everything().mask is not None
+        assert memory.branch().mask is not None
         torch.testing.assert_close(
             velocity_behind(network, memory, x, 0.5, grid), want, rtol=1e-5, atol=2e-5
         )
@@ -431,7 +439,7 @@ def test_guided_sampling_equals_three_separate_branches(renorm):
         context, full = context_of(network, images), context_of(network, images, ids)
         words = context_of(network, (), ids)
         x, times = noise, [1.0, 6 / 7, 3 / 5, 0.0]  # 3 tau / (1 + 2 tau) at tau = 1, 2/3, 1/3, 0
-        for t, after in zip(times, times[1:]):
+        for t, after in itertools.pairwise(times):
             w = v(full, x, t)
             if t > 0.5:
                 p, u = w, v(context, x, t) + 4 * (w - v(context, x, t))
@@ -539,7 +547,7 @@ def queries(count=5):
 def test_a_query_gives_the_same_view_alone_and_in_a_mixed_batch():
     model = tiny()
     together = model.imagine(queries() + queries()[::-1])
-    for query, a, b in zip(queries(), together, together[::-1]):
+    for query, a, b in zip(queries(), together, together[::-1], strict=True):
         alone = model.imagine([query])[0].astype(int)
         assert (
             alone.shape == (32, 32, 3)
