@@ -547,7 +547,7 @@ def queries(count=5):
 def test_a_query_gives_the_same_view_alone_and_in_a_mixed_batch():
     model = tiny()
     together = model.imagine(queries() + queries()[::-1])
-    for query, a, b in zip(queries(), together, together[::-1], strict=True):
+    for query, a, b in zip(queries(), together, together[::-1], strict=False):
         alone = model.imagine([query])[0].astype(int)
         assert (
             alone.shape == (32, 32, 3)
