@@ -13,39 +13,46 @@ Out, in out/evidence/policy/: <row>-s<seed>/{1, 2: the policy after each stage; 
 table.md.
 """
 
-import json
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from experiments.simulator import (
-    call,
-    chosen,
-    gap,
-    is_made,
-    list_parser,
+from experiments.runner import (
+    DEMO,
+    Job,
+    finished_seeds,
+    gap_text,
     markdown,
+    mean_answers,
+    mean_of,
+    print_jobs,
     publish,
-    show_jobs,
+    rows_parser,
+    run_jobs,
+    select,
+    words,
 )
-from lib import common
 from lib.scores import STRATA, paired_bootstrap
+from lib.stage import run_stage
 
 
-class Run(NamedTuple):
-    """A row: stages of learning (flags of train_rl.py), each from where the one before ended, and how it is asked."""
+class PolicyRow(NamedTuple):
+    """Stages of learning (flags of train_rl.py), each from where the one before ended, and how the policy is asked."""
 
     name: str
-    stages: tuple = ()  # none: the cold start, or the policy of the row `of`
+    stages: tuple = ()  # none: the cold start, or the policy of the row `start`
     mode: str = "agentic"
     simulator: str = "tuned"  # it learns and is asked with; "untuned" is ring-untuned of experiments/simulator.py
-    of: str = ""
+    start: str = ""
+
+    @property
+    def trains(self) -> bool:
+        return bool(self.stages or self.start)
 
 
-DEMO = "out/demo"
 TWO = ("--phase 1 --steps 12", "--phase 2 --steps 60")
-SWAP = ("none", "untuned", "tuned", "reprojection", "truth")
 REWARDS = {
     "two-phase": TWO,  # the paper's
     "single-stage": ("--phase 2 --steps 72",),  # all terms at once
@@ -54,198 +61,102 @@ REWARDS = {
     "match-only": ("--phase 1 --steps 72 --lambda-use 0",),  # neither
     "two-phase-undivided": tuple(f"{stage} --no-divide-by-std" for stage in TWO),  # A = r - mean
 }
-RUNS = [
-    Run("start"),
-    Run("start-direct", mode="direct"),
-    *(Run(name, stages) for name, stages in REWARDS.items()),
-    *(
-        Run(f"{name}-untuned", stages, simulator="untuned") for name, stages in REWARDS.items()
-    ),  # calls do not help
-    Run("direct-only", ("--phase 1 --mode direct --steps 72",), mode="direct"),  # never imagines
-    Run("two-phase-direct", mode="direct", of="two-phase"),
-    *(
-        Run(f"{who}-forced-{name}", mode="forced", simulator=name, of=of)
-        for who, of in (("start", ""), ("two-phase", "two-phase"))
-        for name in SWAP
-    ),
-]
 
 
-def commands(run, seed, out):
-    """What makes a row, one stage after the other: [(script, flags)]; the last asks the held-out questions."""
-    place, policy, made = out / f"{run.name}-s{seed}", learned(run, seed, out), []
-    simulator = str(out.parent / "ring-untuned-s0") if run.simulator == "untuned" else run.simulator
-    given = [
-        "--simulator",
-        simulator,
-        "--wm",
-        f"{DEMO}/wm",
-        "--data",
-        f"{DEMO}/data",
-        "--threads",
-        "1",
-    ]
-    for number, flags in enumerate(run.stages, 1):
-        made.append(
-            (
-                "train_rl.py",
-                [
-                    *flags.split(),
-                    "--policy",
-                    str(policy),
-                    "--seed",
-                    str(seed),
-                    "--eval-every",
-                    "0",
-                    *given,
-                    "--out",
-                    str(place / str(number)),
-                ],
-            )
-        )
-        policy = place / str(number)
-    return [
-        *made,
-        (
-            "evaluate.py",
-            [
-                "--mode",
-                run.mode,
-                "--policy",
-                str(policy),
-                "--no-report",
-                *given,
-                "--out",
-                str(place / "asked"),
-            ],
-        ),
-    ]
+def all_rows() -> list[PolicyRow]:
+    """The rows in the order in which they run."""
+    rows = [PolicyRow("start"), PolicyRow("start-direct", mode="direct")]
+    for name, stages in REWARDS.items():
+        rows.append(PolicyRow(name, stages))
+    for name, stages in REWARDS.items():  # calls do not help
+        rows.append(PolicyRow(f"{name}-untuned", stages, simulator="untuned"))
+    rows.append(PolicyRow("direct-only", ("--phase 1 --mode direct --steps 72",), "direct"))
+    rows.append(PolicyRow("two-phase-direct", mode="direct", start="two-phase"))
+    for name, start in (("start", ""), ("two-phase", "two-phase")):
+        for simulator in ("none", "untuned", "tuned", "reprojection", "truth"):
+            rows.append(PolicyRow(f"{name}-forced-{simulator}", (), "forced", simulator, start))
+    return rows
 
 
-def learned(run, seed, out):
-    """The policy that a row begins with: the demo's cold start, or where the row `of` ended."""
-    if not run.of:
-        return f"{DEMO}/sft"
-    return (
-        out / f"{run.of}-s{seed}" / str(len(next(row for row in RUNS if row.name == run.of).stages))
-    )
+ROWS = all_rows()
 
 
-def finish(run, seed, out):
-    """Do what is missing of one row, result.json last; a finished row is left as it is."""
-    place, told = out / f"{run.name}-s{seed}", commands(run, seed, out)
-    setting = {"commands": [" ".join([script, *flags]) for script, flags in told]}
-    if is_made(place, setting):
-        return
-    for script, flags in told:
-        call(script, *flags)
-    spent = sum(
-        json.loads((place / str(number) / "done.json").read_text())["cpu_seconds"]
-        for number in range(1, len(run.stages) + 1)
-    )
-    common.write_json(place / "result.json", {**setting, "cpu_seconds": spent})
+def job_of(row: PolicyRow, seed: int, out: Path) -> Job:
+    """What makes a row, one stage after the other; the last command asks the held-out questions."""
+    folder = out / f"{row.name}-s{seed}"
+    needs = {Path(DEMO, "sft"): "make demo", Path(DEMO, "wm"): "make demo"}
+    simulator = row.simulator
+    if simulator == "untuned":
+        simulator = out.parent / "ring-untuned-s0"
+        needs[simulator] = "python -m experiments simulator --only ring-untuned"
+    policy = Path(DEMO, "sft")
+    if row.start:
+        stages = next(other.stages for other in ROWS if other.name == row.start)
+        policy = out / f"{row.start}-s{seed}" / str(len(stages))
+        needs[policy] = f"python -m experiments policy --only {row.start} --seeds {seed}"
+    shared = dict(simulator=simulator, wm=f"{DEMO}/wm", data=f"{DEMO}/data", threads=1)
+    commands = []
+    for number, flags in enumerate(row.stages, 1):
+        stage = folder / str(number)
+        where = dict(policy=policy, out=stage, seed=seed, eval_every=0)
+        commands.append(words(f"train_rl.py {flags}", **where, **shared))
+        policy = stage
+    asked = dict(mode=row.mode, policy=policy, out=folder / "asked")
+    commands.append(words("evaluate.py --no-report", **asked, **shared))
+    return Job(folder.name, commands, needs=needs)
 
 
-def answers(name, out):
-    """The finished seeds of a row -> (seeds, {question: the record, correct and calls averaged over seeds}, cpu s)."""
-    places = sorted(file.parent for file in out.glob(f"{name}-s[0-9]*/result.json"))
-    asked, seconds = (
-        {},
-        [json.loads((place / "result.json").read_text())["cpu_seconds"] for place in places],
-    )
-    for place in places:
-        for record in common.read_log(place / "asked" / "predictions.jsonl"):
-            asked.setdefault(record["key"], []).append(record)
-    merged = {
-        key: {
-            **records[0],
-            "correct": np.mean([record["correct"] for record in records]),
-            "called": np.mean([record["valid_calls"] > 0 for record in records]),
-        }
-        for key, records in asked.items()
-    }
-    return (
-        [place.name.rsplit("-s", 1)[1] for place in places],
-        merged,
-        np.mean(seconds) if seconds else 0.0,
-    )
+def numbers(record: dict) -> dict[str, float]:
+    """What is averaged of an answer over seeds."""
+    return {"correct": record["correct"], "called": record["valid_calls"] > 0}
 
 
-def table(out):
+def table(out: Path) -> list[str]:
     """The lines of table.md: accuracy and calls of every finished row, and its difference from two-phase."""
-    head = [
-        "row",
-        "seeds",
-        "accuracy",
-        "calls",
-        "view needed",
-        "calls",
-        "view given",
-        "calls",
-        "over two-phase",
-        "train CPU-s",
-    ]
-    lines, base = [], answers("two-phase", out)[1]
-    for run in RUNS:
-        seeds, records, seconds = answers(run.name, out)
+    head = ["row", "seeds", "accuracy", "calls", "view needed", "calls", "view given", "calls"]
+    head += ["over two-phase", "train CPU-s"]
+    base = mean_answers("two-phase", out, numbers)
+    lines = []
+    for row in ROWS:
+        seeds = finished_seeds(row.name, out)
         if not seeds:
             continue
-        line = [run.name, " ".join(seeds)]
-        for need in (None, *STRATA.values()):
-            part = [
-                record
-                for record in records.values()
-                if need is None or record["needs_view"] is need
-            ]
-            line += [
-                f"{np.mean([record['correct'] for record in part]):.3f}",
-                f"{np.mean([record['called'] for record in part]):.0%}",
-            ]
-        gain = (
-            paired_bootstrap(records.values(), base.values())
-            if base and run.name != "two-phase"
-            else None
-        )
-        lines.append([*line, gap(gain), f"{seconds:.0f}" if run.stages else ""])
+        records = mean_answers(row.name, out, numbers)
+        line = [row.name, " ".join(seeds)]
+        parts = [records]
+        for need in STRATA.values():
+            parts.append([record for record in records if record["needs_view"] is need])
+        for part in parts:
+            line += [f"{mean_of(part, 'correct'):.3f}", f"{mean_of(part, 'called'):.0%}"]
+        gap = ""
+        if base and row.name != "two-phase":
+            gain = paired_bootstrap(records, base)
+            gap = gap_text(gain["difference"], *gain["ci95"])
+        spent = np.mean([result["cpu_seconds"] for result, _ in seeds.values()])
+        lines.append([*line, gap, f"{spent:.0f}" if row.stages else ""])
     return markdown(head, lines)
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line's flags."""
-    return list_parser(__doc__, "*-forced-*", "out/evidence/policy").parse_args(argv)
+    return rows_parser(__doc__, "*-forced-*", "out/evidence/policy").parse_args(argv)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Finish the rows one by one, then print the table of all that are finished."""
     args = parse_args(argv)
-    out, named = Path(args.out), chosen(RUNS, args.only, "-m experiments policy")
-    jobs = [
-        (run, seed) for seed in args.seeds for run in named if run.stages or run.of or seed == 0
-    ]
+    selected = select(ROWS, args, "-m experiments policy")
+    jobs = [job_of(row, seed, args.out) for row, seed in selected]
     if args.list:
-        return show_jobs(jobs, commands, out)
-    for stage in ("sft", "wm"):
-        common.need(f"{DEMO}/{stage}", "make demo")
-    for run, seed in jobs:
-        if run.of and run.of not in {row.name for row in named}:
-            common.need(
-                str(learned(run, seed, out)),
-                f"python -m experiments policy --only {run.of} --seeds {seed}",
-            )
-    if any(run.simulator == "untuned" for run in named):
-        common.need(
-            out.parent / "ring-untuned-s0", "python -m experiments simulator --only ring-untuned"
-        )
-    for run, seed in jobs:
-        common.say(f"{run.name}-s{seed}")
-        finish(run, seed, out)
+        print_jobs(jobs, args.out)
+        return
+    run_jobs(jobs, args.out)
     publish(
-        table(out),
-        out,
-        "Calls: share of questions with a valid call. Over two-phase: on the same questions, "
-        "[95 % interval over rooms].",
+        table(args.out),
+        args.out,
+        "Calls: share of questions with a valid call. Over two-phase: on the same questions, [95 % interval over rooms].",
     )
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run_stage(main)
