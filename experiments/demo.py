@@ -284,7 +284,8 @@ def write_report(results: dict, out: Path) -> None:
     records = {}
     for row in read_log(folder / "predictions.jsonl"):
         records.setdefault((row["mode"], row["simulator"]), {})[row["key"]] = row
-    questions = load_jsonl(out / "data" / "questions_test.jsonl")
+    answered = len(next(iter(records.values())))
+    questions = load_jsonl(out / "data" / "questions_test.jsonl")[:answered]
     report.write(
         out / "report.html",
         "Thinking with imagination, on a laptop",

@@ -1,0 +1,282 @@
+"""The lists of rows: every command is one that its stage understands, what is finished stays, the tables add up."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+import evaluate
+import train_rl
+import train_sft
+import train_wm
+from experiments import demo, policy, runner, simulator
+from experiments.policy import PolicyRow
+from experiments.runner import Job, call, finish_job, run_jobs, words
+from experiments.simulator import SimulatorRow
+from lib.records import save_jsonl
+from world_model import WorldModel
+
+PARSERS = {
+    "data.py": data.parse_args,
+    "train_wm.py": train_wm.parse_args,
+    "train_rl.py": train_rl.parse_args,
+    "train_sft.py": train_sft.parse_args,
+    "evaluate.py": evaluate.parse_args,
+}
+
+
+def parsed(command):
+    """A command's flags, as its stage reads them."""
+    return PARSERS[command[0]](command[1:])
+
+
+def cells(lines):
+    """{row: its cells} of table.md."""
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return {name: rest for name, *rest in split}
+
+
+# ---- the runner ------------------------------------------------------------------------------------------------------
+
+
+def test_a_command_is_a_list_of_words_and_paths_may_hold_spaces():
+    assert words("x.py --a 1", eval_every=0, out=Path("a b")) == (
+        ["x.py", "--a", "1", "--eval-every", "0", "--out", "a b"]
+    )
+
+
+def test_a_command_that_fails_stops_the_list():
+    with pytest.raises(SystemExit, match="raise SystemExit.2.` ended with code 2"):
+        call(["-c", "raise SystemExit(2)"])
+    call(["-c", "raise SystemExit(0)"])
+
+
+def test_a_finished_row_stays_and_one_of_another_setting_is_refused(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(runner, "call", commands.append)
+    job = Job("row-s0", [["x.py"]], measure=lambda: {"score": 1})
+    finish_job(job, tmp_path)
+    finish_job(job, tmp_path)
+    assert commands == [["x.py"]]
+    result = json.loads((tmp_path / "row-s0/result.json").read_text())
+    assert result == {"commands": ["x.py"], "cpu_seconds": 0, "score": 1}
+    for other in (job._replace(commands=[["x.py", "--y"]]), job._replace(setting={"steps": 4})):
+        with pytest.raises(SystemExit, match="was made with"):
+            finish_job(other, tmp_path)
+
+
+def test_inputs_are_made_where_they_are_missing_and_needs_are_named_before_anything_runs(
+    tmp_path, monkeypatch
+):
+    commands = []
+    monkeypatch.setattr(runner, "call", commands.append)
+    file = tmp_path / "input"
+    one = Job("one-s0", [["one"]], inputs={file: lambda: file.write_text("")})
+    two = Job("two-s0", [["two"]], needs={tmp_path / "one-s0/1": "make one"})
+    with pytest.raises(SystemExit, match="`make one` makes it"):
+        run_jobs([two], tmp_path)
+    assert commands == [] and not file.exists()
+    run_jobs([one, two], tmp_path)
+    assert commands == [["one"], ["two"]] and file.exists()
+
+
+@pytest.mark.parametrize("module", [simulator, policy])
+def test_an_unknown_row_is_refused(module, tmp_path):
+    with pytest.raises(SystemExit, match="--list"):
+        module.main(["--out", str(tmp_path), "--only", "nothing"])
+
+
+# ---- the demo --------------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_of_the_demo_is_one_that_parses():
+    names = [stage.name for stage in demo.STAGES]
+    for stage in demo.STAGES:
+        assert set(stage.needs) <= set(names[: names.index(stage.name)])
+        for more in ("", stage.quick):
+            args = parsed(f"{stage.command} {more} --out x/{stage.folder}".format(out="x").split())
+            assert args.out == f"x/{stage.folder}"
+
+
+def test_a_stage_that_fails_ends_the_demo_with_the_end_of_its_log(tmp_path, monkeypatch):
+    broken = demo.Stage("data", (), "data", "-c raise(SystemExit('no.disk'))", "")
+    monkeypatch.setattr(demo, "STAGES", (broken,))
+    with pytest.raises(SystemExit, match="The stage data stopped(.|\n)*no.disk"):
+        demo.run_stages(tmp_path, quick=False)
+
+
+# ---- the simulator ---------------------------------------------------------------------------------------------------
+
+ROOMS = np.repeat(np.arange(20), 5)
+
+
+def scored(out, name, right, seed=0):
+    """A finished row on disk: the first `right` of the five views of every room have the right pose."""
+    folder = out / f"{name}-s{seed}"
+    folder.mkdir(parents=True)
+    count = len(ROOMS)
+    mse = 0.1 / (1 + right)
+    pose = np.arange(count) % 5 < right
+    values = np.column_stack([np.ones(count), pose, np.full(count, mse), np.ones((count, 8))])
+    np.savez(folder / "views.npz", id=[str(i) for i in range(count)], room=ROOMS, values=values)
+    result = {"pose": pose.mean(), "content": 1.0, "mse": mse, "cpu_seconds": 100 + seed}
+    (folder / "result.json").write_text(json.dumps({**result, "steps": 9}))
+
+
+def test_every_simulator_row_is_one_the_stages_understand(tmp_path):
+    assert len({row.name for row in simulator.ROWS}) == len(simulator.ROWS)
+    for row in simulator.ROWS:
+        for command in simulator.job_of(row, 0, 9, tmp_path).commands:
+            assert parsed(command).steps == 9
+    for flags in simulator.DATA.values():
+        parsed(words(f"data.py triples {flags}"))
+    plain = {f"{name}-plain" for name in simulator.DATA}  # what each is compared with
+    assert plain <= {row.name for row in simulator.ROWS}
+
+
+def test_the_simulators_table_says_what_the_files_say(tmp_path):
+    scored(tmp_path, "ring-plain", 2)
+    scored(tmp_path, "ring-content", 3)
+    scored(tmp_path, "ring-untuned", 0)
+    scored(tmp_path, "rooms250-plain", 1)
+    scored(tmp_path, "apart-content", 4)
+    rows = cells(simulator.table(tmp_path))
+    names = ["ring-plain", "ring-content", "ring-untuned", "rooms250-plain", "apart-content"]
+    assert list(rows) == names
+    assert rows["ring-plain"] == ["0", "9", "0.400", "1.000", "0.0333", "100", "", "", ""]
+    assert rows["ring-content"][6:] == [
+        "+0.200 [+0.200 +0.200]",
+        "+0.000 [+0.000 +0.000]",
+        "-0.0083 [-0.0083 -0.0083]",
+    ]
+    assert rows["ring-untuned"][6].startswith("-0.400")
+    assert rows["rooms250-plain"][6].startswith("-0.200")
+    assert rows["apart-content"][6:] == ["", "", ""]  # its plain row is not there yet
+
+
+def test_seeds_are_averaged(tmp_path):
+    scored(tmp_path, "ring-plain", 2)
+    scored(tmp_path, "ring-content", 2)
+    scored(tmp_path, "ring-content", 4, seed=1)
+    row = cells(simulator.table(tmp_path))["ring-content"]
+    assert row[:3] == ["0 1", "9", "0.600"] and row[5:7] == ["100", "+0.200 [+0.200 +0.200]"]
+
+
+def test_rows_of_other_views_are_not_compared(tmp_path):
+    scored(tmp_path, "ring-plain", 2)
+    scored(tmp_path, "ring-content", 3)
+    file = tmp_path / "ring-plain-s0" / "views.npz"
+    views = dict(np.load(file))
+    np.savez(file, **{**views, "id": views["id"][::-1]})
+    with pytest.raises(SystemExit, match="different test views"):
+        simulator.table(tmp_path)
+
+
+@pytest.fixture
+def untrained(tmp_path, monkeypatch):
+    """Two rooms of data, two rows, and a train_wm.py that leaves an untrained model -> (folder, the commands run)."""
+    commands = []
+
+    def fake_call(command):
+        args = parsed(command)
+        commands.append(args)
+        if command[0] == "data.py":
+            rooms = (5_000_000, 5_000_001)
+            rows = [
+                row for room in rooms for row in data.room_triples(room, tmp_path / "data/ring")
+            ]
+            save_jsonl(tmp_path / "data/ring/triples_test.jsonl", rows)
+            return
+        WorldModel.tiny().save(Path(args.out))
+        (Path(args.out) / "done.json").write_text('{"cpu_seconds": 7}')
+
+    monkeypatch.setattr(runner, "call", fake_call)
+    monkeypatch.setattr(simulator, "call", fake_call)
+    rows = [
+        SimulatorRow("ring-plain", "ring", simulator.PLAIN),
+        SimulatorRow("ring-warp", "ring", views=simulator.ORACLE),
+    ]
+    monkeypatch.setattr(simulator, "ROWS", rows)
+    return tmp_path, commands
+
+
+@pytest.mark.slow
+def test_simulators_are_trained_and_scored_once(untrained, capsys):
+    out, commands = untrained
+    call_list = ["--out", str(out), "--steps", "3"]
+    simulator.main(call_list)
+    assert len(commands) == 2
+    assert (commands[1].steps, commands[1].seed, commands[1].warp_weight) == (3, 0, 0)
+    rows = cells((out / "table.md").read_text().splitlines())
+    assert float(rows["ring-warp"][2]) > 0.9 > float(rows["ring-plain"][2])
+    assert rows["ring-plain"][5] == "7"
+    file = out / "ring-plain-s0/result.json"
+    result = file.read_text()
+    assert json.loads(result)["n"] == 16
+
+    simulator.main(call_list)
+    assert len(commands) == 2 and file.read_text() == result
+    file.unlink()  # killed between training and scoring
+    simulator.main([*call_list, "--only", "ring-p*"])
+    assert len(commands) == 3 and file.read_text() == result
+    simulator.main([*call_list, "--seeds", "0", "1"])
+    assert [args.seed for args in commands[3:]] == [1]  # the oracle has no seed
+    capsys.readouterr()
+    simulator.main(["--out", str(out), "--seeds", "0", "2", "--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [" done " in line for line in lines] == [True, True, False]
+    with pytest.raises(SystemExit, match="not with .*'steps': 4"):
+        simulator.main(["--out", str(out), "--steps", "4"])
+
+
+# ---- the policy ------------------------------------------------------------------------------------------------------
+
+
+def answered(out, name, right, called, seed=0):
+    """A finished row on disk: 20 rooms of two questions, the first in need of a view; `right` of 20 rooms are right."""
+    folder = out / f"{name}-s{seed}"
+    records = []
+    for room in range(20):
+        for need in (True, False):
+            record = {"key": f"{room}/{need}", "scene": room, "needs_view": need}
+            record |= {"correct": float(room < right), "valid_calls": int(need and called)}
+            records.append(record)
+    save_jsonl(folder / "asked/predictions.jsonl", records)
+    (folder / "result.json").write_text(json.dumps({"cpu_seconds": 100 + seed}))
+
+
+def test_every_policy_row_is_one_the_stages_understand(tmp_path):
+    assert len({row.name for row in policy.ROWS}) == len(policy.ROWS)
+    for row in policy.ROWS:
+        *training, _ = [parsed(command) for command in policy.job_of(row, 3, tmp_path).commands]
+        assert {args.seed for args in training} <= {3}
+        if row.stages:
+            assert sum(args.steps for args in training) == 72  # equal total steps
+
+
+def test_stages_start_where_the_one_before_ended(tmp_path):
+    two_phase = next(row for row in policy.ROWS if row.name == "two-phase")
+    first, second, asked = map(parsed, policy.job_of(two_phase, 1, tmp_path).commands)
+    assert second.policy == first.out == str(tmp_path / "two-phase-s1/1")
+    assert asked.policy == second.out == str(tmp_path / "two-phase-s1/2")
+    row = PolicyRow("x", mode="forced", simulator="untuned", start="two-phase")
+    job = policy.job_of(row, 1, tmp_path / "policy")
+    (asked,) = map(parsed, job.commands)
+    assert asked.policy == str(tmp_path / "policy/two-phase-s1/2")
+    assert asked.simulator == [str(tmp_path / "ring-untuned-s0")]
+    assert {Path(asked.policy), Path(asked.simulator[0])} <= job.needs.keys()
+
+
+def test_the_policys_table_says_what_the_answers_say(tmp_path):
+    answered(tmp_path, "two-phase", 10, True)
+    answered(tmp_path, "two-phase", 20, True, seed=1)
+    answered(tmp_path, "single-stage", 15, False)
+    answered(tmp_path, "two-phase-direct", 10, False)
+    rows = cells(policy.table(tmp_path))
+    assert rows["two-phase"] == ["0 1", "0.750", "50%", "0.750", "100%", "0.750", "0%", "", "100"]
+    assert rows["single-stage"][:2] == ["0", "0.750"]
+    assert rows["single-stage"][7].startswith("+0.000 [-0.")
+    assert rows["two-phase-direct"][7].startswith("-0.250")
+    assert rows["two-phase-direct"][8] == ""

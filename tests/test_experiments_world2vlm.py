@@ -1,0 +1,205 @@
+"""World2VLM's rows: every command is one that its stage understands, the table adds up, the data are what they say."""
+
+import json
+
+import pytest
+
+import evaluate
+import train_sft
+from experiments import runner, world2vlm
+from experiments.world2vlm import (
+    ROWS,
+    Data,
+    World2vlmRow,
+    blind_answers,
+    constant_answers,
+    job_of,
+    make_questions,
+)
+from extras.world2vlm import evaluate as evaluate_w2v
+from extras.world2vlm import train, train_rl
+from extras.world2vlm.evaluate import answer_record
+from lib.records import load_jsonl, save_jsonl
+from lib.rooms import FURNISHED, random_room
+
+PARSERS = {
+    "train_sft.py": train_sft.parse_args,
+    "evaluate.py": evaluate.parse_args,
+    "extras.world2vlm.train": train.parse_args,
+    "extras.world2vlm.train_rl": train_rl.parse_args,
+    "extras.world2vlm.evaluate": evaluate_w2v.parse_args,
+}
+
+
+def parsed(command):
+    """(script, flags) of a command, as its stage reads them."""
+    script, *flags = command[1:] if command[0] == "-m" else command
+    return script, PARSERS[script](flags)
+
+
+def flags_of(row, seed, out):
+    """The flags of all commands of a row."""
+    if isinstance(row, str):
+        row = next(other for other in ROWS if other.name == row)
+    return [parsed(command)[1] for command in job_of(row, seed, out).commands]
+
+
+def finished(out, name, records, **result):
+    """A finished row on disk."""
+    save_jsonl(out / name / "asked/predictions.jsonl", records)
+    (out / name / "result.json").write_text(json.dumps({"cpu_seconds": 0, **result}))
+
+
+def tables(lines):
+    """The tables of table.md: {row: {head: cell}}, all together."""
+    rows = {}
+    for line in lines:
+        if not line.startswith("|"):
+            continue
+        line = [cell.strip() for cell in line.strip("|").split("|")]
+        if line[0] == "row":
+            head = line
+        rows[line[0]] = dict(zip(head, line, strict=True))
+    return {name: row for name, row in rows.items() if name not in ("row", "---")}
+
+
+def test_every_row_is_one_the_stages_understand(tmp_path):
+    assert len({row.name for row in ROWS}) == len(ROWS)
+    for row in ROWS:
+        steps = 0
+        for command in job_of(row, 3, tmp_path).commands:
+            script, args = parsed(command)
+            assert "evaluate" in script or args.seed == 3
+            steps += args.steps if script.endswith((".train", "sft.py")) else 0
+        if row.sft:
+            assert steps == (350 if row.name.endswith("lessons") else 1500), row.name
+
+
+def test_stages_start_where_the_one_before_ended(tmp_path):
+    row = World2vlmRow("x", sft=("--lambda-inv 0",), rl=True)
+    first, second, asked = flags_of(row, 1, tmp_path)
+    assert second.policy == first.out == f"{tmp_path}/x-s1/1"
+    assert asked.policy == second.out == f"{tmp_path}/x-s1/rl"
+    assert flags_of("grpo", 1, tmp_path)[0].policy == f"{tmp_path}/sft-s1/3"
+    assert flags_of("lessons", 1, tmp_path)[0].start == "out/demo/sft"
+    assert flags_of("sft-lessons", 1, tmp_path)[0].start == f"{tmp_path}/sft-s1/3"
+    assert flags_of("grpo-lessons", 1, tmp_path)[0].start == f"{tmp_path}/grpo-s1/rl"
+    for name, mode, policy in (("search", "search", "phase2"), ("direct-only", "direct", "direct")):
+        (asked,) = flags_of(name, 1, tmp_path)
+        assert (asked.policy, asked.mode) == (f"out/demo/{policy}", [mode])
+
+
+def test_the_table_of_motions_says_what_the_answers_say(tmp_path):
+    def motions(reward, exact):
+        """20 rooms, each asked A2 (the way is right in half of them) and D2."""
+        records = []
+        for room in range(20):
+            for task in ("A2", "D2"):
+                record = {"key": f"{room}/{task}", "scene": room, "category": task}
+                record |= {"correct": reward, "exact": exact, "parts": {"action": float(room < 10)}}
+                records.append(record)
+        return records
+
+    finished(tmp_path, "sft-s0", motions(0.5, 0.0), cpu_seconds=100)
+    finished(tmp_path, "sft-s1", motions(1.0, 1.0), cpu_seconds=200)
+    finished(tmp_path, "grpo-s0", motions(0.25, 0.0))
+    finished(tmp_path, "drift-tuned-s0", [], drift=[{"mse": 0.5, "meters": 0.1, "degrees": 2}])
+    lines = world2vlm.table(tmp_path)
+    rows = tables(lines)
+    assert list(rows) == ["sft", "grpo"]
+    sft, grpo = rows.values()
+    assert sft["A2"] == "0.75 [0.75 0.75] 0.50" and grpo["D2"] == "0.25 [0.25 0.25] 0.00"
+    assert sft["A2 way"].startswith("0.50 [0.") and sft["A1 way"] == sft["A1"] == ""
+    assert (sft["seeds"], sft["train CPU-s"]) == ("0 1", "150")
+    assert (sft["all"], sft["over sft"]) == ("0.750", "")
+    assert (grpo["all"], grpo["over sft"]) == ("0.250", "-0.500 [-0.500 -0.500]")
+    assert lines[-1] == "drift-tuned-s0 step 1: mse 0.500, meters 0.100, degrees 2.000"
+
+
+def test_answers_about_rooms_are_compared_on_the_same_questions(tmp_path):
+    kinds = ("camera-camera", "camera-object", "object-object", "region", "rotation")
+
+    def answers(right, seconds):
+        """Questions 0, 1, ...: the even ones need a view, of rooms 0 and 1 in turn."""
+        records = []
+        for i, hit in enumerate(right):
+            record = {"key": str(i), "scene": i // 2 % 2, "correct": float(hit)}
+            record |= {"needs_view": i % 2 == 0, "category": kinds[i % 5]}
+            records.append(record | {"seconds": seconds, "cost": {"rendered": i}})
+        return records
+
+    finished(tmp_path, "direct-only-s0", answers((1, 0, 0, 0, 1, 0, 0, 0), 0.5))
+    finished(tmp_path, "direct-only-s1", answers((1, 1, 0, 0, 1, 1, 0, 0), 0.5))
+    finished(tmp_path, "search-s0", answers((1, 1, 1, 0), 2))  # none about rotations
+    rows = tables(world2vlm.table(tmp_path))
+    first, second = rows["direct-only"], rows["search"]
+    keys = ("seeds", "questions", "right", "needs_view", "answerable", "camera-object")
+    assert [first[key] for key in keys] == ["0 1", "8", "0.375", "0.500", "0.250", "0.250"]
+    assert (second["right"], second["seconds"], second["views"]) == ("0.750", "2.000", "1.5")
+    assert first["over direct-only"] == second["rotation"] == ""
+    assert second["over direct-only"].startswith("+0.375 [+0.250 +0.500")  # 0 to 3: .75 over .375
+
+
+def test_the_best_constant_answer_by_hand():
+    rows = []
+    for task, answers in (
+        ("A4", ("true", "false", "false")),
+        ("A2", ("turn left 20 degrees",) * 2),
+    ):
+        for i, answer in enumerate(answers):
+            rows.append({"id": f"{task}{i}", "category": task, "answer": answer})
+    answers = constant_answers(rows)
+    records = [answer_record(row, answer) for row, answer in zip(rows, answers, strict=True)]
+    assert [record["answer"] for record in records[:3]] == ["false"] * 3
+    assert [record["correct"] for record in records[:3]] == pytest.approx([0.2, 1, 1])
+    assert [record["exact"] for record in records] == [0, 1, 1, 1, 1]
+
+
+def test_blind_answers_go_by_actions_and_the_nearest_numbers():
+    def row(box, action, answer="?"):
+        question = f'The ball is at bbox [{box}, 5]. After the camera does "{action}", is it gone?'
+        return {"category": "D2", "answer": answer, "question": question}
+
+    known = [
+        row(10, "turn left 20 degrees", "no"),
+        row(900, "turn left 20 degrees", "yes"),
+        row(10, "turn right 20 degrees", "yes"),
+        row(20, "turn right 20 degrees", "yes"),
+    ]
+    asked = [
+        row(100, "turn left 20 degrees"),
+        row(800, "turn left 20 degrees"),
+        row(100, "turn right 30 degrees"),
+        row(100, "move left 1 meters"),  # what is commonest
+    ]
+    assert blind_answers(asked, known, neighbours=1) == ["no", "yes", "yes", "yes"]
+
+
+def test_rooms_of_other_kinds_are_furnished_otherwise_and_the_usual_ones_as_ever():
+    assert [len(random_room(seed).things) for seed in (0, 5_999_999, 8_000_000)] == [6, 6, 6]
+    for first, things in FURNISHED.values():
+        assert {len(random_room(first + i).things) for i in (0, 999_999)} == {things}
+    assert random_room(7, things=6) == random_room(7)
+
+
+@pytest.mark.slow
+def test_questions_of_mixed_rooms_come_from_each_kind(tmp_path, monkeypatch):
+    firsts = (10_000_000, 11_000_000)
+    monkeypatch.setitem(world2vlm.DATA, "some", Data(4, seen=True, firsts=firsts))
+    make_questions("some", tmp_path)
+    folder = tmp_path / "data/some"
+    rows = load_jsonl(folder / "questions_train.jsonl")
+    assert {row["scene"]["room"] // 1_000_000 for row in rows} == {10, 11}
+    assert not any("move backward" in row["answer"] for row in rows)
+    assert load_jsonl(folder / "questions_val.jsonl") == []
+    assert sum(row["category"] in ("D1", "D3") for row in rows) <= 0.1 * len(rows)
+    assert sum(json.loads((folder / "shares.json").read_text()).values()) == len(rows)
+
+
+def test_a_simulator_that_is_not_there_names_its_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "call", lambda command: None)
+    command = "python -m experiments simulator --only fine-plain"
+    with pytest.raises(SystemExit, match=command):
+        world2vlm.main(["--out", str(tmp_path / "below"), "--only", "drift-tuned"])
+    with pytest.raises(SystemExit, match="--list"):
+        world2vlm.main(["--out", str(tmp_path), "--only", "nothing"])
