@@ -182,14 +182,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def inputs_of(args: Namespace) -> list[tuple[str | Path, str]]:
     """(path, the command that makes it) of every input."""
     preset = " --preset astra" if args.preset == "astra" else ""
-    stage = "train_sft.py" if args.phase == 1 else "train_rl.py --phase 1"
-    inputs = [(args.policy, f"python {stage}{preset}")]
-    data = "-m extras.scans.mining --questions FILE --policy FOLDER" if preset else "data.py"
+    before = "train_sft.py" if args.phase == 1 else f"train_rl.py --phase 1{preset}"
+    inputs = [(args.policy, f"python {before}")]
+    maker = "-m extras.scans.mining --questions FILE --policy FOLDER" if preset else "data.py"
     for folder in args.data:
         for split in ("train", "val"):
-            inputs.append(
-                (Path(folder, f"questions_{split}.jsonl"), f"python {data} --out {folder}")
-            )
+            file = Path(folder, f"questions_{split}.jsonl")
+            inputs.append((file, f"python {maker} --out {folder}"))
     if args.mode == "agentic" and args.simulator == "tuned":
         inputs.append((args.wm, f"python train_wm.py{preset}"))
     return inputs
