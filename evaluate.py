@@ -63,6 +63,8 @@ from lib.simulators import (
     imagine_targets,
     load_simulator,
     load_triples,
+    oracle_views,
+    trivial_views,
 )
 from lib.stage import bounded, need, newest, run_stage
 from lib.streams import stable_hash
@@ -350,12 +352,13 @@ def measure_simulators(args: argparse.Namespace, world: World) -> None:
             f"python data.py triples"
         )
     scans = "room" not in rows[0]
-    doses = []
+    doses, tools = [], None
     if scans:
         from extras.report import scan_views
 
         policy = open_policy(args, world.device)[0] if args.policy_url else None
-        tools = scan_views.instruments(args, rows, policy, world.device)  # before the work
+        if is_main():
+            tools = scan_views.instruments(args, rows, policy, world.device)  # before the work
     elif find_extras():
         from extras.report import calibration
 
@@ -366,6 +369,7 @@ def measure_simulators(args: argparse.Namespace, world: World) -> None:
             folders[name] = out / "views" / f"{stable_hash(fingerprint(name, args.wm)):016x}"
             own = [*rows, *doses][world.rank :: world.size]
             imagine_share(args, name, own, folders[name], world.device)
+            gc.collect()  # a simulator is in a cycle, and two at once may not fit
     wait_for_all()  # all views are in their folders
     if not is_main():
         return
@@ -375,22 +379,23 @@ def measure_simulators(args: argparse.Namespace, world: World) -> None:
     if scans:
         results = scan_views.measure_scans(args, rows, views, tools)
     else:
-        results = {**compare(rows, views), "calibration": {}}
-        if find_extras():
-            results["calibration"] = calibration.calibrate(rows)
+        trivial, oracles = trivial_views(rows), oracle_views(rows)
+        results = compare(rows, {"simulators": views, "baselines": trivial, "oracles": oracles})
+    results |= {"calibration": {}, "dose": {}}
+    if find_extras() and not scans:
+        results["calibration"] = calibration.calibrate(rows)
+        results["dose"] = calibration.measure_doses(doses, folders)
     print_consistency(results)
     first = next(iter(results["simulators"].values()), {})
-    results = {"bench": "wm", **first, **results, "dose": {}, "n": len(rows)}
+    results = readable({"bench": "wm", **first, **results, "n": len(rows)})  # JSON has no nan
+    write_json(out / "results.json", results)
     names = ["results.json"]
     if find_extras():
         from extras.report import pages
 
-        if doses:
-            results["dose"] = calibration.measure_doses(doses, folders)
-        names += pages.write_simulators(out, readable(results), rows, views)
+        names += pages.write_simulators(out, results, rows, views)
     else:
         say(NO_REPORT)
-    write_json(out / "results.json", readable(results))  # JSON has no nan
     say(f"\n{len(rows)} triples; " + ", ".join(f"{out}/{name}" for name in names))
 
 

@@ -37,7 +37,7 @@ from experiments.runner import (
 from lib import consistency
 from lib.distributed import fail, setup
 from lib.records import readable
-from lib.simulators import imagine_targets, load_triples
+from lib.simulators import imagine_targets, load_triples, oracle_views, trivial_views
 from lib.stage import run_stage
 from lib.streams import numpy_stream
 from world_model import WorldModel
@@ -66,7 +66,7 @@ class SimulatorRow(NamedTuple):
     name: str
     data: str  # of DATA
     flags: str = ""
-    views: str = ""  # of consistency.trivial_views or oracle_views
+    views: str = ""  # of simulators.trivial_views or oracle_views
 
     @property
     def trains(self) -> bool:
@@ -121,7 +121,7 @@ def score_row(row: SimulatorRow, folder: Path, data: Path) -> dict:
     if row.trains:
         views = imagine_targets(WorldModel.load(folder), triples, title=row.name)
     else:
-        untrained = consistency.trivial_views(triples) | consistency.oracle_views(triples)
+        untrained = trivial_views(triples) | oracle_views(triples)
         views = untrained[row.views]
     recovered = consistency.recover_all(triples, views)[0]
     values = consistency.per_view(triples, views, recovered)

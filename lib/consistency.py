@@ -4,17 +4,14 @@ How true an imagined view is: to the commanded pose, and to the contents of the 
 Pose, by analysis by synthesis. The room is rendered from a fine grid of poses around the reference; the render nearest
 to the view in pixel space, refined, is where the view was taken from; what it shows of its own depth is never asked.
 Within the threshold: a turn or look whose rotation is off by at most 10 degrees; a move whose direction is off by at
-most 20 degrees and whose length by at most 0.25 m or 30 % (the paper compares the same two and prints no threshold).
+most 20 degrees and whose length by at most 0.25 m or 30 % (ours: the paper prints no threshold).
 
-Content, by colours: no two things of a room share one, so a colour is an instance. Compared with the true view:
+Content, by colours: no two things of a room share one, so a colour is an instance. The mean of
   objects   F1 of the objects seen
   order     share of the true view's pairs that stand in the same left-right order (an object that is missing: wrong)
   thirds    share of the left, centre and right thirds whose dominant object is the true one
-Content is the mean of the three.
-
-That the scores fall with errors of known size, extras/report/calibration.py shows.
-
-A relative pose is (5,): dx, dy, dz in metres, yaw and pitch in degrees, in the axes of the reference camera.
+extras/report/calibration.py shows how both fall with errors of known size. Relative poses are (5,): dx, dy, dz in
+metres, yaw and pitch in degrees, in the axes of the reference camera.
 """
 
 from collections import defaultdict
@@ -22,15 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.geometry import (
-    DEGREES_PER_METER,
-    Array,
-    Motion,
-    camera_pose,
-    decompose,
-    fill_holes,
-    move_camera,
-)
+from lib.geometry import DEGREES_PER_METER, Array, Motion, camera_pose, decompose, move_camera
 from lib.rooms import COLOURS, Room, random_room, render
 
 LENGTH = 0.25  # metres that a move may be off,
@@ -71,13 +60,6 @@ def render_at(room: Room, reference: Array, deltas: Array, size: int, supersampl
     return np.concatenate(parts).reshape(len(poses), -1).astype(np.float32) / 255
 
 
-def pixel_distance(a: Array, b: Array) -> Array:
-    """Mean squared pixel difference of every pair: (n, P), (m, P) -> (n, m)."""
-    products = a @ b.T
-    squares = (a**2).mean(1)[:, None] + (b**2).mean(1)
-    return (squares - 2 / a.shape[1] * products).clip(0)
-
-
 def recover(
     room: Room, reference: Array, views: Array, rounds: int = 4, size: int = 32
 ) -> tuple[Array, Array]:
@@ -89,7 +71,9 @@ def recover(
     n = len(views)
     pixels = views.reshape(n, -1).astype(np.float32) / 255  # (n, P)
     grid = motion_grid()
-    errors = pixel_distance(pixels, render_at(room, reference, grid, size))  # (n, G)
+    renders = render_at(room, reference, grid, size)  # (G, P)
+    squares = (pixels**2).mean(1)[:, None] + (renders**2).mean(1)  # |a - b|² = |a|² + |b|² - 2 a.b
+    errors = (squares - 2 / pixels.shape[1] * (pixels @ renders.T)).clip(0)  # (n, G)
     best_pose = grid[errors.argmin(1)]  # (n, 5)
     best_error = errors.min(1)  # (n,)
     to_and_fro = np.concatenate([np.eye(5), -np.eye(5)]) * SCALE  # (10, 5)
@@ -110,37 +94,34 @@ def recover(
         poses = np.concatenate([poses, jump[:, None]], 1)  # (n, 11, 5)
         renders = np.concatenate([renders, jump_renders[:, None]], 1)  # (n, 11, P)
         errors = ((renders - pixels[:, None]) ** 2).mean(2)  # (n, 11)
-        index = errors.argmin(1)
-        error = errors[np.arange(n), index]
-        better = error < best_error
-        best_pose = np.where(better[:, None], poses[np.arange(n), index], best_pose)
-        best_error = np.where(better, error, best_error)
+        nearest = poses[np.arange(n), errors.argmin(1)]  # (n, 5)
+        better = errors.min(1) < best_error
+        best_pose = np.where(better[:, None], nearest, best_pose)
+        best_error = np.minimum(errors.min(1), best_error)
     return best_pose, best_error
 
 
-def angle(a: Array, b: Array) -> float:
-    """Degrees between two vectors; 180 where one of them has no length."""
-    lengths = np.linalg.norm(a) * np.linalg.norm(b)
-    if lengths <= 1e-9:
-        return 180.0
-    return float(np.degrees(np.arccos(np.clip(a @ b / lengths, -1, 1))))
+def angle_of(cosine: float) -> float:
+    """Degrees."""
+    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
 
 
 def pose_error(commanded: Array, recovered: Array) -> dict:
     """Compare two relative poses (5,) -> {"family", "within", and metres, direction (degrees) or degrees}."""
-    if np.abs(commanded[:3]).max() > 0:
-        length = np.linalg.norm(commanded[:3])
-        direction = angle(commanded[:3], recovered[:3])
-        too_long = abs(np.linalg.norm(recovered[:3]) - length)
+    want, got = commanded[:3], recovered[:3]
+    if np.abs(want).max() > 0:
+        length, way = np.linalg.norm(want), np.linalg.norm(got)
+        direction = angle_of(want @ got / (length * way)) if length * way > 1e-9 else 180.0
+        long_enough = abs(way - length) <= max(LENGTH, SHARE * length)
         return {
             "family": "moves",
-            "meters": float(np.linalg.norm(recovered[:3] - commanded[:3])),
+            "meters": float(np.linalg.norm(got - want)),
             "direction": direction,
-            "within": bool(direction <= DIRECTION and too_long <= max(LENGTH, SHARE * length)),
+            "within": bool(direction <= DIRECTION and long_enough),
         }
-    wanted = camera_pose(0, 0, 0, *commanded[3:])[:3, :3]
-    rotation = wanted.T @ camera_pose(0, 0, 0, *recovered[3:])[:3, :3]
-    degrees = float(np.degrees(np.arccos(np.clip((np.trace(rotation) - 1) / 2, -1, 1))))
+    rotation = camera_pose(0, 0, 0, *commanded[3:])[:3, :3]
+    rotation = rotation.T @ camera_pose(0, 0, 0, *recovered[3:])[:3, :3]
+    degrees = angle_of((np.trace(rotation) - 1) / 2)
     return {"family": "turns", "degrees": degrees, "within": degrees <= ROTATION}
 
 
@@ -159,7 +140,6 @@ PALETTE = np.concatenate([np.outer(SHADES, rgb) for rgb in COLOURS.values()]).as
 SATURATED = 0.30 * 255  # walls and floors stay below, furniture above
 STRONG = 16  # pixels of 1,024: surely seen
 WEAK = 8  # perhaps seen: from here to STRONG neither a hit nor a miss
-DOMINANT = 0.02 * 1024
 APART = 3 / 32  # of the width: two objects stand one to the right of the other
 
 
@@ -194,7 +174,7 @@ def describe(views: Array) -> Content:
     dominant = []
     for third in np.array_split(np.arange(width), 3):
         share = columns[:, third].sum(1) * scale  # (n, 8)
-        dominant.append(np.where(share.max(1) >= DOMINANT, share.argmax(1), -1))
+        dominant.append(np.where(share.max(1) >= 0.02 * 1024, share.argmax(1), -1))
     return Content(count * scale, middle, np.stack(dominant, 1))
 
 
@@ -227,10 +207,7 @@ def content_counts(views: Array, true: Array) -> Array:
 
 
 def content_of(counts: Array) -> dict[str, Array]:
-    """Sums of `content_counts` (..., 8) -> {"precision", "recall", "f1", "order", "thirds", "content"}, each (...).
-
-    A part that the true views give no occasion for is nan and leaves the mean.
-    """
+    """Sums of `content_counts` (..., 8) -> {"precision", ..., "content"}, each (...); nan where there is no case."""
     hits, cases = counts[..., ::2], counts[..., 1::2]
     shares = np.divide(hits, cases, out=np.full(hits.shape, np.nan), where=cases > 0)
     precision, recall, order, thirds = np.moveaxis(shares, -1, 0)
@@ -238,18 +215,14 @@ def content_of(counts: Array) -> dict[str, Array]:
     total = np.where(total > 0, total, np.inf)  # neither shown nor missed: 0
     f1 = 2 * np.nan_to_num(precision * recall) / total
     content = np.nanmean([f1, order, thirds], 0)
-    parts = {"precision": precision, "recall": recall, "f1": f1, "order": order, "thirds": thirds}
-    return {**parts, "content": content}
-
-
-# ---- both, over triples ---------------------------------------------------------------------------------------------
+    scores = {"precision": precision, "recall": recall, "f1": f1, "order": order, "thirds": thirds}
+    return scores | {"content": content}
 
 
 def recover_all(rows: list[dict], *lists: list[Array]) -> list[Array]:
-    """`recover` for several lists of views (one view per row each) -> per list (n, 5), aligned with rows.
+    """`recover` for several lists of views, one view per row each -> per list (n, 5).
 
-    The grid of a reference is rendered once, and a picture that occurs twice in one room (a copied reference) is looked
-    at once.
+    The grid of a reference is rendered once; a picture that occurs twice in a room (a copied reference) is seen once.
     """
     members_of = defaultdict(list)  # rows with one reference view
     for index, row in enumerate(rows):
@@ -273,7 +246,6 @@ def recover_all(rows: list[dict], *lists: list[Array]) -> list[Array]:
 def per_view(rows: list[dict], views: list[Array], recovered: Array) -> Array:
     """What single views are worth, in numbers to be summed: (n, 11), see `scores_of`.
 
-    rows, views, recovered (n, 5) as in `score_views`
     Columns: 1; pose within the thresholds; squared error, pictures in [-1, 1]; the eight of `content_counts`.
     """
     views = np.stack(views)
@@ -290,12 +262,10 @@ def scores_of(sums: Array) -> dict[str, Array]:
 
 
 def score_views(rows: list[dict], views: list[Array], recovered: Array) -> dict:
-    """Score one view per triple.
+    """Score one view (H, W, 3) uint8 per row of `load_triples`; recovered: (n, 5) of `recover_all`.
 
-    rows       of triples_*.jsonl, their "target" as an array;  views: (H, W, 3) uint8 each
-    recovered  (n, 5) of `recover_all`
-    returns    {"pose": share within the thresholds, "mse": of pictures in [-1, 1], "content" and its parts, "n",
-                "moves": {…}, "turns": {…}}
+    returns   {"pose": share within the thresholds, "mse": of pictures in [-1, 1], "content" and its parts, "n",
+               "moves": {…}, "turns": {…}}
     """
     errors = pose_errors(rows, recovered)
     values = per_view(rows, views, recovered)
@@ -318,50 +288,13 @@ def mean_scores(values: Array) -> dict:
     return {**scores, "n": len(values)}
 
 
-def trivial_views(rows: list[dict]) -> dict[str, list[Array]]:
-    """What needs no model, {name: views}: copy of the reference, mean of the context, nearest context view by pose."""
-    copies, means, nearest = [], [], []
-    for row in rows:
-        poses = np.array(row["context_c2w"])
-        target = move_camera(poses[row["reference"] - 1], Motion(**row["motion"]))
-        gaps = np.abs(decompose(poses, target)[:, :5] / SCALE).sum(1)
-        copies.append(row["context"][row["reference"] - 1])
-        means.append(np.mean(row["context"], 0).astype(np.uint8))
-        nearest.append(row["context"][int(gaps.argmin())])
-    return {"copy of the reference": copies, "mean image": means, "nearest context view": nearest}
-
-
-def oracle_views(rows: list[dict]) -> dict[str, list[Array]]:
-    """What only the room itself can give, {name: views}: context warped by the target's depth and pose; true render.
-
-    The warp's holes take the nearest colour. No bar: a simulator need not beat them.
-    """
-    warped, true = [], []
-    for row in rows:
-        room = random_room(row["room"])
-        warped.append(fill_holes(row["warp"][..., :3], row["warp"][..., 3] > 0))
-        true.append(render(room, row["target_c2w"], len(row["target"]))["rgb"][0])
-    return {"warp with true depth and pose": warped, "true render": true}
-
-
-def score_all(rows: list[dict], lists: dict[str, list[Array]]) -> dict[str, dict]:
-    """`score_views` of {name: one view per row}."""
-    scores = {}
-    recovered = recover_all(rows, *lists.values())
-    for (name, views), poses in zip(lists.items(), recovered, strict=True):
-        scores[name] = score_views(rows, views, poses)
-    return scores
-
-
-def compare(rows: list[dict], views: dict[str, list[Array]]) -> dict[str, dict]:
-    """Score {name: one view per row} beside what is trivial and what is perfect.
-
-    returns {"simulators": {name: scores}, "baselines": {name: scores}, "oracles": {name: scores}}, see `score_views`
-    """
-    trivial, oracles = trivial_views(rows), oracle_views(rows)
-    scores = score_all(rows, {**views, **trivial, **oracles})
-    return {
-        "simulators": {name: scores[name] for name in views},
-        "baselines": {name: scores[name] for name in trivial},
-        "oracles": {name: scores[name] for name in oracles},
-    }
+def compare(rows: list[dict], groups: dict[str, dict[str, list[Array]]]) -> dict:
+    """Score {title: {name: one view per row}}, all of a room at once -> {title: {name: of `score_views`}}."""
+    lists = [views for group in groups.values() for views in group.values()]
+    recovered = iter(recover_all(rows, *lists))
+    results = {}
+    for title, group in groups.items():
+        results[title] = {}
+        for name, views in group.items():
+            results[title][name] = score_views(rows, views, next(recovered))
+    return results

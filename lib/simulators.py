@@ -23,9 +23,11 @@ from tqdm import tqdm
 
 from lib.distributed import fail, is_main, say
 from lib.geometry import (
+    DEGREES_PER_METER,
     Array,
     Motion,
     Query,
+    decompose,
     fill_holes,
     instruction,
     move_camera,
@@ -194,6 +196,33 @@ def imagine_targets(
                 view = np.asarray(Image.fromarray(view).resize(shape[1::-1], Image.BICUBIC))
             views.append(view)
     return views
+
+
+def trivial_views(rows: list[dict]) -> dict[str, list[Array]]:
+    """What needs no model, {name: views}: copy of the reference, mean of the context, nearest context view by pose."""
+    copies, means, nearest = [], [], []
+    for row in rows:
+        poses = np.array(row["context_c2w"])
+        target = move_camera(poses[row["reference"] - 1], Motion(**row["motion"]))
+        gaps = np.abs(decompose(poses, target)[:, :5])  # (views, 5)
+        gaps[:, 3:] /= DEGREES_PER_METER
+        copies.append(row["context"][row["reference"] - 1])
+        means.append(np.mean(row["context"], 0).astype(np.uint8))
+        nearest.append(row["context"][int(gaps.sum(1).argmin())])
+    return {"copy of the reference": copies, "mean image": means, "nearest context view": nearest}
+
+
+def oracle_views(rows: list[dict]) -> dict[str, list[Array]]:
+    """What only the room itself can give, {name: views}: context warped by the target's depth and pose; true render.
+
+    The warp's holes take the nearest colour. No bar: a simulator need not beat them.
+    """
+    warped, true = [], []
+    for row in rows:
+        room = random_room(row["room"])
+        warped.append(fill_holes(row["warp"][..., :3], row["warp"][..., 3] > 0))
+        true.append(render(room, row["target_c2w"], len(row["target"]))["rgb"][0])
+    return {"warp with true depth and pose": warped, "true render": true}
 
 
 # ---- reprojection ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data import MOTIONS, stands_free
-from lib.consistency import pose_errors, recover_all, score_all
+from lib.consistency import compare, pose_errors, recover_all
 from lib.geometry import TABLE, Array, Motion, camera_pose, move_camera
 from lib.rooms import COLOURS, Room, random_room, render
 from lib.scores import text_table
@@ -67,7 +67,7 @@ def calibrate(rows: list[dict], most: int = CALIBRATED) -> dict[str, dict]:
     lists = {}
     for error in ERRORS:
         lists[error] = [wrong_view(row, error) for row in rows]
-    return score_all(rows, lists)
+    return compare(rows, {"calibration": lists})["calibration"]
 
 
 # ---- dose and response ----------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def measure_doses(rows: list[dict], folders: dict) -> dict[str, dict]:
     """{simulator: `dose_response`} of the views of `dose_rows` that lie in {simulator: folder}; prints the table."""
     doses = {}
     table = []
-    for name, folder in folders.items():
+    for name, folder in folders.items() if rows else ():
         views = imagine_targets(None, rows, folder, title=f"{name}, doses")
         doses[name] = dose_response(rows, recover_all(rows, views)[0], MOTIONS)
         for kind, dose in doses[name].items():

@@ -19,9 +19,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from lib.consistency import pose_errors, scores_of, trivial_views
+from lib.consistency import pose_errors, scores_of
 from lib.distributed import fail
 from lib.geometry import decompose, fill_holes
+from lib.simulators import trivial_views
 
 MATCHER = "zju-community/efficientloftr"  # Apache; ETH-CVG/lightglue_superpoint fits as well
 DETECTOR = "IDEA-Research/grounding-dino-tiny"

@@ -73,7 +73,6 @@ def measure_scans(
     """`real_views.compare_scans`, and by what it was measured."""
     return {
         **real_views.compare_scans(rows, views, *tools),
-        "calibration": {},
         "matcher": args.matcher or real_views.MATCHER,
         "detector": (args.detector or real_views.DETECTOR) if tools.detect else None,
         "categories": args.model if tools.ask else "indoor",
