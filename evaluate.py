@@ -141,7 +141,7 @@ class Rooms:
         return diagnosis.diagnose(question, dialogue)
 
 
-def bench_called(name: str):
+def open_bench(name: str):
     """`Rooms`, or a published bench."""
     if name == "rooms":
         return Rooms()
@@ -613,7 +613,7 @@ def main(argv: list[str] | None = None) -> None:
         measure_simulators(args, world)
         return
     out = Path(args.out)
-    bench = bench_called(args.bench)
+    bench = open_bench(args.bench)
     questions, training = bench.load(args)
     questions = questions[: args.limit]
     worth_asking(args, questions)

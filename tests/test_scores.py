@@ -1,171 +1,154 @@
-"""Gain over direct answers, per level and type (the other numbers: tests/test_evaluate.py)."""
-
-import re
+"""Numbers of predictions: intervals, summaries, gains, and the table."""
 
 import numpy as np
 import pytest
+from test_evaluate import question
 
-from extras.benches.common import Published
-from extras.benches.mmsi_video import VIDEO_TYPES
-from lib.scores import gain_over, interval, paired_bootstrap, print_answers, summarise, text_table
+from lib.questions import text_only_chance
+from lib.scores import brief, chance, interval, paired_bootstrap, summarise, text_table
 
 
-def record(
-    number, correct, called=False, category=VIDEO_TYPES[0], bench="mmsi_video", gold="B", room=None
-):
-    question = {"bench": bench, "category": category, "domains": {}}
+def record(key, correct, called=False, need=True, scene=None, **more):
     return {
-        "key": str(number),
-        "bench": bench,
+        "key": key,
+        "bench": "rooms",
         "kind": "mca",
-        "category": category,
-        "groups": Published(bench).groups(question),
-        "needs_view": None,
-        "scene": number // 4 if room is None else room,
+        "category": "region",
+        "groups": [more.get("category", "region")],
+        "needs_view": need,
+        "scene": scene or key,
         "answer": "B",
-        "gold": gold,
+        "gold": "B",
         "correct": float(correct),
         "lenient": float(correct),
         "valid_calls": int(called),
         "invalid_calls": 0,
         "unreadable": 0,
-        "turns": ["B"],
+        "turns": ["<think></think><answer>B</answer>"],
         "truncated": False,
-        "seconds": 0.1,
+        "seconds": 0.5,
         "error": None,
         "missing_images": 0,
         "mode": "agentic",
+        **more,
     }
 
 
-@pytest.fixture(scope="module")
-def modes():
-    """(direct, agentic): 13 types of 40 questions. Calls help Prediction, harm Planning, and never happen elsewhere."""
-    rng, direct, agentic = np.random.default_rng(0), [], []
-    for number in range(520):
-        kind = VIDEO_TYPES[number % 13]
-        alone = rng.random() < 0.5
-        moved = {
-            "Prediction": alone or rng.random() < 0.8,
-            "Planning": alone and rng.random() < 0.5,
-        }.get(kind, alone)
-        direct.append(record(number, alone, category=kind))
-        agentic.append(record(number, moved, kind in ("Prediction", "Planning"), kind))
-    return direct, agentic
+def test_interval_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = [
+        low <= 0.4 <= high
+        for low, high in (interval(rng.random(200) < 0.4, seed=i) for i in range(200))
+    ]
+    assert 0.90 <= np.mean(hits) <= 0.99
 
 
-def test_every_level_and_type_has_its_call_rate_and_its_paired_gain(modes):
-    direct, agentic = modes
-    summary = summarise(list(reversed(agentic)), direct)
-    parts = summary["by_category"]
-    assert set(parts) == {"Perception", "Planning", "Prediction", "Cross-Video"} | set(VIDEO_TYPES)
-    for name, part in parts.items():
-        before, after = ([r for r in told if name in r["groups"]] for told in (direct, agentic))
-        assert part["gain"]["difference"] == pytest.approx(
-            np.mean([r["correct"] for r in after]) - np.mean([r["correct"] for r in before])
-        )
-        low, high = part["gain"]["ci95"]
-        assert (low > 0) == (name == "Prediction") and (high < 0) == (name == "Planning")
-        assert part["call_rate"] == (name in ("Prediction", "Planning"))
-        alone = paired_bootstrap(after, before)
-        assert part["gain"] == {
-            "difference": pytest.approx(alone["difference"]),
-            "ci95": alone["ci95"],
-        }
-    assert (
-        parts["Perception"]["gain"] == {"difference": 0, "ci95": [0, 0]}
-        and parts["Perception"]["n"] == 9 * 40
-    )
-    assert (
-        "gain" not in summarise(agentic)
-        and "gain" not in summarise(agentic)["by_category"]["Planning"]
-    )
+def test_interval_knows_that_questions_about_one_room_are_not_independent():
+    values = np.repeat(np.random.default_rng(0).random(100) < 0.5, 4)
+    alone, rooms = interval(values), interval(values, np.repeat(np.arange(100), 4))
+    assert np.diff(rooms)[0] == pytest.approx(2 * np.diff(alone)[0], rel=0.15)  # sqrt(4)
+    assert interval([1, 1, 1]) == [1, 1]
 
 
-def test_a_gain_is_paired_and_counts_as_the_accuracy_does():
-    """VSI-Bench: the overall is the mean of tasks. Paired, the same gain everywhere has an interval of one point."""
-
-    def vsi(right):
-        return [
-            record(
-                i,
-                right(i),
-                category="route_planning" if i < 10 else "object_counting",
-                bench="vsi",
-                room=i,
-            )
-            for i in range(100)
-        ]
-
-    direct, agentic = vsi(lambda i: 0), vsi(lambda i: i < 10)
-    summary = summarise(agentic, direct)
-    assert summary["accuracy"] == pytest.approx(0.5) and summary["gain"][
-        "difference"
-    ] == pytest.approx(0.5)
-    assert summary["by_category"]["route_planning"]["gain"] == {"difference": 1, "ci95": [1, 1]}
-    hard = np.random.default_rng(0).random(400)
-    a, b = ([record(i, h < bar, room=i) for i, h in enumerate(hard)] for bar in (0.6, 0.5))
-    paired = gain_over({r["key"]: r["correct"] for r in b}, a)["ci95"]
-    assert (
-        np.diff(paired)[0]
-        < 0.7 * np.diff(interval([r["correct"] for r in a], [r["scene"] for r in a]))[0]
-    )
+def test_summary_by_need_and_category():
+    records = [
+        record("a", 1, True),
+        record("b", 0, True, category="rotation"),
+        record("c", 1, False, need=False, turns=[" "]),
+        record("d", 0, True, gold=None),
+    ]
+    summary = summarise(records)
+    assert summary["n"] == 3 and summary["accuracy"] == summary["call_rate"] == pytest.approx(2 / 3)
+    strata = {title: (part["n"], part["accuracy"]) for title, part in summary["by_need"].items()}
+    assert strata == {"needs_view": (2, 0.5), "answerable": (1, 1.0)}
+    assert list(summary["by_category"]) == ["region", "rotation"]
+    assert summary["letters"] == {"B": 3} and summary["counts"]["empty reply"] == 1
+    with pytest.raises(ValueError, match="nothing to summarise"):
+        summarise([])
 
 
-def test_the_parts_of_vsi_count_as_its_overall_does():
-    """Three types of directions are one task, whatever the number of their questions; lenient counts alike."""
-    kinds = (
-        ["object_rel_direction_easy"] * 6
-        + ["object_rel_direction_medium"] * 3
-        + ["object_rel_direction_hard"]
-    )
-    direct = [record(i, 0, category=kind, bench="vsi", room=i) for i, kind in enumerate(kinds)]
-    agentic = [record(i, i < 6, category=kind, bench="vsi", room=i) for i, kind in enumerate(kinds)]
+def test_over_use_and_under_use():
     agentic = [
-        row | {"groups": ["object_rel_direction", row["category"]], "lenient": 1 - row["correct"]}
-        for row in agentic
+        record("a", 1, True),
+        record("b", 1, True),
+        record("c", 0, False),
+        record("d", 0, False),
     ]
-    summary = summarise(agentic, direct)
-    part = summary["by_category"]["object_rel_direction"]
+    direct = [record("a", 1), record("b", 0), record("c", 0), record("d", 0)]
+    truth = [record("a", 1, True), record("b", 1, True), record("c", 1, True), record("d", 0, True)]
+    summary = summarise(agentic, direct, truth)
+    assert summary["over_use"] == 0.25  # a: it is right without a view
+    assert summary["under_use"] == 0.25  # c: the view would have helped
+    assert "over_use" not in summarise(agentic) and "under_use" not in summarise(agentic, direct)
+
+
+def test_paired_bootstrap_is_sharper_than_two_intervals_and_refuses_other_questions():
+    rng = np.random.default_rng(0)
+    hard = rng.random(400)
+    a, b = ([record(str(i), h < bar) for i, h in enumerate(hard)] for bar in (0.6, 0.5))
+    result = paired_bootstrap(a, list(reversed(b)))
     assert (
-        summary["accuracy"]
-        == pytest.approx(1 / 3)
-        == part["accuracy"]
-        == part["gain"]["difference"]
+        result["difference"] == pytest.approx(brief(a)["accuracy"] - brief(b)["accuracy"])
+        and result["ci95"][0] > 0
     )
+    assert np.diff(result["ci95"])[0] < 0.7 * np.diff(brief(a)["ci95"])[0]
+    assert paired_bootstrap(a, a)["ci95"] == [0, 0]
+    with pytest.raises(ValueError, match="same questions"):
+        paired_bootstrap(a, b[1:])
+
+
+def blind_questions(count, seed, leak=None):
+    rng, rows = np.random.default_rng(seed), []
+    for i in range(count):
+        names = [
+            f"{c} {k}"
+            for c, k in zip(
+                rng.permutation(["red", "blue", "pink", "cyan", "green"])[:4],
+                rng.choice(["box", "ball", "table"], 4),
+                strict=True,
+            )
+        ]
+        place = int(rng.integers(4))
+        if leak == "letter":
+            place = int(rng.choice(4, p=[0.55, 0.15, 0.15, 0.15]))
+        if leak == "kind":
+            place = next((k for k, name in enumerate(names) if "box" in name), place)
+        if leak == "alone":  # three options of one kind, and the answer is of another
+            names = [
+                f"{name.split()[0]} {'ball' if k == place else 'box'}"
+                for k, name in enumerate(names)
+            ]
+        rows.append(
+            question(
+                i,
+                "ABCD"[place],
+                options=[f"{letter}. {name}" for letter, name in zip("ABCD", names, strict=True)],
+                question=f"Turn left {rng.integers(9)} degrees. Which object?",
+            )
+        )
+    return rows
+
+
+@pytest.mark.parametrize(
+    "leak, low, high",
+    [(None, 0.18, 0.32), ("letter", 0.48, 0.65), ("kind", 0.7, 1), ("alone", 0.9, 1)],
+)
+def test_text_only_chance_is_at_chance_unless_the_text_gives_the_answer_away(leak, low, high):
     assert (
-        summary["lenient"] == pytest.approx(2 / 3)
-        and summary["by_category"][kinds[0]]["accuracy"] == 1
+        low
+        <= text_only_chance(blind_questions(500, 0, leak), blind_questions(400, 1, leak))
+        <= high
     )
 
 
-def test_what_has_no_gold_answer_has_no_gain(modes):
-    direct, agentic = modes
-    more = [record(999, right, True, "Prediction", gold=None) for right in (0, 1)]
-    gains = [
-        summarise([*agentic, *own[1]], [*direct, *own[0]])["by_category"]["Prediction"]["gain"]
-        for own in (([], []), ([more[0]], [more[1]]))
-    ]
-    assert gains[0] == gains[1]
-
-
-def test_the_table_prints_a_line_of_gains_per_level_and_type_with_its_whole_name(modes, capsys):
-    direct, agentic = modes
-    runs = {("direct", "none"): summarise(direct), ("agentic", "tuned"): summarise(agentic, direct)}
-    print_answers(runs, {"guessing": 0.25})
-    before, after = capsys.readouterr().out.split("accuracy beyond direct on the same questions")
-    gain = runs["agentic", "tuned"]["by_category"]["Prediction"]["gain"]
-    cell = "{:+.3f} [{:+.2f} {:+.2f}]".format(gain["difference"], *gain["ci95"])
-    for name in ("Perception", "Planning", "Prediction", "Cross-Video", *VIDEO_TYPES):
-        row = re.compile(re.escape(name) + r" +\d+ ")
-        (line,) = [line for line in after.splitlines() if row.match(line)]
-        assert re.search(r" - +[+-]\d\.\d{3} \[[+-]\d\.\d\d [+-]\d\.\d\d\]$", line)
-        assert (cell in line) == (name == "Prediction")
-        (line,) = [line for line in before.splitlines() if row.match(line)]
-        assert ("100%" in line) == (name in ("Planning", "Prediction"))
-    assert "agentic, tuned" in after.splitlines()[1]
-    print_answers({("direct", "none"): summarise(direct)}, {"guessing": 0.25})
-    assert "beyond direct" not in capsys.readouterr().out
+def test_chance_is_the_mean_over_option_counts():
+    assert (
+        chance(
+            [question(0), {**question(1), "options": ["A. x", "B. y"]}, question(2, answer=None)]
+        )
+        == 0.375
+    )
+    assert chance([{**question(0), "options": []}]) is None
 
 
 def test_a_table_has_three_digits_and_a_dash_for_what_is_unknown():

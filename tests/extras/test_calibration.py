@@ -1,0 +1,109 @@
+"""The instrument, measured: every known error costs what it should, and a dose is recovered as it was commanded."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from test_consistency import ROWS
+
+from extras.report.calibration import DOSES, ERRORS, along, calibrate, dose_response
+from lib.consistency import recover_all
+from lib.geometry import Motion, camera_pose, move_camera
+from lib.rooms import EYE, random_room, render
+
+
+@pytest.mark.slow
+def test_both_metrics_fall_step_by_step_with_errors_of_known_size():
+    told = calibrate(ROWS[:20])
+    assert (
+        list(told) == list(ERRORS)
+        and told["none"]["pose"] == 1
+        and told["none"]["content"] == pytest.approx(1)
+    )
+    steps = {"turns": ("none", "10 degrees", "20 degrees"), "moves": ("none", "0.3 m", "0.6 m")}
+    for family, errors in steps.items():
+        for key in ("pose", "content"):
+            shares = [told[error][family][key] for error in errors]
+            assert all(a > b for a, b in pairwise(shares)), (family, key, shares)
+        assert told[errors[2]][family]["pose"] < 0.1
+        assert all(a["mse"] < b["mse"] for a, b in pairwise([told[e] for e in errors]))
+    for degrees in (10, 20):
+        assert told[f"{degrees} degrees"]["turns"]["median_degrees"] == pytest.approx(
+            degrees, abs=1
+        )
+    assert told["0.3 m"]["moves"]["median_meters"] == pytest.approx(0.3, abs=0.05)
+    for changed in ("removed", "moved", "recoloured"):
+        assert told[changed]["content"] < 0.7
+    assert (
+        told["removed"]["precision"] > 0.9 > told["recoloured"]["precision"]
+    )  # nothing is invented
+    assert told["moved"]["f1"] > told["removed"]["f1"] + 0.2  # it is there, elsewhere
+
+
+def test_doses_are_told_with_their_quartiles():
+    rows = [{"motion": {"kind": "move left", "amount": 2.0}} for _ in range(5)]
+    recovered = np.zeros((5, 5))
+    recovered[:, 0] = [-4.0, 0, -1.0, -3.0, -2.0]
+    (point,) = dose_response(rows, recovered, [])["move left"]["points"]
+    assert (point["low"], point["median"], point["high"]) == (1, 2, 3)
+
+
+def doses(of=lambda motion: motion, kinds=("turn left", "turn right", "move left", "move forward")):
+    """Rows of DOSES for one room, and the true views from where `of(motion)` leads; None: nowhere."""
+    room, context = (
+        random_room(5_000_003),
+        [camera_pose(0.1, -EYE, -0.1, 17.0 - 90 * k) for k in range(4)],
+    )
+    motions = [motion for motion in DOSES if motion.kind in kinds][::2]
+    rows = [
+        {
+            "room": 5_000_003,
+            "reference": 1,
+            "context_c2w": [c2w.tolist() for c2w in context],
+            "motion": {"kind": motion.kind, "amount": motion.amount},
+        }
+        for motion in motions
+    ]
+    poses = [
+        move_camera(context[0], of(motion)) if of(motion) else context[0] for motion in motions
+    ]
+    return rows, list(render(room, np.stack(poses))["rgb"])
+
+
+def test_the_true_renderer_goes_as_far_as_it_is_told():
+    rows, views = doses()
+    for kind, told in dose_response(
+        rows, recover_all(rows, views)[0], [Motion("turn left", 45.0)]
+    ).items():
+        assert told["slope"] == pytest.approx(1, abs=0.04) and told["correlation"] > 0.995, kind
+        for point in told["points"]:
+            assert point["within"] == 1 and point["n"] == 1
+            assert point["median"] == pytest.approx(
+                point["amount"], abs=3 if "turn" in kind else 0.08
+            )
+            assert point["trained"] == (kind == "turn left" and point["amount"] == 45)
+
+
+@pytest.mark.parametrize("share", [0.5, 0])
+def test_a_camera_that_goes_half_the_way_or_not_at_all(share):
+    rows, views = doses(
+        lambda motion: Motion(motion.kind, share * motion.amount) if share else None
+    )
+    for kind, dose in dose_response(rows, recover_all(rows, views)[0], DOSES).items():
+        assert dose["slope"] == pytest.approx(share, abs=0.06), kind
+        assert dose["slope_trained"] == dose["slope"] and dose["slope_new"] is None
+
+
+def test_turning_at_random_is_no_following():
+    """The range of a turn is the same for all commands; one centred on the command would give random turns slope 1."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"motion": {"kind": "turn left", "amount": degrees}} for degrees in range(15, 181, 15)
+    ] * 60
+    random = np.zeros((len(rows), 5))
+    random[:, 3] = rng.uniform(-180, 180, len(rows))
+    told = dose_response(rows, random, [])["turn left"]
+    assert abs(told["slope"]) < 0.25 and abs(told["correlation"]) < 0.15
+    assert along(Motion("turn left", 180.0), np.array([0, 0, 0, 175.0, 0])) == pytest.approx(185)
+    assert along(Motion("turn right", 15.0), np.array([0, 0, 0, -30.0, 0])) == pytest.approx(-30)
+    assert along(Motion("move left", 1.0), np.array([-0.8, 0, 0.3, 0, 0])) == pytest.approx(0.8)
