@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from itertools import product
+from operator import itemgetter
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def true():
 
 
 @pytest.fixture(scope="module")
-def told():
+def sixteen():
     """The words about 16 rooms."""
     return questions(Noise(), range(100, 116))[1]
 
@@ -137,7 +138,8 @@ def test_in_rooms_no_two_programs_end_at_the_same_pose_and_in_the_paper_some_do(
     for pattern in patterns:
         for amounts in product(*(amounts for _, amounts in pattern)):
             place = end_pose(
-                np.eye(4), [Motion(kind, amount) for (kind, _), amount in zip(pattern, amounts)]
+                np.eye(4),
+                [Motion(kind, amount) for (kind, _), amount in zip(pattern, amounts, strict=True)],
             )
             ends[tuple(np.round(place[[0, 2, 0, 2], [3, 3, 2, 2]], 4) + 0.0)] += 1
     assert len(ends) > 3000 and max(ends.values()) == 1
@@ -314,7 +316,7 @@ def test_long_motions_are_cut_and_chained_and_lose_nothing():
         np.random.default_rng(0),
         longest={"meters": 0.1, "degrees": 10.0},
     )[0]
-    for one, many in zip(whole, steps):
+    for one, many in zip(whole, steps, strict=True):
         assert one.program == many.program  # 0.1 m is not lost, sums are exact
         assert np.abs(one.target.astype(int) - many.target).mean() < 0.1
 
@@ -430,7 +432,7 @@ class Shaky(TrueRenderer):
     def imagine(self, queries):
         return [
             np.clip(view + np.random.default_rng(q.seed).integers(0, 40), 0, 255).astype(np.uint8)
-            for q, view in zip(queries, super().imagine(queries))
+            for q, view in zip(queries, super().imagine(queries), strict=True)
         ]
 
 
@@ -565,9 +567,9 @@ def test_prompts_word_for_word():
     assert [len(rows[task]["images"]) for task in rows] == [2, 2, 2, 1, 2]
 
 
-def test_all_records_are_valid_and_earn_full_reward(true, told):
+def test_all_records_are_valid_and_earn_full_reward(true, sixteen):
     assert {row["category"] for row in true[1]} == set(TASKS)
-    for row in true[1] + told:
+    for row in true[1] + sixteen:
         assert validate(row) is None
         assert world2vlm(row["category"], row["answer"], row["answer"])["total"] == pytest.approx(1)
 
@@ -649,8 +651,8 @@ def test_every_fault_is_found_and_counted(true):
     assert len(kept) == len(true[1]) and counted == dict.fromkeys(faults, 1)
 
 
-def test_labels_are_balanced_in_every_cell(told):
-    rows = balanced(told, np.random.default_rng(0))
+def test_labels_are_balanced_in_every_cell(sixteen):
+    rows = balanced(sixteen, np.random.default_rng(0))
     cells = defaultdict(Counter)
     for row in rows:
         cells[row["category"], tuple(row["cell"])][row["label"]] += 1
@@ -660,7 +662,7 @@ def test_labels_are_balanced_in_every_cell(told):
             task not in ("A4", "D2", "D4") or len(counts) == 2
         )
     assert sum(row["category"] == "D1" for row in rows) == sum(
-        row["category"] == "D1" for row in told
+        row["category"] == "D1" for row in sixteen
     )
 
 
@@ -741,7 +743,7 @@ def test_a1_to_a4_are_not_solved_by_their_words():
     for task in ("A1", "A2", "A3", "A4"):
         mine = [row for row in rows if row["category"] == task]
         for clue, asked in product(clues, ("label", "answer")):
-            right, n, labels = blind(mine, clues[clue], lambda row: row[asked])
+            right, n, labels = blind(mine, clues[clue], itemgetter(asked))
             bound = 1 / labels + 3 * (1 / labels * (1 - 1 / labels) / n) ** 0.5
             assert right / n <= bound < 1, (task, clue, asked, right / n, bound)
 

@@ -63,7 +63,7 @@ def test_the_questions_are_complete_and_true(motions):
             true = render(random_room(row["scene"]["room"]), np.array(row["scene"]["poses"]))["rgb"]
             assert all(
                 np.abs(load_image(path).astype(int) - view).max() <= 1
-                for path, view in zip(row["images"], true)
+                for path, view in zip(row["images"], true, strict=True)
             )
     assert {
         task for row in load_jsonl(motions / "questions_train.jsonl") for task in [row["category"]]
@@ -106,7 +106,7 @@ def test_a_world_model_teaches_what_it_imagines(motions, tmp_path, monkeypatch):
             views = TrueRenderer().imagine(queries)
             return [
                 np.random.default_rng(query.seed).normal(view, 10).clip(0, 255).astype(np.uint8)
-                for query, view in zip(queries, views)
+                for query, view in zip(queries, views, strict=True)
             ]
 
     make_room_questions(tmp_path, Blurred(), rooms=9, held_out=(3, 3))

@@ -36,12 +36,12 @@ K = np.array([[16, 0, 16], [0, 16, 16], [0, 0, 1.0]])
 
 def write(folder, transition, **more):
     """A transition of a room in the layout: two frames and their boxes."""
-    images = dict(zip(("0.png", "1.png"), (transition.source, transition.target)))
+    images = dict(zip(("0.png", "1.png"), (transition.source, transition.target), strict=True))
     for name, image in images.items():
         save_image(folder / name, image)
     found = {
         name: [detection._asdict() for detection in part]
-        for name, part in zip(images, room_detections(transition))
+        for name, part in zip(images, room_detections(transition), strict=True)
     }
     info = {
         "program": [{"kind": m.kind, "amount": m.amount} for m in transition.program],
@@ -199,7 +199,9 @@ def test_false_claims_are_the_programs_of_others(rooms, tmp_path):
 
 def test_actions_are_summed_where_no_picture_shows_their_order(rooms, tmp_path):
     def way(*told):
-        return [Motion(kind, float(amount)) for kind, amount in zip(told[::2], told[1::2])]
+        return [
+            Motion(kind, float(amount)) for kind, amount in zip(told[::2], told[1::2], strict=True)
+        ]
 
     sums = {
         ("move forward", 0.5, "move forward", 1.5): ("move forward", 2),

@@ -92,7 +92,7 @@ def held_out_means(policy: Policy, questions: list[dict], args, world: World) ->
 
 def read_records(out: Path) -> dict[str, dict]:
     """{id of a question: its record}, by all ranks so far."""
-    rows = [row for part in (out / "training").glob("*.jsonl") for row in read_log(part)]
+    rows = [row for file in (out / "training").glob("*.jsonl") for row in read_log(file)]
     return {row["key"]: row for row in rows}
 
 
@@ -114,17 +114,17 @@ def main(argv=None):
     log = out / "training" / f"{world.rank}.jsonl"
     save_jsonl(log, read_log(log))  # without a line that a kill tore
     wait_for_all()
-    done = read_records(out)
+    answered = read_records(out)
     wait_for_all()  # all ranks know what is left before one goes on
-    mine = [question for question in questions if question["id"] not in done]
+    mine = [question for question in questions if question["id"] not in answered]
     mine = mine[world.rank :: world.size]
     for start in tqdm(range(0, len(mine), args.rows), desc="ask", disable=not is_main()):
         records = greedy_records(policy, mine[start : start + args.rows], args)
         with disk(log), log.open("a") as lines:
             lines.writelines(json.dumps(record) + "\n" for record in records)
     wait_for_all()
-    done = read_records(out)
-    records = [done[question["id"]] for question in questions]
+    answered = read_records(out)
+    records = [answered[question["id"]] for question in questions]
     means = task_means(records)
     say_means(means)
     save_jsonl(out / "predictions.jsonl", records)

@@ -250,9 +250,9 @@ def claims_of(folders: list[Path]) -> dict:
     for length, programs in by_length.items():
         others = list(programs.values())
         order = numpy_stream("motion questions", "claims", length).permutation(len(others))
-        for (folder, program), place in zip(programs.items(), order, strict=True):
-            if differ(program, others[place], MARGIN):
-                claims[folder] = (others[place], "other")
+        for (folder, program), index in zip(programs.items(), order, strict=True):
+            if differ(program, others[index], MARGIN):
+                claims[folder] = (others[index], "other")
     return claims
 
 
@@ -288,14 +288,14 @@ def make_rendered(out, root, detect: Callable | None = None, threads=2) -> None:
     folders, title = rendered_folders(root), "world2vlm, rendered"
     make = partial(rendered_records, root=root, claims=claims_of(folders), detect=detect)
     if detect:  # a network stays in this process
-        parts = [part for folder in tqdm(folders, desc=title) for part in make(folder, out)]
+        reports = [make(folder, out)[0] for folder in tqdm(folders, desc=title)]
     else:
-        parts = build(title, make, folders, out, threads)
+        reports = build(title, make, folders, out, threads)
         say(
             "Without --detector only folders with boxes of their own are asked about objects (D1 to D4)."
         )
-    rows = [row for part, _ in parts for row in part]
-    faults = [fault for _, fault in parts if fault]
+    rows = [row for rows, _ in reports for row in rows]
+    faults = [fault for _, fault in reports if fault]
     for split in SPLITS:
         own = [row for row in rows if split_of("rendered", row["cluster"], {}) == split]
         places = {row["cluster"] for row in own}

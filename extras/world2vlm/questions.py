@@ -223,9 +223,9 @@ def object_records(transition, rng, first, last) -> list[dict]:
         answer = "yes" if gone else "no"
         if gone and stay:
             answer = "yes" if rng.random() < 0.5 else "no"
-        seen = most_confident(gone if answer == "yes" else stay, rng)
-        guess = blind_column(seen[0].box, width, program, transition.focal)
-        rows.append(record(transition, "D2", answer, answer, tenths(guess), seen))
+        detections = most_confident(gone if answer == "yes" else stay, rng)
+        guess = blind_column(detections[0].box, width, program, transition.focal)
+        rows.append(record(transition, "D2", answer, answer, tenths(guess), detections))
     for answer, candidates in (("yes", pairs), ("no", others)):
         if candidates:
             a, b = most_confident(candidates, rng)
@@ -331,19 +331,19 @@ def balanced(rows: list[dict], rng) -> list[dict]:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def write_motion_questions(out, split, rows, about, seed, lost=0) -> None:
+def write_motion_questions(out, split, rows, about, seed, failures=0) -> None:
     """out/questions_<split>.jsonl: what is valid of World2VLM's records, balanced.
 
     rows    of `records`, with paths below `out` for pictures, and "scene" or "cluster": what they are about
     about   in words, for the line that says how many there are
-    lost    programs of which the teacher gave no usable view
+    failures    programs of which the teacher gave no usable view
     Says so of each task of which less than a tenth stays, and what was left out for which reason.
     """
     rows, faults = validated(rows)
     chosen = balanced(rows, numpy_stream("balance", seed))
     public = [{key: row[key] for key in row if key not in PRIVATE} for row in chosen]
     save_jsonl(Path(out) / f"questions_{split}.jsonl", public)
-    counts, all_counts = (Counter(row["category"] for row in part) for part in (chosen, rows))
+    counts, all_counts = (Counter(row["category"] for row in each) for each in (chosen, rows))
     tasks = [f"{task} {counts[task]} of {count}" for task, count in sorted(all_counts.items())]
     say(
         f"questions_{split}.jsonl: {len(chosen)} questions about {about}, balanced: {', '.join(tasks)}"
@@ -356,7 +356,7 @@ def write_motion_questions(out, split, rows, about, seed, lost=0) -> None:
                 f"  {task}: less than a tenth stays, since every label is cut to the rarest of its cell. There were "
                 f"{numbers}."
             )
-    faults["the teacher gave no usable view"] += lost
+    faults["the teacher gave no usable view"] += failures
     for reason, count in (+faults).most_common():
         say(f"  {count:6}  left out: {reason}")
 
@@ -369,13 +369,13 @@ def motion_questions(seeds, out, teacher, space=ROOMS, tries=1) -> list[tuple[li
     """
     rng, rows = numpy_stream("motion questions", seeds[0]), []
     anchors = [room_anchor(seed) for seed in seeds]
-    found, lost = transitions(anchors, teacher, rng, space, tries=tries)
-    for transition in found:
+    results, failures = transitions(anchors, teacher, rng, space, tries=tries)
+    for transition in results:
         room, poses = transition.room, [as_lists(c2w) for c2w in transition.poses]
         for row in with_pictures(transition, out, f"{room:07d}", rng, space, room_detections):
             scene = {"room": room, "poses": poses[: len(row["images"])]}
             rows.append(row | {"scene": scene})
-    return [(rows, lost)]
+    return [(rows, failures)]
 
 
 def make_room_questions(out, simulator=None, rooms=1000, held_out=(60, 240), threads=2) -> None:
@@ -395,9 +395,9 @@ def make_room_questions(out, simulator=None, rooms=1000, held_out=(60, 240), thr
         else:
             make = partial(motion_questions, teacher=TrueRenderer())
             parts = build(title, make, [[seed] for seed in seeds], out, threads)
-        rows = [row for part, _ in parts for row in part]
-        lost = sum(lost for _, lost in parts)
-        write_motion_questions(out, split, rows, f"{count} rooms", first, lost)
+        rows = [row for rows, _ in parts for row in rows]
+        failures = sum(count for _, count in parts)
+        write_motion_questions(out, split, rows, f"{count} rooms", first, failures)
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

@@ -29,27 +29,27 @@ def make_scan_questions(
 
     source   folder of scans' triples: each of their contexts that has a metric scale is where motions start, or the
              first `limit` of each split
-    names    of the teacher and of the detector: with others, what is done is done again
+    names    of the teacher and of the detector: with others, everything is made again
     detect   as in `records`; None: A1 to A4 alone
     A context takes 36 views. What is done stands in out/records_<split>.jsonl, from which an interrupted run goes on.
     """
     out, questions = Path(out), 0
     for split in SPLITS:
         log = out / f"records_{split}.jsonl"
-        done = {tuple(part["key"]): part for part in read_log(log)}
-        save_jsonl(log, done.values())  # without a line that a kill tore
+        earlier = {tuple(entry["key"]): entry for entry in read_log(log)}
+        save_jsonl(log, earlier.values())  # without a line that a kill tore
         contexts = metric_contexts(Path(source) / f"triples_{split}.jsonl", limit)
-        parts = []
+        entries = []
         for seed, triple in tqdm(contexts.items(), desc=f"world2vlm, {split}"):
             key = (seed, *names)
-            part = done.get(key)
-            if part is None:
-                part = {"key": key, **context_records(triple, seed, split, simulator, detect, out)}
-                append_line(log, part)
-            parts.append(part)
-        rows = [row for part in parts for row in part["records"]]
-        lost = sum(part["lost"] for part in parts)
-        write_motion_questions(out, split, rows, f"{len(contexts)} views of scans", split, lost)
+            entry = earlier.get(key)
+            if entry is None:
+                entry = {"key": key, **context_records(triple, seed, split, simulator, detect, out)}
+                append_line(log, entry)
+            entries.append(entry)
+        rows = [row for entry in entries for row in entry["records"]]
+        failures = sum(entry["failures"] for entry in entries)
+        write_motion_questions(out, split, rows, f"{len(contexts)} views of scans", split, failures)
         questions += len(rows)
     if not questions:
         fail(
@@ -58,10 +58,10 @@ def make_scan_questions(
         )
 
 
-def append_line(log: Path, part: dict) -> None:
+def append_line(log: Path, entry: dict) -> None:
     """Add a JSON line to a log."""
     with disk(log), log.open("a") as lines:
-        lines.write(json.dumps(part) + "\n")
+        lines.write(json.dumps(entry) + "\n")
 
 
 def metric_contexts(file: Path, limit=None) -> dict[int, dict]:
@@ -77,14 +77,14 @@ def metric_contexts(file: Path, limit=None) -> dict[int, dict]:
 
 
 def context_records(triple: dict, seed: int, split: str, simulator, detect, out: Path) -> dict:
-    """What a teacher shows from the context of a triple -> {"records", "lost": programs without a usable view}."""
+    """What a teacher shows from the context of a triple -> {"records", "failures": programs without a usable view}."""
     rng, name = numpy_stream("motion questions", seed), f"{split}_{seed:016x}"
     images = [load_image(path) for path in triple["context"]]
     anchor = Anchor(name, images, triple["reference"])
     K = triple["context_intrinsics"][anchor.reference - 1]
-    found, lost = transitions([anchor], simulator, rng, PAPER, AT_ONCE, tries=2)
+    results, failures = transitions([anchor], simulator, rng, PAPER, AT_ONCE, tries=2)
     rows = []
-    for transition in found:
+    for transition in results:
         transition = transition._replace(focal=K[0][0] / anchor.image.shape[1])
         rows += with_pictures(transition, out, name, rng, PAPER, detect)
-    return {"records": [row | {"cluster": triple["scene"]} for row in rows], "lost": lost}
+    return {"records": [row | {"cluster": triple["scene"]} for row in rows], "failures": failures}

@@ -257,8 +257,8 @@ def answers_of_step(
     policy: Policy, rows: list[dict], features: dict, args: Namespace, step: int, world: World
 ) -> list[Trajectory]:
     """This rank's answers of one step; the loss weights of all ranks together make the loss."""
-    asked = [rows[index] for index in rows_of_step(len(rows), args.batch, step, args.seed)]
-    pairs = list(zip(asked, loss_shares(asked, lambdas_of(args)), strict=True))
+    batch = [rows[index] for index in rows_of_step(len(rows), args.batch, step, args.seed)]
+    pairs = list(zip(batch, loss_shares(batch, lambdas_of(args)), strict=True))
     mine = pairs[world.rank :: world.size]
     answers = [true_answer(policy, row, features, share) for row, share in mine]
     return sorted(answers, key=lambda answer: len(answer.ids))  # of like length: little padding

@@ -38,6 +38,7 @@ from lib.streams import rows_of_step
 from policy import Policy
 from train_rl import (
     BETAS,
+    FLAGS,
     TEMPERATURE,
     Episode,
     open_questions,
@@ -52,36 +53,37 @@ from train_rl import (
 )
 
 CLIP_ABOVE = 0.3
-
-FLAGS = [
+SHARED = (  # flags and defaults as in train_rl.py
+    "--seed",
+    "--divide-by-std",
+    "--minibatches",
+    "--lr-floor",
+    "--eval-questions",
+    "--rows",
+    "--micro-batch-tokens",
+    "--gradient-checkpointing",
+    "--save-every",
+    "--threads",
+)
+MOTION_FLAGS = [
     Flag("--data", ["out/world2vlm"], ["out/taught"], "folders of questions_{train,val}.jsonl"),
     Flag("--policy", "out/w2v", "out/w2v-astra", "the start"),
     Flag("--out", "out/w2v-rl", "out/w2v-rl-astra", "folder of the policy"),
-    # these change the numbers
-    Flag("--seed", 0, 0, "of sampling and of the order of questions"),
     Flag("--steps", 60, 248, "batches of rollouts", 1),
     Flag("--questions", 16, 4, "per step, all ranks together", 1),
     Flag("--group", 4, 4, "rollouts per question (paper)", 2),
-    Flag("--minibatches", 2, 2, "optimiser steps per batch", 1),
     Flag("--max-new-tokens", 64, 256, "per answer", 1),
     Flag("--lr", 6e-5, 2e-6, "AdamW, peak (astra: paper)", 0),
     Flag("--warmup", 2, 0, "steps to the peak", 0),
-    Flag("--lr-floor", 0.1, 1.0, "share of the peak where the cosine ends; 1: constant", 0, 1),
     Flag("--kl-weight", 0.01, 0.01, "of the KL to the start policy in the loss (paper)", 0),
     Flag("--eval-every", 12, 62, "steps; 0: never", 0),
-    Flag("--eval-questions", 200, 256, "held-out questions per evaluation", 0),
-    # memory, speed and safety only
-    Flag("--rows", 64, 8, "answers written together, per rank", 1, neutral=True),
-    Flag("--micro-batch-tokens", 4096, 8192, "tokens per forward pass and rank", 1, neutral=True),
-    Flag("--gradient-checkpointing", False, True, "recompute activations", neutral=True),
-    Flag("--save-every", 6, 10, "steps between checkpoints", 1, neutral=True),
-    Flag("--threads", None, None, "CPU threads per process", 1, kind=int, neutral=True),
+    *(flag for flag in FLAGS if flag.name in SHARED),
 ]
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line's flags."""
-    args = parse_flags(__doc__, FLAGS, argv)
+    args = parse_flags(__doc__, MOTION_FLAGS, argv)
     args.simulator = "none"
     if args.questions % args.minibatches:
         args.parser.error(
@@ -97,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     for folder in args.data:
         make = f"python -m extras.world2vlm.questions --out {folder}"
         needs += [(Path(folder, f"questions_{split}.jsonl"), make) for split in ("train", "val")]
-    begin("world2vlm train_rl", args, FLAGS, needs)
+    begin("world2vlm train_rl", args, MOTION_FLAGS, needs)
     world, out = setup(args.threads), Path(args.out)
     train, held_out = open_questions(args, world)
     policy = prepare(Policy.load(args.policy, world.device, torch.float32), args, world)
@@ -133,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
                 episodes.append(Episode(answer, total, total, parts["format"], old_logprobs))
 
             # advantage: each answer against its group
-            set_advantages(episodes, args.group, divide_by_std=True)
+            set_advantages(episodes, args.group, args.divide_by_std)
             minibatches = split_minibatches(
                 episodes, args.group, args.questions, args.minibatches, world
             )

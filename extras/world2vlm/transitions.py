@@ -5,7 +5,7 @@ An anchor picture s and a program of motions a go to the teacher, which shows wh
 anything with imagine(list of Query) -> views: Astra-WM, or in rooms the true renderer. It takes one motion per call, so
 programs of several motions, and motions longer than it can do, are chained: each view is imagined from the one before.
 
-    found, dropped = transitions([room_anchor(seed)], TrueRenderer(), np.random.default_rng(seed))
+    results, failures = transitions([room_anchor(seed)], TrueRenderer(), np.random.default_rng(seed))
     drift(simulator, [room_anchor(seed) for seed in range(20)], Motion("turn left", 20.0), 4, rng)     # error per step
 
 A program is a list of Motions of six kinds. Their names are the paper's words ("move left" is its SHIFT LEFT); it has
@@ -285,11 +285,11 @@ def transitions(
             pieces = cut(program, longest)
             plans[f"{anchor.name}_{number}"] = [Chain(anchor, pieces) for _ in range(tries)]
     imagine_chains(simulator, [chain for chains in plans.values() for chain in chains], rng)
-    found = []
+    results = []
     for name, chains in plans.items():
         if all(chain.views for chain in chains):
-            found.append(transition_of(name, chains))
-    return found, len(plans) - len(found)
+            results.append(transition_of(name, chains))
+    return results, len(plans) - len(results)
 
 
 def transition_of(name: str, chains: list[Chain]) -> Transition:
