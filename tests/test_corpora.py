@@ -58,11 +58,9 @@ def exchange(question, answer):
 )
 def test_lettered_questions_are_read(question, answer, expected):
     row, reason = read_question(exchange(question, answer))
-    assert (
-        reason is None
-        and (row["question"], row["options"], row["answer"]) == expected
-        and row["kind"] == "mca"
-    )
+    assert reason is None
+    assert (row["question"], row["options"], row["answer"]) == expected
+    assert row["kind"] == "mca"
 
 
 def test_what_cannot_be_verified_is_left_out_with_the_reason():
@@ -139,11 +137,9 @@ def vst_questions(folder, records):
 
 def test_vst_pictures_come_out_of_parquet(tmp_path):
     (row,) = vst_questions(tmp_path, [{"id": "a"} | vst_record(tmp_path, (50, 200), "B")])
-    assert (
-        row["id"] == "vst/mi_camera_motion/a"
-        and row["category"] == "mi_camera_motion"
-        and row["answer"] == "B"
-    )
+    assert row["id"] == "vst/mi_camera_motion/a"
+    assert row["category"] == "mi_camera_motion"
+    assert row["answer"] == "B"
     assert [np.array(Image.open(path))[0, 0, 0] for path in row["images"]] == [50, 200]
 
 
@@ -171,9 +167,8 @@ def test_records_without_an_id_get_different_ones_and_a_torn_file_ends_in_a_sent
 
 def test_a_guessers_share_by_hand():
     assert mining.guessers_share(4, 5, 1) == pytest.approx(0.75**5 + 5 * 0.25 * 0.75**4)
-    assert (
-        mining.guessers_share(2, 5, 5) == pytest.approx(1) and mining.guessers_share(0, 5, 1) == 1
-    )
+    assert mining.guessers_share(2, 5, 5) == pytest.approx(1)
+    assert mining.guessers_share(0, 5, 1) == 1
 
 
 def test_mining_keeps_what_is_seldom_right_and_goes_on_where_it_stopped(
@@ -201,11 +196,9 @@ def test_mining_keeps_what_is_seldom_right_and_goes_on_where_it_stopped(
 
     def answers(policy, part, simulator, mode, group_size, temperature, seed, max_new_tokens, rows):
         """Question i is answered right i % 4 times."""
-        assert (
-            mode == "direct"
-            and simulator is None
-            and (temperature, max_new_tokens) == (1, policy.turn_limit)
-        )
+        assert mode == "direct"
+        assert simulator is None
+        assert (temperature, max_new_tokens) == (1, policy.turn_limit)
         asked.extend(question["id"] for question in part)
         return [
             type(
@@ -264,9 +257,8 @@ def test_mining_does_not_drop_another_corpus(tmp_path, monkeypatch):
         mine("sensenova", "mined")
     mine("sensenova", "other")
     mine("vst", "mined")  # the same again may be made anew
-    assert {id.split("/")[0] for id in mined("mined")} == {"vst"} and len(mined("mined")) == len(
-        mined("other")
-    ) == 40
+    assert {id.split("/")[0] for id in mined("mined")} == {"vst"}
+    assert len(mined("mined")) == len(mined("other")) == 40
 
 
 @pytest.mark.parametrize(

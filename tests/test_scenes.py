@@ -365,9 +365,9 @@ def test_every_layout_gives_the_rooms_pictures_and_metres(read, truth):
     layout, scene = read
     for frame, true in zip(scene.frames, truth, strict=True):
         image, depth = frame.image(), frame.depth()
-        assert (
-            image.dtype == np.uint8 and depth.dtype == np.float32 and depth.shape == (HEIGHT, WIDTH)
-        )
+        assert image.dtype == np.uint8
+        assert depth.dtype == np.float32
+        assert depth.shape == (HEIGHT, WIDTH)
         assert np.abs(image.astype(int) - true.image()).mean() < 2
         error = np.abs(depth - true.depth())
         if layout == "arkitscenes raw":  # one pixel was not sure
@@ -435,9 +435,8 @@ def test_depth_outside_the_depth_camera_is_invalid(truth):
         depth_intrinsics=true.K() - [[0, 0, 16], [0, 0, 12], [0, 0, 0]],
     )
     depth = narrow.depth()
-    assert (depth[12:36, 16:48] == true.depth()[12:36, 16:48]).all() and (
-        depth > 0
-    ).sum() == 32 * 24
+    assert (depth[12:36, 16:48] == true.depth()[12:36, 16:48]).all()
+    assert (depth > 0).sum() == 32 * 24
 
 
 def test_a_room_is_a_scene_and_repeats():
@@ -447,14 +446,12 @@ def test_a_room_is_a_scene_and_repeats():
     assert np.hypot(places[:, 0], places[:, 2]).max() <= 1.2
     steps = [decompose(a.c2w, b.c2w) for a, b in pairwise(one.frames)]
     assert np.abs(steps)[:, :3].max() < 0.4 and np.abs(steps)[:, 3].max() < 30  # smooth
-    assert (one.frames[7].image() == same.frames[7].image()).all() and (
-        one.frames[7].c2w == same.frames[7].c2w
-    ).all()
+    assert (one.frames[7].image() == same.frames[7].image()).all()
+    assert (one.frames[7].c2w == same.frames[7].c2w).all()
     assert np.abs(one.frames[7].c2w - other.frames[7].c2w).max() > 0.1
     view = render(random_room(5), one.frames[7].c2w, 64)
-    assert (one.frames[7].image() == view["rgb"][0]).all() and (
-        one.frames[7].depth() == view["depth"][0]
-    ).all()
+    assert (one.frames[7].image() == view["rgb"][0]).all()
+    assert (one.frames[7].depth() == view["depth"][0]).all()
 
 
 # ---- fixtures of the fact sheet (§3.3, 4.3, 5.3, 7) -----------------------------------------------------------------
@@ -480,9 +477,8 @@ def test_scannet_fixture(tmp_path):
     for kind in ("color", "depth"):
         text(folder / f"intrinsic/intrinsic_{kind}.txt", table(four(PLAIN_K)))
     scene = read_scene("scannet", tmp_path, "scene0000_00")
-    assert [frame.name for frame in scene.frames] == ["000000", "000010"] and scene.skipped == {
-        "pose not finite": 1
-    }
+    assert [frame.name for frame in scene.frames] == ["000000", "000010"]
+    assert scene.skipped == {"pose not finite": 1}
     assert (scene.frames[0].depth() == 1.5).all() and scene.frames[0].K()[0, 2] == WIDTH / 2
 
 
@@ -502,15 +498,12 @@ def test_scannetpp_fixture(tmp_path):
         jpeg(folder / f"rgb/frame_{i:06d}.jpg", np.full((1440, 1920, 3), 90, np.uint8))
     text(folder / "pose_intrinsic_imu.json", rows)
     scene = read_scene("scannetpp", tmp_path, "0a7cc12c0e")
-    assert [frame.c2w[0, 3] for frame in scene.frames] == [0, 10] and scene.skipped == {
-        "no image": 1
-    }
+    assert [frame.c2w[0, 3] for frame in scene.frames] == [0, 10]
+    assert scene.skipped == {"no image": 1}
     frame = scene.frames[1]
     assert np.allclose(frame.depth_intrinsics, flat(192, 192, 128, 96)) and frame.K()[0, 0] == 1440
-    assert (
-        np.allclose(frame.K((256, 192)), frame.depth_intrinsics)
-        and (frame.depth((256, 192)) == 1.5).all()
-    )
+    assert np.allclose(frame.K((256, 192)), frame.depth_intrinsics)
+    assert (frame.depth((256, 192)) == 1.5).all()
 
 
 def test_scannetpp_dslr_fixture(tmp_path, truth):
@@ -586,10 +579,8 @@ def test_arkitscenes_fixture(tmp_path):
     scene = read_scene("arkitscenes", tmp_path, "1")
     assert len(scene.frames) == 2 and scene.skipped == {"no pose near the time stamp": 1}
     for frame in scene.frames:
-        assert (
-            rows_of(frame.c2w) == [[1, 0, 0, -1], [0, 0, 1, -3], [0, -1, 0, 2]]
-            and (frame.depth() == 1).all()
-        )
+        assert rows_of(frame.c2w) == [[1, 0, 0, -1], [0, 0, 1, -3], [0, -1, 0, 2]]
+        assert (frame.depth() == 1).all()
 
 
 def test_arkitscenes_upside_down_capture_is_turned_as_one(tmp_path):
@@ -643,10 +634,8 @@ def test_dl3dv_fixture(tmp_path):
     np.save(folder / "depth/frame_00001.npy", np.ones((540, 960)))
     text(folder / "depth.json", {"scale": None, "how": "by hand"})
     scene = read_scene("dl3dv", tmp_path, "abc")
-    assert (
-        np.allclose(scene.frames[0].K(), flat(750, 750, 480, 270))
-        and (scene.frames[0].depth() == 1).all()
-    )
+    assert np.allclose(scene.frames[0].K(), flat(750, 750, 480, 270))
+    assert (scene.frames[0].depth() == 1).all()
     assert (scene.frames[0].c2w == OPENGL).all() and scene.up @ [0, 1, 0] == 1
     assert not scene.metric and scene.note == "by hand; lengths are in the unit of its poses"
     assert scene.skipped == {"no image": 1}
@@ -760,21 +749,16 @@ def test_depth_is_estimated_resumed_and_fixes_the_scale(tmp_path, truth):
         read_scene(dataset, tmp_path, id)
     rest = Oracle(truth)
     info = estimate_depth(tmp_path, id, "oracle", predict=rest)
-    assert (
-        rest.calls == len(truth) - 4
-        and info["scale"] == pytest.approx(SCALE, rel=0.05)
-        and not info["refused"]
-    )
-    assert (
-        estimate_depth(tmp_path, id, "oracle", predict=rest) == info
-        and rest.calls == len(truth) - 4
-    )
+    assert rest.calls == len(truth) - 4
+    assert info["scale"] == pytest.approx(SCALE, rel=0.05)
+    assert not info["refused"]
+    assert estimate_depth(tmp_path, id, "oracle", predict=rest) == info
+    assert rest.calls == len(truth) - 4
     scene = read_scene(dataset, tmp_path, id)
     assert scene.metric and f"by oracle; a unit of its poses is {info['scale']:.4g} m" in scene.note
     way, true = (decompose(frames[0].c2w, frames[1].c2w) for frames in (scene.frames, truth))
-    assert np.allclose(way[:3], true[:3], rtol=0.05, atol=1e-3) and np.allclose(
-        way[3:], true[3:], atol=1e-3
-    )
+    assert np.allclose(way[:3], true[:3], rtol=0.05, atol=1e-3)
+    assert np.allclose(way[3:], true[3:], atol=1e-3)
     with pytest.raises(ValueError, match="depth from elsewhere .*oracle.*Remove"):
         estimate_depth(tmp_path, id, "another", predict=rest)
 
@@ -827,12 +811,10 @@ def test_a_transformers_network_gives_metres_of_the_pictures_size(tmp_path):
             size={"height": 56, "width": 56}, keep_aspect_ratio=True, ensure_multiple_of=14
         ).save_pretrained(tmp_path / kind)
     depth = depth_network(tmp_path / "metric", "cpu")(GREY)
-    assert (
-        depth.shape == (HEIGHT, WIDTH)
-        and depth.dtype == np.float32
-        and (depth >= 0).all()
-        and (depth <= 20).all()
-    )
+    assert depth.shape == (HEIGHT, WIDTH)
+    assert depth.dtype == np.float32
+    assert (depth >= 0).all()
+    assert (depth <= 20).all()
     with pytest.raises(ValueError, match="relative depth only"):
         depth_network(tmp_path / "relative", "cpu")
 
@@ -874,10 +856,8 @@ def test_depth_of_a_wrong_size_or_kind_is_refused(tmp_path, scan, truth):
     png(folder / "depth/2.png", np.full((WIDTH, HEIGHT), 1000, np.uint16))  # on its side is not
     png(folder / "depth/3.png", np.full((HEIGHT, WIDTH), 100, np.uint8))
     scene = again()
-    assert (
-        scene.skipped == {"depth of another shape than the image": 1}
-        and (scene.frames[1].depth() == 2).all()
-    )
+    assert scene.skipped == {"depth of another shape than the image": 1}
+    assert (scene.frames[1].depth() == 2).all()
     with pytest.raises(ValueError, match="3.png is no depth: .* 16 bits"):
         scene.frames[2].depth()
     (folder / "depth/0.npy").write_bytes((folder / "depth/0.npy").read_bytes()[:300])
@@ -899,10 +879,8 @@ def test_impossible_poses_and_cameras_are_counted(scan):
     info["frames"][1]["c2w"] = np.diag([1, 1, -1, 1]).tolist()  # a mirror
     info["frames"][2]["intrinsics"] = [[0, 0, 0]] * 3
     scene = again()
-    assert (
-        scene.skipped == {"pose not finite": 1, "pose not rigid": 1, "bad intrinsics": 1}
-        and len(scene.frames) == 1
-    )
+    assert scene.skipped == {"pose not finite": 1, "pose not rigid": 1, "bad intrinsics": 1}
+    assert len(scene.frames) == 1
     info["frames"][3]["c2w"] = [[1, 2], [3]]
     with pytest.raises(
         ValueError,
@@ -947,10 +925,8 @@ def test_missing_files_of_a_frame_are_counted(tmp_path, truth):
         (tmp_path / "scans" / id / file).unlink()
     text(tmp_path / "scans" / id / "pose/6.txt", "1 0 0")  # cut off
     scene = read_scene(dataset, tmp_path, id)
-    assert (
-        scene.skipped == {"no depth": 1, "no pose": 1, "pose not finite": 1}
-        and len(scene.frames) == len(truth) - 4
-    )
+    assert scene.skipped == {"no depth": 1, "no pose": 1, "pose not finite": 1}
+    assert len(scene.frames) == len(truth) - 4
 
 
 def test_a_broken_sens_file_is_refused(tmp_path, truth):

@@ -151,9 +151,8 @@ def test_found_targets_keep_every_rule():
     stands = may_stand_together(c2w, UP, True, Rules())
     for group in found:
         context, reference = group.context, group.context[group.reference]
-        assert 2 <= len(context) <= 4 and all(
-            stands[a, b] for a in context for b in context if a != b
-        )
+        assert 2 <= len(context) <= 4
+        assert all(stands[a, b] for a in context for b in context if a != b)
         for k, motion in group.targets:
             assert k not in context and dominant_motion(c2w[reference], c2w[k]) == motion
 
@@ -251,10 +250,8 @@ def test_the_files_are_the_same_whatever_the_workers_and_after_an_interruption(s
     report.unlink()
     (two / "triples_train.jsonl").unlink()
     make_scans("folder", scans, two, 1, rules=SMALL)
-    assert (
-        files(one) == files(two)
-        and json.loads(before)["rows"] == json.loads(report.read_bytes())["rows"]
-    )
+    assert files(one) == files(two)
+    assert json.loads(before)["rows"] == json.loads(report.read_bytes())["rows"]
     assert (
         two / "scans" / "folder" / "scan0.json"
     ).stat().st_mtime_ns == kept  # finished: not done again
@@ -308,11 +305,9 @@ def test_a_summary_adds_up():
             "train",
         )
     found = total.as_dict()
-    assert (
-        found["kept"] == 2
-        and found["rejected"] == {"coverage": 4}
-        and found["broken"] == {"b": "It is empty."}
-    )
+    assert found["kept"] == 2
+    assert found["rejected"] == {"coverage": 4}
+    assert found["broken"] == {"b": "It is empty."}
     assert found["motions"] == {"turn left": 2, "move up": 2} and found["per_scan"] == 1.0
     assert "kept, by motion" in total.text()
 
@@ -412,9 +407,8 @@ def test_a_second_dataset_does_not_drop_the_first(scans, tmp_path):
     assert files(out) == before
     make_scans("folder", scans, out, 1, rules=SMALL, limit=2)  # more scans of the same are welcome
     rows = load_jsonl(out / "triples_train.jsonl")
-    assert len({row["scene"] for row in rows}) == 2 and all(
-        f"folder/{row['place']}" == row["scene"] for row in rows
-    )
+    assert len({row["scene"] for row in rows}) == 2
+    assert all(f"folder/{row['place']}" == row["scene"] for row in rows)
 
 
 @pytest.mark.slow
