@@ -19,7 +19,7 @@ from extras.scans.quality import (
     same_light,
     see_through,
     sharpness,
-    verify,
+    verify_triple,
 )
 from lib.geometry import Motion, camera_pose, coverage, move_camera, pinhole, warp
 from lib.rooms import EYE, random_room, render
@@ -118,11 +118,11 @@ def step(*levels, each=20):
 
 
 def mean_agreement(**off):
-    """Mean agreement of targets whose pose is off, with all context views, as `verify` takes it."""
+    """Mean agreement of targets whose pose is off, with all context views, as `verify_triple` takes it."""
     found = []
     for number, (target, *context) in enumerate(TRIPLES):
         c2w = shaken(target.c2w, np.random.default_rng(number), **off)
-        found.append(verify(target._replace(c2w=c2w), context)[1]["agreement"])
+        found.append(verify_triple(target._replace(c2w=c2w), context)[1]["agreement"])
     return np.mean(found)
 
 
@@ -245,18 +245,18 @@ def test_contradictions_name_the_wrong_view():
 
 def test_true_triples_pass_and_the_first_broken_rule_is_named(monkeypatch):
     for target, *context in TRIPLES:
-        rejected, measures = verify(target, context)
+        rejected, measures = verify_triple(target, context)
         assert rejected is None and measures["contradiction"] < 1e-3
     target, *context = photographed(TRIPLES[1], stops=3)
-    assert verify(target, context)[0] == "exposure"
+    assert verify_triple(target, context)[0] == "exposure"
     monkeypatch.setitem(THRESHOLDS, "sharpness", Bounds("blurred", low=2.0))
-    rejected, measures = verify(target, context)
+    rejected, measures = verify_triple(target, context)
     assert rejected == "blurred" and broken_rules(measures)[:2] == ["blurred", "exposure"]
 
 
 def test_large_pictures_are_judged_as_small_ones():
     small, large = (room_triple(ROOMS[1], size) for size in (64, 128))
-    small, large = verify(small[0], small[1:]), verify(large[0], large[1:])
+    small, large = verify_triple(small[0], small[1:]), verify_triple(large[0], large[1:])
     assert small[0] is None and large[0] is None
     assert small[1]["agreement"] == pytest.approx(large[1]["agreement"], abs=0.1)
 
@@ -267,7 +267,7 @@ def test_degenerate_triples_have_defined_values(level):
     back = move_camera(np.eye(4), Motion("turn left", 180.0))
     away = flat._replace(depth=np.full((48, 70), 2.0), c2w=back)
     for context in ([flat], [away], [flat, away]):
-        rejected, measures = verify(flat, context)
+        rejected, measures = verify_triple(flat, context)
         assert np.isfinite(list(measures.values())).all() and rejected == "exposure"
         assert measures["agreement"] == measures["contradiction"] == 0
 
@@ -291,11 +291,11 @@ def test_gross_faults_are_rejected_by_their_rule(fault):
     for number, (target, *context) in enumerate(TRIPLES):
         spoiled = FAULTS[fault](target, np.random.default_rng(number))
         target, *context = photographed([spoiled, *context])
-        assert fault.split(",")[0] in broken_rules(verify(target, context)[1]), number
+        assert fault.split(",")[0] in broken_rules(verify_triple(target, context)[1]), number
 
 
 def test_good_photographs_are_accepted():
-    results = [verify(views[0], views[1:]) for views in map(photographed, TRIPLES)]
+    results = [verify_triple(views[0], views[1:]) for views in map(photographed, TRIPLES)]
     assert sum(rejected is None for rejected, _ in results) >= 3  # of 4
 
 
@@ -305,5 +305,5 @@ def test_every_view_is_measured_with_its_own_intrinsics():
     shift = np.array([[0, 0, 4], [0, 0, 0], [0, 0, 0]])
     wrong = [view._replace(rgb=view.rgb[:, 4:], depth=view.depth[:, 4:]) for view in context]
     right = [view._replace(intrinsics=pinhole(SIZE) - shift) for view in wrong]
-    assert verify(target, right)[1]["contradiction"] < THRESHOLDS["contradiction"].high
-    assert verify(target, wrong)[1]["contradiction"] > 10 * THRESHOLDS["contradiction"].high
+    assert verify_triple(target, right)[1]["contradiction"] < THRESHOLDS["contradiction"].high
+    assert verify_triple(target, wrong)[1]["contradiction"] > 10 * THRESHOLDS["contradiction"].high

@@ -20,13 +20,14 @@ from room_scan import read_room, room_scene, write_scan_folder
 
 from extras.scans.depth import depth_network, disagreement, estimate_depth, scale_of
 from extras.scans.frames import collect, frames_of, scaled
-from extras.scans.readers import HALF, OPENGL
+from extras.scans.readers import OPENGL
 from extras.scans.scene import READERS, read_scene, scene_ids
 from lib.geometry import coverage, decompose, dominant_motion, pinhole, warp
 from lib.rooms import random_room, render
 
 SEED, SIZE, ROWS, COLUMNS = 4, 80, slice(20, 68), slice(5, 69)
 WIDTH, HEIGHT = 64, 48
+HALF = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
 Z_UP = np.array(
     [[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]]
 )  # rooms have y down; scans z up

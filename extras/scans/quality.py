@@ -5,7 +5,7 @@ Is a triple fit to train on: pictures sharp and well exposed, depth and poses tr
   exposure       of one picture: shares of nearly black and of clipped pixels, spread of luminance
   contradiction  of depth and poses alone: the share of a view's points that another view sees through
   agreement      of colours: the target beside the context that depth and pose warp onto it
-`verify` measures a triple and names the first rule that it breaks.
+`verify_triple` measures a triple and names the first rule that it breaks.
 
 Thresholds were chosen on rooms from 6,000,000 at 32, 64 and 128 pixels, to lose few good triples. Rooms have no
 texture, and their "good" depth and poses are off by 1 %, 0.3 degrees and 1 cm: before trust in scans, look at the share
@@ -55,7 +55,9 @@ THRESHOLDS = {
 # ---- triples -------------------------------------------------------------------------------------------------------------
 
 
-def verify(target: PosedView, context: list[PosedView]) -> tuple[str | None, dict[str, float]]:
+def verify_triple(
+    target: PosedView, context: list[PosedView]
+) -> tuple[str | None, dict[str, float]]:
     """The first rule of THRESHOLDS that a triple breaks (None: it is fit), and what was measured.
 
     Each number is that of its worst view, but "agreement": the mean over what each view covers. A context view that

@@ -357,7 +357,7 @@ def verified_targets(group, context, frames, rules, counts):
         share = coverage(view.depth, mask)
         reason = "coverage"
         if share >= rules.coverage:
-            reason, measures = quality.verify(view, context)
+            reason, measures = quality.verify_triple(view, context)
         if reason:
             counts[reason] += 1
             continue
