@@ -291,10 +291,10 @@ def make_sample(rows, model, encoder, read, args, stream) -> tuple[list, Targets
 
     # pictures as latents; x_t is computed here and nowhere else: network and loss find it in the pack
     fit = functools.partial(resize, limits=model.settings.vae_limits)
-    visible = np.where(p.warps[..., 3] > 127, np.uint8(255), np.uint8(0))  # (T, H, W)
+    alpha = np.where(p.warps[..., 3] > 127, np.uint8(255), np.uint8(0))  # (T, H, W)
     warps = p.targets  # without its loss nobody reads the warp: it is not another picture to encode
     if args.warp_weight:
-        warps = np.where(visible[..., None], p.warps[..., :3], p.targets)
+        warps = np.where(alpha[..., None], p.warps[..., :3], p.targets)
     context = [fit(image) for image in context]
     latents = [encoder.latent(image, stream) for image in context]
     views = torch.cat([encoder.latent(fit(image), stream) for image in p.targets])
@@ -302,9 +302,9 @@ def make_sample(rows, model, encoder, read, args, stream) -> tuple[list, Targets
     x0, warp = patchify(views, LATENT_PATCH), patchify(warps, LATENT_PATCH)  # (T, n, C)
     eps = torch.randn(x0.shape, generator=stream)
     x_t = (1 - t[:, None, None]) * x0 + t[:, None, None] * eps
-    visible = np.stack([fit(mask) for mask in visible])[:, None] / np.float32(255)
-    side = LATENT_PATCH * model.autoencoder.cell
-    visible = patchify(torch.from_numpy(visible), side).mean(-1)  # (T, n)
+    alpha = np.stack([fit(mask) for mask in alpha])[:, None] / np.float32(255)
+    side = LATENT_PATCH * model.autoencoder.cell  # of a token, pixels
+    visible = patchify(torch.from_numpy(alpha), side).mean(-1)  # (T, n)
 
     segments = []
     for i, image in enumerate(context):
@@ -322,9 +322,9 @@ def make_batch(groups, streams, model, encoder, read, args) -> tuple[Pack, Targe
     """Groups of triples as the network reads them; group i draws from streams[i]."""
     samples, targets = [], []
     for group, stream in zip(groups, streams, strict=True):
-        segments, of_group = make_sample(group, model, encoder, read, args, stream)
+        segments, compared = make_sample(group, model, encoder, read, args, stream)
         samples.append(segments)
-        targets.append(of_group)
+        targets.append(compared)
     # Flex attention skips what sees nothing, so on a GPU all samples stand in one sequence, without padding.
     sequences = [samples] if model.device.type == "cuda" else [[sample] for sample in samples]
     inputs = pack(sequences, model.network.markers, model.network.config)
@@ -393,11 +393,12 @@ def imagine_held_out(model, groups, read) -> tuple[dict, list]:
 
 
 def draw_views(rows: list, path: Path) -> None:
-    """A picture with one line per held-out view."""
+    """A picture with one line per held-out view, on rank 0."""
     most = max(map(len, rows))
     blank = np.full((1, 1, 3), 255, np.uint8)  # where another context has one view more
     head = ["context", *[""] * (most - 4), "motion", "imagined", "true"]
-    contact_sheet(head, [[blank] * (most - len(row)) + row for row in rows]).save(path)
+    if is_main():
+        contact_sheet(head, [[blank] * (most - len(row)) + row for row in rows]).save(path)
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------------
@@ -506,8 +507,7 @@ def main(argv: list[str] | None = None) -> None:
             if done % args.look_every == 0 or done == args.steps:
                 with ema_weights(parameters, ema), distributed.unsharded(network):
                     scores, rows = imagine_held_out(model, held_out, read)
-                if is_main():
-                    draw_views(rows[:: max(1, len(rows) // 12)], out / "views.png")
+                draw_views(rows[:: max(1, len(rows) // 12)], out / "views.png")
                 metrics |= scores
                 distributed.say(
                     f"step {done}: flow {metrics['loss_flow']:.4f}, held-out views: nearest "

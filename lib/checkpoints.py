@@ -57,7 +57,7 @@ def contents(path: Path) -> dict[str, Tensor]:
     return layout
 
 
-def file_header(layout: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
+def file_header(layout):
     """The head of a safetensors file, as its own `save_file` writes it -> (bytes, {name: where its numbers begin})."""
     header = {"__metadata__": {"format": "pt"}}
     order = list(TYPE_NAMES)
@@ -137,7 +137,7 @@ def local_rows(tensor: Tensor) -> tuple[int, Tensor]:
         return first, tensor.to_local()
 
 
-def is_saved_here(tensor: Tensor) -> bool:
+def is_saved_here(tensor):
     """True on the one rank that saves these rows: the first of the replicas, rank 0 for a plain tensor."""
     if not isinstance(tensor, DTensor):
         return is_main()
@@ -233,9 +233,8 @@ def save_state(folder: str | Path, step: int, tensors: dict[str, Tensor], state:
     elif is_main():
         shutil.rmtree(place, ignore_errors=True)
         os.replace(beside, place)
-        for other in folder.glob("step_*"):
-            if other != place:
-                shutil.rmtree(other)
+        for older in set(folder.glob("step_*")) - {place}:
+            shutil.rmtree(older)
     wait_for_all()
     if failure:
         raise failure
@@ -254,38 +253,20 @@ def load_state(folder: str | Path, tensors: dict[str, Tensor]) -> tuple[int, dic
         return None
     try:
         state = json.loads((places[-1] / "state.json").read_text())
-        restore(places[-1], tensors)
+        files = sorted(places[-1].glob("rank_*.safetensors"))
+        compare_shapes(places[-1], files, tensors)
+        rows_before = dict.fromkeys(tensors, 0)  # of each tensor, in the files read so far
+        for path in files:
+            restore_file(path, tensors, rows_before)
         return state.pop("step"), state
     except Exception as error:  # safetensors, JSON and the file system each have their own class
         start = "the checkpoint before it" if len(places) > 1 else "the beginning"
-        fail(
-            f"The checkpoint {places[-1]} cannot be read ({error}). Remove it and run the same command again: "
-            f"it starts from {start}."
-        )
-
-
-@torch.no_grad()
-def restore(place: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` in place from the files in the folder `place`: of each tensor the rows that this rank holds."""
-    files = sorted(place.glob("rank_*.safetensors"))
-    compare_shapes(place, files, tensors)
-    rows_before = dict.fromkeys(tensors, 0)  # of each tensor, in the files read so far
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                first, rows = local_rows(tensors[name])
-                if not rows.dim():
-                    rows.copy_(file.get_tensor(name))
-                    continue
-                stored, before = file.get_slice(name), rows_before[name]
-                after = rows_before[name] = before + stored.get_shape()[0]
-                start, stop = max(first, before), min(first + len(rows), after)
-                if start < stop:
-                    rows[start - first : stop - first] = stored[start - before : stop - before]
+        again = f"Remove it and run the same command again: it starts from {start}."
+        fail(f"The checkpoint {places[-1]} cannot be read ({error}). {again}")
 
 
 def compare_shapes(place, files, tensors):
-    """Stop with a sentence where the files in the folder `place` hold other tensors than these."""
+    """Stop with a sentence where the files of the checkpoint `place` hold other tensors than these."""
     shapes = {}
     for path in files:
         for name, rows in contents(path).items():
@@ -294,10 +275,25 @@ def compare_shapes(place, files, tensors):
     wrong = []
     for name in tensors | shapes:
         shape = tuple(tensors[name].shape) if name in tensors else "(unknown)"
-        if shape != shapes.get(name):
-            wrong.append(f"{name} {shape}, saved {shapes.get(name, 'nothing')}")
+        saved = shapes.get(name, "nothing")
+        if shape != saved:
+            wrong.append(f"{name} {shape}, saved {saved}")
     if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        fail(
-            f"The checkpoint {place} does not fit this model: {wrong[0]}{more}. Give another --out."
-        )
+        wrong = wrong[0] + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+        fail(f"The checkpoint {place} does not fit this model: {wrong}. Give another --out.")
+
+
+@torch.no_grad()
+def restore_file(path, tensors, rows_before):
+    """Copy into `tensors` what this rank holds of the rows in a file, and add their numbers to `rows_before`."""
+    with safe_open(path, "pt") as file:
+        for name in file.keys():
+            first, rows = local_rows(tensors[name])
+            if not rows.dim():
+                rows.copy_(file.get_tensor(name))
+                continue
+            stored, before = file.get_slice(name), rows_before[name]
+            after = rows_before[name] = before + stored.get_shape()[0]
+            start, stop = max(first, before), min(first + len(rows), after)
+            if start < stop:
+                rows[start - first : stop - first] = stored[start - before : stop - before]
