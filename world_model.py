@@ -99,7 +99,7 @@ def sample(network: Bagel, inputs: list, noise: Tensor, grid: tuple, settings: S
 
 
 class GuidanceBranch(NamedTuple):
-    """What the target is told in one branch of guidance."""
+    """What the target sees in one branch of guidance."""
 
     memory: Branch
     motion: Tensor  # (R, 1, H) the sentence in one vector (Settings.motion_to_target)
@@ -157,9 +157,8 @@ class Denoiser:
         ropes = [network.rope(branch.memory.next[:, None]) for branch in branches]
         self.cosines = [cosine for cosine, _ in ropes]
         self.sines = [sine for _, sine in ropes]
-        self.times = network.time_embedder(
-            torch.tensor(times, device=network.device)
-        )  # (steps + 1, H)
+        times = torch.tensor(times, device=network.device)
+        self.time_vectors = network.time_embedder(times)  # (steps + 1, H)
         self.places = network.latent_places(grid)  # (n, H)
         self.markers = network.embed_markers(len(branches[0].motion))  # (R, 2, H)
 
@@ -171,7 +170,7 @@ class Denoiser:
         count = len(indices)
         hidden = self.network.denoise(
             x.repeat(count, 1, 1),
-            self.times[step] + self.places + motion,
+            self.time_vectors[step] + self.places + motion,
             self.markers.repeat(count, 1, 1),
             (cosines, sines),
             [self.branches[k].memory for k in indices],
