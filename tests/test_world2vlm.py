@@ -632,21 +632,14 @@ def test_every_fault_is_found_and_counted(true):
         "an amount is not on the grid": rows["A1"] | {"program": "move left 0.0143 meters"},
         "a box is not four integers in order in 0..1000": rows["D1"]
         | {"answer": "[300, 0, 200, 1001]"},
-        "a box is missing in the prompt": rows["D4"] | {"question": "Is it the same?"},
-        "the actions in the prompt are not what the camera did": rows["D2"]
-        | {"program": "turn left 170 degrees"},
-        "the answer has too few or too many actions": rows["A3"]
-        | {"answer": "move left 1 meters", "program": "move left 1 meters"},
         "the answer is not what the camera did": rows["A1"] | {"answer": "move left 99 meters"},
-        "the answer is neither yes nor no": rows["D2"] | {"answer": "The chair remains visible."},
         "the claim contradicts the answer": a4 | {"answer": "false"},
+        "the answer does not earn its own reward": rows["D2"] | {"answer": "It stays."},
     }
     for reason, row in faults.items():
         assert validate(row) == reason
-    for task in ("D1", "D4"):
-        assert "not what the camera did" in validate(
-            rows[task] | {"program": "turn left 170 degrees"}
-        )
+    one = {"answer": "move left 1 meters", "program": "move left 1 meters"}
+    assert "not what the camera did" in validate(rows["A3"] | one)
     kept, counted = validated([*true[1], *faults.values()])
     assert len(kept) == len(true[1]) and counted == dict.fromkeys(faults, 1)
 

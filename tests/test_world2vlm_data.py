@@ -146,7 +146,6 @@ def test_a_world_model_teaches_from_scans(tmp_path, monkeypatch):
                     "reference": 2,
                     "scene": f"scannet/{split}{n}",
                     "metric": n != 1,
-                    "context_intrinsics": [[[33, 0, 33], [0, 33, 25], [0, 0, 1]]] * 2,
                 }
                 for n in (0, 0, 1, 2)
             ],

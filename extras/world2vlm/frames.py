@@ -3,7 +3,6 @@ Transitions from frames that another program rendered (SVC, HY-WorldPlay, any si
 
   <root>/…/<name>/actions.json     {"program": [{"kind": "move forward", "amount": 1.5}, …],
                                     "frames": ["0.png", …, "15.png"],
-                                    "intrinsics": [3 rows of 3],
                                     "place": "scene0000_00",
                                     "detections": {"0.png": [{"label": "chair", "box": [120, 80, 300, 260],
                                                               "confidence": 0.8, "track": 1}, …], "15.png": […]}}
@@ -11,8 +10,7 @@ Transitions from frames that another program rendered (SVC, HY-WorldPlay, any si
   program      one to three actions of the six kinds, metres and degrees, on the grid of 0.1 m and 10 degrees. Moves in
                a row end at one place in any order, and so do turns: they are read as their sum, sideways first
   frames       pictures below the folder, in order: the source is the first, the target the last; default: those in the
-               folder, by name, numbers by their value
-  intrinsics   of the pictures, in pixels, as in lib/geometry.py; default: 90 degrees wide, as SVC renders
+               folder, by name, shorter names first, so that 10.png comes after 9.png
   place        what no two splits may share, such as a scan's name; default: the first picture itself, since the
                programs of an anchor begin with the same one
   detections   of the first and the last frame: box is left, top, right, bottom in pixels; confidence is 1 if it is not
@@ -24,7 +22,6 @@ are asked.
 
 import json
 import os
-import re
 from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
@@ -104,16 +101,11 @@ def names_of_pictures(folder: Path) -> list[str]:
     """Names of a folder's pictures in their order; 10.png comes after 9.png."""
     suffixes = (".png", ".jpg", ".jpeg")
     names = [path.name for path in folder.iterdir() if path.suffix.lower() in suffixes]
-
-    def by_value(name):
-        parts = re.split(r"(\d+)", name)  # words and numbers take turns
-        return [int(part) if part.isdigit() else part for part in parts]
-
-    return sorted(names, key=by_value)
+    return sorted(names, key=lambda name: (len(name), name))
 
 
 def read_rendered(folder: Path) -> Transition:
-    """One folder -> Transition, with its "files", "place" and, if given, detections and intrinsics.
+    """One folder -> Transition, with its "files", "place" and, if given, detections.
 
     Raises ValueError, a sentence, where it cannot be used: what `read_program` says, a frame that is missing, truncated
     or of another size, a turn that shows the other way.
@@ -133,8 +125,7 @@ def read_rendered(folder: Path) -> Transition:
         )
     if not is_view(target, source):
         raise ValueError(f"{last.name} shows one flat colour.")
-    K = read_intrinsics(info, source)
-    if looks_mirrored(source, target, program, K):
+    if looks_mirrored(source, target, program):
         raise ValueError(
             f"the picture {THE_OTHER_WAY} than '{phrase(program[0])}' says, as if left were right."
         )
@@ -144,27 +135,10 @@ def read_rendered(folder: Path) -> Transition:
         source,
         target,
         program,
-        focal=K[0, 0] / source.shape[1],
         files=(first, last),
         place=str(info.get("place") or sha256(first.read_bytes()).hexdigest()[:16]),
         detections=detections and read_detections(detections, first.name, last.name),
     )
-
-
-def read_intrinsics(info: dict, image: np.ndarray) -> np.ndarray:
-    """(3, 3) of an image: of actions.json, else 90 degrees wide. Raises ValueError."""
-    height, width = image.shape[:2]
-    focal = width / 2
-    default = [[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]]
-    try:
-        K = np.array(info.get("intrinsics") or default, float)
-    except (TypeError, ValueError, OverflowError):
-        K = np.zeros(0)
-    if K.shape != (3, 3) or not min(K[0, 0], K[1, 1]) > 0 or K[2].tolist() != [0, 0, 1]:
-        raise ValueError(
-            '"intrinsics" should be 3 rows of 3 numbers: focal lengths above 0, the last row 0, 0, 1.'
-        )
-    return K
 
 
 def read_detections(by_frame: dict, first: str, last: str) -> tuple[list, list]:
@@ -192,12 +166,14 @@ def read_detections(by_frame: dict, first: str, last: str) -> tuple[list, list]:
 # ---- mirrored turns -------------------------------------------------------------------------------------------------
 
 
-def turn_fit(source, target, turn: Motion, K: np.ndarray) -> float:
+def turn_fit(source: np.ndarray, target: np.ndarray, turn: Motion) -> float:
     """Correlation of a picture with what a turn of the camera makes of another, where both see the same.
 
-    A mere turn moves every pixel alike, whatever its depth. nan if they share less than a tenth of the picture.
+    A mere turn moves every pixel alike, whatever its depth. nan if they share less than a tenth of the picture. They
+    are taken to be 90 degrees wide, as SVC renders; others lie further off, on the same side.
     """
     height, width = target.shape[:2]
+    K = np.array([[width / 2, 0, width / 2], [0, width / 2, height / 2], [0, 0, 1]])
     points = unproject(np.ones((height, width)), K, move_camera(np.eye(4), turn))  # any depth
     pixels, z = project(points, K, np.eye(4))
     column, row = np.moveaxis(np.floor(pixels).astype(int), -1, 0)
@@ -210,13 +186,13 @@ def turn_fit(source, target, turn: Motion, K: np.ndarray) -> float:
     return float(np.corrcoef(before, after)[0, 1])
 
 
-def looks_mirrored(source, target, program, K) -> bool:
+def looks_mirrored(source, target, program) -> bool:
     """Whether a mere turn shows the other way than it is told: turning left moves the scene to the right."""
     turn = program[0]
     if len(program) > 1 or turn.kind not in TURNS or turn.amount > WIDEST:
         return False
     mirrored = Motion(TURNS[1 - TURNS.index(turn.kind)], turn.amount)
-    fit, mirrored_fit = (turn_fit(source, target, motion, K) for motion in (turn, mirrored))
+    fit, mirrored_fit = (turn_fit(source, target, motion) for motion in (turn, mirrored))
     return mirrored_fit - fit > MIRRORED  # never where one is nan
 
 

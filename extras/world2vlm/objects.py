@@ -101,14 +101,14 @@ def most_confident(candidates: list[tuple], rng) -> tuple:
     return equal[rng.integers(len(equal))]
 
 
-def blind_column(box, width, program, focal=0.5) -> float:
+def blind_column(box, width, program) -> float:
     """Where the words alone put a box after a program: the column of its middle, in picture widths from the centre.
 
     It is taken to belong to something 0.8 m large, which gives its distance. inf: behind the camera. A box may be in
-    any unit, `width` in the same one; `focal` is in picture widths. Where this is right no picture is needed, so
-    `balanced` asks as often where not.
+    any unit, `width` in the same one; the picture is taken to be 90 degrees wide. Where this is right no picture is
+    needed, so `balanced` asks as often where not.
     """
-    focal = focal * width
+    focal = width / 2
     depth = 0.8 * focal / max(box[2] - box[0], box[3] - box[1], 1)
     x = ((box[0] + box[2]) / 2 - width / 2) / focal * depth
     x, _, z, _ = np.linalg.inv(end_pose(np.eye(4), program)) @ (x, 0, depth, 1)

@@ -81,10 +81,8 @@ def context_records(triple: dict, seed: int, split: str, simulator, detect, out:
     rng, name = numpy_stream("motion questions", seed), f"{split}_{seed:016x}"
     images = [load_image(path) for path in triple["context"]]
     anchor = Anchor(name, images, triple["reference"])
-    K = triple["context_intrinsics"][anchor.reference - 1]
     results, failures = transitions([anchor], simulator, rng, PAPER, AT_ONCE, tries=2)
     rows = []
     for transition in results:
-        transition = transition._replace(focal=K[0][0] / anchor.image.shape[1])
         rows += with_pictures(transition, out, name, rng, PAPER, detect)
     return {"records": [row | {"cluster": triple["scene"]} for row in rows], "failures": failures}

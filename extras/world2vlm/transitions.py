@@ -264,7 +264,6 @@ class Transition(NamedTuple):
     agreement: float = 1.0  # of several imagined views of the same end, in (0, 1]
     room: int | None = None  # rooms only: the seed, and the poses of source and target
     poses: tuple | None = None
-    focal: float = 0.5  # in picture widths; 0.5 is 90 degrees wide
     # frames rendered elsewhere only (frames.py)
     files: tuple | None = None  # where the two pictures lie
     place: str = ""  # what no two splits may share
