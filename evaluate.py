@@ -218,11 +218,11 @@ def evaluate_policy(
     silent = not pairs or not is_main()
     for start in tqdm(range(0, len(pairs), batch), desc=title, unit="batch", disable=silent):
         clock = time.time()
-        part = pairs[start : start + batch]
-        outcomes, stop = ask_batch(policy, bench, part, condition, simulator, batch)
-        seconds = round((time.time() - clock) / len(part), 4)
+        batch_pairs = pairs[start : start + batch]
+        outcomes, stop = ask_batch(policy, bench, batch_pairs, condition, simulator, batch)
+        seconds = round((time.time() - clock) / len(batch_pairs), 4)
         predictions, dialogues = [], []
-        for key, question in part:
+        for key, question in batch_pairs:
             outcome = outcomes[key]
             if isinstance(outcome, SimulatorError) and outcome.down:
                 continue  # the next run asks it
@@ -283,8 +283,8 @@ def prediction_of(
 
     outcome   its Trajectory, or the SimulatorError that stands in its place
     """
-    answered = isinstance(outcome, Trajectory)
-    dialogue = outcome if answered else Trajectory(question, condition.mode)
+    has_dialogue = isinstance(outcome, Trajectory)
+    dialogue = outcome if has_dialogue else Trajectory(question, condition.mode)
     scene = question.get("scene") or {}
     return {
         "key": key,
@@ -302,9 +302,9 @@ def prediction_of(
         "seconds": seconds,
         "cost": cost_of(dialogue),
         **bench.judge(question, dialogue, condition.mode),
-        "error": None if answered else str(outcome),
+        "error": None if has_dialogue else str(outcome),
         "missing_images": question.get("missing_images", 0),
-        "diagnosis": bench.diagnose(question, dialogue) if answered else None,
+        "diagnosis": bench.diagnose(question, dialogue) if has_dialogue else None,
     }
 
 
@@ -374,8 +374,8 @@ def measure_simulators(args: argparse.Namespace, world: World) -> None:
     if not is_main():
         return
     views = {}
-    for name, place in folders.items():
-        views[name] = imagine_targets(None, rows, place, title=f"{name}, look")
+    for name, views_folder in folders.items():
+        views[name] = imagine_targets(None, rows, views_folder, title=f"{name}, look")
     if scans:
         results = scan_views.measure_scans(args, rows, views, tools)
     else:
@@ -410,7 +410,7 @@ def imagine_share(args, name: str, rows: list[dict], folder: Path, device: torch
         fail(f"{error} The views so far are in {folder}; the same command goes on from there.")
 
 
-# ---- what is asked --------------------------------------------------------------------------------------------------
+# ---- the questions, the policy and the conditions -------------------------------------------------------------------
 
 
 def default_data(what: str) -> Path:
@@ -505,32 +505,80 @@ def conditions_of(args: argparse.Namespace, policy: str) -> list[Condition]:
     return conditions
 
 
+COUNT = bounded(int, 1)
+FLAGS = {  # type, default, help
+    "--policy": (
+        str,
+        None,
+        "folder or hub id (default: the newest of phase2, phase1, sft in out/, out/demo/)",
+    ),
+    "--policy-url": (
+        str,
+        None,
+        "instead: an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; its key, if it needs one, is read "
+        "from OPENAI_API_KEY",
+    ),
+    "--model": (str, None, "--policy-url: the model's name there"),
+    "--concurrency": (COUNT, 8, "--policy-url: requests on their way at a time"),
+    "--wm": (
+        str,
+        None,
+        "folder or hub id of the tuned simulator (default: out/wm, then out/demo/wm)",
+    ),
+    "--data": (
+        str,
+        None,
+        "rooms, wm: folder of questions_test.jsonl, triples_test.jsonl (default: the newer of out/data and "
+        "out/demo/data); others: the published files (default: data/<bench>, fetched if it is not there)",
+    ),
+    "--frames": (
+        COUNT,
+        None,
+        "video benches: frames of a question (mmsi_video: 50 is Uniform-50, 300 Sufficient-Coverage; default 50; "
+        "vsi: 32)",
+    ),
+    "--limit": (COUNT, None, "only the first N questions or triples"),
+    "--dose-rooms": (bounded(int, 0), 24, "wm: rooms for commanded against recovered motion"),
+    "--matcher": (str, None, "wm in scans: folder or hub id of a keypoint matcher"),
+    "--detector": (
+        str,
+        None,
+        "wm in scans: folder or hub id of a GroundingDINO; it looks for what --policy-url lists, or for a fixed list",
+    ),
+    "--out": (str, None, "default: out/eval/<bench>"),
+    "--max-new-tokens": (
+        COUNT,
+        None,
+        "per turn of the policy (default: 4096, of a tiny policy 256; of --policy-url hidden reasoning counts too)",
+    ),
+    "--seed": (
+        int,
+        0,
+        "of the simulator's noise (decoding is greedy; --bench wm: each view has noise of its own, whatever the seed)",
+    ),
+    "--batch": (
+        COUNT,
+        None,
+        "questions at once: memory and speed only (default: of a tiny policy 64, of a published one 8, of --policy-url "
+        "--concurrency; search, gate: 4 or so for an 8B policy that reads sheets of many views)",
+    ),
+    "--threads": (COUNT, None, "CPU threads"),
+}
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's flags."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    count = bounded(int, 1)
+    modes = (*MODES, "official", *BASELINES, "all")
+    own_words = ", ".join(OWN_WORDS)
     p.add_argument("--bench", choices=(*BENCHES, "wm"), default="rooms")
     p.add_argument(
         "--mode",
-        choices=(*MODES, "official", *BASELINES, "all"),
+        choices=modes,
         default="all",
-        help=f"all (default): {', '.join(MODES)}, for {', '.join(OWN_WORDS)} also official; search, gate: "
-        "the baselines",
-    )
-    p.add_argument(
-        "--policy",
-        help="folder or hub id (default: the newest of phase2, phase1, sft in out/, out/demo/)",
-    )
-    p.add_argument(
-        "--policy-url",
-        help="instead: an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; its "
-        "key, if it needs one, is read from OPENAI_API_KEY",
-    )
-    p.add_argument("--model", help="--policy-url: the model's name there")
-    p.add_argument(
-        "--concurrency", type=count, default=8, help="--policy-url: requests on their way at a time"
+        help=f"all (default): {', '.join(MODES)}, for {own_words} also official; search, gate: the baselines",
     )
     p.add_argument(
         "--simulator",
@@ -539,59 +587,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "(default: tuned; for --bench wm also untuned, if it has been trained)",
     )
     p.add_argument(
-        "--wm", help="folder or hub id of the tuned simulator (default: out/wm, then out/demo/wm)"
-    )
-    p.add_argument(
-        "--data",
-        help="rooms, wm: folder of questions_test.jsonl, triples_test.jsonl (default: the newer of out/data "
-        "and out/demo/data); others: the published files (default: data/<bench>, fetched if it is not there)",
-    )
-    p.add_argument(
-        "--frames",
-        type=count,
-        help="video benches: frames of a question (mmsi_video: 50 is Uniform-50, 300 "
-        "Sufficient-Coverage; default 50; vsi: 32)",
-    )
-    p.add_argument("--limit", type=count, help="only the first N questions or triples")
-    p.add_argument(
-        "--dose-rooms",
-        type=bounded(int, 0),
-        default=24,
-        help="wm: rooms for commanded against recovered motion",
-    )
-    p.add_argument("--matcher", help="wm in scans: folder or hub id of a keypoint matcher")
-    p.add_argument(
-        "--detector",
-        help="wm in scans: folder or hub id of a GroundingDINO; it looks for what --policy-url lists, or for a "
-        "fixed list",
-    )
-    p.add_argument("--out", help="default: out/eval/<bench>")
-    p.add_argument(
         "--report",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="report.html with every question's dialogue; it reads all pictures again (default: yes)",
     )
-    p.add_argument(
-        "--max-new-tokens",
-        type=count,
-        help="per turn of the policy (default: 4096, of a tiny policy 256; of --policy-url hidden reasoning "
-        "counts too)",
-    )
-    p.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the simulator's noise (decoding is greedy; --bench wm: each view has noise of its own, "
-        "whatever the seed)",
-    )
-    p.add_argument(
-        "--batch",
-        type=count,
-        help="questions at once: memory and speed only (default: of a tiny policy 64, of a published one 8, of "
-        "--policy-url --concurrency; search, gate: 4 or so for an 8B policy that reads sheets of many views)",
-    )
-    p.add_argument("--threads", type=count, help="CPU threads")
+    for name, (kind, default, text) in FLAGS.items():
+        p.add_argument(name, type=kind, default=default, help=text)
     args = p.parse_args(argv)
     twin = ["untuned"] if args.bench == "wm" and newest(("wm-untuned",)) else []
     args.simulator = args.simulator or ["tuned", *twin]
@@ -599,9 +601,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if bool(args.policy_url) != bool(args.model) or (args.policy_url and args.policy):
         p.error("--policy-url and --model go together, and without --policy")
     if args.mode == "official" and args.bench not in OWN_WORDS:
-        p.error(
-            f"--mode official is of {', '.join(OWN_WORDS)}: --bench {args.bench} is asked in one way only"
-        )
+        p.error(f"--mode official is of {own_words}: --bench {args.bench} is asked in one way only")
     return args
 
 

@@ -38,8 +38,8 @@ def option_letter(text: str, options: list[str]) -> str | None:
         letter, _, words = option.partition(". ")
         if text.strip().lower() == (words or option).lower():
             return letter
-    found = re.fullmatch(r"\s*([A-Za-z])(?:[.)].*)?\s*", text, re.DOTALL)
-    return found[1].upper() if found else None
+    match = re.fullmatch(r"\s*([A-Za-z])(?:[.)].*)?\s*", text, re.DOTALL)
+    return match[1].upper() if match else None
 
 
 class Prediction(TypedDict):

@@ -53,11 +53,11 @@ def motion_grid() -> Array:
 def render_at(room: Room, reference: Array, deltas: Array, size: int, supersample=1) -> Array:
     """Render from relative poses (n, 5) -> pixels (n, P) in [0, 1], float32; P = size * size * 3."""
     poses = np.stack([reference @ camera_pose(*delta) for delta in deltas])
-    parts = []
+    renders = []
     for start in range(0, len(poses), 16):
         views = render(room, poses[start : start + 16], size, supersample=supersample)
-        parts.append(views["rgb"])
-    return np.concatenate(parts).reshape(len(poses), -1).astype(np.float32) / 255
+        renders.append(views["rgb"])
+    return np.concatenate(renders).reshape(len(poses), -1).astype(np.float32) / 255
 
 
 def recover(
@@ -187,17 +187,17 @@ def content_counts(views: Array, true: Array) -> Array:
     thirds      thirds of the true view with a dominant object: those with the same one
     """
     view, target = describe(views), describe(true)
-    shown = view.count >= STRONG  # (n, 8)
-    real = target.count >= STRONG
+    in_view = view.count >= STRONG  # (n, 8)
+    in_target = target.count >= STRONG
     pairs = target.middle[:, :, None] - target.middle[:, None, :] > APART  # first right of second
-    pairs &= real[:, :, None] & real[:, None, :]  # (n, 8, 8)
+    pairs &= in_target[:, :, None] & in_target[:, None, :]  # (n, 8, 8)
     faint = view.count >= WEAK
     ordered = view.middle[:, :, None] > view.middle[:, None, :]
     ordered &= faint[:, :, None] & faint[:, None, :]
     counts = []
     for hit, case in (
-        (target.count >= WEAK, shown),
-        (faint, real),
+        (target.count >= WEAK, in_view),
+        (faint, in_target),
         (ordered, pairs),
         (view.dominant == target.dominant, target.dominant >= 0),
     ):

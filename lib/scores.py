@@ -147,19 +147,19 @@ def summarise(predictions: Rows, direct: Rows | None = None, truth: Rows | None 
         raise ValueError("no question has a gold answer: there is nothing to summarise")
     counted = [row for row, weight in zip(gold, official_weights(gold), strict=True) if weight > 0]
     alone = {row["key"]: row["correct"] for row in direct or ()}
-    summary = part_summary(counted, alone)
+    summary = group_summary(counted, alone)
     for key in MEANS:
         summary[key] = sum(row[key] for row in counted) / len(counted)
     summary["lenient"] = float(official_weights(counted) @ [row["lenient"] for row in counted])
     summary["by_category"] = {}
     for group in sorted({group for row in gold for group in row["groups"]}):
-        part = [row for row in gold if group in row["groups"]]
-        summary["by_category"][group] = part_summary(part, alone)
+        members = [row for row in gold if group in row["groups"]]
+        summary["by_category"][group] = group_summary(members, alone)
     summary["by_need"] = {}
     for title, need in STRATA.items():
-        part = [row for row in counted if row["needs_view"] is need]
-        if part:
-            summary["by_need"][title] = part_summary(part, alone)
+        members = [row for row in counted if row["needs_view"] is need]
+        if members:
+            summary["by_need"][title] = group_summary(members, alone)
     letters = Counter(row["answer"] or "none" for row in counted if row["kind"] == "mca")
     summary["letters"] = dict(sorted(letters.items()))
     summary["cost"] = mean_cost(predictions)
@@ -180,11 +180,11 @@ def summarise(predictions: Rows, direct: Rows | None = None, truth: Rows | None 
     return summary
 
 
-def part_summary(part: Rows, alone: dict[str, float]) -> dict:
+def group_summary(members: Rows, alone: dict[str, float]) -> dict:
     """`brief` of some predictions by the bench's weights, and their gain over mode direct if that is known."""
-    weights = official_weights(part)
-    gain = {"gain": gain_over(alone, part, weights)} if alone else {}
-    return brief(part, weights) | gain
+    weights = official_weights(members)
+    gain = {"gain": gain_over(alone, members, weights)} if alone else {}
+    return brief(members, weights) | gain
 
 
 def counts_of(predictions: Rows, counted: Rows) -> dict[str, int]:
@@ -230,12 +230,12 @@ def print_answers(runs: dict[tuple, dict], blind: dict[str, float | None]) -> No
     """
     summaries = list(runs.values())
     head = ["", "n", *(title_of(*run) for run in runs)]
-    parts = {"all": summaries}
-    for group in ("by_need", "by_category"):
-        for name in summaries[0][group]:
-            parts[name] = [summary[group].get(name) for summary in summaries]
+    groups = {"all": summaries}
+    for kind in ("by_need", "by_category"):
+        for name in summaries[0][kind]:
+            groups[name] = [summary[kind].get(name) for summary in summaries]
     rows, gains = [], []
-    for name, cells in parts.items():
+    for name, cells in groups.items():
         rows.append([name, cells[0]["n"], *map(accuracy_text, cells)])
         gains.append([name, cells[0]["n"], *map(gain_text, cells)])
     for key in ("lenient", "valid_calls", "invalid_calls", "seconds", "over_use", "under_use"):
@@ -254,14 +254,16 @@ def print_answers(runs: dict[tuple, dict], blind: dict[str, float | None]) -> No
         print("; ".join([f"{mode}, {simulator}, per question: {', '.join(cost)}", *counts]))
 
 
-def accuracy_text(part: dict | None) -> str | None:
-    """ "0.812 [0.75 0.87]  40%" of a part's `brief`."""
-    return part and "{accuracy:.3f} [{ci95[0]:.2f} {ci95[1]:.2f}] {call_rate:4.0%}".format(**part)
+def accuracy_text(summary: dict | None) -> str | None:
+    """ "0.812 [0.75 0.87]  40%" of a group's `brief`."""
+    return summary and "{accuracy:.3f} [{ci95[0]:.2f} {ci95[1]:.2f}] {call_rate:4.0%}".format(
+        **summary
+    )
 
 
-def gain_text(part: dict | None) -> str | None:
-    """ "+0.120 [+0.05 +0.19]" of a part's `gain_over`."""
-    gain = (part or {}).get("gain")
+def gain_text(summary: dict | None) -> str | None:
+    """ "+0.120 [+0.05 +0.19]" of a group's `gain_over`."""
+    gain = (summary or {}).get("gain")
     return gain and "{difference:+.3f} [{ci95[0]:+.2f} {ci95[1]:+.2f}]".format(**gain)
 
 

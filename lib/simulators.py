@@ -12,6 +12,7 @@ A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`
   anything else is the folder or hub id of a world model
 """
 
+import functools
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -132,14 +133,11 @@ def load_triples(path: str | Path, limit: int | None = None) -> list[dict]:
     The depth of the context, which rows of scans have, stays in its files.
     """
     rows = load_jsonl(path)[:limit]
-    pictures = {}
+    read_once = functools.cache(read)
     try:
         for row in rows:
-            for file in (*row["context"], row["target"]):
-                if file not in pictures:
-                    pictures[file] = read(file)
-            row["context"] = [pictures[file] for file in row["context"]]
-            row["target"] = pictures[row["target"]]
+            row["context"] = [read_once(file) for file in row["context"]]
+            row["target"] = read_once(row["target"])
             row["warp"] = np.array(decode(row["warp"]).convert("RGBA"))
     except PictureError as error:
         fail(
@@ -174,27 +172,33 @@ def imagine_targets(
     """
     views = []
     for start in tqdm(range(0, len(rows), batch), desc=title, unit="batch", disable=not is_main()):
-        part = rows[start : start + batch]
-        files = [folder and view_file(Path(folder), row) for row in part]
-        missing = [i for i, file in enumerate(files) if not (file and file.exists())]
-        new, failure = [], None
-        try:
-            if missing:
-                new = simulator.imagine([query_of(part[i]) for i in missing])
-        except SimulatorError as error:
-            new, failure = error.results, error
-        fresh = dict(zip(missing, new, strict=False))  # an error may bring no results
-        for i, view in fresh.items():
-            if files[i] and not isinstance(view, SimulatorError):
-                save_image(files[i], np.asarray(view))
-        if failure:
-            raise failure
-        for i, row in enumerate(part):
-            view = np.asarray(fresh[i]) if i in fresh else read(files[i])
-            shape = row["context"][row["reference"] - 1].shape  # the target's shape as well
-            if view.shape != shape:
-                view = np.asarray(Image.fromarray(view).resize(shape[1::-1], Image.BICUBIC))
-            views.append(view)
+        views += imagine_batch(simulator, rows[start : start + batch], folder and Path(folder))
+    return views
+
+
+def imagine_batch(simulator, rows: list[dict], folder: Path | None) -> list[Array]:
+    """`imagine_targets` of rows that are imagined together, but for those whose views lie in the folder."""
+    files = [folder and view_file(folder, row) for row in rows]
+    missing = [i for i, file in enumerate(files) if not (file and file.exists())]
+    failure = None
+    try:
+        fresh = simulator.imagine([query_of(rows[i]) for i in missing]) if missing else []
+    except SimulatorError as error:
+        failure = error
+        fresh = error.results
+    new = dict(zip(missing, fresh, strict=failure is None))  # an error may bring no results
+    for i, view in new.items():
+        if files[i] and not isinstance(view, SimulatorError):
+            save_image(files[i], np.asarray(view))
+    if failure:
+        raise failure
+    views = []
+    for i, row in enumerate(rows):
+        view = np.asarray(new[i]) if i in new else read(files[i])
+        shape = row["context"][row["reference"] - 1].shape  # the target's shape as well
+        if view.shape != shape:
+            view = np.asarray(Image.fromarray(view).resize(shape[1::-1], Image.BICUBIC))
+        views.append(view)
     return views
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import MOTIONS, stands_free
+from data import MOTIONS, SIDES, WAYS, stands_free
 from lib.consistency import compare, pose_errors, recover_all
 from lib.geometry import TABLE, Array, Motion, camera_pose, move_camera
 from lib.rooms import COLOURS, Room, random_room, render
@@ -72,9 +72,9 @@ def calibrate(rows: list[dict], most: int = CALIBRATED) -> dict[str, dict]:
 
 # ---- dose and response ----------------------------------------------------------------------------------------------
 
-DOSES = [Motion(f"turn {side}", 15.0 * i) for side in ("left", "right") for i in range(1, 13)]
-DOSES += [
-    Motion(f"move {way}", 0.25 * i) for way in ("left", "right", "forward") for i in range(1, 6)
+DOSES = [
+    *(Motion(f"turn {side}", 15.0 * i) for side in SIDES for i in range(1, 13)),
+    *(Motion(f"move {way}", 0.25 * i) for way in WAYS for i in range(1, 6)),
 ]
 
 
@@ -167,7 +167,7 @@ def dose_response(rows: list[dict], recovered: Array, trained: list[Motion]) -> 
             points.append({**point, "n": int(here.sum())})
         slope, correlation = slope_of(commanded[own], got[own])
         result[kind] = {"slope": slope, "correlation": correlation}
-        for key, part in (("slope_trained", own & known), ("slope_new", own & ~known)):
-            result[kind][key] = slope_of(commanded[part], got[part])[0] if part.any() else None
+        for key, some in (("slope_trained", own & known), ("slope_new", own & ~known)):
+            result[kind][key] = slope_of(commanded[some], got[some])[0] if some.any() else None
         result[kind]["points"] = points
     return result

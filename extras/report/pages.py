@@ -83,7 +83,7 @@ def dialogue_rows(records: dict, questions: list[dict]) -> list[dict]:
             row = predictions[key]
             called = row["valid_calls"] > 0
             hurt = alone is not None and called and row["correct"] < alone
-            reward = row.get("parts") or reward_parts(row, alone)
+            reward = reward_parts(row, alone)
             more = {"question": question, "run": title_of(*run), "hurt": hurt, "reward": reward}
             rows.append({**row, **more})
     return rows
