@@ -289,3 +289,16 @@ def test_the_evaluation_goes_on_where_it_was_stopped(motions, start, tmp_path, m
     records = read_log(tmp_path / "out/predictions.jsonl")
     assert [record["key"] for record in records] == [row["id"] for row in rows]
     assert all(record["correct"] == pytest.approx(1) and record["exact"] == 1 for record in records)
+
+
+def ask(motions, start, out):
+    command = f"--data {motions} --policy {start} --out {out} --limit 5 --threads 1"
+    evaluate.main(command.split())
+
+
+@pytest.mark.slow
+def test_two_ranks_ask_what_one_asks(motions, start, tmp_path):
+    ask(motions, start, tmp_path / "one")
+    on_ranks(2, ask, motions, start, tmp_path / "two")
+    one, two = (read_log(tmp_path / name / "predictions.jsonl") for name in ("one", "two"))
+    assert one == two and len(one) == 5

@@ -69,7 +69,7 @@ from lib.geometry import Motion, as_lists
 from lib.images import save_image
 from lib.records import SPLITS, build, save_jsonl
 from lib.rooms import TrueRenderer
-from lib.simulators import URLS, find_weights, load_simulator
+from lib.simulators import URLS, SimulatorError, find_weights, load_simulator
 from lib.stage import bounded, need, run_stage
 from lib.streams import numpy_stream
 
@@ -422,7 +422,7 @@ def parse_args(argv=None):
     p.add_argument("--limit", type=number, help="--anchors: contexts of a split at most")
     p.add_argument(
         "--detector",
-        help="folder or hub id of a GroundingDINO, such as IDEA-Research/grounding-dino-base, that finds the boxes of "
+        help="folder or hub id of a GroundingDINO, such as IDEA-Research/grounding-dino-tiny, that finds the boxes of "
         "D1 to D4 (default: only folders that bring boxes are asked about objects, and no scans)",
     )
     p.add_argument("--threads", type=number, default=2, help="processes")
@@ -442,6 +442,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Make questions of rooms, of scans, or of frames rendered elsewhere."""
+    # here, since both import this file
     from extras.world2vlm.frames import make_rendered
     from extras.world2vlm.scans import make_scan_questions
 
@@ -453,15 +454,18 @@ def main(argv=None):
         simulator = load_simulator(args.teacher, default_device())
     try:
         detect = args.detector and load_detector(args.detector, default_device())
-        if args.rendered:
-            make_rendered(args.out, args.rendered, detect, args.threads)
-        elif args.anchors:
+    except ValueError as error:
+        fail(f"{error}")
+    if args.rendered:
+        return make_rendered(args.out, args.rendered, detect, args.threads)
+    try:
+        if args.anchors:
             names = (args.teacher, args.detector)
             make_scan_questions(args.out, args.anchors, names, simulator, detect, args.limit)
         else:
             make_room_questions(args.out, simulator, args.rooms, threads=args.threads)
-    except ValueError as error:  # of a server that is down, or weights that cannot be had
-        fail(f"{error}")
+    except SimulatorError as error:
+        fail(f"--teacher {args.teacher}: {error}")
 
 
 if __name__ == "__main__":
