@@ -11,7 +11,7 @@ import pytest
 
 from data import FINE, stands_free
 from extras.world2vlm.objects import (
-    Detection,
+    TrackedBox,
     blind_column,
     image_detections,
     is_clear,
@@ -464,8 +464,8 @@ def test_the_true_renderer_does_not_drift_and_a_copier_does():
 
 def test_the_papers_filter_of_detections():
     image, box = np.zeros((100, 200, 3), np.uint8), (20, 20, 60, 60)
-    assert is_clear(Detection("chair", box, 0.3, 1), image) and not is_clear(
-        Detection("chair", box, 0.29, 1), image
+    assert is_clear(TrackedBox("chair", box, 0.3, 1), image) and not is_clear(
+        TrackedBox("chair", box, 0.29, 1), image
     )
     for bad in (
         (60, 20, 20, 60),
@@ -476,9 +476,9 @@ def test_the_papers_filter_of_detections():
         (20, 20, 199, 60),
         (20, 20, 60, 99.5),
     ):
-        assert not is_clear(Detection("chair", bad, 1.0, 1), image)
+        assert not is_clear(TrackedBox("chair", bad, 1.0, 1), image)
     assert is_clear(
-        Detection("chair", (2, 1, 40, 40), 1.0, 1), image
+        TrackedBox("chair", (2, 1, 40, 40), 1.0, 1), image
     )  # exactly 1 % inside is enough
 
 
@@ -524,7 +524,7 @@ def test_what_is_seen_unsurely_afterwards_neither_stays_nor_is_gone():
     """The paper's threshold holds for the target too, and both detections weigh."""
 
     def asked(confidence):
-        found = [Detection("chair", (8, 8, 16, 16), sure, 1) for sure in (0.8, confidence)]
+        found = [TrackedBox("chair", (8, 8, 16, 16), sure, 1) for sure in (0.8, confidence)]
         transition = Transition("t", NOISE, NOISE, [Motion("turn left", 10.0)], agreement=0.5)
         rows = questions_about(
             transition, np.random.default_rng(0), detect=lambda _: (found[:1], found[1:])
@@ -540,7 +540,7 @@ def test_what_is_seen_unsurely_afterwards_neither_stays_nor_is_gone():
 def test_prompts_word_for_word():
     """In A1 and A2 the alternatives stand where the released code says the true direction."""
     transition = Transition("t", NOISE, NOISE, [Motion("move forward", 0.5)])
-    chair = [Detection("chair", (8, 8, 16, 16), 1.0, 1)]
+    chair = [TrackedBox("chair", (8, 8, 16, 16), 1.0, 1)]
     rows = {
         row["category"]: row
         for row in questions_about(

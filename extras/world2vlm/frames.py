@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from extras.scans.make import split_of
-from extras.world2vlm.objects import Detection, tracked_by_label
+from extras.world2vlm.objects import TrackedBox, tracked_by_label
 from extras.world2vlm.questions import differ, records, write_motion_questions
 from extras.world2vlm.transitions import MOVES, TURNS, Transition, is_view, summed
 from extras.world2vlm.words import is_on_grid
@@ -142,7 +142,7 @@ def read_rendered(folder: Path) -> Transition:
 
 
 def read_detections(by_frame: dict, first: str, last: str) -> tuple[list, list]:
-    """{frame: rows} -> (Detections of the first frame, of the last). Raises ValueError."""
+    """{frame: rows} -> (TrackedBoxes of the first frame, of the last). Raises ValueError."""
     if not isinstance(by_frame, dict) or not {first, last} <= by_frame.keys():
         raise ValueError(f'"detections" should have those of {first} and of {last}, be they none.')
     pair = ([], [])
@@ -151,7 +151,7 @@ def read_detections(by_frame: dict, first: str, last: str) -> tuple[list, list]:
             for row in by_frame[name]:
                 box = tuple(map(float, row["box"]))
                 score = float(row.get("confidence", 1))
-                detections.append(Detection(str(row["label"]), box, score, row.get("track")))
+                detections.append(TrackedBox(str(row["label"]), box, score, row.get("track")))
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"a detection has no label and no box of four numbers ({error})."
@@ -237,7 +237,7 @@ def rendered_records(
 ) -> list[tuple[list[dict], str | None]]:
     """All questions about one folder -> [(records, what is wrong with it or None)].
 
-    detect    transition -> Detections, for folders without their own; None: these get A1 to A4 alone
+    detect    transition -> TrackedBoxes, for folders without their own; None: these get A1 to A4 alone
     Pictures stay where they are: "images" are their ways from `out`. "cluster" is the place.
     """
     name = folder.relative_to(root).as_posix()

@@ -1,7 +1,7 @@
 """
 Objects in the two pictures of a transition: what World2VLM's questions D1 to D4 are about.
 
-A Detection is a labelled box. In rooms all are known exactly; elsewhere a detector finds them, and only objects that
+A TrackedBox is a detection: a label and a box. In rooms all are known exactly; elsewhere a detector finds them, and only objects that
 cannot be confused are known to be the same in both pictures.
 """
 
@@ -20,7 +20,7 @@ MIN_AREA, MAX_AREA = 0.01, 0.6  # paper: share of the picture
 MIN_GAP = 0.01  # paper: from the edges, in sides of the picture
 
 
-class Detection(NamedTuple):
+class TrackedBox(NamedTuple):
     """An object in a picture. Two detections of one `track` are one object; None: nobody knows which one it is."""
 
     label: str
@@ -39,7 +39,7 @@ def room_detections(transition: Transition) -> tuple[list, list]:
             rows, columns = np.nonzero(ids == track + 1)
             if len(rows):
                 box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-                detections.append(Detection(thing.kind, tuple(map(int, box)), 1.0, track))
+                detections.append(TrackedBox(thing.kind, tuple(map(int, box)), 1.0, track))
     return pair
 
 
@@ -65,7 +65,7 @@ def image_detections(detector: Callable) -> Callable:
     def detect(transition):
         pair = []
         for image in (transition.source, transition.target):
-            pair.append([Detection(*row, None) for row in detector(image)])
+            pair.append([TrackedBox(*row, None) for row in detector(image)])
         return tracked_by_label(pair)
 
     return detect
@@ -79,13 +79,13 @@ def tracked_by_label(pair) -> tuple[list, list]:
     return tuple([d._replace(track=tracks.get(d.label)) for d in detections] for detections in pair)
 
 
-def area(detection: Detection, image: np.ndarray) -> float:
+def area(detection: TrackedBox, image: np.ndarray) -> float:
     """The share of the picture that a box fills."""
     (height, width), (x1, y1, x2, y2) = image.shape[:2], detection.box
     return max(x2 - x1, 0) * max(y2 - y1, 0) / (width * height)
 
 
-def is_clear(detection: Detection, image: np.ndarray) -> bool:
+def is_clear(detection: TrackedBox, image: np.ndarray) -> bool:
     """The paper's filter: sure enough, neither small nor large, and away from the picture's edges."""
     (height, width), (x1, y1, x2, y2) = image.shape[:2], detection.box
     if min(x1 / width, y1 / height) < MIN_GAP or max(x2 / width, y2 / height) > 1 - MIN_GAP:
@@ -95,7 +95,7 @@ def is_clear(detection: Detection, image: np.ndarray) -> bool:
 
 
 def most_confident(candidates: list[tuple], rng) -> tuple:
-    """The tuple of Detections with the largest sum of confidences; drawn among equals."""
+    """The tuple of TrackedBoxes with the largest sum of confidences; drawn among equals."""
     sums = [sum(detection.confidence for detection in each) for each in candidates]
     equal = [each for each, total in zip(candidates, sums, strict=True) if total == max(sums)]
     return equal[rng.integers(len(equal))]

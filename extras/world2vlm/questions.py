@@ -130,7 +130,7 @@ def records(transition, rng, claim=None, detect=None) -> list[dict]:
     """All questions about one transition, each a dict as of `record`.
 
     claim     of `false_claim`; None: A4 is not asked
-    detect    transition -> (Detections of the source, of the target); None: motion alone, A1 to A4
+    detect    transition -> (TrackedBoxes of the source, of the target); None: motion alone, A1 to A4
     """
     rows = motion_records(transition, rng, claim)
     if detect is not None:
