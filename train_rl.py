@@ -35,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 import rewards
@@ -355,9 +356,9 @@ class Episode:
     reward: float  # r
     match: float  # e
     format: float  # f
-    old_logprobs: torch.Tensor  # (L - 1,) under the policy that sampled: below the bar of the ratio
+    old_logprobs: Tensor  # (L - 1,) under the policy that sampled: below the bar of the ratio
     direct_match: float | None = None  # phase 2: e_direct of its question
-    start_logprobs: torch.Tensor | None = None  # (L - 1,) under the start policy, where they count
+    start_logprobs: Tensor | None = None  # (L - 1,) under the start policy, where they count
     advantage: float = 0.0  # A
     idle: bool = False  # only takes part in the collectives of a sharded model
 
@@ -467,7 +468,7 @@ def cells(episodes: list[Episode]) -> int:
     return cell_count([episode.trajectory for episode in episodes])
 
 
-def pad_stack(vectors: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+def pad_stack(vectors: list[Tensor], like: Tensor) -> Tensor:
     """1-D tensors of at most like.shape[1] entries -> one on the device of `like` (B, L - 1), zeros behind."""
     rows = [F.pad(vector, (0, like.shape[1] - len(vector))) for vector in vectors]
     return torch.stack(rows).to(like.device)
@@ -493,8 +494,13 @@ def set_logprobs(
 
 
 def grpo_loss(
-    logprobs, old_logprobs, advantages, loss_mask, clip_low=CLIP_LOW, clip_high=CLIP_HIGH
-):
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    clip_low: float = CLIP_LOW,
+    clip_high: float = CLIP_HIGH,
+) -> Tensor:
     """The clipped policy-gradient loss, *summed* over tokens: divide by the token count of the whole update, all ranks.
 
     logprobs, old_logprobs   (B, L) of the tokens under the policy now and under the one that sampled them
@@ -507,11 +513,11 @@ def grpo_loss(
     ratio = (logprobs - old_logprobs).exp()  # (B, L)
     advantages = advantages[:, None]  # (B, 1)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    gain = torch.minimum(ratio * advantages, clipped * advantages)
-    return -(gain * loss_mask).sum()
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    return -(surrogate * loss_mask).sum()
 
 
-def kl_to_start(logprobs, start_logprobs, loss_mask):
+def kl_to_start(logprobs: Tensor, start_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
     """Sum over tokens of the k3 estimate of KL(policy || start): exp(d) - d - 1 >= 0, d = log start - log policy."""
     d = start_logprobs - logprobs
     return ((d.exp() - d - 1) * loss_mask).sum()
@@ -724,8 +730,8 @@ def rollout_values(episode: Episode) -> dict[str, float]:
 
 
 def clip_stats(
-    ratio, advantages, clip_low=CLIP_LOW, clip_high=CLIP_HIGH
-) -> dict[str, torch.Tensor]:
+    ratio: Tensor, advantages: Tensor, clip_low: float = CLIP_LOW, clip_high: float = CLIP_HIGH
+) -> dict[str, Tensor]:
     """Per token (B, L - 1): its ratio, and whether the clip silences it, which it does where A wants it further out."""
     advantages = advantages[:, None]
     return {
