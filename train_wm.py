@@ -147,7 +147,7 @@ def read_image(path: str) -> np.ndarray:
 
 
 @dataclass
-class Pictures:
+class TriplePictures:
     """One context with its T targets, as the files hold them: uint8."""
 
     context: list  # (H, W, 3) each
@@ -157,7 +157,7 @@ class Pictures:
     warps: np.ndarray  # (T, H, W, 4) the context warped into each target view; alpha 255 where some context view sees it
 
 
-def read_pictures(rows: list[dict], read: Callable) -> Pictures:
+def read_pictures(rows: list[dict], read: Callable) -> TriplePictures:
     """The pictures of a group of triples."""
     targets = [read(row["target"]) for row in rows]
     warps = [read(row["warp"]) for row in rows]
@@ -167,7 +167,7 @@ def read_pictures(rows: list[dict], read: Callable) -> Pictures:
             f"The targets of one context and their warps must have one size, and the warps an alpha channel: "
             f"look at {rows[0]['target']} and the pictures beside it."
         )
-    return Pictures(
+    return TriplePictures(
         context=[on_white(read(path)) for path in rows[0]["context"]],
         reference=rows[0]["reference"],
         motions=[Motion(**row["motion"]) for row in rows],
@@ -176,7 +176,7 @@ def read_pictures(rows: list[dict], read: Callable) -> Pictures:
     )
 
 
-def augmented(p: Pictures, stream) -> Pictures:
+def augmented(p: TriplePictures, stream) -> TriplePictures:
     """One of the twelve rooms that a room makes: mirrored or not, with permuted colours.
 
     In the mirror, left and right change places in the words and along the ring.
@@ -188,7 +188,7 @@ def augmented(p: Pictures, stream) -> Pictures:
         for motion in p.motions:
             words = [MIRRORED.get(word, word) for word in motion.kind.split()]
             motions.append(Motion(" ".join(words), motion.amount))
-        p = Pictures(
+        p = TriplePictures(
             context=[image[:, ::-1] for image in reversed(p.context)],
             reference=len(p.context) + 1 - p.reference,
             motions=motions,

@@ -318,6 +318,8 @@ class WorldModel:
         prepare   called with the network while it is still on the meta device (adapters, sharding): each rank then
                   reads its own rows only
         """
+        import transformers
+
         folder = bagel_files.find_checkpoint(path)
         files = bagel_files.read_files(folder)
         file = folder / bagel_files.NETWORK
@@ -331,8 +333,10 @@ class WorldModel:
             autoencoder = bagel_files.PixelLatents()
         else:
             autoencoder = bagel_files.FluxLatents(folder / bagel_files.AUTOENCODER).to(device)
-        tokenizer = bagel_files.load_tokenizer(folder)
-        return cls(network, autoencoder, tokenizer, files, layout)
+        # Qwen2's tokenizer (vocab.json and merges.txt), or the tiny one
+        whole = (folder / "tokenizer.json").exists()
+        kind = transformers.PreTrainedTokenizerFast if whole else transformers.AutoTokenizer
+        return cls(network, autoencoder, kind.from_pretrained(folder), files, layout)
 
     def save(self, folder: str | Path, tensors=None) -> None:
         """Write the public layout, in the types it came in. Called on every rank; rank 0 writes.

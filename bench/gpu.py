@@ -63,8 +63,9 @@ def bagel_7b(layers: int = 28) -> Bagel:
         "patch_size": 14,
         "image_size": 980,
     }
+    files = {"llm_config": llm, "vit_config": vit, "config": {}}
     with torch.device("meta"):
-        return Bagel(Config.read(llm, vit, {}, 152_064, latent_grid=64, latent_numbers=64))
+        return Bagel(Config.read(files, 152_064, latent_grid=64, latent_numbers=64))
 
 
 def true_bagel(device, dtype: torch.dtype, layers: int = 28) -> WorldModel:

@@ -31,21 +31,11 @@ from lib.records import write_json
 NETWORK, AUTOENCODER = "ema.safetensors", "ae.safetensors"
 UNFIT = f"{AUTOENCODER} is not a FLUX autoencoder"
 MAX_PIXELS = 14 * 14 * 9 * 1024
-# names inside diffusers' autoencoder and inside FLUX's; first those of its attention
-FLUX_ATTENTION = {
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
-}
-FLUX_NAMES = {
-    "encoder.down_blocks.": "encoder.down.",
-    "samplers.0.conv": "sample.conv",
-    "resnets": "block",
-    "conv_shortcut": "nin_shortcut",
-    "conv_norm_out": "norm_out",
-}
+# names in diffusers' autoencoder and in FLUX's: of its attention, of the rest
+FLUX_ATTN = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+FLUX_BLOCKS = {"encoder.down_blocks.": "encoder.down.", "resnets": "block"}
+FLUX_BLOCKS |= {"samplers.0.conv": "sample.conv", "conv_shortcut": "nin_shortcut"}
+FLUX_BLOCKS |= {"conv_norm_out": "norm_out"}
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------------
@@ -132,10 +122,9 @@ class FluxLatents:
 
         self.path = path
         tensors = load_file(path)
-        downs = {key.split(".")[2] for key in tensors if key.startswith("encoder.down.")}
-        first = "encoder.down.0.block."
-        blocks = {key.split(".")[4] for key in tensors if key.startswith(first)}
-        levels = len(downs)
+        encoder = [key.split(".") for key in tensors if key.startswith("encoder.down.")]
+        levels = len({key[2] for key in encoder})
+        blocks = len({key[4] for key in encoder if key[2:4] == ["0", "block"]})
         sizes = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(max(1, levels))]
         sizes.append("encoder.conv_out.weight")
         complain(UNFIT, [f"{key} (missing)" for key in sizes if key not in tensors])
@@ -144,7 +133,7 @@ class FluxLatents:
         with torch.device("meta"):
             self.vae = AutoencoderKL(
                 block_out_channels=widths,
-                layers_per_block=len(blocks),
+                layers_per_block=blocks,
                 latent_channels=self.channels,
                 norm_num_groups=32,
                 down_block_types=["DownEncoderBlock2D"] * levels,
@@ -202,9 +191,9 @@ def to_flux(key: str, levels: int) -> str:
         key = key.replace(match[0], f"decoder.up.{levels - 1 - int(match[1])}")
     if match := re.search(r"mid_block\.resnets\.(\d)", key):
         key = key.replace(match[0], f"mid.block_{int(match[1]) + 1}")
-    for diffusers, flux in FLUX_ATTENTION.items():
+    for diffusers, flux in FLUX_ATTN.items():
         key = key.replace(f"mid_block.attentions.0.{diffusers}.", f"mid.attn_1.{flux}.")
-    for diffusers, flux in FLUX_NAMES.items():
+    for diffusers, flux in FLUX_BLOCKS.items():
         key = key.replace(diffusers, flux)
     return key
 
@@ -268,10 +257,9 @@ def complain(sentence: str, phrases: list[str]) -> None:
 def load_network(network: nn.Module, path: Path, device, dtype: torch.dtype) -> None:
     """Fill what is on the meta device in a network from a safetensors file, tensor by tensor, straight to its place.
 
-    Of a network that is sharded already (lib.distributed.shard) each rank reads its own rows only; buffers are whole on
-    every rank. On the CPU a tensor that has the type already is the mapped file itself: nothing is read until it is
-    used, and what is written into it stays in this process. Raises ValueError naming what is missing, left over or
-    misshapen.
+    Of a sharded network each rank reads its own rows only; buffers are whole on every rank. On the CPU a tensor that
+    has the type already is the mapped file itself: nothing is read until it is used, and what is written into it stays
+    in this process. Raises ValueError naming what is missing, left over or misshapen.
     """
     state = network.state_dict()
     empty = {key: value for key, value in state.items() if value.is_meta}
@@ -305,11 +293,3 @@ def write_checkpoint(folder: str | Path, tensors, layout: dict, files: dict, tok
             write_json(folder / f"{name}.json", content)
         tokenizer.save_pretrained(folder)
         coder.save(folder)
-
-
-def load_tokenizer(folder: Path):
-    """The tokenizer of a checkpoint: Qwen2's, or the tiny one; BAGEL's four markers are looked up in it by name."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    whole = (folder / "tokenizer.json").exists()  # else vocab.json and merges.txt
-    return (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(folder)
