@@ -8,6 +8,8 @@ How well a policy answers, in which mode, with which simulator; and how true the
   python evaluate.py --bench wm --data out/heldout                the same in scans (extras/report/real_views.py)
   torchrun --standalone --nproc_per_node 8 evaluate.py …          the same numbers; every process asks its share
 
+World2VLM's questions are asked by `python -m extras.world2vlm.evaluate`.
+
 In: the newest policy and simulator of out/ and out/demo/, the newer of out/data and out/demo/data.
 Out, in out/eval/<bench>/: results.json; report.html, every question as a dialogue; workflow.png, the modes side by side
 per category (the paper's Figure 3); predictions.jsonl, from which a killed run continues, and views/, what was imagined
@@ -459,7 +461,7 @@ def worth_asking(args: argparse.Namespace, questions: list[dict]) -> None:
 
 
 def open_policy(args: argparse.Namespace, device: torch.device) -> tuple:
-    """-> (the policy, what it is called in the results), and the defaults that depend on it."""
+    """-> (the policy, what it is called in the results); sets the flags whose defaults depend on it."""
     if args.policy_url:
         from extras.remote.client import RemotePolicy
 
