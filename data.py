@@ -30,6 +30,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.random import Generator
 
 from lib.distributed import fail, say
 from lib.geometry import (
@@ -78,13 +79,13 @@ FINE = [
 # ---- layouts: where the context cameras stand ------------------------------------------------------------------------
 
 
-def shuffled(rng: np.random.Generator) -> list[Array]:
+def shuffled(rng: Generator) -> list[Array]:
     """The ring in random order."""
     poses = ring(rng)
     return [poses[i] for i in rng.permutation(4)]
 
 
-def across(rng: np.random.Generator) -> list[Array]:
+def across(rng: Generator) -> list[Array]:
     """Four poses by the paper's rule, MIN_METERS apart on the floor and MIN_DEGREES in yaw; drawn until it holds.
 
     Each looks across the room, up to 25 degrees beside its middle: looking outwards they would hardly see a target.
@@ -176,7 +177,7 @@ def room_triples(seed: int, out: Path, layout: str = "ring", size: int = SIZE) -
     return rows
 
 
-def draw_targets(rng: np.random.Generator, start: Array, layout: str) -> dict[Motion, Array]:
+def draw_targets(rng: Generator, start: Array, layout: str) -> dict[Motion, Array]:
     """Some motions of a layout at random, and where they lead from `start`: {motion: c2w}, as far as one can stand there."""
     motions = FINE if layout == "fine" else MOTIONS
     targets = {}

@@ -16,8 +16,6 @@ import numpy as np
 
 Array = np.ndarray
 
-# ---- motions ---------------------------------------------------------------------------------------------------------
-
 
 class MotionKind(NamedTuple):
     """What a kind of motion is called, and what it does to the relative pose (dx, dy, dz, yaw, pitch)."""
@@ -41,9 +39,7 @@ TABLE = {
     "look down": MotionKind("look down {} degrees", "degrees", 4, -1.0),
 }
 KINDS = tuple(TABLE)
-
-# Components are compared at 1 m = 30 degrees: the paper asks the cameras of a context to differ by 1 m and 30 degrees.
-DEGREES_PER_METER = 30.0
+DEGREES_PER_METER = 30.0  # compares components: the paper asks the cameras of a context to differ by 1 m and 30 degrees
 
 
 @dataclass(frozen=True)
@@ -82,11 +78,10 @@ def select_context(images: list, reference: int, max_context: int) -> tuple[list
     returns (indices, reference): 0-based indices in list order (of two equally near the earlier), and the 1-based
     number of the reference among them. Raises ValueError if there is no such image.
     """
-    if not 1 <= reference <= len(images):
-        raise ValueError(
-            f"there is no Image-{reference}: the images are numbered 1 to {len(images)}"
-        )
-    by_distance = sorted(range(len(images)), key=lambda i: (abs(i + 1 - reference), i))
+    count = len(images)
+    if not 1 <= reference <= count:
+        raise ValueError(f"there is no Image-{reference}: the images are numbered 1 to {count}")
+    by_distance = sorted(range(count), key=lambda i: (abs(i + 1 - reference), i))
     indices = sorted(by_distance[:max_context])
     return indices, 1 + indices.index(reference - 1)
 
@@ -107,8 +102,7 @@ _PATTERNS = {kind: re.compile(row.phrase.format(_NUMBER)) for kind, row in TABLE
 def read_phrase(text: str) -> Motion:
     """Words -> Motion. Raises ValueError with the list of phrases if `text` is none of them."""
     for kind, pattern in _PATTERNS.items():
-        match = pattern.fullmatch(text.strip().removesuffix("."))
-        if match:
+        if match := pattern.fullmatch(text.strip().removesuffix(".")):
             return Motion(kind, float(match[1]))
     known = "; ".join(row.phrase.format("<number>") for row in TABLE.values())
     raise ValueError(f"cannot read the motion {text!r}; write one of: {known}")
@@ -163,20 +157,14 @@ def move_camera(c2w: Array, motion: Motion) -> Array:
 
 
 def decompose(source: Array, target: Array) -> Array:
-    """The relative pose as (..., 6) dx, dy, dz, yaw, pitch, roll: metres and degrees in the source camera's axes.
-
-    source, target   (..., 4, 4); their leading shapes broadcast
-    """
+    """The relative pose of cameras (..., 4, 4) as (..., 6) dx, dy, dz, yaw, pitch, roll: metres and degrees in the
+    source camera's axes. Leading shapes broadcast."""
     relative = np.linalg.inv(source) @ target
-    right = relative[..., :3, 0]
     forward = relative[..., :3, 2]
     yaw = np.arctan2(forward[..., 0], forward[..., 2])
     yaw = np.where(yaw > np.pi - 1e-8, yaw - 2 * np.pi, yaw)  # half a turn is one to the left
     pitch = np.arctan2(-forward[..., 1], np.hypot(forward[..., 0], forward[..., 2]))
-    # what is left of the rotation is roll: `right` along the first two columns of a rotation by yaw and pitch
-    level = right[..., 0] * np.cos(yaw) - right[..., 2] * np.sin(yaw)
-    ahead = right[..., 0] * np.sin(yaw) + right[..., 2] * np.cos(yaw)
-    roll = np.arctan2(ahead * np.sin(pitch) + right[..., 1] * np.cos(pitch), level)
+    roll = np.arctan2(relative[..., 1, 0], relative[..., 1, 1])
     angles = np.degrees(np.stack([yaw, pitch, roll], -1))
     return np.concatenate([relative[..., :3, 3], angles], -1)
 
@@ -189,9 +177,8 @@ def dominant_component(delta: Array, slack: float = 0.15, share: float = 0.20) -
     """
     size = np.abs(delta) / np.array([1, 1, 1, *[DEGREES_PER_METER] * 3])  # (..., 6), in metres
     main = size[..., :5].argmax(-1)
-    is_main = np.arange(6) == main[..., None]
-    largest = np.where(is_main, size, 0).max(-1)
-    second = np.where(is_main, 0, size).max(-1)
+    largest = size[..., :5].max(-1)
+    second = np.where(np.arange(6) == main[..., None], 0, size).max(-1)
     return np.where(second > np.maximum(slack, share * largest), -1, main)
 
 
@@ -239,19 +226,18 @@ def project(points: Array, intrinsics: Array, c2w: Array) -> tuple[Array, Array]
     return camera[..., :2] / safe_z * intrinsics[[0, 1], [0, 1]] + intrinsics[:2, 2], z
 
 
-CORNERS = np.array(
-    [(-0.5, -0.5), (-0.5, 0.5), (0.5, -0.5), (0.5, 0.5)]
-)  # (column, row): the four pixels around
+# (column, row): what leads from a point to the four pixels around it
+CORNERS = np.array([(-0.5, -0.5), (-0.5, 0.5), (0.5, -0.5), (0.5, 0.5)])
 
 
 def visible(
     points: Array, depth: Array, intrinsics: Array, c2w: Array, tolerance: float = 0.05
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array]:
     """Does a view see these points? It does if a point falls inside the image, in front of the camera, and one of the
     four pixels around it has its depth, within `tolerance` (metres, and the same share of the depth).
 
-    points (..., 3) world;  depth (h, w) metres, 0 = invalid;  intrinsics (3, 3);  c2w (4, 4)
-    returns error (...): how far the depth is off, inf where unseen; and the row and column (...) of that pixel.
+    points (..., 3) world;  depth (h, w) metres, 0 = invalid
+    returns error (...): how far the depth is off, inf where unseen; and (row, column) (2, ...) of that pixel.
     """
     height, width = depth.shape
     pixel, z = project(points, intrinsics, c2w)
@@ -264,34 +250,26 @@ def visible(
     off = np.where(there > 0, np.abs(there - z) / (1 + z), np.inf)  # metres near, a share far
     best = np.arange(len(off)), off.argmin(-1)
     error = np.full(inside.shape, np.inf)
-    rows = np.zeros(inside.shape, int)
-    columns = np.zeros(inside.shape, int)
+    index = np.zeros((2, *inside.shape), int)
     error[inside] = np.where(off[best] < tolerance, off[best], np.inf)
-    rows[inside] = row[best]
-    columns[inside] = column[best]
-    return error, rows, columns
+    index[:, inside] = row[best], column[best]
+    return error, index
 
 
 def warp(
-    target_depth: Array,
-    target_c2w: Array,
-    context: list,
-    intrinsics: Array,
-    tolerance: float = 0.05,
+    target_depth: Array, target_c2w: Array, context: list, intrinsics: Array, tolerance=0.05
 ) -> tuple[Array, Array]:
     """What the context views know of the target view: the inverse warp by the target's depth.
 
     target_depth (H, W) metres, 0 = invalid;  context: list of (rgb uint8 (h, w, 3), depth (h, w), c2w), or with its
-    own intrinsics behind them where they are not the target's. The view whose depth agrees best gives the colour
-    (see `visible`).
+    own intrinsics behind them where they are not the target's. The view whose depth agrees best gives the colour.
     returns rgb (H, W, 3) uint8, black where unseen, and a mask (H, W) bool of what some view sees.
     """
     points = unproject(target_depth, intrinsics, target_c2w)
     best_error = np.full(target_depth.shape, np.inf)
     colour = np.zeros((*target_depth.shape, 3), np.uint8)
     for rgb, depth, c2w, *own in context:
-        view_intrinsics = own[0] if own else intrinsics
-        error, row, column = visible(points, depth, view_intrinsics, c2w, tolerance)
+        error, (row, column) = visible(points, depth, *(own or [intrinsics]), c2w, tolerance)
         better = error < best_error
         best_error = np.where(better, error, best_error)
         colour = np.where(better[..., None], rgb[row, column], colour)

@@ -14,26 +14,23 @@ import numpy as np
 
 from lib.geometry import Array, Motion, as_lists, move_camera, phrase
 from lib.images import save_image
-from lib.rooms import SIZE, Room, random_room, render, ring
+from lib.rooms import SIZE, random_room, render, ring
 from lib.streams import numpy_stream
 
 # ---- what a view shows -----------------------------------------------------------------------------------------------
 
+REGIONS = ("left", "centre", "right")
 ASKS = {
     "largest": "which object looks largest?",
     "leftmost": "which object is furthest to the left?",
     "rightmost": "which object is furthest to the right?",
-    "left": "which object fills most of the left third?",
-    "centre": "which object fills most of the centre third?",
-    "right": "which object fills most of the right third?",
+    **{region: f"which object fills most of the {region} third?" for region in REGIONS},
 }
 CATEGORY = {
     "largest": "camera-object",
     "leftmost": "object-object",
     "rightmost": "object-object",
-    "left": "region",
-    "centre": "region",
-    "right": "region",
+    **dict.fromkeys(REGIONS, "region"),
 }
 VISIBLE = 16  # pixels of 1,024: an object that counts as seen
 
@@ -53,44 +50,39 @@ def facts(ids: Array, things: int) -> dict:
     if len(visible) == 0:
         return {ask: -1 for ask in ASKS} | {"seen": []}
 
-    def winner(scores, is_clear):
-        """The visible object with the highest score, None unless `is_clear(its score, the next one's)`."""
+    def winner(scores, ratio=1.0, gap=0):
+        """The visible object with the highest score; None if the next one's is nearer than that."""
         order = visible[np.argsort(-scores[visible], kind="stable")]
-        if len(order) > 1 and not is_clear(scores[order[0]], scores[order[1]]):
+        first, *others = scores[order]
+        if others and (first < ratio * others[0] or first - others[0] < gap):
             return None
         return int(order[0])
 
     centroid = (per_column * np.arange(width)).sum(1) / np.maximum(pixels, 1) * 32 / width
     answers = {
-        "largest": winner(pixels, lambda a, b: a >= 1.3 * b),
-        "leftmost": winner(-centroid, lambda a, b: a - b >= 3),
-        "rightmost": winner(centroid, lambda a, b: a - b >= 3),
+        "largest": winner(pixels, ratio=1.3),
+        "leftmost": winner(-centroid, gap=3),
+        "rightmost": winner(centroid, gap=3),
     }
     third = width // 3
-    columns = {
-        "left": slice(third),
-        "centre": slice(third, width - third),
-        "right": slice(width - third, width),
-    }
-    for ask, where in columns.items():
-        inside = per_column[:, where].sum(1)
-        best = winner(inside, lambda a, b: a >= 1.5 * b)
+    cuts = (0, third, width - third, width)
+    for ask, low, high in zip(REGIONS, cuts[:-1], cuts[1:], strict=True):
+        inside = per_column[:, low:high].sum(1)
+        answers[ask] = winner(inside, ratio=1.5)
         if inside.max() < 6 * scale:
-            best = -1
-        elif best is not None and inside[best] < 20 * scale:
-            best = None
-        answers[ask] = best
+            answers[ask] = -1
+        elif answers[ask] is not None and inside[answers[ask]] < 20 * scale:
+            answers[ask] = None
     return answers | {"seen": visible.tolist()}
 
 
-def usable(view_facts: dict, ask: str) -> bool:
+def _usable(view_facts, ask):
     """A question is asked where its answer is clear, and a comparison only where there is something to compare."""
-    answer = view_facts[ask]
     enough = CATEGORY[ask] == "region" or len(view_facts["seen"]) >= 2
-    return answer is not None and answer >= 0 and enough
+    return enough and view_facts[ask] not in (None, -1)
 
 
-def in_colours(view_facts: dict, room: Room) -> dict[str, str | None]:
+def _in_colours(view_facts, room):
     """Facts with objects called by their colour: {ask: "red", "none", or None where it is unclear}."""
     colours = {i: thing.colour for i, thing in enumerate(room.things)} | {-1: "none", None: None}
     return {ask: colours[view_facts[ask]] for ask in ASKS}
@@ -105,42 +97,33 @@ UNSEEN = [
 ]
 RING_TURNS = {  # and how many views further in the ring each leads
     Motion("turn left", 90.0): 1,
-    Motion("turn right", 90.0): -1,
+    Motion("turn right", 90.0): 3,
     Motion("turn left", 180.0): 2,
 }
-WALKS = {
-    "left": "it moved to the left",
-    "right": "it moved to the right",
-    "forward": "it moved forward",
-    "backward": "it moved backward",
-}
+WALKS = (*SIDES, "forward", "backward")
 
 
 def room_questions(seed: int, out: Path, per_kind: int = 2) -> list[dict]:
     """Questions (lib/records.Question) about one room: `per_kind` that need an unseen view, and as many that the given
     views answer. Pictures go to `out`/questions.
 
-    Of the latter, one in six asks for the camera's way between two views at different places (camera-camera), one
-    in six for a turn that ends at a given view (rotation), the others about one image. Beside the published fields a
-    row holds what only a room can know, for the cold start and for diagnosis, never shown to a policy in a question:
-    `view`, the true view that `command` leads to, and `shows`, the facts of every image and last of that view.
+    Of the latter, one in six asks for the camera's way between two views at different places (camera-camera), one in six
+    for a turn that ends at a given view (rotation), the others about one image. What only a room can know (`command`,
+    `view`, `shows`) is for the cold start and for diagnosis, and never shown to a policy in a question.
     """
     rng = numpy_stream("questions of a room", seed)
     room = random_room(seed)
     poses = ring(rng)
-    ring_facts = []
-    for ids in render(room, np.stack(poses), SIZE)["ids"]:
-        ring_facts.append(facts(ids, len(room.things)))
+    ring_ids = render(room, np.stack(poses), SIZE)["ids"]
+    ring_facts = [facts(ids, len(room.things)) for ids in ring_ids]
     letters = rng.permutation(2 * per_kind) % 4  # each as often as any other, in every room
     rows = []
     for i, letter in enumerate(letters):
         form = "unseen"
         if i >= per_kind:
             form = rng.choice(["image", "rotation", "camera"], p=[4 / 6, 1 / 6, 1 / 6])
-        if form == "camera":
-            draft = camera_question(rng, poses)
-        else:
-            draft = object_question(rng, room, poses, ring_facts, form)
+        draft = _camera_question(rng, poses) if form == "camera" else None
+        draft = draft or _object_question(rng, room, poses, ring_facts, form)
         if draft is None:  # a bare room: nothing clear to ask
             continue
         cameras = draft.pop("cameras", poses)
@@ -157,7 +140,7 @@ def room_questions(seed: int, out: Path, per_kind: int = 2) -> list[dict]:
         view = f"{folder}/q{i}_view.png"
         for path, rgb in zip([*images, view], truth["rgb"], strict=True):
             save_image(out / path, rgb)
-        shows = [in_colours(facts(ids, len(room.things)), room) for ids in truth["ids"]]
+        shows = [_in_colours(facts(ids, len(room.things)), room) for ids in truth["ids"]]
         rows.append(
             {
                 "id": f"room_{seed}_{i}",
@@ -176,9 +159,7 @@ def room_questions(seed: int, out: Path, per_kind: int = 2) -> list[dict]:
     return rows
 
 
-def object_question(
-    rng: np.random.Generator, room: Room, poses: list[Array], ring_facts: list[dict], form: str
-) -> dict | None:
+def _object_question(rng, room, poses, ring_facts, form):
     """A question about objects: "unseen" (after a motion that leads to a view not given), "rotation" or "image"."""
     motions = {"unseen": UNSEEN, "rotation": list(RING_TURNS), "image": [None]}[form]
     for _ in range(40):
@@ -189,15 +170,12 @@ def object_question(
         if form == "unseen":
             ids = render(room, move_camera(poses[k], motion), SIZE, supersample=1)["ids"][0]
             there = facts(ids, len(room.things))
-            if ring_facts[k][ask] in (
-                None,
-                there[ask],
-            ):  # the image itself says the same, or nothing
-                continue
+            if ring_facts[k][ask] in (None, there[ask]):
+                continue  # the image itself says nothing, or the same
         else:
             shown_by = 1 + (k + RING_TURNS.get(motion, 0)) % 4
             there = ring_facts[shown_by - 1]
-        if not usable(there, ask):
+        if not _usable(there, ask):
             continue
         start = f"In Image-{k + 1},"
         command = None
@@ -212,14 +190,15 @@ def object_question(
             "shown_by": shown_by,
             "motion": command,
             "answer": room.things[there[ask]].colour,
-            "others": distractors(rng, room, there, ask),
+            "others": _distractors(rng, room, there, ask),
         }
     return None
 
 
-def camera_question(rng: np.random.Generator, poses: list[Array]) -> dict:
+def _camera_question(rng, poses):
     """Two views that look the same way from places 1 m apart: which way did the camera go?"""
-    way = list(WALKS)[rng.integers(4)]
+    words = {way: f"it moved to the {way}" if way in SIDES else f"it moved {way}" for way in WALKS}
+    way = WALKS[rng.integers(4)]
     start = poses[rng.integers(4)]
     return {
         "question": "How did the camera get from Image-1 to Image-2?",
@@ -228,18 +207,15 @@ def camera_question(rng: np.random.Generator, poses: list[Array]) -> dict:
         "ask": None,
         "shown_by": None,
         "motion": None,
-        "answer": WALKS[way],
-        "others": [words for other, words in WALKS.items() if other != way],
+        "answer": words.pop(way),
+        "others": list(words.values()),
         "cameras": [start, move_camera(start, Motion(f"move {way}", 1.0))],
     }
 
 
-def distractors(rng: np.random.Generator, room: Room, view_facts: dict, ask: str) -> list[str]:
-    """Three other objects of the room: up to two that the asked view shows as well, then others.
-
-    Objects are called by their colour alone: the kind tells the size (a cabinet is more often the largest than a
-    ball), and the question would be half answered by its text.
-    """
+def _distractors(rng, room, view_facts, ask):
+    """Three other objects of the room: up to two that the asked view shows as well, then others. Called by their colour
+    alone: the kind tells the size (a cabinet is more often the largest than a ball)."""
     others = [i for i in rng.permutation(len(room.things)).tolist() if i != view_facts[ask]]
     first = [i for i in others if i in view_facts["seen"]][:2]
     rest = [i for i in others if i not in first]
@@ -256,7 +232,7 @@ def choose(rng: np.random.Generator, letter: int, answer: str, others: list[str]
 # ---- what a question's text gives away -------------------------------------------------------------------------------
 
 
-def text_features(question: dict) -> list[list[str]]:
+def _text_features(question):
     """What the text says of each option, a list of features per option: letter, words, their rank and likeness, then
     the same given the question with numbers left out, then the same given the whole question."""
     template = re.sub(r"\d+(\.\d+)?", "#", question["question"])
@@ -266,10 +242,9 @@ def text_features(question: dict) -> list[list[str]]:
     for letter, text, words in zip("ABCDEF", texts, ends, strict=False):
         alike = [sum(word in other for other in ends) for word in words]
         alone = [letter, text, *words, f"alike {alike}", f"rank {sorted(texts).index(text)}"]
-        row = list(alone)
+        features.append(list(alone))
         for condition in (template, question["question"]):
-            row += [f"{condition} | {feature}" for feature in alone]
-        features.append(row)
+            features[-1] += [f"{condition} | {feature}" for feature in alone]
     return features
 
 
@@ -277,11 +252,11 @@ def text_only_chance(train: list[dict], test: list[dict], epochs: int = 12) -> f
     """The best accuracy that the text alone allows, of several blind rules fitted on the training questions.
 
     The rules: the commonest letter; the commonest letter given the question; the option that was the answer most often
-    when offered, given the question or its template; a linear model of all `text_features`. Near 1 / number of options
+    when offered, given the question or its template; a linear model of all `_text_features`. Near 1 / number of options
     if no question gives itself away (the best of several is a little above).
     """
-    train_rows = [text_features(question) for question in train]
-    test_rows = [text_features(question) for question in test]
+    train_rows = [_text_features(question) for question in train]
+    test_rows = [_text_features(question) for question in test]
     train_gold = ["ABCDEF".index(question["answer"]) for question in train]
     test_gold = ["ABCDEF".index(question["answer"]) for question in test]
 
@@ -292,25 +267,24 @@ def text_only_chance(train: list[dict], test: list[dict], epochs: int = 12) -> f
             offered.update(option)
         right.update(options[gold])
 
-    def share(feature):
-        """How often an option with this feature was the answer."""
-        return (right[feature] + 1) / (offered[feature] + 4)
-
+    # how often an option with a feature was the answer; 1/4 for one that was never offered
+    share = {feature: (right[feature] + 1) / (offered[feature] + 4) for feature in offered}
     guesses = []
     width = len(train_rows[0][0]) // 3
-    for k in (0, 1):  # the letter, the whole text
-        for condition in (0, width, 2 * width):  # alone, given the template, given the question
-            guess = [
-                np.argmax([share(option[k + condition]) for option in row]) for row in test_rows
-            ]
-            guesses.append(guess)
-    guesses.append(linear_guesses(train_rows, train_gold, test_rows, list(offered), epochs))
+    for position in (0, 1):  # the letter, the whole text
+        for i in (
+            position,
+            position + width,
+            position + 2 * width,
+        ):  # alone, given the template, ...
+            guesses.append(
+                [np.argmax([share.get(row[i], 1 / 4) for row in rows]) for rows in test_rows]
+            )
+    guesses.append(_linear_guesses(train_rows, train_gold, test_rows, list(offered), epochs))
     return max(float(np.mean(np.array(guess) == test_gold)) for guess in guesses)
 
 
-def linear_guesses(
-    train_rows: list, train_gold: list[int], test_rows: list, known: list[str], epochs: int
-) -> list[int]:
+def _linear_guesses(train_rows, train_gold, test_rows, known, epochs):
     """Conditional logit over `known` features by stochastic gradient descent -> the option it takes, per test question."""
     index = {feature: i for i, feature in enumerate(known)}
     weights = np.zeros(len(index) + 1)  # the last one is every unknown feature: never learned

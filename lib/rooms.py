@@ -1,15 +1,15 @@
 """
 The embedded world: furnished rooms and a ray caster, so that everything runs without a download.
 
-A room is a box of 5 to 7 metres with muted walls and coloured furniture. Its floor is the plane y = 0 and y points
-down (OpenCV), so an eye at 1.3 m stands at y = -1.3. `render` gives colour, metric depth and instance ids from any
-camera; a few thousand views of 32 x 32 pixels per second and core.
+A room is a box of 5 to 7 metres with muted walls and coloured furniture. Its floor is the plane y = 0 and y points down
+(OpenCV), so an eye at 1.3 m stands at y = -1.3. A few thousand views of 32 x 32 pixels per second and core.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 
 from lib.geometry import Array, camera_pose, move_camera, pinhole, read_instruction
 from lib.streams import numpy_stream
@@ -98,12 +98,15 @@ class Room:
 def random_room(seed: int, things: int | None = None) -> Room:
     """A furnished room: `things` objects of different colours around the middle, which stays free to stand in.
 
-    things    None: as many as rooms of this seed have
-    The objects stand in sectors of equal angle, one per sector, 1.6 metres from the origin or further unless a wall is
-    too near. The same seed gives the same room; disjoint seeds make disjoint sets of scenes.
+    things    None: THINGS, but for the seeds of FURNISHED
+    The objects stand in sectors of equal angle, 1.6 metres from the origin or further unless a wall is too near. The same
+    seed gives the same room; disjoint seeds make disjoint sets of scenes.
     """
     rng = numpy_stream("room", seed)
-    things = things or things_of_seed(seed)
+    for first, count in FURNISHED.values():
+        if first <= seed < first + 1_000_000:
+            things = things or count
+    things = things or THINGS
     width, length = rng.uniform(5.0, 7.0, 2)
     colours = rng.permutation(list(COLOURS))[:things]
     start = rng.uniform(0, 360)
@@ -129,14 +132,6 @@ def random_room(seed: int, things: int | None = None) -> Room:
         ceiling=int(rng.integers(len(CEILINGS))),
         things=tuple(placed),
     )
-
-
-def things_of_seed(seed: int) -> int:
-    """How many objects the room of a seed has."""
-    for first, things in FURNISHED.values():
-        if first <= seed < first + 1_000_000:
-            return things
-    return THINGS
 
 
 # ---- ray casting -----------------------------------------------------------------------------------------------------
@@ -276,7 +271,7 @@ def render(room: Room, c2w: Array, size: int = SIZE, supersample: int = 2) -> di
     return {"rgb": np.clip(colour + 0.5, 0, 255).astype(np.uint8), "depth": depth, "ids": ids}
 
 
-def ring(rng: np.random.Generator, views: int = 4) -> list[Array]:
+def ring(rng: Generator, views: int = 4) -> list[Array]:
     """Poses at one spot near the middle of the room, each one left turn of 360 / views degrees further."""
     x, z = rng.uniform(-0.2, 0.2, 2)
     phase = rng.uniform(0, 360)
