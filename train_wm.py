@@ -176,29 +176,23 @@ def read_pictures(rows: list[dict], read: Callable) -> TriplePictures:
     )
 
 
-def augmented(p: TriplePictures, stream) -> TriplePictures:
-    """One of the twelve rooms that a room makes: mirrored or not, with permuted colours.
+def augment(p: TriplePictures, stream) -> None:
+    """Make one of a room's twelve rooms of its pictures, in place: mirrored or not, with permuted colours.
 
     In the mirror, left and right change places in the words and along the ring.
     """
     mirror = int(torch.randint(2, (), generator=stream))
     colours = list(COLOURS[int(torch.randint(len(COLOURS), (), generator=stream))])
     if mirror:
-        motions = []
-        for motion in p.motions:
+        p.context = [image[:, ::-1] for image in reversed(p.context)]
+        p.reference = len(p.context) + 1 - p.reference
+        p.targets, p.warps = p.targets[:, :, ::-1], p.warps[:, :, ::-1]
+        for k, motion in enumerate(p.motions):
             words = [MIRRORED.get(word, word) for word in motion.kind.split()]
-            motions.append(Motion(" ".join(words), motion.amount))
-        p = TriplePictures(
-            context=[image[:, ::-1] for image in reversed(p.context)],
-            reference=len(p.context) + 1 - p.reference,
-            motions=motions,
-            targets=p.targets[:, :, ::-1],
-            warps=p.warps[:, :, ::-1],
-        )
+            p.motions[k] = Motion(" ".join(words), motion.amount)
     p.context = [image[..., colours] for image in p.context]
     p.targets = p.targets[..., colours]
     p.warps = p.warps[..., [*colours, 3]]
-    return p
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------------
@@ -275,7 +269,7 @@ def make_sample(rows, model, encoder, read, args, stream) -> tuple[list, Targets
     """
     p = read_pictures(rows, read)
     if args.augment:
-        p = augmented(p, stream)
+        augment(p, stream)
     sentences = [instruction(motion, p.reference) for motion in p.motions]
     if args.shuffle_instructions:
         order = torch.randperm(len(rows), generator=stream).tolist()

@@ -33,9 +33,13 @@ UNFIT = f"{AUTOENCODER} is not a FLUX autoencoder"
 MAX_PIXELS = 14 * 14 * 9 * 1024
 # names in diffusers' autoencoder and in FLUX's: of its attention, of the rest
 FLUX_ATTN = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-FLUX_BLOCKS = {"encoder.down_blocks.": "encoder.down.", "resnets": "block"}
-FLUX_BLOCKS |= {"samplers.0.conv": "sample.conv", "conv_shortcut": "nin_shortcut"}
-FLUX_BLOCKS |= {"conv_norm_out": "norm_out"}
+FLUX_NAMES = {
+    "encoder.down_blocks.": "encoder.down.",
+    "resnets": "block",
+    "samplers.0.conv": "sample.conv",
+    "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out",
+}
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------------
@@ -193,7 +197,7 @@ def to_flux(key: str, levels: int) -> str:
         key = key.replace(match[0], f"mid.block_{int(match[1]) + 1}")
     for diffusers, flux in FLUX_ATTN.items():
         key = key.replace(f"mid_block.attentions.0.{diffusers}.", f"mid.attn_1.{flux}.")
-    for diffusers, flux in FLUX_BLOCKS.items():
+    for diffusers, flux in FLUX_NAMES.items():
         key = key.replace(diffusers, flux)
     return key
 
