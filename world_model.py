@@ -406,8 +406,9 @@ class WorldModel:
             self.warned = True
         alike = {}  # rows by reference and shapes of their images
         for index, query in enumerate(queries):
-            shown = (query.images, query.reference, query.instruction)
-            images, reference, sentence = self.arranged(*shown, settings)
+            images, reference, sentence = self.arranged(
+                query.images, query.reference, query.instruction, settings
+            )
             images = [resize(np.asarray(image), settings.vae_limits) for image in images]
             shape = (reference, *(image.shape for image in images))
             alike.setdefault(shape, []).append(Row(index, query.seed, images, sentence))

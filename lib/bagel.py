@@ -141,8 +141,8 @@ class ContextText(NamedTuple):
 
     def words(self) -> Tensor:
         """(R, L) bool: a word, neither <|im_start|>, <|im_end|> nor padding."""
-        place = torch.arange(self.ids.shape[1])
-        return ((place > 0) & (place < self.lengths[:, None] - 1)).to(self.ids.device)
+        index = torch.arange(self.ids.shape[1])
+        return ((index > 0) & (index < self.lengths[:, None] - 1)).to(self.ids.device)
 
 
 # ---- parts of the network ------------------------------------------------------------------------------------------------
@@ -660,9 +660,9 @@ class Bagel(nn.Module):
 
     def read_text(self, memory: Memory, text: ContextText, und_needed: bool = False):
         """Texts into a memory; returns the last layer's tokens (R, L, H), right if `und_needed`."""
-        place = torch.arange(text.ids.shape[1])
-        positions = memory.next[:, None] + place
-        positions = torch.where(place < text.lengths[:, None], positions, HIDDEN)
+        index = torch.arange(text.ids.shape[1])
+        positions = memory.next[:, None] + index
+        positions = torch.where(index < text.lengths[:, None], positions, HIDDEN)
         und = self.embed_text(text.ids)
         reading = Reading(memory, positions)
         und, _ = self.run(und, und[:, :0], self.rope(positions), reading, und_needed, False)
