@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 import rewards
 import train_rl
-from extras.remote.client import RemoteSimulator
 from lib import streams
 from lib.distributed import World
 from lib.records import read_log
@@ -550,7 +549,8 @@ def test_simulators_by_name(inputs, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="--simulator truth works in rooms only"):
         train_rl.main(command(inputs, tmp_path / "truth", "--simulator", "truth"))
     args = train_rl.parse_args(["--simulator", "http://127.0.0.1:9"])
-    assert isinstance(train_rl.open_simulator(args, ALONE), RemoteSimulator)
+    client = pytest.importorskip("extras.remote.client")
+    assert isinstance(train_rl.open_simulator(args, ALONE), client.RemoteSimulator)
     assert train_rl.open_simulator(train_rl.parse_args(["--mode", "direct"]), ALONE) is None
 
     def down(*_, **__):
