@@ -27,11 +27,8 @@ from experiments.runner import (
     markdown,
     mean_answers,
     mean_of,
-    print_jobs,
-    publish,
     rows_parser,
-    run_jobs,
-    select,
+    run_rows,
     words,
 )
 from lib.scores import STRATA, paired_bootstrap
@@ -142,20 +139,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return rows_parser(__doc__, "*-forced-*", "out/evidence/policy").parse_args(argv)
 
 
+LEGEND = "Calls: share of questions with a valid call. Over two-phase: on the same questions, [95 % interval over rooms]."
+
+
 def main(argv: list[str] | None = None) -> None:
     """Finish the rows one by one, then print the table of all that are finished."""
     args = parse_args(argv)
-    selected = select(ROWS, args, "-m experiments policy")
-    jobs = [job_of(row, seed, args.out) for row, seed in selected]
-    if args.list:
-        print_jobs(jobs, args.out)
-        return
-    run_jobs(jobs, args.out)
-    publish(
-        table(args.out),
-        args.out,
-        "Calls: share of questions with a valid call. Over two-phase: on the same questions, [95 % interval over rooms].",
-    )
+    run_rows(args, "experiments policy", ROWS, job_of, table, LEGEND)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.distributed import fail, say
+from lib.distributed import fail, say, setup
 from lib.records import read_log, write_json, write_text
 from lib.stage import need
 
@@ -123,16 +123,34 @@ def rows_parser(doc: str, example: str, out: str) -> argparse.ArgumentParser:
     return parser
 
 
-def select(rows: list, args: argparse.Namespace, script: str) -> list[tuple]:
-    """The (row, seed) that --only and --seeds name, in the order of the list; a sentence if no row matches.
+def run_rows(
+    args: argparse.Namespace,
+    script: str,
+    rows: list,
+    job_of: Callable,
+    table: Callable,
+    legend: str,
+) -> None:
+    """Finish the rows that --only and --seeds name, one by one, then print the table of all that are finished.
 
-    Of a row that trains nothing (`row.trains`) there is one seed.
+    rows   each has a `name`, and `trains`: if it does not, there is one seed of it
+    job_of(row, seed, out) -> Job;  table(out) -> the lines of table.md;  legend: what they mean
     """
     named = [row for row in rows if any(fnmatch(row.name, pattern) for pattern in args.only)]
     if not named:
         patterns = " or ".join(args.only)
-        fail(f"No row is called {patterns}. `python {script} --list` names them all.")
-    return [(row, seed) for seed in args.seeds for row in named if row.trains or seed == 0]
+        fail(f"No row is called {patterns}. `python -m {script} --list` names them all.")
+    jobs = []
+    for seed in args.seeds:
+        jobs += [job_of(row, seed, args.out) for row in named if row.trains or seed == 0]
+    if args.list:
+        print_jobs(jobs, args.out)
+        return
+    setup(1)
+    run_jobs(jobs, args.out)
+    text = "\n".join(table(args.out)) + "\n"
+    write_text(args.out / "table.md", text)
+    print(f"{text}\n{legend} {args.out}/table.md")
 
 
 def print_jobs(jobs: list[Job], out: Path) -> None:
@@ -183,10 +201,3 @@ def gap_text(difference: float, low: float, high: float, digits: int = 3) -> str
     """A difference and its interval as a cell: "+0.120 [+0.050 +0.190]"."""
     low_high = f"{low:+.{digits}f} {high:+.{digits}f}"
     return f"{difference:+.{digits}f} [{low_high}]"
-
-
-def publish(lines: list[str], out: Path, legend: str) -> None:
-    """Write the lines of table.md, and print them with what they mean."""
-    text = "\n".join(lines) + "\n"
-    write_text(out / "table.md", text)
-    print(f"{text}\n{legend} {out}/table.md")

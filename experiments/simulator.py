@@ -27,15 +27,12 @@ from experiments.runner import (
     finished_seeds,
     gap_text,
     markdown,
-    print_jobs,
-    publish,
     rows_parser,
-    run_jobs,
-    select,
+    run_rows,
     words,
 )
 from lib import consistency
-from lib.distributed import fail, setup
+from lib.distributed import fail
 from lib.records import readable
 from lib.simulators import imagine_targets, load_triples, oracle_views, trivial_views
 from lib.stage import run_stage
@@ -92,7 +89,7 @@ TERMS = {"plain": PLAIN, "content": CONTENT, "untuned": UNTUNED}
 ROWS = all_rows()
 
 
-def job_of(row: SimulatorRow, seed: int, steps: int, out: Path) -> Job:
+def job_of(row: SimulatorRow, seed: int, out: Path, steps: int) -> Job:
     """What makes a row: its data, the training, the scores of every test view."""
     folder = out / f"{row.name}-s{seed}"
     data = out / "data" / row.data
@@ -201,19 +198,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
+LEGEND = "Means over seeds; over plain: on the same views, [95 % interval over rooms]."
+
+
 def main(argv: list[str] | None = None) -> None:
     """Finish the rows one by one, then print the table of all that are finished."""
     args = parse_args(argv)
-    jobs = []
-    for row, seed in select(ROWS, args, "-m experiments simulator"):
-        jobs.append(job_of(row, seed, args.steps, args.out))
-    if args.list:
-        print_jobs(jobs, args.out)
-        return
-    setup(1)
-    run_jobs(jobs, args.out)
-    legend = "Means over seeds; over plain: on the same views, [95 % interval over rooms]."
-    publish(table(args.out), args.out, legend)
+    run_rows(args, "experiments simulator", ROWS, partial(job_of, steps=args.steps), table, LEGEND)
 
 
 if __name__ == "__main__":

@@ -39,11 +39,8 @@ from experiments.runner import (
     markdown,
     mean_answers,
     mean_of,
-    print_jobs,
-    publish,
     rows_parser,
-    run_jobs,
-    select,
+    run_rows,
     words,
 )
 from extras.world2vlm.evaluate import answer_record
@@ -51,7 +48,6 @@ from extras.world2vlm.questions import motion_questions, write_motion_questions
 from extras.world2vlm.rewards import world2vlm
 from extras.world2vlm.transitions import ROOMS, SEEN, drift, room_anchor
 from extras.world2vlm.words import TASKS, read_actions
-from lib.distributed import setup
 from lib.geometry import Motion
 from lib.records import load_jsonl, read_log, save_jsonl, write_json
 from lib.rooms import FURNISHED
@@ -460,22 +456,16 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return rows_parser(__doc__, "by-*", "out/evidence/world2vlm").parse_args(argv)
 
 
+LEGEND = (
+    "Per task: mean reward [95 % interval over rooms], share of full rewards. Way: share of right directions. "
+    "Over ...: on the same questions. Intervals leave out what another seed changes."
+)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Finish the rows one by one, then print the table of all that are finished."""
     args = parse_args(argv)
-    selected = select(ROWS, args, "-m experiments world2vlm")
-    jobs = [job_of(row, seed, args.out) for row, seed in selected]
-    if args.list:
-        print_jobs(jobs, args.out)
-        return
-    setup(1)
-    run_jobs(jobs, args.out)
-    publish(
-        table(args.out),
-        args.out,
-        "Per task: mean reward [95 % interval over rooms], share of full rewards. Way: share of right directions. "
-        "Over ...: on the same questions. Intervals leave out what another seed changes.",
-    )
+    run_rows(args, "experiments world2vlm", ROWS, job_of, table, LEGEND)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ from lib.images import save_image
 from lib.rooms import SIZE, random_room, render, ring
 from lib.streams import numpy_stream
 
-# ---- what a view shows -----------------------------------------------------------------------------------------------
-
 REGIONS = ("left", "centre", "right")
 ASKS = {
     "largest": "which object looks largest?",
@@ -36,11 +34,11 @@ VISIBLE = 16  # pixels of 1,024: an object that counts as seen
 
 
 def facts(ids: Array, things: int) -> dict:
-    """What an instance map (H, W) shows, exactly: {ask: index of the object, None if ambiguous, -1 if there is none}.
+    """What an instance map (H, W) shows, exactly: {ask: index of the object, None if ambiguous, -1 if there is none;
+    "seen": the objects that are visible at all}.
 
     largest: at least 1.3 times the pixels of the next.  leftmost, rightmost: centroids at least 3 of 32 columns
     apart.  left, centre, right: most pixels of that third, at least 2 % of the view and 1.5 times the next.
-    "seen" lists the objects that are visible at all.
     """
     width = ids.shape[1]
     scale = width**2 / 1024
@@ -233,8 +231,7 @@ def choose(rng: np.random.Generator, letter: int, answer: str, others: list[str]
 
 
 def _text_features(question):
-    """What the text says of each option, a list of features per option: letter, words, their rank and likeness, then
-    the same given the question with numbers left out, then the same given the whole question."""
+    """Features of each option: letter, words, rank, likeness; the same given the question without its numbers, or whole."""
     template = re.sub(r"\d+(\.\d+)?", "#", question["question"])
     texts = [option.split(". ", 1)[1] for option in question["options"]]
     ends = [(text.split()[0], text.split()[-1]) for text in texts]
@@ -252,8 +249,7 @@ def text_only_chance(train: list[dict], test: list[dict], epochs: int = 12) -> f
     """The best accuracy that the text alone allows, of several blind rules fitted on the training questions.
 
     The rules: the commonest letter; the commonest letter given the question; the option that was the answer most often
-    when offered, given the question or its template; a linear model of all `_text_features`. Near 1 / number of options
-    if no question gives itself away (the best of several is a little above).
+    when offered, given the question or its template; a linear model. Near 1 / options if nothing gives itself away.
     """
     train_rows = [_text_features(question) for question in train]
     test_rows = [_text_features(question) for question in test]

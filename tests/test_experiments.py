@@ -128,7 +128,7 @@ def scored(out, name, right, seed=0):
 def test_every_simulator_row_is_one_the_stages_understand(tmp_path):
     assert len({row.name for row in simulator.ROWS}) == len(simulator.ROWS)
     for row in simulator.ROWS:
-        for command in simulator.job_of(row, 0, 9, tmp_path).commands:
+        for command in simulator.job_of(row, 0, tmp_path, steps=9).commands:
             assert parsed(command).steps == 9
     for flags in simulator.DATA.values():
         parsed(words(f"data.py triples {flags}"))
