@@ -151,8 +151,8 @@ def room_triples(seed: int, out: Path, layout: str = "ring", size: int = SIZE) -
     for k, (motion, c2w) in enumerate(targets.items(), len(poses)):
         depth = views["depth"][k]
         warped, mask = warp(depth, c2w, context, pinhole(size))
-        covered = coverage(depth, mask)
-        if covered < MIN_COVERAGE or dominant_motion(poses[reference], c2w) != motion:
+        share = coverage(depth, mask)
+        if share < MIN_COVERAGE or dominant_motion(poses[reference], c2w) != motion:
             continue
         name = f"{folder}/{reference + 1}_{motion.kind.replace(' ', '_')}_{motion.amount:g}"
         alpha = 255 * mask[..., None].astype(np.uint8)
@@ -168,7 +168,7 @@ def room_triples(seed: int, out: Path, layout: str = "ring", size: int = SIZE) -
                 "instruction": instruction(motion, reference + 1),
                 "target": f"{name}.png",
                 "warp": f"{name}_warp.png",
-                "coverage": round(covered, 4),
+                "coverage": round(share, 4),
                 "room": seed,
                 "context_c2w": [as_lists(pose) for pose in poses],
                 "target_c2w": as_lists(c2w),

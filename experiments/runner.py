@@ -136,13 +136,13 @@ def run_rows(
     rows   each has a `name`, and `trains`: if it does not, there is one seed of it
     job_of(row, seed, out) -> Job;  table(out) -> the lines of table.md;  legend: what they mean
     """
-    named = [row for row in rows if any(fnmatch(row.name, pattern) for pattern in args.only)]
-    if not named:
+    matching = [row for row in rows if any(fnmatch(row.name, pattern) for pattern in args.only)]
+    if not matching:
         patterns = " or ".join(args.only)
         fail(f"No row is called {patterns}. `python -m {script} --list` names them all.")
     jobs = []
     for seed in args.seeds:
-        jobs += [job_of(row, seed, args.out) for row in named if row.trains or seed == 0]
+        jobs += [job_of(row, seed, args.out) for row in matching if row.trains or seed == 0]
     if args.list:
         print_jobs(jobs, args.out)
         return

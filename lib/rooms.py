@@ -42,11 +42,8 @@ FLOORS = np.array([(120, 104, 88), (104, 100, 100), (132, 120, 100), (96, 104, 9
 CEILINGS = np.array([(226, 224, 220), (214, 218, 222), (222, 214, 208)], np.float32)
 EYE = 1.3  # metres above the floor
 SIZE = 32  # pixels of the tiny world's pictures; the field of view is 90 degrees, so a ring of four tiles
-THINGS = 6  # objects of a room, but for rooms of these seeds:
-FURNISHED = {
-    "bare": (10_000_000, 2),
-    "cluttered": (11_000_000, 8),
-}  # first of a million seeds, objects
+THINGS = 6  # objects of a room, but for those of FURNISHED: (first of a million seeds, objects)
+FURNISHED = {"bare": (10_000_000, 2), "cluttered": (11_000_000, 8)}
 
 
 class Solid(NamedTuple):
@@ -110,7 +107,7 @@ def random_room(seed: int, things: int | None = None) -> Room:
     width, length = rng.uniform(5.0, 7.0, 2)
     colours = rng.permutation(list(COLOURS))[:things]
     start = rng.uniform(0, 360)
-    placed = []
+    objects = []
     for i, colour in enumerate(colours):
         half = rng.uniform(0.30, 0.50)
         tall = rng.uniform(0.6, 1.6)
@@ -122,7 +119,7 @@ def random_room(seed: int, things: int | None = None) -> Room:
         x, z = direction * rng.uniform(near, max(near, min(to_wall, 3.0)))
         kind = str(rng.choice(FURNITURE))
         yaw = float(rng.uniform(0, 90))
-        placed.append(Thing(kind, str(colour), float(x), float(z), yaw, half, tall))
+        objects.append(Thing(kind, str(colour), float(x), float(z), yaw, half, tall))
     return Room(
         width,
         length,
@@ -130,7 +127,7 @@ def random_room(seed: int, things: int | None = None) -> Room:
         walls=tuple(rng.permutation(len(WALLS))[:4].tolist()),
         floor=int(rng.integers(len(FLOORS))),
         ceiling=int(rng.integers(len(CEILINGS))),
-        things=tuple(placed),
+        things=tuple(objects),
     )
 
 
