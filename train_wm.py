@@ -34,7 +34,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lib import distributed, lora, stage
+from lib import distributed, stage
 from lib.bagel import LATENT_PATCH, MAX_IMAGES, patchify, token_grid
 from lib.bagel_files import resize, to_pixels
 from lib.checkpoints import load_state, save_state, training_tensors
@@ -404,18 +404,27 @@ def load_model(args: Namespace, world: distributed.World, most: int) -> WorldMod
     def prepare(network):
         """Adapters, recomputation, sharding: of --init before its tensors are read."""
         network.recompute = args.gradient_checkpointing
-        adapters, size = [], (args.lora, 2 * args.lora)
+        adapters = []
         if args.lora:
-            adapters = lora.add_lora(network, *size, lora.LANGUAGE_LAYERS, args.seed, world.device)
+            from extras.lora import LANGUAGE_LAYERS, add_lora
+
+            adapters = add_lora(
+                network,
+                rank=args.lora,
+                alpha=2 * args.lora,
+                names=LANGUAGE_LAYERS,
+                seed=args.seed,
+                device=world.device,
+            )
         distributed.shard(network, network.blocks, world, ignored=adapters)
 
     if not args.init:
         model = WorldModel.tiny(args.seed, args.size, max_context=min(MAX_IMAGES, most))
         prepare(model.network.to(world.device))
         return model
-    half = args.lora and world.device.type == "cuda"  # what is frozen
+    frozen_in_bf16 = args.lora and world.device.type == "cuda"
+    dtype = torch.bfloat16 if frozen_in_bf16 else torch.float32
     try:
-        dtype = torch.bfloat16 if half else torch.float32
         return WorldModel.load(args.init, world.device, dtype, prepare)
     except (OSError, ValueError) as error:
         fail(f"--init {args.init}: {error}")
@@ -433,6 +442,16 @@ def ema_weights(parameters: list, ema: list) -> Iterator[None]:
         finally:
             for p, own in zip(parameters, trained, strict=True):
                 p.copy_(own)
+
+
+def save_model(model: WorldModel, folder: Path, args: Namespace) -> None:
+    """Write the finished model, adapters added to the weights they stand beside."""
+    if not args.lora:
+        model.save(folder)
+        return
+    from extras.lora import merged
+
+    model.save(folder, merged(model.network))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -512,7 +531,7 @@ def main(argv: list[str] | None = None) -> None:
             stop.save_or_leave(done, args, functools.partial(save, done))
 
     with ema_weights(parameters, ema), whole_folder(out) as part:
-        model.save(part, lora.merged(network))
+        save_model(model, part, args)
     stage.finish(out, args.steps, clock)
 
 

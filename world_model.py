@@ -341,7 +341,7 @@ class WorldModel:
     def save(self, folder: str | Path, tensors=None) -> None:
         """Write the public layout, in the types it came in. Called on every rank; rank 0 writes.
 
-        tensors   (name, tensor) pairs that stand in for the network's own, such as lora.merged(network); maybe sharded
+        tensors   (name, tensor) pairs that stand in for the network's own, such as extras.lora.merged(network); maybe sharded
         """
         if tensors is None:
             tensors = self.network.state_dict().items()

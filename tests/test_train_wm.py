@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 import data
 import train_wm
-from lib import lora
 from lib.records import read_log
 from lib.stage import Interrupt
 from lib.streams import torch_stream
@@ -269,6 +268,7 @@ def test_two_ranks_train_the_model_of_one(rooms, tmp_path):
 @pytest.mark.slow
 def test_adapters_train_beside_frozen_weights_and_are_merged_when_saved(rooms, tmp_path):
     """--lora: from a checkpoint, in the same layout again; only what has an adapter has changed."""
+    lora = pytest.importorskip("extras.lora")
     model = WorldModel.tiny(0)
     with torch.no_grad():
         model.network.llm2vae.weight.normal_(std=0.05)  # zero would stop every gradient

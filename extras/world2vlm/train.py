@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+from extras.lora import QWEN_LAYERS, add_lora, merged
 from extras.world2vlm.evaluate import held_out_means
 from extras.world2vlm.words import INVERSE, TASKS
 from lib import checkpoints
@@ -46,7 +47,6 @@ from lib.distributed import (
     sum_gradients,
 )
 from lib.images import load_image
-from lib.lora import QWEN_LAYERS, add_lora, merged
 from lib.records import MetricLog, load_jsonl, whole_folder
 from lib.stage import (
     Clock,

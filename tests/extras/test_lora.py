@@ -1,4 +1,4 @@
-"""pytest tests/test_lora.py: LoRA by hand.  CPU, about 5 s."""
+"""pytest tests/extras/test_lora.py: LoRA by hand.  CPU, about 5 s."""
 
 import copy
 from pathlib import Path
@@ -9,10 +9,10 @@ from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from extras.lora import LANGUAGE_LAYERS, QWEN_LAYERS, LoraLinear, add_lora, merged
 from lib import checkpoints
 from lib.bagel_files import load_network
 from lib.distributed import clip_gradients, setup, shard, sum_gradients
-from lib.lora import LANGUAGE_LAYERS, QWEN_LAYERS, LoraLinear, add_lora, merged
 from policy import Policy
 from world_model import WorldModel
 
