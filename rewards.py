@@ -4,16 +4,16 @@ Every reward, as pure functions of what a rollout did.
 Astra rewards rollout i of question g in two phases (the weights are the paper's):
 
   phase 1, exploration and tool acquisition   r = e + lambda_fmt f + lambda_use min(n_tool, c)
-  phase 2, selective imagination              r = (phase 1) + alpha max(0, D_i) - beta max(0, -D_i)
-                                              D_i = e_i - e_g^direct
+  phase 2, selective imagination              r = (phase 1) + alpha max(0, Δ_i) - beta max(0, -Δ_i)
+                                              Δ_i = e_i - e_g^direct
 
   e          exact match of the answer, 0 or 1
   f          format: every turn can be read, every call be obeyed, and the episode ends in an answer, 0 or 1
   n_tool     valid simulator calls, whether or not a server then fails; c = 1: the first earns the bonus, others nothing
-  D_i        tool-induced gain: what imagining changed against answering the same question directly
+  Δ_i        tool-induced gain: what imagining changed against answering the same question directly
 
 Ours, where the paper is silent: e_g^direct is the mean exact match of a few no-tool rollouts of the same question by
-the current policy, and D_i = 0 for a rollout that used no tool, since no tool induced anything.
+the current policy, and Δ_i = 0 for a rollout that used no tool, since no tool induced anything.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def phase1_reward(match: float, form: float, n_tool: int, lambda_use: float = LA
 
 
 def tool_gain(match: float, n_tool: int, match_direct: float) -> float:
-    """D_i = e_i - e_g^direct in [-1, 1]; 0 for a rollout without a valid call (ours)."""
+    """Δ_i = e_i - e_g^direct in [-1, 1]; 0 for a rollout without a valid call (ours)."""
     return match - match_direct if n_tool > 0 else 0.0
 
 
@@ -65,28 +65,26 @@ def phase2_reward(
     n_tool: int,
     match_direct: float,
     lambda_use: float = LAMBDA_USE,
-    alpha: float = ALPHA,
-    beta: float = BETA,
 ) -> float:
-    """Phase 1 plus alpha max(0, D) - beta max(0, -D): imagine where it helps.
+    """Phase 1 plus alpha max(0, Δ) - beta max(0, -Δ): imagine where it helps.
 
     The paper's overview figure prints the last term without its inner minus; the formula in its text is this one.
     """
     gain = tool_gain(match, n_tool, match_direct)
     return (
         phase1_reward(match, form, n_tool, lambda_use)
-        + alpha * max(0.0, gain)
-        - beta * max(0.0, -gain)
+        + ALPHA * max(0.0, gain)
+        - BETA * max(0.0, -gain)
     )
 
 
 def group_advantages(
-    rewards: Sequence[float], group_size: int, divide_by_std: bool = True, eps: float = 1e-6
+    rewards: Sequence[float], group_size: int, divide_by_std: bool = True
 ) -> torch.Tensor:
     """Compare each rollout with the other rollouts of the same question (GRPO).
 
     rewards         (Q * G,), question-major: the G rollouts of one question are neighbours
-    divide_by_std   divide by the group's standard deviation (over G - 1) plus eps. This makes a bonus of 0.02 as loud
+    divide_by_std   divide by the group's standard deviation (over G - 1) plus 1e-6. This makes a bonus of 0.02 as loud
                     as a right answer wherever all answers of a group agree; without it A is just the difference
     returns         (Q * G,) float32; mean zero in each group, exactly zero where all rewards of a group are equal
     raises          ValueError if the rewards do not fill whole groups of at least two
@@ -100,12 +98,7 @@ def group_advantages(
     groups = rewards.view(-1, group_size)  # (Q, G)
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if divide_by_std:
-        advantages = advantages / (groups.std(dim=1, keepdim=True) + eps)  # ddof 1
-    advantages = advantages * varied(rewards, group_size)[:, None]
+        advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-6)  # ddof 1
+    has_signal = groups.amax(dim=1) - groups.amin(dim=1) > 1e-9  # beyond the rounding of sums
+    advantages = advantages * has_signal[:, None]
     return advantages.flatten().float()
-
-
-def varied(rewards: Sequence[float], group_size: int, tolerance: float = 1e-9) -> torch.Tensor:
-    """(Q,) bool: groups with something to learn from, i.e. whose rewards are not all equal (up to rounding of sums)."""
-    groups = torch.as_tensor(rewards, dtype=torch.float64).view(-1, group_size)
-    return groups.amax(dim=1) - groups.amin(dim=1) > tolerance

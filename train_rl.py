@@ -15,18 +15,19 @@ Reinforcement learning of the policy with the simulator in the loop: GRPO in two
   resume       the same command
 
 Ablations of the reward (experiments/policy.py), as long as the 12 + 60 steps of both phases, each with its own --out:
-  usage-only          --phase 1 --steps 72                           no gain term
-  match-only          --phase 1 --steps 72 --lambda-use 0            neither
-  single-stage        --phase 2 --steps 72 --policy out/sft          all terms from the start
-  gain-only           the same with --lambda-use 0                   no bonus for use
-  direct-only         --phase 1 --steps 72 --mode direct             no tool
+                                                                           in the paper's Table 3
+  usage-only    --phase 1 --steps 72                                       phase 1 only
+  gain-only     --phase 2 --steps 72 --policy out/sft --lambda-use 0       tool gain only (ours keeps e and f)
+  single-stage  --phase 2 --steps 72 --policy out/sft                      ours: all terms from the start
+  match-only    --phase 1 --steps 72 --lambda-use 0                        ours: neither bonus nor gain
+  direct-only   --phase 1 --steps 72 --mode direct                         ours: no tool
 
 Out: the policy, log.jsonl (its keys: LOG, below), dialogues/ (words and pictures of each evaluation), curves.png.
 
 Ours, where the paper is silent: advantages are divided by the group's deviation, which makes small bonuses loud
-(--no-divide-by-std; the README says what follows); the loss is a mean over all tokens of an update, those of the
-policy only; groups whose rewards are all equal teach nothing and are left out, of the mean too; no KL term unless
-asked for (--kl-weight).
+(--no-divide-by-std; the README says what follows); the loss is a mean over all tokens of an optimiser step
+(a minibatch, all ranks), those of the policy only; groups whose rewards are all equal have no signal
+and are left out, of the mean too; no KL term unless asked for (--kl-weight).
 """
 
 from argparse import Namespace
@@ -36,7 +37,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import rewards
 from lib import checkpoints, simulators
@@ -106,7 +107,7 @@ FLAGS = [
         "tuned",
         "tuned",
         f"{', '.join(simulators.NAMES)}, the folder or hub id of a world model, or a URL (lib/simulators.py); "
-        "none: calls are told so",
+        "none: a call is answered by a sentence",
     ),
     Flag(
         "--data",
@@ -120,7 +121,7 @@ FLAGS = [
     Flag("--steps", None, 200, "batches of rollouts; default: phase 1 12, phase 2 60", 1),
     Flag("--questions", 16, 128, "per step, all ranks together", 1),
     Flag("--group", 8, 8, "G, rollouts per question", 2),
-    Flag("--direct", 4, 4, "K, phase 2: no-tool rollouts per question", 1),
+    Flag("--direct-rollouts", 4, 4, "K, phase 2: no-tool rollouts per question", 1),
     Flag("--max-new-tokens", 64, 4096, "per turn", 1),
     Flag("--lambda-use", rewards.LAMBDA_USE, rewards.LAMBDA_USE, "bonus for a call (paper: 0.02)"),
     Flag("--divide-by-std", True, True, "advantages by the deviation of their group"),
@@ -128,15 +129,11 @@ FLAGS = [
     Flag("--lr", 6e-5, 1e-6, "AdamW, peak", 0),
     Flag("--warmup", 2, 10, "steps to the peak", 0),
     Flag("--lr-floor", 0.1, 1.0, "share of the peak where the cosine ends; 1: constant", 0, 1),
-    Flag("--kl-weight", 0.0, 0.0, "of the KL to the start policy in the loss", 0),
     Flag(
-        "--watch-kl",
-        True,
-        False,
-        "log that KL at evaluations even where it has no weight; a weight or this keeps the start policy in memory",
+        "--kl-weight", 0.0, 0.0, "weight of the KL to the start policy, a second model in memory", 0
     ),
     Flag("--eval-every", None, 10, "steps; 0: never; default: phase 1 4, phase 2 12", 0),
-    Flag("--eval-questions", 200, 256, "held-out questions per evaluation", 0),
+    Flag("--eval-questions", 200, 256, "held-out questions, the same for every --seed", 1),
     # memory, speed and safety only: these never change the numbers
     Flag(
         "--rows", 64, 8, "dialogues written together, per rank; 8 of astra: 4.8 GB", 1, neutral=True
@@ -145,7 +142,7 @@ FLAGS = [
         "--micro-batch-tokens",
         4096,
         8192,
-        "tokens per forward pass and rank, with padding (a longer rollout has a pass to itself)",
+        "cells (tokens and padding) per pass and rank; a longer rollout has a pass to itself",
         1,
         neutral=True,
     ),
@@ -170,9 +167,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         args.parser.error(
             f"--questions {args.questions} does not split into --minibatches {args.minibatches} of equal size"
         )
-    suffix = "-astra" if args.preset == "astra" else ""
-    first = "Qwen/Qwen3-VL-8B-Instruct" if suffix else "out/sft"
-    args.policy = args.policy or (first if args.phase == 1 else f"out/phase1{suffix}")
+    if args.mode == "direct" and args.phase == 2:
+        args.parser.error("--mode direct has no phase 2: without the tool there is no gain")
+    astra = args.preset == "astra"
+    suffix = "-astra" if astra else ""
+    base = "Qwen/Qwen3-VL-8B-Instruct" if astra else "out/sft"
+    args.policy = args.policy or (base if args.phase == 1 else f"out/phase1{suffix}")
     args.out = args.out or f"out/phase{args.phase}{suffix}"
     args.steps = args.steps or TINY_STEPS[args.phase]
     if args.eval_every is None:
@@ -182,10 +182,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def inputs_of(args: Namespace) -> list[tuple[str | Path, str]]:
     """(path, the command that makes it) of every input."""
-    preset = " --preset astra" if args.preset == "astra" else ""
-    before = "train_sft.py" if args.phase == 1 else f"train_rl.py --phase 1{preset}"
-    inputs = [(args.policy, f"python {before}")]
-    maker = "-m extras.scans.mining --questions FILE --policy FOLDER" if preset else "data.py"
+    astra = args.preset == "astra"
+    preset = " --preset astra" if astra else ""
+    after_phase1 = Path(args.policy).name.startswith("phase1")
+    stage = f"train_rl.py --phase 1{preset}" if after_phase1 else "train_sft.py"
+    inputs = [(args.policy, f"python {stage}")]
+    maker = "-m extras.scans.mining --questions FILE --policy FOLDER" if astra else "data.py"
     for folder in args.data:
         for split in ("train", "val"):
             file = Path(folder, f"questions_{split}.jsonl")
@@ -199,68 +201,69 @@ def inputs_of(args: Namespace) -> list[tuple[str | Path, str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Sample and imagine, score, advantage, logprob, update; and again."""
+    """Sample and imagine, score, advantage, logprob, update: for every step."""
     args = parse_args(argv)
     begin(f"train_rl --phase {args.phase}", args, FLAGS, inputs_of(args))
     world = setup(args.threads)
     out = Path(args.out)
     train, held_out = open_questions(args, world)
-    simulator = open_simulator(args, world)
+    simulator = None
+    if args.mode == "agentic":
+        simulator = simulators.load_simulator(args.simulator, world.device, args.wm)
     policy = prepare(Policy.load(args.policy, world.device, torch.float32), args, world)
     start_policy = None
-    if args.kl_weight > 0 or args.watch_kl:
+    if args.kl_weight:
         start_policy = prepare(Policy.load(args.policy, world.device, torch.float32), args, world)
 
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=BETAS, weight_decay=0.0, fused=True)
     tensors = checkpoints.training_tensors(policy.model, optimizer)
-    first, state = checkpoints.load_state(out / "training", tensors) or (0, {})
-    if first:
-        say(f"going on after step {first} of {args.steps}")
-    log = MetricLog(out / "log.jsonl", first)
+    start_step, state = checkpoints.load_state(out / "training", tensors) or (0, {})
+    if start_step:
+        say(f"going on after step {start_step} of {args.steps}")
+    log = MetricLog(out / "log.jsonl", start_step)
     clock = Clock(state.get("clock"))
 
-    def save():
-        checkpoints.save_state(out / "training", step + 1, tensors, {"clock": clock.read()})
+    def save(done: int):
+        checkpoints.save_state(out / "training", done, tensors, {"clock": clock.read()})
 
+    bar = progress(args.steps, start_step, f"phase {args.phase}")
     with Interrupt() as stop:
-        for step in (bar := progress(args.steps, first, f"phase {args.phase}")):
-            seconds = Stopwatch()
-            metrics = {"lr": set_learning_rate(optimizer, step, args), "seconds": seconds}
-            evaluating = args.eval_every > 0 and step % args.eval_every == 0
-            if evaluating:
+        for step in bar:
+            metrics = {"lr": set_learning_rate(optimizer, step, args)}
+            if args.eval_every and step % args.eval_every == 0:
                 folder = out / "dialogues" / f"step_{step:06d}"
                 metrics["eval"] = evaluate(policy, held_out, simulator, args, world, folder)
 
             # sample, imagine: G rollouts per question of this rank; in phase 2 also K without the tool
+            seconds = Stopwatch()
             order = rows_of_step(len(train), args.questions, step, args.seed)
             questions = [train[row] for row in order[world.rank :: world.size]]
             with seconds("sample"):
                 timed = TimedSimulator(simulator, seconds) if simulator else None
-                trajectories = sample_trajectories(
+                rollouts = sample_groups(
                     policy, questions, timed, args.mode, args, step, args.group, TEMPERATURE
                 )
-                without_tool = []
+                direct_rollouts = []
                 if args.phase == 2:
-                    without_tool = sample_trajectories(
-                        policy, questions, None, "direct", args, step, args.direct, TEMPERATURE
+                    size = args.direct_rollouts
+                    direct_rollouts = sample_groups(
+                        policy, questions, timed, "direct", args, step, size, TEMPERATURE
                     )
 
             # score: e, f, the number of calls, and in phase 2 the gain over answering directly
             with seconds("score"):
-                episodes = score_rollouts(trajectories, without_tool, args)
+                groups = reward_rollouts(rollouts, direct_rollouts, args)
 
-            # advantage: each rollout against its group; groups that teach nothing go
+            # advantage: each rollout against its group; groups without signal go
             with seconds("advantage"):
-                set_advantages(episodes, args.group, args.divide_by_std)
-                minibatches = split_minibatches(
-                    episodes, args.group, args.questions, args.minibatches, world
-                )
+                set_advantages(groups, args.divide_by_std)
+                minibatches = split_minibatches(groups, args.questions, args.minibatches, world)
 
-            # logprob: under the start policy where it counts; on a GPU under this one too, since bf16 rounds otherwise
-            # in the rollout's cached passes
+            # logprob: under the start policy where its KL counts; on a GPU also under the policy itself: in bf16 the
+            # rollout's cached passes round differently from training's, so the ratio would not start at 1
             with seconds("logprob"):
-                if start_policy and (args.kl_weight > 0 or evaluating):
+                if start_policy:
                     set_logprobs(
                         "start_logprobs", start_policy, minibatches, args.micro_batch_tokens
                     )
@@ -277,12 +280,12 @@ def main(argv: list[str] | None = None) -> None:
                     kl_weight=args.kl_weight,
                 )
 
-            metrics |= rollout_means(episodes, args.group)
-            log.write(step, **metrics)
-            bar.set_postfix(
-                {key: f"{metrics[key]:.2f}" for key in ("reward", "match", "call_rate")}
-            )
-            del trajectories, without_tool, episodes, minibatches  # and their images
+            metrics |= rollout_means(groups) | group_means(groups)
+            log.write(step, **metrics, seconds=seconds)
+            shown = ("reward", "match", "call_rate")
+            bar.set_postfix({key: f"{metrics[key]:.2f}" for key in shown})
+            # frees the image features on the GPU before save and the next step
+            del rollouts, direct_rollouts, groups, minibatches
             stop.save_or_leave(step + 1, args, save)
 
     if args.eval_every:
@@ -310,36 +313,38 @@ class TimedSimulator:
             return self.simulator.imagine(queries)
 
 
-def sample_trajectories(
+def sample_groups(
     policy: Policy,
     questions: list[dict],
     simulator,
     mode: str,
     args: Namespace,
     step: int,
-    group: int,
+    size: int,
     temperature: float,
-) -> list[Trajectory]:
-    """`group` rollouts per question, question-major, drawn from the stream of (--seed, mode, step).
+) -> list[list[Trajectory]]:
+    """A group of `size` rollouts for each question, drawn from the stream of (--seed, mode, step).
 
     args   seed, max_new_tokens and rows count
     """
     seed = stream_seed("run", args.seed, mode, step)
     try:
         with unsharded(policy.model):
-            return rollout(
+            trajectories = rollout(
                 policy,
                 questions,
                 simulator,
                 mode,
-                group,
+                size,
                 temperature,
                 seed,
                 max_new_tokens=args.max_new_tokens,
                 rows=args.rows,
             )
     except simulators.SimulatorError as error:
-        fail(f"{error}. The same command goes on from the last checkpoint.")
+        fail(f"{error} The same command goes on from the last checkpoint.")
+    starts = range(0, len(trajectories), size)
+    return [trajectories[start : start + size] for start in starts]
 
 
 # ---- score, advantage ------------------------------------------------------------------------------------------------
@@ -347,7 +352,7 @@ def sample_trajectories(
 
 @dataclass
 class Episode:
-    """A finished rollout with its reward, and what an update needs. L: tokens of the trajectory.
+    """A rollout with its reward, and what an update needs. L: tokens of the trajectory.
 
     Entry j of a log-prob vector is about token j + 1.
     """
@@ -356,28 +361,28 @@ class Episode:
     reward: float  # r
     match: float  # e
     format: float  # f
-    old_logprobs: Tensor  # (L - 1,) under the policy that sampled: below the bar of the ratio
-    direct_match: float | None = None  # phase 2: e_direct of its question
-    start_logprobs: Tensor | None = None  # (L - 1,) under the start policy, where they count
+    old_logprobs: Tensor  # (L - 1,) under the policy that sampled: denominator of the ratio
+    match_direct: float | None = None  # phase 2: e_direct of its question
+    # set later
     advantage: float = 0.0  # A
+    start_logprobs: Tensor | None = None  # (L - 1,) under the start policy, where --kl-weight asks
     idle: bool = False  # only takes part in the collectives of a sharded model
 
     @property
-    def tokens(self) -> int:
+    def n_tokens(self) -> int:
         """How many tokens the loss counts."""
         return 0 if self.idle else sum(self.trajectory.loss_mask)
 
 
-def score_rollouts(
-    trajectories: list[Trajectory], without_tool: list[Trajectory], args: Namespace
-) -> list[Episode]:
-    """Reward every rollout, in phase 2 by the no-tool rollouts of its own question too."""
-    direct = groups_of(without_tool, args.direct)  # phase 1: none
-    episodes = []
-    for number, trajectory in enumerate(trajectories):
-        e_direct = mean_match(direct[number // args.group]) if direct else None
-        episodes.append(episode_of(trajectory, args, e_direct))
-    return episodes
+def reward_rollouts(
+    rollouts: list[list[Trajectory]], direct_rollouts: list[list[Trajectory]], args: Namespace
+) -> list[list[Episode]]:
+    """Reward the rollouts of each question, in phase 2 by its no-tool rollouts too."""
+    groups = []
+    for number, trajectories in enumerate(rollouts):
+        match_direct = mean_match(direct_rollouts[number]) if direct_rollouts else None
+        groups.append([episode_of(trajectory, args, match_direct) for trajectory in trajectories])
+    return groups
 
 
 def mean_match(trajectories: list[Trajectory]) -> float:
@@ -387,91 +392,93 @@ def mean_match(trajectories: list[Trajectory]) -> float:
 
 
 def episode_of(
-    trajectory: Trajectory, args: Namespace, direct_match: float | None = None
+    trajectory: Trajectory, args: Namespace, match_direct: float | None = None
 ) -> Episode:
-    """The reward of phase 1, and with `direct_match` that of phase 2, with the weights of the flags."""
+    """The reward of phase 1, and with `match_direct` that of phase 2, with the weights of the flags."""
     match = rewards.exact_match(trajectory.answer, trajectory.question)
     form = rewards.format_reward(trajectory)
-    calls = trajectory.valid_calls
-    if direct_match is None:
-        reward = rewards.phase1_reward(match, form, calls, args.lambda_use)
+    n_tool = trajectory.valid_calls
+    if match_direct is None:
+        reward = rewards.phase1_reward(match, form, n_tool, args.lambda_use)
     else:
-        reward = rewards.phase2_reward(match, form, calls, direct_match, args.lambda_use)
-    old_logprobs = torch.tensor(trajectory.logprobs[1:])
-    return Episode(trajectory, reward, match, form, old_logprobs, direct_match)
+        reward = rewards.phase2_reward(match, form, n_tool, match_direct, args.lambda_use)
+    return Episode(
+        trajectory,
+        reward=reward,
+        match=match,
+        format=form,
+        old_logprobs=torch.tensor(trajectory.logprobs[1:]),
+        match_direct=match_direct,
+    )
 
 
-def groups_of(rows: list, size: int) -> list[list]:
-    """Neighbours, `size` at a time: the rollouts of one question."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+def set_advantages(groups: list[list[Episode]], divide_by_std: bool) -> None:
+    """Compare each episode with the others of its question."""
+    for group in groups:
+        earned = [episode.reward for episode in group]
+        advantages = rewards.group_advantages(earned, len(group), divide_by_std).tolist()
+        for episode, advantage in zip(group, advantages, strict=True):
+            episode.advantage = advantage
 
 
-def set_advantages(episodes: list[Episode], group: int, divide_by_std: bool) -> None:
-    """Compare each episode with the others of its question, its `group` neighbours."""
-    earned = [episode.reward for episode in episodes]
-    advantages = rewards.group_advantages(earned, group, divide_by_std).tolist()
-    for episode, advantage in zip(episodes, advantages, strict=True):
-        episode.advantage = advantage
+def has_signal(group: list[Episode]) -> bool:
+    """False where all rewards of a group are equal, and so all advantages zero."""
+    return any(episode.advantage for episode in group)
 
 
 def split_minibatches(
-    episodes: list[Episode], group: int, questions: int, minibatches: int, world: World
+    groups: list[list[Episode]], questions: int, minibatches: int, world: World
 ) -> list[list[Episode]]:
-    """This rank's episodes by optimiser step, without groups whose rewards are all equal.
+    """This rank's episodes by optimiser step (a collective): groups with signal, and steps that have any.
 
-    A question's optimiser step follows from its number among the `questions` of all ranks, not from the rank that
+    A question's optimiser step follows from its place among the `questions` of all ranks, not from the rank that
     holds it: any number of ranks makes the same steps. A rank without episodes for a step gets an idle one.
     """
-    varied = rewards.varied([episode.reward for episode in episodes], group)
-    questions_each = questions // minibatches
+    questions_per_minibatch = questions // minibatches
     batches = [[] for _ in range(minibatches)]
-    for index, members in enumerate(groups_of(episodes, group)):
-        if varied[index]:
-            number = world.rank + index * world.size
-            batches[number // questions_each].extend(members)
+    for index, group in enumerate(groups):
+        if has_signal(group):
+            # its place in `order`, which main deals out as order[rank :: size]
+            place = world.rank + index * world.size
+            batches[place // questions_per_minibatch].extend(group)
+    taken = []
     for batch in batches:
-        if not batch:
-            batch.append(replace(episodes[0], idle=True))
-    return batches
+        if global_sum(len(batch)):
+            taken.append(batch or [replace(groups[0][0], idle=True)])
+    return taken
 
 
 # ---- micro-batches ---------------------------------------------------------------------------------------------------
 
 
-def micro_batches(episodes: list[Episode], max_tokens: int) -> list[list[Episode]]:
-    """Chunks of episodes, one forward pass each, of at most `max_tokens` cells; as many chunks on every rank.
+def micro_batches(episodes: list[Episode], max_cells: int) -> list[list[Episode]]:
+    """Episodes by forward pass, of at most `max_cells` cells each; as many passes on every rank.
 
-    Neighbours with one prompt make a line, as collate(share=True) lays them out; lines of like length make a chunk.
-    Each pass through a sharded model is a set of collectives: a rank with fewer chunks adds idle ones.
+    Neighbours with one prompt make a row, as collate(share=True) lays them out; rows of like length share a pass.
+    Each pass through a sharded model is a set of collectives: a rank with fewer of them adds idle ones.
     """
-    lines = []
+    rows = []
     last_prompt = None
     for episode in episodes:
         prompt = prompt_key(episode.trajectory)
-        if prompt == last_prompt and cells(lines[-1] + [episode]) <= max_tokens:
-            lines[-1].append(episode)
+        if prompt == last_prompt and cells([*rows[-1], episode]) <= max_cells:
+            rows[-1].append(episode)
         else:
-            lines.append([episode])
+            rows.append([episode])
         last_prompt = prompt
-    chunks = []
-    for line in sorted(lines, key=cells, reverse=True):
-        if chunks and cells(chunks[-1] + line) <= max_tokens:
-            chunks[-1].extend(line)
+    passes = []
+    for row in sorted(rows, key=cells, reverse=True):
+        if passes and cells(passes[-1] + row) <= max_cells:
+            passes[-1].extend(row)
         else:
-            chunks.append(list(line))
-    missing = int(global_max(len(chunks))) - len(chunks)
-    return chunks + [[replace(episodes[0], idle=True)]] * missing
+            passes.append(row)
+    missing = int(global_max(len(passes))) - len(passes)
+    return passes + [[replace(episodes[0], idle=True)]] * missing
 
 
 def cells(episodes: list[Episode]) -> int:
-    """How many tokens, with padding, a forward pass over these episodes takes."""
+    """How many cells, tokens and padding, a forward pass over these episodes takes."""
     return cell_count([episode.trajectory for episode in episodes])
-
-
-def pad_stack(vectors: list[Tensor], like: Tensor) -> Tensor:
-    """1-D tensors of at most like.shape[1] entries -> one on the device of `like` (B, L - 1), zeros behind."""
-    rows = [F.pad(vector, (0, like.shape[1] - len(vector))) for vector in vectors]
-    return torch.stack(rows).to(like.device)
 
 
 # ---- logprob ---------------------------------------------------------------------------------------------------------
@@ -481,12 +488,15 @@ def pad_stack(vectors: list[Tensor], like: Tensor) -> Tensor:
 def set_logprobs(
     field: str, policy: Policy, minibatches: list[list[Episode]], micro_batch_tokens: int
 ) -> None:
-    """Set a field of each episode to the log-probs (L - 1,) of its tokens under `policy`."""
+    """Set a field of each episode to the log-probs (L - 1,) of its tokens under `policy`.
+
+    Set, not returned: passes hold the episodes in another order, and idle copies besides, whose values go with them.
+    """
     for minibatch in minibatches:
-        for chunk in micro_batches(minibatch, micro_batch_tokens):
-            batch = collate(policy, [episode.trajectory for episode in chunk], share=True)
+        for micro_batch in micro_batches(minibatch, micro_batch_tokens):
+            batch = collate(policy, [episode.trajectory for episode in micro_batch], share=True)
             logprobs, _ = token_logprobs(policy, batch)  # (B, L - 1)
-            for episode, row in zip(chunk, logprobs.cpu(), strict=True):
+            for episode, row in zip(micro_batch, logprobs.cpu(), strict=True):
                 setattr(episode, field, row[: len(episode.trajectory.ids) - 1].clone())
 
 
@@ -498,21 +508,20 @@ def grpo_loss(
     old_logprobs: Tensor,
     advantages: Tensor,
     loss_mask: Tensor,
-    clip_low: float = CLIP_LOW,
     clip_high: float = CLIP_HIGH,
 ) -> Tensor:
-    """The clipped policy-gradient loss, *summed* over tokens: divide by the token count of the whole update, all ranks.
+    """The clipped policy-gradient loss, *summed* over tokens: divide by their number in the optimiser step, all ranks.
 
-    logprobs, old_logprobs   (B, L) of the tokens under the policy now and under the one that sampled them
+    logprobs, old_logprobs   (B, L - 1) of the tokens under the policy now and under the one that sampled them
     advantages               (B,) one per rollout
-    loss_mask                (B, L) 1 on the policy's own tokens
-    returns                  scalar sum of -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)
+    loss_mask                (B, L - 1) 1 on the policy's own tokens
+    returns                  scalar sum of -min(ratio A, clip(ratio, 1 - CLIP_LOW, 1 + clip_high) A)
     """
     assert logprobs.shape == old_logprobs.shape == loss_mask.shape
     assert advantages.shape == logprobs.shape[:1]
-    ratio = (logprobs - old_logprobs).exp()  # (B, L)
+    ratio = (logprobs - old_logprobs).exp()  # (B, L - 1)
     advantages = advantages[:, None]  # (B, 1)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped = ratio.clamp(1 - CLIP_LOW, 1 + clip_high)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     return -(surrogate * loss_mask).sum()
 
@@ -531,44 +540,45 @@ def update(
     clip_high: float = CLIP_HIGH,
     kl_weight: float = 0.0,
 ) -> dict[str, float]:
-    """One optimiser step per minibatch that has something to teach -> {key of LOG: value}.
+    """One optimiser step per minibatch -> {key of LOG: value}.
 
     The loss of a minibatch is a mean over its tokens on all ranks: each rank's sum, divided by the global count.
     """
-    means = Means(("loss", "entropy", "ratio", "clipped_low", "clipped_high", "kl"))
-    tokens_learned = ratio_max = mismatch = 0.0
+    means = Means(("loss", "entropy", "clipped_low", "clipped_high", "kl"))
+    ratio_max = torch.zeros((), device=policy.device)
+    mismatch = torch.zeros((), device=policy.device)
+    tokens_learned = 0.0
     grad_norms = []
     for minibatch in minibatches:
-        tokens = global_sum(float(sum(episode.tokens for episode in minibatch)))
-        if not tokens:
-            continue
+        first_step = not grad_norms
+        tokens = global_sum(sum(episode.n_tokens for episode in minibatch))
         tokens_learned += tokens
-        for chunk in micro_batches(minibatch, micro_batch_tokens):
-            batch = collate(policy, [episode.trajectory for episode in chunk], share=True)
+        for micro_batch in micro_batches(minibatch, micro_batch_tokens):
+            batch = collate(policy, [episode.trajectory for episode in micro_batch], share=True)
             logprobs, entropy = token_logprobs(policy, batch)  # (B, L - 1) each
-            old = pad_stack([episode.old_logprobs for episode in chunk], logprobs)
-            advantages = logprobs.new_tensor([episode.advantage for episode in chunk])  # (B,)
-            active = logprobs.new_tensor([not episode.idle for episode in chunk])
+            old = padded([episode.old_logprobs for episode in micro_batch], policy.device)
+            advantages = logprobs.new_tensor([episode.advantage for episode in micro_batch])  # (B,)
+            active = logprobs.new_tensor([not episode.idle for episode in micro_batch])
             loss_mask = batch.loss_mask * active[:, None]
-            count = loss_mask.sum().item()
-            loss = grpo_loss(logprobs, old, advantages, loss_mask, CLIP_LOW, clip_high)
-            means.add("loss", loss.item(), count)
-            if chunk[0].start_logprobs is not None:
-                start = pad_stack([episode.start_logprobs for episode in chunk], logprobs)
+            count = loss_mask.sum()
+            loss = grpo_loss(logprobs, old, advantages, loss_mask, clip_high)
+            means.add("loss", loss.detach().double(), count)
+            if kl_weight:
+                start = padded([episode.start_logprobs for episode in micro_batch], policy.device)
                 kl = kl_to_start(logprobs, start, loss_mask)
-                means.add("kl", kl.item(), count)
+                means.add("kl", kl.detach().double(), count)
                 loss = loss + kl_weight * kl
             (loss / tokens).backward()
 
             # for the log
             ratio = (logprobs.detach() - old).exp()
-            stats = clip_stats(ratio, advantages, CLIP_LOW, clip_high) | {"entropy": entropy}
+            stats = clip_stats(ratio, advantages, clip_high) | {"entropy": entropy}
             for key, values in stats.items():
-                means.add(key, (values * loss_mask).sum().item(), count)
-            ratio_max = max(ratio_max, (ratio * loss_mask).max().item())
-            if not grad_norms:
+                means.add(key, (values * loss_mask).sum().double(), count)
+            ratio_max = torch.maximum(ratio_max, (ratio * loss_mask).max())
+            if first_step:
                 difference = (logprobs.detach() - batch.logprobs).abs() * loss_mask
-                mismatch = max(mismatch, difference.max().item())
+                mismatch = torch.maximum(mismatch, difference.max())
         grad_norms.append(clip_gradients(policy.model.parameters(), MAX_GRAD_NORM))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -580,6 +590,11 @@ def update(
     }
 
 
+def padded(vectors: list[Tensor], device: torch.device) -> Tensor:
+    """The log-probs of a batch's dialogues as one tensor (B, L - 1), zeros behind."""
+    return pad_sequence(vectors, batch_first=True).to(device)
+
+
 # ---- inputs and outputs ----------------------------------------------------------------------------------------------
 
 
@@ -587,7 +602,8 @@ def open_questions(args: Namespace, world: World) -> tuple[list[dict], list[dict
     """The questions to learn from, and the held-out ones of an evaluation; a sentence where there are too few."""
     train = load_questions(args.data, "train", args.simulator)
     held_out = load_questions(args.data, "val", args.simulator)
-    chosen = rows_of_step(len(held_out), min(args.eval_questions, len(held_out)), 0, 0)
+    count = min(args.eval_questions, len(held_out))
+    chosen = rows_of_step(len(held_out), count, 0, 0)  # of one step and seed: always the same ones
     held_out = [held_out[row] for row in chosen]
     if args.questions < world.size:
         fail(f"--questions {args.questions} leaves some of {world.size} ranks without a question.")
@@ -595,11 +611,6 @@ def open_questions(args: Namespace, world: World) -> tuple[list[dict], list[dict
         fail(
             f"A step asks no question twice: {', '.join(args.data)} has {len(train)}, --questions asks for "
             f"{args.questions}."
-        )
-    if args.eval_every and len(held_out) < world.size:
-        fail(
-            f"{len(held_out)} held-out questions leave some of {world.size} ranks without one: give "
-            f"--eval-questions {world.size} or more, or --eval-every 0."
         )
     return train, held_out
 
@@ -622,13 +633,6 @@ def load_questions(folders: list[str], split: str, simulator: str) -> list[dict]
                 f"--simulator {simulator} works in rooms only; {names} has questions without a scene."
             )
     return questions
-
-
-def open_simulator(args: Namespace, world: World):
-    """--simulator as an object with `imagine`, or None."""
-    if args.mode == "direct":
-        return None
-    return simulators.load_simulator(args.simulator, world.device, args.wm)
 
 
 def prepare(policy: Policy, args: Namespace, world: World) -> Policy:
@@ -654,51 +658,56 @@ def save_policy(policy: Policy, out: Path) -> None:
 
 # ---- what a step logs ------------------------------------------------------------------------------------------------
 
-LOG = {  # log.jsonl: one line per step; means over all rollouts of the step, on all ranks, unless said otherwise
-    "reward": "mean reward",
+ROLLOUT_LOG = {  # means over rollouts, on all ranks: of a step, and of the greedy ones of an evaluation
+    "reward": "reward",
     "match": "exact match e",
-    "match_needs_view": "of questions that need a view that is not given, and",
-    "match_answerable": "of those that do not, where the data knows",
+    "match_needs_view": "exact match, questions that need a view that is not given",
+    "match_answerable": "exact match, questions that the given views answer",
     "format": "format reward f",
     "call_rate": "share of rollouts with a valid call",
-    "call_rate_needs_view": "as of match",
-    "call_rate_answerable": "as of match",
-    "valid_calls": "valid calls per rollout",
-    "invalid_calls": "malformed or impossible calls per rollout",
+    "call_rate_needs_view": "that share, questions that need a view that is not given",
+    "call_rate_answerable": "that share, questions that the given views answer",
+    "valid_calls": "valid calls",
+    "invalid_calls": "malformed or impossible calls",
     "match_direct": "phase 2: exact match of the rollouts without the tool",
-    "gain": "phase 2: tool-induced gain D, over the rollouts that called",
-    "length": "tokens of the policy per rollout",
-    "turns": "turns of the policy per rollout",
+    "gain": "phase 2: tool-induced gain, over the rollouts that called",
+    "length": "tokens of the policy",
     "truncated": "share of rollouts that ran out of tokens or turns",
-    "groups_flat": "share of groups with equal rewards: skipped",
-    "groups_bonus": "share of groups whose answers are all right or all wrong, and whose rewards differ",
-    "tokens": "tokens that the update learned from",
-    "loss": "GRPO loss per token, without the KL term; from here to kl: over the tokens learned from",
+}
+LOG = ROLLOUT_LOG | {  # log.jsonl: one line per step, on all ranks
+    "groups_flat": "share of groups with equal rewards, which have no signal and are left out",
+    # over the tokens that the update learned from
+    "tokens": "their number",
+    "loss": "GRPO loss per token, without the KL term",
     "entropy": "of the next-token distribution, nats",
-    "ratio": "new probability over old, mean over tokens; above and below 1 cancel",
-    "ratio_max": "its largest value",
-    "clipped_low": "share of tokens silenced by the clip: bad ones whose ratio is below 1 - 0.2 already",
-    "clipped_high": "and good ones whose ratio is above 1 + 0.28 already",
-    "kl": "to the start policy, nats per token (k3 estimate); without --kl-weight only at evaluations",
+    "ratio_max": "largest new probability over old",
+    "clipped_low": "share of tokens silenced by the clip: A < 0, and a ratio below 1 - 0.2 already",
+    "clipped_high": "share of tokens silenced by the clip: A > 0, and a ratio above 1 + 0.28 already",
+    "kl": "with --kl-weight: to the start policy, nats per token (k3 estimate)",
     "mismatch": "largest |rollout - training log-prob| before the first optimiser step",
     "grad_norm": "before clipping, mean over the optimiser steps",
+    # of the step
     "lr": "learning rate",
     "seconds": "of sample (imagine included), imagine, score, advantage, logprob, update",
-    "eval": "held-out questions, greedy, after `step` steps: {mode: {accuracy, call_rate, each also by need}}",
+    "eval": "{mode: means over greedy rollouts of held-out questions, before this step}",
 }
 
 
-def rollout_means(episodes: list[Episode], group: int) -> dict[str, float]:
-    """What the rollouts of a step did (a collective)."""
-    means = Means(LOG)
-    for episode in episodes:
-        for key, value in rollout_values(episode).items():
-            means.add(key, value)
-    varied = rewards.varied([episode.reward for episode in episodes], group).tolist()
-    for members, differ in zip(groups_of(episodes, group), varied, strict=True):
-        matches = {episode.match for episode in members}
-        means.add("groups_flat", not differ)
-        means.add("groups_bonus", differ and len(matches) == 1)
+def rollout_means(groups: list[list[Episode]]) -> dict[str, float]:
+    """What the rollouts of these groups did: {key of ROLLOUT_LOG: mean} (a collective)."""
+    means = Means(ROLLOUT_LOG)
+    for group in groups:
+        for episode in group:
+            for key, value in rollout_values(episode).items():
+                means.add(key, value)
+    return means.read()
+
+
+def group_means(groups: list[list[Episode]]) -> dict[str, float]:
+    """The share of groups that teach nothing (a collective)."""
+    means = Means(("groups_flat",))
+    for group in groups:
+        means.add("groups_flat", not has_signal(group))
     return means.read()
 
 
@@ -714,7 +723,6 @@ def rollout_values(episode: Episode) -> dict[str, float]:
         "valid_calls": trajectory.valid_calls,
         "invalid_calls": trajectory.invalid_calls,
         "length": sum(trajectory.loss_mask),
-        "turns": len(trajectory.turns),
         "truncated": trajectory.truncated,
     }
     needs_view = trajectory.question.get("needs_view")
@@ -722,34 +730,22 @@ def rollout_values(episode: Episode) -> dict[str, float]:
         need = "needs_view" if needs_view else "answerable"
         values[f"match_{need}"] = episode.match
         values[f"call_rate_{need}"] = called
-    if episode.direct_match is not None:
-        values["match_direct"] = episode.direct_match
+    if episode.match_direct is not None:
+        values["match_direct"] = episode.match_direct
         if called:
-            values["gain"] = episode.match - episode.direct_match
+            values["gain"] = rewards.tool_gain(
+                episode.match, trajectory.valid_calls, episode.match_direct
+            )
     return values
 
 
-def clip_stats(
-    ratio: Tensor, advantages: Tensor, clip_low: float = CLIP_LOW, clip_high: float = CLIP_HIGH
-) -> dict[str, Tensor]:
-    """Per token (B, L - 1): its ratio, and whether the clip silences it, which it does where A wants it further out."""
+def clip_stats(ratio: Tensor, advantages: Tensor, clip_high: float) -> dict[str, Tensor]:
+    """Per token (B, L - 1): does the clip silence it, which it does where A wants the ratio further out?"""
     advantages = advantages[:, None]
     return {
-        "ratio": ratio,
-        "clipped_low": (advantages < 0) & (ratio < 1 - clip_low),
+        "clipped_low": (advantages < 0) & (ratio < 1 - CLIP_LOW),
         "clipped_high": (advantages > 0) & (ratio > 1 + clip_high),
     }
-
-
-EVAL_LOG = {  # key of `eval` in log.jsonl: key of LOG that it is over the held-out questions
-    "accuracy": "match",
-    "accuracy_needs_view": "match_needs_view",
-    "accuracy_answerable": "match_answerable",
-    "format": "format",
-    "call_rate": "call_rate",
-    "call_rate_needs_view": "call_rate_needs_view",
-    "call_rate_answerable": "call_rate_answerable",
-}
 
 
 def evaluate(
@@ -760,18 +756,20 @@ def evaluate(
     world: World,
     folder: Path,
 ) -> dict[str, dict[str, float]]:
-    """Greedy dialogues on held-out questions, with and without the tool -> {mode: means}; the first few are saved."""
+    """Greedy rollouts of held-out questions, with and without the tool -> {mode: means}; the first few are saved.
+
+    Views are imagined with the same noise in every evaluation: all are drawn as if of step 0.
+    """
     table = {}
     for mode in dict.fromkeys((args.mode, "direct")):
         mine = questions[world.rank :: world.size]
-        trajectories = sample_trajectories(policy, mine, simulator, mode, args, 0, 1, temperature=0)
-        means = rollout_means(score_rollouts(trajectories, [], args), 1)
-        row = {name: means[key] for name, key in EVAL_LOG.items() if key in means}
-        say(f"held out, {mode}: accuracy {row['accuracy']:.3f}, call rate {row['call_rate']:.2f}")
-        table[mode] = row
+        rollouts = sample_groups(policy, mine, simulator, mode, args, 0, 1, temperature=0.0)
+        means = rollout_means(reward_rollouts(rollouts, [], args))
+        say(f"held out, {mode}: match {means['match']:.3f}, call rate {means['call_rate']:.2f}")
+        table[mode] = means
         if mode == args.mode and is_main():
             with disk(folder):
-                for number, trajectory in enumerate(trajectories[:SAVED_DIALOGUES]):
+                for number, (trajectory,) in enumerate(rollouts[:SAVED_DIALOGUES]):
                     trajectory.save(folder / str(number))
                     trajectory.draw(folder / f"{number}.png")
     return table
@@ -782,12 +780,10 @@ CURVES = (  # panels of curves.png; of `eval` the keys are "<mode> <key>"
     "match",
     "call_rate",
     "call_rate_needs_view",
-    "call_rate_answerable",
     "gain",
     "entropy",
-    "kl",
-    "agentic accuracy",
-    "direct accuracy",
+    "agentic match",
+    "direct match",
 )
 
 
@@ -799,7 +795,7 @@ def draw_curves(out: Path) -> None:
             row |= {f"{mode} {key}": value for key, value in means.items()}
 
     def draw(pyplot):
-        figure, axes = pyplot.subplots(2, 5, figsize=(16, 6), layout="constrained")
+        figure, axes = pyplot.subplots(2, 4, figsize=(13, 6), layout="constrained")
         for axis, key in zip(axes.flat, CURVES, strict=True):
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             axis.plot(*np.reshape(points, (-1, 2)).T, marker=".")

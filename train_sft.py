@@ -155,16 +155,17 @@ def main(argv: list[str] | None = None) -> None:
         trainable, lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
     )
     tensors = checkpoints.training_tensors(model, optimizer)
-    first, state = checkpoints.load_state(out / "training", tensors) or (0, {})
-    log = MetricLog(out / "log.jsonl", first)
+    start_step, state = checkpoints.load_state(out / "training", tensors) or (0, {})
+    log = MetricLog(out / "log.jsonl", start_step)
     clock = Clock(state.get("clock"))
     model.train()
 
-    def save():
-        checkpoints.save_state(out / "training", step + 1, tensors, {"clock": clock.read()})
+    def save(done: int):
+        checkpoints.save_state(out / "training", done, tensors, {"clock": clock.read()})
 
+    bar = progress(args.steps, start_step, f"sft, {args.lessons}")
     with Interrupt() as stop:
-        for step in (bar := progress(args.steps, first, f"sft, {args.lessons}")):
+        for step in bar:
             lr = set_learning_rate(optimizer, step, args)
             scripts = scripts_of_step(policy, lessons, args, step, world)
             batches = []

@@ -528,7 +528,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
             log.write(step, **metrics)
             bar.set_postfix(flow=f"{metrics['loss_flow']:.4f}")
-            stop.save_or_leave(done, args, functools.partial(save, done))
+            stop.save_or_leave(done, args, save)
 
     with ema_weights(parameters, ema), whole_folder(out) as part:
         save_model(model, part, args)

@@ -334,25 +334,25 @@ class OurStep:
         """Sample, score, update; rollouts earn 0 and 1 in turns."""
         seconds = Seconds()
         with mock.patch.object(policy_file, "Writer", self.writer), seconds("sample"):
-            self.dialogues = train_rl.sample_trajectories(
+            rollouts = train_rl.sample_groups(
                 self.policy,
                 self.questions,
                 self.simulator,
                 self.mode,
                 self.args,
                 step=0,
-                group=self.group,
+                size=self.group,
                 temperature=train_rl.TEMPERATURE,
             )
+        self.dialogues = sum(rollouts, [])
         with seconds("score"):
-            episodes = [train_rl.episode_of(dialogue, self.args) for dialogue in self.dialogues]
-            for number, episode in enumerate(episodes):
-                episode.reward = float(number % 2)
-            train_rl.set_advantages(episodes, self.group, divide_by_std=True)
-            alone = World(0, 1, 0, torch.device("cpu"))
-            minibatches = train_rl.split_minibatches(
-                episodes, self.group, len(self.questions), 1, alone
-            )
+            groups = train_rl.reward_rollouts(rollouts, [], self.args)
+            for group in groups:
+                for number, episode in enumerate(group):
+                    episode.reward = float(number % 2)
+            train_rl.set_advantages(groups, divide_by_std=True)
+            alone = World(0, 1, torch.device("cpu"))
+            minibatches = train_rl.split_minibatches(groups, len(self.questions), 1, alone)
         with seconds("update"):
             metrics = train_rl.update(self.policy, self.optimizer, minibatches, 10**9)
         self.norms.append(metrics["grad_norm"])

@@ -44,7 +44,7 @@ class Stage(NamedTuple):
 
 
 RL = "--data {out}/data --wm {out}/wm"
-QUICK_RL = "--steps 1 --questions 2 --group 2 --direct 1 --eval-questions 4"
+QUICK_RL = "--steps 1 --questions 2 --group 2 --direct-rollouts 1 --eval-questions 4"
 STAGES = (
     Stage("data", (), "data", "data.py --threads 2", "--rooms 24"),
     Stage(

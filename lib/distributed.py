@@ -23,9 +23,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-PATIENCE = timedelta(
-    hours=6
-)  # of a rank for the others: while they sample, they share nothing for long
+# How long a rank waits for the others: while they sample, they share nothing for long.
+PATIENCE = timedelta(hours=6)
 
 
 class World(NamedTuple):
@@ -33,7 +32,6 @@ class World(NamedTuple):
 
     rank: int
     size: int
-    local_rank: int  # on its machine
     device: torch.device
 
 
@@ -66,7 +64,7 @@ def setup(threads: int | None = None) -> World:
             dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
         elif cuda:
             dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    return World(rank, size, local_rank, device)
+    return World(rank, size, device)
 
 
 def keep_freed_memory() -> None:
@@ -170,11 +168,6 @@ class Means:
         before = self.sums[key]
         self.sums[key] = (before[0] + total, before[1] + count)
 
-    def add_all(self, key: str, values: Iterable) -> None:
-        """Add each of some numbers, counted once each."""
-        values = list(values)
-        self.add(key, float(sum(values)), len(values))
-
     def read(self) -> dict[str, float]:
         """{key: mean} (a collective); a key that counted nothing is left out."""
         flat = [float(number) for pair in self.sums.values() for number in pair]
@@ -194,7 +187,7 @@ def shard(model: nn.Module, blocks: list, world: World, ignored: Iterable = ()) 
     blocks    the modules gathered one at a time, such as the decoder layers; everything else belongs to the root
     ignored   parameters left whole on every rank: a frozen vision tower has no gradient to share, and left whole it
               needs no collective, so ranks may see different numbers of images
-    Gradients are summed: the loss is already divided by the global count. Without the last line gloo refuses to reduce.
+    Gradients are summed: the loss is already divided by the global count.
     On GPUs: bf16 arithmetic, fp32 weights, fp32 gradient sums; inputs are left as they come (rotary angles and
     diffusion times lose too much in bf16). Across machines the mesh shards inside each and replicates between them.
     """
@@ -207,14 +200,14 @@ def shard(model: nn.Module, blocks: list, world: World, ignored: Iterable = ()) 
         shape, names = (world.size // per_machine, per_machine), ("replicate", "shard")
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     dtype = torch.bfloat16 if world.device.type == "cuda" else None
-    policy = MixedPrecisionPolicy(
+    precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     ignored = set(ignored)
     for module in [*blocks, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+        fully_shard(module, mesh=mesh, mp_policy=precision, ignored_params=ignored)
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        module.set_force_sum_reduction_for_comms(True)  # gloo reduces nothing else
     return model
 
 
@@ -242,9 +235,8 @@ def sum_gradients(parameters: Iterable) -> None:
     for p in parameters:
         if p.grad is None:  # all ranks sum, whatever they have seen
             p.grad = torch.zeros_like(p)
-    flat = global_sum(
-        torch.cat([p.grad.flatten() for p in parameters])
-    )  # one collective, not one for each
+    # one collective, not one for each
+    flat = global_sum(torch.cat([p.grad.flatten() for p in parameters]))
     gradients = flat.split([p.numel() for p in parameters])
     for p, gradient in zip(parameters, gradients, strict=True):
         p.grad.copy_(gradient.view_as(p))

@@ -55,7 +55,7 @@ NO_VIEW = "This view could not be imagined. Answer from the images, or ask for a
 
 
 class SimulatorError(ValueError):
-    """A view, or an answer of a served policy, that failed for good, in a sentence.
+    """A view, or an answer of a served policy, that failed for good, in a sentence with its full stop.
 
     down      True: the server is the reason, so others would fail alike; False: it was this request alone
     results   of a batch: what the others gave, in order, and a SimulatorError in the place of each that failed

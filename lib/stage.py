@@ -273,11 +273,13 @@ class Interrupt:
         """True if any rank was asked to stop (a collective: call it once per step on every rank)."""
         return global_sum(float(self.flag)) > 0
 
-    def save_or_leave(self, done: int, args: argparse.Namespace, save: Callable[[], None]) -> None:
-        """After `done` steps: `save()` where --save-every, the last step or Ctrl-C asks for it; after Ctrl-C, leave."""
+    def save_or_leave(
+        self, done: int, args: argparse.Namespace, save: Callable[[int], None]
+    ) -> None:
+        """After `done` steps: `save(done)` where --save-every, the last step or Ctrl-C asks for it; after Ctrl-C, leave."""
         leaving = self.requested()
         if leaving or done % args.save_every == 0 or done == args.steps:
-            save()
+            save(done)
         if leaving:
             say(f"Stopped after step {done}; saved. The same command goes on from there.")
             raise SystemExit(130)  # so that a Makefile stops too

@@ -75,8 +75,8 @@ def numpy_stream(name: str, *keys) -> np.random.Generator:
 def rows_of_step(total: int, count: int, step: int, *keys) -> list[int]:
     """Which `count` of `total` rows a step takes, none twice: pass after pass, each in an order of its own.
 
-    What is left of a pass when it no longer fills a step waits for the next one.   keys   of the stream "order"
+    What is left of a pass when it no longer fills a step is left out of that pass.   keys   of the stream "order"
     """
-    turn, place = divmod(step, total // max(count, 1))
-    order = torch.randperm(total, generator=torch_stream("order", *keys, turn))
-    return order[place * count : (place + 1) * count].tolist()
+    epoch, batch = divmod(step, total // max(count, 1))
+    order = torch.randperm(total, generator=torch_stream("order", *keys, epoch))
+    return order[batch * count : (batch + 1) * count].tolist()

@@ -287,7 +287,7 @@ def write_from_ranks(folder):
 def test_sharded_model_is_written_as_one_file(tmp_path):
     on_ranks(2, write_from_ranks, tmp_path / "out")
     want, got = (
-        small_model(World(0, 1, 0, torch.device("cpu")))[0].state_dict(),
+        small_model(World(0, 1, torch.device("cpu")))[0].state_dict(),
         load_file(tmp_path / "out" / "model.safetensors"),
     )
     assert got.keys() == want.keys() and all(

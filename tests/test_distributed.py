@@ -86,7 +86,8 @@ def test_means_are_sums_over_counts():
     means = distributed.Means(["loss", "share", "nothing"])
     means.add("loss", torch.tensor(6.0), 4)
     means.add("loss", 2.0, 0)
-    means.add_all("share", [True, False, True, True])
+    for share in (True, False, True, True):
+        means.add("share", share)
     assert means.read() == {"loss": 2.0, "share": 0.75}
     with pytest.raises(KeyError):
         means.add("another", 1.0)

@@ -34,7 +34,7 @@ from lib.scores import summarise
 from lib.simulators import SimulatorError
 from policy import Policy
 
-ALONE = World(0, 1, 0, None)
+ALONE = World(0, 1, None)
 SETTINGS = {"version": 0, "policy": "p", "seed": 0, "max_new_tokens": 3, "frames": None}
 
 
@@ -162,7 +162,7 @@ def test_several_processes_ask_every_question_once_between_them(monkeypatch, tmp
     scripted(monkeypatch, lambda q, mode: "B", asked)
     args = SimpleNamespace(out=str(tmp_path), batch=64)
     for rank in range(3):
-        world = World(rank, 3, rank, None)
+        world = World(rank, 3, None)
         ask_missing(None, Rooms(), questions, condition(), None, args, world)
     assert asked == [["q0", "q4"], ["q2", "q5"], ["q3", "q6"]]
 
@@ -407,7 +407,7 @@ def test_two_ranks_give_the_results_of_one_process_even_where_three_were_killed(
 
 
 def test_the_first_answer_to_a_question_counts(tmp_path):
-    first, second = World(0, 2, 0, None), World(1, 2, 1, None)
+    first, second = World(0, 2, None), World(1, 2, None)
     row = {"key": "a", "digest": 1, "mode": "direct", "weights": "none", "policy": "p"}
     answers.append_predictions(
         tmp_path, first, [{**row, "said": "A"}, {**row, "said": "B", "policy": "q"}]

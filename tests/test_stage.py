@@ -104,7 +104,7 @@ def test_an_interrupt_only_raises_a_flag(capsys):
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested()
         with pytest.raises(SystemExit) as left:
-            stop.save_or_leave(5, argparse.Namespace(save_every=100, steps=9), lambda: None)
+            stop.save_or_leave(5, argparse.Namespace(save_every=100, steps=9), print)
     assert left.value.code == 130 and "The same command goes on" in capsys.readouterr().out
 
 

@@ -122,7 +122,8 @@ class Endpoint:
             failures += not limited
             if failure.final or failures >= self.tries:
                 tries = f" (tries: {failures})" if failures > 1 else ""
-                raise SimulatorError(f"{self.url} {problem}{tries}", failure.down)
+                sentence = f"{self.url} {problem}{tries}".rstrip(".")
+                raise SimulatorError(f"{sentence}.", failure.down)
             wait = self._seconds_to_wait(failure, waits)
             waits += 1
             if limited:

@@ -234,13 +234,13 @@ def find_logs(root: str | Path) -> dict[str, Path]:
 
 
 def curves_of(path: Path) -> dict[str, list]:
-    """{key: [(step, value)]} of a log.jsonl: what of CURVES it has, and accuracy and calls of its "eval"."""
+    """{key: [(step, value)]} of a log.jsonl: what of CURVES it has, and matches and calls of its "eval"."""
     curves = {key: [] for key in CURVES}
     for row in read_log(path):
         values = {key: row.get(key) for key in CURVES}
         for mode, means in (row.get("eval") or {}).items():
             if isinstance(means, dict):
-                for key in ("accuracy", "call_rate"):
+                for key in ("match", "call_rate"):
                     values[f"held out, {mode}: {key}"] = means.get(key)
         for key, value in values.items():
             if isinstance(value, (int, float)):

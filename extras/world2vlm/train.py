@@ -142,8 +142,8 @@ def main(argv: list[str] | None = None) -> None:
     log, clock = MetricLog(out / "log.jsonl", first), Clock(state.get("clock"))
     model.train()
 
-    def save():
-        checkpoints.save_state(out / "training", step + 1, tensors, {"clock": clock.read()})
+    def save(done):
+        checkpoints.save_state(out / "training", done, tensors, {"clock": clock.read()})
 
     with Interrupt() as stop:
         for step in (bar := progress(args.steps, first, "world2vlm")):

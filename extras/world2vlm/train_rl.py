@@ -22,6 +22,7 @@ import torch
 
 from extras.world2vlm.evaluate import answer_record, held_out_means, task_means
 from lib import checkpoints
+from lib.dialogue import Trajectory
 from lib.distributed import progress, setup
 from lib.records import MetricLog
 from lib.stage import (
@@ -41,10 +42,11 @@ from train_rl import (
     FLAGS,
     TEMPERATURE,
     Episode,
+    group_means,
     open_questions,
     prepare,
     rollout_means,
-    sample_trajectories,
+    sample_groups,
     save_policy,
     set_advantages,
     set_logprobs,
@@ -92,6 +94,17 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
+def episode_of(answer: Trajectory, parts: dict[str, float]) -> Episode:
+    """A rollout with the parts of its reward (rewards.py)."""
+    return Episode(
+        answer,
+        reward=parts["total"],
+        match=parts["total"],
+        format=parts["format"],
+        old_logprobs=torch.tensor(answer.logprobs[1:]),
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Sample, score, advantage, logprob, update; and again."""
     args = parse_args(argv)
@@ -108,14 +121,16 @@ def main(argv: list[str] | None = None) -> None:
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=BETAS, weight_decay=0.0, fused=True)
     tensors = checkpoints.training_tensors(policy.model, optimizer)
-    first, state = checkpoints.load_state(out / "training", tensors) or (0, {})
-    log, clock = MetricLog(out / "log.jsonl", first), Clock(state.get("clock"))
+    start_step, state = checkpoints.load_state(out / "training", tensors) or (0, {})
+    log = MetricLog(out / "log.jsonl", start_step)
+    clock = Clock(state.get("clock"))
 
-    def save():
-        checkpoints.save_state(out / "training", step + 1, tensors, {"clock": clock.read()})
+    def save(done):
+        checkpoints.save_state(out / "training", done, tensors, {"clock": clock.read()})
 
     with Interrupt() as stop:
-        for step in (bar := progress(args.steps, first, "world2vlm, GRPO")):
+        bar = progress(args.steps, start_step, "world2vlm, GRPO")
+        for step in bar:
             metrics = {}
             if args.eval_every and step % args.eval_every == 0:
                 metrics["eval"] = held_out_means(policy, held_out, args, world)
@@ -124,21 +139,20 @@ def main(argv: list[str] | None = None) -> None:
             # sample and score: G answers per question of this rank
             order = rows_of_step(len(train), args.questions, step, args.seed)
             questions = [train[row] for row in order[world.rank :: world.size]]
-            answers = sample_trajectories(
+            rollouts = sample_groups(
                 policy, questions, None, "direct", args, step, args.group, TEMPERATURE
             )
-            records = [answer_record(answer.question, answer.answer) for answer in answers]
-            episodes = []
-            for answer, record in zip(answers, records, strict=True):
-                parts, old_logprobs = record["parts"], torch.tensor(answer.logprobs[1:])
-                total = parts["total"]
-                episodes.append(Episode(answer, total, total, parts["format"], old_logprobs))
+            records = []
+            groups = []
+            for answers in rollouts:
+                own = [answer_record(answer.question, answer.answer) for answer in answers]
+                pairs = zip(answers, own, strict=True)
+                groups.append([episode_of(answer, record["parts"]) for answer, record in pairs])
+                records += own
 
             # advantage: each answer against its group
-            set_advantages(episodes, args.group, args.divide_by_std)
-            minibatches = split_minibatches(
-                episodes, args.group, args.questions, args.minibatches, world
-            )
+            set_advantages(groups, args.divide_by_std)
+            minibatches = split_minibatches(groups, args.questions, args.minibatches, world)
 
             # logprob and update
             set_logprobs("start_logprobs", start_policy, minibatches, args.micro_batch_tokens)
@@ -153,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
                 kl_weight=args.kl_weight,
             )
 
-            metrics |= rollout_means(episodes, args.group) | task_means(records)
+            metrics |= rollout_means(groups) | group_means(groups) | task_means(records)
             log.write(step, **metrics)
             bar.set_postfix(reward=f"{metrics['reward']:.2f}")
             stop.save_or_leave(step + 1, args, save)

@@ -21,7 +21,7 @@ from lib.streams import rows_of_step
 from policy import Policy, collate
 from train_sft import supervised_loss
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_the_loss_is_the_papers_by_hand(motions):
     for ranks, micro_batch in ((1, 12), (1, 5), (2, 12)):
         loss = 0.0
         for rank in range(ranks):
-            world = World(rank, ranks, rank, ALONE.device)
+            world = World(rank, ranks, ALONE.device)
             answers = answers_of_step(policy, rows, {}, args, 1, world)
             for i in range(0, len(answers), micro_batch):
                 batch = collate(policy, answers[i : i + micro_batch])
