@@ -45,22 +45,25 @@ logging.disable_progress_bar()  # of loading and saving: seconds at most, inside
 class Policy:
     """A Qwen3-VL with its tokenizer and image preparation; `tiny`, `load` and `save` are the ways in and out.
 
-    model       transformers' Qwen3VLForConditionalGeneration; its vision tower is `vision`
-    tokens      text -> token ids
-    images      preprocessor_config.json: patch_size, merge_size, size (limits of the area in pixels)
-    banned      (vocabulary,) bool: special tokens a policy must not write, so that it cannot promise an image
+    model         transformers' Qwen3VLForConditionalGeneration; its vision tower is `vision`
+    encode_text   text -> token ids
+    image_config  preprocessor_config.json: patch_size, merge_size, size (limits of the area in pixels); "stamped" is
+                  true of a tiny policy alone: its images carry their number (lib.tiny.stamp), its turns are short
+    banned        (vocabulary,) bool: special tokens a policy must not write, so that it cannot promise an image
     """
 
-    def __init__(self, model: Qwen3VLForConditionalGeneration, tokenizer, images: dict):
+    def __init__(self, model: Qwen3VLForConditionalGeneration, tokenizer, image_config: dict):
         if "mm_encoder_outputs" not in signature(model.model.forward).parameters:
             fail(  # the model would not see its images
                 "This version of transformers cannot take images that are encoded already: install 5.23 or later."
             )
-        self.model, self.tokenizer, self.images = model, tokenizer, images
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_config = image_config
         self.vision = model.model.visual
         self.device = model.lm_head.weight.device
-        self.pad_id = model.config.image_token_id
-        self.tokens = lru_cache(20_000)(partial(tokenizer.encode, add_special_tokens=False))
+        self.image_token_id = model.config.image_token_id
+        self.encode_text = lru_cache(20_000)(partial(tokenizer.encode, add_special_tokens=False))
         model.model.language_model.set_attn_implementation("shared_attention")  # lib/rollout.py
 
         banned = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
@@ -106,13 +109,13 @@ class Policy:
         """
         self.model.save_pretrained(folder, state_dict=state_dict)
         self.tokenizer.save_pretrained(folder)
-        text = json.dumps(self.images, indent=1) + "\n"
+        text = json.dumps(self.image_config, indent=1) + "\n"
         (Path(folder) / "preprocessor_config.json").write_text(text)
 
     @property
     def turn_limit(self) -> int:
         """Tokens of a turn if the caller gives no limit: tiny policies think in few words, published ones at length."""
-        return 256 if self.images.get("stamped") else 4096
+        return 256 if self.image_config.get("stamped") else 4096
 
     def grid(self, image: np.ndarray) -> tuple[int, int]:
         """Rows and columns of language tokens an image (H, W, 3) becomes: Qwen's rounding, area within the limits.
@@ -120,9 +123,13 @@ class Policy:
         Raises ValueError for an image that is more than 200 times as long as it is wide.
         """
         height, width = image.shape[:2]
-        unit = self.images["patch_size"] * self.images["merge_size"]  # pixels of a token's side
-        smallest = self.images["size"]["shortest_edge"]  # areas in pixels, whatever they are called
-        largest = self.images["size"]["longest_edge"]
+        unit = (
+            self.image_config["patch_size"] * self.image_config["merge_size"]
+        )  # pixels of a token's side
+        smallest = self.image_config["size"][
+            "shortest_edge"
+        ]  # areas in pixels, whatever they are called
+        largest = self.image_config["size"]["longest_edge"]
         if max(height, width) > 200 * min(height, width):
             raise ValueError(
                 f"an image of {width} x {height} pixels is too narrow: the limit is 1 : 200"
@@ -142,14 +149,14 @@ class Policy:
         numbered  (number in the dialogue, image (H, W, 3) uint8 of any size) each
         returns   patches (N, 3 * 2 * patch²) float32 in [-1, 1]; grids (images, 3): 1, rows, columns of patches
         """
-        patch, merge = self.images["patch_size"], self.images["merge_size"]
+        patch, merge = self.image_config["patch_size"], self.image_config["merge_size"]
         patches, grids = [], []
         for number, image in numbered:
             rows, columns = self.grid(image)
             size = (columns * merge * patch, rows * merge * patch)
             if image.shape[1::-1] != size:
                 image = np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC))
-            if self.images.get("stamped"):
+            if self.image_config.get("stamped"):
                 image = stamp(image, number)
             x = image.reshape(rows, merge, patch, columns, merge, patch, 3)
             x = x.transpose(0, 3, 1, 4, 6, 2, 5)  # row, column, merge, merge, 3, patch, patch
@@ -182,14 +189,14 @@ class Policy:
             levels = torch.stack([out.pooler_output, *out.deepstack_features])
             if self.device.type == "cuda":
                 levels = levels.bfloat16()
-            sizes = grids.prod(1) // self.images["merge_size"] ** 2  # tokens of each image
+            sizes = grids.prod(1) // self.image_config["merge_size"] ** 2  # tokens of each image
             features.update(zip(keys, levels.split(sizes.tolist(), 1), strict=True))
         return [features[number, id(image)] for number, image in numbered]
 
     def hidden(self, ids, positions, mask, features=None, cache=None) -> torch.Tensor:
         """One pass over ids (B, L) with M-RoPE positions (3, B, L) -> (B, L, width), which `logits` reads.
 
-        mask      (B, L) 1 = token, 0 = padding; (B, 1, L, keys) bool, True = may look; or that of a Layout with branches
+        mask      a batch's: `Layout.mask`; with a cache: (B, 1, L, keys) bool, True = may look
         features  (1 + levels, image tokens, width): all images of the batch in row order, from `encode`
         cache     takes in the keys and values of all tokens
         """
@@ -239,7 +246,7 @@ def rollout(
     simulator        anything with imagine(list of Query) -> list of views; None: calls are told that there is none
     temperature      1 samples from the policy itself, 0 is greedy
     max_rounds       views per dialogue; max_turns, max_new_tokens (per turn): more ends the dialogue as truncated
-    rows             dialogues written together: memory and speed only. Each draws from its own stream, given by
+    rows             dialogues written together, of one question at least: memory and speed only. Each draws from its own stream, given by
                      (seed, question id, number in the group), so what it samples does not depend on the others.
     """
     was_training = policy.model.training
@@ -335,14 +342,13 @@ class DialogueBatch(NamedTuple):
     ids: torch.Tensor  # (R, C)
     positions: torch.Tensor  # (3, R, C), M-RoPE's
     mask: torch.Tensor  # `Layout.mask`: (R, C) 1 = token, if no row is shared
-    features: (
-        torch.Tensor | None
-    )  # (1 + levels, tokens, width): the tower's of all images, in row order
+    # (1 + levels, tokens, width): the tower's of all images, in row order
+    features: torch.Tensor | None
     # of the dialogues, (B, L - 1) each, about the second token to the last
     targets: torch.Tensor  # the token itself
     predecessors: torch.Tensor  # where in ids.flatten() the token before it stands
     loss_mask: torch.Tensor  # 1.0 on what the policy wrote
-    loss_weights: torch.Tensor  # what a supervised loss counts it
+    loss_weights: torch.Tensor  # its weight in a supervised loss
     logprobs: torch.Tensor  # the rollout's
 
 

@@ -383,7 +383,7 @@ def script(
     def say(turn):
         ids, weights = [], []
         for text, weight in turn:
-            tokens = policy.tokens(text)
+            tokens = policy.encode_text(text)
             ids += tokens
             weights += [float(weight)] * len(tokens)
         dialogue.say(policy, ids, loss_weights=weights)

@@ -347,7 +347,7 @@ class Writer:
             attention_mask=mask.to(policy.device),
             pixel_values=patches,
             image_grid_thw=grids,
-            mm_token_type_ids=(ids == policy.pad_id).long().to(policy.device),
+            mm_token_type_ids=(ids == policy.image_token_id).long().to(policy.device),
             do_sample=False,
             max_new_tokens=limit,
             eos_token_id=stop,

@@ -268,7 +268,7 @@ def grpo_against_trl(trl_step, name: str, count: int, group: int, args: Namespac
     length = 8 if args.quick else 32
     sizes = {"width": 256, "heads": 8, "kv_heads": 4, "mlp": 864}
     policy = Policy.tiny(**sizes, vision_width=64, vision_depth=4, side=64)
-    policy.images["stamped"] = False
+    policy.image_config["stamped"] = False
     policy.vision.requires_grad_(False)
     rng = np.random.default_rng(0)
     view, *pictures = rng.integers(0, 256, (1 + 2 * count, 64, 64, 3), dtype=np.uint8)
@@ -282,7 +282,7 @@ def grpo_against_trl(trl_step, name: str, count: int, group: int, args: Namespac
             for turns in SCRIPTS * (group // 2):
                 dialogues.append(dialogue_of(policy, question, turns, view))
         writer = saying(Writer, uniforms_that_say(policy, dialogues))
-        scripts = [[policy.tokens(turn + "<|im_end|>") for turn in turns] for turns in SCRIPTS]
+        scripts = [[policy.encode_text(turn + "<|im_end|>") for turn in turns] for turns in SCRIPTS]
     else:
         policy.banned[policy.tokenizer.eos_token_id] = True  # all write the same number of tokens
     limit = 64 if tool else length

@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_template, qwen3_vl_chat_template
 
 from lib.geometry import Motion, phrase
-from lib.protocol import PAD, TOOL, prompt_text
+from lib.protocol import IMAGE_TOKEN, TOOL, prompt_text
 
 
 class Stills(Qwen3VLProcessor):
@@ -30,9 +30,9 @@ class Stills(Qwen3VLProcessor):
 
     def __init__(self, image_processor, tokenizer, chat_template=None):
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-        self.image_token, self.video_token = PAD, "<|video_pad|>"
+        self.image_token, self.video_token = IMAGE_TOKEN, "<|video_pad|>"
         self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(
-            [PAD, self.video_token]
+            [IMAGE_TOKEN, self.video_token]
         )
 
 
@@ -46,7 +46,7 @@ def row(question, mode):
     )
     if not images:
         return {"prompt": [{"role": "user", "content": said}]}
-    first, *texts = said.split(f"<|vision_start|>{PAD}<|vision_end|>")
+    first, *texts = said.split(f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>")
     parts = [{"type": "text", "text": first}]
     for text in texts:
         parts += [{"type": "image"}, {"type": "text", "text": text}]
@@ -62,7 +62,7 @@ def processor_of(policy, images):
         tokenizer.chat_template = template
         return tokenizer
     config = {
-        key: policy.images[key]
+        key: policy.image_config[key]
         for key in ("patch_size", "merge_size", "temporal_patch_size", "size", "image_mean")
     }
     return Stills(

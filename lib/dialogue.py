@@ -20,9 +20,9 @@ from lib.images import load_image, save_image
 from lib.protocol import (
     CALL_FIRST,
     ENOUGH,
+    IMAGE_TOKEN,
     NO_SUCH_IMAGE,
     NO_TOOL,
-    PAD,
     numbered_image,
     parse_reply,
     parse_turn,
@@ -33,14 +33,9 @@ from lib.records import write_text
 
 @dataclass
 class Trajectory:
-    """A dialogue as tokens. `start`, `say` and `observe` build it, sampled, scripted or replayed alike.
+    """One rollout, that is one dialogue, as tokens: `start`, `say` and `observe` build it.
 
-    Per token: `ids` exactly as sampled, `loss_mask` 1 on what the policy wrote (its closing <|im_end|> included) and 0
-    on everything else, `logprobs` of the rollout (0 elsewhere), `loss_weights`, what a supervised loss counts the token
-    (1.0 on what the policy wrote unless a script says otherwise, 0 elsewhere), `positions` (time, row, column) of M-RoPE.
-    Per image: the array in `images`, its `provenance` (None if given, the call if imagined) and `features`:
-    what the frozen tower made of it, once `policy.encode_images` has been there.
-    After `say`, `call` is the valid call that waits for its view, `reply` what the protocol answers to this turn.
+    Sampled, scripted and replayed dialogues are alike.
     """
 
     question: dict
@@ -48,15 +43,23 @@ class Trajectory:
     max_rounds: int = 3
     stream: tuple = ()  # keys of its random streams: (seed, question id, number in the group)
     # per token
-    ids: list = field(default_factory=list)
+    ids: list = field(default_factory=list)  # exactly as sampled
+    # 1 on what the policy wrote, its closing <|im_end|> included, else 0
     loss_mask: list = field(default_factory=list)
-    logprobs: list = field(default_factory=list)
+    logprobs: list = field(
+        default_factory=list
+    )  # of the rollout; 0 on what the policy did not write
+    # weight of the token in a supervised loss, 0 on what the policy did not write (RL does not use it)
     loss_weights: list = field(default_factory=list)
-    positions: list = field(default_factory=list)
+    positions: list = field(default_factory=list)  # (time, row, column) of M-RoPE
     # per image
-    images: list = field(default_factory=list)
-    provenance: list = field(default_factory=list)
-    features: list = field(default_factory=list)
+    images: list = field(default_factory=list)  # (H, W, 3) uint8
+    provenance: list = field(
+        default_factory=list
+    )  # None of a given image, the call of an imagined one
+    features: list = field(
+        default_factory=list
+    )  # what the frozen tower made of it (policy.encode_images)
     # per turn
     turns: list = field(default_factory=list)  # the policy's turns as text
     replies: list = field(default_factory=list)  # (observation, number of its image or None)
@@ -66,8 +69,9 @@ class Trajectory:
     unreadable: int = 0  # turns that were neither a call nor an answer
     answer: str | None = None
     truncated: bool = False  # out of tokens or turns before an answer
-    call: dict | None = None
-    reply: str | None = None
+    # after `say`
+    call: dict | None = None  # the valid call that waits for its view
+    reply: str | None = None  # what the protocol answers to this turn
 
     @property
     def well_formed(self) -> bool:
@@ -84,12 +88,14 @@ class Trajectory:
         cls, policy, question: dict, images: list[np.ndarray], mode: str, max_rounds: int = 3
     ) -> "Trajectory":
         """The prompt of a question with its images, (H, W, 3) uint8 arrays."""
-        pieces = prompt_text(question, mode, len(images)).split(PAD)
+        pieces = prompt_text(question, mode, len(images)).split(IMAGE_TOKEN)
         if len(pieces) != len(images) + 1:
-            raise ValueError(f"the question must not contain {PAD}: {question['question']!r}")
+            raise ValueError(
+                f"the question must not contain {IMAGE_TOKEN}: {question['question']!r}"
+            )
         trajectory = cls(question, mode, max_rounds)
         for piece, image in zip(pieces, [*images, None], strict=True):
-            trajectory._text(policy.tokens(piece))
+            trajectory._text(policy.encode_text(piece))
             if image is not None:
                 trajectory._image(policy, image, None)
         return trajectory
@@ -105,7 +111,7 @@ class Trajectory:
 
         logprobs, loss_weights   per token of the turn; by default 0.0 and 1.0 each
         """
-        ids = policy.tokens(turn + "<|im_end|>") if isinstance(turn, str) else turn
+        ids = policy.encode_text(turn + "<|im_end|>") if isinstance(turn, str) else turn
         self._text(ids, 1, logprobs, loss_weights)
         closed = ids[-1] == policy.tokenizer.eos_token_id
         text = policy.tokenizer.decode(ids[:-1] if closed else ids)
@@ -152,14 +158,15 @@ class Trajectory:
         number = None if image is None else len(self.images) + 1
         view = "" if image is None else numbered_image(number)
         self.replies.append((self.reply, number))
-        before, *after = (
+        text = (
             f"\n<|im_start|>user\n<tool_response>\n{self.reply}{view}\n</tool_response><|im_end|>\n"
             f"<|im_start|>assistant\n"
-        ).split(PAD)
-        self._text(policy.tokens(before))
+        )
+        before, _, after = text.partition(IMAGE_TOKEN)  # without a view all is before
+        self._text(policy.encode_text(before))
         if image is not None:
             self._image(policy, image, self.call)
-            self._text(policy.tokens(*after))
+            self._text(policy.encode_text(after))
         self.call = self.reply = None
 
     def query(self, seed: int) -> Query:
@@ -183,25 +190,25 @@ class Trajectory:
         """The next text position: one more than the largest so far (an image of h x w tokens takes max(h, w))."""
         return max(self.positions[-1]) + 1 if self.positions else 0
 
-    def _text(self, ids, wrote=0, logprobs=None, loss_weights=None):
+    def _text(self, ids, mask=0, logprobs=None, loss_weights=None):
         start = self._next()
         positions = [(p, p, p) for p in range(start, start + len(ids))]
-        self._tokens(ids, positions, wrote, logprobs, loss_weights)
+        self._tokens(ids, positions, mask, logprobs, loss_weights)
 
     def _image(self, policy, image, call):
         start = self._next()
         rows, columns = policy.grid(image)
         positions = [(start, start + r, start + c) for r in range(rows) for c in range(columns)]
-        self._tokens([policy.pad_id] * len(positions), positions)
+        self._tokens([policy.image_token_id] * len(positions), positions)
         self.images.append(image)
         self.provenance.append(call)
 
-    def _tokens(self, ids, positions, wrote=0, logprobs=None, loss_weights=None):
+    def _tokens(self, ids, positions, mask=0, logprobs=None, loss_weights=None):
         self.ids += ids
         self.positions += positions
-        self.loss_mask += [wrote] * len(ids)
+        self.loss_mask += [mask] * len(ids)
         self.logprobs += logprobs or [0.0] * len(ids)
-        self.loss_weights += loss_weights or [float(wrote)] * len(ids)
+        self.loss_weights += loss_weights or [float(mask)] * len(ids)
 
     def save(self, folder: str | Path) -> None:
         """Write dialogue.json and image_1.png, image_2.png, ... `load` gives the dialogue back, ready for `collate`."""

@@ -21,7 +21,7 @@ from lib.geometry import KINDS, Motion
 
 # ---- the prompt: one template for training and inference ----------------------------------------------------------
 
-PAD = "<|image_pad|>"
+IMAGE_TOKEN = "<|image_pad|>"
 TOOL = {
     "type": "function",
     "function": {
@@ -104,7 +104,7 @@ PHRASES = (
 
 def numbered_image(number: int) -> str:
     """How an image appears in a prompt or an observation."""
-    return f"Image-{number}: <|vision_start|>{PAD}<|vision_end|>"
+    return f"Image-{number}: <|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
 
 
 def prompt_text(question: dict, mode: str, n_images: int) -> str:
@@ -132,14 +132,13 @@ def prompt_text(question: dict, mode: str, n_images: int) -> str:
 class Turn(NamedTuple):
     """One turn of the policy as `parse_turn` reads it: a call or an answer or an error, the other two None."""
 
-    think: str = ""
     call: dict | None = None  # {"image": 2, "motion": "turn left", "amount": 45.0}
     answer: str | None = None
     error: str | None = None  # a sentence for the policy
 
 
 TURN = re.compile(
-    r"\s*<think>(.*?)</think>\s*(?:<tool_call>(.*?)</tool_call>|<answer>(.*?)</answer>)\s*",
+    r"\s*<think>.*?</think>\s*(?:<tool_call>(.*?)</tool_call>|<answer>(.*?)</answer>)\s*",
     re.DOTALL,
 )
 TAG = re.compile("</?(?:think|tool_call|answer)>")
@@ -150,12 +149,12 @@ def parse_turn(text: str) -> Turn:
     match = TURN.fullmatch(text)
     if not match or len(TAG.findall(text)) != 4:  # a thought, and one call or answer
         return Turn(error=UNREADABLE)
-    think, call, answer = match.groups()
+    call, answer = match.groups()
     if call is not None:
-        return read_call(call)._replace(think=think)
+        return read_call(call)
     if not answer.strip():
-        return Turn(think, error=UNREADABLE)
-    return Turn(think, answer=answer.strip())
+        return Turn(error=UNREADABLE)
+    return Turn(answer=answer.strip())
 
 
 def parse_reply(text: str) -> Turn:

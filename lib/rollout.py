@@ -79,14 +79,15 @@ class Writer:
         self.policy, self.dialogues = policy, dialogues
         self.cache = RowCache(len(dialogues) // group_size)
         self.filled = [0] * len(dialogues)  # tokens of dialogue d in the cache
-        self.images = [0] * len(dialogues)  # images of dialogue d in the cache
+        self.n_images = [0] * len(dialogues)  # images of dialogue d in the cache
         self.order = list(range(0, len(dialogues), group_size))  # which dialogue is in which row
         self.feed(len(self.order))  # every prompt once
         self.cache.repeat(group_size)
         self.order = list(range(len(dialogues)))
         for d in self.order:
             first = d - d % group_size  # of its group
-            self.filled[d], self.images[d] = self.filled[first], self.images[first]
+            self.filled[d] = self.filled[first]
+            self.n_images[d] = self.n_images[first]
 
     def write(self, members: list[int], uniforms: torch.Tensor, temperature: float, limit: int):
         """Let some dialogues write one turn each, of `limit` tokens at most.
@@ -94,17 +95,19 @@ class Writer:
         members    which dialogues; uniforms (dialogues, limit) in [0, 1), float64: what each row's sampling draws
         returns    per member (ids, logprobs): the tokens as sampled, <|im_end|> last unless the limit cut the turn
         """
-        n, stop = len(members), self.policy.tokenizer.eos_token_id
+        n = len(members)
+        eos = self.policy.tokenizer.eos_token_id
         self.bring_forward(members)
         self.feed(n)
         turns = {d: ([], []) for d in members}  # ids, logprobs
-        token = {d: self.dialogues[d].ids[-1] for d in members}  # the one to feed, and its position
+        # the token to feed next, and its position
+        token = {d: self.dialogues[d].ids[-1] for d in members}
         position = {d: self.dialogues[d].positions[-1][0] for d in members}
-        for step in range(limit):
+        for k in range(limit):
             writing = self.order[:n]
-            of_rows = [[token[d], self.filled[d], position[d]] for d in writing]
-            logits = self.step(*torch.tensor(of_rows).T)
-            tokens, logprobs = sample_tokens(logits, uniforms[writing, step], temperature)
+            rows = [[token[d], self.filled[d], position[d]] for d in writing]
+            logits = self.step(*torch.tensor(rows).T)  # tokens, slots, positions (n,)
+            tokens, logprobs = sample_tokens(logits, uniforms[writing, k], temperature)
             tokens, logprobs = tokens.tolist(), logprobs.tolist()
             if any(map(math.isnan, logprobs)):
                 fail(
@@ -117,7 +120,7 @@ class Writer:
                 token[d] = tokens[row]
                 self.filled[d] += 1
                 position[d] += 1
-                if token[d] == stop:  # the row leaves the batch
+                if token[d] == eos:  # the row leaves the batch
                     n -= 1
                     self.swap(row, n)
             if n == 0:
@@ -138,9 +141,9 @@ class Writer:
             new = dialogue.ids[start:-1]
             ids[row, : len(new)] = torch.tensor(new)
             positions[:, row, : len(new)] = torch.tensor(dialogue.positions[start:-1]).T
-            features += dialogue.features[self.images[d] :]
+            features += dialogue.features[self.n_images[d] :]
             self.filled[d] += len(new)
-            self.images[d] = len(dialogue.features)
+            self.n_images[d] = len(dialogue.features)
         device = self.policy.device
         mask = self.cache.aim(starts[:, None] + torch.arange(longest), device)
         features = torch.cat(features, 1) if features else None
@@ -217,10 +220,10 @@ class Layout(NamedTuple):
     """
 
     rows: list[list[int]]  # per row, the numbers of its dialogues
-    starts: list[int]  # per row, the tokens of its own prompt
-    prompt: int  # columns of the longest prompt
-    branches: int  # of the row with most dialogues
-    rest: int  # columns of each branch: the longest rest; 0 where no row is shared
+    prompt_lengths: list[int]  # per row, the tokens of its own prompt
+    prompt_width: int  # columns of the longest prompt
+    n_branches: int  # of the row with most dialogues
+    branch_width: int  # columns of each branch: the longest rest; 0 where no row is shared
 
     @classmethod
     def of(cls, trajectories: list, share: bool) -> "Layout":
@@ -228,33 +231,35 @@ class Layout(NamedTuple):
         rows = {}
         for number, trajectory in enumerate(trajectories):
             rows.setdefault(prompt_key(trajectory) if share else number, []).append(number)
-        shared = len(rows) < len(trajectories)  # a dialogue alone is an ordinary row
-        starts, rest = [], 0
-        for numbers in rows.values():
-            lengths = [len(trajectories[number].ids) - 1 for number in numbers]
-            starts.append(trajectories[numbers[0]].loss_mask.index(1) if shared else lengths[0])
-            rest = max(rest, max(lengths) - starts[-1])
-        branches = max(map(len, rows.values()))
-        return cls(list(rows.values()), starts, max(starts), branches, rest)
+        rows = list(rows.values())
+        lengths = [len(trajectory.ids) - 1 for trajectory in trajectories]
+        if len(rows) == len(trajectories):  # each alone: ordinary rows, all prompt
+            return cls(rows, lengths, max(lengths), 1, 0)
+        prompt_lengths = [trajectories[numbers[0]].loss_mask.index(1) for numbers in rows]
+        longest = 0
+        for numbers, prompt_length in zip(rows, prompt_lengths, strict=True):
+            longest = max(longest, max(lengths[number] for number in numbers) - prompt_length)
+        return cls(rows, prompt_lengths, max(prompt_lengths), max(map(len, rows)), longest)
 
     @property
     def width(self) -> int:
         """Cells of a row."""
-        return self.prompt + self.branches * self.rest
+        return self.prompt_width + self.n_branches * self.branch_width
 
-    def columns(self, row: int, branch: int, tokens: int) -> list[int]:
-        """Where the first `tokens` tokens of dialogue number `branch` of a row stand."""
-        start = self.starts[row]
-        first = self.prompt + branch * self.rest
-        return [*range(start), *range(first, first + tokens - start)]
+    def columns(self, row: int, branch: int, count: int) -> list[int]:
+        """Where the first `count` tokens of dialogue number `branch` of a row stand."""
+        length = self.prompt_lengths[row]
+        first = self.prompt_width + branch * self.branch_width
+        return [*range(length), *range(first, first + count - length)]
 
     def mask(self) -> torch.Tensor:
         """(R, width), 1 = token; of shared rows (R, branches, rest, prompt + rest) bool, for `shared_attention`."""
-        own_prompt = torch.arange(self.prompt) < torch.tensor(self.starts)[:, None]  # (R, prompt)
-        if not self.rest:
+        lengths = torch.tensor(self.prompt_lengths)[:, None]
+        own_prompt = torch.arange(self.prompt_width) < lengths  # (R, prompt)
+        if not self.branch_width:
             return own_prompt.long()
-        causal = torch.ones(self.rest, self.rest, dtype=torch.bool).tril()
-        shape = len(self.rows), self.branches, self.rest, -1
+        causal = torch.ones(self.branch_width, self.branch_width, dtype=torch.bool).tril()
+        shape = len(self.rows), self.n_branches, self.branch_width, -1
         return torch.cat([own_prompt[:, None, None].expand(shape), causal.expand(shape)], -1)
 
 
@@ -266,8 +271,8 @@ def cell_count(trajectories: list) -> int:
 
 def prompt_key(trajectory) -> tuple:
     """What dialogues of one prompt have in common: the tokens up to the first turn, and the very same images."""
-    given = trajectory.images[: trajectory.provenance.count(None)]
-    return *trajectory.ids[: trajectory.loss_mask.index(1)], *map(id, given)
+    observed = trajectory.images[: trajectory.provenance.count(None)]
+    return *trajectory.ids[: trajectory.loss_mask.index(1)], *map(id, observed)
 
 
 def shared_attention(module, query, key, value, mask, scaling=None, **options):
@@ -278,6 +283,7 @@ def shared_attention(module, query, key, value, mask, scaling=None, **options):
     The prompt sees itself causally. The arithmetic is that of separate rows: no cell meets another branch's.
     """
     attend = partial(sdpa_attention_forward, module, scaling=scaling, **options)
+    # a Layout's mask has `rest` rows, fewer than the query's cells (prompt and rests)
     if mask is None or mask.shape[2] == query.shape[2]:
         return attend(query, key, value, mask)  # (R, C, heads, head dim), None
     rows, branches, rest, seen = mask.shape
@@ -290,10 +296,15 @@ def shared_attention(module, query, key, value, mask, scaling=None, **options):
         again = x[:, None, :, :prompt].expand(-1, branches, -1, -1, -1)
         return torch.cat([again, of_branches(x)], 3).flatten(0, 1)
 
-    own = attend(*(x[:, :, :prompt] for x in (query, key, value)), None)[0]  # None: causal
-    queries, mask = of_branches(query).flatten(0, 1), mask.flatten(0, 1)[:, None]
+    # (R, prompt, heads, head dim); without a mask it is causal
+    own = attend(query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], None)[0]
+    queries = of_branches(query).flatten(0, 1)  # (R * branches, heads, rest, head dim)
+    mask = mask.flatten(0, 1)[:, None]  # (R * branches, 1, rest, prompt + rest)
     rests = attend(queries, with_prompt(key), with_prompt(value), mask)[0]
-    return torch.cat([own, rests.unflatten(0, (rows, branches)).flatten(1, 2)], 1), None
+    rests = rests.unflatten(0, (rows, branches)).flatten(
+        1, 2
+    )  # (R, branches * rest, heads, head dim)
+    return torch.cat([own, rests], 1), None
 
 
 AttentionInterface.register("shared_attention", shared_attention)

@@ -77,6 +77,6 @@ def rows_of_step(total: int, count: int, step: int, *keys) -> list[int]:
 
     What is left of a pass when it no longer fills a step is left out of that pass.   keys   of the stream "order"
     """
-    epoch, batch = divmod(step, total // max(count, 1))
+    epoch, batch = divmod(step, total // count)
     order = torch.randperm(total, generator=torch_stream("order", *keys, epoch))
     return order[batch * count : (batch + 1) * count].tolist()

@@ -114,4 +114,3 @@ def test_every_pass_draws_each_row_once_and_no_step_draws_one_twice():
     for a, b in zip(steps[::2], steps[1::2], strict=True):
         assert len(set(a + b)) == 8
     assert np.bincount(np.ravel(steps), minlength=10).min() > 8
-    assert streams.rows_of_step(10, 0, 0, 0) == []  # --eval-questions 0

@@ -72,7 +72,7 @@ class Scripted:
 
     def write(self, members, uniforms, temperature, limit):
         turns = [self.script[d][len(self.dialogues[d].turns)] for d in members]
-        ids = [self.policy.tokens(turn + "<|im_end|>")[:limit] for turn in turns]
+        ids = [self.policy.encode_text(turn + "<|im_end|>")[:limit] for turn in turns]
         return [(row, [-1.0] * len(row)) for row in ids]
 
 
@@ -141,7 +141,7 @@ def test_tiny_image_is_four_tokens_and_larger_images_are_shrunk(policy):
 def test_smaller_patches_give_more_tokens_per_image():
     small = Policy.tiny(patch=4)
     trajectory = Trajectory.start(small, question(0), [picture(0)], "agentic")
-    assert trajectory.ids.count(small.pad_id) == 16
+    assert trajectory.ids.count(small.image_token_id) == 16
     batch = collate(small, [say(small, trajectory, ANSWER)])
     assert token_logprobs(small, batch)[0].isfinite().all()
 
@@ -155,7 +155,7 @@ def test_saved_and_loaded_policy_is_the_same(policy, tmp_path):
     )
     assert a.ids == b.ids
     assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
-    assert loaded.images == policy.images
+    assert loaded.image_config == policy.image_config
     theirs = loaded.model.state_dict()
     assert all(
         torch.equal(value, theirs[name]) for name, value in policy.model.state_dict().items()
@@ -196,7 +196,7 @@ def test_pieces_are_tokenised_as_the_whole_text_would_be(policy):
 
 
 def test_four_small_images_make_a_short_prompt(policy):
-    overhead = 4 * (16 + 3) + len(policy.tokens(question(0)["question"])) + 4  # and one option
+    overhead = 4 * (16 + 3) + len(policy.encode_text(question(0)["question"])) + 4  # and one option
     prompt = Trajectory.start(policy, question(0), question(0, 4)["images"], "agentic")
     assert len(prompt.ids) - overhead <= 14
 
@@ -227,7 +227,7 @@ def test_positions_are_the_librarys(policy):
     wide = Policy(
         policy.model,
         policy.tokenizer,
-        policy.images | {"size": {"shortest_edge": 64, "longest_edge": 4096}},
+        policy.image_config | {"size": {"shortest_edge": 64, "longest_edge": 4096}},
     )
     rows = [
         full_dialogue(wide, [picture(0, 32, 32), picture(1, 16, 48)]),
@@ -239,7 +239,7 @@ def test_positions_are_the_librarys(policy):
         wide.pixels([(1, image) for row in rows for image in row.images]),
     )
     want, _ = policy.model.model.get_rope_index(
-        batch.ids, (batch.ids == policy.pad_id).int(), grids, attention_mask=batch.mask
+        batch.ids, (batch.ids == policy.image_token_id).int(), grids, attention_mask=batch.mask
     )
     assert torch.equal(batch.positions, want)
 
@@ -288,7 +288,7 @@ def test_smuggled_image_token_stays_outside(act, policy):
     """JSON escapes can spell <|image_pad|>; repeated in an observation it would shift every image of the batch."""
     call = CALL % r'{"image": 1, "motion": "\u003c|image_pad|\u003e", "amount": 1}'
     (trajectory,) = act([call, ANSWER], simulator=Mirror())
-    assert trajectory.ids.count(policy.pad_id) == 8
+    assert trajectory.ids.count(policy.image_token_id) == 8
     assert token_logprobs(policy, collate(policy, [trajectory]))[0].isfinite().all()
 
 
@@ -441,10 +441,10 @@ def test_every_cached_logit_equals_a_full_pass(policy):
         growing.features = whole.features[:2]
         writer = Writer(policy, [growing])
         for t in range(start, len(whole.ids) - 1):
-            if whole.ids[t] == policy.pad_id:
+            if whole.ids[t] == policy.image_token_id:
                 continue  # an image reaches the cache together with the text after it
             growing.ids, growing.positions = whole.ids[: t + 1], whole.positions[: t + 1]
-            growing.features = whole.features[: growing.ids.count(policy.pad_id) // 4]
+            growing.features = whole.features[: growing.ids.count(policy.image_token_id) // 4]
             writer.feed(1)
             got = writer.step(*torch.tensor([[whole.ids[t]], [t], [whole.positions[t][0]]]))[0]
             torch.testing.assert_close(got, want[t], rtol=0, atol=1e-4)
@@ -489,7 +489,7 @@ def test_banned_tokens_are_never_sampled_and_have_no_probability(policy):
         for token in policy.tokenizer.all_special_tokens
     }
     banned = set(policy.banned.nonzero()[:, 0].tolist())
-    assert banned == special - {policy.tokenizer.eos_token_id} and policy.pad_id in banned
+    assert banned == special - {policy.tokenizer.eos_token_id} and policy.image_token_id in banned
     trajectories = rollout(
         policy, [question(n) for n in range(4)], group_size=8, temperature=8.0, max_turns=1
     )
@@ -523,7 +523,7 @@ def test_the_stamp_counts_and_leaves_the_image_alone(policy):
     before = image.copy()
     first, third = policy.encode([(1, image), (3, image)])
     assert (image == before).all() and not torch.equal(first, third)
-    plain = Policy(policy.model, policy.tokenizer, policy.images | {"stamped": False})
+    plain = Policy(policy.model, policy.tokenizer, policy.image_config | {"stamped": False})
     assert torch.equal(*plain.encode([(1, image), (3, image)]))
 
 
@@ -531,7 +531,7 @@ def test_the_tower_sees_many_images_in_several_passes(policy, monkeypatch):
     wide = Policy(
         policy.model,
         policy.tokenizer,
-        policy.images | {"size": {"shortest_edge": 64, "longest_edge": 4096}},
+        policy.image_config | {"size": {"shortest_edge": 64, "longest_edge": 4096}},
     )
     numbered = [
         (1 + n % 3, picture(n, 16 * (1 + n % 4), 32)) for n in range(9)
@@ -647,7 +647,7 @@ def test_entropy_by_hand(policy):
 
 
 def test_turns_are_as_long_as_the_policy_thinks_where_nobody_says(policy, monkeypatch):
-    published = Policy(policy.model, policy.tokenizer, policy.images | {"stamped": False})
+    published = Policy(policy.model, policy.tokenizer, policy.image_config | {"stamped": False})
     limits = []
     monkeypatch.setattr(
         policy_file, "rollout", lambda *_, max_new_tokens, **__: limits.append(max_new_tokens) or []

@@ -23,7 +23,7 @@ from extras.remote.endpoint import Endpoint, in_threads, raise_if_down
 from lib.dialogue import Trajectory
 from lib.geometry import Query, renumbered, select_context
 from lib.images import load_image, read
-from lib.protocol import NO_SIMULATOR, PAD, TOOL, UNREADABLE, numbered_image, prompt_text
+from lib.protocol import IMAGE_TOKEN, NO_SIMULATOR, TOOL, UNREADABLE, numbered_image, prompt_text
 from lib.simulators import NO_VIEW, SimulatorError, imagine_each
 from lib.streams import stream_seed
 
@@ -112,7 +112,7 @@ class RemotePolicy:
     A Trajectory of it keeps words instead of tokens: each "token" is a piece of text, and an image has none.
     """
 
-    pad_id = None
+    image_token_id = None
     turn_limit = 4096
     tokenizer = SimpleNamespace(eos_token_id=END, decode="".join)
 
@@ -132,7 +132,7 @@ class RemotePolicy:
         self.max_new_tokens = max_new_tokens or self.turn_limit
         self.at_once = at_once
 
-    def tokens(self, text: str) -> list[str]:
+    def encode_text(self, text: str) -> list[str]:
         """Text -> its "tokens": itself, and its end."""
         return [text.removesuffix(END), END] if text.endswith(END) else [text]
 
@@ -218,7 +218,7 @@ def prompt_messages(question: dict, mode: str, images: list[np.ndarray]) -> list
     """The prompt of lib/dialogue.py in the API's form: the tool is not told in words here but in its own field."""
     prompt = prompt_text(question, mode, len(images))
     prompt = prompt.split("<|im_start|>user\n", 1)[1].rsplit(END, 1)[0]
-    before, *after = prompt.split(f"<|vision_start|>{PAD}<|vision_end|>")
+    before, *after = prompt.split(f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>")
     parts = [text_part(before)]
     for image, text in zip(images, after, strict=True):
         parts += [image_part(image), text_part(text)]

@@ -241,8 +241,8 @@ def test_the_calls_are_the_turns_that_the_cold_start_teaches():
     policy = Policy.tiny()
     for kind, amount in ((L, 45.0), (F, 0.5), ("move right", 1.0)):
         taught = call_texts({"image": 2, "kind": kind, "amount": amount})
-        ids = [token for text, _ in taught for token in policy.tokens(text)]
-        assert policy.tokens(search.call_turn(2, Motion(kind, amount)) + "<|im_end|>") == ids
+        ids = [token for text, _ in taught for token in policy.encode_text(text)]
+        assert policy.encode_text(search.call_turn(2, Motion(kind, amount)) + "<|im_end|>") == ids
 
 
 def test_an_answer_shows_views_by_kind_and_magnitude_and_what_leads_to_them():
