@@ -62,7 +62,7 @@ def play(policy, mode, *turns):
 
 def test_good_turns():
     assert parse_turn(LOOK).call == {"image": 2, "motion": "turn left", "amount": 45.0}
-    assert parse_turn(ANSWER) == ("red", None, "A", None)
+    assert parse_turn(ANSWER) == Turn(answer="A")
     spread = (
         '<think>\na\n</think>\n\n<tool_call>\n{"name": "imagine", '
         '"arguments": {"image": 1, "motion": "move up", "amount": 1e-1}}\n</tool_call>\n'
