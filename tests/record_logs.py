@@ -65,7 +65,7 @@ def main():
                 file.write_text("".join(json.dumps(row) + "\n" for row in made))
                 continue
             kept = rows(file)
-            differ = [row["step"] for row, other in zip(kept, made) if row != other]
+            differ = [row["step"] for row, other in zip(kept, made, strict=False) if row != other]
             if differ or len(kept) != len(made):
                 wrong += 1
                 print(
