@@ -41,7 +41,14 @@ import torch
 from tqdm import tqdm
 
 from lib import answers
-from lib.answers import Prediction, option_letter, with_keys
+from lib.answers import (
+    Prediction,
+    imagine_targets,
+    load_triples,
+    oracle_views,
+    trivial_views,
+    with_keys,
+)
 from lib.consistency import compare
 from lib.dialogue import Trajectory
 from lib.distributed import World, fail, is_main, say, setup, wait_for_all
@@ -62,15 +69,12 @@ from lib.simulators import (
     URLS,
     SimulatorError,
     find_weights,
-    imagine_targets,
     load_simulator,
-    load_triples,
-    oracle_views,
-    trivial_views,
 )
 from lib.stage import bounded, need, newest, run_stage
 from lib.streams import stable_hash
 from policy import Policy, rollout
+from rewards import option_letter
 
 BENCHES = ("rooms", "mindcube", "mmsi", "mmsi_video", "sat", "vsi")
 OWN_WORDS = ("mindcube", "mmsi", "sat", "vsi")  # benches with mode official

@@ -16,11 +16,10 @@ Ours, where the paper is silent: e_g^direct is the mean exact match of a few no-
 the current policy, and Δ_i = 0 for a rollout that used no tool, since no tool induced anything.
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
-
-from lib.answers import option_letter
 
 LAMBDA_FMT = 0.5  # worth of a dialogue in good form, half a right answer
 LAMBDA_USE = 0.02  # worth of looking at all
@@ -42,6 +41,19 @@ def exact_match(answer: str | None, question: dict) -> float:
     if question.get("options"):
         return float(option_letter(answer, question["options"]) == question["answer"])
     return float(answer.strip().lower() == question["answer"].strip().lower())
+
+
+def option_letter(text: str, options: list[str]) -> str | None:
+    """The letter of the option that an answer names, or None: "B", "b", "B.", "B. red box" or its words, "red box".
+
+    options   each "B. red box"; one without ". " has no letter: it is named by all its text, which is what comes back
+    """
+    for option in options:
+        letter, _, words = option.partition(". ")
+        if text.strip().lower() == (words or option).lower():
+            return letter
+    match = re.fullmatch(r"\s*([A-Za-z])(?:[.)].*)?\s*", text, re.DOTALL)
+    return match[1].upper() if match else None
 
 
 def format_reward(trajectory) -> float:

@@ -58,7 +58,7 @@ from lib.distributed import (
 )
 from lib.images import figure_image, save_image
 from lib.records import MetricLog, disk, load_jsonl, read_log, whole_folder
-from lib.rollout import cell_count, prompt_key
+from lib.rollout import cell_count
 from lib.stage import (
     Clock,
     Flag,
@@ -460,7 +460,7 @@ def micro_batches(episodes: list[Episode], max_cells: int) -> list[list[Episode]
     rows = []
     last_prompt = None
     for episode in episodes:
-        prompt = prompt_key(episode.trajectory)
+        prompt = episode.trajectory.prompt_key
         if prompt == last_prompt and cells([*rows[-1], episode]) <= max_cells:
             rows[-1].append(episode)
         else:
@@ -556,7 +556,7 @@ def update(
         for micro_batch in micro_batches(minibatch, micro_batch_tokens):
             batch = collate(policy, [episode.trajectory for episode in micro_batch], share=True)
             logprobs, entropy = token_logprobs(policy, batch)  # (B, L - 1) each
-            old = padded([episode.old_logprobs for episode in micro_batch], policy.device)
+            old = stack_logprobs([episode.old_logprobs for episode in micro_batch], policy.device)
             advantages = logprobs.new_tensor([episode.advantage for episode in micro_batch])  # (B,)
             active = logprobs.new_tensor([not episode.idle for episode in micro_batch])
             loss_mask = batch.loss_mask * active[:, None]
@@ -564,7 +564,9 @@ def update(
             loss = grpo_loss(logprobs, old, advantages, loss_mask, clip_high)
             means.add("loss", loss.detach().double(), count)
             if kl_weight:
-                start = padded([episode.start_logprobs for episode in micro_batch], policy.device)
+                start = stack_logprobs(
+                    [episode.start_logprobs for episode in micro_batch], policy.device
+                )
                 kl = kl_to_start(logprobs, start, loss_mask)
                 means.add("kl", kl.detach().double(), count)
                 loss = loss + kl_weight * kl
@@ -590,7 +592,7 @@ def update(
     }
 
 
-def padded(vectors: list[Tensor], device: torch.device) -> Tensor:
+def stack_logprobs(vectors: list[Tensor], device: torch.device) -> Tensor:
     """The log-probs of a batch's dialogues as one tensor (B, L - 1), zeros behind."""
     return pad_sequence(vectors, batch_first=True).to(device)
 

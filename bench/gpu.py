@@ -214,7 +214,7 @@ def decoding(policy: Policy, count: int, group: int, length: int, side: int, rep
             dialogues = timed_rollout(policy, questions, group, way, uniforms, seconds, **options)
             runs.append(seconds)
         spent[name] = medians(runs[1:])
-    prompt = dialogues[0].loss_mask.index(1)
+    prompt = dialogues[0].prompt_length
     rate = bandwidth(device, 2048 if device.type == "cuda" else 64)
     bound = rows * rate / bytes_of_step(policy, rows, prompt + length / 2)
     prefill = count * prompt / spent["fast"]["prefill"]
@@ -456,7 +456,7 @@ def work_of_episodes(policy: Policy, episodes: list, group: int) -> tuple[int, f
     tokens, flops = 0, 0.0
     for start in range(0, len(episodes), group):
         dialogues = [episode.trajectory for episode in episodes[start : start + group]]
-        prompt = dialogues[0].loss_mask.index(1)
+        prompt = dialogues[0].prompt_length
         own = prompt
         pairs = prompt * (prompt + 1) / 2
         for dialogue in dialogues:

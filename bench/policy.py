@@ -154,7 +154,7 @@ def rollout_bench(args: Namespace) -> None:
     print(
         f"{len(script)} dialogues of three turns ({rooms} questions x {group}), {args.threads} CPU thread(s), fp32: "
         f"{len(script[0].ids)} tokens each, {written // len(script)} of them written, prompts of "
-        f"{script[0].loss_mask.index(1)} with 4 images",
+        f"{script[0].prompt_length} with 4 images",
         flush=True,
     )
     runs, same = {"fast": [], "naive": []}, True
@@ -303,7 +303,7 @@ def grpo_against_trl(trl_step, name: str, count: int, group: int, args: Namespac
         )
     same = True
     for ids, dialogue in zip(rollouts_trl, ours.dialogues, strict=True):
-        end = len(dialogue.ids) if tool else dialogue.loss_mask.index(1)  # all of it, or the prompt
+        end = len(dialogue.ids) if tool else dialogue.prompt_length  # all of it, or the prompt
         same &= ids[:end] == dialogue.ids[:end]
     return {
         "ours": ours.runs[1:],

@@ -32,9 +32,9 @@ from experiments.runner import (
     words,
 )
 from lib import consistency
+from lib.answers import imagine_targets, load_triples, oracle_views, trivial_views
 from lib.distributed import fail
 from lib.records import readable
-from lib.simulators import imagine_targets, load_triples, oracle_views, trivial_views
 from lib.stage import run_stage
 from lib.streams import numpy_stream
 from world_model import WorldModel
@@ -63,7 +63,7 @@ class SimulatorRow(NamedTuple):
     name: str
     data: str  # of DATA
     flags: str = ""
-    views: str = ""  # of simulators.trivial_views or oracle_views
+    views: str = ""  # of answers.trivial_views or oracle_views
 
     @property
     def trains(self) -> bool:

@@ -1,45 +1,46 @@
 """
-Answers: which option one names, and predictions.jsonl, which keeps all of them.
+The answers of an evaluation on disk: a policy's in predictions.jsonl, a simulator's as views of triples.
 
-Every answer is a line, written batch by batch, so that a killed run loses one batch and goes on. Alone, a process
-writes the file itself; of several (torchrun), each writes predictions_rank<k>.jsonl beside it, and
+Every answer of a policy is a line, written batch by batch, so that a killed run loses one batch and goes on. Alone, a
+process writes the file itself; of several (torchrun), each writes predictions_rank<k>.jsonl beside it, and
 `gather_predictions` brings them together, at the end and at the beginning of the next run, with however many processes.
 A line says which policy, settings and simulator it is of (SETTINGS): those of others stay and are not counted. A
 question that could not be asked, or not with all its images, has a line too and counts; the next run asks it again
 (`failure`). Imagined views are files in views/, named after what they show, and a line names its own.
 """
 
+import functools
 import hashlib
 import json
-import re
 from collections import Counter
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
-from lib.distributed import World
-from lib.images import save_image
-from lib.records import disk, read_log, write_text
-from lib.streams import stable_hash
+from lib.distributed import World, fail, is_main
+from lib.geometry import (
+    DEGREES_PER_METER,
+    Array,
+    Motion,
+    Query,
+    decompose,
+    fill_holes,
+    instruction,
+    move_camera,
+)
+from lib.images import PictureError, decode, read, save_image
+from lib.records import disk, load_jsonl, read_log, write_text
+from lib.rooms import random_room, render
+from lib.simulators import SimulatorError
+from lib.streams import stable_hash, stream_seed
 
 VERSION = 4  # of what a line holds; lines of another one stay as well
 SETTINGS = ("version", "policy", "seed", "max_new_tokens", "frames", "mode", "weights")
 NO_FAILURE = (False, 0)  # the `failure` of an answer for good
 LARGE = 128  # pixels: from here on a view is a JPEG
-
-
-def option_letter(text: str, options: list[str]) -> str | None:
-    """The letter of the option that an answer names, or None: "B", "b", "B.", "B. red box" or its words, "red box".
-
-    options   each "B. red box"; one without ". " has no letter: it is named by all its text, which is what comes back
-    """
-    for option in options:
-        letter, _, words = option.partition(". ")
-        if text.strip().lower() == (words or option).lower():
-            return letter
-    match = re.fullmatch(r"\s*([A-Za-z])(?:[.)].*)?\s*", text, re.DOTALL)
-    return match[1].upper() if match else None
 
 
 class Prediction(TypedDict):
@@ -163,3 +164,108 @@ def save_views(out: Path, views: list[np.ndarray]) -> list[str]:
         if not (out / files[-1]).exists():
             save_image(out / files[-1], view)
     return files
+
+
+# ---- views of triples -----------------------------------------------------------------------------------------------
+
+
+def load_triples(path: str | Path, limit: int | None = None) -> list[dict]:
+    """Rows of triples_*.jsonl with context, target and warp as arrays; files are read once.
+
+    The depth of the context, which rows of scans have, stays in its files.
+    """
+    rows = load_jsonl(path)[:limit]
+    read_once = functools.cache(read)
+    try:
+        for row in rows:
+            row["context"] = [read_once(file) for file in row["context"]]
+            row["target"] = read_once(row["target"])
+            row["warp"] = np.array(decode(row["warp"]).convert("RGBA"))
+    except PictureError as error:
+        fail(
+            f"A picture of {path} cannot be read ({error}). Remove {path} and make it again: "
+            f"python data.py triples"
+        )
+    return rows
+
+
+def view_file(folder: Path, row: dict) -> Path:
+    """Where the view for a triple is kept: a name that changes with the pictures a simulator is shown."""
+    pictures = [hashlib.sha256(image.tobytes()).hexdigest() for image in row["context"]]
+    return folder / f"{row['id'].replace('/', '_')}_{stable_hash(pictures):016x}.png"
+
+
+def query_of(row: dict) -> Query:
+    """What a simulator is asked for a triple."""
+    sentence = instruction(Motion(**row["motion"]), row["reference"])
+    scene = None
+    if "room" in row:
+        scene = {"room": row["room"], "poses": row["context_c2w"]}
+    noise = stream_seed("imagine", row["id"])
+    return Query(row["context"], row["reference"], sentence, noise, scene)
+
+
+def imagine_targets(
+    simulator, rows: list[dict], folder=None, batch: int = 64, title: str = "imagine"
+) -> list[Array]:
+    """The view that the simulator gives for every triple; kept in `folder` so that a killed run continues.
+
+    Raises SimulatorError if a server fails, once the views that it gave are kept.
+    """
+    views = []
+    for start in tqdm(range(0, len(rows), batch), desc=title, unit="batch", disable=not is_main()):
+        views += imagine_batch(simulator, rows[start : start + batch], folder and Path(folder))
+    return views
+
+
+def imagine_batch(simulator, rows: list[dict], folder: Path | None) -> list[Array]:
+    """`imagine_targets` of rows that are imagined together, but for those whose views lie in the folder."""
+    files = [folder and view_file(folder, row) for row in rows]
+    missing = [i for i, file in enumerate(files) if not (file and file.exists())]
+    failure = None
+    try:
+        fresh = simulator.imagine([query_of(rows[i]) for i in missing]) if missing else []
+    except SimulatorError as error:
+        failure = error
+        fresh = error.results
+    new = dict(zip(missing, fresh, strict=failure is None))  # an error may bring no results
+    for i, view in new.items():
+        if files[i] and not isinstance(view, SimulatorError):
+            save_image(files[i], np.asarray(view))
+    if failure:
+        raise failure
+    views = []
+    for i, row in enumerate(rows):
+        view = np.asarray(new[i]) if i in new else read(files[i])
+        shape = row["context"][row["reference"] - 1].shape  # the target's shape as well
+        if view.shape != shape:
+            view = np.asarray(Image.fromarray(view).resize(shape[1::-1], Image.BICUBIC))
+        views.append(view)
+    return views
+
+
+def trivial_views(rows: list[dict]) -> dict[str, list[Array]]:
+    """What needs no model, {name: views}: copy of the reference, mean of the context, nearest context view by pose."""
+    copies, means, nearest = [], [], []
+    for row in rows:
+        poses = np.array(row["context_c2w"])
+        target = move_camera(poses[row["reference"] - 1], Motion(**row["motion"]))
+        gaps = np.abs(decompose(poses, target)[:, :5])  # (views, 5)
+        gaps[:, 3:] /= DEGREES_PER_METER
+        copies.append(row["context"][row["reference"] - 1])
+        means.append(np.mean(row["context"], 0).astype(np.uint8))
+        nearest.append(row["context"][int(gaps.sum(1).argmin())])
+    return {"copy of the reference": copies, "mean image": means, "nearest context view": nearest}
+
+
+def oracle_views(rows: list[dict]) -> dict[str, list[Array]]:
+    """What only the room itself can give, {name: views}: context warped by the target's depth and pose; true render.
+
+    The warp's holes take the nearest colour. No bar: a simulator need not beat them.
+    """
+    warped, true = [], []
+    for row in rows:
+        room = random_room(row["room"])
+        warped.append(fill_holes(row["warp"][..., :3], row["warp"][..., 3] > 0))
+        true.append(render(room, row["target_c2w"], len(row["target"]))["rgb"][0])
+    return {"warp with true depth and pose": warped, "true render": true}

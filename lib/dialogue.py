@@ -79,6 +79,17 @@ class Trajectory:
         return self.answer is not None and not self.invalid_calls and not self.unreadable
 
     @property
+    def prompt_length(self) -> int:
+        """How many tokens stand before the policy's first turn."""
+        return self.loss_mask.index(1)
+
+    @property
+    def prompt_key(self) -> tuple:
+        """What dialogues of one prompt have in common: its tokens, and the very same images."""
+        images = self.images[: self.provenance.count(None)]
+        return *self.ids[: self.prompt_length], *map(id, images)
+
+    @property
     def done(self) -> bool:
         """True once there is an answer, or no room for one."""
         return self.answer is not None or self.truncated

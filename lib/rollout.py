@@ -63,10 +63,6 @@ class RowCache:
         self.rows *= times
         self.layers = [store.repeat_interleave(times, 1) for store in self.layers]
 
-    def swap(self, i: int, j: int) -> None:
-        for store in self.layers:
-            store[:, [i, j]] = store[:, [j, i]]
-
 
 class Writer:
     """Samples turns for a fixed list of dialogues.
@@ -100,8 +96,7 @@ class Writer:
         self.bring_forward(members)
         self.feed(n)
         turns = {d: ([], []) for d in members}  # ids, logprobs
-        # the token to feed next, and its position
-        token = {d: self.dialogues[d].ids[-1] for d in members}
+        token = {d: self.dialogues[d].ids[-1] for d in members}  # to feed next
         position = {d: self.dialogues[d].positions[-1][0] for d in members}
         for k in range(limit):
             writing = self.order[:n]
@@ -152,8 +147,8 @@ class Writer:
     def step(self, tokens, slots, positions) -> torch.Tensor:
         """Feed one token to each of the first n rows: (n,) each -> logits (n, vocabulary) of what follows it.
 
-        The decoder of transformers by hand, with its own modules: a step is many small operations, and the general
-        code spends three times as many on images, masks and shapes that one written token never has.
+        The decoder of transformers by hand, with its own modules: the general code spends three times as many
+        operations, on images, masks and shapes that one written token never has.
         """
         text, device, n = self.policy.model.model.language_model, self.policy.device, len(tokens)
         tokens, positions = tokens.to(device), positions.to(device)
@@ -186,7 +181,8 @@ class Writer:
 
     def swap(self, i: int, j: int) -> None:
         if i != j:
-            self.cache.swap(i, j)
+            for store in self.cache.layers:
+                store[:, [i, j]] = store[:, [j, i]]
             self.order[i], self.order[j] = self.order[j], self.order[i]
 
 
@@ -195,7 +191,6 @@ def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: flo
 
     logits (n, V) float32, uniforms (n,) in [0, 1); temperature 0 takes the most likely token
     returns tokens (n,) and their log-probabilities (n,) (of the distribution drawn from; temperature 1 if greedy)
-    One uniform per token and stream per row: what a row samples does not depend on its neighbours in the batch.
     """
     logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)
     if temperature == 0:
@@ -230,16 +225,16 @@ class Layout(NamedTuple):
         """The rows of a batch. share: dialogues with the same prompt make one row, neighbours or not."""
         rows = {}
         for number, trajectory in enumerate(trajectories):
-            rows.setdefault(prompt_key(trajectory) if share else number, []).append(number)
+            key = trajectory.prompt_key if share else number
+            rows.setdefault(key, []).append(number)
         rows = list(rows.values())
         lengths = [len(trajectory.ids) - 1 for trajectory in trajectories]
         if len(rows) == len(trajectories):  # each alone: ordinary rows, all prompt
             return cls(rows, lengths, max(lengths), 1, 0)
-        prompt_lengths = [trajectories[numbers[0]].loss_mask.index(1) for numbers in rows]
-        longest = 0
-        for numbers, prompt_length in zip(rows, prompt_lengths, strict=True):
-            longest = max(longest, max(lengths[number] for number in numbers) - prompt_length)
-        return cls(rows, prompt_lengths, max(prompt_lengths), max(map(len, rows)), longest)
+        prompts = [trajectory.prompt_length for trajectory in trajectories]
+        rests = [length - prompt for length, prompt in zip(lengths, prompts, strict=True)]
+        prompt_lengths = [prompts[numbers[0]] for numbers in rows]
+        return cls(rows, prompt_lengths, max(prompts), max(map(len, rows)), max(rests))
 
     @property
     def width(self) -> int:
@@ -267,12 +262,6 @@ def cell_count(trajectories: list) -> int:
     """How many cells `policy.collate` takes for these dialogues where they may share rows."""
     layout = Layout.of(trajectories, share=True)
     return len(layout.rows) * layout.width
-
-
-def prompt_key(trajectory) -> tuple:
-    """What dialogues of one prompt have in common: the tokens up to the first turn, and the very same images."""
-    observed = trajectory.images[: trajectory.provenance.count(None)]
-    return *trajectory.ids[: trajectory.loss_mask.index(1)], *map(id, observed)
 
 
 def shared_attention(module, query, key, value, mask, scaling=None, **options):

@@ -12,36 +12,25 @@ A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`
   anything else is the folder or hub id of a world model
 """
 
-import functools
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from tqdm import tqdm
 
-from lib.distributed import fail, is_main, say
+from lib.distributed import fail, say
 from lib.geometry import (
-    DEGREES_PER_METER,
     Array,
-    Motion,
     Query,
-    decompose,
     fill_holes,
-    instruction,
     move_camera,
     pinhole,
     project,
     read_instruction,
     unproject,
 )
-from lib.images import PictureError, decode, read, save_image
-from lib.records import load_jsonl
 from lib.rooms import TrueRenderer, random_room, render
 from lib.stage import newest
-from lib.streams import stable_hash, stream_seed
 
 NAMES = ("tuned", "untuned", "reprojection", "truth", "none")
 NEEDS_ROOM = ("reprojection", "truth")
@@ -122,111 +111,6 @@ def load_simulator(
         return WorldModel.load(find_weights(name, wm), device, dtype)
     except (OSError, ValueError) as error:
         fail(f"The simulator {find_weights(name, wm)} cannot be read: {error}")
-
-
-# ---- triples and their imagined views on disk --------------------------------------------------------------------------------------
-
-
-def load_triples(path: str | Path, limit: int | None = None) -> list[dict]:
-    """Rows of triples_*.jsonl with context, target and warp as arrays; files are read once.
-
-    The depth of the context, which rows of scans have, stays in its files.
-    """
-    rows = load_jsonl(path)[:limit]
-    read_once = functools.cache(read)
-    try:
-        for row in rows:
-            row["context"] = [read_once(file) for file in row["context"]]
-            row["target"] = read_once(row["target"])
-            row["warp"] = np.array(decode(row["warp"]).convert("RGBA"))
-    except PictureError as error:
-        fail(
-            f"A picture of {path} cannot be read ({error}). Remove {path} and make it again: "
-            f"python data.py triples"
-        )
-    return rows
-
-
-def view_file(folder: Path, row: dict) -> Path:
-    """Where the view for a triple is kept: a name that changes with the pictures a simulator is shown."""
-    pictures = [hashlib.sha256(image.tobytes()).hexdigest() for image in row["context"]]
-    return folder / f"{row['id'].replace('/', '_')}_{stable_hash(pictures):016x}.png"
-
-
-def query_of(row: dict) -> Query:
-    """What a simulator is asked for a triple."""
-    sentence = instruction(Motion(**row["motion"]), row["reference"])
-    scene = None
-    if "room" in row:
-        scene = {"room": row["room"], "poses": row["context_c2w"]}
-    noise = stream_seed("imagine", row["id"])
-    return Query(row["context"], row["reference"], sentence, noise, scene)
-
-
-def imagine_targets(
-    simulator, rows: list[dict], folder=None, batch: int = 64, title: str = "imagine"
-) -> list[Array]:
-    """The view that the simulator gives for every triple; kept in `folder` so that a killed run continues.
-
-    Raises SimulatorError if a server fails, once the views that it gave are kept.
-    """
-    views = []
-    for start in tqdm(range(0, len(rows), batch), desc=title, unit="batch", disable=not is_main()):
-        views += imagine_batch(simulator, rows[start : start + batch], folder and Path(folder))
-    return views
-
-
-def imagine_batch(simulator, rows: list[dict], folder: Path | None) -> list[Array]:
-    """`imagine_targets` of rows that are imagined together, but for those whose views lie in the folder."""
-    files = [folder and view_file(folder, row) for row in rows]
-    missing = [i for i, file in enumerate(files) if not (file and file.exists())]
-    failure = None
-    try:
-        fresh = simulator.imagine([query_of(rows[i]) for i in missing]) if missing else []
-    except SimulatorError as error:
-        failure = error
-        fresh = error.results
-    new = dict(zip(missing, fresh, strict=failure is None))  # an error may bring no results
-    for i, view in new.items():
-        if files[i] and not isinstance(view, SimulatorError):
-            save_image(files[i], np.asarray(view))
-    if failure:
-        raise failure
-    views = []
-    for i, row in enumerate(rows):
-        view = np.asarray(new[i]) if i in new else read(files[i])
-        shape = row["context"][row["reference"] - 1].shape  # the target's shape as well
-        if view.shape != shape:
-            view = np.asarray(Image.fromarray(view).resize(shape[1::-1], Image.BICUBIC))
-        views.append(view)
-    return views
-
-
-def trivial_views(rows: list[dict]) -> dict[str, list[Array]]:
-    """What needs no model, {name: views}: copy of the reference, mean of the context, nearest context view by pose."""
-    copies, means, nearest = [], [], []
-    for row in rows:
-        poses = np.array(row["context_c2w"])
-        target = move_camera(poses[row["reference"] - 1], Motion(**row["motion"]))
-        gaps = np.abs(decompose(poses, target)[:, :5])  # (views, 5)
-        gaps[:, 3:] /= DEGREES_PER_METER
-        copies.append(row["context"][row["reference"] - 1])
-        means.append(np.mean(row["context"], 0).astype(np.uint8))
-        nearest.append(row["context"][int(gaps.sum(1).argmin())])
-    return {"copy of the reference": copies, "mean image": means, "nearest context view": nearest}
-
-
-def oracle_views(rows: list[dict]) -> dict[str, list[Array]]:
-    """What only the room itself can give, {name: views}: context warped by the target's depth and pose; true render.
-
-    The warp's holes take the nearest colour. No bar: a simulator need not beat them.
-    """
-    warped, true = [], []
-    for row in rows:
-        room = random_room(row["room"])
-        warped.append(fill_holes(row["warp"][..., :3], row["warp"][..., 3] > 0))
-        true.append(render(room, row["target_c2w"], len(row["target"]))["rgb"][0])
-    return {"warp with true depth and pose": warped, "true render": true}
 
 
 # ---- reprojection ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 
 from experiments.simulator import difference
 from lib import consistency as instrument
+from lib.answers import oracle_views, trivial_views
 from lib.consistency import (
     classify,
     compare,
@@ -28,10 +29,8 @@ from lib.simulators import (
     Reprojection,
     find_weights,
     load_simulator,
-    oracle_views,
     points,
     splat,
-    trivial_views,
 )
 
 MOTIONS = [

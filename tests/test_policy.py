@@ -435,7 +435,7 @@ def test_every_cached_logit_equals_a_full_pass(policy):
         want = policy.logits(policy.hidden(batch.ids, batch.positions, batch.mask, batch.features))[
             0
         ]
-        start = whole.loss_mask.index(1)
+        start = whole.prompt_length
         growing = whole.fork()
         growing.ids, growing.positions = whole.ids[:start], whole.positions[:start]
         growing.features = whole.features[:2]
@@ -448,7 +448,7 @@ def test_every_cached_logit_equals_a_full_pass(policy):
             writer.feed(1)
             got = writer.step(*torch.tensor([[whole.ids[t]], [t], [whole.positions[t][0]]]))[0]
             torch.testing.assert_close(got, want[t], rtol=0, atol=1e-4)
-        assert writer.images == [3]
+        assert writer.n_images == [3]
 
 
 @pytest.mark.slow
@@ -585,7 +585,7 @@ def test_a_shared_prompt_changes_no_logprob_and_no_gradient(policy, checkpointin
     words = say(
         policy, Trajectory.start(policy, question(0), question(8)["images"], "agentic"), ANSWER
     )
-    start = words.loss_mask.index(1)
+    start = words.prompt_length
     assert words.ids[:start] == together[0].ids[:start]  # but it sees other images
     trajectories = [alone, *together[::2], words, *together[1::2]]  # neighbours or not
     assert len({len(t.images) for t in together}) > 2 and len({len(t.ids) for t in together}) > 3

@@ -5,7 +5,7 @@ The lenient reading of a reply: the rule of EASI and VLMEvalKit, to stand beside
 import re
 
 from extras.benches.vsi import finite
-from lib.answers import option_letter
+from rewards import option_letter
 
 NUMERAL = r"[-+]?(?:\d*\.\d+|\d+)(?:[eE][-+]?\d+)?"
 LETTER = r"[(\[{]?\s*([A-F])\s*[)\]}]?"  # maybe in brackets

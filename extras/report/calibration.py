@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from data import MOTIONS, SIDES, WAYS, stands_free
+from lib.answers import imagine_targets
 from lib.consistency import compare, pose_errors, recover_all
 from lib.geometry import TABLE, Array, Motion, camera_pose, move_camera
 from lib.rooms import COLOURS, Room, random_room, render
 from lib.scores import text_table
-from lib.simulators import imagine_targets
 
 # ---- calibration ----------------------------------------------------------------------------------------------------
 

@@ -36,12 +36,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lib.answers import option_letter
 from lib.consistency import LENGTH, ROTATION, STRONG, delta_of, describe, pose_error, recover
 from lib.dialogue import Trajectory, call_poses
 from lib.geometry import Motion, Query, decompose, instruction, move_camera
 from lib.records import Question
 from lib.rooms import COLOURS, SIZE, TrueRenderer, random_room
+from rewards import option_letter
 
 CASES = {
     "resolved": "right: a view was needed, and a call showed the answer",

@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from lib.answers import trivial_views
 from lib.consistency import pose_errors, scores_of
 from lib.distributed import fail
 from lib.geometry import decompose, fill_holes
-from lib.simulators import trivial_views
 
 MATCHER = "zju-community/efficientloftr"  # Apache; ETH-CVG/lightglue_superpoint fits as well
 DETECTOR = "IDEA-Research/grounding-dino-tiny"
@@ -257,7 +257,7 @@ def object_counts(view: list[Detection], target: list[Detection]) -> np.ndarray:
 def compare_scans(rows: list[dict], views: dict, match: Callable, detect=None, ask=None) -> dict:
     """`consistency.compare` for triples of scans: {name: one view per row} beside what is trivial and what is perfect.
 
-    rows    of `simulators.load_triples`, their "context_depth" as paths
+    rows    of `answers.load_triples`, their "context_depth" as paths
     match, detect, ask   as above; without a detector content is nan, without a VLM the categories are INDOOR
     The oracles are the target photograph itself (what the instruments make of the truth) and the context warped by the
     target's depth and pose. A view is taken to have the target's intrinsics.

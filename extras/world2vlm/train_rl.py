@@ -94,7 +94,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def episode_of(answer: Trajectory, parts: dict[str, float]) -> Episode:
+def episode_of_answer(answer: Trajectory, parts: dict[str, float]) -> Episode:
     """A rollout with the parts of its reward (rewards.py)."""
     return Episode(
         answer,
@@ -147,7 +147,9 @@ def main(argv: list[str] | None = None) -> None:
             for answers in rollouts:
                 own = [answer_record(answer.question, answer.answer) for answer in answers]
                 pairs = zip(answers, own, strict=True)
-                groups.append([episode_of(answer, record["parts"]) for answer, record in pairs])
+                groups.append(
+                    [episode_of_answer(answer, record["parts"]) for answer, record in pairs]
+                )
                 records += own
 
             # advantage: each answer against its group

@@ -32,10 +32,9 @@ from extras.benches.mmsi import MMSI_TYPES
 from extras.benches.mmsi_video import VIDEO_TYPES, error_group, level
 from extras.benches.sat import SAT_GROUPS
 from extras.benches.vsi import VSI_LETTER, VSI_NUMBER, task
-from lib.answers import option_letter
 from lib.images import PictureError, save_image
 from lib.records import save_jsonl
-from rewards import exact_match
+from rewards import exact_match, option_letter
 
 OFFICIAL = [  # a reply, the letter that MindCube's code reads
     ("<answer>D. Mirror</answer>", "D"),

@@ -19,13 +19,13 @@ from extras.remote import client
 from extras.remote.endpoint import raise_if_down
 from extras.report import calibration, pages, real_views, scan_views
 from extras.report.calibration import DOSES, dose_rows
-from lib.answers import with_keys
+from lib.answers import load_triples, with_keys
 from lib.dialogue import Trajectory
 from lib.geometry import Motion, camera_pose
 from lib.images import save_image
 from lib.records import save_jsonl
 from lib.scores import summarise
-from lib.simulators import SimulatorError, load_triples
+from lib.simulators import SimulatorError
 from policy import Policy
 
 

@@ -210,7 +210,7 @@ def test_a_vlm_lists_categories_and_without_one_they_are_fixed():
 
 
 def triples(match, folder, motions):
-    """Rows of scans, as `lib.simulators.load_triples` gives them, from a room."""
+    """Rows of scans, as `lib.answers.load_triples` gives them, from a room."""
     context = [match.look(c2w) for c2w in CONTEXT]
     for k, (_, depth) in enumerate(context):
         save_image(folder / f"{k}_depth.png", thousandths(depth))

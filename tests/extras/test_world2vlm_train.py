@@ -75,7 +75,7 @@ def test_the_loss_is_the_papers_by_hand(motions):
     sums = {True: np.zeros(2), False: np.zeros(2)}
     for row in [rows[index] for index in rows_of_step(len(rows), 12, 1, 0)]:
         answer = true_answer(policy, row, {})
-        first = answer.loss_mask.index(1)
+        first = answer.prompt_length
         text = policy.tokenizer.decode(answer.ids[first:])
         assert text == f"<think></think><answer>{row['answer']}</answer><|im_end|>"
         assert answer.answer == row["answer"] and answer.well_formed
