@@ -15,8 +15,6 @@ Triples are the samples of the paper's view consistency tuning: a target view is
 of it and one motion says how the camera got there from a context view, its reference. The context cameras of a room
 stand in one of these layouts:
   ring       four views at one spot, each one left turn of 90 degrees further: what a small simulator learns in minutes
-  shuffled   the ring in random order: which view is next to which, only the pictures tell
-  six        six views at one spot, each one left turn of 60 degrees further
   fine       the ring, with motions of every 15 degrees and 0.1 m instead of 13 motions in all
   apart      the paper's rule: four cameras at least 1 m and 30 degrees apart; they look across the room, in no order
 
@@ -79,12 +77,6 @@ FINE = [
 # ---- layouts: where the context cameras stand ------------------------------------------------------------------------
 
 
-def shuffled(rng: Generator) -> list[Array]:
-    """The ring in random order."""
-    poses = ring(rng)
-    return [poses[i] for i in rng.permutation(4)]
-
-
 def across(rng: Generator) -> list[Array]:
     """Four poses by the paper's rule, MIN_METERS apart on the floor and MIN_DEGREES in yaw; drawn until it holds.
 
@@ -104,8 +96,6 @@ def across(rng: Generator) -> list[Array]:
 LAYOUTS = {
     "ring": ring,
     "fine": ring,
-    "shuffled": shuffled,
-    "six": partial(ring, views=6),
     "apart": across,
 }
 

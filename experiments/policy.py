@@ -23,7 +23,7 @@ from experiments.runner import (
     DEMO,
     Job,
     finished_seeds,
-    gap_text,
+    gain_cell,
     markdown,
     mean_answers,
     mean_of,
@@ -31,7 +31,7 @@ from experiments.runner import (
     run_rows,
     words,
 )
-from lib.scores import STRATA, paired_bootstrap
+from lib.scores import STRATA
 from lib.stage import run_stage
 
 
@@ -125,10 +125,7 @@ def table(out: Path) -> list[str]:
             parts.append([record for record in records if record["needs_view"] is need])
         for part in parts:
             line += [f"{mean_of(part, 'correct'):.3f}", f"{mean_of(part, 'called'):.0%}"]
-        gap = ""
-        if base and row.name != "two-phase":
-            gain = paired_bootstrap(records, base)
-            gap = gap_text(gain["difference"], *gain["ci95"])
+        gap = gain_cell(records, base) if row.name != "two-phase" else ""
         spent = np.mean([result["cpu_seconds"] for result, _ in seeds.values()])
         lines.append([*line, gap, f"{spent:.0f}" if row.stages else ""])
     return markdown(head, lines)

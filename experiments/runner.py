@@ -19,6 +19,7 @@ import numpy as np
 
 from lib.distributed import fail, say, setup
 from lib.records import read_log, write_json, write_text
+from lib.scores import gain_over
 from lib.stage import need
 
 DEMO = "out/demo"  # where the rows of a policy begin
@@ -195,6 +196,14 @@ def mean_of(records: list[dict], key: str) -> float:
 def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
     """The lines of a table; cells are texts."""
     return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
+
+
+def gain_cell(records: list[dict], base: list[dict]) -> str:
+    """How much more right than `base` on the same questions, as a cell; empty if there is nothing to compare with."""
+    if not base:
+        return ""
+    gain = gain_over({record["key"]: record["correct"] for record in base}, records)
+    return gap_text(gain["difference"], *gain["ci95"])
 
 
 def gap_text(difference: float, low: float, high: float, digits: int = 3) -> str:

@@ -42,8 +42,7 @@ FLOORS = np.array([(120, 104, 88), (104, 100, 100), (132, 120, 100), (96, 104, 9
 CEILINGS = np.array([(226, 224, 220), (214, 218, 222), (222, 214, 208)], np.float32)
 EYE = 1.3  # metres above the floor
 SIZE = 32  # pixels of the tiny world's pictures; the field of view is 90 degrees, so a ring of four tiles
-THINGS = 6  # objects of a room, but for those of FURNISHED: (first of a million seeds, objects)
-FURNISHED = {"bare": (10_000_000, 2), "cluttered": (11_000_000, 8)}
+THINGS = 6  # objects of a room
 
 
 class Solid(NamedTuple):
@@ -92,26 +91,21 @@ class Room:
     things: tuple
 
 
-def random_room(seed: int, things: int | None = None) -> Room:
-    """A furnished room: `things` objects of different colours around the middle, which stays free to stand in.
+def random_room(seed: int) -> Room:
+    """A furnished room: THINGS objects of different colours around the middle, which stays free to stand in.
 
-    things    None: THINGS, but for the seeds of FURNISHED
     The objects stand in sectors of equal angle, 1.6 metres from the origin or further unless a wall is too near. The same
     seed gives the same room; disjoint seeds make disjoint sets of scenes.
     """
     rng = numpy_stream("room", seed)
-    for first, count in FURNISHED.values():
-        if first <= seed < first + 1_000_000:
-            things = things or count
-    things = things or THINGS
     width, length = rng.uniform(5.0, 7.0, 2)
-    colours = rng.permutation(list(COLOURS))[:things]
+    colours = rng.permutation(list(COLOURS))[:THINGS]
     start = rng.uniform(0, 360)
     objects = []
     for i, colour in enumerate(colours):
         half = rng.uniform(0.30, 0.50)
         tall = rng.uniform(0.6, 1.6)
-        angle = np.radians(start + 360 / things * (i + rng.uniform(0.15, 0.85)))
+        angle = np.radians(start + 360 / THINGS * (i + rng.uniform(0.15, 0.85)))
         direction = np.array([np.sin(angle), np.cos(angle)])  # in (x, z)
         limit = np.array([width, length]) / 2 - half - 0.05
         to_wall = np.min(limit / np.maximum(np.abs(direction), 1e-9))
@@ -268,11 +262,11 @@ def render(room: Room, c2w: Array, size: int = SIZE, supersample: int = 2) -> di
     return {"rgb": np.clip(colour + 0.5, 0, 255).astype(np.uint8), "depth": depth, "ids": ids}
 
 
-def ring(rng: Generator, views: int = 4) -> list[Array]:
-    """Poses at one spot near the middle of the room, each one left turn of 360 / views degrees further."""
+def ring(rng: Generator) -> list[Array]:
+    """Four poses at one spot near the middle of the room, each one left turn of 90 degrees further."""
     x, z = rng.uniform(-0.2, 0.2, 2)
     phase = rng.uniform(0, 360)
-    return [camera_pose(x, -EYE, z, phase - 360 / views * k) for k in range(views)]
+    return [camera_pose(x, -EYE, z, phase - 90 * k) for k in range(4)]
 
 
 class TrueRenderer:

@@ -141,9 +141,9 @@ def test_the_simulators_table_says_what_the_files_say(tmp_path):
     scored(tmp_path, "ring-content", 3)
     scored(tmp_path, "ring-untuned", 0)
     scored(tmp_path, "rooms250-plain", 1)
-    scored(tmp_path, "apart-content", 4)
+    scored(tmp_path, "64px-content", 4)
     rows = cells(simulator.table(tmp_path))
-    names = ["ring-plain", "ring-content", "ring-untuned", "rooms250-plain", "apart-content"]
+    names = ["ring-plain", "ring-content", "ring-untuned", "rooms250-plain", "64px-content"]
     assert list(rows) == names
     assert rows["ring-plain"] == ["0", "9", "0.400", "1.000", "0.0333", "100", "", "", ""]
     assert rows["ring-content"][6:] == [
@@ -153,7 +153,7 @@ def test_the_simulators_table_says_what_the_files_say(tmp_path):
     ]
     assert rows["ring-untuned"][6].startswith("-0.400")
     assert rows["rooms250-plain"][6].startswith("-0.200")
-    assert rows["apart-content"][6:] == ["", "", ""]  # its plain row is not there yet
+    assert rows["64px-content"][6:] == ["", "", ""]  # its plain row is not there yet
 
 
 def test_seeds_are_averaged(tmp_path):
@@ -194,10 +194,8 @@ def untrained(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "call", fake_call)
     monkeypatch.setattr(simulator, "call", fake_call)
-    rows = [
-        SimulatorRow("ring-plain", "ring", simulator.PLAIN),
-        SimulatorRow("ring-warp", "ring", views=simulator.ORACLE),
-    ]
+    rows = [SimulatorRow("ring-plain", "ring", simulator.PLAIN)]
+    rows.append(SimulatorRow("ring-content", "ring", simulator.CONTENT))
     monkeypatch.setattr(simulator, "ROWS", rows)
     return tmp_path, commands
 
@@ -207,26 +205,27 @@ def test_simulators_are_trained_and_scored_once(untrained, capsys):
     out, commands = untrained
     call_list = ["--out", str(out), "--steps", "3"]
     simulator.main(call_list)
-    assert len(commands) == 2
-    assert (commands[1].steps, commands[1].seed, commands[1].warp_weight) == (3, 0, 0)
+    made, plain, content = commands
+    assert (plain.steps, plain.seed, plain.warp_weight) == (3, 0, 0)
+    assert content.warp_weight > 0 and made.layout == "ring"
     rows = cells((out / "table.md").read_text().splitlines())
-    assert float(rows["ring-warp"][2]) > 0.9 > float(rows["ring-plain"][2])
     assert rows["ring-plain"][5] == "7"
+    assert rows["ring-content"][6] == "+0.000 [+0.000 +0.000]"  # the same untrained model
     file = out / "ring-plain-s0/result.json"
     result = file.read_text()
     assert json.loads(result)["n"] == 16
 
     simulator.main(call_list)
-    assert len(commands) == 2 and file.read_text() == result
+    assert len(commands) == 3 and file.read_text() == result
     file.unlink()  # killed between training and scoring
     simulator.main([*call_list, "--only", "ring-p*"])
-    assert len(commands) == 3 and file.read_text() == result
-    simulator.main([*call_list, "--seeds", "0", "1"])
-    assert [args.seed for args in commands[3:]] == [1]  # the oracle has no seed
+    assert len(commands) == 4 and file.read_text() == result
+    simulator.main([*call_list, "--seeds", "0", "1", "--only", "ring-plain"])
+    assert [args.seed for args in commands[4:]] == [1]
     capsys.readouterr()
     simulator.main(["--out", str(out), "--seeds", "0", "2", "--list"])
     lines = capsys.readouterr().out.splitlines()
-    assert [" done " in line for line in lines] == [True, True, False]
+    assert [" done " in line for line in lines] == [True, True, False, False]
     with pytest.raises(SystemExit, match="not with .*'steps': 4"):
         simulator.main(["--out", str(out), "--steps", "4"])
 

@@ -195,19 +195,12 @@ def test_coverage_against_brute_force():
     for camera in context:
         pixel, z = project(points, pinhole(size), camera)
         for r, c in np.argwhere((z > 0) & (pixel >= 0).all(-1) & (pixel < size).all(-1)):
+            # a camera that looks straight at the point: its depth is the range
             eye = camera[:3, 3]
-            toward = (
-                points[r, c] - eye
-            )  # a camera that looks straight at the point: its depth is the range
+            toward = points[r, c] - eye
             side = np.cross([0, 1, 0], toward)
-            axes = np.stack(
-                [
-                    side / np.linalg.norm(side),
-                    np.cross(toward, side) / np.linalg.norm(np.cross(toward, side)),
-                    toward / np.linalg.norm(toward),
-                ],
-                1,
-            )
+            down = np.cross(toward, side)
+            axes = np.stack([axis / np.linalg.norm(axis) for axis in (side, down, toward)], 1)
             c2w = np.eye(4)
             c2w[:3, :3], c2w[:3, 3] = axes, eye
             reached = render(room, c2w, 1, supersample=1)["depth"][0, 0, 0]
@@ -215,7 +208,7 @@ def test_coverage_against_brute_force():
     _, found = warp(
         views["depth"][2],
         target,
-        [(v, d, p) for v, d, p in zip(views["rgb"], views["depth"], context)],
+        list(zip(views["rgb"][:2], views["depth"][:2], context, strict=True)),
         pinhole(size),
     )
     assert 0.2 < seen.mean() < 0.95  # the case has both kinds of pixels

@@ -6,7 +6,6 @@ anything with imagine(list of Query) -> views: Astra-WM, or in rooms the true re
 programs of several motions, and motions longer than it can do, are chained: each view is imagined from the one before.
 
     results, failures = transitions([room_anchor(seed)], TrueRenderer(), np.random.default_rng(seed))
-    drift(simulator, [room_anchor(seed) for seed in range(20)], Motion("turn left", 20.0), 4, rng)     # error per step
 
 A program is a list of Motions of six kinds. Their names are the paper's words ("move left" is its SHIFT LEFT); it has
 none for up, down and looking. Frames that another program rendered become the same Transitions in frames.py.
@@ -19,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lib.consistency import recover
 from lib.geometry import TABLE, Motion, Query, as_lists, instruction, move_camera
 from lib.rooms import SIZE, random_room, render, ring
 from lib.simulators import imagine_each
@@ -310,32 +308,3 @@ def transition_of(name: str, chains: list[Chain]) -> Transition:
         room = first.anchor.scene["room"]
         poses = (first.anchor.pose, first.pose(steps))
     return Transition(name, first.anchor.image, ends[0], program, agreement, room, poses)
-
-
-# ---- drift ----------------------------------------------------------------------------------------------------------
-
-
-def drift(simulator, anchors: list[Anchor], motion: Motion, steps: int, rng) -> list[dict]:
-    """How the error grows when a simulator goes on from its own views: `motion`, `steps` times, from anchors in rooms.
-
-    returns   per step medians over the anchors: {"mse", "meters", "degrees"}. mse is between the view and the true one,
-              pictures in [-1, 1]; the other two tell how far from the commanded pose the view seems to be taken
-    """
-    chains = [Chain(anchor, [motion] * steps) for anchor in anchors]
-    imagine_chains(simulator, chains, rng)
-    rows = []
-    for k in range(steps):
-        errors = [view_errors(chain, k) for chain in chains if k < len(chain.views)]
-        if errors:
-            medians = np.median(errors, axis=0).tolist()
-            rows.append(dict(zip(("mse", "meters", "degrees"), medians, strict=True)))
-    return rows
-
-
-def view_errors(chain: Chain, k: int) -> tuple[float, float, float]:
-    """(mse, metres, degrees) by which view k of a chain in a room misses the true view from the commanded pose."""
-    room, view = random_room(chain.anchor.scene["room"]), chain.views[k]
-    commanded = chain.pose(k + 1)
-    true_view = render(room, commanded, len(view))["rgb"][0]
-    (delta,), _ = recover(room, commanded, view[None], size=len(view))
-    return picture_gap(view, true_view), np.linalg.norm(delta[:3]), np.linalg.norm(delta[3:])

@@ -304,14 +304,11 @@ def clip_questions(seed, out):
             continue
         frames = []
         for c, (where, poses) in enumerate(draft["clips"]):
-            frames.append(
-                [
-                    f"rooms/{seed}/{kind}_{c + 1}/00:{k / FPS:05.2f}_frame_{1 / FPS:.2f}_{k}.png"
-                    for k in range(FRAMES)
-                ]
-            )
-            for name, rgb in zip(frames[-1], render(where, np.stack(poses), SIZE)["rgb"]):
-                save_image(out / "frames" / name, rgb)
+            folder, names = f"rooms/{seed}/{kind}_{c + 1}", []
+            for k, rgb in enumerate(render(where, np.stack(poses), SIZE)["rgb"]):
+                names.append(f"{folder}/00:{k / FPS:05.2f}_frame_{1 / FPS:.2f}_{k}.png")
+                save_image(out / "frames" / names[-1], rgb)
+            frames.append(names)
         options = choose(rng, letter, draft["answer"], draft["others"])
         videos = (
             "\n".join(f"Video {c + 1}: <video>" for c in range(len(frames)))

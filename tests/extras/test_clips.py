@@ -219,7 +219,7 @@ def test_motion_is_told_as_it_went(drafts):
 
 
 def test_order_nearest_and_what_both_show(drafts):
-    for room, _, draft in drafts["order"]:
+    for _, _, draft in drafts["order"]:
         seen = shown(*draft["clips"][0])
         first = [seen[colour] for colour in draft["answer"].split(", ")]
         assert first == sorted(set(first)) and len(first) == 3
@@ -257,7 +257,7 @@ def test_where_and_look_point_at_the_object(drafts):
 
 
 def test_what_comes_next_and_what_is_gone(drafts):
-    for room, wanted, draft in drafts["next"]:
+    for room, _, draft in drafts["next"]:
         ((_, poses),) = draft["clips"]
         side, amount = re.search(r"turn (\w+) (\d+) degrees", draft["question"]).groups()
         view = render(room, move_camera(poses[-1], Motion(f"turn {side}", float(amount))))["ids"][0]
@@ -265,7 +265,7 @@ def test_what_comes_next_and_what_is_gone(drafts):
         assert room.things[middle - 1].colour == draft["answer"] in shown(room, poses)
         now = facts(render(room, poses[-1])["ids"][0], len(room.things))["centre"]
         assert now is None or now < 0 or room.things[now].colour != draft["answer"]
-    for room, _, draft in drafts["gone"]:
+    for _, _, draft in drafts["gone"]:
         (full, first), (emptied, second) = draft["clips"]
         assert {t.colour for t in full.things} - {t.colour for t in emptied.things} == {
             draft["answer"]

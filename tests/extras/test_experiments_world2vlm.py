@@ -8,20 +8,10 @@ import pytest
 import evaluate
 import train_sft
 from experiments import runner, world2vlm
-from experiments.world2vlm import (
-    ROWS,
-    Data,
-    World2vlmRow,
-    blind_answers,
-    constant_answers,
-    job_of,
-    make_questions,
-)
+from experiments.world2vlm import ROWS, Data, World2vlmRow, job_of, make_questions
 from extras.world2vlm import evaluate as evaluate_w2v
 from extras.world2vlm import train, train_rl
-from extras.world2vlm.evaluate import answer_record
 from lib.records import load_jsonl, save_jsonl
-from lib.rooms import FURNISHED, random_room
 from lib.stage import parse_flags
 
 PARSERS = {
@@ -105,9 +95,7 @@ def test_the_table_of_motions_says_what_the_answers_say(tmp_path):
     finished(tmp_path, "sft-s0", motions(0.5, 0.0), cpu_seconds=100)
     finished(tmp_path, "sft-s1", motions(1.0, 1.0), cpu_seconds=200)
     finished(tmp_path, "grpo-s0", motions(0.25, 0.0))
-    finished(tmp_path, "drift-tuned-s0", [], drift=[{"mse": 0.5, "meters": 0.1, "degrees": 2}])
-    lines = world2vlm.table(tmp_path)
-    rows = tables(lines)
+    rows = tables(world2vlm.table(tmp_path))
     assert list(rows) == ["sft", "grpo"]
     sft, grpo = rows.values()
     assert sft["A2"] == "0.75 [0.75 0.75] 0.50" and grpo["D2"] == "0.25 [0.25 0.25] 0.00"
@@ -115,7 +103,6 @@ def test_the_table_of_motions_says_what_the_answers_say(tmp_path):
     assert (sft["seeds"], sft["train CPU-s"]) == ("0 1", "150")
     assert (sft["all"], sft["over sft"]) == ("0.750", "")
     assert (grpo["all"], grpo["over sft"]) == ("0.250", "-0.500 [-0.500 -0.500]")
-    assert lines[-1] == "drift-tuned-s0 step 1: mse 0.500, meters 0.100, degrees 2.000"
 
 
 def test_answers_about_rooms_are_compared_on_the_same_questions(tmp_path):
@@ -135,73 +122,35 @@ def test_answers_about_rooms_are_compared_on_the_same_questions(tmp_path):
     finished(tmp_path, "search-s0", answers((1, 1, 1, 0), 2))  # none about rotations
     rows = tables(world2vlm.table(tmp_path))
     first, second = rows["direct-only"], rows["search"]
-    keys = ("seeds", "questions", "right", "needs_view", "answerable", "camera-object")
-    assert [first[key] for key in keys] == ["0 1", "8", "0.375", "0.500", "0.250", "0.250"]
+    keys = ("seeds", "questions", "right", "needs_view", "answerable", "camera-camera")
+    assert [first[key] for key in keys] == ["0 1", "8", "0.375", "0.500", "0.250", "0.750"]
     assert (second["right"], second["seconds"], second["views"]) == ("0.750", "2.000", "1.5")
-    assert first["over direct-only"] == second["rotation"] == ""
+    assert first["over direct-only"] == ""
     assert second["over direct-only"].startswith("+0.375 [+0.250 +0.500")  # 0 to 3: .75 over .375
 
 
-def test_the_best_constant_answer_by_hand():
-    rows = []
-    for task, answers in (
-        ("A4", ("true", "false", "false")),
-        ("A2", ("turn left 20 degrees",) * 2),
-    ):
-        for i, answer in enumerate(answers):
-            rows.append({"id": f"{task}{i}", "category": task, "answer": answer})
-    answers = constant_answers(rows)
-    records = [answer_record(row, answer) for row, answer in zip(rows, answers, strict=True)]
-    assert [record["answer"] for record in records[:3]] == ["false"] * 3
-    assert [record["correct"] for record in records[:3]] == pytest.approx([0.2, 1, 1])
-    assert [record["exact"] for record in records] == [0, 1, 1, 1, 1]
-
-
-def test_blind_answers_go_by_actions_and_the_nearest_numbers():
-    def row(box, action, answer="?"):
-        question = f'The ball is at bbox [{box}, 5]. After the camera does "{action}", is it gone?'
-        return {"category": "D2", "answer": answer, "question": question}
-
-    known = [
-        row(10, "turn left 20 degrees", "no"),
-        row(900, "turn left 20 degrees", "yes"),
-        row(10, "turn right 20 degrees", "yes"),
-        row(20, "turn right 20 degrees", "yes"),
-    ]
-    asked = [
-        row(100, "turn left 20 degrees"),
-        row(800, "turn left 20 degrees"),
-        row(100, "turn right 30 degrees"),
-        row(100, "move left 1 meters"),  # what is commonest
-    ]
-    assert blind_answers(asked, known, neighbours=1) == ["no", "yes", "yes", "yes"]
-
-
-def test_rooms_of_other_kinds_are_furnished_otherwise_and_the_usual_ones_as_ever():
-    assert [len(random_room(seed).things) for seed in (0, 5_999_999, 8_000_000)] == [6, 6, 6]
-    for first, things in FURNISHED.values():
-        assert {len(random_room(first + i).things) for i in (0, 999_999)} == {things}
-    assert random_room(7, things=6) == random_room(7)
-
-
 @pytest.mark.slow
-def test_questions_of_mixed_rooms_come_from_each_kind(tmp_path, monkeypatch):
-    firsts = (10_000_000, 11_000_000)
-    monkeypatch.setitem(world2vlm.DATA, "some", Data(4, seen=True, firsts=firsts))
+def test_a_teachers_questions_are_of_motions_that_it_knows_and_none_are_held_out(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(world2vlm.DATA, "some", Data(4, "truth"))
     make_questions("some", tmp_path)
     folder = tmp_path / "data/some"
     rows = load_jsonl(folder / "questions_train.jsonl")
-    assert {row["scene"]["room"] // 1_000_000 for row in rows} == {10, 11}
     assert not any("move backward" in row["answer"] for row in rows)
     assert load_jsonl(folder / "questions_val.jsonl") == []
     assert sum(row["category"] in ("D1", "D3") for row in rows) <= 0.1 * len(rows)
     assert sum(json.loads((folder / "shares.json").read_text()).values()) == len(rows)
 
 
-def test_a_simulator_that_is_not_there_names_its_command(tmp_path, monkeypatch):
+def test_a_simulator_that_is_not_there_names_its_command(tmp_path):
+    with pytest.raises(SystemExit, match="python -m experiments simulator --only fine-plain"):
+        make_questions("tuned", tmp_path / "below")
+
+
+def test_what_is_missing_is_named_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "call", lambda command: None)
-    command = "python -m experiments simulator --only fine-plain"
-    with pytest.raises(SystemExit, match=command):
-        world2vlm.main(["--out", str(tmp_path / "below"), "--only", "drift-tuned"])
+    with pytest.raises(SystemExit, match="--only sft --seeds 0"):
+        world2vlm.main(["--out", str(tmp_path), "--only", "sft-lessons"])
     with pytest.raises(SystemExit, match="--list"):
         world2vlm.main(["--out", str(tmp_path), "--only", "nothing"])
