@@ -366,9 +366,9 @@ def measure_simulators(args: argparse.Namespace, world: World) -> None:
         if is_main():
             tools = scan_views.instruments(args, rows, policy, world.device)  # before the work
     elif find_extras():
-        from extras.report import calibration
+        from extras.report.doses import dose_rows, measure_doses
 
-        doses = calibration.dose_rows(rows, args.dose_rooms)
+        doses = dose_rows(rows, args.dose_rooms)
     folders = {}
     for name in args.simulator:
         if name != "none":
@@ -387,10 +387,7 @@ def measure_simulators(args: argparse.Namespace, world: World) -> None:
     else:
         trivial, oracles = trivial_views(rows), oracle_views(rows)
         results = compare(rows, {"simulators": views, "baselines": trivial, "oracles": oracles})
-    results |= {"calibration": {}, "dose": {}}
-    if find_extras() and not scans:
-        results["calibration"] = calibration.calibrate(rows)
-        results["dose"] = calibration.measure_doses(doses, folders)
+    results["dose"] = measure_doses(doses, folders) if find_extras() and not scans else {}
     print_consistency(results)
     first = next(iter(results["simulators"].values()), {})
     results = readable({"bench": "wm", **first, **results, "n": len(rows)})  # JSON has no nan

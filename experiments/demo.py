@@ -291,7 +291,7 @@ def write_report(results: dict, out: Path) -> None:
         "Thinking with imagination, on a laptop",
         results,
         results["wm"],
-        logs={name: out / name / "log.jsonl" for name in ("wm", "sft", "phase1", "phase2")},
+        curves=sorted(out.glob("phase*/curves.png")),
         sheet=out / "wm" / "views.png",
         folder=folder,
         dialogues=pages.dialogue_rows(records, questions),

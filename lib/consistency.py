@@ -10,7 +10,7 @@ Content, by colours: no two things of a room share one, so a colour is an instan
   objects   F1 of the objects seen
   order     share of the true view's pairs that stand in the same left-right order (an object that is missing: wrong)
   thirds    share of the left, centre and right thirds whose dominant object is the true one
-extras/report/calibration.py shows how both fall with errors of known size. Relative poses are (5,): dx, dy, dz in
+tests/test_consistency.py shows how both fall with errors of known size. Relative poses are (5,): dx, dy, dz in
 metres, yaw and pitch in degrees, in the axes of the reference camera.
 """
 

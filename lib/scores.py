@@ -268,14 +268,12 @@ def gain_text(summary: dict | None) -> str | None:
 
 
 def print_consistency(results: dict) -> None:
-    """A table of pose and content: simulators, trivial baselines, oracles, views with a known error."""
+    """A table of pose and content: simulators, trivial baselines, oracles."""
     keys = ["pose", "content", "f1", "order", "thirds"]
     rows = []
-    for title in ("simulators", "baselines", "oracles", "calibration"):
+    for title in ("simulators", "baselines", "oracles"):
         for name, scores in results[title].items():
             families = [scores.get(family, {}).get("pose") for family in ("moves", "turns")]
-            error = "known error: " if title == "calibration" else ""
-            rows.append(
-                [error + name, *(scores[key] for key in keys), *families, f"{scores['mse']:.4f}"]
-            )
+            mse = f"{scores['mse']:.4f}"
+            rows.append([name, *(scores[key] for key in keys), *families, mse])
     print("\n" + text_table(["", *keys, "pose, moves", "turns", "mse"], rows), end="")

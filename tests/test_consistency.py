@@ -360,3 +360,75 @@ def test_simulators_by_name(tmp_path, monkeypatch):
         find_weights("tuned") == "out/demo/wm" and find_weights("tuned", "elsewhere") == "elsewhere"
     )
     assert find_weights("my/model") == "my/model"
+
+
+# ---- known errors ----
+
+ERRORS = ("none", "10 degrees", "20 degrees", "0.3 m", "0.6 m", "removed", "moved", "recoloured")
+
+
+def wrong_view(row, error):
+    """The target view of a triple, rendered with one `error` of ERRORS.
+
+    degrees      the camera is turned further to the right by so many
+    m            the camera stands so far aside: at a right angle to a commanded move, to its right otherwise
+    removed, moved, recoloured   the thing that fills most of the view is gone; stands 40 degrees further round the
+                 camera, to the right, as far away; has a colour that no thing of the room has
+    """
+    room = random_room(row["room"])
+    c2w = np.array(row["target_c2w"])
+    if error.endswith("degrees"):
+        c2w = c2w @ camera_pose(0, 0, 0, float(error.split()[0]))
+    elif error.endswith(" m"):
+        metres = float(error.split()[0])
+        sideways = row["motion"]["kind"] in ("move left", "move right")
+        c2w = c2w @ (camera_pose(0, 0, metres) if sideways else camera_pose(metres, 0, 0))
+    elif error != "none":
+        room = changed_room(room, c2w, error)
+    return render(room, c2w, len(row["target"]))["rgb"][0]
+
+
+def changed_room(room, c2w, error):
+    """The room without the thing that fills most of the view, or with another in its place; see `wrong_view`."""
+    ids = render(room, c2w)["ids"].ravel()
+    pixels = np.bincount(ids, minlength=len(room.things) + 1)[1:]
+    thing = room.things[pixels.argmax()]
+    things = [other for other in room.things if other is not thing]
+    if error == "moved":
+        camera = c2w[:3, 3]
+        turn = camera_pose(0, 0, 0, 40)[:3, :3]
+        x, _, z = camera + turn @ (np.array([thing.x, 0, thing.z]) - camera)
+        things.append(replace(thing, x=x, z=z))
+    elif error == "recoloured":
+        spare = min(set(COLOURS) - {other.colour for other in room.things})
+        things.append(replace(thing, colour=spare))
+    return replace(room, things=tuple(things))
+
+
+@pytest.mark.slow
+def test_both_metrics_fall_step_by_step_with_errors_of_known_size():
+    lists = {error: [wrong_view(row, error) for row in ROWS[:20]] for error in ERRORS}
+    told = compare(ROWS[:20], {"known": lists})["known"]
+    assert (
+        list(told) == list(ERRORS)
+        and told["none"]["pose"] == 1
+        and told["none"]["content"] == pytest.approx(1)
+    )
+    steps = {"turns": ("none", "10 degrees", "20 degrees"), "moves": ("none", "0.3 m", "0.6 m")}
+    for family, errors in steps.items():
+        for key in ("pose", "content"):
+            shares = [told[error][family][key] for error in errors]
+            assert all(a > b for a, b in pairwise(shares)), (family, key, shares)
+        assert told[errors[2]][family]["pose"] < 0.1
+        assert all(a["mse"] < b["mse"] for a, b in pairwise([told[e] for e in errors]))
+    for degrees in (10, 20):
+        assert told[f"{degrees} degrees"]["turns"]["median_degrees"] == pytest.approx(
+            degrees, abs=1
+        )
+    assert told["0.3 m"]["moves"]["median_meters"] == pytest.approx(0.3, abs=0.05)
+    for changed in ("removed", "moved", "recoloured"):
+        assert told[changed]["content"] < 0.7
+    assert (
+        told["removed"]["precision"] > 0.9 > told["recoloured"]["precision"]
+    )  # nothing is invented
+    assert told["moved"]["f1"] > told["removed"]["f1"] + 0.2  # it is there, elsewhere

@@ -8,8 +8,8 @@ The published benchmarks by name: questions, official verdicts, prompts, groups 
   vsi          a letter or a number; the mean of 8 tasks            extras/benches/vsi.py
 
 `official_score` gives the verdict of the bench's official code, traps included: on the same text the benches disagree, and a
-number may stand beside a published one only if it was read the same way. `lenient` is a second verdict, of another
-published rule, to stand beside the official one and never for it.
+number may stand beside a published one only if it was read the same way. `lenient` is a second verdict, by a forgiving
+rule of our own, to stand beside the official one and never for it.
 """
 
 import argparse
@@ -21,17 +21,18 @@ import numpy as np
 from PIL import Image
 
 from extras.benches.files import Bench, fetch, find_file, open_picture, read_questions
-from extras.benches.lenient import lenient_reading
 from extras.benches.mindcube import LISTED_ONLY, MINDCUBE
 from extras.benches.mmsi import MMSI
 from extras.benches.mmsi_video import MMSI_VIDEO, error_group
 from extras.benches.sat import SAT
-from extras.benches.vsi import VSI, group_weights, relative_accuracy
+from extras.benches.vsi import VSI, finite, group_weights, relative_accuracy
 from lib.dialogue import Trajectory
 from lib.distributed import is_main, say, wait_for_all
+from rewards import option_letter
 
 BENCHES = {bench.name: bench for bench in (MINDCUBE, MMSI, MMSI_VIDEO, SAT, VSI)}
 BARE = ("sat", "vsi")  # read a reply without tags
+NUMERAL = r"[-+]?(?:\d*\.\d+|\d+)(?:[eE][-+]?\d+)?"
 
 
 def find_bench(name: str) -> Bench:
@@ -79,6 +80,27 @@ def lenient(record: dict, text: str | None) -> tuple[str | float | None, float]:
     """A forgiving verdict on all that a turn says -> (what was read or None, correct)."""
     read = lenient_reading(text or "", record)
     return read, credit(read, record)
+
+
+def lenient_reading(text: str, question: dict) -> str | float | None:
+    """What a turn says, by a forgiving rule: a letter, or a number where one is asked for; None if nothing is read.
+
+    Looked at are the last <answer>, else what follows the thoughts. An option counts by its letter or by its words,
+    then by its words among others if it is the only one, then by the only letter that stands alone.
+    """
+    answers = re.findall("<answer>(.*?)</answer>", text, re.IGNORECASE | re.DOTALL)
+    text = answers[-1] if answers else text.rsplit("</think>", 1)[-1]
+    if question["kind"] == "na":
+        numbers = re.findall(NUMERAL, text)
+        return finite(numbers[0 if answers else -1]) if numbers else None
+    options = question["options"]
+    if letter := option_letter(text, options):
+        return letter
+    by_words = {option[0] for option in options if option[3:].lower() in text.lower()}
+    for letters in (by_words, set(re.findall(r"\b[A-F]\b", text))):
+        if len(letters) == 1:
+            return letters.pop()
+    return None
 
 
 def credit(read: str | float | None, record: dict) -> float:

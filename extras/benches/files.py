@@ -13,7 +13,6 @@ A missing image or video leaves no question out. MindCube's own code asks withou
 elsewhere opening it raises PictureError, and the caller counts the question as wrong.
 """
 
-import csv
 import hashlib
 import json
 import math
@@ -118,7 +117,7 @@ def how_to_fetch(bench: Bench) -> str:
 def find_file(bench: Bench, place: Path) -> Path:
     """The file to read: `place` itself, or the first of the bench's files in it or in its folder data/."""
     paths = [place]
-    if place.suffix not in (".parquet", ".tsv", ".json", ".jsonl"):
+    if place.suffix not in (".parquet", ".json", ".jsonl"):
         paths = [folder / name for folder in (place, place / "data") for name in bench.files]
     for path in paths:
         if path.exists():
@@ -148,11 +147,9 @@ def read_questions(bench: Bench, file: Path, frames: int | None) -> list[dict]:
 
 
 def records_of(file: Path) -> Iterable[dict]:
-    """The records of a parquet, TSV, JSON or JSONL file."""
+    """The records of a parquet, JSON or JSONL file."""
     if file.suffix == ".parquet":
         return parquet_rows(file)
-    if file.suffix == ".tsv":
-        return tsv_rows(file)
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".json":
@@ -173,13 +170,6 @@ def parquet_rows(file: Path) -> Iterator[dict]:
             yield from batch.to_pylist()
     except (ValueError, OSError) as error:
         fail(f"{file} is not a parquet file ({error}); it may be cut off: fetch it again.")
-
-
-def tsv_rows(file: Path) -> Iterator[dict]:
-    """Rows as dicts; a cell may hold many images in base64, so there is no limit to its length."""
-    csv.field_size_limit(2**31 - 1)
-    with open(file, newline="", encoding="utf-8") as lines:
-        yield from csv.DictReader(lines, delimiter="\t")
 
 
 def split_options(question: str, mark: str = r"\. ") -> tuple[str, list[str]]:

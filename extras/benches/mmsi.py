@@ -1,11 +1,9 @@
 """
 MMSI-Bench (arXiv 2505.23764): a letter of four options; accuracy over all questions, 11 types in 4 groups.
 
-Files: RunsenXu/MMSI-Bench on the hub: MMSI_Bench.parquet (1,000), or MMSI_bench.tsv; images inside.
+File: RunsenXu/MMSI-Bench on the hub: MMSI_Bench.parquet (1,000), images inside.
 """
 
-import base64
-import json
 import re
 
 from extras.benches.files import (
@@ -34,8 +32,6 @@ def mmsi_questions(record: dict, source: Source) -> list[dict]:
 
     Options stand in the question, as "Options: A: …, B: …".
     """
-    if source.file.suffix == ".tsv":
-        record = record_of_tsv(record)
     name = str(record["id"])
     category = record["question_type"].replace("-", "–")  # some copies have a hyphen for the dash
     require(category in MMSI_TYPES, f"there is no type {category!r}")
@@ -54,25 +50,6 @@ def mmsi_questions(record: dict, source: Source) -> list[dict]:
             "cluster": name,
         }
     ]
-
-
-def record_of_tsv(row: dict) -> dict:
-    """A row of the TSV in the form of the parquet file.
-
-    The circular TSV is refused: its score asks for all four orders of the options, is not computed here, and is not
-    what tables print.
-    """
-    require(
-        int(row["index"]) < 1_000_000,
-        "its options are rotated: the circular score is not computed here; give MMSI_bench.tsv",
-    )
-    cell = row["image"].strip()
-    pictures = json.loads(cell) if cell.startswith("[") else [cell]
-    return row | {
-        "id": row["index"],
-        "question_type": row["category"],
-        "images": [base64.b64decode(picture, validate=True) for picture in pictures],
-    }
 
 
 def mmsi_letter(text: str, question: dict) -> str | None:
@@ -95,7 +72,7 @@ MMSI = Bench(
     title="MMSI-Bench",
     repo="RunsenXu/MMSI-Bench",
     downloads=("MMSI_Bench.parquet",),
-    files=("MMSI_Bench.parquet", "MMSI_bench.tsv"),
+    files=("MMSI_Bench.parquet",),
     questions=mmsi_questions,
     read=mmsi_letter,
     groups=mmsi_groups,

@@ -37,7 +37,7 @@ def write_answers(
             out / "report.html",
             f"{args.bench}: {results['policy']}",
             results,
-            logs=report.find_logs(Path(results["policy"]).parent),
+            curves=sorted(Path(results["policy"]).parent.glob("*/curves.png")),
             dialogues=dialogue_rows(records, questions),
             folder=out,
         )

@@ -2,10 +2,10 @@
 One page to look at after a run: report.html, whole in itself (pictures inside, nothing fetched).
 
   table       accuracy, interval and calls: every part of the questions, every mode
-  figures     accuracy by category and mode, and the curves of the stages' log.jsonl (a sentence without matplotlib)
+  figures     accuracy by category and mode (a sentence without matplotlib), and the curves.png of the RL stages
   diagnosis   how often answers are right or wrong for which reason (extras/report/diagnosis.py)
-  simulator   pose and content beside the trivial baselines, the oracles and views with a known error; a sheet
-              context | motion | imagined | true; commanded against recovered motion
+  simulator   pose and content beside the trivial baselines and the oracles; a sheet context | motion | imagined |
+              true; commanded against recovered motion
   dialogues   every question: what the policy asked for, what it was shown, what it would have seen in the room itself
 
 The page is a template, page.html, which escapes what models and data say. A thousand dialogues open quickly: each is a
@@ -26,7 +26,7 @@ from extras.benches.common import open_image
 from extras.report.diagnosis import CASES, true_views
 from lib.geometry import Motion, phrase
 from lib.images import figure_image
-from lib.records import read_log, write_text
+from lib.records import write_text
 
 FILTERS = {
     "wrong": "wrong only",
@@ -36,10 +36,6 @@ FILTERS = {
 }
 THUMBNAIL = 160  # pixels of the longer side
 MOST_IMAGES = 12  # given images of a question; of a video these many, evenly
-CURVES = (  # of these a log shows the ones it has, and its "eval"
-    "reward, match, call_rate_needs_view, call_rate_answerable, invalid_calls, gain, entropy, loss, loss_flow, nearest, "
-    "mse, facts"
-).split(", ")
 
 
 def write(
@@ -47,7 +43,7 @@ def write(
     title: str,
     results: dict | None = None,
     wm: dict | None = None,
-    logs: dict[str, Path] | None = None,
+    curves: list[Path] = (),
     sheet: Image.Image | str | None = None,
     dose: Image.Image | None = None,
     dialogues: list[dict] = (),
@@ -56,7 +52,7 @@ def write(
     """Write report.html; what is not given is left out.
 
     results     as results.json of a bench of questions;  wm: as results.json of --bench wm
-    logs        {title: log.jsonl};  sheet: `images.contact_sheet` or a file;  dose: `dose_curves` as a picture
+    curves      curves.png of stages;  sheet: `images.contact_sheet` or a file;  dose: `dose_curves` as a picture
     dialogues   of pages.dialogue_rows;  folder: below which their imagined views lie
     """
     pictures = Pictures()
@@ -72,11 +68,7 @@ def write(
     if sheet is not None:
         page["sheet"] = data_uri(sheet if isinstance(sheet, Image.Image) else Image.open(sheet))
     page["dose"] = data_uri(dose)
-    page["curves"] = {}
-    for name, log in (logs or {}).items():
-        curves = curves_of(log)
-        if curves:
-            page["curves"][name] = data_uri(figure_image(curves_figure(curves)))
+    page["curves"] = {file.parent.name: data_uri(Image.open(file)) for file in curves}
     page["dialogues"] = [dialogue_data(one, pictures, folder) for one in dialogues]
     cases = [one["diagnosis"]["case"] for one in dialogues if one["diagnosis"]]
     runs = [one["run"] for one in dialogues]
@@ -162,7 +154,6 @@ def consistency_table(wm: dict) -> tuple:
         "simulators": wm.get("simulators") or {"simulator": wm},
         "baselines": wm["baselines"],
         "oracles": wm["oracles"],
-        "known error": wm.get("calibration", {}),
     }
     keys = ("pose", "content", "f1", "order", "thirds", "mse")
     rows = []
@@ -228,49 +219,8 @@ def workflow(results: dict) -> Callable:
     return draw
 
 
-def find_logs(root: str | Path) -> dict[str, Path]:
-    """{stage: its log.jsonl} of the stages below `root`."""
-    return {file.parent.name: file for file in sorted(Path(root).glob("*/log.jsonl"))}
-
-
-def curves_of(path: Path) -> dict[str, list]:
-    """{key: [(step, value)]} of a log.jsonl: what of CURVES it has, and matches and calls of its "eval"."""
-    curves = {key: [] for key in CURVES}
-    for row in read_log(path):
-        values = {key: row.get(key) for key in CURVES}
-        for mode, means in (row.get("eval") or {}).items():
-            if isinstance(means, dict):
-                for key in ("match", "call_rate"):
-                    values[f"held out, {mode}: {key}"] = means.get(key)
-        for key, value in values.items():
-            if isinstance(value, (int, float)):
-                curves.setdefault(key, []).append((row["step"], value))
-    return {key: points for key, points in curves.items() if points}
-
-
-def curves_figure(curves: dict[str, list]) -> Callable:
-    """`curves_of` -> draw(pyplot): a panel per curve, four to a line."""
-
-    def draw(pyplot):
-        """All panels of one log."""
-        columns = min(4, len(curves))
-        lines = -(-len(curves) // columns)
-        size = (2.6 * columns, 1.9 * lines)
-        figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False)
-        figure.set_layout_engine("constrained")
-        for axis, (key, points) in zip(axes.flat, curves.items(), strict=False):
-            axis.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 20 else None)
-            axis.set_title(key, fontsize=8)
-            axis.tick_params(labelsize=7)
-        for axis in axes.flat[len(curves) :]:
-            axis.axis("off")
-        return figure
-
-    return draw
-
-
 def dose_curves(dose: dict) -> Callable:
-    """{simulator: `calibration.dose_response`} -> draw(pyplot): commanded against recovered, a panel per kind.
+    """{simulator: `doses.dose_response`} -> draw(pyplot): commanded against recovered, a panel per kind.
 
     Medians and quartiles over rooms; filled where training showed that amount, hollow where it never did.
     """

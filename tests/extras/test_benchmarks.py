@@ -1,7 +1,5 @@
 """Records and verdicts of the published benchmarks, row by row of what their official code does."""
 
-import base64
-import csv
 import importlib.util
 import io
 import json
@@ -25,7 +23,6 @@ from extras.benches.common import (
     weights,
 )
 from extras.benches.files import sample_frames, split_options
-from extras.benches.lenient import easi_letter
 from extras.benches.mindcube import main as write_rooms
 from extras.benches.mindcube import mindcube_image, mindcube_setting
 from extras.benches.mmsi import MMSI_TYPES
@@ -299,33 +296,22 @@ def test_our_protocol_is_taken_off_where_the_bench_knows_no_thoughts(bench, part
     "text, letter",
     [
         ("<answer>d) mirror</answer>", "D"),
+        ("<answer> green box </answer>", "A"),
         ("<ANSWER>\nB, then</ANSWER>", "B"),
-        ("it is (c)</answer>", "C"),
-        ("so B</think>nothing", "B"),
-        ("A\nB\nC", "C"),
-        ("b) red box", "B"),
-        ("not A\nI choose B.", "B"),
+        ("so B</think>nothing", None),
         ("**D**", "D"),
-        ("thus B\nOption C: it", "B"),
-        ("The answer is (b), A or C", "B"),
+        ("It must be the red ball.", "B"),
         ("B or C", None),
         ("", None),
-        ("Dark", None),
         ("<think>Not A.\n</think>Well, C!", "C"),
-        ("<think>A\n</think>Well, C!", "A"),
-        ("x\u200bB\u200b", None),
-        ("\u200bB\u200b", "B"),
         ("I think C", "C"),
         ("Neither A nor C\nhm", None),
-        ("a <answer>J</answer>", "J"),
     ],
 )
-def test_the_lenient_letter_follows_easi(text, letter):
-    assert easi_letter(text) == letter
-    assert lenient({"bench": "mmsi", "kind": "mca", "answer": "B"}, text) == (
-        letter,
-        float(letter == "B"),
-    )
+def test_the_lenient_letter(text, letter):
+    options = ["A. green box", "B. red ball", "C. lamp", "D. mirror"]
+    question = {"bench": "mmsi", "kind": "mca", "answer": "B", "options": options}
+    assert lenient(question, text) == (letter, float(letter == "B"))
 
 
 def test_lenient_numbers():
@@ -521,27 +507,12 @@ def write_parquet(file, records):
     return file
 
 
-def write_mmsi_tsv(file, records):
-    rows = []
-    for record in records:
-        images = [base64.b64encode(image).decode() for image in record["images"]]
-        row = {"index": record["id"], "image": json.dumps(images)}
-        row |= {"question": record["question"], "answer": record["answer"]}
-        rows.append(row | {"category": record["question_type"]})
-    rows[0]["image"] = json.loads(rows[0]["image"])[0]  # one bare string
-    with open(file, "w", newline="") as lines:
-        writer = csv.DictWriter(lines, list(rows[0]), delimiter="\t")
-        writer.writeheader()
-        writer.writerows(rows)
-    return file
-
-
-def test_mmsi_tsv_becomes_questions(tmp_path):
+def test_mmsi_records_become_questions(tmp_path):
     records = list(mmsi_records(11, np.random.default_rng(0)))
     records[1]["question_type"] = records[1]["question_type"].replace("–", "-")
-    write_mmsi_tsv(tmp_path / "MMSI_bench.tsv", records)
+    write_parquet(tmp_path / "MMSI_Bench.parquet", records)
     questions = load("mmsi", tmp_path)
-    assert [len(q["images"]) for q in questions] == [1] + 10 * [2]
+    assert [len(q["images"]) for q in questions] == 11 * [2]
     assert tuple(q["category"] for q in questions) == MMSI_TYPES and questions[0]["id"] == "9000"
     assert questions[0]["question"] == "Where is it?"
     assert questions[0]["options"] == ["A. Front left", "B. Rear, left", "C. Far", "D. Here"]
@@ -557,28 +528,17 @@ def test_mmsi_tsv_becomes_questions(tmp_path):
     assert "secret" not in json.dumps(questions)
 
 
-def test_mmsi_parquet_equals_its_tsv_and_images_are_written_once(tmp_path):
+def test_mmsi_images_are_written_once(tmp_path):
     def written():
         return {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
 
     records = list(mmsi_records(5, np.random.default_rng(0)))
     plain = load("mmsi", write_parquet(tmp_path / "MMSI_Bench.parquet", records))
-    tsv = load("mmsi", write_mmsi_tsv(tmp_path / "MMSI_bench.tsv", records))
-    assert [q["images"] for q in plain[1:]] == [q["images"] for q in tsv[1:]]
     before = written()
     for record in records:
         record["images"] = [{"bytes": image, "path": None} for image in record["images"]]
     assert load("mmsi", write_parquet(tmp_path / "other.parquet", records)) == plain
     assert written() == before
-
-
-def test_the_circular_file_is_refused_since_its_score_is_another(tmp_path):
-    (record,) = mmsi_records(1, np.random.default_rng(0))
-    rotated = [{**record, "id": record["id"] + i * 1_000_000} for i in range(4)]
-    with pytest.raises(
-        SystemExit, match="record 2 .* circular score is not computed here; give MMSI_bench.tsv"
-    ):
-        load("mmsi", write_mmsi_tsv(tmp_path / "MMSIBench_circular.tsv", rotated))
 
 
 # ---- MMSI-Video-Bench -----------------------------------------------------------------------------------------------
@@ -822,7 +782,7 @@ def write_bench(bench, folder, rng):
     if bench == "mindcube":
         return write_mindcube(folder, mindcube_records(600, rng))
     if bench == "mmsi":
-        return write_mmsi_tsv(folder / "MMSI_bench.tsv", mmsi_records(500, rng))
+        return write_parquet(folder / "MMSI_Bench.parquet", mmsi_records(500, rng))
     if bench == "mmsi_video":
         return write_video(folder, video_records(1106, rng))
     if bench == "sat":
@@ -924,7 +884,7 @@ def test_broken_records_are_told_in_a_sentence(tmp_path):
     (fair,) = mmsi_records(1, np.random.default_rng(0))
     for wrong in ({"question_type": "Cooking"}, {"answer": "E"}):
         with pytest.raises(SystemExit, match="not one of MMSI-Bench"):
-            load("mmsi", write_mmsi_tsv(tmp_path / "MMSI_bench.tsv", [{**fair, **wrong}]))
+            load("mmsi", write_parquet(tmp_path / "MMSI_Bench.parquet", [{**fair, **wrong}]))
     room = {
         **next(vsi_records(1, np.random.default_rng(0))),
         "question_type": "room_size_estimation",

@@ -1,43 +1,12 @@
-"""The instrument, measured: every known error costs what it should, and a dose is recovered as it was commanded."""
-
-from itertools import pairwise
+"""A dose is recovered as it was commanded."""
 
 import numpy as np
 import pytest
-from test_consistency import ROWS
 
-from extras.report.calibration import DOSES, ERRORS, along, calibrate, dose_response
+from extras.report.doses import DOSES, along, dose_response
 from lib.consistency import recover_all
 from lib.geometry import Motion, camera_pose, move_camera
 from lib.rooms import EYE, random_room, render
-
-
-@pytest.mark.slow
-def test_both_metrics_fall_step_by_step_with_errors_of_known_size():
-    told = calibrate(ROWS[:20])
-    assert (
-        list(told) == list(ERRORS)
-        and told["none"]["pose"] == 1
-        and told["none"]["content"] == pytest.approx(1)
-    )
-    steps = {"turns": ("none", "10 degrees", "20 degrees"), "moves": ("none", "0.3 m", "0.6 m")}
-    for family, errors in steps.items():
-        for key in ("pose", "content"):
-            shares = [told[error][family][key] for error in errors]
-            assert all(a > b for a, b in pairwise(shares)), (family, key, shares)
-        assert told[errors[2]][family]["pose"] < 0.1
-        assert all(a["mse"] < b["mse"] for a, b in pairwise([told[e] for e in errors]))
-    for degrees in (10, 20):
-        assert told[f"{degrees} degrees"]["turns"]["median_degrees"] == pytest.approx(
-            degrees, abs=1
-        )
-    assert told["0.3 m"]["moves"]["median_meters"] == pytest.approx(0.3, abs=0.05)
-    for changed in ("removed", "moved", "recoloured"):
-        assert told[changed]["content"] < 0.7
-    assert (
-        told["removed"]["precision"] > 0.9 > told["recoloured"]["precision"]
-    )  # nothing is invented
-    assert told["moved"]["f1"] > told["removed"]["f1"] + 0.2  # it is there, elsewhere
 
 
 def test_doses_are_told_with_their_quartiles():

@@ -1,76 +1,14 @@
-"""
-The instrument of lib/consistency.py, measured, and what it says of a simulator's obedience.
+"""Dose and response: how far the camera went along the commanded axis, beside how far it was told to go."""
 
-Calibration: scores of views whose error is known, since a metric says something only if they fall with it.
-Dose and response: how far the camera went along the commanded axis, beside how far it was told to go, kind by kind.
-"""
-
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from data import MOTIONS, SIDES, WAYS, stands_free
 from lib.answers import imagine_targets
-from lib.consistency import compare, pose_errors, recover_all
-from lib.geometry import TABLE, Array, Motion, camera_pose, move_camera
-from lib.rooms import COLOURS, Room, random_room, render
+from lib.consistency import pose_errors, recover_all
+from lib.geometry import TABLE, Array, Motion, move_camera
 from lib.scores import text_table
-
-# ---- calibration ----------------------------------------------------------------------------------------------------
-
-CALIBRATED = 40  # triples on which the scores are calibrated
-ERRORS = ("none", "10 degrees", "20 degrees", "0.3 m", "0.6 m", "removed", "moved", "recoloured")
-
-
-def wrong_view(row: dict, error: str) -> Array:
-    """The target view of a triple, rendered with one `error` of ERRORS.
-
-    degrees      the camera is turned further to the right by so many
-    m            the camera stands so far aside: at a right angle to a commanded move, to its right otherwise
-    removed, moved, recoloured   the thing that fills most of the view is gone; stands 40 degrees further round the
-                 camera, to the right, as far away; has a colour that no thing of the room has
-    """
-    room = random_room(row["room"])
-    c2w = np.array(row["target_c2w"])
-    if error.endswith("degrees"):
-        c2w = c2w @ camera_pose(0, 0, 0, float(error.split()[0]))
-    elif error.endswith(" m"):
-        metres = float(error.split()[0])
-        sideways = row["motion"]["kind"] in ("move left", "move right")
-        c2w = c2w @ (camera_pose(0, 0, metres) if sideways else camera_pose(metres, 0, 0))
-    elif error != "none":
-        room = changed_room(room, c2w, error)
-    return render(room, c2w, len(row["target"]))["rgb"][0]
-
-
-def changed_room(room: Room, c2w: Array, error: str) -> Room:
-    """The room without the thing that fills most of the view, or with another in its place; see `wrong_view`."""
-    ids = render(room, c2w)["ids"].ravel()
-    pixels = np.bincount(ids, minlength=len(room.things) + 1)[1:]
-    thing = room.things[pixels.argmax()]
-    things = [other for other in room.things if other is not thing]
-    if error == "moved":
-        camera = c2w[:3, 3]
-        turn = camera_pose(0, 0, 0, 40)[:3, :3]
-        x, _, z = camera + turn @ (np.array([thing.x, 0, thing.z]) - camera)
-        things.append(replace(thing, x=x, z=z))
-    elif error == "recoloured":
-        spare = min(set(COLOURS) - {other.colour for other in room.things})
-        things.append(replace(thing, colour=spare))
-    return replace(room, things=tuple(things))
-
-
-def calibrate(rows: list[dict], most: int = CALIBRATED) -> dict[str, dict]:
-    """Scores of views with a known error, for every one of ERRORS -> {error: scores}; of about `most` of the rows."""
-    rows = rows[:: max(1, len(rows) // most)]
-    lists = {}
-    for error in ERRORS:
-        lists[error] = [wrong_view(row, error) for row in rows]
-    return compare(rows, {"calibration": lists})["calibration"]
-
-
-# ---- dose and response ----------------------------------------------------------------------------------------------
 
 DOSES = [
     *(Motion(f"turn {side}", 15.0 * i) for side in SIDES for i in range(1, 13)),
