@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from extras.report import real_views
-from extras.world2vlm.transitions import Transition, end_pose
+from extras.world2vlm.transitions import Transition
 from lib.rooms import random_room, render
 
 MIN_CONFIDENCE = 0.3  # paper: of a detection that is believed
@@ -99,17 +99,3 @@ def most_confident(candidates: list[tuple], rng) -> tuple:
     sums = [sum(detection.confidence for detection in each) for each in candidates]
     equal = [each for each, total in zip(candidates, sums, strict=True) if total == max(sums)]
     return equal[rng.integers(len(equal))]
-
-
-def blind_column(box, width, program) -> float:
-    """Where the words alone put a box after a program: the column of its middle, in picture widths from the centre.
-
-    It is taken to belong to something 0.8 m large, which gives its distance. inf: behind the camera. A box may be in
-    any unit, `width` in the same one; the picture is taken to be 90 degrees wide. Where this is right no picture is
-    needed, so `balanced` asks as often where not.
-    """
-    focal = width / 2
-    depth = 0.8 * focal / max(box[2] - box[0], box[3] - box[1], 1)
-    x = ((box[0] + box[2]) / 2 - width / 2) / focal * depth
-    x, _, z, _ = np.linalg.inv(end_pose(np.eye(4), program)) @ (x, 0, depth, 1)
-    return x / z * focal / width if z > 0.05 else np.inf

@@ -13,8 +13,8 @@ The words of both are in words.py. Boxes stand in the text as integers 0..1000 a
   scans      python -m extras.world2vlm.questions --anchors DIR --teacher out/wm-astra       # scans.py -> out/taught
   rendered   python -m extras.world2vlm.questions --rendered DIR           # by another program, frames.py -> out/rendered
 
-Out: questions_{train,val,test}.jsonl, rows as lib.records.Question with "weight", the teacher's reliability; "negative",
-how a false one was made; and "scene" (rooms) or "cluster": what it is about. The same again for the same rooms.
+Out: questions_{train,val,test}.jsonl, rows as lib.records.Question with "weight", the confidence of detections;
+"negative", how a false one was made; and "scene" (rooms) or "cluster": what it is about. The same again for the same rooms.
 
 Departures. The released templates give the direction away in A1 and A2; the paper says that it is to be found, and so
 it is here. Released claims of A4 can be told from their words alone: see `false_claim`. D1 to D4 say boxes and actions
@@ -37,7 +37,6 @@ from extras.world2vlm.objects import (
     MIN_AREA,
     MIN_CONFIDENCE,
     area,
-    blind_column,
     is_clear,
     load_detector,
     most_confident,
@@ -74,7 +73,7 @@ from lib.stage import bounded, need, run_stage
 from lib.streams import numpy_stream
 
 OPPOSITE = {"left": "right", "right": "left", "forward": "backward", "backward": "forward"}
-PRIVATE = ("program", "label", "cell")  # of a record, for `validate` and `balanced`
+PRIVATE = ("program", "label")  # of a record, for `validate` and `balanced`
 
 
 # ---- false claims ---------------------------------------------------------------------------------------------------
@@ -141,15 +140,15 @@ def records(transition, rng, claim=None, detect=None) -> list[dict]:
 
 
 def record(
-    transition, task, answer, label="", cell=(), detections=(), negative=None, claim=()
+    transition, task, answer, label="", detections=(), negative=None, claim=()
 ) -> dict:
     """One question.
 
-    label, cell   for `balanced`
+    label         for `balanced`
     detections    those that the question is about, and whose confidence counts
-    returns       a lib.records.Question with one or two arrays as images, and "weight": agreement of the teacher's views
-                  times confidence of the detections; "negative": how a false one was made, else None; and what is not
-                  written (PRIVATE): "program", the true actions as text, "label", "cell"
+    returns       a lib.records.Question with one or two arrays as images, and "weight": confidence of the detections;
+                  "negative": how a false one was made, else None; and what is not written (PRIVATE): "program", the
+                  true actions as text, "label"
     """
     height, width = transition.source.shape[:2]
     images = [transition.source, transition.target]
@@ -168,11 +167,10 @@ def record(
         "category": task,
         "kind": "na",
         "needs_view": None,
-        "weight": transition.agreement * math.prod(d.confidence for d in detections),
+        "weight": math.prod(d.confidence for d in detections),
         "negative": negative,
         "program": program,
         "label": label,
-        "cell": list(cell),
     }
 
 
@@ -197,8 +195,7 @@ def object_records(transition, rng, first, last) -> list[dict]:
     D1   only after programs with a move: how a mere turn shifts a box can be reckoned without any picture
     D2   yes: nothing of it is left. no: it still fills 1 % of the picture, be it cut by the edge. What shows less, or
          less surely, is not asked about
-    D4   no: another object of the same label. Easy as drawn; hard as `balanced` leaves them, as far from the blind
-         guess as the true ones
+    D4   no: another object of the same label
     """
     (height, width), target = transition.source.shape[:2], transition.target
     program, rows = transition.program, []
@@ -225,21 +222,13 @@ def object_records(transition, rng, first, last) -> list[dict]:
         if gone and stay:
             answer = "yes" if rng.random() < 0.5 else "no"
         detections = most_confident(gone if answer == "yes" else stay, rng)
-        guess = blind_column(detections[0].box, width, program)
-        rows.append(record(transition, "D2", answer, answer, tenths(guess), detections))
+        rows.append(record(transition, "D2", answer, answer, detections))
     for answer, candidates in (("yes", pairs), ("no", others)):
         if candidates:
-            a, b = most_confident(candidates, rng)
-            guess = blind_column(a.box, width, program)
-            off = abs((b.box[0] + b.box[2]) / 2 / width - 0.5 - guess)
+            pair = most_confident(candidates, rng)
             how = "label" if answer == "no" else None
-            rows.append(record(transition, "D4", answer, answer, tenths(off), (a, b), how))
+            rows.append(record(transition, "D4", answer, answer, pair, how))
     return rows
-
-
-def tenths(value) -> tuple[int]:
-    """Tenths of a picture, at most 1 to either side."""
-    return (int(np.floor(10 * np.clip(value, -1, 1))),)
 
 
 def with_pictures(transition, out, folder, rng, space, detect) -> list[dict]:
@@ -296,22 +285,20 @@ def validated(rows: list[dict]) -> tuple[list[dict], Counter]:
 
 
 def balanced(rows: list[dict], rng) -> list[dict]:
-    """As many records of every label, within each cell of each task; in random order.
+    """As many records of every label of each task; in random order.
 
-    Labels are the first action's kind (A1, A2, A3, D3) or the two truths (A4, D2, D4: a cell with one of them alone is
-    dropped); D1 has none. A cell of D2 and D4 holds what `blind_column` guesses alike, so that a rule of thumb about
-    boxes does not tell the answer; one D2 in 13 and one D4 in 25 stay.
+    Labels are the first action's kind (A1, A2, A3, D3) or the two truths (A4, D2, D4: one of them alone is dropped); D1
+    has none.
     What text alone gives: no more than chance in A1 to A4. D1 to D4 say boxes and actions in numbers, as in the paper,
     and arithmetic answers most of them: in rooms the nearest neighbours by all numbers of a prompt earn about .7 of the
     reward of D1, .9 of D2, .7 of D3 and .95 of D4, where the best constant answers earn .58, .66, .27 and .69. A box, a
     motion in metres and a thing that stands still leave little to see.
     """
-    cells = defaultdict(lambda: defaultdict(list))
+    tasks = defaultdict(lambda: defaultdict(list))
     for i in rng.permutation(len(rows)):
-        row = rows[i]
-        cells[row["category"], tuple(row["cell"])][row["label"]].append(row)
+        tasks[rows[i]["category"]][rows[i]["label"]].append(rows[i])
     chosen = []
-    for (task, _), labels in cells.items():
+    for task, labels in tasks.items():
         if task in ("A4", "D2", "D4") and len(labels) < 2:
             continue
         count = min(map(len, labels.values()))
@@ -345,7 +332,7 @@ def write_motion_questions(out, split, rows, about, seed, failures=0) -> None:
             labels = Counter(row["label"] for row in rows if row["category"] == task)
             numbers = ", ".join(f"{n} {label}" for label, n in labels.most_common())
             say(
-                f"  {task}: less than a tenth stays, since every label is cut to the rarest of its cell. There were "
+                f"  {task}: less than a tenth stays, since every label is cut to the rarest. There were "
                 f"{numbers}."
             )
     faults["the teacher gave no usable view"] += failures
@@ -353,15 +340,15 @@ def write_motion_questions(out, split, rows, about, seed, failures=0) -> None:
         say(f"  {count:6}  left out: {reason}")
 
 
-def motion_questions(seeds, out, teacher, space=ROOMS, tries=1) -> list[tuple[list[dict], int]]:
+def motion_questions(seeds, out, teacher, space=ROOMS) -> list[tuple[list[dict], int]]:
     """All records of some rooms, which share their calls of the teacher; their pictures are saved.
 
-    space, tries   as in `transitions`; boxes are those of the room, also where the teacher drew something else
-    returns        [(records with paths for pictures and a "scene", how many programs had no usable view)]
+    space     as in `transitions`; boxes are those of the room, also where the teacher drew something else
+    returns   [(records with paths for pictures and a "scene", how many programs had no usable view)]
     """
     rng, rows = numpy_stream("motion questions", seeds[0]), []
     anchors = [room_anchor(seed) for seed in seeds]
-    results, failures = transitions(anchors, teacher, rng, space, tries=tries)
+    results, failures = transitions(anchors, teacher, rng, space)
     for transition in results:
         room, poses = transition.room, [as_lists(c2w) for c2w in transition.poses]
         for row in with_pictures(transition, out, f"{room:07d}", rng, space, room_detections):
@@ -383,7 +370,7 @@ def make_room_questions(out, simulator=None, rooms=1000, held_out=(60, 240), thr
         seeds, title, parts = range(first, first + count), f"world2vlm, {split}", []
         if simulator and split == "train":  # a network stays in this process, eight rooms at a time
             for start in tqdm(range(0, count, 8), desc=title):
-                parts += motion_questions(seeds[start : start + 8], out, simulator, SEEN, tries=2)
+                parts += motion_questions(seeds[start : start + 8], out, simulator, SEEN)
         else:
             make = partial(motion_questions, teacher=TrueRenderer())
             parts = build(title, make, [[seed] for seed in seeds], out, threads)

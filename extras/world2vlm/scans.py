@@ -31,7 +31,7 @@ def make_scan_questions(
              first `limit` of each split
     names    of the teacher and of the detector: with others, everything is made again
     detect   as in `records`; None: A1 to A4 alone
-    A context takes 36 views. What is done stands in out/records_<split>.jsonl, from which an interrupted run goes on.
+    A context takes 18 views. What is done stands in out/records_<split>.jsonl, from which an interrupted run goes on.
     """
     out, questions = Path(out), 0
     for split in SPLITS:
@@ -81,7 +81,7 @@ def context_records(triple: dict, seed: int, split: str, simulator, detect, out:
     rng, name = numpy_stream("motion questions", seed), f"{split}_{seed:016x}"
     images = [load_image(path) for path in triple["context"]]
     anchor = Anchor(name, images, triple["reference"])
-    results, failures = transitions([anchor], simulator, rng, PAPER, AT_ONCE, tries=2)
+    results, failures = transitions([anchor], simulator, rng, PAPER, AT_ONCE)
     rows = []
     for transition in results:
         rows += with_pictures(transition, out, name, rng, PAPER, detect)

@@ -12,7 +12,7 @@ none for up, down and looking. Frames that another program rendered become the s
 """
 
 from collections import Counter
-from itertools import combinations, groupby
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -244,11 +244,6 @@ def is_view(view: np.ndarray | None, like: np.ndarray) -> bool:
     return view.shape == like.shape and view.std() > 2
 
 
-def picture_gap(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean squared difference of two pictures with colours in [-1, 1]."""
-    return float(np.square((a.astype(np.float32) - b) / 127.5).mean())
-
-
 # ---- transitions ----------------------------------------------------------------------------------------------------
 
 
@@ -259,7 +254,6 @@ class Transition(NamedTuple):
     source: np.ndarray  # (H, W, 3) uint8
     target: np.ndarray
     program: Program
-    agreement: float = 1.0  # of several imagined views of the same end, in (0, 1]
     room: int | None = None  # rooms only: the seed, and the poses of source and target
     poses: tuple | None = None
     # frames rendered elsewhere only (frames.py)
@@ -269,42 +263,31 @@ class Transition(NamedTuple):
 
 
 def transitions(
-    anchors: list[Anchor], simulator, rng, space=ROOMS, longest=None, tries=1
+    anchors: list[Anchor], simulator, rng, space=ROOMS, longest=None
 ) -> tuple[list[Transition], int]:
     """All transitions from some anchors, and how many programs the teacher gave no usable view of.
 
     simulator   anything with imagine(list of Query) -> views; longest: what it can do in one call, see `cut`
-    tries       views of every end, from different noise; the first is the target
     """
-    plans = {}
+    chains = {}
     for anchor in anchors:
         for number, program in enumerate(programs(rng, space)):
-            pieces = cut(program, longest)
-            plans[f"{anchor.name}_{number}"] = [Chain(anchor, pieces) for _ in range(tries)]
-    imagine_chains(simulator, [chain for chains in plans.values() for chain in chains], rng)
-    results = []
-    for name, chains in plans.items():
-        if all(chain.views for chain in chains):
-            results.append(transition_of(name, chains))
-    return results, len(plans) - len(results)
+            chains[f"{anchor.name}_{number}"] = Chain(anchor, cut(program, longest))
+    imagine_chains(simulator, list(chains.values()), rng)
+    results = [transition_of(name, chain) for name, chain in chains.items() if chain.views]
+    return results, len(chains) - len(results)
 
 
-def transition_of(name: str, chains: list[Chain]) -> Transition:
-    """What several chains of one program show.
+def transition_of(name: str, chain: Chain) -> Transition:
+    """What a chain shows: from its anchor to its last view (maximal displacement).
 
-    The source is the anchor, and the target the farthest view that all chains have (maximal displacement). Where one
-    ended early the program is what was done till then, as it was commanded: summed from small steps it would be
-    rounded, and the paper's smallest moves were lost that way. The agreement is exp(-d / 0.05), d the mean squared
-    distance of the ends in pairs.
+    Where it ended early the program is what was done till then, as it was commanded: summed from small steps it would
+    be rounded, and the paper's smallest moves were lost that way.
     """
-    first = chains[0]
-    steps = min(len(chain.views) for chain in chains)
-    program = summed(first.motions[:steps])
-    ends = [chain.views[steps - 1] for chain in chains]
-    gaps = [picture_gap(a, b) for a, b in combinations(ends, 2)]
-    agreement = float(np.exp(-np.mean(gaps) / 0.05)) if gaps else 1.0
+    anchor, steps = chain.anchor, len(chain.views)
     room = poses = None
-    if first.anchor.scene:
-        room = first.anchor.scene["room"]
-        poses = (first.anchor.pose, first.pose(steps))
-    return Transition(name, first.anchor.image, ends[0], program, agreement, room, poses)
+    if anchor.scene:
+        room = anchor.scene["room"]
+        poses = (anchor.pose, chain.pose(steps))
+    program = summed(chain.motions[:steps])
+    return Transition(name, anchor.image, chain.views[-1], program, room, poses)

@@ -12,7 +12,6 @@ import pytest
 from data import FINE, stands_free
 from extras.world2vlm.objects import (
     TrackedBox,
-    blind_column,
     image_detections,
     is_clear,
     room_detections,
@@ -299,7 +298,7 @@ def test_the_target_is_the_true_view_from_where_the_program_ends(true):
             transition.poses[1], end_pose(start, transition.program), atol=1e-9
         )
         view = render(random_room(transition.room), transition.poses[1])["rgb"][0]
-        assert (view == transition.target).all() and transition.agreement == 1
+        assert (view == transition.target).all()
 
 
 def test_long_motions_are_cut_and_chained_and_lose_nothing():
@@ -366,42 +365,6 @@ def test_the_farthest_usable_view_is_taken_and_told_as_what_was_done():
     assert not found and dropped == 9
 
 
-def test_several_tries_end_where_the_first_of_them_ends():
-    """The second try goes flat after one step: the first may not go on alone."""
-
-    class SecondTears(Noise):
-        def imagine(self, queries):
-            return [
-                np.zeros_like(NOISE) if len(q.images) == 2 and i % 2 else NOISE
-                for i, q in enumerate(queries)
-            ]
-
-    found, dropped = transitions(
-        [Anchor("picture", [NOISE])], SecondTears(), np.random.default_rng(0), PAPER, tries=2
-    )
-    planned = programs(np.random.default_rng(0), PAPER)
-    assert [transition.program for transition in found] == [
-        program[:1] for program in planned
-    ] and not dropped
-
-
-def test_agreement_by_hand():
-    """Three views, 10 and 20 of 255 levels brighter: squared distances in [-1, 1] are (10, 20, 10 / 127.5)^2."""
-
-    class Brighter:
-        def imagine(self, queries):
-            return [NOISE // 2 + np.uint8(10 * (i % 3)) for i, _ in enumerate(queries)]
-
-    space = Space({"turn left": [20]}, (), {})
-    (found,), _ = transitions(
-        [Anchor("picture", [NOISE])], Brighter(), np.random.default_rng(0), space, tries=3
-    )
-    assert found.agreement == pytest.approx(
-        np.exp(-(100 + 400 + 100) / 3 / 127.5**2 / 0.05), rel=1e-5
-    )
-    assert (found.target == NOISE // 2).all()
-
-
 def test_a_view_of_one_colour_and_a_little_noise_is_no_view():
     stripes = np.zeros((32, 32, 3), np.uint8)
     stripes[::2] = 2
@@ -423,23 +386,6 @@ def test_the_way_is_free_wherever_a_program_leads():
         anchor = room_anchor(seed)
         for program in programs(np.random.default_rng(seed), ROOMS):
             assert stands_free(end_pose(anchor.pose, program))
-
-
-class Shaky(TrueRenderer):
-    """The truth, brighter by some luck of the seed."""
-
-    def imagine(self, queries):
-        return [
-            np.clip(view + np.random.default_rng(q.seed).integers(0, 40), 0, 255).astype(np.uint8)
-            for q, view in zip(queries, super().imagine(queries), strict=True)
-        ]
-
-
-def test_views_that_disagree_make_a_transition_weigh_less():
-    found, _ = transitions([room_anchor(0)], Shaky(), np.random.default_rng(0), tries=3)
-    assert all(0 < transition.agreement < 1 for transition in found)
-    found, _ = transitions([room_anchor(0)], TrueRenderer(), np.random.default_rng(0), tries=2)
-    assert all(transition.agreement == 1 for transition in found)
 
 
 # ---- objects --------------------------------------------------------------------------------------------------------
@@ -480,7 +426,6 @@ def test_a_plain_detector_tracks_only_what_it_cannot_confuse():
         np.zeros((32, 32, 3), np.uint8),
         np.ones((32, 32, 3), np.uint8),
         [Motion("move left", 1.0)],
-        agreement=0.5,
     )
     detect = image_detections(lambda image: shown[int(image[0, 0, 0])])
     first, last = detect(transition)
@@ -492,9 +437,7 @@ def test_a_plain_detector_tracks_only_what_it_cannot_confuse():
         for row in questions_about(transition, np.random.default_rng(seed), detect=detect):
             by_task[row["category"]].append(row)
     assert {row["answer"] for row in by_task["D1"]} == {"[312, 94, 500, 281]"}
-    assert by_task["D1"][0]["weight"] == pytest.approx(
-        0.5 * 0.9 * 0.8
-    )  # agreement times both confidences
+    assert by_task["D1"][0]["weight"] == pytest.approx(0.9 * 0.8)  # both confidences
     asked = {
         (re.search("the (chair|lamp|box)", row["question"])[1], row["answer"])
         for row in by_task["D2"]
@@ -508,13 +451,13 @@ def test_what_is_seen_unsurely_afterwards_neither_stays_nor_is_gone():
 
     def asked(confidence):
         found = [TrackedBox("chair", (8, 8, 16, 16), sure, 1) for sure in (0.8, confidence)]
-        transition = Transition("t", NOISE, NOISE, [Motion("turn left", 10.0)], agreement=0.5)
+        transition = Transition("t", NOISE, NOISE, [Motion("turn left", 10.0)])
         rows = questions_about(
             transition, np.random.default_rng(0), detect=lambda _: (found[:1], found[1:])
         )
         return [(row["answer"], row["weight"]) for row in rows if row["category"] == "D2"]
 
-    assert asked(0.3) == [("no", pytest.approx(0.5 * 0.8 * 0.3))] and asked(0.29) == []
+    assert asked(0.3) == [("no", pytest.approx(0.8 * 0.3))] and asked(0.29) == []
 
 
 # ---- the eight tasks ------------------------------------------------------------------------------------------------
@@ -627,13 +570,13 @@ def test_every_fault_is_found_and_counted(true):
     assert len(kept) == len(true[1]) and counted == dict.fromkeys(faults, 1)
 
 
-def test_labels_are_balanced_in_every_cell(sixteen):
+def test_labels_are_balanced_in_every_task(sixteen):
     rows = balanced(sixteen, np.random.default_rng(0))
-    cells = defaultdict(Counter)
+    tasks = defaultdict(Counter)
     for row in rows:
-        cells[row["category"], tuple(row["cell"])][row["label"]] += 1
-    assert {task for task, _ in cells} == set(TASKS)
-    for (task, _), counts in cells.items():
+        tasks[row["category"]][row["label"]] += 1
+    assert set(tasks) == set(TASKS)
+    for task, counts in tasks.items():
         assert len(set(counts.values())) == 1 and (
             task not in ("A4", "D2", "D4") or len(counts) == 2
         )
@@ -665,13 +608,6 @@ def test_rows_say_how_false_ones_were_made_and_a_rare_label_is_told(true, tmp_pa
     assert "There were 30 move forward, 1 move backward." in said
     write_motion_questions(tmp_path, "train", [forward] * 10 + [backward], "some", 0)
     assert "less than a tenth" not in capsys.readouterr().out
-
-
-def test_the_blind_guess_is_right_about_turns():
-    """Something in the middle is 20 degrees to the right after a turn left of 20, and behind after half a turn."""
-    where = blind_column((14, 14, 18, 18), 32, [Motion("turn left", 20.0)])
-    assert where == pytest.approx(0.5 * np.tan(np.radians(20)))
-    assert blind_column((14, 14, 18, 18), 32, [Motion("turn left", 180.0)]) == np.inf
 
 
 def blind(rows, sees, gives):

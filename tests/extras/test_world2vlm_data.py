@@ -93,10 +93,7 @@ def test_the_files_are_the_same_again(motions, tmp_path):
 
 
 def test_a_world_model_teaches_what_it_imagines(motions, tmp_path, monkeypatch):
-    """Pictures are its own, motions those that it has seen, and the weight says how far its two tries agree.
-
-    What is held out stays true.
-    """
+    """Pictures are its own, motions those that it has seen; what is held out stays true.    """
 
     class Blurred:
         asked = []
@@ -110,10 +107,9 @@ def test_a_world_model_teaches_what_it_imagines(motions, tmp_path, monkeypatch):
             ]
 
     make_room_questions(tmp_path, Blurred(), rooms=9, held_out=(3, 3))
-    assert Blurred.asked[0] == 8 * 2 * 8  # eight rooms, two tries, eight programs each
+    assert Blurred.asked[0] == 8 * 8  # eight rooms, eight programs each
     rows = load_jsonl(tmp_path / "questions_train.jsonl")
     assert not any("backward 0" in row["answer"] or "backward 1" in row["answer"] for row in rows)
-    assert all(0.5 < row["weight"] < 1 for row in rows)
     for file in ("questions_val.jsonl", "questions_test.jsonl"):
         assert (tmp_path / file).read_bytes() == (motions / file).read_bytes()
     with pytest.raises(SystemExit, match="python train_wm.py"):
