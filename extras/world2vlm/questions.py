@@ -139,9 +139,7 @@ def records(transition, rng, claim=None, detect=None) -> list[dict]:
     return rows
 
 
-def record(
-    transition, task, answer, label="", detections=(), negative=None, claim=()
-) -> dict:
+def record(transition, task, answer, label="", detections=(), negative=None, claim=()) -> dict:
     """One question.
 
     label         for `balanced`

@@ -93,7 +93,7 @@ def test_the_files_are_the_same_again(motions, tmp_path):
 
 
 def test_a_world_model_teaches_what_it_imagines(motions, tmp_path, monkeypatch):
-    """Pictures are its own, motions those that it has seen; what is held out stays true.    """
+    """Pictures are its own, motions those that it has seen; what is held out stays true."""
 
     class Blurred:
         asked = []
