@@ -44,28 +44,21 @@ def room_detections(transition: Transition) -> tuple[list, list]:
 
 
 def load_detector(model: str, device: str) -> Callable:
-    """A GroundingDINO, by folder or hub id, as `image_detections` wants it. Raises ValueError."""
-    detect = real_views.detector(model, device)
-
-    def boxes_in_pixels(image):
-        height, width = image.shape[:2]
-        scale = (width, height, width, height)
-        rows = detect(image, real_views.INDOOR)  # boxes in shares of the picture
-        return [(label, tuple(np.asarray(box) * scale), score) for label, box, score in rows]
-
-    return image_detections(boxes_in_pixels)
-
-
-def image_detections(detector: Callable) -> Callable:
-    """Like `room_detections`, for any pictures, by a callable image -> [(label, box, confidence)].
+    """Like `room_detections`, for any pictures, by a GroundingDINO (folder or hub id). Raises ValueError.
 
     Who is who cannot be told by overlapping boxes when the camera goes far: see `tracked_by_label`.
     """
+    find = real_views.detector(model, device)
 
     def detect(transition):
         pair = []
         for image in (transition.source, transition.target):
-            pair.append([TrackedBox(*row, None) for row in detector(image)])
+            scale = np.tile(image.shape[1::-1], 2)  # its boxes are in shares of the picture
+            rows = find(image, real_views.INDOOR)
+            boxes = [
+                TrackedBox(label, tuple(box * scale), score, None) for label, box, score in rows
+            ]
+            pair.append(boxes)
         return tracked_by_label(pair)
 
     return detect
