@@ -25,7 +25,6 @@ import os
 import uuid
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,53 +40,54 @@ from lib.checkpoints import load_state, save_state, training_tensors
 from lib.distributed import fail, is_main
 from lib.geometry import Motion, Query, instruction, phrase
 from lib.images import PictureError, contact_sheet, decode, on_white
-from lib.packing import Latent, Pack, Text, View, pack
+from lib.packing import Pack, Text, VaeImage, VitImage, pack
 from lib.records import MetricLog, load_jsonl, whole_folder
 from lib.stage import Flag
 from lib.streams import rows_of_step, torch_stream
-from world_model import WorldModel, clean
+from world_model import WorldModel, x0_from_output
 
 SCANS = [f"out/{name}" for name in ("scannet", "scannetpp", "matterport", "arkitscenes", "dl3dv")]
-# The paper gives model and data. Of astra, AdamW with its lr, warm-up, shift and dropout are BAGEL's for fine-tuning and
-# editing; the rest is ours: 64 targets an update, so that 17,000 updates are two epochs of the paper's 544,197 triples.
-# Of tiny, many small updates: 500 of 28 targets reached `nearest` .7 to .8, 250 of 55, the same 14,000 targets, .3.
+# The paper gives model and data. Of astra, --lr is BAGEL's example for fine-tuning, --eps and the dropout are BAGEL's own;
+# --warmup, --train-shift and EMA are what others fine-tune it with. The rest is ours: 64 targets an update, if all groups
+# are full, so that 17,000 updates are two epochs of the paper's 544,197 triples.
+# tiny takes many small updates: at equal targets seen, 500 updates of 28 reach `nearest` .7 to .8, 250 of 55 only .3.
 FLAGS = [
     Flag("--data", ["out/data"], SCANS, "folders with triples_{train,val}.jsonl, one per dataset"),
     Flag("--out", "out/wm", "out/wm-astra", "folder of the run and of the finished model"),
     Flag(
         "--init", None, "ByteDance-Seed/BAGEL-7B-MoT", "model to start from; tiny: random weights"
     ),
-    Flag("--size", 32, 32, "side of the views without --init, pixels; a multiple of 16", 1),
+    Flag("--size", 32, 32, "side of the views without --init, pixels; a multiple of 16", low=1),
     Flag("--seed", 0, 0, "of every draw"),
-    Flag("--steps", 2000, 17_000, "updates", 1),
-    Flag("--contexts", 4, 8, "contexts per update, all ranks together", 1),
-    Flag("--targets", 8, 8, "targets that share one reading of their context, at most", 1),
-    Flag("--lr", 2e-3, 2e-5, "AdamW peak learning rate", 0),
-    Flag("--lr-floor", 0.03, 1.0, "share of the peak where the cosine ends; 1: constant", 0, 1),
-    Flag("--warmup", 60, 500, "steps of linear rise", 0),
-    Flag("--weight-decay", 0.01, 0.0, "of AdamW", 0),
-    Flag("--eps", 1e-8, 1e-15, "of AdamW; a gradient of norm 1 has entries of 1e-5 at 14 B", 0),
-    Flag("--max-grad-norm", 1.0, 1.0, "longer gradients are scaled down to it", 0),
-    Flag("--ema", 0.995, 0.995, "decay of the EMA that is saved; rises from 0.1", 0, 1),
-    Flag("--shift", 4.5, 4.0, "t = sigmoid(N(0, 1) + ln shift): above 1 towards noise", 1e-3),
-    Flag("--drop-text", 0.0, 0.1, "condition dropout: sentences (what guidance needs)", 0, 1),
-    Flag("--drop-vit", 0.0, 0.3, "condition dropout: ViT segments of context images", 0, 1),
-    Flag("--drop-vae", 0.0, 0.3, "condition dropout: VAE segments of context images", 0, 1),
+    Flag("--steps", 2000, 17_000, "updates", low=1),
+    Flag("--contexts", 4, 8, "contexts per update, all ranks together", low=1),
+    Flag("--lr", 2e-3, 2e-5, "AdamW peak learning rate", low=0),
+    Flag("--lr-floor", 0.03, 1.0, "share of the peak where the cosine ends", low=0, high=1),
+    Flag("--warmup", 60, 500, "steps of linear rise", low=0),
+    Flag("--weight-decay", 0.01, 0.0, "of AdamW", low=0),
+    Flag("--eps", 1e-8, 1e-15, "of AdamW; a gradient of norm 1 has entries of 1e-5 at 14 B", low=0),
+    Flag("--train-shift", 4.5, 4.0, "t = sigmoid(N(0, 1) + ln shift): above 1 to noise", low=1e-3),
+    Flag("--drop-text", 0.0, 0.1, "condition dropout: sentences, for guidance", low=0, high=1),
+    Flag("--drop-vit", 0.0, 0.3, "condition dropout: ViT segments of context", low=0, high=1),
+    Flag("--drop-vae", 0.0, 0.3, "condition dropout: VAE segments of context", low=0, high=1),
     Flag("--augment", True, False, "mirrored rooms and permuted colours"),
-    Flag("--warp-weight", 0.5, 0.0, "view consistency: agreement with the warped context", 0),
+    Flag("--warp-weight", 0.5, 0.0, "view consistency: agreement with the warped context", low=0),
     Flag("--shuffle-instructions", False, False, "the untuned control: motions of other targets"),
-    Flag("--lora", 0, 0, "train adapters of this rank (alpha twice that) beside --init", 0),
+    Flag("--lora", 0, 0, "train adapters of this rank (alpha twice that) beside --init", low=0),
     Flag("--latents", None, "data/latents", "folder for the autoencoder's moments of each picture"),
-    Flag("--micro-contexts", 4, 1, "contexts per forward pass and rank", 1, neutral=True),
+    Flag("--micro-contexts", 4, 1, "contexts per forward pass and rank", low=1, neutral=True),
     Flag(
         "--gradient-checkpointing", False, True, "recompute activations in backward", neutral=True
     ),
-    Flag("--images-in-memory", None, 200, "pictures kept decoded; default: all", 0, neutral=True),
-    Flag("--look-every", 250, 1_000, "steps between looks at held-out views", 1, neutral=True),
-    Flag("--look-contexts", 16, 2, "held-out contexts to look at", 1, neutral=True),
-    Flag("--save-every", 250, 500, "steps between checkpoints", 1, neutral=True),
-    Flag("--threads", 1, 1, "CPU threads per process; small models gain little", 1, neutral=True),
+    Flag("--images-in-memory", None, 200, "decoded pictures; default: all", low=0, neutral=True),
+    Flag("--look-every", 250, 1_000, "steps between looks at held-out views", low=1, neutral=True),
+    Flag("--look-contexts", 16, 2, "held-out contexts to look at", low=1, neutral=True),
+    Flag("--save-every", 250, 500, "steps between checkpoints", low=1, neutral=True),
+    Flag("--threads", 1, 1, "CPU threads; small models gain little", low=1, neutral=True),
 ]
+TARGETS = 8  # that share one reading of their context, at most
+MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to it
+EMA_DECAY = 0.995  # of the weights that are saved; rises from 0.1
 LOSSES = ("loss_flow", "loss_content")  # keys of the log, beside grad_norm, lr, nearest and mse
 REQUIRED = {"context", "reference", "motion", "target", "warp"}  # of a triple (lib.records.Triple)
 MIRRORED = {"left": "right", "right": "left"}
@@ -112,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def load_groups(folders: list[str], split: str, most: int) -> list[list]:
     """The triples of some folders in groups that share a context and a reference, at most `most` in a group.
 
-    A group's context is read once for all of its targets. Ends with a sentence where rows are missing or lack something.
+    A group's context is read once for all of its targets. Exits where rows are missing or lack something.
     """
     rows = []
     for folder in folders:
@@ -136,7 +136,7 @@ def load_groups(folders: list[str], split: str, most: int) -> list[list]:
 
 
 def read_image(path: str) -> np.ndarray:
-    """A picture as uint8 (H, W, 3), or (H, W, 4) where it has an alpha channel; a sentence if it cannot be read."""
+    """A picture as uint8 (H, W, 3), or (H, W, 4) where it has an alpha channel; exits if it cannot be read."""
     try:
         return np.asarray(decode(path))
     except PictureError as error:
@@ -146,8 +146,7 @@ def read_image(path: str) -> np.ndarray:
         )
 
 
-@dataclass
-class TriplePictures:
+class TriplePictures(NamedTuple):
     """One context with its T targets, as the files hold them: uint8."""
 
     context: list  # (H, W, 3) each
@@ -157,10 +156,12 @@ class TriplePictures:
     warps: np.ndarray  # (T, H, W, 4) the context warped into each target view; alpha 255 where some context view sees it
 
 
-def read_pictures(rows: list[dict], read: Callable) -> TriplePictures:
-    """The pictures of a group of triples."""
+def read_pictures(rows: list[dict], read: Callable, with_warps: bool) -> TriplePictures:
+    """The pictures of a group of triples; without warps as if no context view saw anything of the targets."""
     targets = [read(row["target"]) for row in rows]
-    warps = [read(row["warp"]) for row in rows]
+    warps = [np.zeros((*targets[0].shape[:2], 4), np.uint8)] * len(rows)
+    if with_warps:
+        warps = [read(row["warp"]) for row in rows]
     sizes = {image.shape[:2] for image in targets + warps}
     if len(sizes) > 1 or any(warp.shape[-1] != 4 for warp in warps):
         fail(
@@ -176,23 +177,32 @@ def read_pictures(rows: list[dict], read: Callable) -> TriplePictures:
     )
 
 
-def augment(p: TriplePictures, stream) -> None:
-    """Make one of a room's twelve rooms of its pictures, in place: mirrored or not, with permuted colours.
-
-    In the mirror, left and right change places in the words and along the ring.
-    """
+def augmented(p: TriplePictures, stream: torch.Generator) -> TriplePictures:
+    """One of a room's twelve rooms: mirrored or not, with permuted colours."""
     mirror = int(torch.randint(2, (), generator=stream))
     colours = list(COLOURS[int(torch.randint(len(COLOURS), (), generator=stream))])
     if mirror:
-        p.context = [image[:, ::-1] for image in reversed(p.context)]
-        p.reference = len(p.context) + 1 - p.reference
-        p.targets, p.warps = p.targets[:, :, ::-1], p.warps[:, :, ::-1]
-        for k, motion in enumerate(p.motions):
-            words = [MIRRORED.get(word, word) for word in motion.kind.split()]
-            p.motions[k] = Motion(" ".join(words), motion.amount)
-    p.context = [image[..., colours] for image in p.context]
-    p.targets = p.targets[..., colours]
-    p.warps = p.warps[..., [*colours, 3]]
+        p = mirrored(p)
+    return p._replace(
+        context=[image[..., colours] for image in p.context],
+        targets=p.targets[..., colours],
+        warps=p.warps[..., [*colours, 3]],
+    )
+
+
+def mirrored(p: TriplePictures) -> TriplePictures:
+    """The room in a mirror: left and right change places in the words, and the ring of views is read backwards."""
+    motions = []
+    for motion in p.motions:
+        words = [MIRRORED.get(word, word) for word in motion.kind.split()]
+        motions.append(Motion(" ".join(words), motion.amount))
+    return TriplePictures(
+        context=[image[:, ::-1] for image in reversed(p.context)],
+        reference=len(p.context) + 1 - p.reference,
+        motions=motions,
+        targets=p.targets[:, :, ::-1],
+        warps=p.warps[:, :, ::-1],
+    )
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------------
@@ -207,29 +217,27 @@ class Encoder:
     """
 
     def __init__(self, model: WorldModel, folder: str | None = None):
-        self.autoencoder, self.device, self.folder = model.autoencoder, model.device, folder
+        self.autoencoder = model.autoencoder
+        self.device = model.device
+        self.folder = None if model.settings.latent == "pixels" else folder
 
-    def latent(self, image: np.ndarray, stream=None) -> Tensor:
+    def latent(self, image: np.ndarray, stream: torch.Generator | None = None) -> Tensor:
         """(H, W, 3) uint8 -> (1, c, 2 h, 2 w) on the CPU, drawn from the posterior by `stream`; without one, its mean."""
-        if not self.autoencoder.random:
-            return self.autoencoder.encode(to_pixels(image[None]))
-        mean, log_variance = self.stored_moments(image) if self.folder else self.moments(image)
-        noise = torch.zeros_like(mean)
+        if not self.folder:
+            pixels = to_pixels(image[None]).to(self.device)
+            return self.autoencoder.encode(pixels, stream and [stream]).cpu()
+        mean, log_variance = self.stored_moments(image)
+        noise = torch.zeros(())
         if stream is not None:
             noise = torch.randn(mean.shape, generator=stream)
         return self.autoencoder.draw(mean, log_variance, noise)
 
-    def moments(self, image):
-        """Mean and log-variance (1, c, 2 h, 2 w), on the CPU."""
-        mean, log_variance = self.autoencoder.moments(to_pixels(image[None]).to(self.device))
-        return mean.cpu(), log_variance.cpu()
-
     def stored_moments(self, image):
-        """The same from the folder, computed where it is not there yet."""
+        """Mean and log-variance (1, c, 2 h, 2 w) from the folder, computed where they are not there yet."""
         name = hashlib.sha256(image.tobytes() + str(image.shape).encode()).hexdigest()[:24]
         path = Path(self.folder, name[:2], f"{name}.safetensors")
         if not path.exists():
-            mean, log_variance = self.moments(image)
+            mean, log_variance = self.autoencoder.moments(to_pixels(image[None]).to(self.device))
             path.parent.mkdir(parents=True, exist_ok=True)
             beside = path.with_suffix(f".{uuid.uuid4().hex}")  # two ranks may meet here
             save_file({"mean": mean.half(), "log_variance": log_variance.half()}, beside)
@@ -238,124 +246,132 @@ class Encoder:
         return tensors["mean"].float(), tensors["log_variance"].float()
 
 
-class Targets(NamedTuple):
+class LossTargets(NamedTuple):
     """What the loss compares with: the N latent tokens of all targets of a Pack, in its order."""
 
     x0: Tensor  # (N, C)
-    eps: Tensor  # (N, C)
+    noise: Tensor  # (N, C)
     warp: Tensor  # (N, C) the context warped into the target view; its holes show the target
-    visible: Tensor  # (N,) share of a token's pixels that some context view sees
+    seen_share: Tensor  # (N,) share of a token's pixels that some context view sees
 
 
-def context_segments(image, latent, number, keep, model) -> list:
-    """A context image as it stands in a sequence: its VAE segment and its ViT segment, or what dropout leaves of them.
-
-    image (H, W, 3) uint8, latent (1, c, 2 h, 2 w), keep (keep_vae, keep_vit)
-    """
-    patch = model.network.config.vit_patch
-    pixels = to_pixels(resize(image, model.settings.vit_limits)[None])
-    grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
-    tokens, patches = patchify(latent, LATENT_PATCH)[0], patchify(pixels, patch)[0]
-    return [
-        Latent(tokens, token_grid(latent), number=number, keep=keep[0]),
-        View(patches, grid, number=number, keep=keep[1]),
-    ]
-
-
-def make_sample(rows, model, encoder, read, args, stream) -> tuple[list, Targets]:
+def make_sample(rows, model, encoder, read, args, stream) -> tuple[list, LossTargets]:
     """One context with its T targets -> (segments of a pack, what the loss compares with).
 
     Every draw comes from `stream`. Each target is a branch of its own, with its sentence (lib/packing.py).
     """
-    p = read_pictures(rows, read)
+    p = read_pictures(rows, read, with_warps=args.warp_weight > 0)
     if args.augment:
-        augment(p, stream)
-    sentences = [instruction(motion, p.reference) for motion in p.motions]
+        p = augmented(p, stream)
+    context, reference = model.arrange(p.context, p.reference)
+    sentences = [instruction(motion, reference) for motion in p.motions]
     if args.shuffle_instructions:
         order = torch.randperm(len(rows), generator=stream).tolist()
         sentences = [sentences[k] for k in order]
-    context = model.arranged(p.context, p.reference, "")[0]
 
     # condition dropout, and the targets' times
     dropout = torch.tensor([args.drop_vae, args.drop_vit])
-    keep = (torch.rand(len(context), 2, generator=stream) >= dropout).tolist()
+    keep = torch.rand(len(context), 2, generator=stream) >= dropout
+    keep_vae, keep_vit = keep.T.tolist()
     keep_text = (torch.rand(len(rows), generator=stream) >= args.drop_text).tolist()
-    t = torch.sigmoid(torch.randn(len(rows), generator=stream) + math.log(args.shift))  # (T,)
+    t = torch.randn(len(rows), generator=stream) + math.log(args.train_shift)
+    t = torch.sigmoid(t)  # (T,)
     torch.randint(2, (), generator=stream)  # unused: recorded runs have a draw here
-
-    # pictures as latents; x_t is computed here and nowhere else: network and loss find it in the pack
-    fit = functools.partial(resize, limits=model.settings.vae_limits)
-    alpha = np.where(p.warps[..., 3] > 127, np.uint8(255), np.uint8(0))  # (T, H, W)
-    warps = p.targets  # without its loss nobody reads the warp: it is not another picture to encode
-    if args.warp_weight:
-        warps = np.where(alpha[..., None], p.warps[..., :3], p.targets)
-    context = [fit(image) for image in context]
-    latents = [encoder.latent(image, stream) for image in context]
-    views = torch.cat([encoder.latent(fit(image), stream) for image in p.targets])
-    warps = torch.cat([encoder.latent(fit(image)) for image in warps])
-    x0, warp = patchify(views, LATENT_PATCH), patchify(warps, LATENT_PATCH)  # (T, n, C)
-    eps = torch.randn(x0.shape, generator=stream)
-    x_t = (1 - t[:, None, None]) * x0 + t[:, None, None] * eps
-    alpha = np.stack([fit(mask) for mask in alpha])[:, None] / np.float32(255)
-    side = LATENT_PATCH * model.autoencoder.cell  # of a token, pixels
-    visible = patchify(torch.from_numpy(alpha), side).mean(-1)  # (T, n)
 
     segments = []
     for i, image in enumerate(context):
-        segments += context_segments(image, latents[i], i, keep[i], model)
+        image = resize(image, model.settings.vae_limits)
+        vae_image, vit_image = context_segments(image, i, model, encoder, stream)
+        segments.append(vae_image._replace(keep=keep_vae[i]))
+        segments.append(vit_image._replace(keep=keep_vit[i]))
+    x0, warp, seen_share, grid = encode_targets(p, model, encoder, stream)
+    noise = torch.randn(x0.shape, generator=stream)
+    # x_t is computed here and nowhere else: network and loss find it in the pack
+    x_t = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise
     for k, sentence in enumerate(sentences):
-        ids = model.token_ids(model.arranged(p.context, p.reference, sentence)[2])
+        ids = model.token_ids(sentence)
+        segments.append(Text(ids, branch=k + 1, keep=keep_text[k]))
         words = ids[1:-1] if keep_text[k] else []
-        target = Latent(x_t[k], token_grid(views), group=k + 1, t=float(t[k]), motion_ids=words)
-        segments += [Text(ids, group=k + 1, keep=keep_text[k]), target]
-    return segments, Targets(*(x.flatten(0, 1) for x in (x0, eps, warp, visible)))
+        target = VaeImage(x_t[k], grid, branch=k + 1, t=float(t[k]), motion_ids=words)
+        segments.append(target)
+    return segments, LossTargets(*(x.flatten(0, 1) for x in (x0, noise, warp, seen_share)))
+
+
+def context_segments(image, index, model, encoder, stream) -> tuple[VaeImage, VitImage]:
+    """A context image (H, W, 3) uint8 as it stands in a sequence: once for the VAE, once for the ViT."""
+    latent = encoder.latent(image, stream)
+    patch = model.network.config.vit_patch
+    pixels = to_pixels(resize(image, model.settings.vit_limits)[None])
+    grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
+    return (
+        VaeImage(patchify(latent, LATENT_PATCH)[0], token_grid(latent), index),
+        VitImage(patchify(pixels, patch)[0], grid, index),
+    )
+
+
+def encode_targets(p, model, encoder, stream) -> tuple[Tensor, Tensor, Tensor, tuple]:
+    """The T targets as latent tokens -> (x0 (T, n, C), warp (T, n, C), seen_share (T, n), grid (h, w))."""
+    fit = functools.partial(resize, limits=model.settings.vae_limits)
+    latents = torch.cat([encoder.latent(fit(image), stream) for image in p.targets])
+    x0 = warp = patchify(latents, LATENT_PATCH)
+    is_seen = p.warps[..., 3] > 127  # (T, H, W)
+    if is_seen.any():
+        pictures = np.where(is_seen[..., None], p.warps[..., :3], p.targets)
+        warps = torch.cat([encoder.latent(fit(image)) for image in pictures])
+        warp = patchify(warps, LATENT_PATCH)
+    masks = np.stack([fit(np.uint8(255) * mask) for mask in is_seen])
+    masks = torch.from_numpy(masks[:, None] / np.float32(255))  # (T, 1, H', W')
+    side = LATENT_PATCH * model.autoencoder.cell  # of a token, pixels
+    return x0, warp, patchify(masks, side).mean(-1), token_grid(latents)
 
 
 @torch.no_grad()
-def make_batch(groups, streams, model, encoder, read, args) -> tuple[Pack, Targets]:
+def make_batch(groups, streams, model, encoder, read, args) -> tuple[Pack, LossTargets]:
     """Groups of triples as the network reads them; group i draws from streams[i]."""
     samples, targets = [], []
     for group, stream in zip(groups, streams, strict=True):
-        segments, compared = make_sample(group, model, encoder, read, args, stream)
+        segments, loss_targets = make_sample(group, model, encoder, read, args, stream)
         samples.append(segments)
-        targets.append(compared)
+        targets.append(loss_targets)
     # Flex attention skips what sees nothing, so on a GPU all samples stand in one sequence, without padding.
     sequences = [samples] if model.device.type == "cuda" else [[sample] for sample in samples]
     inputs = pack(sequences, model.network.markers, model.network.config)
     joined = (torch.cat(parts).to(model.device) for parts in zip(*targets, strict=True))
-    return inputs.to(model.device), Targets(*joined)
+    return inputs.to(model.device), LossTargets(*joined)
 
 
 # ---- losses, each (N,): one number per latent token ----------------------------------------------------------------------
 
 
-def flow_matching(output: Tensor, x0: Tensor, eps: Tensor, prediction: str) -> Tensor:
-    """Squared error of the network's output, mean over the C numbers of a token. All tensors (N, C).
+def flow_matching(output: Tensor, x0: Tensor, noise: Tensor, prediction: str) -> Tensor:
+    """Squared error of the network's output, mean over the C channels of a token. All tensors (N, C).
 
-    "velocity": |v_hat - (eps - x0)|^2, as BAGEL;  "x0": |x0_hat - x0|^2, which weighs time t by t^2 beside the other.
+    "velocity": |v_hat - (noise - x0)|^2, as BAGEL;  "x0": |x0_hat - x0|^2, that is the velocity's error times t^2.
     """
-    return (output - (x0 if prediction == "x0" else eps - x0)).square().mean(-1)
+    return (output - (x0 if prediction == "x0" else noise - x0)).square().mean(-1)
 
 
-def content(x0_hat: Tensor, warp: Tensor, visible: Tensor) -> Tensor:
-    """View consistency: where some context view sees the target, draw what it sees. x0_hat, warp (N, C), visible (N,).
+def content(x0_hat: Tensor, warp: Tensor, seen_share: Tensor) -> Tensor:
+    """View consistency: where some context view sees the target, draw what it sees. x0_hat, warp (N, C), seen_share (N,).
 
     The warp is compared in the latent space of the frozen autoencoder, which for pixel latents is the picture itself
-    and for FLUX spares a decoder in every step.
+    and for FLUX spares a decoder in every step. Where it is seen the warp is nearly the target, so with "x0" this only
+    weighs seen tokens more; docs/view-consistency.md measures no sure gain from it.
     """
-    return visible * (x0_hat - warp).square().mean(-1)
+    return seen_share * (x0_hat - warp).square().mean(-1)
 
 
-def losses(network, pack: Pack, targets: Targets, warp_weight: float) -> dict[str, Tensor]:
+def losses(network, pack: Pack, targets: LossTargets, warp_weight: float) -> dict[str, Tensor]:
     """One forward pass -> {"loss_flow", ...}: the parts of the loss, weighted, summed over latent tokens."""
     prediction = network.config.settings.prediction
-    output = network(pack)[pack.target]  # (N, C)
-    parts = {"loss_flow": flow_matching(output, targets.x0, targets.eps, prediction).sum()}
+    output = network(pack)[pack.target_mask]  # (N, C)
+    parts = {"loss_flow": flow_matching(output, targets.x0, targets.noise, prediction).sum()}
     if warp_weight:
-        x_t = pack.x_t[pack.target]  # (N, C)
-        t = pack.t[pack.image[pack.target]]  # (N,)
-        x0_hat = clean(output, x_t, t[:, None], prediction)
-        parts["loss_content"] = warp_weight * content(x0_hat, targets.warp, targets.visible).sum()
+        x_t = pack.x_t[pack.target_mask]  # (N, C)
+        t = pack.t[pack.picture[pack.target_mask]]  # (N,)
+        x0_hat = x0_from_output(output, x_t, t[:, None], prediction)
+        term = content(x0_hat, targets.warp, targets.seen_share)
+        parts["loss_content"] = warp_weight * term.sum()
     return parts
 
 
@@ -368,7 +384,7 @@ def imagine_held_out(model, groups, read) -> tuple[dict, list]:
     nearest   share of views nearest to the true view of their own motion, among those of the same group
     mse       mean squared error to the true view, pictures in [-1, 1]
     """
-    queries, pictures = [], [read_pictures(group, read) for group in groups]
+    queries, pictures = [], [read_pictures(group, read, with_warps=False) for group in groups]
     for p in pictures:
         for motion in p.motions:
             sentence = instruction(motion, p.reference)
@@ -402,7 +418,8 @@ def load_model(args: Namespace, world: distributed.World, most: int) -> WorldMod
     """--init, or random weights for at most `most` context views, ready to train on this rank."""
 
     def prepare(network):
-        """Adapters, recomputation, sharding: of --init before its tensors are read."""
+        """Freezing, adapters, recomputation, sharding: of --init before its tensors are read."""
+        network.freeze_unused()
         network.recompute = args.gradient_checkpointing
         adapters = []
         if args.lora:
@@ -459,8 +476,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     stage.begin("train_wm", args, FLAGS)
     world = distributed.setup(args.threads)
-    train = load_groups(args.data, "train", args.targets)
-    held_out = load_groups(args.data, "val", args.targets)[: args.look_contexts]
+    train = load_groups(args.data, "train", TARGETS)
+    held_out = load_groups(args.data, "val", TARGETS)[: args.look_contexts]
     if args.contexts % world.size:
         fail(
             f"--contexts {args.contexts} cannot be shared evenly by {world.size} processes: take a multiple."
@@ -509,22 +526,24 @@ def main(argv: list[str] | None = None) -> None:
                 for key, total in parts.items():
                     means.add(key, total.detach(), len(targets.x0))
             distributed.sum_gradients(parameters)
-            grad_norm = distributed.clip_gradients(parameters, args.max_grad_norm)
+            grad_norm = distributed.clip_gradients(parameters, MAX_GRAD_NORM)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            decay = min(args.ema, (1 + step) / (10 + step))
+            decay = min(EMA_DECAY, (1 + step) / (10 + step))
             torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1 - decay)
 
             metrics = means.read() | {"grad_norm": grad_norm, "lr": lr}
             done = step + 1
             if done % args.look_every == 0 or done == args.steps:
+                # every rank imagines the same views: few, and their gathering is a collective
                 with ema_weights(parameters, ema), distributed.unsharded(network):
                     scores, rows = imagine_held_out(model, held_out, read)
                 draw_views(rows[:: max(1, len(rows) // 12)], out / "views.png")
                 metrics |= scores
+                seconds = clock.read()["cpu_seconds"]  # a collective
                 distributed.say(
                     f"step {done}: flow {metrics['loss_flow']:.4f}, held-out views: nearest "
-                    f"{scores['nearest']:.2f}, mse {scores['mse']:.4f}, {clock.read()['cpu_seconds']:.0f} CPU-s"
+                    f"{scores['nearest']:.2f}, mse {scores['mse']:.4f}, {seconds:.0f} CPU-s"
                 )
             log.write(step, **metrics)
             bar.set_postfix(flow=f"{metrics['loss_flow']:.4f}")

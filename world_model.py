@@ -34,8 +34,6 @@ from lib.bagel import (
     Config,
     ContextImage,
     ContextText,
-    Mark,
-    Memory,
     PositionTable,
     Settings,
     token_grid,
@@ -49,131 +47,101 @@ from lib.images import load_image, save_image
 from lib.stage import bounded, newest, run_stage
 from lib.streams import stream_seed
 
-RENORM_AXES = {
-    "text_channel": -1,
-    "channel": -1,
-    "global": (-2, -1),
-}  # of the lengths that are kept
+# over which numbers of (R, n, C) the lengths are taken that guidance keeps
+RENORM_AXES = {"text_channel": -1, "channel": -1, "global": (-2, -1)}
 MAX_TOKENS = 50_000  # of all contexts that are imagined at once: 2.9 GB of BAGEL's keys and values
 
 
 # ---- the sampler ---------------------------------------------------------------------------------------------------------
 
 
-def velocity(output: Tensor, x: Tensor, t: float, prediction: str) -> Tensor:
+def velocity_from_output(output: Tensor, x: Tensor, t: float, prediction: str) -> Tensor:
     """The network's output at (x_t, t) as a velocity. output, x (R, n, C); t above 0; prediction: see Settings."""
     return output if prediction == "velocity" else (x - output) / t
 
 
-def clean(output: Tensor, x: Tensor, t: Tensor, prediction: str) -> Tensor:
+def x0_from_output(output: Tensor, x: Tensor, t: Tensor, prediction: str) -> Tensor:
     """The network's output at (x_t, t) as the clean latent it implies, x0 = x_t - t v; t broadcasts to x."""
     return output if prediction == "x0" else x - t * output
 
 
 @torch.no_grad()
-def sample(network: Bagel, inputs: list, noise: Tensor, grid: tuple, settings: Settings) -> Tensor:
+def euler_sample(
+    network: Bagel, branches: list[Branch], noise: Tensor, grid: tuple, settings: Settings
+) -> Tensor:
     """Imagine one view per row.
 
-    inputs   what stands before the target, in order: ContextImage and ContextText
-    noise    (R, n, C) in token order, grid (h, w)
-    returns  (R, n, C) clean latents after settings.steps Euler steps
+    branches   what the target sees: `guidance_branches`
+    noise      (R, n, C) in token order, grid (h, w)
+    returns    (R, n, C) clean latents after settings.steps Euler steps
     """
     s = settings
     if s.renorm not in RENORM_AXES:
         raise ValueError(f"renorm {s.renorm!r} is none of {', '.join(RENORM_AXES)}")
     tau = torch.linspace(1, 0, s.steps + 1)
-    times = (s.shift * tau / (1 + (s.shift - 1) * tau)).tolist()
-    low, high = torch.tensor(s.interval, dtype=torch.float32).tolist()  # rounded like `times`
-    branches = guidance_branches(network, inputs, noise, s)
+    times = s.shift * tau / (1 + (s.shift - 1) * tau)
+    low, high = s.interval
+    is_guided = (low < times) & (times <= high)
     denoiser = Denoiser(network, branches, times, grid)
     if s.taylor:
         denoiser = TaylorSeer(denoiser, len(branches))
     x = noise
-    for step, (t, t_next) in enumerate(itertools.pairwise(times)):
-        count = len(branches) if low < t <= high else 1
+    for step, (t, t_next) in enumerate(itertools.pairwise(times.tolist())):
+        indices = list(range(len(branches) if is_guided[step] else 1))
         v = []
-        for hidden in denoiser.hidden(x, step, list(range(count))):
-            v.append(velocity(network.output(hidden), x, t, network.config.settings.prediction))
+        for hidden in denoiser.last_layer(x, step, indices):
+            output = network.output(hidden)
+            v.append(velocity_from_output(output, x, t, network.config.settings.prediction))
         x = x - (t - t_next) * guided(v, s)
     return x
 
 
-class GuidanceBranch(NamedTuple):
-    """What the target sees in one branch of guidance."""
-
-    memory: Branch
-    motion: Tensor  # (R, 1, H) the sentence in one vector (Settings.motion_to_target)
-
-
 def guidance_branches(
-    network: Bagel, inputs: list, noise: Tensor, settings: Settings
-) -> list[GuidanceBranch]:
-    """Read the inputs -> the branches: "everything", "no sentence", "no images".
+    network: Bagel, images: list[ContextImage], text: ContextText, settings: Settings
+) -> list[Branch]:
+    """Read a context of R rows -> the branches of guidance: "everything", "no sentence", "no images".
 
-    "No sentence" sees the memory of "everything" up to the last text, and "no images" the texts alone, from position 0.
     Without guidance by the sentence there is none at all, whatever the image scale, as in BAGEL.
     """
-    rows, room = len(noise), noise.shape[1] + 2
-    texts = [item for item in inputs if isinstance(item, ContextText)]
-    no_words = torch.zeros(rows, 0, dtype=torch.long, device=network.device)
-    motion = silence = network.motion_vector(no_words, no_words)[:, None]
-    if texts:
-        motion = network.motion_vector(texts[-1].ids, texts[-1].words())[:, None]
-    memory = network.memory(rows, sum(map(network.token_count, inputs)), room)
-    before_sentence = read_inputs(network, memory, inputs)
-    branches = [GuidanceBranch(memory.branch(), motion)]
-    if settings.text_scale <= 1:
-        return branches
-    branches.append(GuidanceBranch(memory.branch(before_sentence), silence))
-    if settings.image_scale > 1 and len(texts) < len(inputs):
-        memory = network.memory(rows, sum(map(network.token_count, texts)), room)
-        read_inputs(network, memory, texts)
-        branches.append(GuidanceBranch(memory.branch(), motion))
+    motion = network.motion_vector(text.ids, text.words())[:, None]
+    memory = network.memory(len(text.ids))
+    network.read_images(memory, images)
+    no_words = torch.zeros_like(text.words())
+    no_sentence = memory.branch(network.motion_vector(text.ids, no_words)[:, None])
+    network.read_text(memory, text)
+    branches = [memory.branch(motion)]
+    if settings.text_scale > 1:
+        branches.append(no_sentence)
+    if settings.text_scale > 1 and settings.image_scale > 1 and images:
+        memory = network.memory(len(text.ids))
+        network.read_text(memory, text)
+        branches.append(memory.branch(motion))
     return branches
-
-
-def read_inputs(network: Bagel, memory: Memory, inputs: list) -> Mark:
-    """Inputs into a memory, neighbouring images in one pass -> where it stood before the last text.
-
-    Where it stands now, if an image comes last: guidance by the sentence then does nothing, as in BAGEL.
-    """
-    mark = memory.mark()
-    for kind, neighbours in itertools.groupby(inputs, key=type):
-        if kind is ContextImage:
-            network.read_images(memory, list(neighbours))
-            mark = memory.mark()
-            continue
-        for text in neighbours:
-            mark = memory.mark()
-            network.read_text(memory, text)
-    return mark
 
 
 class Denoiser:
     """The network at the noisy latents of all rows, behind several branches in one pass."""
 
-    def __init__(self, network: Bagel, branches: list[GuidanceBranch], times: list, grid: tuple):
-        self.network, self.branches = network, branches
-        ropes = [network.rope(branch.memory.next[:, None]) for branch in branches]
-        self.cosines = [cosine for cosine, _ in ropes]
-        self.sines = [sine for _, sine in ropes]
-        times = torch.tensor(times, device=network.device)
-        self.time_vectors = network.time_embedder(times)  # (steps + 1, H)
+    def __init__(self, network: Bagel, branches: list[Branch], times: Tensor, grid: tuple):
+        self.network = network
+        self.branches = branches
+        self.ropes = [network.rope(branch.next[:, None]) for branch in branches]
+        self.time_vectors = network.time_embedder(times.to(network.device))  # (steps + 1, H)
         self.places = network.latent_places(grid)  # (n, H)
         self.markers = network.embed_markers(len(branches[0].motion))  # (R, 2, H)
 
-    def hidden(self, x: Tensor, step: int, indices: list[int]) -> list[Tensor]:
+    def last_layer(self, x: Tensor, step: int, indices: list[int]) -> list[Tensor]:
         """The last layer's tokens (R, n, H) for x (R, n, C) at a step, in each of the branches with these indices."""
-        motion = torch.cat([self.branches[k].motion for k in indices])  # (R * branches, 1, H)
-        cosines = torch.cat([self.cosines[k] for k in indices])
-        sines = torch.cat([self.sines[k] for k in indices])
         count = len(indices)
+        branches = [self.branches[k] for k in indices]
+        cosines, sines = zip(*(self.ropes[k] for k in indices), strict=True)
+        motion = torch.cat([branch.motion for branch in branches])  # (R * branches, 1, H)
         hidden = self.network.denoise(
             x.repeat(count, 1, 1),
             self.time_vectors[step] + self.places + motion,
             self.markers.repeat(count, 1, 1),
-            (cosines, sines),
-            [self.branches[k].memory for k in indices],
+            (torch.cat(cosines), torch.cat(sines)),
+            branches,
         )
         return list(hidden.chunk(count))
 
@@ -215,12 +183,12 @@ class TaylorSeer:
         self.denoiser = denoiser
         self.series = [TaylorSeries() for _ in range(branches)]
 
-    def hidden(self, x: Tensor, step: int, indices: list[int]) -> list[Tensor]:
-        """As of a Denoiser."""
+    def last_layer(self, x: Tensor, step: int, indices: list[int]) -> list[Tensor]:
+        """What Denoiser.last_layer gives, or nearly so."""
         due = [k for k in indices if self.series[k].due()]
         computed = {}
         if due:
-            computed = dict(zip(due, self.denoiser.hidden(x, step, due), strict=True))
+            computed = dict(zip(due, self.denoiser.last_layer(x, step, due), strict=True))
         return [self.series[k].next(computed.get(k)) for k in indices]
 
 
@@ -259,7 +227,7 @@ class TaylorSeries:
 # ---- the simulator -------------------------------------------------------------------------------------------------------
 
 
-class Row(NamedTuple):
+class ArrangedQuery(NamedTuple):
     """A query as the network is shown it: its images selected, in its order and sizes; the sentence renumbered."""
 
     index: int  # of the query
@@ -301,8 +269,8 @@ class WorldModel:
         files = tiny_bagel_files(size, len(tokenizer))
         settings = Settings(**files["config"]["astra"] | changes)
         files["config"] = {"astra": dataclasses.asdict(settings)}
-        numbers = LATENT_PATCH**2 * autoencoder.channels
-        config = Config.read(files, len(tokenizer), size // 8, numbers)
+        channels = LATENT_PATCH**2 * autoencoder.channels
+        config = Config.read(files, len(tokenizer), size // 8, channels)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed("weights", seed, "simulator"))
             network = Bagel(config)
@@ -313,7 +281,7 @@ class WorldModel:
     def load(
         cls, path: str | Path, device="cpu", dtype: torch.dtype = torch.float32, prepare=None
     ) -> "WorldModel":
-        """From a folder in the public BAGEL layout, or a Hugging Face id. Raises with a sentence if it is not one.
+        """From a folder in the public BAGEL layout, or a Hugging Face id. Raises ValueError or OSError, whose message says why it is none.
 
         prepare   called with the network while it is still on the meta device (adapters, sharding): each rank then
                   reads its own rows only
@@ -362,32 +330,22 @@ class WorldModel:
         ids = torch.tensor([row + [self.eos] * (longest - len(row)) for row in rows])
         return ContextText(ids.to(self.device), torch.tensor([len(row) for row in rows]))
 
-    def encode(self, images: np.ndarray, streams: list) -> Tensor:
-        """Pictures of one size (R, H, W, 3) uint8 -> latents (R, c, 2 h, 2 w); R generators draw the posterior."""
-        coder, noise = self.autoencoder, None
-        pixels = to_pixels(images).to(self.device)
-        if coder.random:
-            height, width = (side // coder.cell for side in pixels.shape[-2:])
-            shape = (coder.channels, height, width)
-            noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
-            noise = noise.to(self.device)
-        return coder.encode(pixels, noise)
-
-    def see(self, images: list, streams: list) -> ContextImage:
-        """R images of one size, as the VAE takes them -> what `Bagel.read_images` reads."""
+    def see(self, images: list, streams: list | None) -> ContextImage:
+        """R images of one size, as the VAE takes them -> what `Bagel.read_images` reads; R generators, see `encode`."""
         small = np.stack([resize(image, self.settings.vit_limits) for image in images])
-        latent = self.encode(np.stack(images), streams)
+        pixels = to_pixels(np.stack(images)).to(self.device)
+        latent = self.autoencoder.encode(pixels, streams)
         return ContextImage(latent, to_pixels(small).to(self.device))
 
-    def arranged(self, images: list, reference: int, sentence: str, settings=None) -> tuple:
-        """What of a query the network is shown -> (images, reference, sentence): selected, in its order, renumbered."""
+    def arrange(self, images: list, reference: int, settings=None) -> tuple[list, int]:
+        """Which images of a query the network is shown, in its order -> (images, 1-based reference among them)."""
         settings = settings or self.settings
         indices, reference = select_context(images, reference, settings.max_context)
         images = [images[i] for i in indices]
         if settings.reference_first:
             images = images[reference - 1 :] + images[: reference - 1]
             reference = 1
-        return images, reference, renumbered(sentence, reference)
+        return images, reference
 
     # ---- imagining
 
@@ -404,14 +362,14 @@ class WorldModel:
         if not self.warned and any(len(query.images) > most for query in queries):
             say(f"Of more than {most} images the simulator sees the reference and its neighbours.")
             self.warned = True
-        alike = {}  # rows by reference and shapes of their images
+        alike = {}  # arranged queries by reference and shapes of their images
         for index, query in enumerate(queries):
-            images, reference, sentence = self.arranged(
-                query.images, query.reference, query.instruction, settings
-            )
+            images, reference = self.arrange(query.images, query.reference, settings)
             images = [resize(np.asarray(image), settings.vae_limits) for image in images]
+            sentence = renumbered(query.instruction, reference)
             shape = (reference, *(image.shape for image in images))
-            alike.setdefault(shape, []).append(Row(index, query.seed, images, sentence))
+            arranged = ArrangedQuery(index, query.seed, images, sentence)
+            alike.setdefault(shape, []).append(arranged)
         views = [None] * len(queries)
         for (reference, *shapes), rows in alike.items():
             # a VAE token per 256 pixels and a ViT token per 196 are one per 111; 100 leaves room
@@ -424,16 +382,17 @@ class WorldModel:
         return views
 
     def _imagine(self, rows, reference, settings):
-        """The views of rows whose images have the same number and sizes: (R, H, W, 3) uint8."""
+        """The views of arranged queries whose images have the same number and sizes: (R, H, W, 3) uint8."""
         streams = [torch.Generator().manual_seed(row.seed) for row in rows]
-        inputs = []
-        for images in zip(*(row.images for row in rows), strict=True):  # image 1 of all rows, ...
-            inputs.append(self.see(images, streams))
-        grid = token_grid(inputs[reference - 1].latent)
-        inputs.append(self.texts([row.sentence for row in rows]))
-        shape = (grid[0] * grid[1], self.network.config.latent_numbers)
+        images = []
+        for same in zip(*(row.images for row in rows), strict=True):  # image 1 of all rows, ...
+            images.append(self.see(same, streams))
+        text = self.texts([row.sentence for row in rows])
+        grid = token_grid(images[reference - 1].latent)
+        shape = (grid[0] * grid[1], self.network.config.token_channels)
         noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
-        x = sample(self.network, inputs, noise.to(self.device), grid, settings)
+        branches = guidance_branches(self.network, images, text, settings)
+        x = euler_sample(self.network, branches, noise.to(self.device), grid, settings)
         if not torch.isfinite(x).all():
             raise ValueError("The view is not made of numbers: the simulator's weights are broken.")
         return to_images(self.autoencoder.decode(unpatchify(x, LATENT_PATCH, *grid)))
@@ -497,7 +456,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     changes = {"steps": args.steps} if args.steps else {}
     try:
-        # what is wrong with a motion is said before weights are read
+        # the motion first: its error should not wait for the weights
         sentence = instruction(read_phrase(args.motion), args.reference)
         images = [load_image(image) for image in args.images]
         query = Query(images, args.reference, sentence, args.seed)

@@ -65,7 +65,7 @@ def bagel_7b(layers: int = 28) -> Bagel:
     }
     files = {"llm_config": llm, "vit_config": vit, "config": {}}
     with torch.device("meta"):
-        return Bagel(Config.read(files, 152_064, latent_grid=64, latent_numbers=64))
+        return Bagel(Config.read(files, 152_064, latent_grid=64, token_channels=64))
 
 
 def true_bagel(device, dtype: torch.dtype, layers: int = 28) -> WorldModel:
@@ -319,13 +319,12 @@ def train_wm(args: Namespace) -> None:
         blocks = whole.language_model["model"]["layers"]
         args.layers = args.layers or layers_that_fit(whole, blocks, world.device)
         model = true_bagel(world.device, torch.float32, args.layers)
-        model.autoencoder.random = False
     else:
         model = WorldModel.tiny()
         model.network.to(world.device)
     network = shard(model.network, model.network.blocks, world)
     args.layers = network.config.layers
-    groups, read = noise_triples(flags.micro_contexts, views, flags.targets, side)
+    groups, read = noise_triples(flags.micro_contexts, views, wm_stage.TARGETS, side)
     streams = [torch.Generator().manual_seed(number) for number in range(len(groups))]
     encoder = wm_stage.Encoder(model)
     pack, targets = wm_stage.make_batch(groups, streams, model, encoder, read, flags)

@@ -10,7 +10,7 @@ oracle of the tests and the opponent in `python -m bench wm`: plain, but not slo
 no step caching (`Settings.taylor`): that is an approximation of what stands here.
 
 It shares with the fast sampler the weights (by the checkpoint's names), the settings and how a picture becomes a latent
-(`WorldModel.arranged`, `see`, `texts`), nothing of `Bagel`'s arithmetic, nor of `world_model.sample`.
+(`WorldModel.arrange`, `see`, `texts`), nothing of `Bagel`'s arithmetic, nor of `world_model.euler_sample`.
 
 Shapes: N tokens of one segment, K keys before it, H width, d head width; n = h w latent tokens of C numbers.
 """
@@ -26,6 +26,7 @@ from transformers import LogitsProcessorList
 
 from lib.bagel import GEN, LATENT_PATCH, patchify, unpatchify
 from lib.bagel_files import resize, to_images
+from lib.geometry import renumbered
 from lib.rollout import sample_tokens
 
 
@@ -46,11 +47,9 @@ def latent(model, query, **changes):
     """
     network, s = model.network, replace(model.settings, **changes)
     stream = torch.Generator().manual_seed(query.seed)
-    images, reference, sentence = model.arranged(
-        query.images, query.reference, query.instruction, s
-    )
+    images, reference = model.arrange(query.images, query.reference, s)
     seen = [model.see([resize(np.asarray(image), s.vae_limits)], [stream]) for image in images]
-    ids = model.texts([sentence])[0][0]
+    ids = model.texts([renumbered(query.instruction, reference)])[0][0]
 
     full = nothing(network)
     for number, (clean, pixels) in enumerate(seen):
@@ -61,7 +60,7 @@ def latent(model, query, **changes):
     read_text(network, no_image, ids)
 
     grid = [side // LATENT_PATCH for side in seen[reference - 1][0].shape[-2:]]
-    x = torch.randn(grid[0] * grid[1], network.config.latent_numbers, generator=stream).to(
+    x = torch.randn(grid[0] * grid[1], network.config.token_channels, generator=stream).to(
         model.device
     )
     motion, silence = motion_to_target(network, ids), motion_to_target(network, ids[:2])

@@ -35,19 +35,19 @@ GUIDED = {"text_scale": 4.0, "image_scale": 2.0}
 
 
 class Squares:
-    """A stand-in for the FLUX autoencoder that takes no time: 8 x 8 pixels, projected to 16 numbers, plus noise."""
+    """A stand-in for the FLUX autoencoder that takes no time: 8 x 8 pixels, projected to 16 numbers. It draws nothing."""
 
-    cell, channels, random = 8, 16, True
+    cell, channels = 8, 16
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
         matrix = torch.randn(3 * self.cell**2, self.channels, generator=generator)
         self.basis = torch.linalg.qr(matrix)[0]  # (192, 16), orthonormal
 
-    def encode(self, pixels, noise=0.0):
+    def encode(self, pixels, streams=None):
         """pixels (B, 3, H, W) -> latent (B, 16, H/8, W/8)."""
         cells = F.pixel_unshuffle(pixels, self.cell)
-        return torch.einsum("bphw,pc->bchw", cells, self.basis.to(pixels.device)) + 0.1 * noise
+        return torch.einsum("bphw,pc->bchw", cells, self.basis.to(pixels.device))
 
     def decode(self, latent):
         """latent (B, 16, h, w) -> pixels (B, 3, 8 h, 8 w)."""
@@ -74,7 +74,7 @@ def middle_model(pixels: int = 256, layers: int = 8) -> WorldModel:
         vit_patch=14,
         vit_grid=20,
         latent_grid=16,
-        latent_numbers=64,
+        token_channels=64,
         settings=Settings(vae_limits=(pixels, pixels, 16), vit_limits=(side, side, 14)),
     )
     network = Bagel(config)
@@ -205,7 +205,7 @@ def needed_flops(config, words: int, images: list, tokens: int, steps: int, bran
 
     flops, past = 0.0, 0
     for latent, vit in images:
-        flops += 2 * latent * c.latent_numbers * c.width
+        flops += 2 * latent * c.token_channels * c.width
         flops += segment(latent + 2, past + latent + 2, 0)
         patches = 3 * c.vit_patch**2 * c.vit_width
         connector = c.vit_width * c.width + c.width**2
@@ -217,7 +217,7 @@ def needed_flops(config, words: int, images: list, tokens: int, steps: int, bran
     flops += sentence(past)
     if branches == 3:
         flops += sentence(0)
-    ends = 4 * tokens * c.latent_numbers * c.width  # vae2llm and llm2vae
+    ends = 4 * tokens * c.token_channels * c.width  # vae2llm and llm2vae
     for before in (past + words, past, words)[:branches]:
         flops += steps * (segment(tokens + 2, before + tokens + 2, tokens) + ends)
     return flops

@@ -3,8 +3,8 @@ The network of BAGEL (arXiv 2505.14683), its modules named as the keys of the pu
 
 Two experts share every attention: "und" (text, ViT tokens, the markers around images) and "gen" (latents) have their
 own norms, projections and MLP. The tokens of a sequence are ordered by expert, U und tokens first and then G gen
-tokens, so that each expert works on one plain tensor; where a token stands in the sequence is told by numbers beside
-it (lib/packing.py), and so is what it sees.
+tokens, so that each expert works on one plain tensor; numbers beside each token (lib/packing.py) say where it stands
+in the sequence and what it sees.
 
   segment          tokens                          experts             RoPE positions
   text             <|im_start|> words <|im_end|>   und                 one each, consecutive      (causal)
@@ -14,10 +14,10 @@ it (lib/packing.py), and so is what it sees.
 
 Training reads whole packs (`Bagel.forward`). Inference reads the context once into a `Memory` and then lets the noisy
 target look at it in every step (`Bagel.denoise`). The layers are the same; what they attend to is an object with one
-method, attend(layer, q, k, v): `PackAttention`, `Reading` or `TargetAttention`.
+method, attend(layer, q, k, v): `PackAttention`, `MemoryAttention` or `TargetAttention`.
 
 Shapes: B sequences, R rows (a row = one view to imagine), N = U + G tokens, K keys in a memory, H width, d head width;
-grid (h, w) latent tokens of an image, n = h w; C numbers per latent token. Positions live on the CPU, so that masks
+grid (h, w) latent tokens of an image, n = h w; C channels of a latent token. Positions live on the CPU, so that masks
 are decided without waiting for the device.
 """
 
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lib.packing import HIDDEN, Pack, Tokens, attention, table_ids
+from lib.packing import NEVER_SEEN, Pack, Tokens, make_attention, table_ids
 
 GEN = "_moe_gen"  # what the generation expert's modules are called after the understanding expert's
 LATENT_PATCH = 2  # latent cells per token and side
@@ -86,11 +86,11 @@ class Config:
     vit_patch: int  # pixels
     vit_grid: int  # ViT patches per side that have a position
     latent_grid: int  # latent tokens per side that have a position
-    latent_numbers: int  # numbers per latent token
+    token_channels: int  # numbers per latent token
     settings: Settings
 
     @classmethod
-    def read(cls, files: dict, vocabulary: int, latent_grid: int, latent_numbers: int) -> "Config":
+    def read(cls, files: dict, vocabulary: int, latent_grid: int, token_channels: int) -> "Config":
         """From the contents of the json files, by their names; the numbers stand in no file (`bagel_files.table_sizes`).
 
         Raises ValueError where "astra" holds what this code does not know, a departure it could only ignore.
@@ -118,7 +118,7 @@ class Config:
             vit_patch=vit["patch_size"],
             vit_grid=vit["image_size"] // vit["patch_size"],
             latent_grid=latent_grid,
-            latent_numbers=latent_numbers,
+            token_channels=token_channels,
             settings=Settings(**settings),
         )
 
@@ -320,38 +320,32 @@ class Layer(nn.Module):
             self.add_module(f"input_layernorm{expert}", RMSNorm(c.width, c.eps))
             self.add_module(f"post_attention_layernorm{expert}", RMSNorm(c.width, c.eps))
 
-    def forward(self, und, gen, rope, attention, und_needed=True, gen_needed=True):
+    def forward(self, und, gen, rope, attention):
         """Tokens ordered by expert, und (B, U, H) first, then gen (B, G, H) -> (und, gen).
 
-        rope                     (cos, sin) of the U + G tokens
-        attention                decides who sees whom, and stores keys and values where they are needed again
-        und_needed, gen_needed   False in the last layer where nobody reads the result of these tokens: they come back
-                                 as they are. With neither, keys and values are stored and that is all
+        rope        (cos, sin) of the U + G tokens
+        attention   decides who sees whom, and keeps keys and values where they are needed again
         """
-        a, split = self.self_attn, und.shape[1]
-        u = self.input_layernorm(und)
-        g = self.input_layernorm_moe_gen(gen)
-        k = rotate(a.project("k", u, g), rope)  # (B, kv_heads, N, d)
-        v = a.project("v", u, g)
-        if not und_needed and not gen_needed:
-            attention.store(self.index, k, v)
-            return und, gen
-        q = rotate(a.project("q", u, g), rope)  # (B, heads, N, d)
+        heads = self.self_attn
+        normed_und = self.input_layernorm(und)
+        normed_gen = self.input_layernorm_moe_gen(gen)
+        q = rotate(heads.project("q", normed_und, normed_gen), rope)  # (B, heads, N, d)
+        k = rotate(heads.project("k", normed_und, normed_gen), rope)  # (B, kv_heads, N, d)
+        v = heads.project("v", normed_und, normed_gen)
         y = attention.attend(self.index, q, k, v).transpose(1, 2)  # (B, N, heads, d)
-        if gen_needed:
-            gen = gen + a.o_proj_moe_gen(y[:, split:].flatten(2))
-            gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
-        if und_needed:
-            und = und + a.o_proj(y[:, :split].flatten(2))
-            und = und + self.mlp(self.post_attention_layernorm(und))
+        split = und.shape[1]
+        und = und + heads.o_proj(y[:, :split].flatten(2))
+        gen = gen + heads.o_proj_moe_gen(y[:, split:].flatten(2))
+        und = und + self.mlp(self.post_attention_layernorm(und))
+        gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
         return und, gen
 
 
 class PackAttention:
     """Of a pack: every layer sees by the same rule, and nothing is stored."""
 
-    def __init__(self, tokens, device, dtype):
-        self.kernel = attention(tokens, tokens, device, dtype)
+    def __init__(self, tokens, like):
+        self.kernel = make_attention(tokens, tokens, like)
 
     def attend(self, layer, q, k, v):
         return self.kernel(q, k, v)
@@ -360,105 +354,58 @@ class PackAttention:
 # ---- the memory of a context ---------------------------------------------------------------------------------------------
 
 
-class Mark(NamedTuple):
-    """A point in what a Memory has read."""
+class Branch(NamedTuple):
+    """What a noisy target sees in one branch of guidance: a context as far as it had been read, and a motion."""
 
-    length: int  # tokens
-    next: Tensor  # (R,) the RoPE position that follows, on the CPU
+    keys: list  # (R, kv_heads, length, d) of each layer
+    values: list
+    mask: Tensor | None  # (R, 1, 1, length) added to the scores; None: every row has all tokens
+    next: Tensor  # (R,) the RoPE position of all tokens of the target, on the CPU
+    motion: Tensor  # (R, 1, H) the sentence in one vector (Settings.motion_to_target)
 
 
 class Memory:
-    """Keys and values of a context that R rows have read: a (R, kv_heads, capacity + 2 rooms, d) pair per layer.
+    """Keys and values of a context that R rows have read: a pair (R, kv_heads, length, d) per layer.
 
-      [ room of n + 2 | context, in the order it was read | room of n + 2 ]
-
-    Both rooms are for the noisy target, which writes its own keys anew in every step. Behind the context it sees all of
-    it; in front of it, it sees the first part: BAGEL's guidance needs the velocity behind everything and without the
-    sentence, which are one memory up to two lengths. Nothing is copied.
-    positions   (R, length) RoPE position of every token read, on the CPU; HIDDEN where a row has no such token
+    positions   (R, length) RoPE position of every token, on the CPU; NEVER_SEEN where a row has no such token
     next        (R,) the position that follows, on the CPU
     """
 
-    def __init__(self, c: Config, rows: int, capacity: int, room: int, like: Tensor):
-        shape = (rows, c.kv_heads, capacity + 2 * room, c.width // c.heads)
-        self.keys = [like.new_empty(shape) for _ in range(c.layers)]
-        self.values = [like.new_empty(shape) for _ in range(c.layers)]
-        self.room = room
+    def __init__(self, c: Config, rows: int, like: Tensor):
+        nothing = like.new_empty(rows, c.kv_heads, 0, c.width // c.heads)
+        self.keys = [nothing] * c.layers
+        self.values = [nothing] * c.layers
         self.positions = torch.zeros(rows, 0, dtype=torch.long)
         self.next = torch.zeros(rows, dtype=torch.long)
 
-    def mark(self) -> Mark:
-        """How far it has read."""
-        return Mark(self.positions.shape[1], self.next)
-
-    def branch(self, mark: Mark | None = None) -> "Branch":
-        """What a target sees: all that was read, its own keys behind it; or all up to a mark, its own keys in front."""
-        behind = mark is None
-        mark = mark or self.mark()
-        start, end = self.room, self.room + mark.length
-        own = slice(end, end + self.room) if behind else slice(0, start)
-        visible = slice(start, end + self.room) if behind else slice(0, end)
-        hidden = self.positions[:, : mark.length] == HIDDEN
+    def branch(self, motion: Tensor) -> Branch:
+        """What a target sees that stands here; it stays so when the memory reads on."""
+        padding = self.positions == NEVER_SEEN  # of texts
         mask = None
-        if hidden.any():  # padding of texts
-            gap = torch.zeros(len(hidden), self.room, dtype=torch.bool)
-            hidden = torch.cat([hidden, gap] if behind else [gap, hidden], 1)[:, None, None]
-            mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf).to(self.keys[0])
-        return Branch(self.keys, self.values, visible, own, mask, mark.next)
+        if padding.any():
+            mask = torch.zeros(padding.shape).masked_fill_(padding, -torch.inf)
+            mask = mask[:, None, None].to(motion)
+        return Branch(list(self.keys), list(self.values), mask, self.next, motion)
 
 
-class Reading:
-    """Tokens at `positions` (R, N), CPU, that a Memory reads: they see each other, causally, and all before them."""
+class MemoryAttention:
+    """Of tokens at `positions` (R, N), CPU, that a Memory reads: causally they see each other and all before them."""
 
     def __init__(self, memory: Memory, positions: Tensor):
-        start = memory.room + memory.positions.shape[1]
         memory.positions = torch.cat([memory.positions, positions], 1)
-        end = start + positions.shape[1]
         self.memory = memory
-        self.own, self.visible = slice(start, end), slice(memory.room, end)
-        like = memory.keys[0]
         queries, keys = Tokens.plain(positions), Tokens.plain(memory.positions)
-        self.kernel = attention(queries, keys, like.device, like.dtype)
-
-    def store(self, layer, k, v):
-        """Put the tokens' keys and values into the memory."""
-        self.memory.keys[layer][:, :, self.own] = k
-        self.memory.values[layer][:, :, self.own] = v
+        self.kernel = make_attention(queries, keys, like=memory.keys[0])
 
     def attend(self, layer, q, k, v):
-        """Store, then let q (R, heads, N, d) see the memory."""
-        self.store(layer, k, v)
-        keys, values = self.memory.keys[layer], self.memory.values[layer]
-        return self.kernel(q, keys[:, :, self.visible], values[:, :, self.visible])
-
-
-class Branch(NamedTuple):
-    """What one guidance branch of a noisy target sees of a Memory, and where in it the target keeps its own keys."""
-
-    keys: list  # of the Memory
-    values: list
-    visible: slice  # context and own keys
-    own: slice
-    mask: Tensor | None  # (R, 1, 1, K) added to the scores
-    next: Tensor  # (R,) the RoPE position of all tokens of the target, on the CPU
-
-    def attend(self, layer, q, k, v):
-        """Store the target's own k and v (R, kv_heads, N, d), then let q (R, heads, N, d) see all.
-
-        The heads that share a key are laid behind one another as more queries of one head: nothing is repeated.
-        """
-        keys, values = self.keys[layer], self.values[layer]
-        keys[:, :, self.own] = k
-        values[:, :, self.own] = v
-        rows, heads, n, d = q.shape
-        q = q.reshape(rows, k.shape[1], -1, d)
-        keys, values = keys[:, :, self.visible], values[:, :, self.visible]
-        y = F.scaled_dot_product_attention(q, keys, values, self.mask)
-        return y.reshape(rows, heads, n, d)  # with a mask, some kernels lay y out in another order
+        keys, values = self.memory.keys, self.memory.values
+        keys[layer] = torch.cat([keys[layer], k], 2)
+        values[layer] = torch.cat([values[layer], v], 2)
+        return self.kernel(q, keys[layer], values[layer])
 
 
 class TargetAttention:
-    """Of noisy targets, R rows behind each of several branches: every branch attends to its own memory."""
+    """Of noisy targets, R rows behind each of several branches: each sees its own tokens and its branch's context."""
 
     def __init__(self, branches: list[Branch]):
         self.branches = branches
@@ -466,9 +413,23 @@ class TargetAttention:
     def attend(self, layer, q, k, v):
         chunks = (x.chunk(len(self.branches)) for x in (q, k, v))
         outputs = []
-        for branch, *own in zip(self.branches, *chunks, strict=True):
-            outputs.append(branch.attend(layer, *own))
+        for branch, *qkv in zip(self.branches, *chunks, strict=True):
+            outputs.append(self.attend_behind(branch, layer, *qkv))
         return torch.cat(outputs)
+
+    @staticmethod
+    def attend_behind(branch, layer, q, k, v):
+        """q (R, heads, N, d), k and v (R, kv_heads, N, d) of one branch's targets.
+
+        The heads that share a key are laid behind one another as more queries of one head: nothing is repeated.
+        """
+        keys = torch.cat([branch.keys[layer], k], 2)
+        values = torch.cat([branch.values[layer], v], 2)
+        mask = branch.mask if branch.mask is None else F.pad(branch.mask, (0, k.shape[2]))
+        rows, heads, n, d = q.shape
+        q = q.reshape(rows, k.shape[1], -1, d)
+        y = F.scaled_dot_product_attention(q, keys, values, mask)
+        return y.reshape(rows, heads, n, d)  # with a mask, some kernels lay y out in another order
 
 
 # ---- the network ---------------------------------------------------------------------------------------------------------
@@ -486,15 +447,15 @@ class Bagel(nn.Module):
         for expert in ("", GEN):
             model[f"norm{expert}"] = RMSNorm(c.width, c.eps)
         self.language_model = nn.ModuleDict({"model": model})
-        # BAGEL can write; a simulator never does
+        # BAGEL can write; a simulator never does (`freeze_unused`)
         self.language_model["lm_head"] = nn.Linear(c.width, c.vocabulary, bias=False)
         self.vit_model = nn.ModuleDict({"vision_model": VisionTransformer(c)})
         self.connector = GeluMLP(c.vit_width, c.width, c.width)
         self.vit_pos_embed = PositionTable(c.vit_grid, c.width, c.settings.learned_places)
         self.latent_pos_embed = PositionTable(c.latent_grid, c.width, c.settings.learned_places)
         self.time_embedder = TimeEmbedder(c.width)
-        self.vae2llm = nn.Linear(c.latent_numbers, c.width)
-        self.llm2vae = nn.Linear(c.width, c.latent_numbers)
+        self.vae2llm = nn.Linear(c.token_channels, c.width)
+        self.llm2vae = nn.Linear(c.width, c.token_channels)
         if c.settings.motion_to_target:
             self.motion2llm = nn.Linear(c.width, c.width)
         if c.settings.learned_places:
@@ -527,46 +488,49 @@ class Bagel(nn.Module):
         angle = torch.cat([angle, angle], -1)
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
-    def run(self, und, gen, rope, attention, und_needed, gen_needed):
-        """Through all layers -> (und, gen) of the last; only what is needed is right."""
+    def run_layers(self, und, gen, rope, attention):
+        """Through all layers -> (und, gen) of the last."""
         for layer in self.language_model["model"]["layers"]:
-            last = layer.index == self.config.layers - 1
-            needed = (und_needed, gen_needed) if last else (True, True)
-            und, gen = run_layer(self.recompute, layer, und, gen, rope, attention, *needed)
+            und, gen = run_layer(self.recompute, layer, und, gen, rope, attention)
         return und, gen
 
     def output(self, gen):
         """The last layer's latent tokens -> the network's prediction (B, n, C)."""
         return self.llm2vae(self.language_model["model"]["norm" + GEN](gen)).float()
 
-    def write(self, und):
-        """The last layer's und tokens -> logits of the next word (B, U, V)."""
-        return self.language_model["lm_head"](self.language_model["model"]["norm"](und)).float()
+    def freeze_unused(self):
+        """Freeze what no loss of a simulator reaches, words to come: it needs no moments, EMA or place in a checkpoint."""
+        model = self.language_model["model"]
+        last = model["layers"][-1]
+        unused = (last.self_attn.o_proj, last.post_attention_layernorm, last.mlp)
+        for module in (*unused, model["norm"], self.language_model["lm_head"]):
+            module.requires_grad_(False)
 
     # ---- training: a whole pack at once
 
     def forward(self, pack: Pack) -> Tensor:
-        """lib/packing.Pack -> the network's prediction at every latent token (B, G, C); see `pack.target`."""
-        return self.output(self.hidden(pack, und_needed=False)[1])
+        """lib/packing.Pack -> the network's prediction at every latent token (B, G, C); see `pack.target_mask`."""
+        return self.output(self.last_layer(pack)[1])
 
-    def hidden(self, pack, und_needed=True):
+    def last_layer(self, pack):
         """What the last layer gives for the tokens of a pack: und (B, U, H), gen (B, G, H)."""
         und, gen = self.embed(pack)
-        attention = PackAttention(pack.tokens, self.device, self.dtype)
-        return self.run(und, gen, self.rope(pack.tokens.position), attention, und_needed, True)
+        attention = PackAttention(pack.tokens, like=gen)
+        return self.run_layers(und, gen, self.rope(pack.tokens.position), attention)
 
     def embed(self, pack):
         """The embeddings of a pack: und (B, U, H) and gen (B, G, H)."""
         motion = self.motion_vector(pack.motion_ids, pack.motion_mask)  # (I, H)
-        each = self.time_embedder(pack.t) + self.number_vector(pack.numbers)  # (I, H)
-        each = each + motion * (pack.numbers < 0)[:, None]
+        per_picture = self.time_embedder(pack.t) + self.index_vector(pack.image_index)  # (I, H)
+        per_picture = per_picture + motion * (pack.image_index < 0)[:, None]
         places = self.latent_pos_embed(pack.latent_ids).to(self.dtype)
-        gen = self.vae2llm(pack.x_t.to(self.dtype)) + each[pack.image] + places
-        vit = self.embed_vit(pack.patches, pack.patch_ids)
-        vit = vit + self.number_vector(pack.patch_numbers)[:, None]
-        features = vit.flatten(0, 1)[pack.patch_ids.flatten() >= 0]
+        gen = self.vae2llm(pack.x_t.to(self.dtype)) + per_picture[pack.picture] + places
+        padding = pack.patch_ids < 0
+        vit = self.embed_vit(pack.patches, pack.patch_ids.clamp(min=0), padding)
+        vit = vit + self.index_vector(pack.patch_image_index)[:, None]
+        features = vit.flatten(0, 1)[~padding.flatten()]
         und = self.embed_text(pack.ids)
-        flat = und.flatten(0, 1).index_copy(0, pack.patch_places, features)
+        flat = und.flatten(0, 1).index_copy(0, pack.feature_index, features)
         # A pack without any picture holds one of padding alone, so that every rank of FSDP runs the ViT once.
         return (flat + 0 * vit.mean()).view_as(und), gen
 
@@ -579,14 +543,13 @@ class Bagel(nn.Module):
         """The two tokens around every image: (batch, 2, H)."""
         return self.embed_text(torch.tensor(self.markers, device=self.device)).expand(batch, -1, -1)
 
-    def embed_vit(self, patches, ids):
-        """patches (B, n, 3 * patch²) of pictures in [-1, 1], ids (n,) or (B, n) in the tables, -1 = padding."""
+    def embed_vit(self, patches, ids, padding=None):
+        """patches (B, n, 3 * patch²) of pictures in [-1, 1], ids (n,) or (B, n) in the tables, padding (B, n) bool."""
         mask = None
-        if ids.dim() == 2:
+        if padding is not None:
             # -1e4, not -inf or the least number: kernels multiply by log2(e), and a row without a picture sees nothing else
             mask = torch.zeros(ids.shape, device=ids.device, dtype=self.dtype)
-            mask = mask.masked_fill_(ids < 0, -1e4)[:, None, None]
-        ids = ids.clamp(min=0)
+            mask = mask.masked_fill_(padding, -1e4)[:, None, None]
         features = self.vit_model["vision_model"](patches.to(self.dtype), ids, mask, self.recompute)
         return self.connector(features) + self.vit_pos_embed(ids).to(self.dtype)
 
@@ -595,11 +558,11 @@ class Bagel(nn.Module):
         ids = table_ids(grid, self.config.latent_grid).to(self.device)
         return self.latent_pos_embed(ids).to(self.dtype)
 
-    def number_vector(self, numbers):
-        """Which context image: numbers (I,), -1 for none -> (I, H); zeros without Settings.learned_places."""
+    def index_vector(self, image_index):
+        """Which context image: image_index (I,), -1 for none -> (I, H); zeros without Settings.learned_places."""
         if not self.config.settings.learned_places:
-            return self.vae2llm.bias.new_zeros(len(numbers), self.config.width)
-        return self.image_number(numbers.clamp(min=0)) * (numbers >= 0)[:, None]
+            return self.vae2llm.bias.new_zeros(len(image_index), self.config.width)
+        return self.image_number(image_index.clamp(min=0)) * (image_index >= 0)[:, None]
 
     def motion_vector(self, ids: Tensor, words: Tensor) -> Tensor:
         """A sentence in one vector: ids (R, W), words (R, W) bool, the ids that count -> (R, H).
@@ -612,60 +575,53 @@ class Bagel(nn.Module):
 
     # ---- inference: the context once into a memory, then the target step by step
 
-    def memory(self, rows: int, capacity: int, room: int = 0) -> Memory:
-        """An empty Memory for R rows that read `capacity` tokens, with `room` for a target on both sides."""
-        return Memory(self.config, rows, capacity, room, self.vae2llm.weight.detach())
-
-    def token_count(self, item: ContextImage | ContextText) -> int:
-        """How many tokens an image or a text takes in a memory."""
-        if isinstance(item, ContextText):
-            return item.ids.shape[1]
-        count = 0
-        for pixels, side in ((item.latent, LATENT_PATCH), (item.pixels, self.config.vit_patch)):
-            if pixels is not None:
-                count += pixels.shape[-2] // side * (pixels.shape[-1] // side) + 2
-        return count
+    def memory(self, rows: int) -> Memory:
+        """An empty Memory for R rows."""
+        return Memory(self.config, rows, self.vae2llm.weight.detach())
 
     def read_images(self, memory: Memory, images: list[ContextImage]) -> None:
         """Context images into a memory.
 
         Each latent and each ViT image takes one position. Sizes may differ from image to image, not from row to row.
         """
-        rows = len(memory.next)
+        markers = self.embed_markers(len(memory.next))
         time = self.time_embedder(torch.zeros(1, device=self.device))
-        markers = self.embed_markers(rows)
-        und, gen = [], []  # (embeddings (R, n, H), their position behind memory.next)
-        order = 0
+        und, gen = [], [markers[:, :0]]  # embeddings (R, n, H); without a latent gen is (R, 0, H)
+        und_offset, gen_offset = [], []  # of each token's position behind memory.next
+        offset = 0
         for i, (latent, pixels) in enumerate(images):
-            number = self.number_vector(torch.tensor([i], device=self.device))
+            index = self.index_vector(torch.tensor([i], device=self.device))
             if latent is not None:
                 tokens = self.vae2llm(patchify(latent, LATENT_PATCH).to(self.dtype))
-                places = self.latent_places(token_grid(latent))
-                gen.append((tokens + (time + places + number), order))
-                und.append((markers, order))
-                order += 1
+                tokens = tokens + (time + self.latent_places(token_grid(latent)) + index)
+                gen.append(tokens)
+                gen_offset += [offset] * tokens.shape[1]
+                und.append(markers)
+                und_offset += [offset] * 2
+                offset += 1
             if pixels is not None:
                 side = self.config.vit_patch
                 grid = (pixels.shape[-2] // side, pixels.shape[-1] // side)
                 ids = table_ids(grid, self.config.vit_grid).to(self.device)
-                features = self.embed_vit(patchify(pixels, side), ids) + number
-                und.append((torch.cat([markers[:, :1], features, markers[:, 1:]], 1), order))
-                order += 1
-        orders = [torch.full((x.shape[1],), order) for x, order in und + gen]
-        positions = memory.next[:, None] + torch.cat(orders)
-        und = torch.cat([x for x, _ in und], 1)
-        gen = torch.cat([markers[:, :0], *(x for x, _ in gen)], 1)
-        self.run(und, gen, self.rope(positions), Reading(memory, positions), False, False)
-        memory.next = memory.next + order
+                features = self.embed_vit(patchify(pixels, side), ids) + index
+                und += [markers[:, :1], features, markers[:, 1:]]
+                und_offset += [offset] * (features.shape[1] + 2)
+                offset += 1
+        if not images:
+            return
+        positions = memory.next[:, None] + torch.tensor(und_offset + gen_offset)
+        attention = MemoryAttention(memory, positions)
+        self.run_layers(torch.cat(und, 1), torch.cat(gen, 1), self.rope(positions), attention)
+        memory.next = memory.next + offset
 
-    def read_text(self, memory: Memory, text: ContextText, und_needed: bool = False):
-        """Texts into a memory; returns the last layer's tokens (R, L, H), right if `und_needed`."""
+    def read_text(self, memory: Memory, text: ContextText) -> Tensor:
+        """Texts into a memory; returns the last layer's tokens (R, L, H)."""
         index = torch.arange(text.ids.shape[1])
         positions = memory.next[:, None] + index
-        positions = torch.where(index < text.lengths[:, None], positions, HIDDEN)
+        positions = torch.where(index < text.lengths[:, None], positions, NEVER_SEEN)
         und = self.embed_text(text.ids)
-        reading = Reading(memory, positions)
-        und, _ = self.run(und, und[:, :0], self.rope(positions), reading, und_needed, False)
+        attention = MemoryAttention(memory, positions)
+        und, _ = self.run_layers(und, und[:, :0], self.rope(positions), attention)
         memory.next = memory.next + text.lengths
         return und
 
@@ -676,7 +632,7 @@ class Bagel(nn.Module):
         markers   (R * branches, 2, H);   rope: of one token per row;   branches: what each sees
         """
         gen = self.vae2llm(x.to(self.dtype)) + extra
-        return self.run(markers, gen, rope, TargetAttention(branches), False, True)[1]
+        return self.run_layers(markers, gen, rope, TargetAttention(branches))[1]
 
 
 def patchify(x: Tensor, size: int) -> Tensor:

@@ -30,7 +30,7 @@ from lib.records import write_json
 
 NETWORK, AUTOENCODER = "ema.safetensors", "ae.safetensors"
 UNFIT = f"{AUTOENCODER} is not a FLUX autoencoder"
-MAX_PIXELS = 14 * 14 * 9 * 1024
+BAGEL_MAX_PIXELS = 14 * 14 * 9 * 1024  # of a picture that BAGEL is shown
 # names in diffusers' autoencoder and in FLUX's: of its attention, of the rest
 FLUX_ATTN = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 FLUX_NAMES = {
@@ -45,7 +45,7 @@ FLUX_NAMES = {
 # ---- pictures ------------------------------------------------------------------------------------------------------------
 
 
-def resized(width: int, height: int, limits: tuple, max_pixels: float = MAX_PIXELS) -> tuple:
+def resized(width: int, height: int, limits: tuple, max_pixels: float = BAGEL_MAX_PIXELS) -> tuple:
     """The size BAGEL gives a picture: (width, height) in pixels, multiples of the stride.
 
     limits   (max_side, min_side, stride) in pixels; where both cannot hold, min_side wins at first, max_side at last.
@@ -68,7 +68,7 @@ def resized(width: int, height: int, limits: tuple, max_pixels: float = MAX_PIXE
 
 
 def resize(image: np.ndarray, limits: tuple) -> np.ndarray:
-    """(H, W, 3) uint8 -> the same picture at the size of `resized`, bicubic as in the original."""
+    """(H, W, 3) or (H, W) uint8 -> the same picture at the size of `resized`, bicubic as in the original."""
     height, width = image.shape[:2]
     size = resized(width, height, limits)
     if size == (width, height):
@@ -87,17 +87,16 @@ def to_images(pixels: Tensor) -> np.ndarray:
     return ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).movedim(-3, -1).cpu().numpy()
 
 
-# ---- autoencoders: two classes with the same calls -----------------------------------------------------------------------
+# ---- autoencoders: two classes with cell, channels, encode, decode, to and save -----------------------------------------
 
 
 class PixelLatents:
     """An "autoencoder" without weights for the tiny model: every 4 x 4 pixels become one latent cell of 48 numbers."""
 
     cell, channels = 4, 48  # pixels per latent cell and side, numbers per cell
-    random = False  # encode draws no noise
 
-    def encode(self, pixels, noise=None):
-        """pixels (B, 3, H, W) in [-1, 1] -> latent (B, 48, H/4, W/4)."""
+    def encode(self, pixels, streams=None):
+        """pixels (B, 3, H, W) in [-1, 1] -> latent (B, 48, H/4, W/4); draws nothing from `streams`."""
         return F.pixel_unshuffle(pixels, self.cell)
 
     def decode(self, latent):
@@ -114,7 +113,7 @@ class PixelLatents:
 class FluxLatents:
     """The FLUX.1 autoencoder, frozen: every 8 x 8 pixels become one latent cell of 16 numbers. Runs in fp32."""
 
-    cell, random = 8, True
+    cell = 8
     scale, shift = 0.3611, 0.1159
 
     def __init__(self, path: Path):
@@ -132,8 +131,8 @@ class FluxLatents:
         sizes = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(max(1, levels))]
         sizes.append("encoder.conv_out.weight")
         complain(UNFIT, [f"{key} (missing)" for key in sizes if key not in tensors])
-        *widths, numbers = (len(tensors[key]) for key in sizes)
-        self.channels = numbers // 2
+        *widths, moments = (len(tensors[key]) for key in sizes)
+        self.channels = moments // 2
         with torch.device("meta"):
             self.vae = AutoencoderKL(
                 block_out_channels=widths,
@@ -149,8 +148,8 @@ class FluxLatents:
         expected = {}
         for key, value in state.items():
             # FLUX's attention is made of 1 x 1 convolutions, (out, in, 1, 1), diffusers' of linear layers, (out, in).
-            convolution = ".attentions." in key and value.dim() == 2
-            expected[to_flux(key, levels)] = (*value.shape, 1, 1) if convolution else value.shape
+            ones = (1, 1) if ".attentions." in key and value.dim() == 2 else ()
+            expected[to_flux(key, levels)] = (*value.shape, *ones)
         complain(UNFIT, misfits(expected, tensors, "it"))
         for key, value in state.items():
             state[key] = tensors[to_flux(key, levels)].float().view(value.shape)
@@ -167,9 +166,13 @@ class FluxLatents:
         """The moments of a posterior and standard normal noise, (B, C, h, w) each -> a latent drawn, as BAGEL does."""
         return self.scale * (mean + torch.exp(0.5 * log_variance) * noise.to(mean) - self.shift)
 
-    def encode(self, pixels, noise):
-        """pixels (B, 3, H, W) in [-1, 1] -> latent (B, C, H/8, W/8); noise as in `draw`."""
-        return self.draw(*self.moments(pixels), noise)
+    def encode(self, pixels, streams=None):
+        """pixels (B, 3, H, W) in [-1, 1] -> latent (B, C, H/8, W/8), each drawn by its own of B generators, or the mean."""
+        mean, log_variance = self.moments(pixels)
+        noise = torch.zeros(())
+        if streams is not None:
+            noise = torch.stack([torch.randn(mean.shape[1:], generator=s) for s in streams])
+        return self.draw(mean, log_variance, noise)
 
     def decode(self, latent):
         """latent (B, C, h, w) -> pixels (B, 3, 8 h, 8 w), about [-1, 1]."""
@@ -210,8 +213,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if Path(path).is_dir():
         return Path(path)
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~", "out/")):
-        sentence = "`python train_wm.py` makes one in out/wm."
-        raise FileNotFoundError(f"There is no world model at {path}. {sentence}")
+        hint = "`python train_wm.py` makes one in out/wm."
+        raise FileNotFoundError(f"There is no world model at {path}. {hint}")
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(str(path)))
@@ -227,8 +230,8 @@ def read_files(folder: Path) -> dict[str, dict]:
         try:
             files[name] = json.loads(path.read_text())
         except (OSError, json.JSONDecodeError) as error:
-            holds = f"A BAGEL folder holds {NETWORK}, llm_config.json and vit_config.json."
-            raise ValueError(f"{path} cannot be read ({error}). {holds}") from error
+            needs = f"A BAGEL folder holds {NETWORK}, llm_config.json and vit_config.json."
+            raise ValueError(f"{path} cannot be read ({error}). {needs}") from error
     return files
 
 

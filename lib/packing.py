@@ -9,11 +9,10 @@ Three numbers per token decide what a query sees, and one its RoPE angle:
 
   sample    samples of one sequence do not see each other
   order     counts text tokens and image segments: text is causal, an image sees all of itself and all before it
-  group     0: seen by all that follows; k > 0: seen by group k alone (a noisy target, or a branch with its sentence)
-  position  RoPE. A text token and an image segment take one each; a private group does not advance the shared count,
-            so the clean copy that follows a noisy target stands at the same position
+  branch    0: seen by all that follows; k > 0: seen by branch k alone (a noisy target, maybe with its sentence)
+  position  RoPE. A text token and an image segment take one each; a branch does not advance the shared count
 
-This is the original's rule for its three attention modes (causal, full, noise) and one thing more: a group
+This is the original's rule for its three attention modes (causal, full, noise) and one thing more: a branch
 may hold a sentence, so several targets share one context. Tokens are ordered by expert, "und" first, then "gen".
 """
 
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-HIDDEN = 2**30  # the order of a key that no query may see
+NEVER_SEEN = 2**30  # the order, and in a context the position, of padding: later than any query
 
 
 # ---- who sees whom -------------------------------------------------------------------------------------------------------
@@ -38,7 +37,7 @@ class Tokens(NamedTuple):
     position: Tensor
     order: Tensor
     sample: Tensor
-    group: Tensor
+    branch: Tensor
 
     @classmethod
     def plain(cls, position: Tensor) -> "Tokens":
@@ -49,16 +48,18 @@ class Tokens(NamedTuple):
         return Tokens(*(numbers.to(device, non_blocking=True) for numbers in self))
 
 
-def sees(order, key_order, sample, key_sample, group, key_group):
+def sees(order, key_order, sample, key_sample, branch, key_branch):
     """The rule, for one query and one key or for tensors of them that broadcast."""
-    return (sample == key_sample) & (key_order <= order) & ((key_group == 0) | (key_group == group))
+    return (
+        (sample == key_sample) & (key_order <= order) & ((key_branch == 0) | (key_branch == branch))
+    )
 
 
 def sight(queries: Tokens, keys: Tokens) -> Tensor:
     """(B, N, K) bool: what each query sees of each key."""
     q = Tokens(*(numbers[:, :, None] for numbers in queries))
     k = Tokens(*(numbers[:, None, :] for numbers in keys))
-    return sees(q.order, k.order, q.sample, k.sample, q.group, k.group)
+    return sees(q.order, k.order, q.sample, k.sample, q.branch, k.branch)
 
 
 def dense_attention(queries: Tokens, keys: Tokens, dtype: torch.dtype) -> Callable:
@@ -70,14 +71,13 @@ def dense_attention(queries: Tokens, keys: Tokens, dtype: torch.dtype) -> Callab
     return partial(F.scaled_dot_product_attention, attn_mask=mask, enable_gqa=True)
 
 
-def flex_attention_for(queries: Tokens, keys: Tokens, compiled: bool = True) -> Callable:
+def flex_attention_for(queries: Tokens, keys: Tokens) -> Callable:
     """The same function by flex attention: blocks of 128 x 128 pairs that see nothing are never computed.
 
     No mask over all pairs exists at any time: the rule is evaluated inside the kernel.
-    compiled   False evaluates the same rule without a compiler (tests; it is slow and dense)
     """
-    _, order, sample, group = queries
-    _, key_order, key_sample, key_group = keys
+    _, order, sample, branch = queries
+    _, key_order, key_sample, key_branch = keys
 
     def rule(b, head, q, k):
         return sees(
@@ -85,16 +85,14 @@ def flex_attention_for(queries: Tokens, keys: Tokens, compiled: bool = True) -> 
             key_order[b, k],
             sample[b, q],
             key_sample[b, k],
-            group[b, q],
-            key_group[b, k],
+            branch[b, q],
+            key_branch[b, k],
         )
 
-    make_blocks, kernel = create_block_mask, flex_attention
-    if compiled:
-        make_blocks, kernel = compiled_once(make_blocks), compiled_once(kernel)
     counts = (order.shape[1], key_order.shape[1])
+    make_blocks = compiled_once(create_block_mask)
     blocks = make_blocks(rule, len(order), None, *counts, device=order.device)
-    return partial(kernel, block_mask=blocks, enable_gqa=True)
+    return partial(compiled_once(flex_attention), block_mask=blocks, enable_gqa=True)
 
 
 @cache
@@ -109,14 +107,14 @@ def compiled_once(function: Callable) -> Callable:
     return torch.compile(function, dynamic=True)
 
 
-def attention(queries: Tokens, keys: Tokens, device: torch.device, dtype: torch.dtype) -> Callable:
-    """What `queries` see of `keys` (Tokens) as a function (q, k, v) -> y.
+def make_attention(queries: Tokens, keys: Tokens, like: Tensor) -> Callable:
+    """What `queries` see of `keys` (Tokens) as a function (q, k, v) -> y of tensors on like's device, of its type.
 
     q (B, heads, N, d), k and v (B, kv_heads, K, d), y like q. Flex attention on a GPU, a masked SDPA elsewhere.
     """
-    if device.type == "cuda":
-        return flex_attention_for(queries.to(device), keys.to(device))
-    return dense_attention(queries, keys, dtype)
+    if like.is_cuda:
+        return flex_attention_for(queries.to(like.device), keys.to(like.device))
+    return dense_attention(queries, keys, like.dtype)
 
 
 # ---- segments ------------------------------------------------------------------------------------------------------------
@@ -126,28 +124,30 @@ class Text(NamedTuple):
     """Token ids with their <|im_start|> and <|im_end|>. Without `keep` (condition dropout) it is gone without a trace."""
 
     ids: list
-    group: int = 0
+    branch: int = 0
     keep: bool = True
 
 
-class View(NamedTuple):
+class VitImage(NamedTuple):
     """A picture as the ViT takes it. Without `keep` its position stays empty."""
 
     patches: Tensor  # (n, 3 * patch²)
     grid: tuple  # (h, w), n = h w
-    number: int = 0  # which context image it is (Settings.learned_places)
-    group: int = 0
+    image_index: int = (
+        0  # which context image, 0-based, in the order shown (Settings.learned_places)
+    )
     keep: bool = True
+    branch: int = 0  # always: a context
 
 
-class Latent(NamedTuple):
-    """A picture as latent tokens x_t = (1 - t) x0 + t eps: clean at t = 0, a target of the loss at any other time."""
+class VaeImage(NamedTuple):
+    """A picture as latent tokens x_t = (1 - t) x0 + t noise: clean at t = 0, a target of the loss at any other time."""
 
     x_t: Tensor  # (n, C)
     grid: tuple
-    number: int = 0
-    group: int = 0
+    image_index: int = 0  # as a VitImage's
     keep: bool = True
+    branch: int = 0
     t: float = 0.0
     motion_ids: list = []  # the words that command a target (Settings.motion_to_target)
 
@@ -159,14 +159,14 @@ class Pack(NamedTuple):
     ids: Tensor  # (B, U) word ids; 0 where a ViT feature stands
     patches: Tensor  # (I_v, L, 3 * patch²) padded to the longest
     patch_ids: Tensor  # (I_v, L) row * grid + column; -1 for padding
-    patch_numbers: Tensor  # (I_v,) which context image
-    patch_places: Tensor  # (sum of lengths,) where ViT features go among B * U
+    patch_image_index: Tensor  # (I_v,) which context image
+    feature_index: Tensor  # (sum of lengths,) where ViT features go among B * U
     x_t: Tensor  # (B, G, C)
     latent_ids: Tensor  # (B, G) row * grid + column
-    image: Tensor  # (B, G) which of the I latent pictures
-    target: Tensor  # (B, G) bool: a token that the loss is about
+    picture: Tensor  # (B, G) which of the I latent pictures
+    target_mask: Tensor  # (B, G) bool: a token that the loss is about
     t: Tensor  # (I,) fp32
-    numbers: Tensor  # (I,) which context image; -1 for a target
+    image_index: Tensor  # (I,) which context image; -1 for a target
     motion_ids: Tensor  # (I, W) the words that command a target, 0 for padding
     motion_mask: Tensor  # (I, W) bool: a word
 
@@ -178,52 +178,64 @@ class Pack(NamedTuple):
 # ---- packing -------------------------------------------------------------------------------------------------------------
 
 
+class TokenRow(NamedTuple):
+    """What `Tokens` knows of one token."""
+
+    position: int
+    order: int
+    sample: int
+    branch: int
+
+
+PADDING = TokenRow(0, NEVER_SEEN, sample=-1, branch=0)  # sees padding, and is seen by padding alone
+
+
 class Sequence:
-    """One sequence in the making. A row is what `Tokens` knows of a token: (position, order, sample, group)."""
+    """One sequence in the making."""
 
     def __init__(self, markers):
         self.markers = markers
         self.samples = 0
         self.ids = []  # of the und tokens
-        self.und = []  # their rows
-        self.gen = []  # the rows of the gen tokens
-        self.views = []  # (View, where its features begin among the und tokens)
-        self.latents = []
+        self.und = []  # a TokenRow each
+        self.gen = []  # the same of the gen tokens
+        self.vit_images = []  # (VitImage, where its features begin among the und tokens)
+        self.vae_images = []
 
     def add_sample(self, segments):
         """Append the segments of one more sample."""
-        next_position = {0: 0}  # of each group
+        next_position = {0: 0}  # of each branch
         order = 0
         for segment in segments:
-            position = next_position.setdefault(segment.group, next_position[0])
+            position = next_position.setdefault(segment.branch, next_position[0])
             is_text = isinstance(segment, Text)
             if is_text and not segment.keep:
                 continue
             length = len(segment.ids) if is_text else 1
-            next_position[segment.group] = position + length
+            next_position[segment.branch] = position + length
             if segment.keep:
-                self.add_segment(segment, position, order)
+                self.add_segment(segment, TokenRow(position, order, self.samples, segment.branch))
                 order += length
         self.samples += 1
 
-    def add_segment(self, segment, position, order):
-        """Append a segment that is there."""
-        row = (position, order, self.samples, segment.group)
+    def add_segment(self, segment, first):
+        """Append a segment that is there, `first` its first token."""
         if isinstance(segment, Text):
-            for i, word in enumerate(segment.ids):
-                self.ids.append(word)
-                self.und.append((position + i, order + i, *row[2:]))
+            self.ids += segment.ids
+            for i in range(len(segment.ids)):
+                token = first._replace(position=first.position + i, order=first.order + i)
+                self.und.append(token)
             return
         features = 0
-        if isinstance(segment, View):
+        if isinstance(segment, VitImage):
             features = len(segment.patches)
-            self.views.append((segment, len(self.ids) + 1))
+            self.vit_images.append((segment, len(self.ids) + 1))
         else:
-            self.latents.append(segment)
-            self.gen += [row] * len(segment.x_t)
+            self.vae_images.append(segment)
+            self.gen += [first] * len(segment.x_t)
         start, end = self.markers
         self.ids += [start, *[0] * features, end]
-        self.und += [row] * (features + 2)
+        self.und += [first] * (features + 2)
 
 
 def table_ids(grid: tuple, columns: int) -> Tensor:
@@ -231,46 +243,53 @@ def table_ids(grid: tuple, columns: int) -> Tensor:
     return (torch.arange(grid[0])[:, None] * columns + torch.arange(grid[1])).flatten()
 
 
-def pack(sequences: list, markers: tuple, config) -> Pack:
-    """Sequences -> Pack. A sequence is a list of samples, a sample a list of Text, View and Latent segments in order.
+def pack(samples: list, markers: tuple, config) -> Pack:
+    """Sequences -> Pack. A sequence is a list of samples, a sample a list of segments in order.
 
+    samples   [sequence][sample][segment], segments Text, VitImage and VaeImage
     markers   ids of <|vision_start|> and <|vision_end|>;   config: lib/bagel.Config, for the sides of position tables
     Every sequence needs a picture as latents (the target of the loss).
     """
-    rows, views, places, latents = [], [], [], []
-    for samples in sequences:
-        row = Sequence(markers)
-        for segments in samples:
-            row.add_sample(segments)
-        rows.append(row)
-        latents += row.latents
-    und = max(len(row.ids) for row in rows)
-    for b, row in enumerate(rows):
-        for view, first in row.views:
-            views.append(view)
-            places.append(b * und + first + torch.arange(len(view.patches)))
-    lengths = torch.tensor([len(latent.x_t) for latent in latents])
-    targets = torch.tensor([latent.t > 0 for latent in latents])
-    words = [torch.tensor(latent.motion_ids, dtype=torch.long) for latent in latents]
+    sequences, vae_images = [], []
+    for row in samples:
+        sequence = Sequence(markers)
+        for segments in row:
+            sequence.add_sample(segments)
+        sequences.append(sequence)
+        vae_images += sequence.vae_images
+    ids = padded([torch.tensor(sequence.ids) for sequence in sequences])  # (B, U)
+    vit_images, feature_index = [], [torch.zeros(0, dtype=torch.long)]
+    for b, sequence in enumerate(sequences):
+        for image, first in sequence.vit_images:
+            vit_images.append(image)
+            feature_index.append(b * ids.shape[1] + first + torch.arange(len(image.patches)))
+    lengths = torch.tensor([len(image.x_t) for image in vae_images])
+    is_target = torch.tensor([image.t > 0 for image in vae_images])
+    latent_ids = [table_ids(image.grid, config.latent_grid) for image in vae_images]
+    words = [torch.tensor(image.motion_ids, dtype=torch.long) for image in vae_images]
+    context_index = torch.tensor([image.image_index for image in vae_images])
 
     def by_sequence(values):  # (gen tokens of all, ...) -> (B, G, ...)
-        return padded(values.split([len(row.gen) for row in rows]))
+        return padded(values.split([len(sequence.gen) for sequence in sequences]))
 
-    tokens = torch.cat([padded_rows([r.und for r in rows]), padded_rows([r.gen for r in rows])], 1)
-    patches, patch_ids = view_tensors(views, config)
+    und = token_rows([sequence.und for sequence in sequences])
+    gen = token_rows([sequence.gen for sequence in sequences])
+    # without any picture for the ViT there is one of padding
+    patches = [image.patches for image in vit_images] or [torch.zeros(1, 3 * config.vit_patch**2)]
+    patch_ids = [table_ids(image.grid, config.vit_grid) for image in vit_images]
     return Pack(
-        tokens=Tokens(*tokens.unbind(-1)),
-        ids=padded([torch.tensor(row.ids) for row in rows]),
-        patches=patches,
-        patch_ids=patch_ids,
-        patch_numbers=torch.tensor([view.number for view in views] or [0]),
-        patch_places=torch.cat(places) if views else torch.zeros(0, dtype=torch.long),
-        x_t=by_sequence(torch.cat([latent.x_t for latent in latents])),
-        latent_ids=by_sequence(torch.cat([table_ids(z.grid, config.latent_grid) for z in latents])),
-        image=by_sequence(torch.arange(len(latents)).repeat_interleave(lengths)),
-        target=by_sequence(targets.repeat_interleave(lengths)),
-        t=torch.tensor([float(latent.t) for latent in latents]),
-        numbers=torch.where(targets, -1, torch.tensor([latent.number for latent in latents])),
+        tokens=Tokens(*torch.cat([und, gen], 1).unbind(-1)),
+        ids=ids,
+        patches=padded(patches),
+        patch_ids=padded(patch_ids or [torch.full((1,), -1)], -1),
+        patch_image_index=torch.tensor([image.image_index for image in vit_images] or [0]),
+        feature_index=torch.cat(feature_index),
+        x_t=by_sequence(torch.cat([image.x_t for image in vae_images])),
+        latent_ids=by_sequence(torch.cat(latent_ids)),
+        picture=by_sequence(torch.arange(len(vae_images)).repeat_interleave(lengths)),
+        target_mask=by_sequence(is_target.repeat_interleave(lengths)),
+        t=torch.tensor([float(image.t) for image in vae_images]),
+        image_index=torch.where(is_target, -1, context_index),
         motion_ids=padded(words),
         motion_mask=padded([torch.ones(len(ids), dtype=torch.bool) for ids in words]),
     )
@@ -281,16 +300,7 @@ def padded(tensors, fill=0):
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
 
 
-def padded_rows(lists):
-    """The rows of B sequences -> (B, longest, 4). Padding sees padding and is seen by padding alone."""
+def token_rows(lists):
+    """The TokenRows of B sequences -> (B, longest, 4)."""
     longest = max(map(len, lists))
-    padding = (0, HIDDEN, -1, 0)
-    return torch.tensor([rows + [padding] * (longest - len(rows)) for rows in lists])
-
-
-def view_tensors(views, config):
-    """The patches and patch_ids of a Pack; without any picture one of padding."""
-    if not views:
-        return torch.zeros(1, 1, 3 * config.vit_patch**2), torch.full((1, 1), -1)
-    ids = [table_ids(view.grid, config.vit_grid) for view in views]
-    return padded([view.patches for view in views]), padded(ids, -1)
+    return torch.tensor([rows + [PADDING] * (longest - len(rows)) for rows in lists])

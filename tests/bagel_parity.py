@@ -46,8 +46,8 @@ from lib.bagel_files import (  # noqa: E402
     to_images,
     to_pixels,
 )
-from lib.packing import Latent, Text, View, pack, sight, table_ids  # noqa: E402
-from world_model import GuidanceBranch, WorldModel, read_inputs  # noqa: E402
+from lib.packing import Text, VaeImage, VitImage, pack, sight, table_ids  # noqa: E402
+from world_model import WorldModel  # noqa: E402
 
 # From the original's inferencer.py (ByteDance-Seed/Bagel, Apache-2.0): its defaults, for the options that a case leaves
 # out, and what it says first when it is to think before it answers or draws.
@@ -188,7 +188,8 @@ def encoders(case):
     """Pixels -> latent -> pixels, pixels -> ViT features -> tokens, times -> embeddings."""
     data, network, coder = case.data, case.network, case.model.autoencoder
     case.compare("moments", torch.cat(coder.moments(data["vae_pixels"]), 1), data["vae_moments"])
-    case.compare("latent", coder.encode(data["vae_pixels"], data["vae_eps"]), data["vae_latent"])
+    latent = coder.draw(*coder.moments(data["vae_pixels"]), data["vae_eps"])
+    case.compare("latent", latent, data["vae_latent"])
     case.compare("decoded", coder.decode(data["vae_latent"]), data["vae_decoded"])
     side, pixels = network.config.vit_patch, data["vit_pixels"][None]
     patches = patchify(pixels, side)
@@ -208,7 +209,7 @@ def encoders(case):
 def segments(case):
     """A recorded pack, told by its indices -> (samples, order, velocities).
 
-    samples   for lib/packing.pack, one list of Text, View and Latent segments each; a noisy picture is a private group
+    samples   for lib/packing.pack, one list of Text, VitImage and VaeImage segments each; a noisy picture is a branch
     order     (L,) where in the original's sequence our tokens stand: und tokens first, then gen
     velocities   (N, C) eps - x0 of all targets
     Where the case drops pictures, a gap in the positions is a dropped one.
@@ -249,7 +250,7 @@ def segments(case):
         )  # behind it: padding
         while at < stop:
             if gaps:
-                sample += [View(None, None, keep=False)] * (positions[at] - position)
+                sample += [VitImage(None, None, keep=False)] * (positions[at] - position)
                 position = positions[at]
             end = next(i for i in range(at + 1, stop) if ids.get(i) in ends)
             inside = list(range(at + 1, end))
@@ -265,11 +266,11 @@ def segments(case):
                 )[0]
                 if t > 0:
                     noise = data["out.noise"][latents : latents + len(inside)]
-                    x_t, group = (1 - t) * tokens + t * noise, len(sample) + 1
+                    x_t, branch = (1 - t) * tokens + t * noise, len(sample) + 1
                     velocities.append(noise - tokens)
-                    sample.append(Latent(x_t, (rows, width), group=group, t=t))
+                    sample.append(VaeImage(x_t, (rows, width), branch=branch, t=t))
                 else:
-                    sample.append(Latent(tokens, (rows, width)))
+                    sample.append(VaeImage(tokens, (rows, width)))
                 und, gen, latents, position = (
                     und + [at, end],
                     gen + inside,
@@ -279,7 +280,7 @@ def segments(case):
             elif inside[0] in is_vit:
                 patches, places = next(views)
                 sample.append(
-                    View(
+                    VitImage(
                         patches,
                         (places.max().item() // columns + 1, places.max().item() % columns + 1),
                     )
@@ -321,14 +322,22 @@ def attention_of(told, data):
     return (sample[:, None] == sample) & (before | same & whole) & ~(noise & ~same)
 
 
+def word_logits(network, und):
+    """The last layer's und tokens -> logits of the next word (B, U, V)."""
+    model = network.language_model["model"]
+    return network.language_model["lm_head"](model["norm"](und)).float()
+
+
 def losses(case, batch, order, velocities):
     """A pack -> squared errors (n, C) of its targets, cross entropies of its words, hidden states (L, H)."""
-    und, gen = case.network.hidden(batch)
-    mse = (case.network.output(gen)[batch.target] - velocities).square()
+    und, gen = case.network.last_layer(batch)
+    mse = (case.network.output(gen)[batch.target_mask] - velocities).square()
     here = {place: i for i, place in enumerate(order.tolist())}
     scored = [here[place] for place in case.data["in.ce_loss_indexes"].tolist()]
     ce = F.cross_entropy(
-        case.network.write(und)[0, scored], case.data["in.packed_label_ids"], reduction="none"
+        word_logits(case.network, und)[0, scored],
+        case.data["in.packed_label_ids"],
+        reduction="none",
     )
     norms = case.network.language_model["model"]
     return mse, ce, torch.cat([norms["norm"](und), norms["norm" + GEN](gen)], 1)[0]
@@ -337,24 +346,23 @@ def losses(case, batch, order, velocities):
 def cached_velocities(network, samples):
     """The velocities of all targets of a pack (n, C), each by the forward of inference from what stands before it."""
     c, found = network.config, []
-    targets = [(row, i) for row in samples for i, s in enumerate(row) if s.group]
+    targets = [(row, i) for row in samples for i, s in enumerate(row) if s.branch]
     for sample, i in targets:
-        before, target = [s for s in sample[:i] if not s.group], sample[i]
-        size = sum(len(s[0]) + 2 for s in before if s.keep)
-        memory = network.memory(1, size, len(target.x_t) + 2)
+        before, target = [s for s in sample[:i] if not s.branch], sample[i]
+        memory = network.memory(1)
         for s in before:
             if not s.keep:  # a dropped picture
                 memory.next = memory.next + 1
             elif isinstance(s, Text):
                 text = ContextText(torch.tensor([s.ids]), torch.tensor([len(s.ids)]))
                 network.read_text(memory, text)
-            elif isinstance(s, View):
+            elif isinstance(s, VitImage):
                 pixels = unpatchify(s.patches[None], c.vit_patch, *s.grid)
                 network.read_images(memory, [ContextImage(None, pixels)])
             else:
                 latent = unpatchify(s.x_t[None], LATENT_PATCH, *s.grid)
                 network.read_images(memory, [ContextImage(latent, None)])
-        branch, markers = memory.branch(), network.embed_markers(1)
+        branch, markers = branch_of(network, memory), network.embed_markers(1)
         place = network.latent_pos_embed(table_ids(target.grid, c.latent_grid))
         extra = network.time_embedder(torch.tensor([target.t])) + place
         rope = network.rope(branch.next[:, None])
@@ -380,7 +388,7 @@ def training(case):
             0,
         )
     case.compare(
-        "targets", order[batch.ids.shape[1] :][batch.target[0]], data["in.mse_loss_indexes"], 0
+        "targets", order[batch.ids.shape[1] :][batch.target_mask[0]], data["in.mse_loss_indexes"], 0
     )
     if mask is None:
         case.remarks.append("no mask recorded")
@@ -388,7 +396,7 @@ def training(case):
         case.compare("mask", sight(batch.tokens, batch.tokens)[0], mask[order][:, order], 0)
     mse, ce, hidden = losses(case, batch, order, velocities)
     case.compare("hidden", hidden, data["out.hidden"][order])
-    case.compare("velocities", network(batch)[batch.target], data["out.velocity"])
+    case.compare("velocities", network(batch)[batch.target_mask], data["out.velocity"])
     case.compare("cached velocities", cached_velocities(network, samples), data["out.velocity"])
     case.compare("losses", mse, data["out.mse"])
     case.compare("losses", ce, data["out.ce"])
@@ -421,7 +429,8 @@ def latents_of_a_pack(case):
             1,
             scale=127.5,
         )
-    ours = case.model.autoencoder.encode(data["in.padded_images"], data["out.vae_eps"])
+    coder = case.model.autoencoder
+    ours = coder.draw(*coder.moments(data["in.padded_images"]), data["out.vae_eps"])
     case.compare("encoder", ours, data["out.padded_latent"])
 
 
@@ -468,33 +477,63 @@ def inputs(case, latents=True):
             parts.append(model.texts([item]))
             continue
         image = resize(case.data[f"input_image.{images}"].numpy(), model.settings.vae_limits)
-        latent = (
-            model.autoencoder.encode(to_pixels(image)[None], case.data[f"vae_eps.{images}"])
-            if latents
-            else None
-        )
+        latent = None
+        if latents:
+            moments = model.autoencoder.moments(to_pixels(image)[None])
+            latent = model.autoencoder.draw(*moments, case.data[f"vae_eps.{images}"])
         pixels = to_pixels(resize(image, model.settings.vit_limits))[None]
         parts.append(ContextImage(latent, pixels))
         images += 1
     return parts
 
 
-def contexts(network, parts, thought, room):
-    """Read what a case reads -> {"full", "no_text", "no_image"}: (Memory, Mark).
+def branch_of(network, memory):
+    """What a target sees of a memory of one row; nothing here has a motion (Settings.motion_to_target)."""
+    return memory.branch(torch.zeros(1, 1, network.config.width))
+
+
+def read(network, memory, parts):
+    """Parts into a memory, neighbouring images in one pass -> the Branch before the last text.
+
+    The Branch at the end, if an image comes last: guidance by the sentence then does nothing, as in BAGEL.
+    """
+    before_text = branch_of(network, memory)
+    for kind, neighbours in itertools.groupby(parts, key=type):
+        if kind is ContextImage:
+            network.read_images(memory, list(neighbours))
+            before_text = branch_of(network, memory)
+            continue
+        for text in neighbours:
+            before_text = branch_of(network, memory)
+            network.read_text(memory, text)
+    return before_text
+
+
+def contexts(network, parts, thought):
+    """Read what a case reads -> {"full", "no_text", "no_image"}: a Branch each.
 
     A thought stands behind the rest in "full" alone; "no_text" is what "full" was before the last text of `parts`.
     """
-    texts = [part for part in parts if isinstance(part, ContextText)]
-    full = network.memory(1, sum(map(network.token_count, [*parts, *thought])), room)
-    no_image = network.memory(1, sum(map(network.token_count, texts)), room)
-    no_text = read_inputs(network, full, parts)
-    read_inputs(network, full, thought)
-    read_inputs(network, no_image, texts)
+    full, no_image = network.memory(1), network.memory(1)
+    no_text = read(network, full, parts)
+    read(network, full, thought)
+    read(network, no_image, [part for part in parts if isinstance(part, ContextText)])
     return {
-        "full": (full, full.mark()),
-        "no_text": (full, no_text),
-        "no_image": (no_image, no_image.mark()),
+        "full": branch_of(network, full),
+        "no_text": no_text,
+        "no_image": branch_of(network, no_image),
     }
+
+
+def token_count(network, part):
+    """How many tokens an image or a text takes in a memory."""
+    if isinstance(part, ContextText):
+        return part.ids.shape[1]
+    count = 0
+    for pixels, side in ((part.latent, LATENT_PATCH), (part.pixels, network.config.vit_patch)):
+        if pixels is not None:
+            count += pixels.shape[-2] // side * (pixels.shape[-1] // side) + 2
+    return count
 
 
 def reading_order(network, parts):
@@ -507,7 +546,7 @@ def reading_order(network, parts):
             if kind is ContextImage:
                 pieces = [part._replace(pixels=None), part._replace(latent=None)]
             for i, piece in enumerate(pieces):
-                places = list(range(at, at + network.token_count(piece)))
+                places = list(range(at, at + token_count(network, piece)))
                 is_latent = kind is ContextImage and i == 0
                 und += places[:1] + places[-1:] if is_latent else places
                 gen += places[1:-1] if is_latent else []
@@ -516,24 +555,21 @@ def reading_order(network, parts):
     return order
 
 
-def compare_contexts(case, memories, parts):
+def compare_contexts(case, branches, parts):
     """Lengths, positions, keys and values of the recorded contexts. parts: what "full" has read, in order."""
     orders = [reading_order(case.network, parts)] * 2
-    orders.append(list(range(memories["no_image"][1].length)))
-    for (name, (memory, mark)), order in zip(memories.items(), orders, strict=True):
-        length = mark.length
+    orders.append(list(range(branches["no_image"].keys[0].shape[2])))
+    for (name, branch), order in zip(branches.items(), orders, strict=True):
+        length = branch.keys[0].shape[2]
         if f"context.{name}.kv_len" not in case.data:
             continue
         told = torch.cat([case.data[f"context.{name}.{key}"] for key in ("kv_len", "rope")])
-        case.compare("counts", [length, mark.next.item()], told, 0)
-        for kind, kept in (("k", memory.keys), ("v", memory.values)):
-            for i, layer in enumerate(kept if length else ()):
-                ours = layer[0, :, memory.room : memory.room + length].transpose(
-                    0, 1
-                )  # (L, kv_heads, d)
-                case.compare(
-                    "caches", ours, case.data[f"context.{name}.{kind}.{i}"][order[:length]]
-                )
+        case.compare("counts", [length, branch.next.item()], told, 0)
+        for kind, layers in (("k", branch.keys), ("v", branch.values)):
+            for i, layer in enumerate(layers if length else ()):
+                ours = layer[0].transpose(0, 1)  # (L, kv_heads, d)
+                theirs = case.data[f"context.{name}.{kind}.{i}"][order[:length]]
+                case.compare("caches", ours, theirs)
 
 
 def written(case, parts):
@@ -545,13 +581,13 @@ def written(case, parts):
         [],
         options(case)["max_think_token_n"],
     )
-    memory = network.memory(1, sum(map(network.token_count, parts)) + limit)
-    read_inputs(network, memory, parts)
+    memory = network.memory(1)
+    read(network, memory, parts)
     word = model.bos
     while len(tokens) < limit and (word != model.eos or not tokens):
         tokens.append(word)
         text = ContextText(torch.tensor([[word]]), torch.tensor([1]))
-        logits.append(network.write(network.read_text(memory, text, und_needed=True))[0, 0])
+        logits.append(word_logits(network, network.read_text(memory, text))[0, 0])
         word = logits[-1].argmax().item()
     case.compare("tokens", tokens, case.data["text_tokens"].flatten(), 0)
     case.compare("logits", torch.stack(logits), case.data["text_logits"].flatten(0, -2))
@@ -566,24 +602,14 @@ def understanding(case):
     written(case, inputs(case, latents=False))
 
 
-def watched_sample(network, parts, noise, grid, settings, branches):
-    """`world_model.sample` -> (its result (n, C), [(x, t, velocities of the branches, guided velocity)] of its steps).
+def watched_sample(network, branches, noise, grid, settings):
+    """`euler_sample` -> (its result (n, C), [(x, t, velocities of the branches, guided velocity)] of its steps)."""
 
-    branches   what the target sees, where that is not what `sample` would read by itself
-    """
+    def watched(name):
+        return mock.patch.object(world_model, name, wraps=getattr(world_model, name))
 
-    def watched(name, **instead):
-        return mock.patch.object(
-            world_model, name, **(instead or {"wraps": getattr(world_model, name)})
-        )
-
-    instead = {"return_value": branches} if branches else {}
-    with (
-        watched("velocity") as velocity,
-        watched("guided") as guided,
-        watched("guidance_branches", **instead),
-    ):
-        latent = world_model.sample(network, parts, noise, grid, settings)[0]
+    with watched("velocity_from_output") as velocity, watched("guided") as guided:
+        latent = world_model.euler_sample(network, branches, noise, grid, settings)[0]
     calls, steps = iter(velocity.call_args_list), []
     for v in [call.args[0] for call in guided.call_args_list]:
         _, x, t, _ = [next(calls) for _ in v][0].args
@@ -609,17 +635,16 @@ def generation(case):
         [side // case.stride for side in data["image_shape"].tolist()],
         data["step.0.x"][None],
     )
-    parts, branches = inputs(case), []
+    parts = inputs(case)
     thought = [case.model.texts([written(case, parts)])] if o["think"] else []
-    memories = contexts(network, parts, thought, noise.shape[1] + 2)
-    compare_contexts(case, memories, [*parts, *thought])
-    if thought:  # `sample` does not think: it is given what it would read
-        count = 1 if settings.text_scale <= 1 else 2 if settings.image_scale <= 1 else 3
-        silence = torch.zeros(1, 1, network.config.width)
-        (full, _), (_, mark), (no_image, _) = memories.values()
-        seen = [full.branch(), full.branch(mark), no_image.branch()]
-        branches = [GuidanceBranch(memory, silence) for memory in seen[:count]]
-    latent, steps = watched_sample(network, parts, noise, grid, settings, branches)
+    branches = contexts(network, parts, thought)
+    compare_contexts(case, branches, [*parts, *thought])
+    count = 1  # branches that differ; without images or thought, the third is the first
+    if settings.text_scale > 1:
+        has_third = thought or "IMAGE" in case.told["inputs"]
+        count = 3 if settings.image_scale > 1 and has_third else 2
+    branches = list(branches.values())[:count]
+    latent, steps = watched_sample(network, branches, noise, grid, settings)
     case.compare(
         "counts", len(steps), len({key.split(".")[1] for key in data if key.startswith("step.")}), 0
     )
@@ -666,12 +691,12 @@ def versus(case):
                 continue
             latent, pixels = item
             sides = [side // patch for side in pixels.shape[-2:]]
-            sample.append(Latent(patchify(latent, LATENT_PATCH)[0], token_grid(latent)))
-            sample.append(View(patchify(pixels, patch)[0], sides))
+            sample.append(VaeImage(patchify(latent, LATENT_PATCH)[0], token_grid(latent)))
+            sample.append(VitImage(patchify(pixels, patch)[0], sides))
         grid = next(
-            s.grid for s in reversed(sample) if isinstance(s, Latent) and len(s.x_t) == len(x)
+            s.grid for s in reversed(sample) if isinstance(s, VaeImage) and len(s.x_t) == len(x)
         )
-        samples = [[*sample, Latent(x, grid, group=1, t=t.item())]]
+        samples = [[*sample, VaeImage(x, grid, branch=1, t=t.item())]]
     else:
         packs = [
             path.stem for path in case.folder.glob("train_*.safetensors") if case.name != path.stem
@@ -682,7 +707,7 @@ def versus(case):
             f"its context is not understood: only our two forwards are compared, on {min(packs)}"
         )
     batch = pack([samples], network.markers, network.config)
-    trained, cached = network(batch)[batch.target], cached_velocities(network, samples)
+    trained, cached = network(batch)[batch.target_mask], cached_velocities(network, samples)
     case.compare("training against cached", trained, cached)
     for key in [
         key for key in case.data if not case.remarks and case.data.get(key).shape == trained.shape

@@ -9,8 +9,7 @@ import torch
 from lib.bagel import ContextImage, ContextText
 from lib.packing import dense_attention, flex_attention_for
 from policy import Policy, collate, rollout, token_logprobs
-from tests.test_world_model import SMALL, packed, random_network, small_pack
-from world_model import sample
+from tests.test_world_model import SMALL, packed, random_network, sampled, small_pack
 
 WIDE = dataclasses.replace(
     SMALL, width=128, mlp=192
@@ -54,7 +53,7 @@ def test_a_training_step_in_bf16_is_near_fp32_on_the_cpu(views):
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         network = random_network(WIDE).to(device, dtype)
         pack = packed(network, *small_pack(), keep, together=True).to(torch.device(device))
-        velocity = network(pack)[pack.target]
+        velocity = network(pack)[pack.target_mask]
         velocity.square().mean().backward()
         outcomes.append([velocity, *(p.grad for p in network.parameters() if p.grad is not None)])
     for fp32, bf16 in zip(*outcomes, strict=True):
@@ -73,9 +72,9 @@ def test_sampling_in_bf16_is_near_fp32_on_the_cpu(compiled):
         network = random_network(WIDE).to(device, dtype)
         if compiled and device == "cuda":
             network.denoise = torch.compile(network.denoise, fullgraph=True)
-        inputs = [ContextImage(z.to(device), p.to(device)) for z, p in images]
-        inputs.append(ContextText(ids[:2].to(device), lengths[:2]))
-        views.append(sample(network, inputs, noise.to(device), grid, settings))
+        context = [ContextImage(z.to(device), p.to(device)) for z, p in images]
+        text = ContextText(ids[:2].to(device), lengths[:2])
+        views.append(sampled(network, context, text, noise.to(device), grid, settings))
     near(views[1], views[0], 0.15)
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bagel_parity import TO_DRAW, Case, Recording, checked, generation, main, opened
+from bagel_parity import TO_DRAW, Case, Recording, checked, generation, main, opened, word_logits
 from safetensors.torch import load_file, save_file
 
 from lib.bagel_files import AUTOENCODER, NETWORK, to_flux
-from lib.packing import Latent, Text, pack
+from lib.packing import Text, VaeImage, pack
 from world_model import guided
 
 DATA = Path(__file__).parent / "data"
@@ -231,14 +231,14 @@ def test_position_gaps_are_read_as_dropped_pictures_only_where_pictures_were_dro
 def answered(case, before):
     """Greedy text behind segments, from whole packs -> (tokens, logits)."""
     model, network, limit = case.model, case.network, case.told["options"]["max_think_token_n"]
-    zeros = torch.zeros(1, network.config.latent_numbers)
-    blank = Latent(zeros, (1, 1), group=1, t=1.0)  # a pack has a target, always
+    zeros = torch.zeros(1, network.config.token_channels)
+    blank = VaeImage(zeros, (1, 1), branch=1, t=1.0)  # a pack has a target, always
     tokens, logits = [model.bos], []
     while len(logits) < limit:
-        und, _ = network.hidden(
+        und, _ = network.last_layer(
             pack([[[*before, Text(tokens), blank]]], network.markers, network.config)
         )
-        logits.append(network.write(und)[0, -3])  # before the target's markers
+        logits.append(word_logits(network, und)[0, -3])  # before the target's markers
         tokens.append(logits[-1].argmax().item())
     return torch.tensor(tokens[:-1]), torch.stack(logits)
 
@@ -265,12 +265,12 @@ def test_a_thought_stands_in_the_full_context_alone(folder):
         x, grid = data["step.0.x"], [side // case.stride for side in data["image_shape"].tolist()]
         times = [data[f"step.{i}.t"] for i in range(told["steps"])] + [torch.zeros(1)]
         for i, (t, t_next) in enumerate(itertools.pairwise(times)):
-            target = Latent(x, grid, group=1, t=t.item())
+            target = VaeImage(x, grid, branch=1, t=t.item())
             packs = [
                 pack([[[*before, target]]], network.markers, network.config)
                 for before in ([prompt, text, thought], [prompt], [prompt, text])
             ]
-            v = [network(one)[one.target] for one in packs]
+            v = [network(one)[one.target_mask] for one in packs]
             data[f"step.{i}.x"], data[f"step.{i}.v"] = (
                 x,
                 guided([one[None] for one in v], settings)[0],

@@ -44,7 +44,7 @@ def groups_of(rooms):
 
 
 def batch_of(rooms, *more, groups=None, first=0, model=None):
-    """The Pack and Targets of some groups, by default all; the groups are those from `first` of step 3."""
+    """The Pack and LossTargets of some groups, by default all; the groups are those from `first` of step 3."""
     args = train_wm.parse_args(flags(rooms, "out", *more))
     groups = groups_of(rooms) if groups is None else groups
     streams = [torch_stream("batch", 0, 3, first + i) for i in range(len(groups))]
@@ -59,19 +59,19 @@ def batch_of(rooms, *more, groups=None, first=0, model=None):
 def test_flow_matching_is_zero_at_the_truth_and_t_squared_apart():
     """The same guess, once as a velocity and once as a clean latent."""
     g = torch.Generator().manual_seed(0)
-    x0, eps, guess = (torch.randn(3, 5, 4, generator=g) for _ in range(3))
+    x0, noise, guess = (torch.randn(3, 5, 4, generator=g) for _ in range(3))
     t = torch.tensor([0.1, 0.5, 0.9])[:, None, None]
-    x_t = (1 - t) * x0 + t * eps
-    assert train_wm.flow_matching(x0, x0, eps, "x0").abs().max() == 0
-    assert train_wm.flow_matching(eps - x0, x0, eps, "velocity").abs().max() == 0
-    of_velocity = train_wm.flow_matching((x_t - guess) / t, x0, eps, "velocity")
-    of_x0 = train_wm.flow_matching(guess, x0, eps, "x0")
+    x_t = (1 - t) * x0 + t * noise
+    assert train_wm.flow_matching(x0, x0, noise, "x0").abs().max() == 0
+    assert train_wm.flow_matching(noise - x0, x0, noise, "velocity").abs().max() == 0
+    of_velocity = train_wm.flow_matching((x_t - guess) / t, x0, noise, "velocity")
+    of_x0 = train_wm.flow_matching(guess, x0, noise, "x0")
     torch.testing.assert_close(t[..., 0] ** 2 * of_velocity, of_x0, rtol=1e-4, atol=1e-5)
 
 
-def test_content_term_counts_visible_tokens_only():
+def test_content_term_counts_seen_tokens_only():
     x0_hat, warp = torch.ones(2, 4), torch.full((2, 4), 3.0)
-    term = train_wm.content(x0_hat, warp, visible=torch.tensor([0.25, 0.0]))
+    term = train_wm.content(x0_hat, warp, seen_share=torch.tensor([0.25, 0.0]))
     torch.testing.assert_close(term, torch.tensor([0.25 * 4, 0.0]))
 
 
@@ -89,8 +89,8 @@ def test_mirrored_rooms_keep_their_ring():
     mirrored = 0
     for seed in range(8):
         stream = torch.Generator().manual_seed(seed)
-        p = train_wm.read_pictures([row], files.get)
-        train_wm.augment(p, stream)
+        p = train_wm.read_pictures([row], files.get, with_warps=True)
+        p = train_wm.augmented(p, stream)
         step = {"turn left": 1, "turn right": -1}[p.motions[0].kind]
         assert np.array_equal(p.targets[0], p.context[p.reference - 1 + step])
         assert np.array_equal(p.warps[0, ..., :3], p.targets[0])
@@ -101,8 +101,8 @@ def test_mirrored_rooms_keep_their_ring():
 def test_warps_lie_on_the_target(rooms):
     """Where a context view sees the target, the warped context shows what the target shows."""
     _, targets = batch_of(rooms)
-    assert targets.x0.shape == targets.warp.shape == (len(targets.visible), 192)
-    assert targets.visible.mean() > 0.85
+    assert targets.x0.shape == targets.warp.shape == (len(targets.seen_share), 192)
+    assert targets.seen_share.mean() > 0.85
     near = (targets.warp - targets.x0).square().mean()
     shifted = (targets.warp.roll(16, 0) - targets.x0).square().mean()  # of the next view
     assert near < 0.2 * shifted
@@ -110,10 +110,10 @@ def test_warps_lie_on_the_target(rooms):
 
 def test_x_t_lies_between_the_target_and_its_noise(rooms):
     pack, targets = batch_of(rooms)
-    t = pack.t[pack.image[pack.target]][:, None]
-    want = (1 - t) * targets.x0 + t * targets.eps
-    torch.testing.assert_close(pack.x_t[pack.target], want, rtol=0, atol=0)
-    assert (pack.t[pack.numbers >= 0] == 0).all() and (pack.t[pack.numbers < 0] > 0).all()
+    t = pack.t[pack.picture[pack.target_mask]][:, None]
+    want = (1 - t) * targets.x0 + t * targets.noise
+    torch.testing.assert_close(pack.x_t[pack.target_mask], want, rtol=0, atol=0)
+    assert (pack.t[pack.image_index >= 0] == 0).all() and (pack.t[pack.image_index < 0] > 0).all()
 
 
 def test_batches_do_not_depend_on_how_a_step_is_divided(rooms):
@@ -147,8 +147,8 @@ def test_gradient_does_not_depend_on_micro_batches(rooms):
 def sentences(pack):
     """The words of every text segment of a pack's branches, in order."""
     texts = []
-    for ids, group in zip(pack.ids, pack.tokens.group[:, : pack.ids.shape[1]], strict=True):
-        texts += [tuple(ids[group == k].tolist()) for k in range(1, int(group.max()) + 1)]
+    for ids, branch in zip(pack.ids, pack.tokens.branch[:, : pack.ids.shape[1]], strict=True):
+        texts += [tuple(ids[branch == k].tolist()) for k in range(1, int(branch.max()) + 1)]
     return texts
 
 
@@ -165,13 +165,13 @@ def test_condition_dropout_hides_sentences_and_segments(rooms):
     texts = [len(words) > 2 for words in sentences(pack)]  # two markers are always there
     assert 0 < np.mean(texts) < 1
     assert (pack.patch_ids == -1).all()  # no ViT picture is left
-    assert pack.motion_mask[pack.numbers < 0].any(1).tolist() == texts
-    assert 0 < (pack.numbers >= 0).sum() < 4 * len(pack.ids)
+    assert pack.motion_mask[pack.image_index < 0].any(1).tolist() == texts
+    assert 0 < (pack.image_index >= 0).sum() < 4 * len(pack.ids)
 
 
 def test_times_are_shifted_towards_noise(rooms):
-    pack, _ = batch_of(rooms, "--shift", "4.0")
-    t = pack.t[pack.numbers < 0]
+    pack, _ = batch_of(rooms, "--train-shift", "4.0")
+    t = pack.t[pack.image_index < 0]
     s = torch.logit(t) - math.log(4.0)
     assert abs(s.mean()) < 0.5 and 0.6 < s.std() < 1.5
     u = torch.sigmoid(s)
@@ -184,10 +184,10 @@ def test_times_are_shifted_towards_noise(rooms):
 @pytest.mark.parametrize(
     "flag, value",
     [
-        ("--ema", "2"),
+        ("--warp-weight", "-2"),
         ("--drop-text", "-0.1"),
         ("--lr", "nan"),
-        ("--shift", "0"),
+        ("--train-shift", "0"),
         ("--threads", "0"),
         ("--size", "24"),
     ],

@@ -12,6 +12,7 @@ from PIL import Image
 
 import train_wm
 import world_model
+from lib import packing
 from lib.bagel import (
     GEN,
     LATENT_PATCH,
@@ -24,12 +25,12 @@ from lib.bagel import (
     unpatchify,
 )
 from lib.bagel_files import PixelLatents, resized
-from lib.geometry import Query
+from lib.geometry import Query, renumbered
 from lib.images import load_image
 from lib.packing import (
-    Latent,
     Text,
-    View,
+    VaeImage,
+    VitImage,
     dense_attention,
     flex_attention_for,
     pack,
@@ -38,12 +39,13 @@ from lib.packing import (
 )
 from world_model import (
     WorldModel,
-    clean,
+    euler_sample,
+    guidance_branches,
     guided,
     initialise,
-    sample,
     select_context,
-    velocity,
+    velocity_from_output,
+    x0_from_output,
 )
 
 SMALL = Config(
@@ -62,7 +64,7 @@ SMALL = Config(
     vit_patch=4,
     vit_grid=6,
     latent_grid=5,
-    latent_numbers=12,
+    token_channels=12,
     settings=Settings(),
 )
 
@@ -105,13 +107,13 @@ def packed(network, images, owner, ids, lengths, x, t, grid, keep=None, together
             )
             vae, vit = (True, True) if keep is None else keep[b, 2 * i : 2 * i + 2].tolist()
             segments += [
-                Latent(tokens, (latent.shape[2] // 2, latent.shape[3] // 2), number=i, keep=vae),
-                View(patches, (pixels.shape[2] // 4, pixels.shape[3] // 4), number=i, keep=vit),
+                VaeImage(tokens, (latent.shape[2] // 2, latent.shape[3] // 2), i, keep=vae),
+                VitImage(patches, (pixels.shape[2] // 4, pixels.shape[3] // 4), i, keep=vit),
             ]
         for k in (owner == b).nonzero().flatten().tolist():
             words = ids[k, : lengths[k]].tolist()
-            target = Latent(x[k], grid, group=k + 1, t=float(t[k]), motion_ids=words[1:-1])
-            segments += [Text(words, group=k + 1, keep=len(words) > 0), target]
+            target = VaeImage(x[k], grid, branch=k + 1, t=float(t[k]), motion_ids=words[1:-1])
+            segments += [Text(words, branch=k + 1, keep=len(words) > 0), target]
         samples.append(segments)
     return pack(
         [samples] if together else [[sample] for sample in samples], network.markers, network.config
@@ -121,7 +123,7 @@ def packed(network, images, owner, ids, lengths, x, t, grid, keep=None, together
 def predicted(network, *case, **how):
     """The network's prediction for the targets of `small_pack`: (R, n, C)."""
     p = packed(network, *case, **how)
-    return network(p)[p.target].view(len(case[4]), -1, network.config.latent_numbers)
+    return network(p)[p.target_mask].view(len(case[4]), -1, network.config.token_channels)
 
 
 # ---------------------------------------------------------------- the plain twin: one packed sequence, one dense mask
@@ -222,7 +224,7 @@ def dense_prediction(network, images, ids, lengths, x, t, grid):
         h = h + by_expert(layer, "mlp", by_expert(layer, "post_attention_layernorm", h))
     out = network.llm2vae(network.language_model["model"]["norm" + GEN](h))
     targets = torch.tensor([token[4] == "noise" for token in tokens]) & gen
-    return out[targets].view(len(x), -1, c.latent_numbers)
+    return out[targets].view(len(x), -1, c.token_channels)
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -257,15 +259,15 @@ def test_training_forward_equals_one_dense_packed_sequence(together):
             )
 
 
-def test_flex_attention_and_the_dense_mask_are_one_rule():
+def test_flex_attention_and_the_dense_mask_are_one_rule(monkeypatch):
     network = random_network()
     tokens = packed(network, *small_pack(), together=True).tokens
     n, g = tokens.order.shape[1], torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(1, heads, n, 8, generator=g) for heads in (4, 2, 2))
     want = dense_attention(tokens, tokens, q.dtype)(q, k, v)
-    torch.testing.assert_close(
-        flex_attention_for(tokens, tokens, compiled=False)(q, k, v), want, rtol=1e-5, atol=1e-5
-    )
+    monkeypatch.setattr(packing, "compiled_once", lambda function: function)
+    got = flex_attention_for(tokens, tokens)(q, k, v)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     shown = sight(tokens, tokens)
     assert 0.05 < shown.float().mean() < 0.5, "most pairs of a pack do not see each other"
 
@@ -286,7 +288,8 @@ def velocity_behind(network, memory, x, t, grid, motion=0):
 
     motion   what `motion_vector` makes of the sentences, (R, 1, H), where the network asks for it
     """
-    branch, markers = memory.branch(), network.embed_markers(len(x))
+    branch = memory.branch(torch.zeros(len(x), 1, network.config.width))
+    markers = network.embed_markers(len(x))
     places = network.latent_pos_embed(table_ids(grid, network.config.latent_grid))
     extra = network.time_embedder(torch.full((1,), float(t))) + places + motion
     rope = network.rope(branch.next[:, None])
@@ -295,9 +298,8 @@ def velocity_behind(network, memory, x, t, grid, motion=0):
 
 def context_of(network, images=(), ids=None):
     """A memory of one row that has read images and a text ids (1, L)."""
-    memory = network.memory(1, 200, room=8)
-    if images:
-        network.read_images(memory, images)
+    memory = network.memory(1)
+    network.read_images(memory, images)
     if ids is not None:
         network.read_text(memory, ContextText(ids, torch.tensor([ids.shape[1]])))
     return memory
@@ -317,8 +319,8 @@ def test_cached_sampling_step_equals_training_forward(settings):
         for row in range(len(x)):
             text = ContextText(ids[row : row + 1, : lengths[row]], lengths[row : row + 1])
             memory = context_of(network, images, text.ids)
-            assert memory.branch().mask is None, "one query needs no mask"
             motion = network.motion_vector(text.ids, text.words())[:, None]
+            assert memory.branch(motion).mask is None, "one query needs no mask"
             got = velocity_behind(network, memory, x[row : row + 1], t[row], grid, motion)
             torch.testing.assert_close(got[0], want[row], rtol=1e-5, atol=2e-5)
 
@@ -329,7 +331,7 @@ def test_what_the_demo_trains_on_is_what_it_samples_with(keep_text):
     model, query, g = tiny(), queries(2)[1], torch.Generator().manual_seed(0)
     network = random_network(model.network.config)
     network.markers, model.network = model.network.markers, network
-    images, _, sentence = model.arranged(query.images, query.reference, query.instruction)
+    images, reference = model.arrange(query.images, query.reference)
     alpha = np.full((32, 32, 4), 255, np.uint8)
     files = dict(enumerate(query.images)) | {"target": query.images[0], "warp": alpha}
     row = {"context": list(range(len(images))), "reference": query.reference}
@@ -340,14 +342,15 @@ def test_what_the_demo_trains_on_is_what_it_samples_with(keep_text):
     segments, _ = train_wm.make_sample([row], model, encoder, files.get, args, g)
     x_t, t = segments[-1].x_t[None], segments[-1].t
     p = pack([[segments]], network.markers, network.config)
-    inputs = [model.see([image], None) for image in images]
-    inputs += [model.texts([sentence])] * keep_text
+    context = [model.see([image], None) for image in images]
+    text = model.texts([renumbered(query.instruction, reference)])
+    settings = dataclasses.replace(model.settings, text_scale=4.0)
     with torch.no_grad():
-        branches = world_model.guidance_branches(network, inputs, x_t, model.settings)
-        denoiser = world_model.Denoiser(network, branches, [t], (4, 4))
-        (hidden,) = denoiser.hidden(x_t, 0, [0])
+        branches = guidance_branches(network, context, text, settings)
+        denoiser = world_model.Denoiser(network, branches, torch.tensor([t]), (4, 4))
+        (hidden,) = denoiser.last_layer(x_t, 0, [0 if keep_text else 1])
         got = network.output(hidden)[0]
-        torch.testing.assert_close(got, network(p)[p.target], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got, network(p)[p.target_mask], rtol=1e-4, atol=1e-4)
 
 
 def test_rows_with_texts_of_different_lengths_share_a_memory():
@@ -355,12 +358,12 @@ def test_rows_with_texts_of_different_lengths_share_a_memory():
     images, owner, ids, lengths, x, t, grid = small_pack(contexts=1)
     with torch.no_grad():
         want = predicted(network, images, owner, ids, lengths, x, torch.full_like(t, 0.5), grid)
-        memory = network.memory(len(x), 200, room=8)
+        memory = network.memory(len(x))
         size = (len(x), -1, -1, -1)
         rows = [ContextImage(z.expand(size), p.expand(size)) for z, p in images]
         network.read_images(memory, rows)
         network.read_text(memory, ContextText(ids, lengths))
-        assert memory.branch().mask is not None
+        assert memory.branch(torch.zeros(1)).mask is not None
         torch.testing.assert_close(
             velocity_behind(network, memory, x, 0.5, grid), want, rtol=1e-5, atol=2e-5
         )
@@ -377,7 +380,7 @@ def test_targets_do_not_see_each_other_and_text_is_causal():
         torch.testing.assert_close(after[1:], before[1:], rtol=0, atol=0)
         changed = ids.clone()
         changed[1, 4] = (changed[1, 4] + 1) % 38
-        a, b = (context_of(network, ids=i[1:2, :5]).keys[-1][:, :, 8:13] for i in (ids, changed))
+        a, b = (context_of(network, ids=i[1:2, :5]).keys[-1] for i in (ids, changed))
         torch.testing.assert_close(a[:, :, :4], b[:, :, :4], rtol=0, atol=0)
         assert not torch.allclose(a[:, :, 4:], b[:, :, 4:])
 
@@ -420,6 +423,13 @@ def test_a_pack_without_any_picture_for_the_vit_still_runs_it():
 # ---------------------------------------------------------------- the sampler
 
 
+def sampled(network, images, text, noise, grid, settings):
+    """A context read, and the views of its rows imagined from noise."""
+    with torch.no_grad():
+        branches = guidance_branches(network, images, text, settings)
+        return euler_sample(network, branches, noise, grid, settings)
+
+
 @pytest.mark.parametrize("renorm", ["text_channel", "channel", "global"])
 def test_guided_sampling_equals_three_separate_branches(renorm):
     """One forward pass for all branches, against each branch run alone from its own context."""
@@ -430,7 +440,7 @@ def test_guided_sampling_equals_three_separate_branches(renorm):
         SMALL.settings, steps=3, text_scale=4.0, image_scale=2.0, renorm=renorm, interval=(0.5, 1.0)
     )
     noise = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(3))
-    got = sample(network, [*images, ContextText(ids, lengths)], noise, grid, settings)
+    got = sampled(network, images, ContextText(ids, lengths), noise, grid, settings)
 
     def v(memory, x, t):
         return velocity_behind(network, memory, x, t, grid)
@@ -465,12 +475,11 @@ def test_a_denoising_step_compiles_whole():
     images, _, ids, lengths, _, _, grid = small_pack(contexts=1)
     settings = dataclasses.replace(SMALL.settings, steps=2, text_scale=4.0, image_scale=2.0)
     noise = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(3))
-    inputs = [*images, ContextText(ids[:1, :4], lengths[:1])]
-    want = sample(network, inputs, noise, grid, settings)
+    text = ContextText(ids[:1, :4], lengths[:1])
+    want = sampled(network, images, text, noise, grid, settings)
     network.denoise = torch.compile(network.denoise, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(
-        sample(network, inputs, noise, grid, settings), want, rtol=1e-5, atol=1e-5
-    )
+    got = sampled(network, images, text, noise, grid, settings)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_without_an_image_the_third_branch_is_the_first():
@@ -479,12 +488,11 @@ def test_without_an_image_the_third_branch_is_the_first():
     words = ContextText(torch.tensor([[1, 2, 3, 4]]), torch.tensor([4]))
     noise = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(3))
     plain = dataclasses.replace(SMALL.settings, steps=1, shift=1.0, renorm="global", renorm_min=1.0)
-    views = [
-        sample(
-            network, [words], noise, (2, 3), dataclasses.replace(plain, text_scale=a, image_scale=b)
-        )
-        for a, b in ((4.0, 1.5), (4.0 + 0.5 * 3.0, 1.0), (4.0, 1.0))
-    ]
+    views = []
+    for text_scale, image_scale in ((4.0, 1.5), (4.0 + 0.5 * 3.0, 1.0), (4.0, 1.0)):
+        scales = {"text_scale": text_scale, "image_scale": image_scale}
+        settings = dataclasses.replace(plain, **scales)
+        views.append(sampled(network, [], words, noise, (2, 3), settings))
     torch.testing.assert_close(views[0], views[1], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(views[0], views[2], atol=1e-3)
 
@@ -507,11 +515,12 @@ def test_guidance_of_scale_one_is_off():
 
 
 def test_velocity_and_clean_latent_are_two_views_of_one_output():
-    x0, eps = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    x0, noise = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0.2, 0.7, 1.0])[:, None, None]
-    x = (1 - t) * x0 + t * eps
-    torch.testing.assert_close(velocity(x0, x, t, "x0"), eps - x0, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(clean(eps - x0, x, t, "velocity"), x0, rtol=1e-4, atol=1e-4)
+    x = (1 - t) * x0 + t * noise
+    velocity = velocity_from_output(x0, x, t, "x0")
+    torch.testing.assert_close(velocity, noise - x0, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x0_from_output(velocity, x, t, "velocity"), x0, rtol=1e-4, atol=1e-4)
 
 
 def tiny(seed=0, **changes):
@@ -560,18 +569,19 @@ def test_a_query_gives_the_same_view_alone_and_in_a_mixed_batch():
     assert np.abs(other.astype(int) - together[0]).max() > 1
 
 
-def test_reference_first_turns_the_ring_and_renumbers_the_sentence():
+def test_reference_first_turns_the_ring():
     images = ["a", "b", "c", "d"]
-    assert tiny().arranged(images, 3, "Base on the viewpoint of Image-3, look up 10 degrees.") == (
-        ["c", "d", "a", "b"],
-        1,
-        "Base on the viewpoint of Image-1, look up 10 degrees.",
-    )
-    assert tiny(reference_first=False).arranged([*images, "e"], 5, "of Image-5, go") == (
-        ["b", "c", "d", "e"],
-        4,
-        "of Image-4, go",
-    )
+    assert tiny().arrange(images, 3) == (["c", "d", "a", "b"], 1)
+    assert tiny(reference_first=False).arrange([*images, "e"], 5) == (["b", "c", "d", "e"], 4)
+
+
+def test_a_sentence_that_names_the_reference_otherwise_gives_the_same_view():
+    """The ring is turned until the reference comes first: then it is Image-1, whatever it was."""
+    images, model = queries(3)[2].images, tiny()
+    words = "Base on the viewpoint of Image-{}, move 1 meters forward."
+    turned = Query(images[2:] + images[:2], 1, words.format(1), seed=5)
+    views = model.imagine([Query(images, 3, words.format(3), seed=5), turned])
+    assert np.array_equal(*views)
 
 
 def test_what_the_simulator_does_not_see_is_said_once(capsys):
@@ -629,7 +639,7 @@ def released_config():
         "image_size": 980,
     }
     files = {"llm_config": llm, "vit_config": vit, "config": {}}
-    return Config.read(files, vocabulary=152064, latent_grid=64, latent_numbers=64)
+    return Config.read(files, vocabulary=152064, latent_grid=64, token_channels=64)
 
 
 def test_true_size_has_the_released_checkpoint_s_keys():
