@@ -87,7 +87,7 @@ def to_images(pixels: Tensor) -> np.ndarray:
     return ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).movedim(-3, -1).cpu().numpy()
 
 
-# ---- autoencoders: two classes with cell, channels, encode, decode, to and save -----------------------------------------
+# ---- autoencoders: two classes with cell, channels, encode, decode and save ---------------------------------------------
 
 
 class PixelLatents:
@@ -102,9 +102,6 @@ class PixelLatents:
     def decode(self, latent):
         """latent (B, 48, h, w) -> pixels (B, 3, 4 h, 4 w)."""
         return F.pixel_shuffle(latent, self.cell)
-
-    def to(self, device):
-        return self
 
     def save(self, folder):
         """Nothing to write."""

@@ -48,7 +48,7 @@ class Tokens(NamedTuple):
         return Tokens(*(numbers.to(device, non_blocking=True) for numbers in self))
 
 
-def sees(order, key_order, sample, key_sample, branch, key_branch):
+def sees(order, sample, branch, key_order, key_sample, key_branch):
     """The rule, for one query and one key or for tensors of them that broadcast."""
     return (
         (sample == key_sample) & (key_order <= order) & ((key_branch == 0) | (key_branch == branch))
@@ -59,7 +59,7 @@ def sight(queries: Tokens, keys: Tokens) -> Tensor:
     """(B, N, K) bool: what each query sees of each key."""
     q = Tokens(*(numbers[:, :, None] for numbers in queries))
     k = Tokens(*(numbers[:, None, :] for numbers in keys))
-    return sees(q.order, k.order, q.sample, k.sample, q.branch, k.branch)
+    return sees(*q[1:], *k[1:])
 
 
 def dense_attention(queries: Tokens, keys: Tokens, dtype: torch.dtype) -> Callable:
@@ -80,14 +80,8 @@ def flex_attention_for(queries: Tokens, keys: Tokens) -> Callable:
     _, key_order, key_sample, key_branch = keys
 
     def rule(b, head, q, k):
-        return sees(
-            order[b, q],
-            key_order[b, k],
-            sample[b, q],
-            key_sample[b, k],
-            branch[b, q],
-            key_branch[b, k],
-        )
+        query = (order[b, q], sample[b, q], branch[b, q])
+        return sees(*query, key_order[b, k], key_sample[b, k], key_branch[b, k])
 
     counts = (order.shape[1], key_order.shape[1])
     make_blocks = compiled_once(create_block_mask)
