@@ -39,6 +39,9 @@ from lib.tiny import MOTION_PHRASES, stamp, tiny_policy_config, tiny_tokenizer
 
 logging.disable_progress_bar()  # of loading and saving: seconds at most, inside our own bars
 
+TOWER_TOKENS = 16_384  # of the vision tower at a time: 64 images of 512 x 512
+HEAD_TOKENS = 512  # of the language head at a time: 0.3 GB of logits with the published vocabulary
+
 # ---- weights, tokens, pixels ----------------------------------------------------------------------------------------
 
 
@@ -167,10 +170,10 @@ class Policy:
         return patches.float() / 127.5 - 1, torch.tensor(grids, device=self.device)
 
     @torch.no_grad()
-    def encode(self, numbered: list[tuple[int, np.ndarray]], at_once: int = 16_384) -> list:
+    def encode(self, numbered: list[tuple[int, np.ndarray]]) -> list:
         """What the frozen tower makes of images, per image (1 + deepstack levels, tokens, width). Each array once.
 
-        numbered  (number in the dialogue, image) each;  at_once: tokens, 64 images of 512 x 512
+        numbered  (number in the dialogue, image) each
         Kept on a GPU until a step is over, so there in bf16, as the language model would take it anyhow.
         """
         distinct = {(number, id(image)): (number, image) for number, image in numbered}
@@ -179,7 +182,7 @@ class Policy:
             tokens = math.prod(self.grid(image))
             if tokens > room:
                 chunks.append([])
-                room = at_once
+                room = TOWER_TOKENS
             chunks[-1].append(key)
             room -= tokens
         features = {}
@@ -235,7 +238,6 @@ def rollout(
     group_size: int = 1,
     temperature: float = 1.0,
     seed: int = 0,
-    max_rounds: int = 3,
     max_turns: int = 10,
     max_new_tokens: int = 64,
     rows: int = 64,
@@ -245,9 +247,9 @@ def rollout(
     questions        rows of out/data/questions_*.jsonl; "images" are paths or arrays
     simulator        anything with imagine(list of Query) -> list of views; None: calls are told that there is none
     temperature      1 samples from the policy itself, 0 is greedy
-    max_rounds       views per dialogue; max_turns, max_new_tokens (per turn): more ends the dialogue as truncated
-    rows             dialogues written together, of one question at least: memory and speed only. Each draws from its own stream, given by
-                     (seed, question id, number in the group), so what it samples does not depend on the others.
+    max_turns, max_new_tokens (per turn): more ends the dialogue as truncated
+    rows             dialogues written together, of one question at least: memory and speed only. Each draws from its
+                     own stream, of (seed, question id, number in the group): what it samples does not depend on others
     """
     was_training = policy.model.training
     policy.model.eval()  # checkpointing in training mode would drop the cache silently
@@ -257,7 +259,7 @@ def rollout(
         prompts = []
         for question in questions[first : first + at_once]:
             images = [load_image(image) for image in question["images"]]
-            prompts.append(Trajectory.start(policy, question, images, mode, max_rounds))
+            prompts.append(Trajectory.start(policy, question, images, mode))
         encode_images(policy, prompts)
 
         group = []
@@ -295,8 +297,8 @@ def write_turns(
         members = [d for d, dialogue in enumerate(dialogues) if not dialogue.done]
         if not members:
             break
-        written = writer.write(members, uniforms[:, turn], temperature, max_new_tokens)
-        for d, (ids, logprobs) in zip(members, written, strict=True):
+        turns = writer.write(members, uniforms[:, turn], temperature, max_new_tokens)
+        for d, (ids, logprobs) in zip(members, turns, strict=True):
             dialogues[d].say(policy, ids, logprobs)
             if turn + 1 == max_turns and dialogues[d].answer is None:
                 dialogues[d].truncated = True
@@ -331,8 +333,6 @@ def encode_images(policy: Policy, trajectories: list[Trajectory]) -> None:
 
 
 # ---- log-probabilities for training ---------------------------------------------------------------------------------
-
-HEAD_TOKENS = 512  # at the language head at a time: 0.3 GB of logits with the published vocabulary
 
 
 class DialogueBatch(NamedTuple):
@@ -400,10 +400,10 @@ def token_logprobs(
     The language head runs on the policy's tokens alone, HEAD_TOKENS at a time, and once more in backward: of a whole
     batch the logits, 151,936 per token, would be larger than the model.
     """
-    wrote = batch.loss_mask > 0  # (B, L - 1)
+    own = batch.loss_mask > 0  # (B, L - 1)
     hidden = policy.hidden(batch.ids, batch.positions, batch.mask, batch.features)  # (R, C, width)
-    hidden = hidden.flatten(0, 1)[batch.predecessors[wrote]]  # (n, width)
-    chunks = zip(hidden.split(HEAD_TOKENS), batch.targets[wrote].split(HEAD_TOKENS), strict=True)
+    hidden = hidden.flatten(0, 1)[batch.predecessors[own]]  # (n, width)
+    chunks = zip(hidden.split(HEAD_TOKENS), batch.targets[own].split(HEAD_TOKENS), strict=True)
     logprobs, entropies = [], []
     for chunk in chunks:
         of_chunk = checkpoint(chosen_logprobs, policy, *chunk, temperature, use_reentrant=False)
@@ -411,8 +411,8 @@ def token_logprobs(
         entropies.append(of_chunk[1])
     zeros = torch.zeros_like(batch.loss_mask)
     return (
-        zeros.masked_scatter(wrote, torch.cat(logprobs)),
-        zeros.masked_scatter(wrote, torch.cat(entropies)),
+        zeros.masked_scatter(own, torch.cat(logprobs)),
+        zeros.masked_scatter(own, torch.cat(entropies)),
     )
 
 

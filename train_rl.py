@@ -4,7 +4,7 @@ Reinforcement learning of the policy with the simulator in the loop: GRPO in two
   sample, imagine   G rollouts per question: think -> imagine -> look -> ... -> answer; phase 2: also K without the tool
   score             the reward r of the phase, rewards.py
   advantage         A_i = (r_i - mean of the group) / (deviation of the group + 1e-6)
-  logprob           of the tokens under the start policy, to know the distance from it
+  logprob           of the tokens under the start policy, where --kl-weight holds the policy near it
   update            L = - sum over tokens of min(ratio A, clip(ratio, 1 - 0.2, 1 + 0.28) A) / number of tokens;
                     a question's prompt is computed once for its group, as in the rollout (policy.collate)
 
@@ -129,9 +129,7 @@ FLAGS = [
     Flag("--lr", 6e-5, 1e-6, "AdamW, peak", 0),
     Flag("--warmup", 2, 10, "steps to the peak", 0),
     Flag("--lr-floor", 0.1, 1.0, "share of the peak where the cosine ends; 1: constant", 0, 1),
-    Flag(
-        "--kl-weight", 0.0, 0.0, "weight of the KL to the start policy, a second model in memory", 0
-    ),
+    Flag("--kl-weight", 0.0, 0.0, "weight of the KL to the start policy (a second model)", 0),
     Flag("--eval-every", None, 10, "steps; 0: never; default: phase 1 4, phase 2 12", 0),
     Flag("--eval-questions", 200, 256, "held-out questions, the same for every --seed", 1),
     # memory, speed and safety only: these never change the numbers
@@ -139,7 +137,7 @@ FLAGS = [
         "--rows", 64, 8, "dialogues written together, per rank; 8 of astra: 4.8 GB", 1, neutral=True
     ),
     Flag(
-        "--micro-batch-tokens",
+        "--micro-batch-cells",
         4096,
         8192,
         "cells (tokens and padding) per pass and rank; a longer rollout has a pass to itself",
@@ -184,8 +182,8 @@ def inputs_of(args: Namespace) -> list[tuple[str | Path, str]]:
     """(path, the command that makes it) of every input."""
     astra = args.preset == "astra"
     preset = " --preset astra" if astra else ""
-    after_phase1 = Path(args.policy).name.startswith("phase1")
-    stage = f"train_rl.py --phase 1{preset}" if after_phase1 else "train_sft.py"
+    cold_start = args.phase == 1 or Path(args.policy).name == "sft"
+    stage = "train_sft.py" if cold_start else f"train_rl.py --phase 1{preset}"
     inputs = [(args.policy, f"python {stage}")]
     maker = "-m extras.scans.mining --questions FILE --policy FOLDER" if astra else "data.py"
     for folder in args.data:
@@ -265,10 +263,10 @@ def main(argv: list[str] | None = None) -> None:
             with seconds("logprob"):
                 if start_policy:
                     set_logprobs(
-                        "start_logprobs", start_policy, minibatches, args.micro_batch_tokens
+                        "start_logprobs", start_policy, minibatches, args.micro_batch_cells
                     )
                 if world.device.type == "cuda":
-                    set_logprobs("old_logprobs", policy, minibatches, args.micro_batch_tokens)
+                    set_logprobs("old_logprobs", policy, minibatches, args.micro_batch_cells)
 
             # update: an optimiser step per minibatch
             with seconds("update"):
@@ -276,14 +274,13 @@ def main(argv: list[str] | None = None) -> None:
                     policy,
                     optimizer,
                     minibatches,
-                    args.micro_batch_tokens,
+                    args.micro_batch_cells,
                     kl_weight=args.kl_weight,
                 )
 
             metrics |= rollout_means(groups) | group_means(groups)
             log.write(step, **metrics, seconds=seconds)
-            shown = ("reward", "match", "call_rate")
-            bar.set_postfix({key: f"{metrics[key]:.2f}" for key in shown})
+            bar.set_postfix(reward=f"{metrics['reward']:.2f}", match=f"{metrics['match']:.2f}")
             # frees the image features on the GPU before save and the next step
             del rollouts, direct_rollouts, groups, minibatches
             stop.save_or_leave(step + 1, args, save)
@@ -415,8 +412,8 @@ def episode_of(
 def set_advantages(groups: list[list[Episode]], divide_by_std: bool) -> None:
     """Compare each episode with the others of its question."""
     for group in groups:
-        earned = [episode.reward for episode in group]
-        advantages = rewards.group_advantages(earned, len(group), divide_by_std).tolist()
+        group_rewards = [episode.reward for episode in group]
+        advantages = rewards.group_advantages(group_rewards, len(group), divide_by_std).tolist()
         for episode, advantage in zip(group, advantages, strict=True):
             episode.advantage = advantage
 
@@ -486,14 +483,14 @@ def cells(episodes: list[Episode]) -> int:
 
 @torch.no_grad()
 def set_logprobs(
-    field: str, policy: Policy, minibatches: list[list[Episode]], micro_batch_tokens: int
+    field: str, policy: Policy, minibatches: list[list[Episode]], micro_batch_cells: int
 ) -> None:
     """Set a field of each episode to the log-probs (L - 1,) of its tokens under `policy`.
 
     Set, not returned: passes hold the episodes in another order, and idle copies besides, whose values go with them.
     """
     for minibatch in minibatches:
-        for micro_batch in micro_batches(minibatch, micro_batch_tokens):
+        for micro_batch in micro_batches(minibatch, micro_batch_cells):
             batch = collate(policy, [episode.trajectory for episode in micro_batch], share=True)
             logprobs, _ = token_logprobs(policy, batch)  # (B, L - 1)
             for episode, row in zip(micro_batch, logprobs.cpu(), strict=True):
@@ -536,7 +533,7 @@ def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     minibatches: list[list[Episode]],
-    micro_batch_tokens: int,
+    micro_batch_cells: int,
     clip_high: float = CLIP_HIGH,
     kl_weight: float = 0.0,
 ) -> dict[str, float]:
@@ -553,7 +550,7 @@ def update(
         first_step = not grad_norms
         tokens = global_sum(sum(episode.n_tokens for episode in minibatch))
         tokens_learned += tokens
-        for micro_batch in micro_batches(minibatch, micro_batch_tokens):
+        for micro_batch in micro_batches(minibatch, micro_batch_cells):
             batch = collate(policy, [episode.trajectory for episode in micro_batch], share=True)
             logprobs, entropy = token_logprobs(policy, batch)  # (B, L - 1) each
             old = stack_logprobs([episode.old_logprobs for episode in micro_batch], policy.device)

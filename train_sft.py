@@ -209,18 +209,18 @@ def supervised_loss(policy: Policy, batch: DialogueBatch) -> SupervisedLoss:
 
     Divide by the sum of the weights of the whole update, all ranks, or let the weights themselves sum to 1.
     """
-    taught = batch.loss_weights > 0  # (B, L - 1)
-    places = batch.predecessors[taught]
+    weighted = batch.loss_weights > 0  # (B, L - 1)
+    places = batch.predecessors[weighted]
     hidden = policy.hidden(batch.ids, batch.positions, batch.mask, batch.features)
     logits = policy.logits(hidden.flatten(0, 1)[places])  # (n, vocabulary), n tokens with a weight
-    targets = batch.targets[taught]
+    targets = batch.targets[weighted]
     nll = F.cross_entropy(logits, targets, reduction="none")  # (n,)
-    loss = (batch.loss_weights[taught] * nll).sum()
+    loss = (batch.loss_weights[weighted] * nll).sum()
     correct = logits.argmax(-1) == targets
     return SupervisedLoss(
         loss,
-        torch.zeros_like(batch.loss_weights).masked_scatter(taught, nll.detach()),
-        torch.zeros_like(taught).masked_scatter(taught, correct),
+        torch.zeros_like(batch.loss_weights).masked_scatter(weighted, nll.detach()),
+        torch.zeros_like(weighted).masked_scatter(weighted, correct),
     )
 
 
@@ -298,7 +298,8 @@ def teach_to_see(policy: Policy, lessons: list[Lesson], steps: int, seed: int) -
         number_probe = nn.Linear(width, 9).to(policy.device)
     trainable = [*tower.parameters(), *fact_probe.parameters(), *number_probe.parameters()]
     optimizer = torch.optim.AdamW(trainable, lr=2e-3, betas=BETAS, weight_decay=WEIGHT_DECAY)
-    for step in (bar := progress(steps, 0, "learning to see")):
+    bar = progress(steps, 0, "learning to see")
+    for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * cosine(step, steps, 20, 0.05)
         rng = numpy_stream("tower", seed, step)
@@ -352,9 +353,9 @@ def answer_texts(question: dict, view: str) -> list[tuple[str, float]]:
     option = question["options"]["ABCD".index(question["answer"])]
     words = option.split(". ")[1]
     ask = question["ask"]
-    named = "The camera:" if ask is None else f"{ASK_WORDS[ask]} {view}:"
+    thought = "The camera:" if ask is None else f"{ASK_WORDS[ask]} {view}:"
     rest = f"</think><answer> {words}</answer><|im_end|>"
-    return [("<think>", 1), (named, NAMED), (f" {words}", FACT), (rest, 1)]
+    return [("<think>", 1), (thought, NAMED), (f" {words}", FACT), (rest, 1)]
 
 
 def call_texts(command: dict, decision: float = 1.0) -> list[tuple[str, float]]:
@@ -374,11 +375,11 @@ def script(
     """
     question = lesson.question
     command = question["command"]
-    *given, view = lesson.images
+    *images, view = lesson.images
     modes = ["forced", "agentic"] if kind in ("tool", "slip") else ["direct", "agentic"]
     mode = str(rng.choice(modes))
     decision = 1.0 if mode == "forced" else DECISION
-    dialogue = Trajectory.start(policy, question, given, mode)
+    dialogue = Trajectory.start(policy, question, images, mode)
 
     def say(turn):
         ids, weights = [], []
@@ -392,7 +393,7 @@ def script(
         name = "the new view" if question["needs_view"] else f"Image-{question['shown_by']}"
         say(answer_texts(question, name))
     elif kind == "look":
-        shows = lesson.shows[: len(given)]
+        shows = lesson.shows[: len(images)]
         if calling and mode == "agentic":
             say(call_texts(command, decision=0.0))
             dialogue.observe(policy, image=view)
@@ -400,13 +401,13 @@ def script(
         say(look_texts(rng, shows))
     else:
         if kind == "slip":
-            impossible = command | {"image": int(rng.integers(len(given) + 1, 10))}
+            impossible = command | {"image": int(rng.integers(len(images) + 1, 10))}
             say(call_texts(impossible, decision))
             dialogue.observe(policy)
             decision = 1.0  # it is made: what follows repairs it
         say(call_texts(command, decision))
         dialogue.observe(policy, image=view)
-        say(answer_texts(question, f"Image-{len(given) + 1}"))
+        say(answer_texts(question, f"Image-{len(images) + 1}"))
     dialogue.features = lesson.features[: len(dialogue.images)]
     return dialogue
 

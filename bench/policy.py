@@ -323,7 +323,7 @@ class OurStep:
         self.policy, self.questions, self.simulator = policy, questions, simulator
         self.mode, self.group, self.writer = mode, group, writer
         flags = {"questions": len(questions), "group": group, "minibatches": 1, "lr": 0}
-        flags |= {"micro-batch-tokens": 10**9, "max-new-tokens": limit}
+        flags |= {"micro-batch-cells": 10**9, "max-new-tokens": limit}
         self.args = train_rl.parse_args([f"--{key}={value}" for key, value in flags.items()])
         weights = [p for p in policy.model.parameters() if p.requires_grad]
         options = {"lr": 0.0, "betas": train_rl.BETAS, "weight_decay": 0.0, "fused": True}

@@ -46,20 +46,18 @@ class Trajectory:
     ids: list = field(default_factory=list)  # exactly as sampled
     # 1 on what the policy wrote, its closing <|im_end|> included, else 0
     loss_mask: list = field(default_factory=list)
-    logprobs: list = field(
-        default_factory=list
-    )  # of the rollout; 0 on what the policy did not write
+    # of the rollout; 0 on what the policy did not write
+    logprobs: list = field(default_factory=list)
     # weight of the token in a supervised loss, 0 on what the policy did not write (RL does not use it)
     loss_weights: list = field(default_factory=list)
-    positions: list = field(default_factory=list)  # (time, row, column) of M-RoPE
+    # (time, row, column) of M-RoPE
+    positions: list = field(default_factory=list)
     # per image
     images: list = field(default_factory=list)  # (H, W, 3) uint8
-    provenance: list = field(
-        default_factory=list
-    )  # None of a given image, the call of an imagined one
-    features: list = field(
-        default_factory=list
-    )  # what the frozen tower made of it (policy.encode_images)
+    # None of an image of the question, the call of an imagined one
+    provenance: list = field(default_factory=list)
+    # what the frozen tower made of it (policy.encode_images)
+    features: list = field(default_factory=list)
     # per turn
     turns: list = field(default_factory=list)  # the policy's turns as text
     replies: list = field(default_factory=list)  # (observation, number of its image or None)
@@ -240,8 +238,12 @@ class Trajectory:
 
     def transcript(self) -> str:
         """The dialogue for people."""
-        given = [f"[Image-{n}]" for n, call in enumerate(self.provenance, 1) if call is None]
-        lines = [" ".join(given), self.question["question"], *(self.question.get("options") or ())]
+        observed = [f"[Image-{n}]" for n, call in enumerate(self.provenance, 1) if call is None]
+        lines = [
+            " ".join(observed),
+            self.question["question"],
+            *(self.question.get("options") or ()),
+        ]
         for turn, (reply, number) in zip_longest(self.turns, self.replies, fillvalue=(None, None)):
             lines.append(f"Policy: {turn}")
             if reply:

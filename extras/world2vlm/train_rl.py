@@ -62,7 +62,7 @@ SHARED = (  # flags and defaults as in train_rl.py
     "--lr-floor",
     "--eval-questions",
     "--rows",
-    "--micro-batch-tokens",
+    "--micro-batch-cells",
     "--gradient-checkpointing",
     "--save-every",
     "--threads",
@@ -157,14 +157,14 @@ def main(argv: list[str] | None = None) -> None:
             minibatches = split_minibatches(groups, args.questions, args.minibatches, world)
 
             # logprob and update
-            set_logprobs("start_logprobs", start_policy, minibatches, args.micro_batch_tokens)
+            set_logprobs("start_logprobs", start_policy, minibatches, args.micro_batch_cells)
             if world.device.type == "cuda":  # bf16 rounds otherwise in the rollout's cached passes
-                set_logprobs("old_logprobs", policy, minibatches, args.micro_batch_tokens)
+                set_logprobs("old_logprobs", policy, minibatches, args.micro_batch_cells)
             metrics |= update(
                 policy,
                 optimizer,
                 minibatches,
-                args.micro_batch_tokens,
+                args.micro_batch_cells,
                 clip_high=CLIP_ABOVE,
                 kl_weight=args.kl_weight,
             )
