@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from extras.scans.frames import PosedView
 from lib.answers import trivial_views
 from lib.consistency import pose_errors, scores_of
 from lib.distributed import fail
@@ -47,15 +48,6 @@ QUESTION = (
 )
 
 
-class ContextView(NamedTuple):
-    """A view whose depth is known; lengths in the unit of its pose."""
-
-    rgb: np.ndarray  # (H, W, 3) uint8
-    depth: np.ndarray  # (H, W), 0 = unknown
-    intrinsics: np.ndarray  # (3, 3)
-    c2w: np.ndarray  # (4, 4)
-
-
 class Detection(NamedTuple):
     """An object in a picture: its box in shares of the picture (left, top, right, bottom)."""
 
@@ -72,7 +64,7 @@ class Detection(NamedTuple):
 # ---- pose ----------------------------------------------------------------------------------------------------------
 
 
-def lift(pixels: np.ndarray, view: ContextView) -> tuple[np.ndarray, np.ndarray]:
+def lift(pixels: np.ndarray, view: PosedView) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (n, 2) of a view -> world points (n, 3), and which of them have a depth (n,)."""
     height, width = view.depth.shape
     column, row = np.floor(pixels).astype(int).T
@@ -127,7 +119,7 @@ def pose_from_matches(points: np.ndarray, pixels: np.ndarray, intrinsics: np.nda
 
 
 def recover_pose(
-    view: np.ndarray, intrinsics: np.ndarray, context: list[ContextView], match: Callable
+    view: np.ndarray, intrinsics: np.ndarray, context: list[PosedView], match: Callable
 ) -> np.ndarray | None:
     """Where a view (H, W, 3) uint8 was taken from -> c2w (4, 4), or None if its matches agree on no camera.
 
@@ -288,13 +280,13 @@ def compare_scans(rows: list[dict], views: dict, match: Callable, detect=None, a
     return {title: {name: next(scores) for name in group} for title, group in groups.items()}
 
 
-def context_views(row: dict) -> list[ContextView]:
+def context_views(row: dict) -> list[PosedView]:
     """The context of a triple with its depth, which is read from its files."""
     views = []
     for k, rgb in enumerate(row["context"]):
         depth = np.array(Image.open(row["context_depth"][k])) / 1000
         intrinsics = np.array(row["context_intrinsics"][k])
-        views.append(ContextView(rgb, depth, intrinsics, np.array(row["context_c2w"][k])))
+        views.append(PosedView(rgb, depth, np.array(row["context_c2w"][k]), intrinsics))
     return views
 
 

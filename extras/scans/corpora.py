@@ -156,20 +156,15 @@ def split_after_options(text):
     return text[:end], " ".join(text[end:].split())
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line's flags."""
+def main(argv: list[str] | None = None) -> None:
+    """Convert one corpus."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--corpus", required=True, choices=list(RECORDS))
     parser.add_argument("--root", required=True, help="folder of the corpus")
     parser.add_argument("--out", help="folder of the files (default: out/<corpus>)")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Convert one corpus."""
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     make_corpus(args.corpus, args.root, args.out or f"out/{args.corpus}")
 
 

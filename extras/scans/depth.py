@@ -200,8 +200,8 @@ def disagreement(one: Camera, other: Camera) -> tuple[float, float]:
     return (float(np.median(np.abs(ratios - 1))) if share else np.inf), share
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line's flags."""
+def main(argv: list[str] | None = None) -> None:
+    """Estimate the depth of every scene."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -211,12 +211,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=DEPTH_MODEL,
         help="transformers checkpoint that estimates depth in metres",
     )
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Estimate the depth of every scene."""
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     make_depth(args.root, args.model)
 
 

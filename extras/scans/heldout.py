@@ -93,8 +93,8 @@ def does_what_its_words_say(row):
     return pose_errors([row], [delta])[0]["within"]
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line's flags."""
+def main(argv: list[str] | None = None) -> None:
+    """Choose the held-out triples."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,12 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--per-dataset", type=bounded(int, 1), default=200, help="triples of each (paper: 200)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Choose the held-out triples."""
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     finished = [f"out/{name}" for name in READERS if Path(f"out/{name}/summary.json").exists()]
     make_heldout(args.sources or finished, args.out, args.per_dataset, args.seed)
 

@@ -122,7 +122,7 @@ def write_splits(out, reports, places, splits):
             samples += report["rows"][: 1 + SHEET_LINES // len(reports)]
     for file in partials.values():
         file.replace(file.with_suffix(""))
-    write_json(out / "summary.json", total.as_dict())
+    write_json(out / "summary.json", total.facts)
     say(total.text())
     if samples:
         sheet_of(out, samples).save(out / "sheet.jpg", quality=90)

@@ -9,6 +9,7 @@ from PIL import Image
 from lib.images import contact_sheet, load_image
 
 SHEET_LINES = 12
+TOTALS = ("frames", "candidates", "kept")
 TITLES = {
     "rejected": "pairs and candidates that fell out, by rule",
     "frames_skipped": "frames skipped by the reader",
@@ -18,46 +19,35 @@ TITLES = {
 
 
 class Summary:
-    """Add the reports of scans (extras/scans/make.py) one by one, then read it as JSON or as text."""
+    """Add the reports of scans (extras/scans/make.py) one by one; `facts` is summary.json."""
 
     def __init__(self):
-        self.splits = Counter()  # scans
-        self.totals = Counter(frames=0, candidates=0, kept=0)
-        self.tallies = {key: Counter() for key in TITLES}
-        self.broken = {}  # id of a scan -> why it could not be read
-        self.cpu_seconds = 0.0
+        self.facts = {"scans": 0, "splits": Counter(), **dict.fromkeys(TOTALS, 0), "per_scan": 0.0}
+        self.facts |= {key: Counter() for key in TITLES}
+        # broken: id of a scan -> why it could not be read
+        self.facts |= {"broken": {}, "cpu_seconds": 0.0}
 
     def add(self, report: dict, split: str) -> None:
         """Count one scan of a split."""
-        self.splits[split] += 1
+        facts = self.facts
+        facts["scans"] += 1
+        facts["splits"][split] += 1
         for key, count in report["counts"].items():
-            tally = self.totals if key in self.totals else self.tallies["rejected"]
+            tally = facts if key in TOTALS else facts["rejected"]
             tally[key] += count
-        self.tallies["frames_skipped"].update(report["skipped"])
-        self.tallies["motions"].update(row["motion"]["kind"] for row in report["rows"])
+        facts["frames_skipped"].update(report["skipped"])
+        facts["motions"].update(row["motion"]["kind"] for row in report["rows"])
         if report["note"]:
-            self.tallies["notes"][report["note"]] += 1
+            facts["notes"][report["note"]] += 1
         if report["error"]:
-            self.broken[report["id"]] = report["error"]
-        self.cpu_seconds += report["cpu_seconds"]
-
-    def as_dict(self) -> dict:
-        """{"scans", "splits", "frames", "candidates", "kept", "per_scan", a tally for each of TITLES, "broken", ...}"""
-        scans = self.splits.total()
-        return {
-            "scans": scans,
-            "splits": dict(self.splits),
-            **self.totals,
-            "per_scan": round(self.totals["kept"] / scans, 1),
-            **{key: dict(tally.most_common()) for key, tally in self.tallies.items()},
-            "broken": self.broken,
-            "cpu_seconds": round(self.cpu_seconds, 1),
-        }
+            facts["broken"][report["id"]] = report["error"]
+        facts["cpu_seconds"] += report["cpu_seconds"]
+        facts["per_scan"] = round(facts["kept"] / facts["scans"], 1)
 
     def text(self) -> str:
         """The same in lines to read."""
-        facts = self.as_dict()
-        splits = ", ".join(f"{count} {split}" for split, count in self.splits.items())
+        facts = self.facts
+        splits = ", ".join(f"{count} {split}" for split, count in facts["splits"].items())
         lines = [
             f"{facts['scans']} scans ({splits}), {facts['frames']} frames looked at, {facts['candidates']} candidates, "
             f"{facts['kept']} triples kept: {facts['per_scan']} per scan (the paper keeps 48), "
@@ -65,8 +55,8 @@ class Summary:
         ]
         for key, title in TITLES.items():
             lines += [f"  {title}"] if facts[key] else []
-            lines += [f"    {count:8}  {name}" for name, count in facts[key].items()]
-        lines += [f"  broken: {id}: {error}" for id, error in self.broken.items()]
+            lines += [f"    {count:8}  {name}" for name, count in facts[key].most_common()]
+        lines += [f"  broken: {id}: {error}" for id, error in facts["broken"].items()]
         return "\n".join(lines)
 
 

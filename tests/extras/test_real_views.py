@@ -7,7 +7,6 @@ import torch
 from extras.report import real_views
 from extras.report.real_views import (
     INDOOR,
-    ContextView,
     Detection,
     categories,
     compare_scans,
@@ -18,7 +17,7 @@ from extras.report.real_views import (
     pose_from_matches,
     recover_pose,
 )
-from extras.scans.frames import thousandths
+from extras.scans.frames import PosedView, thousandths
 from lib.consistency import classify, content_of, delta_of, pose_error
 from lib.geometry import (
     Motion,
@@ -69,7 +68,7 @@ class Matcher:
 def scene(**spoilt):
     """-> (matcher, context as `recover_pose` takes it)."""
     match = Matcher(**spoilt)
-    return match, [ContextView(*match.look(c2w), K, c2w) for c2w in CONTEXT]
+    return match, [PosedView(*match.look(c2w), c2w, K) for c2w in CONTEXT]
 
 
 def detect(image, names=None):
@@ -161,7 +160,7 @@ def test_where_nothing_matches_there_is_no_camera():
 
 def test_a_match_without_depth_is_left_out():
     depth = np.array([[2.0, 0], [0, 4.0]])
-    view = ContextView(None, depth, pinhole(2), np.eye(4))
+    view = PosedView(None, depth, np.eye(4), pinhole(2))
     pixels = np.array([[0.5, 0.5], [1.5, 0.5], [1.25, 1.75], [5, 5]])
     points, there = lift(pixels, view)
     assert there.tolist() == [True, False, True, False]

@@ -304,7 +304,7 @@ def test_a_summary_adds_up():
             },
             "train",
         )
-    found = total.as_dict()
+    found = total.facts
     assert found["kept"] == 2
     assert found["rejected"] == {"coverage": 4}
     assert found["broken"] == {"b": "It is empty."}
