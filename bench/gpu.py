@@ -142,6 +142,27 @@ def need_gpu(args: Namespace) -> None:
         )
 
 
+# ---- a row of a table ------------------------------------------------------------------------------------------------
+
+HEAD = "{:14}       s{:>10}     TFLOP     MFU  peak GiB"
+
+
+def speed_of(name: str, step: Callable, repeats: int, device, count, flops, rate) -> dict:
+    """Time a step and print its row -> its numbers for the JSON line, keys ending in `name`; {} where it does not fit.
+
+    count   views or tokens of a step;   flops   that it needs;   rate   of torch.mm, in FLOP/s
+    """
+    measured = timed(step, repeats, device)
+    if measured is None:
+        print(f"{name:14}  does not fit", flush=True)
+        return {}
+    seconds, peak = measured
+    mfu = flops / seconds / rate
+    cells = f"{seconds:8.2f}{count / seconds:10.3f}{flops / 1e12:10.3f}{mfu:8.1%}{peak:10.1f}"
+    print(f"{name:14}{cells}", flush=True)
+    return {f"seconds_{name}": seconds, f"mfu_{name}": mfu, f"peak_gib_{name}": peak}
+
+
 # ---- python -m bench wm --preset astra -------------------------------------------------------------------------------
 
 
@@ -164,7 +185,7 @@ def sampling(model: WorldModel, pixels: int, steps: int, repeats: int) -> dict:
         f"{pixels} x {pixels} views, {steps} steps, both guidances, two context images, {dtype}; best matmul "
         f"{rate / 1e12:.1f} TFLOP/s"
     )
-    print(f"{'batch':>5}{'s per view':>12}{'TFLOP':>10}{'MFU':>8}{'peak GiB':>10}", flush=True)
+    print(HEAD.format("batch", "views/s"), flush=True)
     results = {"bench": "wm", "preset": "astra", "steps": steps}
     for batch in (1, 4, 8):
         queries = pair_queries(batch, pixels)
@@ -173,18 +194,11 @@ def sampling(model: WorldModel, pixels: int, steps: int, repeats: int) -> dict:
         def step(queries=queries):
             model.imagine(queries, steps=steps)
 
-        measured = timed(step, repeats, device)
-        if measured is None:
-            print(f"{batch:5}  does not fit")
-            continue
-        seconds, peak = measured
         flops = sum(work_of(model, query, steps) for query in queries)
-        mfu = flops / seconds / rate
-        line = f"{batch:5}{seconds / batch:12.3f}{flops / 1e12:10.1f}{mfu:8.1%}{peak:10.1f}"
-        print(line, flush=True)
-        results[f"seconds_per_view_b{batch}"] = seconds / batch
-        results[f"peak_gib_b{batch}"] = peak
-        results[f"mfu_b{batch}"] = mfu
+        speed = speed_of(f"b{batch}", step, repeats, device, batch, flops, rate)
+        if speed:
+            results[f"seconds_per_view_b{batch}"] = speed.pop(f"seconds_b{batch}") / batch
+        results |= speed
     return results | {"matmul_tflops": rate / 1e12}
 
 
@@ -285,24 +299,12 @@ def training_table(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rate = best_matmul_rate(shape, 8192, device.type, dtype)
     print(f"{tokens:,} tokens; best matmul {rate / 1e12:.2f} TFLOP/s")
-    head = f"{'checkpointing':16}{'s':>8}{'tokens/s':>10}{'TFLOP':>9}{'MFU':>8}{'peak GiB':>10}"
-    print(head, flush=True)
+    print(HEAD.format("checkpointing", "tokens/s"), flush=True)
     results = {"bench": args.what, "preset": args.preset, "layers": args.layers, "tokens": tokens}
     results |= {"tflop": flops / 1e12, "matmul_tflops": rate / 1e12}
     for word, on in (("on", True), ("off", False)):
         switch(on)
-        measured = timed(step, args.repeats, device)
-        if measured is None:
-            print(f"{word:16}  does not fit")
-            continue
-        seconds, peak = measured
-        mfu = flops / seconds / rate
-        line = f"{word:16}{seconds:8.2f}{tokens / seconds:10.0f}{flops / 1e12:9.3f}{mfu:8.1%}"
-        print(f"{line}{peak:10.1f}", flush=True)
-        results[f"seconds_{word}"] = seconds
-        results[f"mfu_{word}"] = mfu
-        results[f"tokens_per_second_{word}"] = tokens / seconds
-        results[f"peak_gib_{word}"] = peak
+        results |= speed_of(word, step, args.repeats, device, tokens, flops, rate)
     print_json(results)
 
 

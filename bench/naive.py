@@ -33,9 +33,10 @@ from lib.rollout import sample_tokens
 @torch.inference_mode()
 def imagine(model, queries, **changes):
     """What `WorldModel.imagine` computes, one query after the other: list of Query -> list of (H, W, 3) uint8."""
-    return [
-        to_images(model.autoencoder.decode(latent(model, query, **changes)))[0] for query in queries
-    ]
+    views = []
+    for query in queries:
+        views.append(to_images(model.autoencoder.decode(latent(model, query, **changes)))[0])
+    return views
 
 
 @torch.inference_mode()
@@ -48,21 +49,20 @@ def latent(model, query, **changes):
     network, s = model.network, replace(model.settings, **changes)
     stream = torch.Generator().manual_seed(query.seed)
     images, reference = model.arrange(query.images, query.reference, s)
-    seen = [model.see([resize(np.asarray(image), s.vae_limits)], [stream]) for image in images]
+    encoded = [model.see([resize(np.asarray(image), s.vae_limits)], [stream]) for image in images]
     ids = model.texts([renumbered(query.instruction, reference)])[0][0]
 
     full = nothing(network)
-    for number, (clean, pixels) in enumerate(seen):
+    for number, (clean, pixels) in enumerate(encoded):
         read_vae(network, full, clean, number)
         read_vit(network, full, pixels, number)
     no_text, no_image = copy.deepcopy(full), nothing(network)
     read_text(network, full, ids)
     read_text(network, no_image, ids)
 
-    grid = [side // LATENT_PATCH for side in seen[reference - 1][0].shape[-2:]]
-    x = torch.randn(grid[0] * grid[1], network.config.token_channels, generator=stream).to(
-        model.device
-    )
+    grid = [side // LATENT_PATCH for side in encoded[reference - 1][0].shape[-2:]]
+    x = torch.randn(grid[0] * grid[1], network.config.token_channels, generator=stream)
+    x = x.to(model.device)
     motion, silence = motion_to_target(network, ids), motion_to_target(network, ids[:2])
     tau = torch.linspace(1, 0, s.steps + 1)
     times = s.shift * tau / (1 + (s.shift - 1) * tau)
@@ -72,9 +72,9 @@ def latent(model, query, **changes):
         v = velocity(network, full, tokens + motion, x, t)
         if s.text_scale > 1 and low < t <= high:
             v_no_text = velocity(network, no_text, tokens + silence, x, t)
-            v_no_image = (
-                velocity(network, no_image, tokens + motion, x, t) if s.image_scale > 1 else None
-            )
+            v_no_image = None
+            if s.image_scale > 1:
+                v_no_image = velocity(network, no_image, tokens + motion, x, t)
             v = guided(v, v_no_text, v_no_image, s)
         x = x - (t - t_next) * v
     return unpatchify(x[None], LATENT_PATCH, *grid)
@@ -87,7 +87,7 @@ def velocity(network, context, tokens, x, t):
     """The velocity (n, C) at time t of the noisy latents x (n, C), embedded as tokens (n, H), behind a context."""
     markers = embed_text(network, network.markers)
     h = run(network, context, torch.cat([markers[:1], tokens, markers[1:]]), image=len(tokens))
-    output = linear(network.llm2vae, h)[1:-1]
+    output = network.llm2vae(h)[1:-1]
     return output if network.config.settings.prediction == "velocity" else (x - output) / t
 
 
@@ -138,16 +138,15 @@ def read_vae(network, context, clean, number):
     """Append a clean latent (1, c, 2 h, 2 w), the context image `number` (from 0): all its tokens on one position."""
     tokens = patchify(clean, LATENT_PATCH)[0]
     grid = [side // LATENT_PATCH for side in clean.shape[-2:]]
-    tokens, markers = embed_latent(network, tokens, 0.0, grid), embed_text(network, network.markers)
-    tokens = torch.cat([markers[:1], tokens + image_number(network, number), markers[1:]])
-    run(network, context, tokens, image=len(tokens) - 2, append=True)
+    tokens = embed_latent(network, tokens, 0.0, grid) + image_number(network, number)
+    markers = embed_text(network, network.markers)
+    x = torch.cat([markers[:1], tokens, markers[1:]])
+    run(network, context, x, image=len(tokens), append=True)
 
 
 def read_vit(network, context, pixels, number):
     """Append the ViT's features of a picture (1, 3, H, W): all of them on one position too."""
-    features = linear(
-        network.connector.fc2, gelu(linear(network.connector.fc1, vit(network, pixels)))
-    )
+    features = gelu_mlp(network.connector, vit(network, pixels))
     grid = [side // network.config.vit_patch for side in pixels.shape[-2:]]
     features = features + places(network.vit_pos_embed, grid) + image_number(network, number)
     markers = embed_text(network, network.markers)
@@ -165,52 +164,67 @@ def run(network, context, x, image=0, causal=False, append=False):
     append   put the segment's keys and values into the context and advance its position
     """
     c, lm = network.config, network.language_model["model"]
-    count, head = len(x), c.width // c.heads
-    kinds = torch.tensor([False] + [True] * image + [False], device=x.device)
-    gen, und = (kinds.nonzero()[:, 0], (~kinds).nonzero()[:, 0]) if image else (None, None)
-
-    def expert(apply, module, name, y):
-        """apply(module.name, y); with latents in y each expert gets its own tokens, and zeros take in the results."""
-        if gen is None:
-            return apply(getattr(module, name), y)
-        part = apply(getattr(module, name), y[und])
-        out = part.new_zeros(count, *part.shape[1:])
-        out[und], out[gen] = part, apply(getattr(module, name + GEN), y[gen])
-        return out
-
-    positions = context.next + (torch.arange(count) if causal else torch.zeros(count))
-    rope = rotation(positions.to(x.device), head, c.rope_base)
+    count = len(x)
     past = len(context.keys[0])
-    mask = (
-        torch.ones(count, past + count, dtype=torch.bool, device=x.device).tril(past)
-        if causal
-        else None
-    )
+    split = None
+    if image:
+        order = torch.arange(count, device=x.device)
+        split = order[[0, -1]], order[1:-1]
+    steps = torch.arange(count) if causal else torch.zeros(count)
+    rope = rotation((context.next + steps).to(x.device), c.width // c.heads, c.rope_base)
+    mask = None
+    if causal:
+        mask = torch.ones(count, past + count, dtype=torch.bool, device=x.device).tril(past)
     for i, layer in enumerate(lm["layers"]):
-        attention, y = layer.self_attn, expert(rms_norm, layer, "input_layernorm", x)
-        q, k, v = (
-            expert(linear, attention, f"{name}_proj", y).unflatten(-1, (-1, head)) for name in "qkv"
-        )
-        q, k = (
-            rotate(expert(rms_norm, attention, f"{name}_norm", u), rope)
-            for name, u in (("q", q), ("k", k))
-        )
-        keys, values = (
-            torch.cat([context.keys[i], k]),
-            torch.cat([context.values[i], v]),
-        )  # (K + N, kv_heads, d)
-        y = F.scaled_dot_product_attention(
-            *(u.transpose(0, 1)[None] for u in (q, keys, values)),
-            attn_mask=mask,
-            enable_gqa=c.kv_heads != c.heads,
-        )
-        x = x + expert(linear, attention, "o_proj", y[0].transpose(0, 1).flatten(1))
-        x = x + expert(swiglu, layer, "mlp", expert(rms_norm, layer, "post_attention_layernorm", x))
+        y = expert(rms_norm, layer, "input_layernorm", x, split)
+        q, keys, values = project(layer.self_attn, y, split, rope)
+        keys = torch.cat([context.keys[i], keys])  # (K + N, kv_heads, d)
+        values = torch.cat([context.values[i], values])
+        y = attend(q, keys, values, attn_mask=mask, enable_gqa=c.kv_heads != c.heads)
+        x = x + expert(linear, layer.self_attn, "o_proj", y, split)
+        y = expert(rms_norm, layer, "post_attention_layernorm", x, split)
+        x = x + expert(swiglu, layer, "mlp", y, split)
         if append:
             context.keys[i], context.values[i] = keys, values
     if append:
         context.next += count if causal else 1
-    return expert(rms_norm, lm, "norm", x)
+    return expert(rms_norm, lm, "norm", x, split)
+
+
+def expert(apply, module, name, x, split):
+    """apply(module.name, x) of x (N, H).
+
+    split   where latents stand between markers: the indices of the tokens of both experts, of which the second gets its
+            own, and zeros take in the results
+    """
+    if split is None:
+        return apply(getattr(module, name), x)
+    und, gen = split
+    text = apply(getattr(module, name), x[und])
+    out = text.new_zeros(len(x), *text.shape[1:])
+    out[und] = text
+    out[gen] = apply(getattr(module, name + GEN), x[gen])
+    return out
+
+
+def project(attention, x, split, rope):
+    """Queries, keys, values (N, heads, d), the first two normed and turned to their positions."""
+    heads = []
+    for name in "qkv":
+        y = expert(linear, attention, f"{name}_proj", x, split).unflatten(
+            -1, (-1, rope[0].shape[-1])
+        )
+        if name != "v":
+            y = rotate(expert(rms_norm, attention, f"{name}_norm", y, split), rope)
+        heads.append(y)
+    return heads
+
+
+def attend(q, k, v, **options):
+    """Attention over (tokens, heads, d) -> (N, heads d)."""
+    q, k, v = (u.transpose(0, 1)[None] for u in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, **options)
+    return y[0].transpose(0, 1).flatten(1)
 
 
 def rotation(positions, head, base):
@@ -227,11 +241,11 @@ def rotate(x, rope):
 
 
 def linear(module, x):
-    return F.linear(x, module.weight, module.bias)
+    return module(x)
 
 
-def gelu(x):
-    return F.gelu(x, approximate="tanh")
+def gelu_mlp(module, x):
+    return module.fc2(F.gelu(module.fc1(x), approximate="tanh"))
 
 
 def rms_norm(module, x):
@@ -239,7 +253,7 @@ def rms_norm(module, x):
 
 
 def swiglu(module, x):
-    return linear(module.down_proj, F.silu(linear(module.gate_proj, x)) * linear(module.up_proj, x))
+    return module.down_proj(F.silu(module.gate_proj(x)) * module.up_proj(x))
 
 
 # ---------------------------------------------------------------- embeddings
@@ -254,9 +268,8 @@ def embed_text(network, ids):
 def embed_latent(network, x, t, grid):
     """Latents (n, C) at time t -> (n, H): a linear layer, plus the time, plus the place in the picture."""
     angle = t * 10_000.0 ** (-torch.arange(128, device=x.device) / 128)
-    first, _, second = network.time_embedder.mlp
-    time = linear(second, F.silu(linear(first, torch.cat([angle.cos(), angle.sin()])[None])))
-    return linear(network.vae2llm, x) + time + places(network.latent_pos_embed, grid)
+    time = network.time_embedder.mlp(torch.cat([angle.cos(), angle.sin()])[None])
+    return network.vae2llm(x) + time + places(network.latent_pos_embed, grid)
 
 
 def places(table, grid):
@@ -267,18 +280,16 @@ def places(table, grid):
 
 def motion_to_target(network, ids):
     """With Settings.motion_to_target the sentence's words, summed, through one layer: (1, H). Else 0."""
-    return (
-        linear(network.motion2llm, embed_text(network, ids[1:-1]).sum(0)[None])
-        if network.config.settings.motion_to_target
-        else 0
-    )
+    if not network.config.settings.motion_to_target:
+        return 0
+    return network.motion2llm(embed_text(network, ids[1:-1]).sum(0)[None])
 
 
 def image_number(network, number):
     """With Settings.learned_places the embedding (1, H) of context image `number`. Else 0."""
-    return (
-        network.image_number.weight[number][None] if network.config.settings.learned_places else 0
-    )
+    if not network.config.settings.learned_places:
+        return 0
+    return network.image_number.weight[number][None]
 
 
 def vit(network, pixels):
@@ -286,25 +297,16 @@ def vit(network, pixels):
     c, tower = network.config, network.vit_model["vision_model"]
     table = tower.embeddings["position_embedding"].weight.view(c.vit_grid, c.vit_grid, -1)
     rows, columns = (side // c.vit_patch for side in pixels.shape[-2:])
-    x = linear(tower.embeddings["patch_embedding"], patchify(pixels, c.vit_patch)[0])
+    x = tower.embeddings["patch_embedding"](patchify(pixels, c.vit_patch)[0])
     x = x + table[:rows, :columns].flatten(0, 1)
     for layer in tower.encoder["layers"]:
-        y = layer_norm(layer.layer_norm1, x)
-        q, k, v = (
-            linear(layer.self_attn[f"{name}_proj"], y)
-            .unflatten(-1, (c.vit_heads, -1))
-            .transpose(0, 1)[None]
-            for name in "qkv"
-        )
-        y = F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).flatten(1)
-        x = x + linear(layer.self_attn["out_proj"], y)
-        y = gelu(linear(layer.mlp.fc1, layer_norm(layer.layer_norm2, x)))
-        x = x + linear(layer.mlp.fc2, y)
-    return layer_norm(tower.post_layernorm, x)
-
-
-def layer_norm(module, x):
-    return F.layer_norm(x, x.shape[-1:], module.weight, module.bias, module.eps)
+        y = layer.layer_norm1(x)
+        heads = []
+        for name in "qkv":
+            heads.append(layer.self_attn[f"{name}_proj"](y).unflatten(-1, (c.vit_heads, -1)))
+        x = x + layer.self_attn["out_proj"](attend(*heads))
+        x = x + gelu_mlp(layer.mlp, layer.layer_norm2(x))
+    return tower.post_layernorm(x)
 
 
 # ---------------------------------------------------------------- the turns of many dialogues
@@ -323,39 +325,43 @@ class Writer:
 
     def write(self, members, uniforms, temperature, limit):
         """One turn of the dialogues `members` -> (ids, logprobs) of each; arguments as in lib.rollout."""
-        policy, shown = self.policy, [self.dialogues[d] for d in members]
+        policy = self.policy
         stop, pad = policy.tokenizer.eos_token_id, policy.tokenizer.pad_token_id
-        longest = max(len(t.ids) for t in shown)
-        ids = torch.tensor([[pad] * (longest - len(t.ids)) + t.ids for t in shown])
-        mask = torch.tensor([[0] * (longest - len(t.ids)) + [1] * len(t.ids) for t in shown])
-        numbered = [pair for t in shown for pair in enumerate(t.images, 1)]
+        dialogues = [self.dialogues[d] for d in members]
+        longest = max(len(dialogue.ids) for dialogue in dialogues)
+        rows, numbered = [], []
+        for dialogue in dialogues:
+            rows.append([pad] * (longest - len(dialogue.ids)) + dialogue.ids)
+            numbered += enumerate(dialogue.images, 1)
+        ids = torch.tensor(rows, device=policy.device)
+        lengths = torch.tensor([len(dialogue.ids) for dialogue in dialogues])
+        mask = torch.arange(longest) >= longest - lengths[:, None]
         patches, grids = policy.pixels(numbered) if numbered else (None, None)
         logprobs = []
 
         def draw(so_far, logits):
             """A logits processor: leaves `generate` no choice but the token that is drawn here."""
-            step = so_far.shape[1] - longest
-            tokens, chosen = sample_tokens(
-                logits.masked_fill(policy.banned, -1e9), uniforms[members, step], temperature
-            )
+            numbers = uniforms[members, so_far.shape[1] - longest]
+            logits = logits.masked_fill(policy.banned, -1e9)
+            tokens, chosen = sample_tokens(logits, numbers, temperature)
             logprobs.append(chosen)
             return torch.full_like(logits, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
-        said = policy.model.generate(
-            input_ids=ids.to(policy.device),
-            attention_mask=mask.to(policy.device),
+        written = policy.model.generate(
+            input_ids=ids,
+            attention_mask=mask.long().to(policy.device),
             pixel_values=patches,
             image_grid_thw=grids,
-            mm_token_type_ids=(ids == policy.image_token_id).long().to(policy.device),
+            mm_token_type_ids=(ids == policy.image_token_id).long(),
             do_sample=False,
             max_new_tokens=limit,
             eos_token_id=stop,
             pad_token_id=pad,
             logits_processor=LogitsProcessorList([draw]),
         )
-        turns, logprobs = said[:, longest:].tolist(), torch.stack(logprobs, 1).tolist()
-        ends = [turn.index(stop) + 1 if stop in turn else limit for turn in turns]
-        return [
-            (turn[:end], chosen[:end])
-            for turn, chosen, end in zip(turns, logprobs, ends, strict=True)
-        ]
+        turns = []
+        chosen = torch.stack(logprobs, 1).tolist()
+        for turn, numbers in zip(written[:, longest:].tolist(), chosen, strict=True):
+            end = turn.index(stop) + 1 if stop in turn else limit
+            turns.append((turn[:end], numbers[:end]))
+        return turns

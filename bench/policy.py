@@ -22,6 +22,7 @@ from bench.timing import Seconds, medians, print_json
 from data import MOTIONS
 from lib.dialogue import Trajectory
 from lib.distributed import World, fail, keep_freed_memory
+from lib.geometry import Motion
 from lib.rollout import Writer
 from lib.rooms import TrueRenderer, random_room, render, ring
 from lib.scores import text_table
@@ -36,6 +37,11 @@ def call_turn(image: int, motion) -> str:
         '<think>I need to see it.</think><tool_call>{"name": "imagine", "arguments": {"image":'
         f' {image}, "motion": "{motion.kind}", "amount": {motion.amount:g}}}}}</tool_call>'
     )
+
+
+def answer_turn(letter: str) -> str:
+    """A turn that answers."""
+    return f"<think>largest in the new view: red</think><answer> {letter}</answer>"
 
 
 def dialogue_of(policy: Policy, question: dict, turns: list[str], view=None) -> Trajectory:
@@ -55,8 +61,7 @@ def scripted_dialogue(policy: Policy, question: dict, seed: int) -> Trajectory:
     turns = []
     for image in (int(rng.integers(1, 5)), 5):
         turns.append(call_turn(image, MOTIONS[rng.integers(len(MOTIONS))]))
-    turns.append("<think>largest in the new view: red</think><answer> A</answer>")
-    return dialogue_of(policy, question, turns)
+    return dialogue_of(policy, question, [*turns, answer_turn("A")])
 
 
 @torch.no_grad()
@@ -184,17 +189,9 @@ def rollout_bench(args: Namespace) -> None:
 
 # ---- python -m bench grpo --against trl ------------------------------------------------------------------------------
 
-THOUGHT = "<think>I need to see it.</think>"
-CALLS = [
-    THOUGHT
-    + '<tool_call>{"name": "imagine", "arguments": {"image": 2, "motion": "turn left", "amount": 45}}</tool_call>',
-    THOUGHT
-    + '<tool_call>{"name": "imagine", "arguments": {"image": 3, "motion": "move forward", "amount": 0.5}}</tool_call>',
-]
-SCRIPTS = [
-    [*CALLS, f"<think>largest in the new view: red</think><answer> {letter}</answer>"]
-    for letter in "AB"
-]
+CALLS = [call_turn(2, Motion("turn left", 45)), call_turn(3, Motion("move forward", 0.5))]
+SCRIPTS = [[*CALLS, answer_turn(letter)] for letter in "AB"]
+PARTS = ("sample", "update")  # of a step, as the table shows them
 IMAGES = {"text": 0, "image": 2, "tool": 2}  # of a question, by what is compared
 
 
@@ -230,9 +227,7 @@ def grpo(args: Namespace) -> None:
         sides, totals = {}, {}
         for side in ("ours", "trl"):
             runs = pair[side]
-            sides[side] = medians(
-                [{part: run[part] for part in ("sample", "update")} for run in runs]
-            )
+            sides[side] = medians([{part: run[part] for part in PARTS} for run in runs])
             totals[side] = statistics.median(sum(run.values()) for run in runs)
             for part, seconds in sides[side].items():
                 results[f"{part}_{side}_{name}"] = seconds
