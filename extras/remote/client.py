@@ -105,10 +105,10 @@ UNREADABLE_HERE = (
 class RemotePolicy:
     """A chat model behind a URL.
 
-    temperature      None leaves it to the server
     max_new_tokens   per turn, hidden reasoning included; None: `turn_limit`, that of a published policy
     at_once          requests on their way at a time
     patience         the other arguments of Endpoint: timeout, tries, ...
+    It answers greedily (`temperature`), with the key of OPENAI_API_KEY.
     A Trajectory of it keeps words instead of tokens: each "token" is a piece of text, and an image has none.
     """
 
@@ -120,15 +120,13 @@ class RemotePolicy:
         self,
         url: str,
         model: str,
-        key_from_env: str = "OPENAI_API_KEY",
-        temperature: float | None = 0.0,
         max_new_tokens: int | None = None,
         at_once: int = 8,
         **patience,
     ):
-        self.endpoint = Endpoint(url, "/chat/completions", key_from_env, **patience)
+        self.endpoint = Endpoint(url, "/chat/completions", "OPENAI_API_KEY", **patience)
         self.model = model
-        self.temperature = temperature
+        self.temperature = 0.0
         self.max_new_tokens = max_new_tokens or self.turn_limit
         self.at_once = at_once
 
@@ -146,9 +144,8 @@ class RemotePolicy:
             "model": self.model,
             "messages": messages,
             "max_completion_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
         }
-        if self.temperature is not None:
-            fields["temperature"] = self.temperature
         if tool_choice:
             fields |= {"tools": [TOOL], "tool_choice": tool_choice, "parallel_tool_calls": False}
         return self.endpoint.ask(

@@ -273,7 +273,7 @@ def ask(run: Run, sheets: list[Sheet], temperature=0.0, seed=0) -> list[str | No
         rows.append({"id": name, "question": one.name, "prompt": one.texts, "images": one.images})
     if isinstance(run.policy, RemotePolicy):
         policy = copy.copy(run.policy)
-        policy.temperature = temperature or policy.temperature
+        policy.temperature = temperature
         replies = converse_or_errors(policy, rows, seed)
     else:
         options = {"max_turns": 1, "max_new_tokens": run.limit, "rows": run.rows}
