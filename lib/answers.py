@@ -52,6 +52,7 @@ class Prediction(TypedDict):
     kind: str  # "mca" multiple choice, "na" numeric
     category: str
     groups: list[str]  # of the bench's tables
+    error_group: str | None  # MMSI-Video: which kind of failure a wrong answer is
     needs_view: bool | None
     scene: str | int  # room, video or question: what an interval draws as a whole
     gold: str | None

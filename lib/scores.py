@@ -165,6 +165,10 @@ def summarise(predictions: Rows, direct: Rows | None = None, truth: Rows | None 
     summary["cost"] = mean_cost(predictions)
     summary["counts"] = counts_of(predictions, counted)
     summary["counts"]["no gold answer (left out)"] = len(predictions) - len(gold)
+    if counted[0]["bench"] != "rooms":
+        from extras.benches.common import more_numbers
+
+        summary |= more_numbers(counted)
     called = {row["key"]: row["valid_calls"] > 0 for row in counted}
     if alone and counted[0]["mode"] not in TOOLLESS:
         needless = [called[key] and alone[key] == 1 for key in called]
