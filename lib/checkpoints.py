@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from lib.distributed import fail, global_sum, is_main, wait_for_all
 from lib.records import disk, write_json
 
+# in the order in which safetensors sorts the tensors of a file: wide types first, so that all lie aligned
 TYPES = {
     "I64": torch.int64,
     "F64": torch.float64,
@@ -36,7 +37,7 @@ TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}  # in safetensors' order
+TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 # ---- one file ------------------------------------------------------------------------------------------------------------
@@ -125,13 +126,11 @@ def local_rows(tensor: Tensor) -> tuple[int, Tensor]:
     if not isinstance(tensor, DTensor):
         return 0, tensor
     first, mesh = 0, tensor.device_mesh
-    for ranks, rank, placement in zip(
-        mesh.shape, mesh.get_coordinate(), tensor.placements, strict=True
-    ):
-        if (
-            placement.is_shard()
-        ):  # as torch.chunk: every rank ceil(rows / ranks), the last ones fewer
+    axes = zip(mesh.shape, mesh.get_coordinate(), tensor.placements, strict=True)
+    for ranks, rank, placement in axes:
+        if placement.is_shard():
             assert placement.is_shard(0), f"{placement} divides something else than rows"
+            # as torch.chunk: every rank ceil(rows / ranks), the last ones fewer
             first = min(rank * -(-len(tensor) // ranks), len(tensor))
     with torch.no_grad():
         return first, tensor.to_local()
@@ -188,10 +187,8 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
             continue
         state = optimizer.state[p]
         if not state:
-            # the fused kernel wants its count of steps beside p
-            state["step"] = torch.zeros(
-                (), device=p.device if optimizer.defaults["fused"] else "cpu"
-            )
+            is_fused = optimizer.defaults["fused"]  # that kernel wants its count of steps beside p
+            state["step"] = torch.zeros((), device=p.device if is_fused else "cpu")
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
         tensors[f"model.{name}"] = p
@@ -222,10 +219,8 @@ def save_state(folder: str | Path, step: int, tensors: dict[str, Tensor], state:
         write_file(beside / f"rank_{rank:05d}.safetensors", rows.items(), rows)
         if is_main():
             write_json(beside / "state.json", {"step": step, **state})
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # the other ranks must hear of it, or they wait for ever
+    # the other ranks must hear of any failure, or they wait for ever
+    except (Exception, SystemExit) as error:
         failure = error
     failures = global_sum(float(failure is not None))
     if is_main() and failures:
@@ -266,7 +261,7 @@ def load_state(folder: str | Path, tensors: dict[str, Tensor]) -> tuple[int, dic
 
 
 def compare_shapes(place, files, tensors):
-    """Stop with a sentence where the files of the checkpoint `place` hold other tensors than these."""
+    """Exit where the files of the checkpoint `place` hold other tensors than these."""
     shapes = {}
     for path in files:
         for name, rows in contents(path).items():

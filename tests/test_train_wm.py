@@ -152,11 +152,20 @@ def sentences(pack):
     return texts
 
 
-def test_shuffled_instructions_are_other_targets_words(rooms):
+def test_shuffled_instructions_are_all_of_other_targets(rooms):
     group = groups_of(rooms)[:1]
     true = sentences(batch_of(rooms, groups=group)[0])
     shuffled = sentences(batch_of(rooms, "--shuffle-instructions", groups=group)[0])
-    assert true != shuffled and sorted(true) == sorted(shuffled)
+    assert sorted(true) == sorted(shuffled)
+    assert not any(a == b for a, b in zip(true, shuffled, strict=True))
+
+
+def test_a_lone_target_is_no_choice_and_does_not_count_as_nearest(rooms):
+    model, group = WorldModel.tiny(0), groups_of(rooms)[0]
+    alone, _ = train_wm.imagine_held_out(model, [group[:1]], train_wm.read_image)
+    assert alone.keys() == {"mse"}
+    scores, _ = train_wm.imagine_held_out(model, [group[:1], group[:4]], train_wm.read_image)
+    assert scores["nearest_chance"] == 0.25
 
 
 def test_condition_dropout_hides_sentences_and_segments(rooms):
