@@ -9,7 +9,7 @@ Rows start from the demo's cold start (`make demo` comes first: out/demo), learn
 answer the same held-out questions, whose pictures are of the true renderer. Compare `forward` with `inverse-at-once`,
 as neither begins with turns. What is carried over shows in questions about rooms: World2VLM alone forgets how to answer
 them, so `…lessons` learn 350 steps of direct lessons first. Beside them the demo's policies: `direct-only` (1,800 such
-steps), `agentic`, and in a `search`. The teachers of `by-…` are simulators of experiments/simulator.py, in the folder
+steps) and `agentic`. The teachers of `by-…` are simulators of experiments/simulator.py, in the folder
 above --out; `untuned` learned under shuffled sentences. Boxes of a simulator's questions are those of the room, so D1
 to D4 do not suffer from what it draws wrongly.
 
@@ -98,7 +98,6 @@ ROWS = [
     World2vlmRow("sft-lessons", sft=(LESSONS,), start="sft", rooms=DIRECT),
     World2vlmRow("grpo-lessons", sft=(LESSONS,), start="grpo", rooms=DIRECT),
     World2vlmRow("agentic", start="phase2", rooms="--mode agentic"),
-    World2vlmRow("search", start="phase2", rooms="--mode search --limit 256"),
 ]
 HELD_OUT = 2400  # questions, in random order
 MOST = {

@@ -76,7 +76,10 @@ def test_stages_start_where_the_one_before_ended(tmp_path):
     assert flags_of("lessons", 1, tmp_path)[0].start == "out/demo/sft"
     assert flags_of("sft-lessons", 1, tmp_path)[0].start == f"{tmp_path}/sft-s1/3"
     assert flags_of("grpo-lessons", 1, tmp_path)[0].start == f"{tmp_path}/grpo-s1/rl"
-    for name, mode, policy in (("search", "search", "phase2"), ("direct-only", "direct", "direct")):
+    for name, mode, policy in (
+        ("agentic", "agentic", "phase2"),
+        ("direct-only", "direct", "direct"),
+    ):
         (asked,) = flags_of(name, 1, tmp_path)
         assert (asked.policy, asked.mode) == (f"out/demo/{policy}", mode)
 
@@ -119,9 +122,9 @@ def test_answers_about_rooms_are_compared_on_the_same_questions(tmp_path):
 
     finished(tmp_path, "direct-only-s0", answers((1, 0, 0, 0, 1, 0, 0, 0), 0.5))
     finished(tmp_path, "direct-only-s1", answers((1, 1, 0, 0, 1, 1, 0, 0), 0.5))
-    finished(tmp_path, "search-s0", answers((1, 1, 1, 0), 2))  # none about rotations
+    finished(tmp_path, "agentic-s0", answers((1, 1, 1, 0), 2))  # none about rotations
     rows = tables(world2vlm.table(tmp_path))
-    first, second = rows["direct-only"], rows["search"]
+    first, second = rows["direct-only"], rows["agentic"]
     keys = ("seeds", "questions", "right", "needs_view", "answerable", "camera-camera")
     assert [first[key] for key in keys] == ["0 1", "8", "0.375", "0.500", "0.250", "0.750"]
     assert (second["right"], second["seconds"], second["views"]) == ("0.750", "2.000", "1.5")
