@@ -320,18 +320,22 @@ class Layer(nn.Module):
             self.add_module(f"input_layernorm{expert}", RMSNorm(c.width, c.eps))
             self.add_module(f"post_attention_layernorm{expert}", RMSNorm(c.width, c.eps))
 
-    def forward(self, und, gen, rope, attention):
+    def forward(self, und, gen, rope, attention, keys_only=False):
         """Tokens ordered by expert, und (B, U, H) first, then gen (B, G, H) -> (und, gen).
 
         rope        (cos, sin) of the U + G tokens
         attention   decides who sees whom, and keeps keys and values where they are needed again
+        keys_only   only that: of a context's last layer nobody reads what the tokens become
         """
         heads = self.self_attn
         normed_und = self.input_layernorm(und)
         normed_gen = self.input_layernorm_moe_gen(gen)
-        q = rotate(heads.project("q", normed_und, normed_gen), rope)  # (B, heads, N, d)
         k = rotate(heads.project("k", normed_und, normed_gen), rope)  # (B, kv_heads, N, d)
         v = heads.project("v", normed_und, normed_gen)
+        if keys_only:
+            attention.store(self.index, k, v)
+            return und, gen
+        q = rotate(heads.project("q", normed_und, normed_gen), rope)  # (B, heads, N, d)
         y = attention.attend(self.index, q, k, v).transpose(1, 2)  # (B, N, heads, d)
         split = und.shape[1]
         und = und + heads.o_proj(y[:, :split].flatten(2))
@@ -397,11 +401,15 @@ class MemoryAttention:
         queries, keys = Tokens.plain(positions), Tokens.plain(memory.positions)
         self.kernel = make_attention(queries, keys, like=memory.keys[0])
 
+    def store(self, layer, k, v):
+        """The memory reads on."""
+        memory = self.memory
+        memory.keys[layer] = torch.cat([memory.keys[layer], k], 2)
+        memory.values[layer] = torch.cat([memory.values[layer], v], 2)
+
     def attend(self, layer, q, k, v):
-        keys, values = self.memory.keys, self.memory.values
-        keys[layer] = torch.cat([keys[layer], k], 2)
-        values[layer] = torch.cat([values[layer], v], 2)
-        return self.kernel(q, keys[layer], values[layer])
+        self.store(layer, k, v)
+        return self.kernel(q, self.memory.keys[layer], self.memory.values[layer])
 
 
 class TargetAttention:
@@ -488,11 +496,12 @@ class Bagel(nn.Module):
         angle = torch.cat([angle, angle], -1)
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
-    def run_layers(self, und, gen, rope, attention):
-        """Through all layers -> (und, gen) of the last."""
-        for layer in self.language_model["model"]["layers"]:
+    def run_layers(self, und, gen, rope, attention, keys_only=False):
+        """Through all layers -> (und, gen) of the last; with `keys_only` these are not what it would make of them."""
+        *layers, last = self.language_model["model"]["layers"]
+        for layer in layers:
             und, gen = run_layer(self.recompute, layer, und, gen, rope, attention)
-        return und, gen
+        return run_layer(self.recompute, last, und, gen, rope, attention, keys_only)
 
     def output(self, gen):
         """The last layer's latent tokens -> the network's prediction (B, n, C)."""
@@ -611,7 +620,8 @@ class Bagel(nn.Module):
             return
         positions = memory.next[:, None] + torch.tensor(und_offset + gen_offset)
         attention = MemoryAttention(memory, positions)
-        self.run_layers(torch.cat(und, 1), torch.cat(gen, 1), self.rope(positions), attention)
+        rope = self.rope(positions)
+        self.run_layers(torch.cat(und, 1), torch.cat(gen, 1), rope, attention, keys_only=True)
         memory.next = memory.next + offset
 
     def read_text(self, memory: Memory, text: ContextText) -> Tensor:
