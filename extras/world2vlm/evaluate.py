@@ -127,8 +127,9 @@ def main(argv=None):
     records = [answered[question["id"]] for question in questions]
     means = task_means(records)
     say_means(means)
-    save_jsonl(out / "predictions.jsonl", records)
-    write_json(out / "results.json", {"policy": args.policy, "n": len(questions), **means})
+    if is_main():
+        save_jsonl(out / "predictions.jsonl", records)
+        write_json(out / "results.json", {"policy": args.policy, "n": len(questions), **means})
     finish(out, len(questions), clock)
 
 
