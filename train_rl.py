@@ -57,7 +57,7 @@ from lib.distributed import (
     unsharded,
 )
 from lib.images import figure_image, save_image
-from lib.records import MetricLog, disk, load_jsonl, read_log, whole_folder
+from lib.records import MetricLog, disk, load_jsonl, read_log
 from lib.rollout import cell_count
 from lib.stage import (
     Clock,
@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.eval_every:
         table = evaluate(policy, held_out, simulator, args, world, out / "dialogues" / "end")
         log.write(args.steps, eval=table)
-    save_policy(policy, out)
+    checkpoints.save_gathered(policy.save, out, policy.model.named_parameters())
     if is_main():
         draw_curves(out)
     finish(out, args.steps, clock)
@@ -645,14 +645,6 @@ def prepare(policy: Policy, args: Namespace, world: World) -> Policy:
     shard(policy.model, layers, world, ignored=policy.vision.parameters())
     policy.model.train()  # rollouts switch to eval and back
     return policy
-
-
-def save_policy(policy: Policy, out: Path) -> None:
-    """The policy in its public layout, gathered from all ranks."""
-    weights = checkpoints.whole(policy.model.named_parameters())
-    if is_main():
-        with whole_folder(out) as part:
-            policy.save(part, weights)
 
 
 # ---- what a step logs ------------------------------------------------------------------------------------------------

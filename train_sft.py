@@ -189,10 +189,7 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix({key: f"{value:.2f}" for key, value in metrics.items()})
             stop.save_or_leave(step + 1, args, save)
 
-    whole = checkpoints.whole(model.named_parameters())
-    if is_main():
-        with whole_folder(out) as part:
-            policy.save(part, whole)
+    checkpoints.save_gathered(policy.save, out, model.named_parameters())
     finish(out, args.steps, clock)
 
 

@@ -492,9 +492,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.shuffle_instructions:  # a lone motion has none to change places with
         train = [group for group in train if len(group) > 1]
     held_out = load_groups(args.data, "val", TARGETS)
-    apart = max(
-        1, len(held_out) // args.look_contexts
-    )  # neighbours share a room, folders a dataset
+    # spread over all of them: neighbours share a room, folders a dataset
+    apart = max(1, len(held_out) // args.look_contexts)
     held_out = held_out[::apart][: args.look_contexts]
     if args.contexts % world.size:
         fail(

@@ -12,7 +12,7 @@ finished model (`write_gathered`, `whole`).
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lib.distributed import fail, global_sum, is_main, wait_for_all
-from lib.records import disk, write_json
+from lib.records import disk, whole_folder, write_json
 
 # in the order in which safetensors sorts the tensors of a file: wide types first, so that all lie aligned
 TYPES = {
@@ -161,6 +161,17 @@ def whole(tensors: Iterable) -> dict[str, Tensor]:
         if is_main():
             gathered[name] = tensor.detach().to("cpu", copy=True).contiguous()
     return gathered
+
+
+def save_gathered(save: Callable, folder: Path, tensors: Iterable) -> None:
+    """A stage's result, on every rank: (name, tensor) pairs are gathered, and rank 0 calls save(folder, {name: tensor}).
+
+    The files appear in `folder` when all are complete.
+    """
+    gathered = whole(tensors)
+    if is_main():
+        with whole_folder(folder) as part:
+            save(part, gathered)
 
 
 def write_gathered(path: Path, tensors: Iterable, layout: dict[str, Tensor]) -> None:

@@ -40,14 +40,13 @@ from lib.distributed import (
     World,
     clip_gradients,
     fail,
-    is_main,
     progress,
     setup,
     shard,
     sum_gradients,
 )
 from lib.images import load_image
-from lib.records import MetricLog, load_jsonl, whole_folder
+from lib.records import MetricLog, load_jsonl
 from lib.stage import (
     Clock,
     Flag,
@@ -165,10 +164,8 @@ def main(argv: list[str] | None = None) -> None:
     if held_out:
         log.write(args.steps, eval=held_out_means(policy, held_out, args, world))
     names = {name for name, _ in model.named_parameters()}  # tied weights have one name here
-    tensors = checkpoints.whole(pair for pair in merged(model) if pair[0] in names)
-    if is_main():
-        with whole_folder(out) as part:
-            policy.save(part, tensors)
+    merged_tensors = (pair for pair in merged(model) if pair[0] in names)
+    checkpoints.save_gathered(policy.save, out, merged_tensors)
     finish(out, args.steps, clock)
 
 

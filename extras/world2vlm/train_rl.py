@@ -47,7 +47,6 @@ from train_rl import (
     prepare,
     rollout_means,
     sample_groups,
-    save_policy,
     set_advantages,
     set_logprobs,
     split_minibatches,
@@ -176,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.eval_every:
         log.write(args.steps, eval=held_out_means(policy, held_out, args, world))
-    save_policy(policy, out)
+    checkpoints.save_gathered(policy.save, out, policy.model.named_parameters())
     finish(out, args.steps, clock)
 
 
