@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.checkpoints import full
+from lib.distributed import full
 from lib.streams import torch_stream
 
 # of BAGEL: queries, keys, values, outputs and the MLP, of both experts

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lib.distributed import fail, global_sum, is_main, wait_for_all
+from lib.distributed import fail, full, global_sum, is_main, wait_for_all
 from lib.records import disk, whole_folder, write_json
 
 # in the order in which safetensors sorts the tensors of a file: wide types first, so that all lie aligned
@@ -142,11 +142,6 @@ def is_saved_here(tensor):
         return is_main()
     ranks = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)
     return all(rank == 0 or placement.is_shard() for rank, placement in ranks)
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, on every rank (a collective if it is sharded)."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensors: Iterable) -> dict[str, Tensor]:

@@ -227,6 +227,11 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
             unit.set_reshard_after_forward(unit is not model, recurse=False)
 
 
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor, on every rank (a collective if it is sharded)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def sum_gradients(parameters: Iterable) -> None:
     """Sum over ranks the gradients of parameters that are whole on every rank, which FSDP leaves alone (`ignored`)."""
     parameters = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
@@ -248,7 +253,7 @@ def clip_gradients(parameters: Iterable, max_norm: float) -> float:
     Ends the program with a sentence if it is not finite: the weights would be lost, and the next checkpoint with them.
     """
     norm = torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    norm = full(norm).item()
     if not math.isfinite(norm):
         fail(
             "The gradient is not finite. The last checkpoint is kept; give a smaller --lr and another --out."
