@@ -1,5 +1,5 @@
 """
-Files: whole or not there, the metric log, and rows of data, one JSON object a line (`Triple`, `Question`).
+Files: whole or not there, a model's card, the metric log, and rows of data, one JSON object a line (`Triple`, `Question`).
 
 A file is written beside its place and renamed when complete, so a killed run never leaves half of one.
 """
@@ -9,8 +9,10 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing import Pool
@@ -86,6 +88,58 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
                 os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+# ---- a model's card --------------------------------------------------------------------------------------------------------
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+FLUX = "; `ae.safetensors` is the FLUX.1 autoencoder that came with BAGEL, under the terms of its own card"
+
+
+def write_card(folder: Path) -> None:
+    """README.md beside a stage's model, as a hub reads it: what it is, from what, licence, how to load it.
+
+    Where `folder` holds no model nothing is written. base_model is a hub id: the start, or what its own card names.
+    """
+    card = {"script": "policy.py", "origin": "Qwen3-VL", "flux": ""}
+    card["what"] = "A policy: it thinks, may ask a world simulator for a view, and answers."
+    if (folder / "llm_config.json").exists():
+        card = {"script": "world_model.py", "origin": "BAGEL"}
+        card["what"] = (
+            "A world simulator: views and a camera motion in words -> the view from there."
+        )
+        card["flux"] = FLUX if (folder / "ae.safetensors").exists() else ""
+    elif not (folder / "config.json").exists():
+        return
+    card |= json.loads((folder / "args.json").read_text())
+    data = card["data"] if isinstance(card["data"], list) else [card["data"]]
+    card |= {"name": folder.name, "data": ", ".join(Path(path).name for path in data)}
+    start = card.get("init") or card.get("start") or card.get("policy")
+    base, commit = base_model(start), commit_of_code()
+    card["base"] = f"base_model: {base}\n" if base else ""
+    card["start"] = (
+        f"`{start if base == start else Path(start).name}`" if start else "random weights"
+    )
+    card["commit"] = f", code at commit {commit}" if commit else ""
+    write_text(folder / "README.md", TEMPLATE.read_text().format(**card))
+
+
+def base_model(start: str | None) -> str | None:
+    """The hub id that a training goes back to, or None if there is none or nothing says it."""
+    if not start or not Path(start).exists():
+        return start
+    card = Path(start, "README.md")
+    named = re.search(r"^base_model: (\S+)$", card.read_text(), re.M) if card.exists() else None
+    return named and named[1]
+
+
+def commit_of_code() -> str | None:
+    """The commit of this code, "-dirty" behind it if files differ; None outside its own git checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 # ---- the metric log --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """
 What every stage does besides its work: flags with presets, its folder, its beginning and end, Ctrl-C.
 
-A stage's folder: the model at its top, `training/` (what resumes an interrupted run), `log.jsonl`, `args.json`,
-pictures, and `done.json` as the last file written. The same command continues an unfinished run; on a finished one it
+A stage's folder: the model at its top with its card (README.md), `training/` (what resumes an interrupted run),
+`log.jsonl`, `args.json`, pictures, and `done.json` as the last file written. The same command continues an unfinished run; on a finished one it
 says so.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lib.distributed import default_device, fail, global_sum, is_main, leave, say, wait_for_all
-from lib.records import disk, write_json
+from lib.records import disk, write_card, write_json
 
 # ---- flags ---------------------------------------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ def begin(
     for path, command in needs:
         need(path, command)
     if is_main():
-        write_json(out / "args.json", settings)
+        write_json(out / "args.json", {"stage": title, **settings})
 
 
 def compare_with_earlier_run(out: Path, settings: dict) -> None:
@@ -170,9 +170,10 @@ def newest(stages: Iterable[str], file: str = "config.json") -> Path | None:
 
 
 def finish(folder: str | Path, steps: int, clock: "Clock") -> None:
-    """Write done.json, the last file of a stage, and drop the training state that only an interrupted run needs."""
+    """Write the model's card and done.json, a stage's last file; drop the training state that only a resume needs."""
     spent = clock.read()
     if is_main():
+        write_card(Path(folder))
         write_json(Path(folder) / "done.json", {**spent, "steps": steps})
         shutil.rmtree(Path(folder) / "training", ignore_errors=True)
     say(

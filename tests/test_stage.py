@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from lib.stage import (
     Clock,
@@ -84,6 +85,28 @@ def test_the_same_command_continues_and_other_flags_are_refused(tmp_path, capsys
     with pytest.raises(SystemExit) as left:
         begin("stage", arguments(out), FLAGS)
     assert left.value.code == 0 and "is finished (1 steps" in capsys.readouterr().out
+
+
+def test_a_finished_model_has_a_card_that_a_hub_reads(tmp_path):
+    values = {"steps": 7, "seed": 3, "data": ["/home/me/rooms", "scans"]}
+    first, second = tmp_path / "wm", tmp_path / "wm-2"
+    begin("train_wm", arguments(first, init="owner/base", **values), FLAGS)
+    begin("train_wm", arguments(second, init=str(first), **values), FLAGS)
+    for folder in (first, second):
+        (folder / "llm_config.json").write_text("{}")
+        finish(folder, 7, Clock())
+    cards = [ModelCard((folder / "README.md").read_text()) for folder in (first, second)]
+    assert [card.data.license for card in cards] == ["apache-2.0", "apache-2.0"]
+    assert [card.data.base_model for card in cards] == ["owner/base", "owner/base"]
+    assert "7 steps, seed 3, data `rooms, scans`, started from `owner/base`" in cards[0].text
+    assert "started from `wm`" in cards[1].text and "/home/me" not in cards[1].text
+    assert "FLUX" not in cards[0].text
+
+
+def test_a_folder_without_a_model_has_no_card(tmp_path):
+    begin("evaluate", arguments(tmp_path), FLAGS)
+    finish(tmp_path, 7, Clock())
+    assert not (tmp_path / "README.md").exists()
 
 
 def test_a_missing_input_names_the_command_and_a_hub_id_passes():
