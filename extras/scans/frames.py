@@ -2,6 +2,7 @@
 What a scan is: frames, each a posed picture with depth, in one contract for every dataset and for rooms.
 
   pose      c2w (4, 4) maps camera to world; OpenCV axes (x right, y down, z forward), metres
+  world     y points down, along gravity, as in rooms: `collect` turns the world of the dataset
   pixels    centres at +0.5 (lib/geometry.py), so that a picture's scale multiplies its whole K
   depth     along the optical axis, float32 metres, 0 = invalid; always on the pixels of the image
 
@@ -13,7 +14,7 @@ is decoded when it is asked for, and refused then if it is truncated.
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from PIL import Image
 from lib.images import read
 
 Size = tuple[int, int]  # (width, height)
-Z_UP = (0, 0, 1)  # of most worlds
+Z_UP = (0, 0, 1)  # of most datasets' worlds
 
 
 class PosedView(NamedTuple):
@@ -117,7 +118,7 @@ class Scene(NamedTuple):
     dataset: str
     id: str
     frames: list[Frame]
-    up: ndarray  # (3,) unit vector of the world
+    gravity: str  # how its direction is known
     metric: bool  # lengths are metres; if not, no motion may be told in metres
     skipped: dict[str, int]  # reason -> number of frames left out
     note: str  # where depth and scale come from, if they were not measured; else ""
@@ -228,7 +229,7 @@ def frames_of(
 def collect(frames: list[Frame | str], up=Z_UP, metric: bool = True, note: str = "") -> Scene:
     """Frames and reasons -> Scene (its name comes later): frames in the order of their names, faults counted.
 
-    up   (3,) of the world; None: the mean of minus the cameras' y axes
+    up   (3,) of the frames' world, which is turned so that y points down; None: the mean of minus the cameras' y axes
     """
     by_name, skipped = {}, Counter()
     for frame in frames:
@@ -243,13 +244,27 @@ def collect(frames: list[Frame | str], up=Z_UP, metric: bool = True, note: str =
         reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.items())
         raise ValueError(f"it has no usable frame ({reasons or 'it names none'}).")
     frames = [by_name[name] for name in sorted(by_name)]
+    gravity = "z up, as the dataset has it" if up is Z_UP else "up as scene.json gives it"
     if up is None:
+        gravity = "the mean up of the cameras"
         up = -np.mean([frame.c2w[:3, 1] for frame in frames], axis=0)
-    up = array_of(up, (3,))
+    turn = y_down(array_of(up, (3,)))
+    frames = [replace(frame, c2w=turn @ frame.c2w) for frame in frames]
+    return Scene("", "", frames, gravity, metric, dict(skipped), note)
+
+
+def y_down(up: ndarray) -> ndarray:
+    """The rotation (4, 4) that takes a world's `up` (3,) to -y; the identity where it is that. ValueError for zeros."""
     length = np.linalg.norm(up)
     if not length > 1e-6:
         raise ValueError("its 'up' is no direction: three numbers, not all zero.")
-    return Scene("", "", frames, up / length, metric, dict(skipped), note)
+    up = up / length
+    right = np.eye(3)[np.abs(up).argmin()]  # the axis that is most level
+    right = right - right @ up * up
+    right /= np.linalg.norm(right)
+    turn = np.eye(4)
+    turn[:3, :3] = right, -up, np.cross(right, -up)
+    return turn
 
 
 def fault_of_camera(frame):

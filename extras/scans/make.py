@@ -26,7 +26,7 @@ from lib.distributed import fail, say
 from lib.records import PICTURES, SPLITS, disk, worker, write_json, write_text
 from lib.streams import stable_hash, stream_seed
 
-VERSION = 3  # of a scan's report: another one is made again
+VERSION = 4  # of a scan's report: another one is made again
 
 
 def make_scans(
@@ -72,7 +72,7 @@ def make_scans(
 
 
 def scan_triples(id: str, dataset: str, root: str, out: str, seed: int, rules: Rules) -> Path:
-    """Make all triples of one scan -> the file of its report {"rows", "counts", "skipped", "note", "error", ...}.
+    """Make all triples of one scan -> the file of its report {"rows", "counts", "skipped", "gravity", "error", ...}.
 
     A scan that was finished under the same rules is not done again. A broken one is reported by a sentence ("error")
     and tried again by the next run.
@@ -90,12 +90,19 @@ def scan_triples(id: str, dataset: str, root: str, out: str, seed: int, rules: R
         if task.items() <= report.items() and not report["error"]:
             return file
     start = time.process_time()
-    report = task | {"rows": [], "counts": {}, "skipped": {}, "note": "", "error": ""}
+    report = task | {
+        "rows": [],
+        "counts": {},
+        "skipped": {},
+        "gravity": "",
+        "note": "",
+        "error": "",
+    }
     try:
         scene = read_scene(dataset, root, id)
         rows, counts = write_triples(scene, Path(out), stable_hash(seed, dataset, id), rules)
         report |= {"rows": rows, "counts": dict(counts)}
-        report |= {"skipped": dict(scene.skipped), "note": scene.note}
+        report |= {"skipped": dict(scene.skipped), "gravity": scene.gravity, "note": scene.note}
     except ValueError as error:
         report["error"] = str(error)
     report["cpu_seconds"] = round(time.process_time() - start, 2)

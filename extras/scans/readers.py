@@ -238,7 +238,7 @@ def arkitscenes(folder: Path) -> Scene:
     rows = [arkit_row(folder, image, poses) for image in folder.glob("lowres_wide/*.png")]
     scene = collect(frames_of(rows, load_depth=read_sure_depth))
     # the world's up in each camera's axes says how many quarter turns clockwise make it upright: 0, 1, 2 or 3
-    skies = np.array([frame.c2w[2, :3] for frame in scene.frames])
+    skies = np.array([-frame.c2w[1, :3] for frame in scene.frames])
     upright_after = np.array([[0, -1, 0], [-1, 0, 0], [0, 1, 0], [1, 0, 0]])
     turns = np.bincount((skies @ upright_after.T).argmax(1)).argmax()
     frames = scene.frames
@@ -404,7 +404,7 @@ def plain_folder(folder: Path) -> Scene:
       {"frames": [{"image": "rgb/0.jpg", "depth": "depth/0.png", "c2w": [4 rows of 4], "intrinsics": [3 rows of 3]}],
        "intrinsics": [3 rows of 3],     of all frames that give none
        "depth_scale": 1000,             units of a 16-bit depth PNG per metre (default 1000); a .npy holds float metres
-       "up": [0, 0, 1],                 of your world (default: the mean of minus the cameras' y axes)
+       "up": [0, 0, 1],                 of your world, away from gravity (default: the mean of minus the cameras' y axes)
        "metric": true}                  false if the unit of length is not known (default true)
     Frames stand in capture order. c2w: camera to world, OpenCV axes. Intrinsics are the image's, in pixels, with
     centres at +0.5: the middle of the picture is (W / 2, H / 2). Depth is along the optical axis, 0 = unknown, from the

@@ -14,6 +14,7 @@ TITLES = {
     "rejected": "pairs and candidates that fell out, by rule",
     "frames_skipped": "frames skipped by the reader",
     "motions": "kept, by motion",
+    "gravity": "gravity",
     "notes": "notes",
 }
 
@@ -37,8 +38,9 @@ class Summary:
             tally[key] += count
         facts["frames_skipped"].update(report["skipped"])
         facts["motions"].update(row["motion"]["kind"] for row in report["rows"])
-        if report["note"]:
-            facts["notes"][report["note"]] += 1
+        for key, sentence in (("gravity", report["gravity"]), ("notes", report["note"])):
+            if sentence:
+                facts[key][sentence] += 1
         if report["error"]:
             facts["broken"][report["id"]] = report["error"]
         facts["cpu_seconds"] += report["cpu_seconds"]

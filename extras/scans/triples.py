@@ -114,16 +114,14 @@ def motions_between(c2w: ndarray, metric: bool, rules: Rules) -> tuple[ndarray, 
     return delta, np.where(allowed, main, -1), counts
 
 
-def may_stand_together(c2w: ndarray, up: ndarray, metric: bool, rules: Rules) -> ndarray:
+def may_stand_together(c2w: ndarray, metric: bool, rules: Rules) -> ndarray:
     """(N, N) bool: two cameras far enough from each other to stand in one context (the paper's rule).
 
     Of a scene without a metric scale the angle alone decides.
     """
     angles = np.abs(decompose(c2w[:, None], c2w[None])[..., 3:5]).max(-1)  # yaw or pitch
-    way = c2w[:, None, :3, 3] - c2w[None, :, :3, 3]
-    height = way @ up
-    level = np.linalg.norm(way - height[..., None] * up, axis=-1)
-    length = np.maximum(level, np.abs(height))
+    x, y, z = np.moveaxis(c2w[:, None, :3, 3] - c2w[None, :, :3, 3], -1, 0)
+    length = np.maximum(np.hypot(x, z), np.abs(y))
     is_far = (length >= rules.apart_meters - 1e-6) | (not metric)
     return (angles >= rules.apart_degrees - 1e-6) & is_far
 
@@ -167,7 +165,7 @@ def find_triples(
     c2w = np.stack([frame.c2w for frame in frames])
     delta, main, by_pose = motions_between(c2w, scene.metric, rules)
     counts.update(by_pose)
-    together = may_stand_together(c2w, scene.up, scene.metric, rules)
+    together = may_stand_together(c2w, scene.metric, rules)
     groups = []
     for reference in rng.permutation(len(frames))[: TRIES * rules.contexts].tolist():
         if len(groups) == rules.contexts:

@@ -12,9 +12,11 @@ from lib.records import write_json
 from lib.rooms import EYE, random_room, render
 from lib.streams import numpy_stream
 
+Y_DOWN = (0, -1, 0)  # up in a room
 
-def room_scene(seed: int, frames: int = 40, size: int = 64) -> Scene:
-    """A walk through a room, on a figure of eight in its middle, as a reader would give it."""
+
+def room_scene(seed: int, frames: int = 40, size: int = 64, pitch: float = 0.0) -> Scene:
+    """A walk through a room, on a figure of eight in its middle, as a reader would give it; pitch > 0 looks up."""
     rng = numpy_stream("walk through a room", seed)
     room = random_room(seed)
     a, b, start = rng.uniform(0, 2 * np.pi, 3)
@@ -24,11 +26,11 @@ def room_scene(seed: int, frames: int = 40, size: int = 64) -> Scene:
     yaw = np.degrees(start) + 360 * t + 30 * np.sin(6 * np.pi * t + b)
     K, square, walk = pinhole(size), (size, size), []
     for i in range(frames):
-        c2w = camera_pose(x[i], -EYE, z[i], yaw[i])
+        c2w = camera_pose(x[i], -EYE, z[i], yaw[i], pitch)
         load = partial(read_room, room, c2w, size, "rgb")
         load_depth = partial(read_room, room, c2w, size, "depth")
         walk.append(Frame(f"{i:06d}", c2w, K, square, load, K, square, load_depth))
-    return collect(walk, up=(0, -1, 0))._replace(dataset="rooms", id=f"room_{seed}")
+    return collect(walk, up=Y_DOWN)._replace(dataset="rooms", id=f"room_{seed}")
 
 
 def read_room(room, c2w: np.ndarray, size: int, kind: str) -> np.ndarray:
@@ -37,11 +39,11 @@ def read_room(room, c2w: np.ndarray, size: int, kind: str) -> np.ndarray:
 
 
 def write_scan_folder(
-    folder: Path, frames: list[Frame], up, pictures: str = ".jpg", per_metre: float = 1000
+    folder: Path, frames: list[Frame], up=Y_DOWN, pictures: str = ".jpg", per_metre: float = 1000
 ) -> None:
     """Frames as a plain folder (extras/scans/readers.py): rgb/<i>, depth/<i>.png and scene.json.
 
-    up          (3,) of the frames' world;  pictures   ".jpg", as scans have them, or ".png", which loses nothing
+    up          (3,) of the frames' world, None: not said;  pictures   ".jpg", as scans have them, or ".png", which loses nothing
     per_metre   units of the 16-bit depth
     """
     rows = []
@@ -54,6 +56,7 @@ def write_scan_folder(
         "frames": rows,
         "intrinsics": frames[0].intrinsics.tolist(),
         "depth_scale": per_metre,
-        "up": np.asarray(up).tolist(),
     }
+    if up is not None:
+        info["up"] = list(up)
     write_json(folder / "scene.json", info)

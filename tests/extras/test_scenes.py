@@ -16,10 +16,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from PIL import Image
-from room_scan import read_room, room_scene, write_scan_folder
+from room_scan import Y_DOWN, read_room, room_scene, write_scan_folder
 
 from extras.scans.depth import depth_network, disagreement, estimate_depth, scale_of
-from extras.scans.frames import collect, frames_of, scaled
+from extras.scans.frames import collect, frames_of, scaled, y_down
 from extras.scans.readers import OPENGL
 from extras.scans.scene import READERS, read_scene, scene_ids
 from lib.geometry import coverage, decompose, dominant_motion, pinhole, warp
@@ -28,10 +28,14 @@ from lib.rooms import random_room, render
 SEED, SIZE, ROWS, COLUMNS = 4, 80, slice(20, 68), slice(5, 69)
 WIDTH, HEIGHT = 64, 48
 HALF = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
-Z_UP = np.array(
-    [[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]]
-)  # rooms have y down; scans z up
+# from a room's world, where y points down, to the one of most datasets
+Z_UP = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])
 INDICES = (0, 2, 4, 6, 8, 10, 20, 100, 101, 102)  # as text, 10 and 100 come before 2
+
+
+def in_room(frame):
+    """The pose of a frame of `truth` in the room's own world."""
+    return np.linalg.inv(Z_UP) @ frame.c2w
 
 
 def crop(load):
@@ -94,9 +98,7 @@ def four(K):
 def fine_depth(frame):
     """Depth of ScanNet's depth camera: another K and another shape than the colour's. Every third of its pixels lies
     on the ray of a colour pixel, so nearest neighbours are exact."""
-    depth = render(random_room(SEED), np.linalg.inv(Z_UP) @ frame.c2w, 3 * SIZE, supersample=1)[
-        "depth"
-    ][0]
+    depth = render(random_room(SEED), in_room(frame), 3 * SIZE, supersample=1)["depth"][0]
     return depth[45:225, 9:231], pinhole(3 * SIZE) - [[0, 0, 9], [0, 0, 45], [0, 0, 0]]
 
 
@@ -352,14 +354,15 @@ def test_every_layout_gives_the_rooms_cameras_in_capture_order(read, truth):
     layout, scene = read
     assert len(scene.frames) == len(truth) and scene.skipped == {} and scene.metric
     assert [frame.name for frame in scene.frames] == sorted({frame.name for frame in scene.frames})
-    world = TILTED if "dl3dv" in layout else np.eye(4)
-    world = (
-        np.c_[world[:, :3], world[:, 3] * [SCALE, SCALE, SCALE, 1]] if "dl3dv" in layout else world
-    )
     for frame, true in zip(scene.frames, truth, strict=True):
-        assert np.abs(frame.c2w - world @ true.c2w).max() < 1e-5 and frame.c2w.dtype == np.float64
+        assert frame.c2w.dtype == np.float64
+        # level cameras: y points down in every world; elsewhere than in DL3DV's the whole pose is known
+        assert np.abs(frame.c2w[:3, 1] - [0, 1, 0]).max() < 1e-5
+        if "dl3dv" not in layout:
+            assert np.abs(frame.c2w - in_room(true)).max() < 1e-5
         assert frame.size == (WIDTH, HEIGHT) and np.abs(frame.K() - true.K()).max() < 1e-4
-    assert scene.up @ world[:3, 2] > 0.999
+    how = {"dl3dv": "the mean up of the cameras", "folder": "up as scene.json gives it"}
+    assert scene.gravity == how.get(layout.split()[0], "z up, as the dataset has it")
 
 
 def test_every_layout_gives_the_rooms_pictures_and_metres(read, truth):
@@ -403,10 +406,10 @@ def test_every_layout_gives_the_rooms_triples(read, truth):
             covered.append(coverage(frames[b].depth(), seen))
             way = decompose(frames[a].c2w, frames[b].c2w)
         assert abs(covered[0] - covered[1]) <= 0.005
-        assert np.abs(way - decompose(truth[a].c2w, truth[b].c2w)).max() < 1e-3
-        assert dominant_motion(scene.frames[a].c2w, scene.frames[b].c2w) == dominant_motion(
-            truth[a].c2w, truth[b].c2w
-        )
+        pair = in_room(truth[a]), in_room(truth[b])
+        assert np.abs(way - decompose(*pair)).max() < 1e-3
+        read_pair = scene.frames[a].c2w, scene.frames[b].c2w
+        assert dominant_motion(*read_pair) == dominant_motion(*pair)
 
 
 def test_pictures_of_another_size_keep_their_rays(read, truth):
@@ -440,9 +443,38 @@ def test_depth_outside_the_depth_camera_is_invalid(truth):
     assert (depth > 0).sum() == 32 * 24
 
 
+def test_gravity_is_the_named_axis_even_where_no_camera_is_level(tmp_path):
+    """Cameras that all look down 20 degrees: the axis is known, the mean of their ups is right over a whole walk alone."""
+    walk = room_scene(SEED, size=16, pitch=-20)
+    for name, up, frames in (
+        ("named", Z_UP[:3, :3] @ Y_DOWN, 5),
+        ("all", None, 40),
+        ("5", None, 5),
+    ):
+        z_up = [replace(frame, c2w=Z_UP @ frame.c2w) for frame in walk.frames[:frames]]
+        write_scan_folder(tmp_path / name, z_up, up)
+    for name, most in (("named", 0), ("all", 3), ("5", 30)):
+        scene = read_scene("folder", tmp_path, name)
+        pitches = [np.degrees(np.arcsin(-frame.c2w[1, 2])) for frame in scene.frames]
+        off = np.abs(np.array(pitches) + 20).max()
+        assert off <= most + 1e-6 and (name != "5" or off > 10)
+        named = "up as scene.json gives it", "the mean up of the cameras"
+        assert scene.gravity == named[name != "named"]
+
+
+def test_a_world_is_turned_so_that_y_points_down():
+    for up in ([0, 0, 1], [0, -3, 0], [0, 1, 0], [1, 0, 0], [0.1, -0.7, 0.7]):
+        turn = y_down(np.array(up, float))[:3, :3]
+        np.testing.assert_allclose(turn @ up / np.linalg.norm(up), Y_DOWN, atol=1e-12)
+        np.testing.assert_allclose(turn @ turn.T, np.eye(3), atol=1e-12)
+        assert np.linalg.det(turn) > 0.999
+    assert (y_down(np.array([0.0, -1, 0])) == np.eye(4)).all()
+    assert (y_down(np.array([0.0, 0, 1])) == np.linalg.inv(Z_UP)).all()
+
+
 def test_a_room_is_a_scene_and_repeats():
     one, same, other = room_scene(5), room_scene(5), room_scene(6)
-    assert len(one.frames) == 40 and one.metric and one.up @ [0, -1, 0] == 1 and one.id == "room_5"
+    assert len(one.frames) == 40 and one.metric and one.id == "room_5"
     places = np.array([frame.c2w[:3, 3] for frame in one.frames])
     assert np.hypot(places[:, 0], places[:, 2]).max() <= 1.2
     steps = [decompose(a.c2w, b.c2w) for a, b in pairwise(one.frames)]
@@ -465,7 +497,8 @@ PLAIN_K = flat(40, 40, 31.5, 23.5)
 
 
 def rows_of(c2w):
-    return c2w[:3].round(9).tolist()
+    """A pose in the dataset's own world, z up."""
+    return (Z_UP @ c2w)[:3].round(9).tolist()
 
 
 def test_scannet_fixture(tmp_path):
@@ -554,7 +587,7 @@ def test_matterport_fixture(tmp_path):
     assert (scene.frames[6].depth() == 1).all()
     c2w = scene.frames[0].c2w
     assert rows_of(c2w) == [[1, 0, 0, 2], [0, 0, 1, 0], [0, -1, 0, 1.5]]
-    assert (c2w @ [0, 0, 3, 1])[:3] == pytest.approx([2, 3, 1.5])
+    assert (Z_UP @ c2w @ [0, 0, 3, 1])[:3] == pytest.approx([2, 3, 1.5])
 
 
 def arkit(folder, stamps, traj, early=0.0):
@@ -599,11 +632,8 @@ def test_arkitscenes_upside_down_capture_is_turned_as_one(tmp_path):
     picture[0, 0] = 0
     png(tmp_path / "1/lowres_wide/1_101.000.png", picture)
     frames = read_scene("arkitscenes", tmp_path, "1").frames
-    assert [round(frame.c2w[2, 1]) for frame in frames] == [
-        1,
-        -1,
-        -1,
-    ]  # where each camera's y axis points
+    # where each camera's y axis points
+    assert [round(frame.c2w[1, 1]) for frame in frames] == [-1, 1, 1]
     assert frames[1].image()[-1, -1, 0] == 0 and frames[1].image()[0, 0, 0] == 128
 
 
@@ -637,7 +667,9 @@ def test_dl3dv_fixture(tmp_path):
     scene = read_scene("dl3dv", tmp_path, "abc")
     assert np.allclose(scene.frames[0].K(), flat(750, 750, 480, 270))
     assert (scene.frames[0].depth() == 1).all()
-    assert (scene.frames[0].c2w == OPENGL).all() and scene.up @ [0, 1, 0] == 1
+    assert (
+        scene.frames[0].c2w == np.eye(4)
+    ).all()  # OpenGL's camera is upright in a world whose y points up
     assert not scene.metric and scene.note == "by hand; lengths are in the unit of its poses"
     assert scene.skipped == {"no image": 1}
 
@@ -757,7 +789,8 @@ def test_depth_is_estimated_resumed_and_fixes_the_scale(tmp_path, truth):
     assert rest.calls == len(truth) - 4
     scene = read_scene(dataset, tmp_path, id)
     assert scene.metric and f"by oracle; a unit of its poses is {info['scale']:.4g} m" in scene.note
-    way, true = (decompose(frames[0].c2w, frames[1].c2w) for frames in (scene.frames, truth))
+    way = decompose(scene.frames[0].c2w, scene.frames[1].c2w)
+    true = decompose(in_room(truth[0]), in_room(truth[1]))
     assert np.allclose(way[:3], true[:3], rtol=0.05, atol=1e-3)
     assert np.allclose(way[3:], true[3:], atol=1e-3)
     with pytest.raises(ValueError, match="depth from elsewhere .*oracle.*Remove"):

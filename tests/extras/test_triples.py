@@ -28,7 +28,6 @@ from extras.scans.triples import (
 from lib.geometry import Motion, camera_pose, decompose, dominant_motion, move_camera
 from lib.records import load_jsonl
 
-UP = np.array([0.0, -1.0, 0.0])
 SMALL = Rules(size=64, frames=40, contexts=2, targets=3)
 
 
@@ -40,7 +39,7 @@ def write_scan(folder, seed, spoil=None):
         if spoil is None
         else [replace(frame, load=partial(spoil, frame.image())) for frame in scene.frames]
     )
-    write_scan_folder(folder, frames, scene.up, ".png")
+    write_scan_folder(folder, frames, pictures=".png")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +96,7 @@ def test_context_cameras_are_apart_by_the_papers_rule():
         ]
     )
     # far and turned; 10 cm short; one degree short; a metre higher and looking up; neither way far enough
-    assert may_stand_together(cameras, UP, True, Rules())[0].tolist() == [
+    assert may_stand_together(cameras, True, Rules())[0].tolist() == [
         False,
         True,
         False,
@@ -105,7 +104,7 @@ def test_context_cameras_are_apart_by_the_papers_rule():
         True,
         False,
     ]
-    assert may_stand_together(cameras, UP, False, Rules())[0].tolist() == [
+    assert may_stand_together(cameras, False, Rules())[0].tolist() == [
         False,
         True,
         True,
@@ -148,7 +147,7 @@ def test_found_targets_keep_every_rule():
     found, counts, frames = find_triples(scene, np.random.default_rng(0), Rules(size=64))
     assert found and counts["candidates"] > 0
     c2w = np.stack([frame.c2w for frame in frames])
-    stands = may_stand_together(c2w, UP, True, Rules())
+    stands = may_stand_together(c2w, True, Rules())
     for group in found:
         context, reference = group.context, group.context[group.reference]
         assert 2 <= len(context) <= 4
@@ -297,6 +296,7 @@ def test_a_summary_adds_up():
                 "id": id,
                 "counts": {"kept": 1, "coverage": 2},
                 "skipped": {"no depth": 3},
+                "gravity": "z up, as the dataset has it" if id == "a" else "",
                 "note": "",
                 "error": error,
                 "cpu_seconds": 1.0,
@@ -310,6 +310,8 @@ def test_a_summary_adds_up():
     assert found["broken"] == {"b": "It is empty."}
     assert found["motions"] == {"turn left": 2, "move up": 2} and found["per_scan"] == 1.0
     assert "kept, by motion" in total.text()
+    assert found["gravity"] == {"z up, as the dataset has it": 1}
+    assert "  gravity\n           1  z up, as the dataset has it" in total.text()
 
 
 # ---- held out -------------------------------------------------------------------------------------------------------
