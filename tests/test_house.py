@@ -23,7 +23,9 @@ def core_alone(tmp_path_factory):
     copy = tmp_path_factory.mktemp("core")
     for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
         shutil.copy(file, copy)
-    skip = shutil.ignore_patterns("__pycache__", "extras", "test_house.py", "test_readme.py")
+    skip = shutil.ignore_patterns(
+        "__pycache__", "extras", "test_house.py", "test_readme.py", "test_one_step.py"
+    )
     for folder in ("lib", "experiments", "bench", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=skip)
     return copy
