@@ -14,13 +14,11 @@ Reinforcement learning of the policy with the simulator in the loop: GRPO in two
                                                      # out/wm-astra, out/mined -> out/phase1-astra
   resume       the same command
 
-Ablations of the reward (experiments/policy.py), as long as the 12 + 60 steps of both phases, each with its own --out:
-                                                                           in the paper's Table 3
-  usage-only    --phase 1 --steps 72                                       phase 1 only
-  gain-only     --phase 2 --steps 72 --policy out/sft --lambda-use 0       tool gain only (ours keeps e and f)
-  single-stage  --phase 2 --steps 72 --policy out/sft                      ours: all terms from the start
-  match-only    --phase 1 --steps 72 --lambda-use 0                        ours: neither bonus nor gain
-  direct-only   --phase 1 --steps 72 --mode direct                         ours: no tool
+Recipes of the paper's Table 3 (experiments/policy.py), as long as the 12 + 60 steps of both phases, each with its own
+--out. Its "phase 1 only" is, as we read it, what phase 1 leaves.
+  tool gain only      --phase 2 --steps 72 --policy out/sft --lambda-use 0       exact match and format stay
+  usage bonus only    --phase 1 --steps 72
+  direct answers      --phase 1 --steps 72 --mode direct                         ours: no tool
 
 Out: the policy, log.jsonl (its keys: LOG, below), dialogues/ (words and pictures of each evaluation), curves.png.
 

@@ -29,7 +29,14 @@ from tqdm import tqdm
 from experiments.runner import DEMO, start
 from lib.distributed import fail, say
 from lib.records import load_jsonl, read_log, write_json
-from lib.scores import accuracy_text, gain_text, paired_bootstrap, text_table
+from lib.scores import (
+    CELL,
+    accuracy_text,
+    gain_text,
+    paired_bootstrap,
+    print_consistency,
+    text_table,
+)
 from lib.stage import run_stage
 
 
@@ -250,8 +257,7 @@ def print_results(results: dict) -> None:
     head = ["", "all questions", "an unseen view is needed", "the given views answer"]
     print("\n" + text_table(head, rows), end="")
     print(
-        f"accuracy [95 % interval], share of questions with a call; {results['modes']['direct']['n']} questions "
-        f"about rooms never trained on;\nchance {results['chance']:.2f}, the best guess from the text alone "
+        f"{CELL};\n{results['modes']['direct']['n']} questions about rooms never trained on; chance {results['chance']:.2f}, the best guess from the text alone "
         f"{results['text_only_chance']:.2f}"
     )
     for name, gain in results["agentic_gain_on_needs_view"].items():
@@ -263,11 +269,7 @@ def print_results(results: dict) -> None:
         f"CPU seconds after the same cold start: {imagine:.0f} to imagine, {answer:.0f} for direct_only"
     )
 
-    wm = results["wm"]
-    simulators = {"Astra-WM": wm, **wm["baselines"]}
-    simulators |= {f"oracle: {name}": scores for name, scores in wm["oracles"].items()}
-    rows = [[name, scores["pose"], scores["content"]] for name, scores in simulators.items()]
-    print("\n" + text_table(["simulator", "pose", "content"], rows))
+    print_consistency({"simulators": {"Astra-WM": results["wm"]}, **results["wm"]})
     print(
         "seconds: " + ", ".join(f"{name} {time:.0f}" for name, time in results["seconds"].items())
     )

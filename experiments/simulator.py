@@ -26,6 +26,7 @@ from experiments.runner import (
     finished_seeds,
     gap_text,
     markdown,
+    mean_of,
     rows_parser,
     run_rows,
     words,
@@ -34,6 +35,7 @@ from lib import consistency
 from lib.answers import imagine_targets, load_triples
 from lib.distributed import fail
 from lib.records import readable
+from lib.scores import COLUMNS, consistency_row
 from lib.stage import run_stage
 from lib.streams import numpy_stream
 from world_model import WorldModel
@@ -90,7 +92,7 @@ def job_of(row: SimulatorRow, seed: int, out: Path, steps: int) -> Job:
 def score_row(row: SimulatorRow, folder: Path, data: Path) -> dict:
     """Score every test view of the simulator in `folder` -> the mean scores.
 
-    `consistency.per_view` (n, 11) of all stays in folder/views.npz, with ids and rooms.
+    `consistency.per_view` (n, 9) of all stays in folder/views.npz, with ids and rooms.
     """
     triples = load_triples(data / "triples_test.jsonl")
     views = imagine_targets(WorldModel.load(folder), triples, title=row.name)
@@ -99,7 +101,7 @@ def score_row(row: SimulatorRow, folder: Path, data: Path) -> dict:
     ids = [triple["id"] for triple in triples]
     rooms = [triple["room"] for triple in triples]
     np.savez(folder / "views.npz", id=ids, room=rooms, values=values)
-    return readable(consistency.mean_scores(values))
+    return readable(consistency.score_views(triples, views, recovered))
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -108,7 +110,7 @@ def score_row(row: SimulatorRow, folder: Path, data: Path) -> dict:
 def difference(values, others, rooms, resamples: int = 2000) -> dict[str, tuple]:
     """Pose, content and mse of one list of views minus those of another -> {key: (difference, low, high)}.
 
-    values, others   (n, 11) of `consistency.per_view`, over the same rows;  rooms: (n,), the room of each row
+    values, others   (n, 9) of `consistency.per_view`, over the same rows;  rooms: (n,), the room of each row
     The 95 % interval draws whole rooms with replacement: views of one room are not independent.
     """
     _, member = np.unique(rooms, return_inverse=True)
@@ -138,16 +140,19 @@ def mean_views(name: str, out: Path) -> dict | None:
 
 def table(out: Path) -> list[str]:
     """The lines of table.md: every finished row, and its difference from the plain row on the same test views."""
-    digits = {"steps": 0, "pose": 3, "content": 3, "mse": 4, "cpu_seconds": 0}
-    head = ["row", "seeds", *digits, "pose over plain", "content over plain", "mse over plain"]
+    digits = {"pose": 3, "content": 3, "mse": 4}
+    head = ["row", "seeds", "steps", "CPU-s", *COLUMNS, *(f"{key} over plain" for key in digits)]
     lines = []
     for row in ROWS:
         seeds = finished_seeds(row.name, out)
         if not seeds:
             continue
         line = [row.name, " ".join(seeds)]
-        for key, places in digits.items():
-            line.append(f"{np.mean([result[key] for result, _ in seeds.values()]):.{places}f}")
+        results = [result for result, _ in seeds.values()]
+        line += [f"{mean_of(results, key):.0f}" for key in ("steps", "cpu_seconds")]
+        numbers = np.array([consistency_row(result) for result in results], float)  # None: nan
+        *shares, mse = numbers.mean(0)
+        line += [*(f"{share:.3f}" for share in shares), f"{mse:.4f}"]
         plain_name = "ring-plain" if row.data.startswith("rooms") else f"{row.data}-plain"
         views = mean_views(row.name, out)
         plain = mean_views(plain_name, out) if row.name != plain_name else None
@@ -168,7 +173,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
-LEGEND = "Means over seeds; over plain: on the same views, [95 % interval over rooms]."
+LEGEND = (
+    f"Means over seeds. Pose: share of views {consistency.THRESHOLDS}, content: the mean of precision, recall and "
+    f"topology. Over plain: on the same views, [95 % interval over rooms]."
+)
 
 
 def main(argv: list[str] | None = None) -> None:

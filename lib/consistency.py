@@ -3,13 +3,14 @@ How true an imagined view is: to the commanded pose, and to the contents of the 
 
 Pose, by analysis by synthesis. The room is rendered from a fine grid of poses around the reference; the render nearest
 to the view in pixel space, refined, is where the view was taken from; what it shows of its own depth is never asked.
-Within the threshold: a turn or look whose rotation is off by at most 10 degrees; a move whose direction is off by at
-most 20 degrees and whose length by at most 0.25 m or 30 % (ours: the paper prints no threshold).
+Two numbers, our reading of the two that the paper prints without names: the share of moves and that of turns (and looks)
+which are within the thresholds below, ours too: the paper prints none.
 
-Content, by colours: no two things of a room share one, so a colour is an instance. The mean of
-  objects   F1 of the objects seen
-  order     share of the true view's pairs that stand in the same left-right order (an object that is missing: wrong)
-  thirds    share of the left, centre and right thirds whose dominant object is the true one
+Content, by colours: no two things of a room share one, so a colour is an instance. As in the paper, three numbers:
+  precision   share of the objects that a view shows which stand in the true view
+  recall      share of the true view's objects which the view shows
+  topology    share of the true view's pairs that stand in the same left-right order (an object that is missing: wrong)
+"content" is their mean, where one number must do.
 tests/test_consistency.py shows how both fall with errors of known size. Relative poses are (5,): dx, dy, dz in
 metres, yaw and pitch in degrees, in the axes of the reference camera.
 """
@@ -27,6 +28,7 @@ SHARE = 0.30  # or this share of it
 DIRECTION = 20.0  # degrees that its direction may be off
 ROTATION = 10.0  # degrees that a turn may be off
 SCALE = np.array([1, 1, 1, DEGREES_PER_METER, DEGREES_PER_METER])  # makes relative poses comparable
+THRESHOLDS = f"within {LENGTH} m or {SHARE:.0%} and {DIRECTION:.0f}° of direction (moves), {ROTATION:.0f}° (turns)"
 
 
 # ---- pose -----------------------------------------------------------------------------------------------------------
@@ -179,12 +181,11 @@ def describe(views: Array) -> Content:
 
 
 def content_counts(views: Array, true: Array) -> Array:
-    """What there is to count in views (n, H, W, 3) beside the true ones -> (n, 8): four pairs of hits and cases.
+    """What there is to count in views (n, H, W, 3) beside the true ones -> (n, 6): three pairs of hits and cases.
 
     precision   objects that a view shows: those that stand in the true view
     recall      objects of the true view: those that the view shows
-    order       pairs of the true view, one to the right of the other: those in the same order
-    thirds      thirds of the true view with a dominant object: those with the same one
+    topology    pairs of the true view, one to the right of the other: those in the same order
     """
     view, target = describe(views), describe(true)
     in_view = view.count >= STRONG  # (n, 8)
@@ -199,7 +200,6 @@ def content_counts(views: Array, true: Array) -> Array:
         (target.count >= WEAK, in_view),
         (faint, in_target),
         (ordered, pairs),
-        (view.dominant == target.dominant, target.dominant >= 0),
     ):
         for flags in (hit & case, case):
             counts.append(flags.reshape(len(views), -1).sum(1))
@@ -207,16 +207,13 @@ def content_counts(views: Array, true: Array) -> Array:
 
 
 def content_of(counts: Array) -> dict[str, Array]:
-    """Sums of `content_counts` (..., 8) -> {"precision", ..., "content"}, each (...); nan where there is no case."""
-    hits, cases = counts[..., ::2], counts[..., 1::2]
-    shares = np.divide(hits, cases, out=np.full(hits.shape, np.nan), where=cases > 0)
-    precision, recall, order, thirds = np.moveaxis(shares, -1, 0)
-    total = precision + recall
-    total = np.where(total > 0, total, np.inf)  # neither shown nor missed: 0
-    f1 = 2 * np.nan_to_num(precision * recall) / total
-    content = np.nanmean([f1, order, thirds], 0)
-    scores = {"precision": precision, "recall": recall, "f1": f1, "order": order, "thirds": thirds}
-    return scores | {"content": content}
+    """Sums of `content_counts` (..., 6) -> {"precision", ..., "content"}, each (...); nan where there is no case."""
+    hits, cases = counts[..., ::2], counts[..., 1::2]  # (..., 3)
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        shares = hits / cases
+        content = np.nansum(shares, -1) / (cases > 0).sum(-1)
+    precision, recall, topology = np.moveaxis(shares, -1, 0)
+    return {"precision": precision, "recall": recall, "topology": topology, "content": content}
 
 
 def recover_all(rows: list[dict], *lists: list[Array]) -> list[Array]:
@@ -244,9 +241,9 @@ def recover_all(rows: list[dict], *lists: list[Array]) -> list[Array]:
 
 
 def per_view(rows: list[dict], views: list[Array], recovered: Array) -> Array:
-    """What single views are worth, in numbers to be summed: (n, 11), see `scores_of`.
+    """What single views are worth, in numbers to be summed: (n, 9), see `scores_of`.
 
-    Columns: 1; pose within the thresholds; squared error, pictures in [-1, 1]; the eight of `content_counts`.
+    Columns: 1; pose within the thresholds; squared error, pictures in [-1, 1]; the six of `content_counts`.
     """
     views = np.stack(views)
     true = np.stack([row["target"] for row in rows])
@@ -256,19 +253,21 @@ def per_view(rows: list[dict], views: list[Array], recovered: Array) -> Array:
 
 
 def scores_of(sums: Array) -> dict[str, Array]:
-    """Sums over views (..., 11) of `per_view` -> {"pose", "mse", "content" and its parts}, each (...)."""
+    """Sums over views (..., 9) of `per_view` -> {"pose", "mse", "content" and its parts}, each (...)."""
     count = sums[..., 0]
     return {"pose": sums[..., 1] / count, "mse": sums[..., 2] / count, **content_of(sums[..., 3:])}
 
 
 def score_views(rows: list[dict], views: list[Array], recovered: Array) -> dict:
-    """Score one view (H, W, 3) uint8 per row of `load_triples`; recovered: (n, 5) of `recover_all`.
+    """`summary_of` one view (H, W, 3) uint8 per row of `load_triples`; recovered: (n, 5) of `recover_all`."""
+    return summary_of(pose_errors(rows, recovered), per_view(rows, views, recovered))
 
-    returns   {"pose": share within the thresholds, "mse": of pictures in [-1, 1], "content" and its parts, "n",
-               "moves": {…}, "turns": {…}}
+
+def summary_of(errors: list[dict], values: Array) -> dict:
+    """The mean scores of n views by their `pose_errors` and `per_view` (n, 9), nan errors (no camera found) as inf.
+
+    returns   `mean_scores`, and of "moves" and "turns" each the same with their median errors
     """
-    errors = pose_errors(rows, recovered)
-    values = per_view(rows, views, recovered)
     result = mean_scores(values)
     for family in ("moves", "turns"):
         members = [i for i, error in enumerate(errors) if error["family"] == family]
@@ -277,13 +276,13 @@ def score_views(rows: list[dict], views: list[Array], recovered: Array) -> dict:
         result[family] = mean_scores(values[members])
         for key in ("meters", "direction", "degrees"):
             if key in errors[members[0]]:
-                median = np.median([errors[i][key] for i in members])
-                result[family][f"median_{key}"] = float(median)
+                sizes = np.nan_to_num([errors[i][key] for i in members], nan=np.inf)
+                result[family][f"median_{key}"] = float(np.median(sizes))
     return result
 
 
 def mean_scores(values: Array) -> dict:
-    """`scores_of` the sum over views (n, 11), as numbers, and "n"."""
+    """`scores_of` the sum over views (n, 9), as numbers, and "n"."""
     scores = {key: float(value) for key, value in scores_of(values.sum(0)).items()}
     return {**scores, "n": len(values)}
 

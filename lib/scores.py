@@ -11,12 +11,16 @@ from collections import Counter
 import numpy as np
 
 from lib.answers import Prediction
+from lib.consistency import THRESHOLDS
 from lib.streams import numpy_stream
 
 STRATA = {"needs_view": True, "answerable": False}
 TOOLLESS = ("direct", "official")  # modes that know no tool
 RESAMPLES = 2000
-MEANS = ("valid_calls", "invalid_calls", "unreadable", "truncated", "seconds")
+MEANS = ("invalid_calls", "unreadable", "truncated", "seconds")
+# of views: the paper prints the first five; pose and content as one number each stand in results.json alone
+COLUMNS = ("pose, moves", "turns", "precision", "recall", "topology", "mse")
+CELL = "accuracy [95 % interval], share of questions with a call, calls per question"
 
 Rows = list[Prediction]
 
@@ -52,8 +56,9 @@ def official_weights(predictions: Rows) -> np.ndarray:
 
 
 def brief(predictions: Rows, weights=None) -> dict:
-    """{"accuracy", "ci95", "call_rate": the share of questions with at least one valid call, "n"}.
+    """{"accuracy", "ci95", "call_rate", "valid_calls", "n"}.
 
+    call_rate     the share of questions with at least one valid call;  valid_calls: of them per question
     weights   (n,) what each counts in the accuracy; None: all the same
     """
     correct = [row["correct"] for row in predictions]
@@ -61,6 +66,7 @@ def brief(predictions: Rows, weights=None) -> dict:
         "accuracy": float(np.average(correct, weights=weights)),
         "ci95": interval(correct, [row["scene"] for row in predictions], weights),
         "call_rate": float(np.mean([row["valid_calls"] > 0 for row in predictions])),
+        "valid_calls": float(np.mean([row["valid_calls"] for row in predictions])),
         "n": len(predictions),
     }
 
@@ -238,13 +244,13 @@ def print_answers(runs: dict[tuple, dict], blind: dict[str, float | None]) -> No
     for name, cells in groups.items():
         rows.append([name, cells[0]["n"], *map(accuracy_text, cells)])
         gains.append([name, cells[0]["n"], *map(gain_text, cells)])
-    for key in ("lenient", "valid_calls", "invalid_calls", "seconds", "over_use", "under_use"):
+    for key in ("lenient", "invalid_calls", "seconds", "over_use", "under_use"):
         values = [summary.get(key) for summary in summaries]
         if any(value is not None for value in values):
             rows.append([key, "", *values])
     print("\n" + text_table(head, rows), end="")
     guesses = [f"chance, {name} {share:.3f}" for name, share in blind.items() if share is not None]
-    print("; ".join(["accuracy [95 % interval] share of questions with a call", *guesses]))
+    print("; ".join([CELL, *guesses]))
     if any("gain" in summary for summary in summaries):
         print("\naccuracy beyond direct on the same questions [95 % interval]")
         print(text_table(head, gains), end="")
@@ -255,10 +261,9 @@ def print_answers(runs: dict[tuple, dict], blind: dict[str, float | None]) -> No
 
 
 def accuracy_text(summary: dict | None) -> str | None:
-    """ "0.812 [0.75 0.87]  40%" of a group's `brief`."""
-    return summary and "{accuracy:.3f} [{ci95[0]:.2f} {ci95[1]:.2f}] {call_rate:4.0%}".format(
-        **summary
-    )
+    """ "0.812 [0.75 0.87]  40% 0.52" of a group's `brief`: see CELL."""
+    form = "{accuracy:.3f} [{ci95[0]:.2f} {ci95[1]:.2f}] {call_rate:4.0%} {valid_calls:.2f}"
+    return summary and form.format(**summary)
 
 
 def gain_text(summary: dict | None) -> str | None:
@@ -267,13 +272,18 @@ def gain_text(summary: dict | None) -> str | None:
     return gain and "{difference:+.3f} [{ci95[0]:+.2f} {ci95[1]:+.2f}]".format(**gain)
 
 
+def consistency_row(scores: dict) -> list[float | None]:
+    """What stands under COLUMNS, of `consistency.score_views`; None is unknown."""
+    poses = [scores.get(family, {}).get("pose") for family in ("moves", "turns")]
+    return poses + [scores.get(key) for key in COLUMNS[2:]]
+
+
 def print_consistency(results: dict) -> None:
     """A table of pose and content: simulators, trivial baselines, oracles."""
-    keys = ["pose", "content", "f1", "order", "thirds"]
     rows = []
     for title in ("simulators", "baselines", "oracles"):
         for name, scores in results[title].items():
-            families = [scores.get(family, {}).get("pose") for family in ("moves", "turns")]
-            mse = f"{scores['mse']:.4f}"
-            rows.append([name, *(scores[key] for key in keys), *families, mse])
-    print("\n" + text_table(["", *keys, "pose, moves", "turns", "mse"], rows), end="")
+            *shares, mse = consistency_row(scores)
+            rows.append([name, *shares, f"{mse:.4f}"])
+    print("\n" + text_table(["", *COLUMNS], rows), end="")
+    print(f"pose: share of views {THRESHOLDS}")

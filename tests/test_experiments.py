@@ -119,9 +119,10 @@ def scored(out, name, right, seed=0):
     count = len(ROOMS)
     mse = 0.1 / (1 + right)
     pose = np.arange(count) % 5 < right
-    values = np.column_stack([np.ones(count), pose, np.full(count, mse), np.ones((count, 8))])
+    values = np.column_stack([np.ones(count), pose, np.full(count, mse), np.ones((count, 6))])
     np.savez(folder / "views.npz", id=[str(i) for i in range(count)], room=ROOMS, values=values)
-    result = {"pose": pose.mean(), "content": 1.0, "mse": mse, "cpu_seconds": 100 + seed}
+    result = {"moves": {"pose": pose.mean()}, "turns": {"pose": 1.0}, "mse": mse}
+    result |= {"precision": 1.0, "recall": 0.5, "topology": 0.25, "cpu_seconds": 100 + seed}
     (folder / "result.json").write_text(json.dumps({**result, "steps": 9}))
 
 
@@ -145,15 +146,16 @@ def test_the_simulators_table_says_what_the_files_say(tmp_path):
     rows = cells(simulator.table(tmp_path))
     names = ["ring-plain", "ring-content", "ring-untuned", "rooms250-plain", "64px-content"]
     assert list(rows) == names
-    assert rows["ring-plain"] == ["0", "9", "0.400", "1.000", "0.0333", "100", "", "", ""]
-    assert rows["ring-content"][6:] == [
+    shares = ["0.400", "1.000", "1.000", "0.500", "0.250"]
+    assert rows["ring-plain"] == ["0", "9", "100", *shares, "0.0333", "", "", ""]
+    assert rows["ring-content"][9:] == [
         "+0.200 [+0.200 +0.200]",
         "+0.000 [+0.000 +0.000]",
         "-0.0083 [-0.0083 -0.0083]",
     ]
-    assert rows["ring-untuned"][6].startswith("-0.400")
-    assert rows["rooms250-plain"][6].startswith("-0.200")
-    assert rows["64px-content"][6:] == ["", "", ""]  # its plain row is not there yet
+    assert rows["ring-untuned"][9].startswith("-0.400")
+    assert rows["rooms250-plain"][9].startswith("-0.200")
+    assert rows["64px-content"][9:] == ["", "", ""]  # its plain row is not there yet
 
 
 def test_seeds_are_averaged(tmp_path):
@@ -161,7 +163,7 @@ def test_seeds_are_averaged(tmp_path):
     scored(tmp_path, "ring-content", 2)
     scored(tmp_path, "ring-content", 4, seed=1)
     row = cells(simulator.table(tmp_path))["ring-content"]
-    assert row[:3] == ["0 1", "9", "0.600"] and row[5:7] == ["100", "+0.200 [+0.200 +0.200]"]
+    assert row[:4] == ["0 1", "9", "100", "0.600"] and row[9] == "+0.200 [+0.200 +0.200]"
 
 
 def test_rows_of_other_views_are_not_compared(tmp_path):
@@ -209,8 +211,8 @@ def test_simulators_are_trained_and_scored_once(untrained, capsys):
     assert (plain.steps, plain.seed, plain.warp_weight) == (3, 0, 0)
     assert content.warp_weight > 0 and made.layout == "ring"
     rows = cells((out / "table.md").read_text().splitlines())
-    assert rows["ring-plain"][5] == "7"
-    assert rows["ring-content"][6] == "+0.000 [+0.000 +0.000]"  # the same untrained model
+    assert rows["ring-plain"][2] == "7"
+    assert rows["ring-content"][9] == "+0.000 [+0.000 +0.000]"  # the same untrained model
     file = out / "ring-plain-s0/result.json"
     result = file.read_text()
     assert json.loads(result)["n"] == 16
@@ -240,7 +242,7 @@ def answered(out, name, right, called, seed=0):
     for room in range(20):
         for need in (True, False):
             record = {"key": f"{room}/{need}", "scene": room, "needs_view": need}
-            record |= {"correct": float(room < right), "valid_calls": int(need and called)}
+            record |= {"correct": float(room < right), "valid_calls": 2 * int(need and called)}
             records.append(record)
     save_jsonl(folder / "asked/predictions.jsonl", records)
     (folder / "result.json").write_text(json.dumps({"cpu_seconds": 100 + seed}))
@@ -251,8 +253,9 @@ def test_every_policy_row_is_one_the_stages_understand(tmp_path):
     for row in policy.ROWS:
         *training, _ = [parsed(command) for command in policy.job_of(row, 3, tmp_path).commands]
         assert {args.seed for args in training} <= {3}
-        if row.stages:
-            assert sum(args.steps for args in training) == 72  # equal total steps
+        if row.stages:  # equal total steps, but for the checkpoint between the phases
+            assert sum(args.steps for args in training) == (12 if "phase1" in row.name else 72)
+    assert policy.PAPER.keys() <= {row.name for row in policy.ROWS}
 
 
 def test_stages_start_where_the_one_before_ended(tmp_path):
@@ -271,11 +274,12 @@ def test_stages_start_where_the_one_before_ended(tmp_path):
 def test_the_policys_table_says_what_the_answers_say(tmp_path):
     answered(tmp_path, "two-phase", 10, True)
     answered(tmp_path, "two-phase", 20, True, seed=1)
-    answered(tmp_path, "single-stage", 15, False)
+    answered(tmp_path, "gain-only", 15, False)
     answered(tmp_path, "two-phase-direct", 10, False)
     rows = cells(policy.table(tmp_path))
-    assert rows["two-phase"] == ["0 1", "0.750", "50%", "0.750", "100%", "0.750", "0%", "", "100"]
-    assert rows["single-stage"][:2] == ["0", "0.750"]
-    assert rows["single-stage"][7].startswith("+0.000 [-0.")
-    assert rows["two-phase-direct"][7].startswith("-0.250")
-    assert rows["two-phase-direct"][8] == ""
+    parts = ["0.750", "50%", "1.00", "0.750", "100%", "2.00", "0.750", "0%", "0.00"]
+    assert rows["two-phase"] == ["0 1", *parts, "", "100", ".388, 61.5%, 0.78"]
+    assert rows["gain-only"][:4] == ["0", "0.750", "0%", "0.00"]
+    assert rows["gain-only"][10].startswith("+0.000 [-0.")
+    assert rows["two-phase-direct"][10].startswith("-0.250")
+    assert rows["two-phase-direct"][11:] == ["", ""]

@@ -5,7 +5,15 @@ import pytest
 from test_evaluate import question
 
 from lib.questions import text_only_chance
-from lib.scores import brief, chance, interval, paired_bootstrap, summarise, text_table
+from lib.scores import (
+    accuracy_text,
+    brief,
+    chance,
+    interval,
+    paired_bootstrap,
+    summarise,
+    text_table,
+)
 
 
 def record(key, correct, called=False, need=True, scene=None, **more):
@@ -59,6 +67,9 @@ def test_summary_by_need_and_category():
     ]
     summary = summarise(records)
     assert summary["n"] == 3 and summary["accuracy"] == summary["call_rate"] == pytest.approx(2 / 3)
+    three_calls = summarise([record("a", 1, valid_calls=3), record("b", 0)])
+    assert (three_calls["call_rate"], three_calls["valid_calls"]) == (0.5, 1.5)
+    assert accuracy_text(three_calls) == "0.500 [0.00 1.00]  50% 1.50"
     strata = {title: (part["n"], part["accuracy"]) for title, part in summary["by_need"].items()}
     assert strata == {"needs_view": (2, 0.5), "answerable": (1, 1.0)}
     assert list(summary["by_category"]) == ["region", "rotation"]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from extras.scans.frames import PosedView
 from lib.answers import trivial_views
-from lib.consistency import pose_errors, scores_of
+from lib.consistency import pose_errors, summary_of
 from lib.distributed import fail
 from lib.geometry import decompose, fill_holes
 
@@ -229,8 +229,8 @@ def paired(view: list[Detection], target: list[Detection]) -> dict[int, int]:
 
 
 def object_counts(view: list[Detection], target: list[Detection]) -> np.ndarray:
-    """What there is to count in the detections of a view beside those of the target -> (8,), as
-    `consistency.content_counts`: hits and cases of precision, recall and order; no thirds. Scores are not asked.
+    """What there is to count in the detections of a view beside those of the target -> (6,), as
+    `consistency.content_counts`: hits and cases of precision, recall and topology. Scores are not asked.
     """
     pairs = paired(view, target)
     right, ordered = 0, 0
@@ -240,7 +240,7 @@ def object_counts(view: list[Detection], target: list[Detection]) -> np.ndarray:
                 right += 1
                 both = j in pairs and k in pairs
                 ordered += both and view[pairs[j]].centre[0] > view[pairs[k]].centre[0]
-    return np.array([len(pairs), len(view), len(pairs), len(target), ordered, right, 0, 0])
+    return np.array([len(pairs), len(view), len(pairs), len(target), ordered, right])
 
 
 # ---- both, over triples ----------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def compare_scans(rows: list[dict], views: dict, match: Callable, detect=None, a
     groups = {"simulators": views, "baselines": trivial_views(rows), "oracles": oracles}
     lists = [seen for group in groups.values() for seen in group.values()]
     motions = np.full((len(lists), len(rows), 5), np.nan)
-    counts = np.full((len(lists), len(rows), 9), np.nan)  # mse, then `object_counts`
+    counts = np.full((len(lists), len(rows), 7), np.nan)  # mse, then `object_counts`
     names = {}
     for r, row in enumerate(tqdm(rows, desc="measure", unit="triple")):
         context = context_views(row)
@@ -291,29 +291,12 @@ def context_views(row: dict) -> list[PosedView]:
 
 
 def summary(rows: list[dict], motions: np.ndarray, counts: np.ndarray) -> dict:
-    """`consistency.score_views` of one list of views, and "found": the share of them that a camera was found for.
+    """`consistency.summary_of` one list of views, and "found": the share of them that a camera was found for.
 
-    motions (n, 5), nan where no camera was found;  counts (n, 9): mse, `object_counts`, nan if nothing was detected
+    motions (n, 5), nan where no camera was found;  counts (n, 7): mse, `object_counts`, nan if nothing was detected
     """
     errors = pose_errors(rows, motions)
     within = [error["within"] for error in errors]
-    each = np.column_stack([np.ones(len(rows)), within, counts])
-
-    def scores(members):
-        means = {key: float(value) for key, value in scores_of(each[members].sum(0)).items()}
-        if np.isnan(each[:, 3:]).any():
-            means |= {"f1": np.nan, "content": np.nan}
-        means["found"] = float(np.isfinite(motions[members, 0]).mean())
-        return means | {"n": len(members)}
-
-    result = scores(list(range(len(rows))))
-    for family in ("moves", "turns"):
-        members = [i for i, error in enumerate(errors) if error["family"] == family]
-        if not members:
-            continue
-        result[family] = scores(members)
-        for key in ("meters", "direction", "degrees"):
-            if key in errors[members[0]]:
-                far = np.nan_to_num([errors[i][key] for i in members], nan=np.inf)
-                result[family][f"median_{key}"] = float(np.median(far))
-    return result
+    values = np.column_stack([np.ones(len(rows)), within, counts])
+    found = float(np.isfinite(motions[:, 0]).mean())
+    return summary_of(errors, values) | {"found": found}

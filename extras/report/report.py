@@ -27,6 +27,7 @@ from extras.report.diagnosis import CASES, true_views
 from lib.geometry import Motion, phrase
 from lib.images import figure_image
 from lib.records import write_text
+from lib.scores import COLUMNS, consistency_row
 
 FILTERS = {
     "wrong": "wrong only",
@@ -108,13 +109,12 @@ def number_cell(value) -> Cell:
 
 
 def accuracy_cell(summary: dict | None) -> Cell:
-    """Accuracy, interval and share of questions with a call."""
+    """Accuracy, interval, share of questions with a call and calls per question."""
     if not summary:
         return Cell("–")
     low, high = summary["ci95"]
-    return Cell(
-        f"{summary['accuracy']:.3f}", f"[{low:.2f} {high:.2f}] calls {summary['call_rate']:.0%}"
-    )
+    calls = f"calls {summary['call_rate']:.0%}, {summary['valid_calls']:.2f}"
+    return Cell(f"{summary['accuracy']:.3f}", f"[{low:.2f} {high:.2f}] {calls}")
 
 
 def results_table(results: dict) -> tuple:
@@ -143,7 +143,7 @@ def results_note(results: dict) -> str:
     }
     known = [f"{name} {value:.3f}" for name, value in chances.items() if value is not None]
     return (
-        f"Accuracy, 95 % bootstrap interval over rooms, share of questions with a call. "
+        f"Accuracy, 95 % bootstrap interval over rooms, share of questions with a call, calls per question. "
         f"Chance: {', '.join(known)}."
     )
 
@@ -155,14 +155,11 @@ def consistency_table(wm: dict) -> tuple:
         "baselines": wm["baselines"],
         "oracles": wm["oracles"],
     }
-    keys = ("pose", "content", "f1", "order", "thirds", "mse")
     rows = []
     for title, group in groups.items():
         for name, scores in group.items():
-            poses = [scores.get(family, {}).get("pose") for family in ("moves", "turns")]
-            rows.append([name, *(scores.get(key) for key in keys), *poses, title])
-    head = ["", *keys, "pose, moves", "pose, turns", ""]
-    return head, [list(map(number_cell, row)) for row in rows]
+            rows.append([number_cell(cell) for cell in (name, *consistency_row(scores), title)])
+    return ["", *COLUMNS, ""], rows
 
 
 def diagnosis_table(diagnosis: dict) -> tuple:

@@ -185,15 +185,15 @@ def agreement(view, target):
 def test_agreement_counts_objects_pairs_and_what_is_missing():
     true = [("chair", 0.1), ("lamp", 0.4), ("chair", 0.8)]
     whole = agreement(true[::-1], true)
-    assert all(whole[key] == 1 for key in ("precision", "recall", "f1", "order", "content"))
+    assert all(whole[key] == 1 for key in ("precision", "recall", "topology", "content"))
     removed = agreement(true[1:], true)
     assert removed["precision"] == 1 and removed["recall"] == pytest.approx(2 / 3)
-    assert removed["order"] == pytest.approx(1 / 3)  # two of three pairs had the first chair
+    assert removed["topology"] == pytest.approx(1 / 3)  # two of three pairs had the first chair
     renamed = agreement([("plant", 0.1), *true[1:]], true)
     assert renamed["precision"] == renamed["recall"] == pytest.approx(2 / 3)
     swapped = agreement([("chair", 0.1), ("lamp", 0.9), ("chair", 0.8)], true)
-    assert swapped["f1"] == 1 and swapped["order"] == pytest.approx(2 / 3)
-    assert agreement([], true)["content"] == 0 and np.isnan(agreement([], [])["order"])
+    assert swapped["recall"] == 1 and swapped["topology"] == pytest.approx(2 / 3)
+    assert agreement([], true)["content"] == 0 and np.isnan(agreement([], [])["topology"])
 
 
 def test_a_vlm_lists_categories_and_without_one_they_are_fixed():
@@ -249,8 +249,7 @@ def test_a_table_of_scans_has_the_columns_of_rooms(tmp_path):
     true, other, lost = found["simulators"].values()
     for perfect in (true, *found["oracles"].values()):
         assert (
-            perfect["pose"] == perfect["found"] == perfect["f1"] == perfect["content"] == 1
-            and perfect["mse"] == 0
+            perfect["pose"] == perfect["found"] == perfect["content"] == 1 and perfect["mse"] == 0
         )
     assert (
         true["moves"]["median_meters"] < 0.01
@@ -263,7 +262,7 @@ def test_a_table_of_scans_has_the_columns_of_rooms(tmp_path):
     assert lost["turns"]["median_degrees"] == lost["moves"]["median_meters"] == np.inf
     assert found["baselines"]["copy of the reference"]["pose"] == 0
     blind = compare_scans(rows[:1], {"true": [rows[0]["target"]]}, match)["simulators"]["true"]
-    assert blind["pose"] == 1 and np.isnan(blind["content"]) and np.isnan(blind["f1"])
+    assert blind["pose"] == 1 and np.isnan(blind["content"]) and np.isnan(blind["recall"])
 
 
 # ---- transformers ---------------------------------------------------------------------------------------------------
