@@ -61,16 +61,17 @@ TARGETS_PER_ROOM = 8
 FREE = 1.3  # metres around the middle of a room where no furniture stands
 
 # No step back: it shows what no view of the ring saw, and coverage refuses every one.
-SIDES = ("left", "right")
-WAYS = (*SIDES, "forward")
+SIGNS = (-1, 1)
 MOTIONS = [
-    *(Motion(f"turn {side}", amount) for side in SIDES for amount in (45.0, 90.0, 135.0)),
-    Motion("turn left", 180.0),
-    *(Motion(f"move {way}", amount) for way in WAYS for amount in (0.5, 1.0)),
+    *(Motion("dangle", sign * amount) for sign in SIGNS for amount in (45.0, 90.0, 135.0)),
+    Motion("dangle", -180.0),
+    *(Motion("dx", sign * amount) for sign in SIGNS for amount in (0.5, 1.0)),
+    *(Motion("dy", amount) for amount in (0.5, 1.0)),
 ]
 FINE = [
-    *(Motion(f"turn {side}", 15.0 * i) for side in SIDES for i in range(1, 12)),
-    *(Motion(f"move {way}", round(0.1 * i, 1)) for way in WAYS for i in range(1, 13)),
+    *(Motion("dangle", sign * 15.0 * i) for sign in SIGNS for i in range(1, 12)),
+    *(Motion("dx", sign * round(0.1 * i, 1)) for sign in SIGNS for i in range(1, 13)),
+    *(Motion("dy", round(0.1 * i, 1)) for i in range(1, 13)),
 ]
 
 
@@ -144,7 +145,7 @@ def room_triples(seed: int, out: Path, layout: str = "ring", size: int = SIZE) -
         share = coverage(depth, mask)
         if share < MIN_COVERAGE or dominant_motion(poses[reference], c2w) != motion:
             continue
-        name = f"{folder}/{reference + 1}_{motion.kind.replace(' ', '_')}_{motion.amount:g}"
+        name = f"{folder}/{reference + 1}_{motion.kind}_{motion.amount:g}"
         alpha = 255 * mask[..., None].astype(np.uint8)
         save_image(out / f"{name}.png", views["rgb"][k])
         save_image(out / f"{name}_warp.png", np.concatenate([warped, alpha], -1))

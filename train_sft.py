@@ -52,6 +52,7 @@ from lib.distributed import (
     wait_for_all,
 )
 from lib.images import load_image
+from lib.protocol import call_text
 from lib.questions import ASKS
 from lib.records import MetricLog, load_jsonl, whole_folder
 from lib.rooms import COLOURS
@@ -357,9 +358,7 @@ def answer_texts(question: dict, view: str) -> list[tuple[str, float]]:
 
 def call_texts(command: dict, decision: float = 1.0) -> list[tuple[str, float]]:
     """A tool call; `decision` weighs the choice to call."""
-    arguments = '"image": {image}, "motion": "{kind}", "amount": {amount:g}'.format(**command)
-    call = f'{{"name": "imagine", "arguments": {{{arguments}}}}}'
-    rest = f"</think><tool_call>{call}</tool_call><|im_end|>"
+    rest = f"</think>{call_text(command)}<|im_end|>"
     return [("<think>", 1), ("I need to see it.", decision), (rest, 1)]
 
 
@@ -398,7 +397,7 @@ def script(
         say(look_texts(rng, shows))
     else:
         if kind == "slip":
-            impossible = command | {"image": int(rng.integers(len(images) + 1, 10))}
+            impossible = command | {"reference_image": int(rng.integers(len(images) + 1, 10))}
             say(call_texts(impossible, decision))
             dialogue.observe(policy)
             decision = 1.0  # it is made: what follows repairs it

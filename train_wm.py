@@ -96,7 +96,7 @@ MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to it
 EMA_DECAY = 0.995  # of the weights that are saved; rises from 0.1
 LOSSES = ("loss_flow", "loss_content")  # keys of the log, beside grad_norm, lr, nearest and mse
 REQUIRED = {"context", "reference", "motion", "target", "warp"}  # of a triple (lib.records.Triple)
-MIRRORED = {"left": "right", "right": "left"}
+SIDEWAYS = ("dx", "dangle")  # what a mirror reverses
 COLOURS = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
 
 
@@ -200,8 +200,8 @@ def mirrored(p: TriplePictures) -> TriplePictures:
     """The room in a mirror: left and right change places in the words, and the ring of views is read backwards."""
     motions = []
     for motion in p.motions:
-        words = [MIRRORED.get(word, word) for word in motion.kind.split()]
-        motions.append(Motion(" ".join(words), motion.amount))
+        sign = -1 if motion.kind in SIDEWAYS else 1
+        motions.append(Motion(motion.kind, sign * motion.amount))
     return TriplePictures(
         context=[image[:, ::-1] for image in reversed(p.context)],
         reference=len(p.context) + 1 - p.reference,

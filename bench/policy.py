@@ -23,6 +23,7 @@ from data import MOTIONS
 from lib.dialogue import Trajectory
 from lib.distributed import World, fail, keep_freed_memory
 from lib.geometry import Motion
+from lib.protocol import call_of, call_text
 from lib.rollout import Writer
 from lib.rooms import TrueRenderer, random_room, render, ring
 from lib.scores import text_table
@@ -33,10 +34,7 @@ from policy import Policy, collate
 
 def call_turn(image: int, motion) -> str:
     """A turn that calls the simulator, in the words that the cold start teaches."""
-    return (
-        '<think>I need to see it.</think><tool_call>{"name": "imagine", "arguments": {"image":'
-        f' {image}, "motion": "{motion.kind}", "amount": {motion.amount:g}}}}}</tool_call>'
-    )
+    return f"<think>I need to see it.</think>{call_text(call_of(image, motion))}"
 
 
 def answer_turn(letter: str) -> str:
@@ -189,7 +187,7 @@ def rollout_bench(args: Namespace) -> None:
 
 # ---- python -m bench grpo --against trl ------------------------------------------------------------------------------
 
-CALLS = [call_turn(2, Motion("turn left", 45)), call_turn(3, Motion("move forward", 0.5))]
+CALLS = [call_turn(2, Motion("dangle", -45)), call_turn(3, Motion("dy", 0.5))]
 SCRIPTS = [[*CALLS, answer_turn(letter)] for letter in "AB"]
 PARTS = ("sample", "update")  # of a step, as the table shows them
 IMAGES = {"text": 0, "image": 2, "tool": 2}  # of a question, by what is compared

@@ -97,15 +97,16 @@ def steps(policy, questions, mode, group, length, view, scripts, count, seconds,
     seconds    makes a CpuSeconds;   between   called after every step, its time not counted
     """
 
-    def imagine(image: int, motion: str, amount: float) -> list:
+    def world_simulator_tool(reference_image: int, motion_type: str, value: float) -> list:
         """Imagine a view.
 
         Args:
-            image: number of the image
-            motion: what the camera does
-            amount: how far
+            reference_image: number of the image
+            motion_type: what the camera does
+            value: how far
         """
-        text = f"Imagined from Image-{image}, {phrase(Motion(motion, amount))}. Image-{image + 1}: "
+        motion = phrase(Motion(motion_type, value))
+        text = f"Imagined from Image-{reference_image}, {motion}. Image-{reference_image + 1}: "
         return [{"type": "text", "text": text}, {"type": "image", "image": Image.fromarray(view)}]
 
     class Clock(TrainerCallback):
@@ -167,7 +168,7 @@ def steps(policy, questions, mode, group, length, view, scripts, count, seconds,
         lambda completions, **_: [float(i % 2) for i in range(len(completions))],
         config,
         IterableDataset.from_generator(lambda: (row(question, mode) for question in questions)),
-        tools=[imagine] if scripts else None,
+        tools=[world_simulator_tool] if scripts else None,
         callbacks=[Clock()],
         processing_class=processor_of(policy, bool(questions[0]["images"])),
     )

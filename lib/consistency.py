@@ -12,7 +12,7 @@ Content, by colours: no two things of a room share one, so a colour is an instan
   topology    share of the true view's pairs that stand in the same left-right order (an object that is missing: wrong)
 "content" is their mean, where one number must do.
 tests/test_consistency.py shows how both fall with errors of known size. Relative poses are (5,): dx, dy, dz in
-metres, yaw and pitch in degrees, in the axes of the reference camera.
+metres, dangle and dphi in degrees, as lib/geometry.py decomposes them.
 """
 
 from collections import defaultdict
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.geometry import DEGREES_PER_METER, Array, Motion, camera_pose, decompose, move_camera
+from lib.geometry import DEGREES_PER_METER, KINDS, Array, Motion, camera_pose, compose
 from lib.rooms import COLOURS, Room, random_room, render
 
 LENGTH = 0.25  # metres that a move may be off,
@@ -36,7 +36,7 @@ THRESHOLDS = f"within {LENGTH} m or {SHARE:.0%} and {DIRECTION:.0f}° of directi
 
 def delta_of(motion: Motion) -> Array:
     """The relative pose (5,) that a motion commands."""
-    return decompose(np.eye(4), move_camera(np.eye(4), motion))[:5]
+    return motion.amount * np.eye(5)[KINDS.index(motion.kind)]
 
 
 def motion_grid() -> Array:
@@ -46,7 +46,7 @@ def motion_grid() -> Array:
     yaw = np.arange(-35, 37) * 5.0
     pitch = np.arange(-9, 10) * 5.0
     rows = [np.zeros(5)]
-    for component, amounts in enumerate((metres, upwards, metres, yaw, pitch)):
+    for component, amounts in enumerate((metres, metres, upwards, yaw, pitch)):
         for amount in amounts[np.abs(amounts) > 1e-9]:
             rows.append(np.eye(5)[component] * amount)
     return np.array(rows)
@@ -54,7 +54,7 @@ def motion_grid() -> Array:
 
 def render_at(room: Room, reference: Array, deltas: Array, size: int, supersample=1) -> Array:
     """Render from relative poses (n, 5) -> pixels (n, P) in [0, 1], float32; P = size * size * 3."""
-    poses = np.stack([reference @ camera_pose(*delta) for delta in deltas])
+    poses = np.stack([compose(reference, delta) for delta in deltas])
     renders = []
     for start in range(0, len(poses), 16):
         views = render(room, poses[start : start + 16], size, supersample=supersample)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lib.geometry import Motion, Query, instruction, move_camera, phrase
+from lib.geometry import Query, instruction, move_camera, phrase
 from lib.images import load_image, save_image
 from lib.protocol import (
     CALL_FIRST,
@@ -23,6 +23,7 @@ from lib.protocol import (
     IMAGE_TOKEN,
     NO_SUCH_IMAGE,
     NO_TOOL,
+    motion_in,
     numbered_image,
     parse_reply,
     parse_turn,
@@ -144,9 +145,7 @@ class Trajectory:
         if self.reply is None:
             self.valid_calls += 1
             self.call = turn.call
-            self.reply = (
-                f"Imagined from Image-{turn.call['image']}, {phrase(motion_in(turn.call))}. "
-            )
+            self.reply = f"Imagined from Image-{turn.call['reference_image']}, {phrase(motion_in(turn.call))}. "
         elif "<tool_call>" in text:
             self.invalid_calls += 1
         else:
@@ -158,7 +157,7 @@ class Trajectory:
             return NO_TOOL
         if self.valid_calls >= self.max_rounds:
             return ENOUGH
-        if not 1 <= call["image"] <= len(self.images):
+        if not 1 <= call["reference_image"] <= len(self.images):
             return f"{NO_SUCH_IMAGE} Image-{len(self.images)}."
         return None
 
@@ -184,8 +183,8 @@ class Trajectory:
         if scene:
             poses = call_poses(scene, self.provenance[len(scene["poses"]) :])
             scene = {"room": scene["room"], "poses": poses.tolist()}
-        sentence = instruction(motion_in(self.call), self.call["image"])
-        return Query(list(self.images), self.call["image"], sentence, seed, scene)
+        sentence = instruction(motion_in(self.call), self.call["reference_image"])
+        return Query(list(self.images), self.call["reference_image"], sentence, seed, scene)
 
     def fork(self) -> "Trajectory":
         """An independent copy that shares the images."""
@@ -272,14 +271,9 @@ class Trajectory:
         page.save(path)
 
 
-def motion_in(call: dict) -> Motion:
-    """The Motion of a valid call."""
-    return Motion(call["motion"], call["amount"])
-
-
 def call_poses(scene: dict, calls: list[dict]) -> np.ndarray:
     """The cameras (n, 4, 4) of all images, given and imagined, the latter where their calls lead if carried out."""
     poses = [np.array(pose) for pose in scene["poses"]]
     for call in calls:
-        poses.append(move_camera(poses[call["image"] - 1], motion_in(call)))
+        poses.append(move_camera(poses[call["reference_image"] - 1], motion_in(call)))
     return np.stack(poses)

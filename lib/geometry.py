@@ -1,9 +1,9 @@
 """
-Cameras, and the ten motions that the policy may command.
+Cameras, and the five motions that the policy may command.
 
   axes      OpenCV: x right, y down, z forward, metres; c2w (4, 4) maps camera to world
   pinhole   a point (x, y, z) of the camera falls on pixel (fx x/z + cx, fy y/z + cy); pixel centres are at +0.5
-  motion    one kind and one amount, along or about the axes of the reference camera
+  motion    one kind and one signed amount, along or about the axes of the reference camera
   words     "Base on the viewpoint of Image-2, move 1.5 meters to the left."  (the paper's wording of a move; it
             conditions the published checkpoint. The paper prints no turn: those phrases are ours.)
 """
@@ -17,49 +17,38 @@ import numpy as np
 Array = np.ndarray
 
 
-class MotionKind(NamedTuple):
-    """What a kind of motion is called, and what it does to the relative pose (dx, dy, dz, yaw, pitch)."""
-
-    phrase: str  # with {} for the amount
-    unit: str  # "meters" or "degrees"
-    component: int  # which of the paper's (dx, dy, dz, dθ, dφ)
-    sign: float  # +1 where the component grows
-
-
-TABLE = {
-    "move left": MotionKind("move {} meters to the left", "meters", 0, -1.0),
-    "move right": MotionKind("move {} meters to the right", "meters", 0, +1.0),
-    "move up": MotionKind("move {} meters up", "meters", 1, -1.0),
-    "move down": MotionKind("move {} meters down", "meters", 1, +1.0),
-    "move forward": MotionKind("move {} meters forward", "meters", 2, +1.0),
-    "move backward": MotionKind("move {} meters backward", "meters", 2, -1.0),
-    "turn left": MotionKind("turn left {} degrees", "degrees", 3, -1.0),
-    "turn right": MotionKind("turn right {} degrees", "degrees", 3, +1.0),
-    "look up": MotionKind("look up {} degrees", "degrees", 4, +1.0),
-    "look down": MotionKind("look down {} degrees", "degrees", 4, -1.0),
-}
-KINDS = tuple(TABLE)
+KINDS = ("dx", "dy", "dz", "dangle", "dphi")  # the paper's names, in the order of `decompose`
+UNITS = dict(zip(KINDS, ("meters",) * 3 + ("degrees",) * 2, strict=True))
 DEGREES_PER_METER = 30.0  # compares components: the paper asks the cameras of a context to differ by 1 m and 30 degrees
 
 
 @dataclass(frozen=True)
 class Motion:
-    """One camera motion: a kind of `KINDS` and an amount > 0 in its unit (metres or degrees)."""
+    """One camera motion: a kind of `KINDS` and a signed amount, not zero, in its unit.
+
+    dx right (below zero: left), dy forward (backward), dz up (down), metres; dangle: yaw to the right (left), dphi:
+    pitch up (down), degrees.
+    """
 
     kind: str
     amount: float
 
     def __post_init__(self):
-        if self.kind not in TABLE:
+        if self.kind not in UNITS:
             raise ValueError(f"unknown motion {self.kind!r}; the motions are: {', '.join(KINDS)}")
-        if not (0 < self.amount < float("inf")):
+        if self.amount == 0 or not np.isfinite(self.amount):
             raise ValueError(
-                f"the amount of '{self.kind}' must be a positive number, not {self.amount}"
+                f"the amount of {self.kind} must be a finite number, not zero; it is {self.amount}"
             )
 
     @property
     def unit(self) -> str:
-        return TABLE[self.kind].unit
+        return UNITS[self.kind]
+
+    @property
+    def way(self) -> str:
+        """The kind with its sign: "-dangle" is a turn to the left, whatever its amount."""
+        return ("+" if self.amount > 0 else "-") + self.kind
 
 
 class Query(NamedTuple):
@@ -89,22 +78,31 @@ def select_context(images: list, reference: int, max_context: int) -> tuple[list
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 
+PHRASES = {  # with {} for the size of the amount: where it is above zero, and below
+    "dx": ("move {} meters to the right", "move {} meters to the left"),
+    "dy": ("move {} meters forward", "move {} meters backward"),
+    "dz": ("move {} meters up", "move {} meters down"),
+    "dangle": ("turn right {} degrees", "turn left {} degrees"),
+    "dphi": ("look up {} degrees", "look down {} degrees"),
+}
+
+
 def phrase(motion: Motion) -> str:
     """Motion -> words: "move 1.5 meters to the left", "turn left 30 degrees". `read_phrase` is its exact inverse."""
-    amount = repr(float(motion.amount)).removesuffix(".0")
-    return TABLE[motion.kind].phrase.format(amount)
+    size = repr(float(abs(motion.amount))).removesuffix(".0")
+    return PHRASES[motion.kind][motion.amount < 0].format(size)
 
 
 _NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
-_PATTERNS = {kind: re.compile(row.phrase.format(_NUMBER)) for kind, row in TABLE.items()}
 
 
 def read_phrase(text: str) -> Motion:
     """Words -> Motion. Raises ValueError with the list of phrases if `text` is none of them."""
-    for kind, pattern in _PATTERNS.items():
-        if match := pattern.fullmatch(text.strip().removesuffix(".")):
-            return Motion(kind, float(match[1]))
-    known = "; ".join(row.phrase.format("<number>") for row in TABLE.values())
+    for kind, phrases in PHRASES.items():
+        for sign, form in zip((1, -1), phrases, strict=True):
+            if match := re.fullmatch(form.format(_NUMBER), text.strip().removesuffix(".")):
+                return Motion(kind, sign * float(match[1]))
+    known = "; ".join(form.format("<number>") for forms in PHRASES.values() for form in forms)
     raise ValueError(f"cannot read the motion {text!r}; write one of: {known}")
 
 
@@ -148,25 +146,29 @@ def as_lists(c2w: Array) -> list[list[float]]:
     return np.round(c2w, 6).tolist()
 
 
+def compose(c2w: Array, delta: Array) -> Array:
+    """The pose (4, 4) that stands at a relative pose `delta` (dx, dy, dz, dangle, dphi): the inverse of `decompose`."""
+    dx, dy, dz, dangle, dphi = delta
+    return c2w @ camera_pose(dx, -dz, dy, dangle, dphi)
+
+
 def move_camera(c2w: Array, motion: Motion) -> Array:
     """The pose (4, 4) after `motion`, which is along or about the axes of the camera itself."""
-    kind = TABLE[motion.kind]
-    delta = np.zeros(5)
-    delta[kind.component] = kind.sign * motion.amount
-    return c2w @ camera_pose(*delta)
+    return compose(c2w, motion.amount * np.eye(5)[KINDS.index(motion.kind)])
 
 
 def decompose(source: Array, target: Array) -> Array:
-    """The relative pose of cameras (..., 4, 4) as (..., 6) dx, dy, dz, yaw, pitch, roll: metres and degrees in the
-    source camera's axes. Leading shapes broadcast."""
+    """The relative pose of cameras (..., 4, 4) as (..., 6): dx right, dy forward, dz up, metres; dangle right, dphi up,
+    roll, degrees; in the source camera's axes. Leading shapes broadcast."""
     relative = np.linalg.inv(source) @ target
-    forward = relative[..., :3, 2]
-    yaw = np.arctan2(forward[..., 0], forward[..., 2])
+    right, down, forward = np.moveaxis(relative[..., :3, 3], -1, 0)
+    look = relative[..., :3, 2]
+    yaw = np.arctan2(look[..., 0], look[..., 2])
     yaw = np.where(yaw > np.pi - 1e-8, yaw - 2 * np.pi, yaw)  # half a turn is one to the left
-    pitch = np.arctan2(-forward[..., 1], np.hypot(forward[..., 0], forward[..., 2]))
+    pitch = np.arctan2(-look[..., 1], np.hypot(look[..., 0], look[..., 2]))
     roll = np.arctan2(relative[..., 1, 0], relative[..., 1, 1])
     angles = np.degrees(np.stack([yaw, pitch, roll], -1))
-    return np.concatenate([relative[..., :3, 3], angles], -1)
+    return np.concatenate([np.stack([right, forward, -down], -1), angles], -1)
 
 
 def dominant_component(delta: Array, slack: float = 0.15, share: float = 0.20) -> Array:
@@ -185,12 +187,8 @@ def dominant_component(delta: Array, slack: float = 0.15, share: float = 0.20) -
 def motion_along(delta: Array, component: int) -> Motion | None:
     """The Motion of one component of a relative pose (6,), rounded to 0.1 m or 5 degrees; None if that is zero."""
     step = 0.1 if component < 3 else 5.0
-    amount = round(round(abs(delta[component]) / step) * step, 1)
-    if amount == 0:
-        return None
-    for name, kind in TABLE.items():
-        if (kind.component, kind.sign) == (component, np.sign(delta[component])):
-            return Motion(name, amount)
+    amount = round(round(float(delta[component]) / step) * step, 1)
+    return Motion(KINDS[component], amount) if amount else None
 
 
 def dominant_motion(source: Array, target: Array) -> Motion | None:

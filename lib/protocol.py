@@ -4,7 +4,7 @@ The protocol between the policy and its simulator, word by word: prompt, turns, 
 A dialogue is a chat in Qwen's layout. The policy's turn is a thought and then exactly one of two things:
 
     <think>…</think>
-    <tool_call>{"name": "imagine", "arguments": {"image": 2, "motion": "move left", "amount": 1.5}}</tool_call>
+    <tool_call>{"name": "world_simulator_tool", "arguments": {"reference_image": 2, "motion_type": "dx", "value": -1.5}}</tool_call>
 
     <think>…</think><answer>B</answer>
 
@@ -17,27 +17,32 @@ import json
 import re
 from typing import NamedTuple
 
-from lib.geometry import KINDS, Motion
+from lib.geometry import KINDS, UNITS, Motion
 
 # ---- the prompt: one template for training and inference ----------------------------------------------------------
 
 IMAGE_TOKEN = "<|image_pad|>"
+TOOL_NAME = "world_simulator_tool"
 TOOL = {
     "type": "function",
     "function": {
-        "name": "imagine",
+        "name": TOOL_NAME,
         "description": "Imagine the view after moving or turning the camera of one of the images.",
         "parameters": {
             "type": "object",
             "properties": {
-                "image": {"type": "integer", "description": "number of the image to start from"},
-                "motion": {"type": "string", "enum": list(KINDS)},
-                "amount": {
+                "reference_image": {
+                    "type": "integer",
+                    "description": "number of the image to start from",
+                },
+                "motion_type": {"type": "string", "enum": list(KINDS)},
+                "value": {
                     "type": "number",
-                    "description": "meters for move, degrees for turn and look",
+                    "description": "meters (dx right, dy forward, dz up) or degrees (dangle right, dphi up); below "
+                    "zero the other way",
                 },
             },
-            "required": ["image", "motion", "amount"],
+            "required": ["reference_image", "motion_type", "value"],
         },
     },
 }
@@ -52,10 +57,10 @@ TOOLS = (
 NOTE = {
     "direct": "\nThink in <think></think>, then give the answer (an option, if there are any) in "
     "<answer></answer>.",
-    "agentic": "\nIn every turn think in <think></think>, then either call imagine to see a view that is missing, "
+    "agentic": "\nIn every turn think in <think></think>, then either call world_simulator_tool to see a view that is missing, "
     "or give the answer (an option, if there are any) in <answer></answer>.",
 }
-CALL_FIRST = " Call imagine at least once before you answer."
+CALL_FIRST = " Call world_simulator_tool at least once before you answer."
 NOTE["forced"] = NOTE["agentic"] + CALL_FIRST
 
 # What a policy is told when a turn cannot be obeyed. Its words are never repeated: JSON can smuggle in <|image_pad|>.
@@ -65,17 +70,19 @@ UNREADABLE = (
     "one <answer>...</answer>."
 )
 NOT_JSON = (
-    'The tool call is not JSON of this form: {"name": "imagine", "arguments": {"image": 1, "motion": '
-    '"turn left", "amount": 45}}'
+    'The tool call is not JSON of this form: {"name": "world_simulator_tool", "arguments": '
+    '{"reference_image": 1, "motion_type": "dy", "value": 1.0}}'
 )
-NO_SUCH_TOOL = "There is no such tool. The only tool is imagine."
-ARGUMENTS = "imagine takes exactly these arguments: image, motion and amount."
-IMAGE_NUMBER = "image must be the number of an image, such as 1."
+NO_SUCH_TOOL = "There is no such tool. The only tool is world_simulator_tool."
+ARGUMENTS = (
+    "world_simulator_tool takes exactly these arguments: reference_image, motion_type and value."
+)
+IMAGE_NUMBER = "reference_image must be the number of an image, such as 1."
 NO_SUCH_IMAGE = "There is no such image. The images so far are Image-1 to"
 MOTIONS = f"There is no such motion. The motions are: {', '.join(KINDS)}."
 AMOUNT = (
-    f"The amount must be a number, more than 0 and at most {LIMITS['meters']} (meters) for a move or "
-    f"{LIMITS['degrees']} (degrees) for a turn or look."
+    f"value must be a number, not 0: from -{LIMITS['meters']} to {LIMITS['meters']} (meters) for dx, dy and dz, from "
+    f"-{LIMITS['degrees']} to {LIMITS['degrees']} (degrees) for dangle and dphi."
 )
 ENOUGH = "No more views can be imagined. Answer now."
 NO_TOOL = "There is no tool here. Answer from the images."
@@ -132,7 +139,7 @@ def prompt_text(question: dict, mode: str, n_images: int) -> str:
 class Turn(NamedTuple):
     """One turn of the policy as `parse_turn` reads it: a call or an answer or an error, the other two None."""
 
-    call: dict | None = None  # {"image": 2, "motion": "turn left", "amount": 45.0}
+    call: dict | None = None  # {"reference_image": 2, "motion_type": "dangle", "value": -45.0}
     answer: str | None = None
     error: str | None = None  # a sentence for the policy
 
@@ -176,16 +183,35 @@ def read_call(text: str) -> Turn:
     arguments = call.get("arguments") if isinstance(call, dict) else None
     if not isinstance(arguments, dict) or "name" not in call:
         return Turn(error=NOT_JSON)
-    if call["name"] != "imagine":
+    if call["name"] != TOOL_NAME:
         return Turn(error=NO_SUCH_TOOL)
-    if set(arguments) != {"image", "motion", "amount"}:
+    if set(arguments) != {"reference_image", "motion_type", "value"}:
         return Turn(error=ARGUMENTS)
-    image, motion, amount = arguments["image"], arguments["motion"], arguments["amount"]
+    image, kind = arguments["reference_image"], arguments["motion_type"]
+    amount = arguments["value"]
     if type(image) is not int:
         return Turn(error=IMAGE_NUMBER)
-    if motion not in KINDS:
+    if kind not in KINDS:
         return Turn(error=MOTIONS)
-    largest = LIMITS[Motion(motion, 1.0).unit]
-    if type(amount) not in (int, float) or not 0 < amount <= largest:  # NaN fails too
+    if type(amount) not in (int, float) or not 0 < abs(amount) <= LIMITS[UNITS[kind]]:  # NaN fails
         return Turn(error=AMOUNT)
-    return Turn(call={"image": image, "motion": motion, "amount": float(amount)})
+    return Turn(call=call_of(image, Motion(kind, float(amount))))
+
+
+def call_of(image: int, motion: Motion) -> dict:
+    """The arguments of a call, by the paper's names."""
+    return {"reference_image": image, "motion_type": motion.kind, "value": motion.amount}
+
+
+def motion_in(call: dict) -> Motion:
+    """The Motion of a valid call."""
+    return Motion(call["motion_type"], call["value"])
+
+
+def call_text(call: dict) -> str:
+    """A call as the policy writes it."""
+    arguments = (
+        '"reference_image": {reference_image}, "motion_type": "{motion_type}", "value": {value:g}'
+    )
+    body = f'{{"name": "{TOOL_NAME}", "arguments": {{{arguments.format(**call)}}}}}'
+    return f"<tool_call>{body}</tool_call>"

@@ -14,6 +14,7 @@ import numpy as np
 
 from lib.geometry import Array, Motion, as_lists, move_camera, phrase
 from lib.images import save_image
+from lib.protocol import call_of, motion_in
 from lib.rooms import SIZE, random_room, render, ring
 from lib.streams import numpy_stream
 
@@ -88,17 +89,19 @@ def _in_colours(view_facts, room):
 
 # ---- questions -------------------------------------------------------------------------------------------------------
 
-SIDES = ("left", "right")
-UNSEEN = [
-    *(Motion(f"turn {side}", amount) for side in SIDES for amount in (45.0, 135.0)),
-    *(Motion(f"move {way}", 1.0) for way in (*SIDES, "forward")),
-]
+UNSEEN = [Motion("dangle", amount) for amount in (-45.0, -135.0, 45.0, 135.0)]
+UNSEEN += [Motion("dx", -1.0), Motion("dx", 1.0), Motion("dy", 1.0)]
 RING_TURNS = {  # and how many views further in the ring each leads
-    Motion("turn left", 90.0): 1,
-    Motion("turn right", 90.0): 3,
-    Motion("turn left", 180.0): 2,
+    Motion("dangle", -90.0): 1,
+    Motion("dangle", 90.0): 3,
+    Motion("dangle", -180.0): 2,
 }
-WALKS = (*SIDES, "forward", "backward")
+WALKS = {
+    "it moved to the left": Motion("dx", -1.0),
+    "it moved to the right": Motion("dx", 1.0),
+    "it moved forward": Motion("dy", 1.0),
+    "it moved backward": Motion("dy", -1.0),
+}
 
 
 def room_questions(seed: int, out: Path, per_kind: int = 2) -> list[dict]:
@@ -127,10 +130,9 @@ def room_questions(seed: int, out: Path, per_kind: int = 2) -> list[dict]:
         cameras = draft.pop("cameras", poses)
         answer = draft.pop("answer")
         others = draft.pop("others")
-        nothing = {"image": draft["shown_by"] or 1, "kind": "turn left", "amount": 45.0}
+        nothing = call_of(draft["shown_by"] or 1, Motion("dangle", -45.0))
         command = draft["motion"] or nothing
-        motion = Motion(command["kind"], command["amount"])
-        target = move_camera(cameras[command["image"] - 1], motion)
+        target = move_camera(cameras[command["reference_image"] - 1], motion_in(command))
         truth = render(room, np.stack([*cameras, target]), SIZE)
         folder = f"questions/{seed:07d}"
         own = f"q{i}_" if form == "camera" else ""  # the four views of the ring are shared
@@ -179,7 +181,7 @@ def _object_question(rng, room, poses, ring_facts, form):
         command = None
         if motion:
             start = f"Start from Image-{k + 1} and {phrase(motion)}. Then"
-            command = {"image": k + 1, "kind": motion.kind, "amount": motion.amount}
+            command = call_of(k + 1, motion)
         return {
             "question": f"{start} {ASKS[ask]}",
             "category": "rotation" if form == "rotation" else CATEGORY[ask],
@@ -195,8 +197,8 @@ def _object_question(rng, room, poses, ring_facts, form):
 
 def _camera_question(rng, poses):
     """Two views that look the same way from places 1 m apart: which way did the camera go?"""
-    words = {way: f"it moved to the {way}" if way in SIDES else f"it moved {way}" for way in WALKS}
-    way = WALKS[rng.integers(4)]
+    ways = list(WALKS)
+    answer = ways.pop(rng.integers(4))
     start = poses[rng.integers(4)]
     return {
         "question": "How did the camera get from Image-1 to Image-2?",
@@ -205,9 +207,9 @@ def _camera_question(rng, poses):
         "ask": None,
         "shown_by": None,
         "motion": None,
-        "answer": words.pop(way),
-        "others": list(words.values()),
-        "cameras": [start, move_camera(start, Motion(f"move {way}", 1.0))],
+        "answer": answer,
+        "others": ways,
+        "cameras": [start, move_camera(start, WALKS[answer])],
     }
 
 
@@ -268,11 +270,7 @@ def text_only_chance(train: list[dict], test: list[dict], epochs: int = 12) -> f
     guesses = []
     width = len(train_rows[0][0]) // 3
     for position in (0, 1):  # the letter, the whole text
-        for i in (
-            position,
-            position + width,
-            position + 2 * width,
-        ):  # alone, given the template, ...
+        for i in (position, position + width, position + 2 * width):  # alone, given the template,
             guesses.append(
                 [np.argmax([share.get(row[i], 1 / 4) for row in rows]) for rows in test_rows]
             )

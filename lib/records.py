@@ -225,9 +225,7 @@ class Question(TypedDict):
     # what only a room can know: for the cold start and for diagnosis
     ask: NotRequired[str | None]  # which fact is asked for, a key of questions.ASKS
     shown_by: NotRequired[int | None]  # number of the given view that answers
-    motion: NotRequired[
-        dict | None
-    ]  # the command in the question's words: {"image", "kind", "amount"}
+    motion: NotRequired[dict | None]  # the motion in the question's words, as a call
     command: NotRequired[dict]  # the call that shows what is asked
     view: NotRequired[str]  # the true view it leads to
     shows: NotRequired[list[dict]]  # the facts of every image, and last of that view

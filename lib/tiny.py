@@ -14,6 +14,8 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig
 
+from lib.geometry import KINDS
+
 # ---- the tokenizer ---------------------------------------------------------------------------------------------------
 
 # Skipped by decode(skip_special_tokens=True). A policy may write none of them but <|im_end|>.
@@ -59,9 +61,10 @@ WORDS = (
         " up",
         " down",
     ),
-    *sorted(f" {n}" for n in NUMBERS),
+    *(f" {sign}{n}" for sign in ("", "-") for n in sorted(NUMBERS)),
     # tool call
-    *('{"name": "imagine", "arguments": {"image":', ', "motion": "', '", "amount":', "}}"),
+    *('{"name": "world_simulator_tool", "arguments": {"reference_image":', "}}"),
+    *(', "motion_type": "', *KINDS, '", "value":'),
     # what rooms contain and where
     *(" red", " green", " blue", " yellow", " purple", " orange", " cyan", " white", " pink"),
     *(" black", " none", " box", " barrel", " ball", " table", " cabinet", " lamp"),

@@ -23,7 +23,16 @@ from lib.consistency import (
     score_views,
     scores_of,
 )
-from lib.geometry import Motion, Query, camera_pose, fill_holes, instruction, move_camera
+from lib.geometry import (
+    UNITS,
+    Motion,
+    Query,
+    camera_pose,
+    compose,
+    fill_holes,
+    instruction,
+    move_camera,
+)
 from lib.rooms import COLOURS, EYE, random_room, render
 from lib.simulators import (
     Reprojection,
@@ -34,11 +43,11 @@ from lib.simulators import (
 )
 
 MOTIONS = [
-    Motion("turn left", 45.0),
-    Motion("turn right", 135.0),
-    Motion("look up", 20.0),
-    Motion("move left", 1.0),
-    Motion("move forward", 0.5),
+    Motion("dangle", -45.0),
+    Motion("dangle", 135.0),
+    Motion("dphi", 20.0),
+    Motion("dx", -1.0),
+    Motion("dy", 0.5),
 ]
 ROOMS = range(5_000_072, 5_000_072 + 6)
 
@@ -98,7 +107,7 @@ def test_pose_falls_step_by_step_as_the_camera_is_off():
     shares, offs, rows = (
         [],
         (4, 8, 13),
-        [row for row in ROWS if "move" not in row["motion"]["kind"]][:12],
+        [row for row in ROWS if UNITS[row["motion"]["kind"]] == "degrees"][:12],
     )
     lists = [
         [
@@ -163,14 +172,14 @@ def test_a_mirrored_view_keeps_its_objects_and_loses_their_order():
 
 def test_refinement_finds_poses_between_the_grid_points():
     room, reference = random_room(5_000_001), camera_pose(0.1, -EYE, -0.1, 17.0)
-    deltas = np.array([[0.83, 0, 0.12, 0, 0], [0, 0, 0, -62.3, 1.7], [0.04, 0.03, -0.66, 3, 0]])
-    views = np.stack([render(room, reference @ camera_pose(*delta))["rgb"][0] for delta in deltas])
+    deltas = np.array([[0.83, 0.12, 0, 0, 0], [0, 0, 0, -62.3, 1.7], [0.04, -0.66, -0.03, 3, 0]])
+    views = np.stack([render(room, compose(reference, delta))["rgb"][0] for delta in deltas])
     found, _ = recover(room, reference, views)
     assert np.abs(found - deltas)[:, :3].max() < 0.15 and np.abs(found - deltas)[:, 3:].max() < 3
 
 
 def test_thresholds_of_a_pose():
-    left, turn = delta_of(Motion("move left", 1.0)), delta_of(Motion("turn right", 90.0))
+    left, turn = delta_of(Motion("dx", -1.0)), delta_of(Motion("dangle", 90.0))
     for delta, within in (
         ([-1, 0, 0, 0, 0], True),
         ([-1.29, 0, 0, 0, 0], True),
@@ -188,7 +197,7 @@ def test_thresholds_of_a_pose():
         ([0, 0, 0, -90, 0], False),
     ):
         assert pose_error(turn, np.array(delta, float))["within"] is within, delta
-    assert pose_error(delta_of(Motion("turn left", 180.0)), np.array([0, 0, 0, 175.0, 0]))["within"]
+    assert pose_error(delta_of(Motion("dangle", -180.0)), np.array([0, 0, 0, 175.0, 0]))["within"]
 
 
 def test_equal_pictures_of_two_rooms_are_not_confused():
@@ -286,7 +295,7 @@ def test_the_nearest_context_view_is_nearest_in_metres_and_degrees():
     """The commanded camera is 1 m from one context view and 20 degrees, two thirds of a metre, from the other."""
     row = {
         "reference": 1,
-        "motion": {"kind": "turn left", "amount": 90.0},
+        "motion": {"kind": "dangle", "amount": -90.0},
         "context": [np.full((2, 2, 3), level, np.uint8) for level in (0, 1, 2)],
         "context_c2w": [camera_pose(0, 0, 0), camera_pose(1, 0, 0, -90), camera_pose(0, 0, 0, -70)],
     }
@@ -310,7 +319,7 @@ def query(row, motion, images=None, poses=None):
 
 @pytest.mark.slow
 def test_reprojection_shows_the_commanded_view():
-    rows = [row for row in ROWS if "look" not in row["motion"]["kind"]]
+    rows = [row for row in ROWS if row["motion"]["kind"] != "dphi"]
     views = Reprojection().imagine([query(row, None) for row in rows])
     result = score_views(rows, views, recover_all(rows, views)[0])
     assert result["pose"] == 1 and result["content"] > 0.95
@@ -319,7 +328,7 @@ def test_reprojection_shows_the_commanded_view():
 def test_reprojection_takes_no_depth_from_an_imagined_view():
     """An imagined view at a commanded pose adds no points, however wrong it is; a motion may still start from it."""
     row, grey = ROWS[0], np.full((32, 32, 3), 90, np.uint8)
-    elsewhere = move_camera(np.array(row["context_c2w"][1]), Motion("move right", 1.0)).tolist()
+    elsewhere = move_camera(np.array(row["context_c2w"][1]), Motion("dx", 1.0)).tolist()
     plain, more = Reprojection().imagine(
         [
             query(row, None),
@@ -382,7 +391,7 @@ def wrong_view(row, error):
         c2w = c2w @ camera_pose(0, 0, 0, float(error.split()[0]))
     elif error.endswith(" m"):
         metres = float(error.split()[0])
-        sideways = row["motion"]["kind"] in ("move left", "move right")
+        sideways = row["motion"]["kind"] == "dx"
         c2w = c2w @ (camera_pose(0, 0, metres) if sideways else camera_pose(metres, 0, 0))
     elif error != "none":
         room = changed_room(room, c2w, error)

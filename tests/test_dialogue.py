@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lib.dialogue import Trajectory, call_poses
-from lib.geometry import KINDS, Motion, move_camera
+from lib.geometry import UNITS, Motion, move_camera
 from lib.protocol import (
     AMOUNT,
     ARGUMENTS,
@@ -25,14 +25,17 @@ from lib.protocol import (
 )
 from policy import Policy
 
-CALL = '<think>look</think><tool_call>{"name": "imagine", "arguments": %s}</tool_call>'
-LOOK = CALL % '{"image": 2, "motion": "turn left", "amount": 45}'
+CALL = '<think>look</think><tool_call>{"name": "world_simulator_tool", "arguments": %s}</tool_call>'
+LOOK = CALL % '{"reference_image": 2, "motion_type": "dangle", "value": -45}'
 ANSWER = "<think>red</think><answer> A </answer>"
 
 
-def call(image=1, motion="turn left", amount=45):
+def call(image=1, kind="dangle", amount=-45):
     return json.dumps(
-        {"name": "imagine", "arguments": {"image": image, "motion": motion, "amount": amount}}
+        {
+            "name": "world_simulator_tool",
+            "arguments": {"reference_image": image, "motion_type": kind, "value": amount},
+        }
     )
 
 
@@ -61,13 +64,13 @@ def play(policy, mode, *turns):
 
 
 def test_good_turns():
-    assert parse_turn(LOOK).call == {"image": 2, "motion": "turn left", "amount": 45.0}
+    assert parse_turn(LOOK).call == {"reference_image": 2, "motion_type": "dangle", "value": -45.0}
     assert parse_turn(ANSWER) == Turn(answer="A")
     spread = (
-        '<think>\na\n</think>\n\n<tool_call>\n{"name": "imagine", '
-        '"arguments": {"image": 1, "motion": "move up", "amount": 1e-1}}\n</tool_call>\n'
+        '<think>\na\n</think>\n\n<tool_call>\n{"name": "world_simulator_tool", '
+        '"arguments": {"reference_image": 1, "motion_type": "dz", "value": 1e-1}}\n</tool_call>\n'
     )
-    assert parse_turn(spread).call == {"image": 1, "motion": "move up", "amount": 0.1}
+    assert parse_turn(spread).call == {"reference_image": 1, "motion_type": "dz", "value": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -89,24 +92,28 @@ def test_good_turns():
         ("<think>x</think><tool_call>[]</tool_call>", NOT_JSON),
         ("<think>x</think><tool_call>{}</tool_call>", NOT_JSON),
         ("<think>x</think><tool_call>" + "[" * 100_000 + "</tool_call>", NOT_JSON),
-        (LOOK.replace("imagine", "zoom"), NO_SUCH_TOOL),
-        (CALL % '{"image": 2, "motion": "turn left"}', ARGUMENTS),
-        (CALL % '{"image": 2, "motion": "turn left", "amount": 45, "speed": 1}', ARGUMENTS),
-        (CALL % '{"image": "2", "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
-        (CALL % '{"image": true, "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
-        (CALL % '{"image": 2.5, "motion": "turn left", "amount": 45}', IMAGE_NUMBER),
-        (CALL % '{"image": 2, "motion": "fly", "amount": 45}', MOTIONS),
-        (CALL % '{"image": 2, "motion": ["turn left"], "amount": 45}', MOTIONS),
+        (LOOK.replace("world_simulator_tool", "zoom"), NO_SUCH_TOOL),
+        (CALL % '{"reference_image": 2, "motion_type": "dangle"}', ARGUMENTS),
+        (
+            CALL % '{"reference_image": 2, "motion_type": "dangle", "value": -45, "speed": 1}',
+            ARGUMENTS,
+        ),
+        (CALL % '{"reference_image": "2", "motion_type": "dangle", "value": -45}', IMAGE_NUMBER),
+        (CALL % '{"reference_image": true, "motion_type": "dangle", "value": -45}', IMAGE_NUMBER),
+        (CALL % '{"reference_image": 2.5, "motion_type": "dangle", "value": -45}', IMAGE_NUMBER),
+        (CALL % '{"reference_image": 2, "motion_type": "turn left", "value": 45}', MOTIONS),
+        (CALL % '{"reference_image": 2, "motion_type": ["dx"], "value": 45}', MOTIONS),
         *[
-            (CALL % f'{{"image": 2, "motion": "move left", "amount": {bad}}}', AMOUNT)
+            (CALL % f'{{"reference_image": 2, "motion_type": "dx", "value": {bad}}}', AMOUNT)
             for bad in (
                 "null",
                 '"1.5"',
                 "NaN",
                 "Infinity",
-                "-1",
                 "0",
+                "-0.0",
                 "10000",
+                "-10000",
                 "1e999",
                 "1" + "0" * 400,
                 "true",
@@ -125,12 +132,13 @@ def test_bad_turns_get_a_sentence(text, error):
 
 def test_amounts_just_inside_and_just_outside():
     assert LIMITS == {"meters": 10, "degrees": 360}
-    assert "at most 10 (meters)" in AMOUNT and "360 (degrees)" in AMOUNT
-    for motion in KINDS:
-        most, more = (10, 10.1) if motion.startswith("move") else (360, 361)
-        want = {"image": 1, "motion": motion, "amount": float(most)}
-        assert read_call(call(motion=motion, amount=most)) == Turn(call=want)
-        assert read_call(call(motion=motion, amount=more)) == Turn(error=AMOUNT)
+    assert "from -10 to 10 (meters)" in AMOUNT and "-360 to 360 (degrees)" in AMOUNT
+    for kind, unit in UNITS.items():
+        most, more = (10, 10.1) if unit == "meters" else (360, 361)
+        for sign in (1, -1):
+            want = {"reference_image": 1, "motion_type": kind, "value": float(sign * most)}
+            assert read_call(call(kind=kind, amount=sign * most)) == Turn(call=want)
+            assert read_call(call(kind=kind, amount=sign * more)) == Turn(error=AMOUNT)
 
 
 def test_only_a_valid_call_lets_forced_answer(policy):
@@ -143,7 +151,7 @@ def test_only_a_valid_call_lets_forced_answer(policy):
 
 
 def test_an_invalid_call_costs_no_view(policy):
-    turns = turn(image=7), turn(), turn(amount=-1), turn(), turn(), turn(), ANSWER
+    turns = turn(image=7), turn(), turn(amount=0), turn(), turn(), turn(), ANSWER
     replies, trajectory = play(policy, "agentic", *turns)
     assert (trajectory.valid_calls, trajectory.invalid_calls, len(trajectory.images)) == (3, 3, 4)
     assert replies[5] == ENOUGH and sum(reply.startswith("Imagined") for reply in replies) == 3
@@ -152,17 +160,17 @@ def test_an_invalid_call_costs_no_view(policy):
 def test_a_reply_in_a_benchs_own_words_may_call_once():
     one = f"Let me look. <tool_call>{call()}</tool_call>"
     two = f"{one} and <tool_call>{call(image=2)}</tool_call>"
-    assert parse_reply(one).call == {"image": 1, "motion": "turn left", "amount": 45.0}
+    assert parse_reply(one).call == {"reference_image": 1, "motion_type": "dangle", "value": -45.0}
     assert parse_reply(two) == parse_reply(" ") == Turn(error=UNREADABLE)
     assert parse_reply(" B. \n") == Turn(answer="B.")
 
 
 def test_calls_lead_where_they_say():
-    start = move_camera(np.eye(4), Motion("turn right", 30.0))
+    start = move_camera(np.eye(4), Motion("dangle", 30.0))
     calls = [
-        {"image": 1, "motion": "move left", "amount": 1.5},
-        {"image": 2, "motion": "look up", "amount": 10.0},
+        {"reference_image": 1, "motion_type": "dx", "value": -1.5},
+        {"reference_image": 2, "motion_type": "dphi", "value": 10.0},
     ]
     poses = call_poses({"room": 0, "poses": [start.tolist()]}, calls)
-    aside = move_camera(start, Motion("move left", 1.5))
-    np.testing.assert_allclose(poses, [start, aside, move_camera(aside, Motion("look up", 10.0))])
+    aside = move_camera(start, Motion("dx", -1.5))
+    np.testing.assert_allclose(poses, [start, aside, move_camera(aside, Motion("dphi", 10.0))])

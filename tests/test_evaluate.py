@@ -573,7 +573,7 @@ def test_a_bench_asked_in_its_own_words_takes_any_reply_and_still_knows_the_tool
     told = Trajectory.start(policy, asked, clip, "agentic")
     told.say(
         policy,
-        '<tool_call>{"name": "imagine", "arguments": {"image": 3, "motion": "turn left", "amount": 45}}'
+        '<tool_call>{"name": "world_simulator_tool", "arguments": {"reference_image": 3, "motion_type": "dangle", "value": -45}}'
         "</tool_call>",
     )
     assert told.invalid_calls == 1 and "no such image" in told.reply

@@ -5,8 +5,10 @@ import pytest
 
 from lib.geometry import (
     KINDS,
+    UNITS,
     Motion,
     camera_pose,
+    compose,
     coverage,
     decompose,
     dominant_component,
@@ -29,8 +31,9 @@ AMOUNTS = {"meters": [0.1 * k for k in range(1, 101)], "degrees": [5.0 * k for k
 
 def test_words_and_motions_round_trip_over_the_whole_grid():
     for kind in KINDS:
-        for amount in [*AMOUNTS[Motion(kind, 1.0).unit], 1 / 3, 1e-7, 123456.789]:
+        for amount in [*AMOUNTS[UNITS[kind]], 1 / 3, 1e-7, 123456.789]:
             motion = Motion(kind, amount)
+            assert read_phrase(phrase(Motion(kind, -amount))) == Motion(kind, -amount)
             assert read_phrase(phrase(motion)) == motion
             for reference in (1, 12):
                 assert read_instruction(instruction(motion, reference)) == (reference, motion)
@@ -38,7 +41,7 @@ def test_words_and_motions_round_trip_over_the_whole_grid():
 
 def test_the_papers_sentence():
     assert (
-        instruction(Motion("move left", 1.5), 2)
+        instruction(Motion("dx", -1.5), 2)
         == "Base on the viewpoint of Image-2, move 1.5 meters to the left."
     )
 
@@ -60,54 +63,39 @@ def test_unreadable_motions_are_refused_with_the_list_of_phrases(text):
 
 @pytest.mark.parametrize(
     "kind, amount",
-    [("fly", 1.0), ("move left", 0.0), ("move left", float("nan")), ("turn left", float("inf"))],
+    [("turn left", 1.0), ("dx", 0.0), ("dx", float("nan")), ("dangle", -float("inf"))],
 )
 def test_impossible_motions_are_refused(kind, amount):
     with pytest.raises(ValueError):
         Motion(kind, amount)
 
 
-def test_directions_are_those_of_the_words():
-    """From the identity pose (x right, y down, z forward) every motion leads where its name says."""
-    where = {
-        "move left": (-1, 0, 0),
-        "move right": (1, 0, 0),
-        "move up": (0, -1, 0),
-        "move down": (0, 1, 0),
-        "move forward": (0, 0, 1),
-        "move backward": (0, 0, -1),
-    }
-    for kind, expected in where.items():
-        np.testing.assert_allclose(
-            move_camera(np.eye(4), Motion(kind, 1.0))[:3, 3], expected, atol=1e-12
-        )
-    looks = {
-        "turn left": (-1, 0, 0),
-        "turn right": (1, 0, 0),
-        "look up": (0, -1, 0),
-        "look down": (0, 1, 0),
-    }
-    for kind, expected in looks.items():
-        np.testing.assert_allclose(
-            move_camera(np.eye(4), Motion(kind, 90.0))[:3, 2], expected, atol=1e-12
-        )
+def test_a_motion_leads_where_its_sign_says():
+    """From the identity pose (x right, y down, z forward): dx right, dy forward, dz up; dangle right, dphi up."""
+    for sign in (1, -1):
+        for kind, right, down, forward in (("dx", 1, 0, 0), ("dy", 0, 0, 1), ("dz", 0, -1, 0)):
+            place = move_camera(np.eye(4), Motion(kind, sign * 1.0))[:3, 3]
+            np.testing.assert_allclose(place, sign * np.array([right, down, forward]), atol=1e-12)
+        for kind, look in (("dangle", (1, 0, 0)), ("dphi", (0, -1, 0))):
+            ahead = move_camera(np.eye(4), Motion(kind, sign * 90.0))[:3, 2]
+            np.testing.assert_allclose(ahead, sign * np.array(look), atol=1e-12)
 
 
 def test_dominant_motion_finds_the_commanded_one_and_refuses_a_mixture():
     start = camera_pose(0.3, -1.2, 0.5, yaw=37)
     for kind in KINDS:
-        for amount in (0.5, 1.7) if Motion(kind, 1.0).unit == "meters" else (15.0, 85.0):
+        for amount in (0.5, -1.7) if UNITS[kind] == "meters" else (15.0, -85.0):
             motion = Motion(kind, amount)
             assert dominant_motion(start, move_camera(start, motion)) == motion
-    assert dominant_motion(start, move_camera(start, Motion("turn right", 180.0))) == Motion(
-        "turn left", 180.0
+    assert dominant_motion(start, move_camera(start, Motion("dangle", 180.0))) == Motion(
+        "dangle", -180.0
     )
-    both = move_camera(move_camera(start, Motion("move left", 1.0)), Motion("turn left", 25.0))
+    both = move_camera(move_camera(start, Motion("dx", -1.0)), Motion("dangle", -25.0))
     assert dominant_motion(start, both) is None
     slight = move_camera(
-        move_camera(start, Motion("move left", 1.0)), Motion("turn left", 4.0)
+        move_camera(start, Motion("dx", -1.0)), Motion("dangle", -4.0)
     )  # 4 degrees = 0.13 m
-    assert dominant_motion(start, slight) == Motion("move left", 1.0)
+    assert dominant_motion(start, slight) == Motion("dx", -1.0)
 
 
 def test_what_may_stand_beside_the_dominant_component():
@@ -155,8 +143,14 @@ def test_holes_take_the_nearest_colour_and_none_from_across_the_edge():
 def test_decompose_tells_translation_in_the_axes_of_the_source():
     start = camera_pose(1.0, -1.0, 2.0, yaw=90)  # looks along +x
     np.testing.assert_allclose(
-        decompose(start, camera_pose(3.0, -1.0, 2.0, yaw=120)), [0, 0, 2, 30, 0, 0], atol=1e-9
+        decompose(start, camera_pose(3.0, -1.5, 1.9, yaw=120)), [0.1, 2, 0.5, 30, 0, 0], atol=1e-9
     )
+
+
+def test_compose_is_the_inverse_of_decompose():
+    start = camera_pose(1.0, -1.0, 2.0, yaw=90)
+    delta = [0.3, -1.1, 0.2, 40.0, -12.0]
+    np.testing.assert_allclose(decompose(start, compose(start, delta)), [*delta, 0], atol=1e-9)
 
 
 def test_unproject_and_project_are_inverse():
@@ -171,7 +165,7 @@ def test_unproject_and_project_are_inverse():
 def test_depth_and_pose_reproject_to_sub_pixel():
     """The depth of one view, seen from another, lands on a surface of that depth: on smooth parts within 1 %."""
     room, a = random_room(5), camera_pose(0, -EYE, 0, 20)
-    b = move_camera(a, Motion("move right", 0.4))
+    b = move_camera(a, Motion("dx", 0.4))
     views = render(room, np.stack([a, b]), size=64, supersample=1)
     pixel, z = project(unproject(views["depth"][0], pinhole(64), a), pinhole(64), b)
     inside = (z > 0) & (pixel > 1).all(-1) & (pixel < 63).all(-1)
@@ -188,7 +182,7 @@ def test_coverage_against_brute_force():
     """Cast a ray from each context eye to each target point: seen if nothing is in between and it falls in the image."""
     room, size = random_room(3), 24
     context = [camera_pose(0, -EYE, 0, yaw) for yaw in (0, 180)]
-    target = move_camera(context[0], Motion("move right", 1.0))
+    target = move_camera(context[0], Motion("dx", 1.0))
     views = render(room, np.stack([*context, target]), size, supersample=1)
     points = unproject(views["depth"][2], pinhole(size), target)
     seen = np.zeros((size, size), bool)

@@ -57,8 +57,8 @@ def question(number, images=2):
     }
 
 
-CALL = '<think>look</think><tool_call>{"name": "imagine", "arguments": %s}</tool_call>'
-LOOK = CALL % '{"image": 2, "motion": "turn left", "amount": 45}'
+CALL = '<think>look</think><tool_call>{"name": "world_simulator_tool", "arguments": %s}</tool_call>'
+LOOK = CALL % '{"reference_image": 2, "motion_type": "dangle", "value": -45}'
 ANSWER = "<think>red</think><answer> A </answer>"
 
 
@@ -177,11 +177,12 @@ def test_prompt_is_qwens_layout(policy):
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
     tool = json.loads(text.split("<tools>\n")[1].split("\n</tools>")[0])
     arguments = tool["function"]["parameters"]["properties"]
-    assert tool["function"]["name"] == "imagine" and len(arguments["motion"]["enum"]) == 10
+    assert tool["function"]["name"] == "world_simulator_tool"
+    assert arguments["motion_type"]["enum"] == ["dx", "dy", "dz", "dangle", "dphi"]
     assert "Image-2: <|vision_start|><|image_pad|><|vision_end|>" in text
     assert "\nA. red box\nB. blue ball" in text
     direct = prompt_text(question(1), "direct", 2)
-    assert "tool" not in direct and "imagine" not in direct
+    assert "tool" not in direct and "simulator" not in direct
     assert CALL_FIRST in prompt_text(question(1), "forced", 2)
     with pytest.raises(ValueError, match="unknown mode 'wild'"):
         prompt_text(question(1), "wild", 2)
@@ -214,7 +215,7 @@ def say(policy, trajectory, text):
 def full_dialogue(policy, images=None):
     """Two given images, a bad call, a good call, a view, an answer."""
     trajectory = Trajectory.start(policy, question(1), images or question(1)["images"], "agentic")
-    trajectory.say(policy, CALL % '{"image": 9, "motion": "turn left", "amount": 45}')
+    trajectory.say(policy, CALL % '{"reference_image": 9, "motion_type": "dangle", "value": -45}')
     trajectory.observe(policy)
     trajectory.say(policy, LOOK)
     trajectory.observe(policy, image=picture(99))
@@ -270,9 +271,9 @@ def test_loss_mask_covers_the_policys_tokens_and_nothing_else(policy):
 def test_a_bad_call_costs_a_turn_and_is_counted(act):
     images = "The images so far are Image-1 to Image-2."
     for bad, told in (
-        ('{"image": 5, "motion": "turn left", "amount": 45}', images),
-        ('{"image": 0, "motion": "turn left", "amount": 45}', images),
-        ('{"image": 1, "motion": "move up", "amount": 10000}', AMOUNT),
+        ('{"reference_image": 5, "motion_type": "dangle", "value": -45}', images),
+        ('{"reference_image": 0, "motion_type": "dangle", "value": -45}', images),
+        ('{"reference_image": 1, "motion_type": "dz", "value": 10000}', AMOUNT),
     ):
         simulator = Mirror()
         (trajectory,) = act([CALL % bad, LOOK, ANSWER], simulator=simulator)
@@ -286,7 +287,7 @@ def test_a_bad_call_costs_a_turn_and_is_counted(act):
 
 def test_smuggled_image_token_stays_outside(act, policy):
     """JSON escapes can spell <|image_pad|>; repeated in an observation it would shift every image of the batch."""
-    call = CALL % r'{"image": 1, "motion": "\u003c|image_pad|\u003e", "amount": 1}'
+    call = CALL % r'{"reference_image": 1, "motion_type": "\u003c|image_pad|\u003e", "value": 1}'
     (trajectory,) = act([call, ANSWER], simulator=Mirror())
     assert trajectory.ids.count(policy.image_token_id) == 8
     assert token_logprobs(policy, collate(policy, [trajectory]))[0].isfinite().all()
@@ -294,14 +295,14 @@ def test_smuggled_image_token_stays_outside(act, policy):
 
 def test_views_of_a_turn_are_imagined_in_one_batch(act):
     simulator = Mirror()
-    again = LOOK.replace('"image": 2', '"image": 3')
+    again = LOOK.replace('"reference_image": 2', '"reference_image": 3')
     one, two, three = act([LOOK, again, ANSWER], [ANSWER], [LOOK, ANSWER], simulator=simulator)
     assert [len(batch) for batch in simulator.batches] == [2, 1]
     assert simulator.batches[1][0].reference == 3 and len(simulator.batches[1][0].images) == 3
     sentence = "Base on the viewpoint of Image-2, turn left 45 degrees."
     assert simulator.batches[0][0].instruction == sentence
     assert np.array_equal(one.images[3], one.images[1])
-    assert one.provenance[2]["image"] == 2
+    assert one.provenance[2]["reference_image"] == 2
     assert not two.valid_calls
     seeds = [query.seed for batch in simulator.batches for query in batch]
     assert len(set(seeds)) == 3
@@ -340,14 +341,14 @@ def test_running_out_of_tokens_or_turns_ends_the_dialogue(act):
 
 
 def test_rooms_are_told_where_every_image_was_taken(policy):
-    poses = [np.eye(4).tolist(), move_camera(np.eye(4), Motion("turn right", 90.0)).tolist()]
+    poses = [np.eye(4).tolist(), move_camera(np.eye(4), Motion("dangle", 90.0)).tolist()]
     asked = question(1) | {"scene": {"room": 7, "poses": poses}}
     trajectory = Trajectory.start(policy, asked, asked["images"], "agentic")
     trajectory.say(policy, LOOK)
     trajectory.observe(policy, image=picture(5))
-    trajectory.say(policy, CALL % '{"image": 3, "motion": "move forward", "amount": 2}')
+    trajectory.say(policy, CALL % '{"reference_image": 3, "motion_type": "dy", "value": 2}')
     scene = trajectory.query(seed=0).scene
-    middle = move_camera(np.array(poses[1]), Motion("turn left", 45.0))
+    middle = move_camera(np.array(poses[1]), Motion("dangle", -45.0))
     assert scene["room"] == 7 and scene["poses"][:2] == poses and len(poses) == 2
     np.testing.assert_allclose(scene["poses"][2], middle)
 
@@ -396,7 +397,7 @@ def chatter(policy, questions, views=2, tokens=14, **options):
         original(self, policy, turn, logprobs)
         if len(self.turns) <= views and sum(turn) % 3:  # rows see different things at the same time
             self.call, self.reply = (
-                {"image": 1, "motion": "turn left", "amount": 5.0},
+                {"reference_image": 1, "motion_type": "dangle", "value": -5.0},
                 "Imagined from Image-1. ",
             )
 

@@ -17,7 +17,7 @@ CHAIR = Thing("cabinet", "red", 0.0, 2.5, 0.0, 0.5, 1.6)  # its front is the pla
 def test_a_chair_at_2_m_stands_at_1_m_after_moving_1_m_forward():
     """The worked example that readers of the paper know."""
     eye = camera_pose(0, -EYE, 0)
-    for camera, depth in ((eye, 2.0), (move_camera(eye, Motion("move forward", 1.0)), 1.0)):
+    for camera, depth in ((eye, 2.0), (move_camera(eye, Motion("dy", 1.0)), 1.0)):
         view = render(room_with(CHAIR), camera, size=33)
         assert view["ids"][0, 16, 16] == 1 and view["depth"][0, 16, 16] == pytest.approx(
             depth, abs=1e-5
@@ -29,14 +29,14 @@ def test_a_chair_at_2_m_stands_at_1_m_after_moving_1_m_forward():
 def test_turning_left_moves_the_scene_to_the_right():
     eye = camera_pose(0, -EYE, 0)
     columns = []
-    for camera in (eye, move_camera(eye, Motion("turn left", 20.0))):
+    for camera in (eye, move_camera(eye, Motion("dangle", -20.0))):
         columns.append(np.argwhere(render(room_with(CHAIR), camera)["ids"][0] == 1)[:, 1].mean())
     assert columns[1] > columns[0] + 4
 
 
 def test_looking_up_moves_the_scene_down_and_walls_stand_where_they_stand():
     eye = camera_pose(0, -EYE, 0)
-    view = render(room_with(), np.stack([eye, move_camera(eye, Motion("look up", 90.0))]), size=33)
+    view = render(room_with(), np.stack([eye, move_camera(eye, Motion("dphi", 90.0))]), size=33)
     assert view["depth"][0, 16, 16] == pytest.approx(4.0, abs=1e-4)  # the wall of an 8 m room
     assert view["depth"][1, 16, 16] == pytest.approx(2.8 - EYE, abs=1e-4)  # the ceiling
 
@@ -88,7 +88,7 @@ def test_rooms_repeat_and_differ():
 
 def test_the_true_renderer_obeys_the_instruction():
     room, start = random_room(9), camera_pose(0, -EYE, 0, 10)
-    motion = Motion("turn right", 45.0)
+    motion = Motion("dangle", 45.0)
     given = render(room, start)["rgb"][0]
     query = Query([given], 1, instruction(motion, 1), 0, {"room": 9, "poses": [start.tolist()]})
     (view,) = TrueRenderer().imagine([query])

@@ -5,7 +5,8 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
-from lib.geometry import KINDS, Motion, instruction
+from lib.geometry import KINDS, UNITS, Motion, instruction
+from lib.protocol import call_of, call_text
 from lib.tiny import MOTION_PHRASES, SPECIAL, TAGS, WORDS, tiny_tokenizer
 
 
@@ -24,7 +25,7 @@ def tokenizer():
         "<think",
         "</answer>",
         "a<|im_end|>\nb",
-        '{"name": "imagine", "arguments": {"image": 12, "motion": "',
+        '{"name": "world_simulator_tool", "arguments": {"reference_image": 12, "motion_type": "',
     ],
 )
 def test_any_text_is_decoded_exactly(tokenizer, text):
@@ -41,11 +42,15 @@ def test_every_motion_of_the_grid_takes_few_tokens(tokenizer):
     """Base on the viewpoint of | Image-2 | , | turn left | 45 | degrees | ."""
     for kind in KINDS:
         for amount in (
-            [0.1 * n for n in range(1, 31)] if kind.startswith("move") else range(5, 185, 5)
+            [0.1 * n for n in range(1, 31)] if UNITS[kind] == "meters" else range(5, 185, 5)
         ):
-            text = instruction(Motion(kind, round(amount, 1)), 2)
-            ids = tokenizer.encode(text)
-            assert len(ids) <= 8 and tokenizer.decode(ids) == text, text
+            for sign in (1, -1):
+                motion = Motion(kind, sign * round(amount, 1))
+                text = instruction(motion, 2)
+                ids = tokenizer.encode(text)
+                assert len(ids) <= 8 and tokenizer.decode(ids) == text, text
+                call = tokenizer.encode(call_text(call_of(2, motion)))
+                assert len(call) == 9, call
 
 
 def test_special_tokens_are_skipped_and_tags_are_not(tokenizer):

@@ -417,7 +417,7 @@ class Script:
 
     # by the number of the question, over again
     DIRECT = ((1, 1, 0, 1), (0, 0, 0, 0), (0, 1, 0, 0))
-    CALL = '{"name": "imagine", "arguments": {"image": 1, "motion": "turn left", "amount": 45}}'
+    CALL = '{"name": "world_simulator_tool", "arguments": {"reference_image": 1, "motion_type": "dangle", "value": -45}}'
     IMAGE = np.zeros((32, 32, 3), np.uint8)
 
     def __init__(self):

@@ -85,13 +85,13 @@ def test_mirrored_rooms_keep_their_ring():
         files[k] = np.full((2, 2, 3), 10 * k, np.uint8) + np.array([[[0], [1]]], np.uint8)
     files["warp"] = np.dstack([files[3], np.full((2, 2), 255, np.uint8)])
     row = {"context": range(4), "reference": 3, "target": 3, "warp": "warp"}
-    row["motion"] = {"kind": "turn left", "amount": 90.0}
+    row["motion"] = {"kind": "dangle", "amount": -90.0}
     mirrored = 0
     for seed in range(8):
         stream = torch.Generator().manual_seed(seed)
         p = train_wm.read_pictures([row], files.get, with_warps=True)
         p = train_wm.augmented(p, stream)
-        step = {"turn left": 1, "turn right": -1}[p.motions[0].kind]
+        step = {-90: 1, 90: -1}[p.motions[0].amount]
         assert np.array_equal(p.targets[0], p.context[p.reference - 1 + step])
         assert np.array_equal(p.warps[0, ..., :3], p.targets[0])
         mirrored += step == -1

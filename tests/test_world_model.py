@@ -336,7 +336,7 @@ def test_what_the_demo_trains_on_is_what_it_samples_with(keep_text):
     alpha = np.full((32, 32, 4), 255, np.uint8)
     files = dict(enumerate(query.images)) | {"target": query.images[0], "warp": alpha}
     row = {"context": list(range(len(images))), "reference": query.reference}
-    motion = {"kind": "move left", "amount": 1.5}
+    motion = {"kind": "dx", "amount": -1.5}
     row |= {"target": "target", "warp": "warp", "motion": motion}
     args = train_wm.parse_args(["--no-augment", "--drop-text", str(int(not keep_text))])
     encoder = train_wm.Encoder(model)

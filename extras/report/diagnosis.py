@@ -38,7 +38,8 @@ from PIL import Image
 
 from lib.consistency import LENGTH, ROTATION, STRONG, delta_of, describe, pose_error, recover
 from lib.dialogue import Trajectory, call_poses
-from lib.geometry import Motion, Query, decompose, instruction, move_camera
+from lib.geometry import Query, decompose, instruction, move_camera
+from lib.protocol import motion_in
 from lib.records import Question
 from lib.rooms import COLOURS, SIZE, TrueRenderer, random_room
 from rewards import option_letter
@@ -82,8 +83,8 @@ def true_views(question: Question, calls: list[dict]) -> list[np.ndarray]:
     blank = np.zeros((SIZE, SIZE, 3), np.uint8)
     queries = []
     for call in calls:
-        sentence = instruction(Motion(call["motion"], call["amount"]), call["image"])
-        queries.append(Query([blank], call["image"], sentence, 0, room))
+        sentence = instruction(motion_in(call), call["reference_image"])
+        queries.append(Query([blank], call["reference_image"], sentence, 0, room))
     return TrueRenderer().imagine(queries)
 
 
@@ -110,7 +111,7 @@ def deviation(question: Question, start: np.ndarray, call: dict, view: np.ndarra
     """Why the view of a call from the camera `start` is wrong: "pose" or "content"."""
     small = np.asarray(Image.fromarray(view).resize((SIZE, SIZE), Image.BOX))
     motions, _ = recover(random_room(question["scene"]["room"]), start, small[None])
-    commanded = delta_of(Motion(call["motion"], call["amount"]))
+    commanded = delta_of(motion_in(call))
     return "content" if pose_error(commanded, motions[0])["within"] else "pose"
 
 
@@ -134,7 +135,7 @@ def diagnose(question: Question, trajectory: Trajectory) -> dict | None:
     answer_was_shown = any(one.shows for one in useful)
     if useful and not answer_was_shown:
         last = useful[-1]
-        start = call_poses(question["scene"], calls)[last.call["image"] - 1]
+        start = call_poses(question["scene"], calls)[last.call["reference_image"] - 1]
         result["deviation"] = deviation(question, start, last.call, last.view)
     return result | {"case": case_of_unseen(question, calls, useful, words, right)}
 
@@ -161,8 +162,8 @@ def useful_calls(question: Question, calls: list[dict], views: list) -> list[Use
     command, ask = question["command"], question["ask"]
     gold = question["options"]["ABCD".index(question["answer"])][3:]
     poses = call_poses(question["scene"], calls)
-    start = poses[command["image"] - 1]
-    goal = move_camera(start, Motion(command["kind"], command["amount"]))
+    start = poses[command["reference_image"] - 1]
+    goal = move_camera(start, motion_in(command))
     ends = poses[len(poses) - len(calls) :]
     useful = []
     for c2w, call, view, true in zip(ends, calls, views, true_views(question, calls), strict=True):
@@ -190,10 +191,8 @@ def case_of_unseen(
         return "ignored"
     if useful:
         return "trusted" if words in [one.reading for one in useful] else "deviates"
-    command = question["command"]
-    motion = (command["kind"], command["amount"])
-    made = [(call["motion"], call["amount"]) for call in calls]
-    return "confused" if motion in made else "off_target"
+    motion = motion_in(question["command"])
+    return "confused" if motion in map(motion_in, calls) else "off_target"
 
 
 def tally(records: list[dict]) -> dict | None:

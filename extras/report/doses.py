@@ -4,15 +4,16 @@ from pathlib import Path
 
 import numpy as np
 
-from data import MOTIONS, SIDES, WAYS, stands_free
+from data import MOTIONS, SIGNS, stands_free
 from lib.answers import imagine_targets
 from lib.consistency import pose_errors, recover_all
-from lib.geometry import TABLE, Array, Motion, move_camera
+from lib.geometry import KINDS, Array, Motion, move_camera
 from lib.scores import text_table
 
 DOSES = [
-    *(Motion(f"turn {side}", 15.0 * i) for side in SIDES for i in range(1, 13)),
-    *(Motion(f"move {way}", 0.25 * i) for way in WAYS for i in range(1, 6)),
+    *(Motion("dangle", sign * 15.0 * i) for sign in SIGNS for i in range(1, 13)),
+    *(Motion("dx", sign * 0.25 * i) for sign in SIGNS for i in range(1, 6)),
+    *(Motion("dy", 0.25 * i) for i in range(1, 6)),
 ]
 
 
@@ -58,14 +59,13 @@ def measure_doses(rows: list[dict], folders: dict) -> dict[str, dict]:
 
 
 def along(motion: Motion, recovered: Array) -> float:
-    """How much of a relative pose (5,) lies along the commanded axis, in the motion's unit; below 0: the other way.
+    """How much of a relative pose (5,) lies along the command, in the motion's unit; below 0: the other way.
 
     A turn lies in [-90, 270), whatever was commanded. Cut half a turn away from the command instead, a simulator that
     turns at random would seem to follow it.
     """
-    kind = TABLE[motion.kind]
-    amount = kind.sign * recovered[kind.component]
-    return float((amount + 90) % 360 - 90 if kind.unit == "degrees" else amount)
+    amount = np.sign(motion.amount) * recovered[KINDS.index(motion.kind)]
+    return float((amount + 90) % 360 - 90 if motion.unit == "degrees" else amount)
 
 
 def slope_of(commanded: Array, got: Array) -> tuple[float, float]:
@@ -78,24 +78,26 @@ def slope_of(commanded: Array, got: Array) -> tuple[float, float]:
 
 
 def dose_response(rows: list[dict], recovered: Array, trained: list[Motion]) -> dict[str, dict]:
-    """Commanded against recovered displacement, kind by kind.
+    """Commanded against recovered displacement, way by way (`Motion.way`), by their size.
 
     rows       with "motion", recovered (n, 5) of `recover_all`;  trained: the Motions that training showed
-    returns    {kind: {"slope", "correlation": over all views, "slope_trained", "slope_new": over the amounts that
+    returns    {way: {"slope", "correlation": over all views, "slope_trained", "slope_new": over the amounts that
                        training showed, over the others,
                        "points": [{"amount", "trained", "median", "low", "high": quartiles, "within", "n"}]}}
     """
-    kinds = np.array([row["motion"]["kind"] for row in rows])
-    commanded = np.array([row["motion"]["amount"] for row in rows])
+    motions = [Motion(**row["motion"]) for row in rows]
+    ways = np.array([motion.way for motion in motions])
+    commanded = np.array([abs(motion.amount) for motion in motions])
     within = np.array([error["within"] for error in pose_errors(rows, recovered)])
     got = []
-    for row, delta in zip(rows, recovered, strict=True):
-        got.append(along(Motion(**row["motion"]), delta))
+    for motion, delta in zip(motions, recovered, strict=True):
+        got.append(along(motion, delta))
     got = np.array(got)
     result = {}
-    for kind in dict.fromkeys(kinds.tolist()):
-        own = kinds == kind
-        known = np.isin(commanded, [motion.amount for motion in trained if motion.kind == kind])
+    for way in dict.fromkeys(ways.tolist()):
+        own = ways == way
+        amounts = [abs(motion.amount) for motion in trained if motion.way == way]
+        known = np.isin(commanded, amounts)
         points = []
         for amount in np.unique(commanded[own]).tolist():
             here = own & (commanded == amount)
@@ -104,8 +106,8 @@ def dose_response(rows: list[dict], recovered: Array, trained: list[Motion]) -> 
             point |= {"low": low, "high": high, "within": float(within[here].mean())}
             points.append({**point, "n": int(here.sum())})
         slope, correlation = slope_of(commanded[own], got[own])
-        result[kind] = {"slope": slope, "correlation": correlation}
+        result[way] = {"slope": slope, "correlation": correlation}
         for key, some in (("slope_trained", own & known), ("slope_new", own & ~known)):
-            result[kind][key] = slope_of(commanded[some], got[some])[0] if some.any() else None
-        result[kind]["points"] = points
+            result[way][key] = slope_of(commanded[some], got[some])[0] if some.any() else None
+        result[way]["points"] = points
     return result

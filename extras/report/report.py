@@ -24,8 +24,9 @@ from PIL import Image
 
 from extras.benches.common import open_image
 from extras.report.diagnosis import CASES, true_views
-from lib.geometry import Motion, phrase
+from lib.geometry import UNITS, phrase
 from lib.images import figure_image
+from lib.protocol import motion_in
 from lib.records import write_text
 from lib.scores import COLUMNS, consistency_row
 
@@ -231,7 +232,7 @@ def dose_curves(dose: dict) -> Callable:
         for axis, kind in zip(axes[0], kinds, strict=True):
             responses = {name: own[kind] for name, own in dose.items() if kind in own}
             draw_responses(axis, responses)
-            axis.set_title(f"{kind}, {'degrees' if 'turn' in kind else 'meters'}", fontsize=9)
+            axis.set_title(f"{kind}, {UNITS[kind[1:]]}", fontsize=9)
             axis.set_xlabel("commanded (filled: trained on)", fontsize=8)
             axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
             axis.tick_params(labelsize=7)
@@ -351,8 +352,8 @@ def turns_with_views(record: dict, pictures: Pictures, folder: Path) -> list[dic
         if number:
             k = number - given - 1
             call, file = record["calls"][k], folder / record["views"][k]
-            motion = phrase(Motion(call["motion"], call["amount"]))
-            caption = f"Image-{number}: imagined from Image-{call['image']}, {motion}"
+            motion = phrase(motion_in(call))
+            caption = f"Image-{number}: imagined from Image-{call['reference_image']}, {motion}"
             views.append(pictures.add(caption, str(file), lambda file=file: Image.open(file)))
             if true:
                 view = true[k]

@@ -31,9 +31,9 @@ import numpy as np
 from extras.remote.client import RemotePolicy, converse
 from lib.dialogue import Trajectory
 from lib.distributed import fail
-from lib.geometry import KINDS, Motion, phrase
+from lib.geometry import KINDS, UNITS, Motion, phrase
 from lib.images import load_image
-from lib.protocol import LIMITS
+from lib.protocol import LIMITS, call_of, call_text, motion_in
 from lib.simulators import SimulatorError, imagine_each
 from lib.streams import numpy_stream, stream_seed
 from policy import encode_images, rollout, write_turns
@@ -43,10 +43,14 @@ STEPS = 3
 BEAMS = 2
 THRESHOLD = 8  # of 9: from here on a view becomes a beam, or evidence
 EVIDENCE = 18  # views that a step may add
-PRIMITIVES = (Motion("move forward", 0.75), Motion("turn left", 27.0), Motion("turn right", 27.0))
+PRIMITIVES = (Motion("dy", 0.75), Motion("dangle", -27.0), Motion("dangle", 27.0))
 INTERVAL = {"meters": 0.25, "degrees": 9.0}  # between the views of a primitive; an atom of a plan
 MOST = {"meters": 1.5, "degrees": 60.0}  # what repeating a motion may add up to
-OPPOSITE = {"turn left": "turn right", "turn right": "turn left"}
+TYPES = {
+    "move-forward": ("dy", 1),
+    "turn-left": ("dangle", -1),
+    "turn-right": ("dangle", 1),
+}  # AVIC's words
 RETRIES = 5  # of scores that cannot be read; then random 0 to 5, so that nothing passes
 # AVIC, as published
 SAMPLES = 5  # votes
@@ -61,9 +65,9 @@ Path = tuple  # (image number, Motion, Motion, ...)
 
 
 def extend(path: Path, motion: Motion) -> Path:
-    """One more motion; where the last one is of the same kind, it grows."""
+    """One more motion; where the last one goes the same way, it grows."""
     last = path[-1]
-    if isinstance(last, Motion) and last.kind == motion.kind:
+    if isinstance(last, Motion) and last.way == motion.way:
         return (*path[:-1], Motion(motion.kind, round(last.amount + motion.amount, 6)))
     return (*path, motion)
 
@@ -72,11 +76,12 @@ def waypoints(path: Path, program: list[Motion]) -> list[Path]:
     """Where a program of motions leads from `path`: a path per INTERVAL, the rest of a motion last."""
     paths = []
     for motion in program:
-        left = motion.amount
+        sign = np.sign(motion.amount)
+        left = abs(motion.amount)
         while left > 1e-6:
             amount = min(INTERVAL[motion.unit], left)
             left = round(left - amount, 6)
-            path = extend(path, Motion(motion.kind, amount))
+            path = extend(path, Motion(motion.kind, float(sign * amount)))
             paths.append(path)
     return paths
 
@@ -85,11 +90,10 @@ def expand(path: Path) -> list[Path]:
     """The candidates of one step from `path`: not straight back, and no repetition beyond MOST."""
     last, paths = path[-1], []
     for motion in PRIMITIVES:
-        if isinstance(last, Motion):
-            repeated = last.kind == motion.kind
-            if repeated and last.amount + motion.amount > MOST[motion.unit] + 1e-6:
+        if isinstance(last, Motion) and last.kind == motion.kind:
+            if last.way != motion.way:
                 continue
-            if last.kind == OPPOSITE.get(motion.kind):
+            if abs(last.amount + motion.amount) > MOST[motion.unit] + 1e-6:
                 continue
         paths += waypoints(path, [motion])
     return paths
@@ -101,8 +105,11 @@ def path_words(path: Path) -> str:
 
 
 def display_order(path: Path):
-    """Sort key: views are shown by kind and magnitude, and the beginning of a path before the path."""
-    return path[0], [(KINDS.index(motion.kind), motion.amount) for motion in path[1:]]
+    """Sort key: views are shown by kind, way and magnitude, and the beginning of a path before the path."""
+    order = path[:1]
+    for motion in path[1:]:
+        order += (KINDS.index(motion.kind), motion.amount > 0, abs(motion.amount))
+    return order
 
 
 def best(scores: dict[Path, float], most: int) -> list[Path]:
@@ -173,10 +180,7 @@ class Tree:
 
 def call_turn(image: int, motion: Motion) -> str:
     """The policy's turn that calls for a motion, token by token as train_sft.py teaches it."""
-    return (
-        f'<think>I need to see it.</think><tool_call>{{"name": "imagine", "arguments": {{"image": {image}, '
-        f'"motion": "{motion.kind}", "amount": {motion.amount:g}}}}}</tool_call>'
-    )
+    return f"<think>I need to see it.</think>{call_text(call_of(image, motion))}"
 
 
 def imagine(run: Run, wanted: dict[Tree, list[Path]]) -> None:
@@ -418,8 +422,8 @@ def path_of(dialogue: Imagined, number: int) -> Path:
     """How a view of a dialogue was come by, back to a given image."""
     program = []
     while call := dialogue.provenance[number - 1]:
-        program.insert(0, Motion(call["motion"], call["amount"]))
-        number = call["image"]
+        program.insert(0, motion_in(call))
+        number = call["reference_image"]
     return (number, *program)
 
 
@@ -479,7 +483,7 @@ def gate(policy, questions: list[dict], simulator, seed=0, max_new_tokens=256, r
 
 def sampled_plans(run: Run, trees: list[Tree]) -> list[list[Path | None]]:
     """SAMPLES replies to the gate's prompt per question: plans as paths, () to skip, None if it cannot be read."""
-    types = ", ".join(motion.kind.replace(" ", "-") for motion in PRIMITIVES)
+    types = ", ".join(TYPES)
     sheets = []
     for tree in trees:
         task = TASKS["gate"].format(image=tree.start[0], types=types)
@@ -500,18 +504,17 @@ def read_plan(text: str | None, start: Path) -> Path | None:
         decision = value if "decision" in value else decision
     if decision.get("decision") == "skip":
         return ()
-    kinds = [motion.kind for motion in PRIMITIVES]
     try:
         motions = []
         for action in decision["actions"]:
             if type(action["value"]) not in (int, float):
                 return None
-            motions.append(Motion(action["type"].replace("-", " "), float(action["value"])))
+            kind, sign = TYPES[action["type"]]
+            if not 0 < action["value"] <= LIMITS[UNITS[kind]]:
+                return None
+            motions.append(Motion(kind, sign * float(action["value"])))
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         return None
-    for motion in motions:
-        if motion.kind not in kinds or motion.amount > LIMITS[motion.unit]:
-            return None
     return (*start, *motions) if decision.get("decision") == "call_wm" and motions else None
 
 

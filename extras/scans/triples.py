@@ -299,7 +299,7 @@ def write_triples(scene: Scene, out: Path, seed: int, rules: Rules) -> tuple[lis
         for target in targets:
             view, motion = target.view, target.motion
             name = frames[target.frame].name
-            command = f"{motion.kind.replace(' ', '_')}_{motion.amount:g}"
+            command = f"{motion.kind}_{motion.amount:g}"
             id = f"{folder}/{number}_{names[group.reference]}_{command}_{name}"
             save(f"{folder}/{name}.jpg", view.rgb)
             save(f"{id}_warp.png", target.warp)

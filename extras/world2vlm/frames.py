@@ -33,8 +33,8 @@ from tqdm import tqdm
 from extras.scans.make import split_of
 from extras.world2vlm.objects import TrackedBox, tracked_by_label
 from extras.world2vlm.questions import differ, records, write_motion_questions
-from extras.world2vlm.transitions import MOVES, TURNS, Transition, is_view, summed
-from extras.world2vlm.words import is_on_grid
+from extras.world2vlm.transitions import Transition, is_view, summed
+from extras.world2vlm.words import ACTIONS, action_of, is_on_grid, motion_of
 from lib import images
 from lib.distributed import fail, say
 from lib.geometry import Motion, move_camera, phrase, project, unproject
@@ -62,7 +62,7 @@ def read_program(info: dict) -> list[Motion]:
     if not program:
         raise ValueError("its actions undo each other.")
     for motion in program:
-        if not is_on_grid(motion.kind, motion.amount):
+        if not is_on_grid(action_of(motion), abs(motion.amount)):
             raise ValueError(f"'{phrase(motion)}' is off the grid of 0.1 m and 10 degrees.")
     return program
 
@@ -88,13 +88,13 @@ def read_action(action) -> Motion:
     """{"kind", "amount"} -> Motion. Raises ValueError."""
     action = action if isinstance(action, dict) else {}
     kind, amount = action.get("kind"), action.get("amount")
-    if kind not in MOVES + TURNS:
-        raise ValueError(f"there is no action {kind!r}; the six are: {', '.join(MOVES + TURNS)}.")
+    if kind not in ACTIONS:
+        raise ValueError(f"there is no action {kind!r}; the six are: {', '.join(ACTIONS)}.")
     if not isinstance(amount, (int, float)) or not 0 < amount < 1e6:
         raise ValueError(
             f"the amount of '{kind}' is {amount!r:.40} and should be a number above 0, below a million."
         )
-    return Motion(kind, round(float(amount), 6))
+    return motion_of(kind, round(float(amount), 6))
 
 
 def names_of_pictures(folder: Path) -> list[str]:
@@ -189,9 +189,9 @@ def turn_fit(source: np.ndarray, target: np.ndarray, turn: Motion) -> float:
 def looks_mirrored(source, target, program) -> bool:
     """Whether a mere turn shows the other way than it is told: turning left moves the scene to the right."""
     turn = program[0]
-    if len(program) > 1 or turn.kind not in TURNS or turn.amount > WIDEST:
+    if len(program) > 1 or turn.kind != "dangle" or abs(turn.amount) > WIDEST:
         return False
-    mirrored = Motion(TURNS[1 - TURNS.index(turn.kind)], turn.amount)
+    mirrored = Motion("dangle", -turn.amount)
     fit, mirrored_fit = (turn_fit(source, target, motion) for motion in (turn, mirrored))
     return mirrored_fit - fit > MIRRORED  # never where one is nan
 

@@ -46,8 +46,8 @@ from extras.world2vlm.rewards import FULL, world2vlm
 from extras.world2vlm.transitions import (
     ROOMS,
     SEEN,
+    actions_of,
     end_pose,
-    kinds_of,
     random_program,
     room_anchor,
     transitions,
@@ -56,6 +56,7 @@ from extras.world2vlm.words import (
     BOX,
     COUNTS,
     PROMPTS,
+    action_of,
     box_text,
     claim_text,
     is_on_grid,
@@ -72,7 +73,6 @@ from lib.simulators import URLS, SimulatorError, find_weights, load_simulator
 from lib.stage import bounded, need, run_stage
 from lib.streams import numpy_stream
 
-OPPOSITE = {"left": "right", "right": "left", "forward": "backward", "backward": "forward"}
 PRIVATE = ("program", "label")  # of a record, for `validate` and `balanced`
 
 
@@ -91,22 +91,21 @@ def false_claim(program, rng, space):
     words of false claims are distributed exactly like those of true ones. The released claims go backward or to the
     right only where they are false.
     """
-    patterns = {tuple(kind for kind, _ in pattern): pattern for pattern in space.sequences}
-    kinds = kinds_of(program)
-    if kinds not in patterns:
+    patterns = {tuple(action for action, _ in pattern): pattern for pattern in space.sequences}
+    actions = actions_of(program)
+    if actions not in patterns:
         return None
-    claims = {"amount": [random_program(patterns[kinds], rng)], "direction": [], "other": []}
+    claims = {"amount": [random_program(patterns[actions], rng)], "direction": [], "other": []}
     for i, motion in enumerate(program):
-        verb, way = motion.kind.split()
-        opposite = Motion(f"{verb} {OPPOSITE[way]}", motion.amount)
+        opposite = Motion(motion.kind, -motion.amount)
         claims["direction"].append([*program[:i], opposite, *program[i + 1 :]])
     claims["order"] = [program[::-1]] if len(program) == 2 else []
     for other, pattern in patterns.items():
-        if len(other) == len(kinds) and other != kinds:
+        if len(other) == len(actions) and other != actions:
             claims["other"].append(random_program(pattern, rng))
     possible = []
     for how, programs in claims.items():
-        programs = [claim for claim in programs if kinds_of(claim) in patterns]
+        programs = [claim for claim in programs if actions_of(claim) in patterns]
         if programs:
             possible.append((programs, how))
     programs, how = possible[rng.integers(len(possible))]
@@ -115,8 +114,8 @@ def false_claim(program, rng, space):
 
 
 def differ(one, other, margin) -> bool:
-    """Whether a picture tells two programs apart: they differ in an amount by `margin`, or in kinds and in their end."""
-    if kinds_of(one) != kinds_of(other):
+    """Whether a picture tells two programs apart: they differ in an amount by `margin`, or in actions and in their end."""
+    if actions_of(one) != actions_of(other):
         return not np.allclose(end_pose(np.eye(4), one), end_pose(np.eye(4), other))
     pairs = zip(one, other, strict=True)
     return any(abs(a.amount - b.amount) >= margin[a.unit] - 1e-9 for a, b in pairs)
@@ -175,7 +174,7 @@ def record(transition, task, answer, label="", detections=(), negative=None, cla
 def motion_records(transition, rng, claim) -> list[dict]:
     """A1 or A2 about a single action; A3 and A4 about several, A4 true or false by the toss of a coin."""
     program = transition.program
-    text, label = program_text(program), program[0].kind
+    text, label = program_text(program), action_of(program[0])
     if len(program) == 1:
         return [record(transition, "A1" if program[0].unit == "meters" else "A2", text, label)]
     rows = [record(transition, "A3", text, label)]
@@ -213,7 +212,7 @@ def object_records(transition, rng, first, last) -> list[dict]:
             box = box_text(pair[1].box, width, height)
             rows.append(record(transition, "D1", box, detections=pair))
         if len(program) in COUNTS["D3"]:
-            text, label = program_text(program), program[0].kind
+            text, label = program_text(program), action_of(program[0])
             rows.append(record(transition, "D3", text, label, detections=pair))
     if gone or stay:
         answer = "yes" if gone else "no"

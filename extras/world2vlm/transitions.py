@@ -7,8 +7,8 @@ programs of several motions, and motions longer than it can do, are chained: eac
 
     results, failures = transitions([room_anchor(seed)], TrueRenderer(), np.random.default_rng(seed))
 
-A program is a list of Motions of six kinds. Their names are the paper's words ("move left" is its SHIFT LEFT); it has
-none for up, down and looking. Frames that another program rendered become the same Transitions in frames.py.
+A program is a list of Motions, six actions in the paper's words ("move left" is its SHIFT LEFT); it has none for up,
+down and looking. Frames that another program rendered become the same Transitions in frames.py.
 """
 
 from collections import Counter
@@ -18,17 +18,17 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lib.geometry import TABLE, Motion, Query, as_lists, instruction, move_camera
+from extras.world2vlm.words import ACTIONS, action_of, motion_of
+from lib.geometry import KINDS, Motion, Query, as_lists, instruction, move_camera
 from lib.rooms import SIZE, random_room, render, ring
 from lib.simulators import imagine_each
 from lib.streams import numpy_stream
 
-MOVES = ("move forward", "move backward", "move left", "move right")
-TURNS = ("turn left", "turn right")
-KIND = {(row.component, row.sign): kind for kind, row in TABLE.items()}
+MOVES = tuple(ACTIONS)[:4]
+TURNS = tuple(ACTIONS)[4:]
 
 Program = list[Motion]
-Pattern = tuple[tuple[str, list], ...]  # ((kind, its amounts), ...): a program with open amounts
+Pattern = tuple[tuple[str, list], ...]  # ((action, its amounts), ...): a program with open amounts
 
 
 # ---- programs -------------------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ Pattern = tuple[tuple[str, list], ...]  # ((kind, its amounts), ...): a program 
 class Space(NamedTuple):
     """Which programs there are, and by how much a false amount is off at least."""
 
-    single: dict[str, list]  # kind -> amounts
+    single: dict[str, list]  # action -> amounts
     sequences: tuple[Pattern, ...]
     margin: dict[str, float]  # unit -> amount
 
@@ -48,7 +48,7 @@ def grid(low: float, high: float, step: float) -> list[float]:
 
 
 def singles(move: list, turn: list) -> dict[str, list]:
-    """The six kinds, with the same amounts for every move and for every turn."""
+    """The six actions, with the same amounts for every move and for every turn."""
     return dict.fromkeys(MOVES, move) | dict.fromkeys(TURNS, turn)
 
 
@@ -100,7 +100,7 @@ SEEN = Space(
 
 def random_program(pattern: Pattern, rng) -> Program:
     """A program of a pattern, its amounts uniform over the grid."""
-    return [Motion(kind, float(amounts[rng.integers(len(amounts))])) for kind, amounts in pattern]
+    return [motion_of(action, amounts[rng.integers(len(amounts))]) for action, amounts in pattern]
 
 
 def programs(rng, space: Space) -> list[Program]:
@@ -110,9 +110,9 @@ def programs(rng, space: Space) -> list[Program]:
     return [random_program(pattern, rng) for pattern in patterns]
 
 
-def kinds_of(program: Program) -> tuple[str, ...]:
+def actions_of(program: Program) -> tuple[str, ...]:
     """("move left", "turn right"): a program without its amounts."""
-    return tuple(motion.kind for motion in program)
+    return tuple(map(action_of, program))
 
 
 def end_pose(c2w: np.ndarray, program: Program) -> np.ndarray:
@@ -130,11 +130,12 @@ def cut(program: Program, longest: dict | None) -> Program:
     """
     pieces = []
     for motion in program:
-        most = longest[motion.unit] if longest else motion.amount
-        count = int(motion.amount / most + 1e-9)
-        rest = round(motion.amount - count * most, 6)
+        whole = abs(motion.amount)
+        most = longest[motion.unit] if longest else whole
+        count = int(whole / most + 1e-9)
+        rest = round(whole - count * most, 6)
         amounts = [most] * count + [rest] * (rest > 0)
-        pieces += [Motion(motion.kind, amount) for amount in amounts]
+        pieces += [motion_of(action_of(motion), amount) for amount in amounts]
     return pieces
 
 
@@ -145,11 +146,11 @@ def summed(program: list[Motion]) -> list[Motion]:
     for _, run in groupby(program, key=lambda motion: motion.unit):
         sums = Counter()
         for motion in run:
-            row = TABLE[motion.kind]
-            sums[row.component] += row.sign * motion.amount
-        for component, total in sorted(sums.items()):
-            if abs(total) > 1e-6:
-                motions.append(Motion(KIND[component, np.sign(total)], round(abs(total), 6)))
+            sums[motion.kind] += motion.amount
+        for kind in KINDS:
+            total = round(sums[kind], 6)
+            if total:
+                motions.append(Motion(kind, total))
     return motions
 
 

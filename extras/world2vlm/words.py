@@ -7,7 +7,7 @@ What World2VLM (arXiv 2604.26934) asks and answers, word by word: prompts, actio
 
 import re
 
-from lib.geometry import TABLE, Motion
+from lib.geometry import UNITS, Motion
 
 TASKS = ("A1", "A2", "A3", "A4", "D1", "D2", "D3", "D4")
 INVERSE = ("A1", "A2", "A3", "D3")  # the others are forward
@@ -17,10 +17,32 @@ GRID = {"meters": 0.1, "degrees": 10}  # of every amount
 # ---- actions and boxes -----------------------------------------------------------------------------------------------
 
 
+ACTIONS = {  # the paper's words -> kind of motion and sign
+    "move forward": ("dy", 1),
+    "move backward": ("dy", -1),
+    "move left": ("dx", -1),
+    "move right": ("dx", 1),
+    "turn left": ("dangle", -1),
+    "turn right": ("dangle", 1),
+}
+NAMES = {way: action for action, way in ACTIONS.items()}
+
+
+def motion_of(action: str, amount: float) -> Motion:
+    """The Motion of an action with an amount above zero."""
+    kind, sign = ACTIONS[action]
+    return Motion(kind, sign * float(amount))
+
+
+def action_of(motion: Motion) -> str:
+    """What the paper calls a motion: "move left"."""
+    return NAMES[motion.kind, 1 if motion.amount > 0 else -1]
+
+
 def action_text(motion: Motion) -> str:
     """ "move forward 4.3 meters", "turn left 100 degrees": at most three decimals, no trailing zeros."""
-    amount = f"{motion.amount:.3f}".rstrip("0").rstrip(".")
-    return f"{motion.kind} {amount} {motion.unit}"
+    amount = f"{abs(motion.amount):.3f}".rstrip("0").rstrip(".")
+    return f"{action_of(motion)} {amount} {motion.unit}"
 
 
 def program_text(program: list[Motion]) -> str:
@@ -38,9 +60,9 @@ def tidy(text: str) -> str:
     return " ".join(text.lower().split()).rstrip('.,;:!?" ')
 
 
-def is_on_grid(kind, amount) -> bool:
+def is_on_grid(action: str, amount: float) -> bool:
     """Whether an amount is a positive multiple of 0.1 m or 10 degrees."""
-    steps = amount / GRID[TABLE[kind].unit]
+    steps = amount / GRID[UNITS[ACTIONS[action][0]]]
     return amount > 0 and abs(steps - round(steps)) < 1e-6
 
 
@@ -52,7 +74,7 @@ BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([NUMBER] * 4) + r"\s*\]")
 
 
 def read_actions(text: str) -> list[tuple[str, float]]:
-    """All actions that occur in a text, in order: [(kind, amount)]. Amounts may be anything, even negative."""
+    """All actions that occur in a text, in order: [(action, amount)]. Amounts may be anything, even negative."""
     actions = []
     for way, meters, side, degrees in ACTION.findall(tidy(text)):
         actions.append((f"move {way}", float(meters)) if way else (f"turn {side}", float(degrees)))

@@ -50,7 +50,7 @@ WHERE = {
 LOOKS = {
     f"turn {side} {amount} degrees": SIDES[side] * amount for side in SIDES for amount in (45, 135)
 }
-NEXT = [Motion(f"turn {side}", amount) for side in SIDES for amount in (45.0, 90.0)]
+NEXT = [Motion("dangle", amount) for amount in (-45.0, -90.0, 45.0, 90.0)]
 SPACE = "(Spatial Construction) {} Spatial Relationship"
 TYPES = {
     "motion": "(Motion Understanding) Camera Motion",

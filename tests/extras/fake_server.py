@@ -102,7 +102,7 @@ def says(content, *calls, finish="stop", **more):
     """An answer of a chat server; a call is the text of its arguments."""
     tool_calls = []
     for k, arguments in enumerate(calls):
-        function = {"name": "imagine", "arguments": arguments}
+        function = {"name": "world_simulator_tool", "arguments": arguments}
         tool_calls.append({"id": f"call_{k}", "type": "function", "function": function})
     message = {"role": "assistant", "content": content, "refusal": None, "tool_calls": tool_calls}
     choice = {"index": 0, "message": message | more, "finish_reason": finish}

@@ -359,7 +359,7 @@ def question(number, **more):
     }
 
 
-LOOK = '{"image": 2, "motion": "turn left", "amount": 30}'
+LOOK = '{"reference_image": 2, "motion_type": "dangle", "value": -30}'
 ANSWER = says("<think>red</think><answer>A</answer>")
 
 
@@ -377,12 +377,16 @@ def test_a_dialogue_with_a_view():
     dialogue, _ = talk(call, ANSWER, simulator=simulator, seed=3)
     assert dialogue.answer == "A" and dialogue.valid_calls == 1
     assert dialogue.well_formed and not dialogue.truncated
-    tool_call = f'<tool_call>{{"name": "imagine", "arguments": {LOOK}}}</tool_call>'
+    tool_call = f'<tool_call>{{"name": "world_simulator_tool", "arguments": {LOOK}}}</tool_call>'
     assert dialogue.turns == [
         f"<think>I look left.</think>\n{tool_call}",
         "<think>red</think>\n<answer>A</answer>",
     ]
-    assert dialogue.provenance == [None, None, {"image": 2, "motion": "turn left", "amount": 30.0}]
+    assert dialogue.provenance == [
+        None,
+        None,
+        {"reference_image": 2, "motion_type": "dangle", "value": -30.0},
+    ]
     assert (dialogue.images[2] == dialogue.images[1][:, ::-1]).all()
     assert dialogue.replies == [("Imagined from Image-2, turn left 30 degrees. ", 3)]
     (order,) = simulator.batches[0]
@@ -487,7 +491,7 @@ def test_direct_has_no_tool_and_without_a_simulator_there_is_no_view():
         (says("", "{not json"), NOT_JSON, (1, 0)),
         (says("", ""), NOT_JSON, (1, 0)),
         (says("", LOOK.replace("2", "9")), "There is no such image.", (1, 0)),
-        (says("", LOOK.replace("turn left", "fly")), "There is no such motion.", (1, 0)),
+        (says("", LOOK.replace("dangle", "fly")), "There is no such motion.", (1, 0)),
         (says("It is A."), UNREADABLE_HERE, (0, 1)),
         (says(None), UNREADABLE_HERE, (0, 1)),
         (says("<answer>A</answer> or <answer>B</answer>"), UNREADABLE_HERE, (0, 1)),
@@ -599,12 +603,15 @@ def test_turns_of_every_form_are_read_by_the_one_judge():
     def read_turn(content=None, **more):
         return parse_turn(turn_text({"content": content, **more}))
 
-    function = {"name": "imagine", "arguments": json.loads(LOOK)}  # some servers give no text
-    assert read_turn(tool_calls=[{"function": function}]).call["amount"] == 30
+    function = {
+        "name": "world_simulator_tool",
+        "arguments": json.loads(LOOK),
+    }  # some servers give no text
+    assert read_turn(tool_calls=[{"function": function}]).call["value"] == -30
     assert read_turn("<think>x</think><answer>B</answer>").answer == "B"
     assert read_turn([{"type": "text", "text": "so <answer>B</answer>"}]).answer == "B"
-    qwen = f'<think>x</think><tool_call>{{"name": "imagine", "arguments": {LOOK}}}</tool_call>'
-    assert read_turn(qwen).call["image"] == 2  # a server that leaves Qwen's form alone
+    qwen = f'<think>x</think><tool_call>{{"name": "world_simulator_tool", "arguments": {LOOK}}}</tool_call>'
+    assert read_turn(qwen).call["reference_image"] == 2  # a server that leaves Qwen's form alone
     assert read_turn("B").error
     assert read_turn(tool_calls=[{"function": {"name": None}}]).error
 

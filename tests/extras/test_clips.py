@@ -165,7 +165,7 @@ def test_the_bench_runs_from_end_to_end(made, tmp_path):
     }
     question = made[1][7]
     images = [np.asarray(benchmarks.open_image(path, "mmsi_video")) for path in question["images"]]
-    command = Motion("turn left", 45.0)
+    command = Motion("dangle", -45.0)
     views = WorldModel.load(tmp_path / "wm").imagine(
         [Query(images, k, instruction(command, k), 0) for k in (1, 12)]
     )
@@ -188,9 +188,9 @@ def test_a_clip_is_a_straight_way_on_which_the_camera_turns():
                 ]
             ),
         )
-        assert way == Motion("move left", 0.8)
+        assert way == Motion("dx", -0.8)
         turned = (
-            np.linalg.inv(move_camera(poses[0], Motion("turn left", 90.0)))[:3, :3]
+            np.linalg.inv(move_camera(poses[0], Motion("dangle", -90.0)))[:3, :3]
             @ poses[-1][:3, :3]
         )
         np.testing.assert_allclose(turned, np.eye(3), atol=1e-9)
@@ -252,7 +252,7 @@ def test_where_and_look_point_at_the_object(drafts):
             assert clips.off(degrees, options[draft["answer"]]) <= (30 if kind == "where" else 12)
             if kind == "look":
                 side, amount = re.search(r"turn (\w+) (\d+)", draft["answer"]).groups()
-                turned = move_camera(end, Motion(f"turn {side}", float(amount)))
+                turned = move_camera(end, Motion("dangle", clips.SIDES[side] * float(amount)))
                 assert abs(way @ turned[:3, 0]) < 0.25 * (way @ turned[:3, 2])
 
 
@@ -260,7 +260,9 @@ def test_what_comes_next_and_what_is_gone(drafts):
     for room, _, draft in drafts["next"]:
         ((_, poses),) = draft["clips"]
         side, amount = re.search(r"turn (\w+) (\d+) degrees", draft["question"]).groups()
-        view = render(room, move_camera(poses[-1], Motion(f"turn {side}", float(amount))))["ids"][0]
+        view = render(
+            room, move_camera(poses[-1], Motion("dangle", clips.SIDES[side] * float(amount)))
+        )["ids"][0]
         middle = Counter(view[:, 10:22][view[:, 10:22] > 0].tolist()).most_common(1)[0][0]
         assert room.things[middle - 1].colour == draft["answer"] in shown(room, poses)
         now = facts(render(room, poses[-1])["ids"][0], len(room.things))["centre"]

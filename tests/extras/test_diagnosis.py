@@ -1,6 +1,5 @@
 """Every case of the diagnosis, by a scripted dialogue about a room whose truth is known."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +9,7 @@ from extras.report.diagnosis import CASES, diagnose, reads, tally, true_views
 from lib.dialogue import Trajectory
 from lib.geometry import Motion, move_camera
 from lib.images import load_image
+from lib.protocol import call_of, call_text, motion_in
 from lib.questions import room_questions
 from lib.rooms import COLOURS, TrueRenderer, random_room, render
 from policy import Policy
@@ -46,20 +46,13 @@ def wrong(question, avoid=()):
 
 
 def held(question, answer, *calls, views=None, mode="agentic"):
-    """A dialogue that makes these calls (image, motion, amount), is shown the true views or `views`, and answers."""
+    """A dialogue that makes these calls, is shown the true views or `views`, and answers."""
     t = Trajectory.start(POLICY, question, question["images"], mode)
-    for k, (image, motion, amount) in enumerate(calls):
-        call = json.dumps(
-            {"name": "imagine", "arguments": {"image": image, "motion": motion, "amount": amount}}
-        )
-        t.say(POLICY, f"<think></think><tool_call>{call}</tool_call>")
+    for k, call in enumerate(calls):
+        t.say(POLICY, f"<think></think>{call_text(call)}")
         t.observe(POLICY, image=views[k] if views else TrueRenderer().imagine([t.query(0)])[0])
     t.say(POLICY, f"<think></think><answer>{answer}</answer>")
     return t
-
-
-def right_call(question):
-    return tuple(question["command"][key] for key in ("image", "kind", "amount"))
 
 
 def unseen(questions, test=lambda question: True):
@@ -71,8 +64,8 @@ def false_view(question, colour):
     """The true view with its largest thing painted in another colour."""
     room = random_room(question["scene"]["room"])
     target = move_camera(
-        np.array(question["scene"]["poses"][question["command"]["image"] - 1]),
-        Motion(question["command"]["kind"], question["command"]["amount"]),
+        np.array(question["scene"]["poses"][question["command"]["reference_image"] - 1]),
+        motion_in(question["command"]),
     )
     things = tuple(
         replace(t, colour=colour)
@@ -98,32 +91,29 @@ def test_a_true_view_reads_like_the_answer(questions):
 
 def test_the_call_resolved_it_or_its_view_was_ignored(questions):
     q = unseen(questions)
-    assert diagnose(q, held(q, q["answer"], right_call(q))) == {
+    assert diagnose(q, held(q, q["answer"], q["command"])) == {
         "case": "resolved",
         "use": "needed, called",
         "deviation": None,
     }
-    assert diagnose(q, held(q, wrong(q), right_call(q)))["case"] == "ignored"
+    assert diagnose(q, held(q, wrong(q), q["command"]))["case"] == "ignored"
     assert (
-        diagnose(q, held(q, words(q), right_call(q)))["case"] == "resolved"
+        diagnose(q, held(q, words(q), q["command"]))["case"] == "resolved"
     )  # the option's words will do
 
 
 def test_with_the_true_renderer_the_asked_call_is_never_blamed(questions):
     """Where the colours misread a true view (1 in 50), the imagined one is read no better: no view deviates."""
     for q in (q for q in questions if q["needs_view"]):
-        assert diagnose(q, held(q, q["answer"], right_call(q)))["case"] == "resolved", q["id"]
-        assert diagnose(q, held(q, wrong(q), right_call(q)))["case"] == "ignored", q["id"]
+        assert diagnose(q, held(q, q["answer"], q["command"]))["case"] == "resolved", q["id"]
+        assert diagnose(q, held(q, wrong(q), q["command"]))["case"] == "ignored", q["id"]
 
 
 def test_a_valid_call_that_leaves_the_target_out_of_view(questions):
-    away = (1, "turn left", 5.0)
+    away = call_of(1, Motion("dangle", -5.0))
     q = unseen(
         questions,
-        lambda q: (
-            reads(true_views(q, [{"image": 1, "motion": "turn left", "amount": 5.0}])[0], q["ask"])
-            != words(q)
-        ),
+        lambda q: reads(true_views(q, [away])[0], q["ask"]) != words(q),
     )
     assert diagnose(q, held(q, wrong(q), away)) == {
         "case": "off_target",
@@ -132,7 +122,7 @@ def test_a_valid_call_that_leaves_the_target_out_of_view(questions):
     }
     assert diagnose(q, held(q, q["answer"], away))["case"] == "guessed"
     assert (
-        diagnose(q, held(q, q["answer"], away, right_call(q)))["case"] == "resolved"
+        diagnose(q, held(q, q["answer"], away, q["command"]))["case"] == "resolved"
     )  # a second call may repair it
 
 
@@ -141,14 +131,14 @@ def test_a_view_of_wrong_content_is_trusted_or_not(questions):
     letter = wrong(q)
     false = false_view(q, words(q, letter))
     assert reads(false, q["ask"]) == words(q, letter)
-    assert diagnose(q, held(q, letter, right_call(q), views=[false])) == {
+    assert diagnose(q, held(q, letter, q["command"], views=[false])) == {
         "case": "trusted",
         "use": "needed, called",
         "deviation": "content",
     }
     other = wrong(q, avoid=[words(q, letter)])
-    assert diagnose(q, held(q, other, right_call(q), views=[false]))["case"] == "deviates"
-    assert diagnose(q, held(q, q["answer"], right_call(q), views=[false]))["case"] == "guessed"
+    assert diagnose(q, held(q, other, q["command"], views=[false]))["case"] == "deviates"
+    assert diagnose(q, held(q, q["answer"], q["command"], views=[false]))["case"] == "guessed"
 
 
 def test_a_view_from_the_wrong_pose(questions):
@@ -156,14 +146,14 @@ def test_a_view_from_the_wrong_pose(questions):
     q = unseen(
         questions,
         lambda q: (
-            q["command"]["kind"].startswith("turn")
-            and reads(q["images"][q["command"]["image"] - 1], q["ask"])
+            q["command"]["motion_type"] == "dangle"
+            and reads(q["images"][q["command"]["reference_image"] - 1], q["ask"])
             in (words(q, letter) for letter in "ABCD")
         ),
     )
-    still = q["images"][q["command"]["image"] - 1]
+    still = q["images"][q["command"]["reference_image"] - 1]
     letter = next(letter for letter in "ABCD" if words(q, letter) == reads(still, q["ask"]))
-    assert diagnose(q, held(q, letter, right_call(q), views=[still])) == {
+    assert diagnose(q, held(q, letter, q["command"], views=[still])) == {
         "case": "trusted",
         "use": "needed, called",
         "deviation": "pose",
@@ -172,14 +162,10 @@ def test_a_view_from_the_wrong_pose(questions):
 
 def test_the_motion_of_the_question_from_another_image(questions):
     def elsewhere(q):
-        image, kind, amount = right_call(q)
-        return image % 4 + 1, kind, amount
+        return q["command"] | {"reference_image": q["command"]["reference_image"] % 4 + 1}
 
     def told(q):
-        image, kind, amount = elsewhere(q)
-        return reads(
-            true_views(q, [{"image": image, "motion": kind, "amount": amount}])[0], q["ask"]
-        )
+        return reads(true_views(q, [elsewhere(q)])[0], q["ask"])
 
     q = unseen(questions, lambda q: told(q) != words(q))
     assert diagnose(q, held(q, wrong(q), elsewhere(q)))["case"] == "confused"
@@ -195,7 +181,7 @@ def test_over_use_and_under_use(questions):
     assert diagnose(q, held(q, q["answer"]))["case"] == "guessed"
     given = next(q for q in questions if q["shown_by"])
     assert diagnose(given, held(given, given["answer"]))["use"] == "not needed, not called"
-    assert diagnose(given, held(given, given["answer"], (1, "turn left", 45.0))) == {
+    assert diagnose(given, held(given, given["answer"], call_of(1, Motion("dangle", -45.0)))) == {
         "case": "unaided",
         "use": "over-use: not needed, called",
         "deviation": None,
@@ -222,10 +208,14 @@ def test_questions_that_the_given_images_answer(questions):
     letter = wrong(q, avoid=others(q))
     assert diagnose(q, held(q, letter))["case"] == "misread"
     paint = np.full((32, 32, 3), COLOURS[words(q, letter)], np.uint8)  # an invented view
-    assert diagnose(q, held(q, letter, (1, "turn left", 45.0), views=[paint]))["case"] == "trusted"
+    assert (
+        diagnose(q, held(q, letter, call_of(1, Motion("dangle", -45.0)), views=[paint]))["case"]
+        == "trusted"
+    )
     camera = next(q for q in questions if q["category"] == "camera-camera")
     assert (
-        diagnose(camera, held(camera, wrong(camera), (1, "turn left", 45.0)))["case"] == "misread"
+        diagnose(camera, held(camera, wrong(camera), call_of(1, Motion("dangle", -45.0))))["case"]
+        == "misread"
     )
 
 
@@ -242,7 +232,7 @@ def test_the_tally_counts_every_dialogue_once(questions):
     q = unseen(questions)
     records = [
         {"diagnosis": diagnose(q, t)}
-        for t in (held(q, q["answer"], right_call(q)), held(q, wrong(q)))
+        for t in (held(q, q["answer"], q["command"]), held(q, wrong(q)))
     ]
     counts = tally([*records, {"diagnosis": None}])
     assert counts["n"] == 2 == sum(counts["cases"].values()) and set(counts["cases"]) == set(CASES)

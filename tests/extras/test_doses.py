@@ -10,20 +10,20 @@ from lib.rooms import EYE, random_room, render
 
 
 def test_doses_are_told_with_their_quartiles():
-    rows = [{"motion": {"kind": "move left", "amount": 2.0}} for _ in range(5)]
+    rows = [{"motion": {"kind": "dx", "amount": -2.0}} for _ in range(5)]
     recovered = np.zeros((5, 5))
     recovered[:, 0] = [-4.0, 0, -1.0, -3.0, -2.0]
-    (point,) = dose_response(rows, recovered, [])["move left"]["points"]
+    (point,) = dose_response(rows, recovered, [])["-dx"]["points"]
     assert (point["low"], point["median"], point["high"]) == (1, 2, 3)
 
 
-def doses(of=lambda motion: motion, kinds=("turn left", "turn right", "move left", "move forward")):
+def doses(of=lambda motion: motion, ways=("-dangle", "+dangle", "-dx", "+dy")):
     """Rows of DOSES for one room, and the true views from where `of(motion)` leads; None: nowhere."""
     room, context = (
         random_room(5_000_003),
         [camera_pose(0.1, -EYE, -0.1, 17.0 - 90 * k) for k in range(4)],
     )
-    motions = [motion for motion in DOSES if motion.kind in kinds][::2]
+    motions = [motion for motion in DOSES if motion.way in ways][::2]
     rows = [
         {
             "room": 5_000_003,
@@ -41,16 +41,16 @@ def doses(of=lambda motion: motion, kinds=("turn left", "turn right", "move left
 
 def test_the_true_renderer_goes_as_far_as_it_is_told():
     rows, views = doses()
-    for kind, told in dose_response(
-        rows, recover_all(rows, views)[0], [Motion("turn left", 45.0)]
+    for way, told in dose_response(
+        rows, recover_all(rows, views)[0], [Motion("dangle", -45.0)]
     ).items():
-        assert told["slope"] == pytest.approx(1, abs=0.04) and told["correlation"] > 0.995, kind
+        assert told["slope"] == pytest.approx(1, abs=0.04) and told["correlation"] > 0.995, way
         for point in told["points"]:
             assert point["within"] == 1 and point["n"] == 1
             assert point["median"] == pytest.approx(
-                point["amount"], abs=3 if "turn" in kind else 0.08
+                point["amount"], abs=3 if "dangle" in way else 0.08
             )
-            assert point["trained"] == (kind == "turn left" and point["amount"] == 45)
+            assert point["trained"] == (way == "-dangle" and point["amount"] == 45)
 
 
 @pytest.mark.parametrize("share", [0.5, 0])
@@ -67,12 +67,12 @@ def test_turning_at_random_is_no_following():
     """The range of a turn is the same for all commands; one centred on the command would give random turns slope 1."""
     rng = np.random.default_rng(0)
     rows = [
-        {"motion": {"kind": "turn left", "amount": degrees}} for degrees in range(15, 181, 15)
+        {"motion": {"kind": "dangle", "amount": -degrees}} for degrees in range(15, 181, 15)
     ] * 60
     random = np.zeros((len(rows), 5))
     random[:, 3] = rng.uniform(-180, 180, len(rows))
-    told = dose_response(rows, random, [])["turn left"]
+    told = dose_response(rows, random, [])["-dangle"]
     assert abs(told["slope"]) < 0.25 and abs(told["correlation"]) < 0.15
-    assert along(Motion("turn left", 180.0), np.array([0, 0, 0, 175.0, 0])) == pytest.approx(185)
-    assert along(Motion("turn right", 15.0), np.array([0, 0, 0, -30.0, 0])) == pytest.approx(-30)
-    assert along(Motion("move left", 1.0), np.array([-0.8, 0, 0.3, 0, 0])) == pytest.approx(0.8)
+    assert along(Motion("dangle", -180.0), np.array([0, 0, 0, 175.0, 0])) == pytest.approx(185)
+    assert along(Motion("dangle", 15.0), np.array([0, 0, 0, -30.0, 0])) == pytest.approx(-30)
+    assert along(Motion("dx", -1.0), np.array([-0.8, 0.3, 0, 0, 0])) == pytest.approx(0.8)

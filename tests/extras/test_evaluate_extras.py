@@ -227,11 +227,11 @@ def test_the_report_of_wm_shows_doses(place, capsys):
     out = place / "eval" / "wm"
     results = json.loads((out / "results.json").read_text())
     assert "data:image/png;base64," in (out / "report.html").read_text()
-    assert re.search(r"turn left +1\.0\d\d", capsys.readouterr().out)
+    assert re.search(r"-dangle +1\.0\d\d", capsys.readouterr().out)
     dose = results["dose"]["truth"]
-    assert set(dose) == {"turn left", "turn right", "move left", "move right", "move forward"}
+    assert set(dose) == {"-dangle", "+dangle", "-dx", "+dx", "+dy"}
     assert all(one["slope"] == pytest.approx(1, abs=0.05) for one in dose.values())
-    assert {p["amount"] for p in dose["turn right"]["points"] if p["trained"]} == {45, 90, 135}
+    assert {p["amount"] for p in dose["+dangle"]["points"] if p["trained"]} == {45, 90, 135}
     with Image.open(out / "dose.png") as picture:
         assert picture.width > 5 * 150
 
@@ -246,7 +246,7 @@ class Copier:
 
 def scans(folder, match):
     """Triples without a room, as data.py writes those of scans."""
-    rows = triples(match, folder / "depth", [Motion("turn left", 45.0), Motion("move right", 0.5)])
+    rows = triples(match, folder / "depth", [Motion("dangle", -45.0), Motion("dx", 0.5)])
     for row in rows:
         pictures = {f"{row['id']}_{k}.png": image for k, image in enumerate(row["context"])} | {
             f"{row['id']}_{name}.png": row[name] for name in ("target", "warp")
@@ -343,8 +343,8 @@ def test_doses_leave_out_what_ends_in_the_furniture(place):
     middle = {**rows[0], "reference": 1, "context_c2w": [np.eye(4).tolist()]}
     corner = {**middle, "context_c2w": [camera_pose(0, -1.3, 1.2).tolist()]}
     assert len(dose_rows([middle], 1)) == len(DOSES)
-    ways = [row["motion"]["kind"] for row in dose_rows([corner], 1)]
-    assert "turn left" in ways and "move forward" not in ways and dose_rows(rows, 0) == []
+    kinds = [row["motion"]["kind"] for row in dose_rows([corner], 1)]
+    assert "dangle" in kinds and "dy" not in kinds and dose_rows(rows, 0) == []
 
 
 def test_published_records_are_scored_grouped_and_weighted_by_their_own_rules(monkeypatch):

@@ -34,12 +34,9 @@ pytestmark = pytest.mark.filterwarnings("error")
 # ---- rooms as triples, and what may be wrong with them -----------------------------------------------------------------
 
 
-MOTIONS = [
-    Motion(f"turn {side}", degrees) for side in ("left", "right") for degrees in (45.0, 90.0)
-]
-MOTIONS += [
-    Motion(f"move {way}", meters) for way in ("left", "right", "forward") for meters in (0.5, 1.0)
-]
+MOTIONS = [Motion("dangle", degrees) for degrees in (-45.0, -90.0, 45.0, 90.0)]
+MOTIONS += [Motion("dx", meters) for meters in (-0.5, -1.0, 0.5, 1.0)]
+MOTIONS += [Motion("dy", meters) for meters in (0.5, 1.0)]
 
 
 def room_triple(seed, size=SIZE):
@@ -264,7 +261,7 @@ def test_large_pictures_are_judged_as_small_ones():
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_degenerate_triples_have_defined_values(level):
     flat = PosedView(grey(np.full((48, 70), level)), np.zeros((48, 70)), np.eye(4), pinhole(70))
-    back = move_camera(np.eye(4), Motion("turn left", 180.0))
+    back = move_camera(np.eye(4), Motion("dangle", -180.0))
     away = flat._replace(depth=np.full((48, 70), 2.0), c2w=back)
     for context in ([flat], [away], [flat, away]):
         rejected, measures = verify_triple(flat, context)

@@ -89,10 +89,10 @@ def detect(image, names=None):
 @pytest.mark.parametrize(
     "motion, wrong",
     [
-        (Motion("look up", 20.0), 0.0),
-        (Motion("turn left", 45.0), 0.3),
-        (Motion("move left", 1.0), 0.3),
-        (Motion("move forward", 0.5), 0.6),
+        (Motion("dphi", 20.0), 0.0),
+        (Motion("dangle", -45.0), 0.3),
+        (Motion("dx", -1.0), 0.3),
+        (Motion("dy", 0.5), 0.6),
     ],
 )
 def test_the_camera_is_found_among_outliers(motion, wrong):
@@ -118,7 +118,7 @@ def test_points_on_one_wall_are_enough():
 
 def test_wrong_motions_are_found_where_they_are_and_fall_step_by_step():
     match, context = scene()
-    turned, moved = Motion("turn right", 30.0), Motion("move right", 1.0)
+    turned, moved = Motion("dangle", 30.0), Motion("dx", 1.0)
     right = [
         [
             pose_error(
@@ -237,7 +237,7 @@ def triples(match, folder, motions):
 
 def test_a_table_of_scans_has_the_columns_of_rooms(tmp_path):
     match = Matcher()
-    rows = triples(match, tmp_path, [Motion("turn left", 45.0), Motion("move right", 0.5)])
+    rows = triples(match, tmp_path, [Motion("dangle", -45.0), Motion("dx", 0.5)])
     recoloured = [row["target"][..., ::-1].copy() for row in rows]
     grey = [np.full_like(row["target"], 128) for row in rows]
     found = compare_scans(

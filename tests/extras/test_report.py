@@ -13,9 +13,10 @@ from evaluate import Condition, Rooms, prediction_of
 from extras.report import report
 from extras.report.pages import dialogue_rows
 from lib.answers import save_views
-from lib.dialogue import Trajectory, motion_in
+from lib.dialogue import Trajectory
 from lib.geometry import phrase
 from lib.images import save_image
+from lib.protocol import call_text, motion_in
 from lib.questions import room_questions
 from lib.scores import summarise
 from policy import Policy
@@ -25,13 +26,10 @@ EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 
 
 def held(question, mode, answer, calls, views):
-    """A scripted dialogue: (image, motion, amount) per call, and what it is shown."""
+    """A scripted dialogue: its calls, and what it is shown."""
     t = Trajectory.start(POLICY, question, question["images"], mode)
-    for (image, motion, amount), view in zip(calls, views, strict=False):
-        call = json.dumps(
-            {"name": "imagine", "arguments": {"image": image, "motion": motion, "amount": amount}}
-        )
-        t.say(POLICY, f"<think>What is there?</think><tool_call>{call}</tool_call>")
+    for call, view in zip(calls, views, strict=False):
+        t.say(POLICY, f"<think>What is there?</think>{call_text(call)}")
         t.observe(POLICY, image=view if t.call else None)
     t.say(POLICY, f"<think>I see {EVIL}</think><answer>{answer}</answer>")
     return t
@@ -56,8 +54,8 @@ def page(tmp_path_factory):
             np.full((32, 32, 3), (k, 90, 90), np.uint8),
             "BCDA"["ABCD".index(row["answer"])],
         )
-        call = tuple(row["command"][key] for key in ("image", "kind", "amount"))
-        calls = [(9, "turn left", 45.0), call] * (k % 2)  # the first is impossible
+        impossible = row["command"] | {"reference_image": 9}
+        calls = [impossible, row["command"]] * (k % 2)
         asked = held(arrays, "agentic", wrong if k % 3 else row["answer"], calls, [view] * 2)
         for (mode, name), t in zip(
             records, (held(arrays, "direct", row["answer"], [], []), asked), strict=True
@@ -110,7 +108,9 @@ def test_every_question_is_there_in_every_mode_and_filters_know_it(page):
 def test_a_dialogue_shows_what_was_imagined_beside_the_truth_and_what_it_earned(page):
     html = shown(page[1][3], page[0])  # the second question, agentic
     call = page[1][3]["calls"][0]
-    assert f"Image-5: imagined from Image-{call['image']}, {phrase(motion_in(call))}" in html
+    assert (
+        f"Image-5: imagined from Image-{call['reference_image']}, {phrase(motion_in(call))}" in html
+    )
     assert "the true view" in html and "There is no such image" in html and "What is there?" in html
     assert (
         "phase 2" in html and "gain -1" in html and "diagnosis: " in html and "true answer" in html

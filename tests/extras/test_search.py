@@ -28,18 +28,23 @@ from extras.world2vlm.transitions import end_pose
 from lib.dialogue import Trajectory
 from lib.geometry import Motion, read_instruction
 from lib.images import load_image
-from lib.protocol import ENOUGH
+from lib.protocol import ENOUGH, call_of
 from lib.records import read_log
 from lib.rooms import TrueRenderer, random_room, render
 from lib.simulators import SimulatorError
 from policy import Policy
 from train_sft import call_texts
 
-F, L, R = "move forward", "turn left", "turn right"
+F, L, R = ("dy", 1), ("dangle", -1), ("dangle", 1)  # kind and sign
+
+
+def motion(way, amount):
+    kind, sign = way
+    return Motion(kind, sign * float(amount))
 
 
 def path(start, *steps):
-    return (start, *(Motion(kind, float(amount)) for kind, amount in steps))
+    return (start, *(motion(way, amount) for way, amount in steps))
 
 
 def question(number, **more):
@@ -89,8 +94,8 @@ def policy():
 def test_a_step_adds_each_primitive_at_every_interval():
     ways = expand((1,))
     assert ways == [
-        path(1, (kind, amount))
-        for kind, amounts in ((F, (0.25, 0.5, 0.75)), (L, (9, 18, 27)), (R, (9, 18, 27)))
+        path(1, (way, amount))
+        for way, amounts in ((F, (0.25, 0.5, 0.75)), (L, (9, 18, 27)), (R, (9, 18, 27)))
         for amount in amounts
     ]
     assert expand(path(1, (F, 0.5)))[3] == path(1, (F, 0.5), (L, 9))
@@ -103,10 +108,12 @@ def test_a_step_does_not_turn_straight_back_and_repeats_up_to_a_bound():
         path(1, (L, 45)),
         path(1, (L, 54)),
     ]  # one motion, and no turn right
-    assert {way[-1].kind for way in expand(path(1, (L, 36)))} == {F}  # 36 + 27 > 60
+    assert {way[-1].way for way in expand(path(1, (L, 36)))} == {"+dy"}  # 36 + 27 > 60
     assert path(1, (F, 1.5)) in expand(path(1, (F, 0.75)))  # 0.75 + 0.75 <= 1.5 m
-    assert {way[-1].kind for way in expand(path(1, (F, 1.0)))} == {L, R}
-    assert R in {way[-1].kind for way in expand(path(1, (L, 27), (F, 0.25)))}  # not directly after
+    assert {way[-1].way for way in expand(path(1, (F, 1.0)))} == {"-dangle", "+dangle"}
+    assert "+dangle" in {
+        way[-1].way for way in expand(path(1, (L, 27), (F, 0.25)))
+    }  # not directly after
 
 
 def test_beams_and_evidence_pass_the_threshold_best_first():
@@ -196,7 +203,7 @@ def test_the_gate_opens_with_a_strict_majority_of_what_can_be_read():
 
 
 def test_plans_are_cut_into_atoms():
-    ways = waypoints((1,), [Motion(L, 20.0), Motion(F, 0.75)])
+    ways = waypoints((1,), [motion(L, 20), motion(F, 0.75)])
     assert ways == [
         path(1, (L, 9)),
         path(1, (L, 18)),
@@ -239,10 +246,10 @@ def test_every_view_is_the_one_at_the_end_of_its_whole_path_from_the_original_im
 
 def test_the_calls_are_the_turns_that_the_cold_start_teaches():
     policy = Policy.tiny()
-    for kind, amount in ((L, 45.0), (F, 0.5), ("move right", 1.0)):
-        taught = call_texts({"image": 2, "kind": kind, "amount": amount})
+    for step in (motion(L, 45), motion(F, 0.5), Motion("dx", 1.0)):
+        taught = call_texts(call_of(2, step))
         ids = [token for text, _ in taught for token in policy.encode_text(text)]
-        assert policy.encode_text(search.call_turn(2, Motion(kind, amount)) + "<|im_end|>") == ids
+        assert policy.encode_text(search.call_turn(2, step) + "<|im_end|>") == ids
 
 
 def test_an_answer_shows_views_by_kind_and_magnitude_and_what_leads_to_them():
@@ -253,14 +260,12 @@ def test_an_answer_shows_views_by_kind_and_magnitude_and_what_leads_to_them():
     )
     search.imagine(Run(policy, Noise(), 0, 8, 8), {tree: [path(2, (L, 45)), *ways]})
     dialogue = tree.dialogue(policy, ways)
-    calls = [
-        (call["image"], call["motion"], call["amount"]) for call in dialogue.provenance if call
-    ]
+    calls = [tuple(call.values()) for call in dialogue.provenance if call]
     assert calls == [
-        (2, F, 1.0),
-        (2, L, 45.0),
-        (4, F, 0.5),
-        (2, L, 90.0),
+        (2, "dy", 1.0),
+        (2, "dangle", -45.0),
+        (4, "dy", 0.5),
+        (2, "dangle", -90.0),
     ]  # Image-4 is the turn by 45 degrees
     shown = [path(2, (F, 1.0)), path(2, (L, 45)), *ways[:2]]
     assert all(
@@ -320,13 +325,13 @@ def test_a_view_that_is_refused_costs_no_answer_and_a_simulator_that_is_down_doe
     policy, monkeypatch
 ):
     (found,) = search.search(policy, [question(0)], Noise(fails=("turn left",)), 0, 24)
-    assert found.turns and not any(call["motion"] == L for call in found.provenance if call)
+    assert found.turns and not any(call["value"] < 0 for call in found.provenance if call)
 
     class Down:
         def imagine(self, queries):
             raise SimulatorError("nobody there", True)
 
-    voting(monkeypatch, *[Motion(L, 45.0)] * 5)
+    voting(monkeypatch, *[motion(L, 45)] * 5)
     for method in (search.search, gate):
         with pytest.raises(SimulatorError, match="nobody there") as error:
             method(policy, [question(0)], Down(), 0, 24)
@@ -366,13 +371,13 @@ def voting(monkeypatch, *plans):
 
 
 def test_of_several_plans_the_one_that_scores_best_is_shown(policy, monkeypatch):
-    voting(monkeypatch, Motion(L, 45.0), Motion(F, 1.0), Motion(R, 90.0), (), ())
+    voting(monkeypatch, motion(L, 45), motion(F, 1), motion(R, 90), (), ())
     rated = []
     monkeypatch.setattr(
         search, "rate", lambda run, sheets, counts: rated.append(counts) or [[0, 9, 0]]
     )
     (found,) = gate(policy, [question(0)], Noise(), 0, 24)
-    assert {call["motion"] for call in found.provenance if call} == {F} and rated == [[3]]
+    assert {call["motion_type"] for call in found.provenance if call} == {"dy"} and rated == [[3]]
     assert found.cost["rendered"] == 5 + 4 + 6  # every 9 degrees or 0.25 m, six at most
 
 
@@ -381,7 +386,7 @@ def test_a_further_call_is_refused_once_the_search_has_chosen(policy):
     search.imagine(Run(policy, Noise(), 0, 8, 8), {tree: [path(2, (L, 45))]})
     dialogue = tree.dialogue(policy, [path(2, (L, 45))])
     dialogue.max_rounds = dialogue.valid_calls
-    dialogue.say(policy, search.call_turn(1, Motion(F, 1.0)))
+    dialogue.say(policy, search.call_turn(1, motion(F, 1)))
     assert dialogue.reply == ENOUGH
 
 
@@ -416,8 +421,8 @@ def test_a_remote_policy_searches_by_two_scoring_calls_a_step():
         policy = RemotePolicy(fake.url, "vlm", **QUICK)
         (found,) = search.search(policy, [question(0)], simulator, 0)
     assert found.answer == "B" and found.mode == "search"
-    calls = [(call["image"], call["motion"], call["amount"]) for call in found.provenance if call]
-    assert calls == [(2, R, 9.0)]
+    (call,) = (call for call in found.provenance if call)
+    assert call == call_of(2, motion(R, 9))
     # step 1: 9 views, the turn by 18 becomes the beam; step 2: 3 forward and 3 further left (27 is known), none passes
     assert (
         found.cost["rendered"] == 14
@@ -456,7 +461,7 @@ def test_scores_that_cannot_be_read_are_asked_for_again_and_then_nothing_passes(
 def test_a_remote_policy_gates_by_votes():
     with Fake(judging) as fake:
         (found,) = gate(RemotePolicy(fake.url, "vlm", **QUICK), [question(0)], Noise(), 0)
-    assert [call["amount"] for call in found.provenance if call] == [
+    assert [call["value"] for call in found.provenance if call] == [
         9,
         18,
         20,
@@ -489,7 +494,7 @@ def test_several_plans_of_a_remote_policy_are_verified():
         text for request in fake.requests for text in texts_of(request) if "these plans" in text
     ]
     assert "from Image-2: turn left 18 degrees; from Image-2: turn left 9 degrees?" in verified
-    assert [call["amount"] for call in found.provenance if call] == [9]  # the second one scored 8
+    assert [call["value"] for call in found.provenance if call] == [-9]  # the second one scored 8
 
 
 def test_one_refusal_costs_one_question_and_a_server_that_is_down_costs_no_finished_one():

@@ -100,7 +100,7 @@ def test_a_remote_view_is_the_local_view():
         Query(
             [picture(10 * k + i, *((32, 32) if k % 3 else (24, 40))) for i in range(1 + k % 4)],
             1 + k % 4,
-            instruction(Motion("turn left", 15.0 * (k + 1)), 1 + k % 4),
+            instruction(Motion("dangle", -15.0 * (k + 1)), 1 + k % 4),
             1000 + k,
         )
         for k in range(5)
@@ -115,7 +115,7 @@ def test_a_remote_view_is_the_local_view():
 def test_a_video_gives_the_view_that_it_gives_here():
     """Of 40 images only some are sent; the model is shown the same ones."""
     model, images = WorldModel.tiny(), [picture(k) for k in range(40)]
-    queries = [Query(images, n, instruction(Motion("turn left", 45.0), n), n) for n in (1, 20, 40)]
+    queries = [Query(images, n, instruction(Motion("dangle", -45.0), n), n) for n in (1, 20, 40)]
     with running(model) as server:
         remote = RemoteSimulator(server.url).imagine(queries)
     for here, there, query in zip(model.imagine(queries), remote, queries, strict=True):

@@ -65,10 +65,10 @@ def test_pairs_fall_out_by_pose_with_the_reason():
     start = camera_pose(0, -1.3, 0)
     cameras = [
         start,
-        move_camera(start, Motion("move left", 1.0)),
-        move_camera(start, Motion("turn right", 60.0)),
-        move_camera(start, Motion("move up", 0.1)),
-        move_camera(camera_pose(1, -1.3, 0), Motion("turn right", 45.0)),
+        move_camera(start, Motion("dx", -1.0)),
+        move_camera(start, Motion("dangle", 60.0)),
+        move_camera(start, Motion("dz", 0.1)),
+        move_camera(camera_pose(1, -1.3, 0), Motion("dangle", 45.0)),
     ]
     _, main, counts = motions_between(np.stack(cameras), True, Rules())
     assert main[0].tolist() == [
@@ -289,7 +289,7 @@ def test_a_broken_scan_is_named_and_the_rest_goes_on(tmp_path, capsys):
 
 
 def test_a_summary_adds_up():
-    total, row = Summary(), {"motion": {"kind": "turn left", "amount": 45.0}}
+    total, row = Summary(), {"motion": {"kind": "dangle", "amount": -45.0}}
     for id, error in (("a", ""), ("b", "It is empty.")):
         total.add(
             {
@@ -300,7 +300,7 @@ def test_a_summary_adds_up():
                 "note": "",
                 "error": error,
                 "cpu_seconds": 1.0,
-                "rows": [row, {"motion": {"kind": "move up", "amount": 0.5}}],
+                "rows": [row, {"motion": {"kind": "dz", "amount": 0.5}}],
             },
             "train",
         )
@@ -308,7 +308,7 @@ def test_a_summary_adds_up():
     assert found["kept"] == 2
     assert found["rejected"] == {"coverage": 4}
     assert found["broken"] == {"b": "It is empty."}
-    assert found["motions"] == {"turn left": 2, "move up": 2} and found["per_scan"] == 1.0
+    assert found["motions"] == {"dangle": 2, "dz": 2} and found["per_scan"] == 1.0
     assert "kept, by motion" in total.text()
     assert found["gravity"] == {"z up, as the dataset has it": 1}
     assert "  gravity\n           1  z up, as the dataset has it" in total.text()
@@ -448,7 +448,7 @@ def test_the_held_out_set_takes_as_many_of_each_dataset_and_refuses_shared_place
 
 
 def test_what_its_own_photograph_would_fail_is_not_held_out(tmp_path, capsys):
-    """0.2 m to the right and 0.14 m forward is told as "move right 0.2 meters", and is 35 degrees off these words."""
+    """0.2 m to the right and 0.14 m forward is told as "move 0.2 meters to the right", and is 35 degrees off these words."""
     rows = []
     for k, way in enumerate(
         [(0.2, 0, 0.14), (0.2, 0, 0.06), (-1.0, 0, 0.15), (0, 0, 0, 12.0), (0, 0, 0, 90.0, 17.0)]
@@ -470,10 +470,10 @@ def test_what_its_own_photograph_would_fail_is_not_held_out(tmp_path, capsys):
                 "target_c2w": (camera_pose(1, -1, 2, 70) @ camera_pose(*way)).tolist(),
             }
         )
-    assert rows[0]["motion"] == {"kind": "move right", "amount": 0.2}
+    assert rows[0]["motion"] == {"kind": "dx", "amount": 0.2}
     np.testing.assert_allclose(
         decompose(*np.array([rows[0]["context_c2w"][1], rows[0]["target_c2w"]]))[:3],
-        [0.2, 0, 0.14],
+        [0.2, 0.14, 0],
         atol=1e-9,
     )
     (tmp_path / "a").mkdir()

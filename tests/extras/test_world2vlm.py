@@ -36,10 +36,10 @@ from extras.world2vlm.transitions import (
     Anchor,
     Space,
     Transition,
+    actions_of,
     cut,
     end_pose,
     is_view,
-    kinds_of,
     programs,
     random_program,
     room_anchor,
@@ -49,9 +49,11 @@ from extras.world2vlm.transitions import (
 from extras.world2vlm.words import (
     BOX,
     TASKS,
+    action_of,
     action_text,
     box_text,
     claim_text,
+    motion_of,
     program_text,
     read_actions,
     read_box,
@@ -119,13 +121,13 @@ def test_an_anchor_gets_every_single_action_and_every_preset_once():
     drawn = [programs(np.random.default_rng(seed), PAPER) for seed in range(200)]
     presets = {tuple(kind for kind, _ in sequence) for sequence in PAPER.sequences}
     for nine in drawn:
-        assert {kinds_of(program) for program in nine[:6]} == {(kind,) for kind in MOVES + TURNS}
-        assert {kinds_of(program) for program in nine[6:]} == presets
+        assert {actions_of(program) for program in nine[:6]} == {(kind,) for kind in MOVES + TURNS}
+        assert {actions_of(program) for program in nine[6:]} == presets
     turned = {
-        program[0].amount
+        -program[0].amount
         for nine in drawn
         for program in nine
-        if kinds_of(program) == ("turn left",)
+        if actions_of(program) == ("turn left",)
     }
     assert turned == set(range(10, 101, 10))  # both ends are drawn
 
@@ -138,11 +140,18 @@ def test_in_rooms_no_two_programs_end_at_the_same_pose_and_in_the_paper_some_do(
         for amounts in product(*(amounts for _, amounts in pattern)):
             place = end_pose(
                 np.eye(4),
-                [Motion(kind, amount) for (kind, _), amount in zip(pattern, amounts, strict=True)],
+                [
+                    motion_of(kind, amount)
+                    for (kind, _), amount in zip(pattern, amounts, strict=True)
+                ],
             )
             ends[tuple(np.round(place[[0, 2, 0, 2], [3, 3, 2, 2]], 4) + 0.0)] += 1
     assert len(ends) > 3000 and max(ends.values()) == 1
-    way = [Motion("move left", 1.0), Motion("move forward", 2.0), Motion("turn right", 20.0)]
+    way = [
+        motion_of("move left", 1.0),
+        motion_of("move forward", 2.0),
+        motion_of("turn right", 20.0),
+    ]
     np.testing.assert_allclose(
         end_pose(np.eye(4), way), end_pose(np.eye(4), [way[1], way[0], way[2]]), atol=1e-12
     )
@@ -150,7 +159,7 @@ def test_in_rooms_no_two_programs_end_at_the_same_pose_and_in_the_paper_some_do(
 
 def test_a_small_simulator_is_told_only_what_it_has_seen():
     """`--layout fine` has turns of every 15 degrees and moves of every 0.1 m, none of them backward."""
-    seen = {(motion.kind, motion.amount) for motion in FINE}
+    seen = {(action_of(motion), abs(motion.amount)) for motion in FINE}
     patterns = [*((one,) for one in SEEN.single.items()), *SEEN.sequences]
     assert all(
         (kind, amount) in seen
@@ -182,10 +191,10 @@ def test_false_claims_differ_visibly_and_stay_within_the_space(space, hows):
         for program in programs(rng, space)[6:]:
             claim, how = false_claim(program, rng, space) or (program, None)
             seen.add(how)
-            pairs = zip(claim, patterns[kinds_of(claim)], strict=True)
-            assert all(motion.amount in amounts for motion, (_, amounts) in pairs)
-            gaps = [abs(a.amount - b.amount) for a, b in zip(program, claim, strict=True)]
-            changed = sum(a.kind != b.kind for a, b in zip(claim, program, strict=True))
+            pairs = zip(claim, patterns[actions_of(claim)], strict=True)
+            assert all(abs(motion.amount) in amounts for motion, (_, amounts) in pairs)
+            gaps = [abs(abs(a.amount) - abs(b.amount)) for a, b in zip(program, claim, strict=True)]
+            changed = sum(a.way != b.way for a, b in zip(claim, program, strict=True))
             if how == "amount":
                 margins = [space.margin[motion.unit] - 1e-9 for motion in program]
                 assert changed == 0 and any(np.greater_equal(gaps, margins))
@@ -194,13 +203,13 @@ def test_false_claims_differ_visibly_and_stay_within_the_space(space, hows):
             if how == "direction":
                 assert changed == 1 and not any(gaps)
     assert seen - {None} == hows
-    assert false_claim([Motion("move left", 1.0)], rng, space) is None
+    assert false_claim([motion_of("move left", 1.0)], rng, space) is None
 
 
 def test_claims_that_a_picture_hardly_tells_from_the_program_are_not_made():
-    way = [Motion("move left", 0.5), Motion("turn left", 60.0)]
-    near = [Motion("move left", 0.7), Motion("turn left", 60.0)]
-    far = [Motion("move left", 0.8), Motion("turn left", 60.0)]
+    way = [motion_of("move left", 0.5), motion_of("turn left", 60.0)]
+    near = [motion_of("move left", 0.7), motion_of("turn left", 60.0)]
+    far = [motion_of("move left", 0.8), motion_of("turn left", 60.0)]
     assert not differ(way, near, ROOMS.margin) and differ(way, far, ROOMS.margin)
 
 
@@ -235,14 +244,18 @@ def test_every_action_of_both_grids_is_read_as_written():
     for space in (PAPER, ROOMS):
         for kind, amounts in space.single.items():
             for amount in amounts:
-                assert read_actions(action_text(Motion(kind, amount))) == [(kind, amount)]
-    assert action_text(Motion("move forward", 4.3)) == "move forward 4.3 meters"
-    assert action_text(Motion("turn left", 100.0)) == "turn left 100 degrees"
-    assert action_text(Motion("move left", 3 - 1e-9)) == "move left 3 meters"
+                assert read_actions(action_text(motion_of(kind, amount))) == [(kind, amount)]
+    assert action_text(motion_of("move forward", 4.3)) == "move forward 4.3 meters"
+    assert action_text(motion_of("turn left", 100.0)) == "turn left 100 degrees"
+    assert action_text(motion_of("move left", 3 - 1e-9)) == "move left 3 meters"
 
 
 def test_sequences_and_claims():
-    way = [Motion("move left", 0.3), Motion("move forward", 3.5), Motion("turn right", 60.0)]
+    way = [
+        motion_of("move left", 0.3),
+        motion_of("move forward", 3.5),
+        motion_of("turn right", 60.0),
+    ]
     assert (
         program_text(way) == "move left 0.3 meters; move forward 3.5 meters; turn right 60 degrees"
     )
@@ -252,7 +265,7 @@ def test_sequences_and_claims():
         "move left 0.3 meters, move forward 3.5 meters and turn right 60 degrees",
     ]
     for text in (program_text(way), claim_text(way)):
-        assert [Motion(*action) for action in read_actions(text)] == way
+        assert [motion_of(*action) for action in read_actions(text)] == way
 
 
 def test_boxes_as_text():
@@ -282,7 +295,9 @@ def test_turning_left_and_moving_left_move_the_scene_to_the_right():
         for colour in range(len(COLOURS)):
             columns = [np.nonzero(ids == colour)[1] for ids in (before, after)]
             if all(len(c) >= 16 and c.min() > 0 and c.max() < 31 for c in columns):
-                shifts[transition.program[0].kind].append(columns[1].mean() - columns[0].mean())
+                shifts[action_of(transition.program[0])].append(
+                    columns[1].mean() - columns[0].mean()
+                )
     assert all(len(shifts[kind]) >= 4 for kind in space.single)
     assert (
         min(shifts["turn left"] + shifts["move left"])
@@ -304,9 +319,9 @@ def test_the_target_is_the_true_view_from_where_the_program_ends(true):
 
 def test_long_motions_are_cut_and_chained_and_lose_nothing():
     """A simulator that knows 1 m and 45 degrees is told 4.3 m as 1, 1, 1, 1, 0.3; 100 degrees as 45, 45, 10."""
-    way = [Motion("move left", 4.3), Motion("turn right", 100.0)]
+    way = [motion_of("move left", 4.3), motion_of("turn right", 100.0)]
     pieces = cut(way, {"meters": 1.0, "degrees": 45.0})
-    assert [piece.amount for piece in pieces] == [1.0, 1.0, 1.0, 1.0, 0.3, 45.0, 45.0, 10.0]
+    assert [piece.amount for piece in pieces] == [-1.0, -1.0, -1.0, -1.0, -0.3, 45.0, 45.0, 10.0]
     assert summed(pieces) == way == cut(way, None)
     whole = transitions([room_anchor(3)], TrueRenderer(), np.random.default_rng(0))[0]
     steps = transitions(
@@ -426,7 +441,7 @@ def test_a_plain_detector_tracks_only_what_it_cannot_confuse(monkeypatch):
         "t",
         np.zeros((32, 32, 3), np.uint8),
         np.ones((32, 32, 3), np.uint8),
-        [Motion("move left", 1.0)],
+        [motion_of("move left", 1.0)],
     )
 
     def find(image, names):  # boxes in shares of a picture of 32 pixels
@@ -458,7 +473,7 @@ def test_what_is_seen_unsurely_afterwards_neither_stays_nor_is_gone():
 
     def asked(confidence):
         found = [TrackedBox("chair", (8, 8, 16, 16), sure, 1) for sure in (0.8, confidence)]
-        transition = Transition("t", NOISE, NOISE, [Motion("turn left", 10.0)])
+        transition = Transition("t", NOISE, NOISE, [motion_of("turn left", 10.0)])
         rows = questions_about(
             transition, np.random.default_rng(0), detect=lambda _: (found[:1], found[1:])
         )
@@ -472,7 +487,7 @@ def test_what_is_seen_unsurely_afterwards_neither_stays_nor_is_gone():
 
 def test_prompts_word_for_word():
     """In A1 and A2 the alternatives stand where the released code says the true direction."""
-    transition = Transition("t", NOISE, NOISE, [Motion("move forward", 0.5)])
+    transition = Transition("t", NOISE, NOISE, [motion_of("move forward", 0.5)])
     chair = [TrackedBox("chair", (8, 8, 16, 16), 1.0, 1)]
     rows = {
         row["category"]: row
@@ -514,14 +529,14 @@ def test_answers_agree_with_geometry(true):
         room, (first, _) = random_room(transition.room), room_detections(transition)
         for row in rows:
             if row["category"] in ("A1", "A2", "A3", "D3"):
-                way = [Motion(*action) for action in read_actions(row["answer"])]
+                way = [motion_of(*action) for action in read_actions(row["answer"])]
                 np.testing.assert_allclose(
                     end_pose(transition.poses[0], way), transition.poses[1], atol=1e-9
                 )
             if row["category"] == "A4":
                 said = end_pose(
                     transition.poses[0],
-                    [Motion(*action) for action in read_actions(row["question"])],
+                    [motion_of(*action) for action in read_actions(row["question"])],
                 )
                 assert (np.abs(said - transition.poses[1]).max() < 1e-6) == (
                     row["answer"] == "true"
@@ -672,16 +687,10 @@ def test_released_claims_would_be_told_by_their_words():
     rng, rows = np.random.default_rng(0), []
     for _ in range(100):
         for program in programs(rng, PAPER)[6:]:
-            flip = {
-                "move forward": "move backward",
-                "move left": "move right",
-                "turn left": "turn right",
-                "turn right": "turn left",
-            }
-            claim = [Motion(flip[program[0].kind], program[0].amount), *program[1:]]
+            claim = [Motion(program[0].kind, -program[0].amount), *program[1:]]
             rows += [
-                {"seen": kinds_of(program), "label": True},
-                {"seen": kinds_of(claim), "label": False},
+                {"seen": actions_of(program), "label": True},
+                {"seen": actions_of(claim), "label": False},
             ]
     right, n, _ = blind(rows, lambda row: row["seen"], lambda row: row["label"])
     assert right == n

@@ -164,8 +164,8 @@ def test_a_world_model_teaches_from_scans(tmp_path, monkeypatch):
     assert (
         1.5 * first < both < 2.5 * first and len(Teacher.motions) == both
     )  # what was done is not done again
-    assert max(motion.amount for motion in Teacher.motions if motion.unit == "meters") == 1.0
-    assert max(motion.amount for motion in Teacher.motions if motion.unit == "degrees") == 45.0
+    assert max(abs(motion.amount) for motion in Teacher.motions if motion.unit == "meters") == 1.0
+    assert max(abs(motion.amount) for motion in Teacher.motions if motion.unit == "degrees") == 45.0
     for split in SPLITS:
         rows = load_jsonl(tmp_path / "out" / f"questions_{split}.jsonl")
         assert {row["cluster"] for row in rows} <= {

@@ -24,8 +24,8 @@ from extras.world2vlm.frames import (
 from extras.world2vlm.objects import room_detections
 from extras.world2vlm.questions import differ, records
 from extras.world2vlm.transitions import end_pose, room_anchor, summed, transitions
-from extras.world2vlm.words import is_on_grid, read_actions
-from lib.geometry import Motion, move_camera
+from extras.world2vlm.words import action_of, is_on_grid, motion_of, read_actions
+from lib.geometry import move_camera
 from lib.images import load_image, save_image
 from lib.records import SPLITS, load_jsonl
 from lib.rooms import TrueRenderer, random_room, render
@@ -42,7 +42,7 @@ def write(folder, transition, **more):
         for name, part in zip(images, room_detections(transition), strict=True)
     }
     info = {
-        "program": [{"kind": m.kind, "amount": m.amount} for m in transition.program],
+        "program": [{"kind": action_of(m), "amount": abs(m.amount)} for m in transition.program],
         "detections": found,
         **more,
     }
@@ -61,7 +61,7 @@ def change(folder, **more):
 def turned(folder, seed, kind, amount, shown=None):
     """A folder of a turn in a room; `shown` is what is really rendered, as HY's table has its turns mirrored."""
     anchor = room_anchor(seed)
-    target = move_camera(anchor.pose, Motion(shown or kind, amount))
+    target = move_camera(anchor.pose, motion_of(shown or kind, amount))
     save_image(folder / "0.png", anchor.image)
     save_image(folder / "1.png", render(random_room(seed), target)["rgb"][0])
     program = [{"kind": kind, "amount": amount}]
@@ -184,7 +184,7 @@ def test_false_claims_are_the_programs_of_others(rooms, tmp_path):
     for folder in claims:
         ((rows, _),) = rendered_records(folder, root, root, claims, None)
         (row,) = [row for row in rows if row["category"] == "A4"]
-        actions = [Motion(*action) for action in read_actions(row["question"])]
+        actions = [motion_of(*action) for action in read_actions(row["question"])]
         true += row["answer"] == "true"
         assert actions == (programs[folder] if row["answer"] == "true" else claims[folder][0])
     assert 0.2 < true / len(claims) < 0.8
@@ -198,7 +198,8 @@ def test_false_claims_are_the_programs_of_others(rooms, tmp_path):
 def test_actions_are_summed_where_no_picture_shows_their_order(rooms, tmp_path):
     def way(*told):
         return [
-            Motion(kind, float(amount)) for kind, amount in zip(told[::2], told[1::2], strict=True)
+            motion_of(kind, float(amount))
+            for kind, amount in zip(told[::2], told[1::2], strict=True)
         ]
 
     sums = {
@@ -360,10 +361,10 @@ def test_true_turns_pass_and_mirrored_ones_are_seen():
         anchor = room_anchor(seed)
         for side in ("left", "right"):
             for amount in (10.0, 30.0, 60.0):
-                target = move_camera(anchor.pose, Motion(f"turn {side}", amount))
+                target = move_camera(anchor.pose, motion_of(f"turn {side}", amount))
                 image = render(random_room(seed), target)["rgb"][0]
                 for told in ("left", "right"):
-                    program = [Motion(f"turn {told}", amount)]
+                    program = [motion_of(f"turn {told}", amount)]
                     mirrored = looks_mirrored(anchor.image, image, program)
                     found[told == side].append(mirrored)
     assert not any(found[True]) and np.mean(found[False]) > 0.9
@@ -374,7 +375,7 @@ def test_a_mirrored_renderer_is_named(tmp_path, capsys):
         turned(tmp_path / "right" / str(seed), seed, "turn right", 60.0)
         turned(tmp_path / "wrong" / str(seed), seed, "turn right", 60.0, shown="turn left")
     for folder in rendered_folders(tmp_path / "right"):
-        assert read_rendered(folder).program == [Motion("turn right", 60.0)]
+        assert read_rendered(folder).program == [motion_of("turn right", 60.0)]
     make_rendered(tmp_path / "out", tmp_path / "wrong", threads=1)
     said = capsys.readouterr().out
     assert "6 of 6 folders cannot be used" in said and "6 folders turn the other way" in said
