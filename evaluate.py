@@ -75,6 +75,7 @@ from lib.stage import bounded, need, newest, run_stage
 from lib.streams import stable_hash
 from policy import Policy, rollout
 from rewards import option_letter
+from world_model import add_sampler_flags, sampler_options
 
 BENCHES = ("rooms", "mindcube", "mmsi", "mmsi_video", "sat", "vsi")
 OWN_WORDS = ("mindcube", "mmsi", "sat", "vsi")  # benches with mode official
@@ -334,7 +335,7 @@ def conclude(args, policy: str, questions: list[dict], training, records: dict) 
     guessing = chance(questions)
     text_only = training and text_only_chance(training, questions)
     print_answers(summaries, {"guessing": guessing, "text_only": text_only})
-    results = {"bench": args.bench, "policy": policy, "n": len(questions)}
+    results = {"bench": args.bench, "policy": policy, "sampler": args.sampler, "n": len(questions)}
     results |= {"chance": guessing, "text_only_chance": text_only}
     return results | {"modes": modes, "simulators": simulators}
 
@@ -372,7 +373,8 @@ def measure_simulators(args: argparse.Namespace, world: World) -> None:
     folders = {}
     for name in args.simulator:
         if name != "none":
-            folders[name] = out / "views" / f"{stable_hash(fingerprint(name, args.wm)):016x}"
+            key = stable_hash(fingerprint(name, args.wm, args.sampler))
+            folders[name] = out / "views" / f"{key:016x}"
             own = [*rows, *doses][world.rank :: world.size]
             imagine_share(args, name, own, folders[name], world.device)
             gc.collect()  # a simulator is in a cycle, and two at once may not fit
@@ -390,7 +392,8 @@ def measure_simulators(args: argparse.Namespace, world: World) -> None:
     results["dose"] = measure_doses(doses, folders) if find_extras() and not scans else {}
     print_consistency(results)
     first = next(iter(results["simulators"].values()), {})
-    results = readable({"bench": "wm", **first, **results, "n": len(rows)})  # JSON has no nan
+    results |= {"bench": "wm", "n": len(rows), "sampler": args.sampler}
+    results = readable(first | results)  # JSON has no nan
     write_json(out / "results.json", results)
     names = ["results.json"]
     if find_extras():
@@ -407,7 +410,7 @@ def imagine_share(args, name: str, rows: list[dict], folder: Path, device: torch
     if name.startswith(URLS) and folder.exists():
         say(f"Views of {name} that lie in {folder} are not imagined again; remove it to ask anew.")
     try:
-        simulator = load_simulator(name, device, args.wm)
+        simulator = load_simulator(name, device, args.wm, **args.sampler)
         imagine_targets(simulator, rows, folder, args.batch or 64, name)
     except SimulatorError as error:
         fail(f"{error} The views so far are in {folder}; the same command goes on from there.")
@@ -423,12 +426,17 @@ def default_data(what: str) -> Path:
     return folder or need(Path("out/data") / file, f"python data.py {what}").parent
 
 
-def fingerprint(name: str, wm: str | None = None) -> str:
-    """What tells one simulator (or policy folder) from another, or from the same folder trained or configured anew."""
-    folder = find_weights(name, wm) or name
+def fingerprint(name: str, wm: str | None = None, options: dict | None = None) -> str:
+    """What tells one simulator (or policy folder) from another, or from the same folder trained or configured anew.
+
+    options   of `sampler_options`: they change what a world model draws
+    """
+    weights = find_weights(name, wm)
+    folder = weights or name
     files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.json")]
     newest_change = max((int(file.stat().st_mtime) for file in files), default=0)
-    return f"{folder}@{newest_change}"
+    changed = f" {options}" if options and weights else ""
+    return f"{folder}@{newest_change}{changed}"
 
 
 def whole_rows(file: Path) -> list[dict]:
@@ -502,8 +510,10 @@ def conditions_of(args: argparse.Namespace, policy: str) -> list[Condition]:
                 "max_new_tokens": args.max_new_tokens,
                 "frames": args.frames,
                 "mode": mode,
-                "weights": "none" if mode in TOOLLESS else fingerprint(name, args.wm),
+                "weights": "none",
             }
+            if mode not in TOOLLESS:
+                settings["weights"] = fingerprint(name, args.wm, args.sampler)
             conditions.append(Condition(mode, name, settings))
     return conditions
 
@@ -597,7 +607,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     for name, (kind, default, text) in FLAGS.items():
         p.add_argument(name, type=kind, default=default, help=text)
+    add_sampler_flags(p)
     args = p.parse_args(argv)
+    args.sampler = sampler_options(args)
     twin = ["untuned"] if args.bench == "wm" and newest(("wm-untuned",)) else []
     args.simulator = args.simulator or ["tuned", *twin]
     args.out = args.out or f"out/eval/{args.bench}"
@@ -631,7 +643,7 @@ def main(argv: list[str] | None = None) -> None:
         answers.gather_predictions(out)
     wait_for_all()
     for name_of_simulator in dict.fromkeys(condition.simulator for condition in conditions):
-        simulator = load_simulator(name_of_simulator, world.device, args.wm)
+        simulator = load_simulator(name_of_simulator, world.device, args.wm, **args.sampler)
         for condition in conditions:
             if condition.simulator == name_of_simulator:
                 ask_missing(policy, bench, questions, condition, simulator, args, world)

@@ -279,12 +279,19 @@ class WorldModel:
 
     @classmethod
     def load(
-        cls, path: str | Path, device="cpu", dtype: torch.dtype = torch.float32, prepare=None
+        cls,
+        path: str | Path,
+        device="cpu",
+        dtype: torch.dtype = torch.float32,
+        prepare=None,
+        int8: bool = False,
+        **changes,
     ) -> "WorldModel":
         """From a folder in the public BAGEL layout, or a Hugging Face id. Raises ValueError or OSError, whose message says why it is none.
 
         prepare   called with the network while it is still on the meta device (adapters, sharding): each rank then
                   reads its own rows only
+        int8      weights of 8 bits (extras/int8.py), to imagine with;  changes: fields of Settings, as for `imagine`
         """
         import transformers
 
@@ -296,7 +303,12 @@ class WorldModel:
             network = Bagel(Config.read(files, *bagel_files.table_sizes(file, layout)))
         if prepare:
             prepare(network)
-        bagel_files.load_network(network, file, device, dtype)
+        bagel_files.load_network(network, file, "cpu" if int8 else device, dtype)
+        if int8:
+            from extras.int8 import quantise
+
+            quantise(network.blocks, device)
+            network.to(device)
         if network.config.settings.latent == "pixels":
             autoencoder = bagel_files.PixelLatents()
         else:
@@ -304,7 +316,9 @@ class WorldModel:
         # Qwen2's tokenizer (vocab.json and merges.txt), or the tiny one
         whole = (folder / "tokenizer.json").exists()
         kind = transformers.PreTrainedTokenizerFast if whole else transformers.AutoTokenizer
-        return cls(network, autoencoder, kind.from_pretrained(folder), files, layout)
+        model = cls(network, autoencoder, kind.from_pretrained(folder), files, layout)
+        model.settings = dataclasses.replace(model.settings, **changes)
+        return model
 
     def save(self, folder: str | Path, tensors=None) -> None:
         """Write the public layout, in the types it came in. Called on every rank; rank 0 writes.
@@ -429,6 +443,49 @@ def initialise(network: Bagel) -> None:
 
 # ---- command line --------------------------------------------------------------------------------------------------------
 
+SAMPLER_FLAGS = {  # fields of Settings: how argparse reads them
+    "steps": {"type": bounded(int, 1), "help": "network evaluations"},
+    "shift": {"type": bounded(float, 0.01), "help": "above 1 spends more of them near noise"},
+    "text_scale": {"type": bounded(float, 1), "help": "guidance away from no sentence; 1: none"},
+    "image_scale": {"type": bounded(float, 1), "help": "guidance away from no images; 1: none"},
+    "renorm": {"choices": tuple(RENORM_AXES), "help": "of guided velocities; blurred: global"},
+    "renorm_min": {"type": bounded(float, 0, 1), "help": "shrink no more than to this"},
+    "interval": {
+        "type": bounded(float, 0, 1),
+        "nargs": 2,
+        "metavar": ("LOW", "HIGH"),
+        "help": "guide while LOW < t <= HIGH; t = 1 is noise",
+    },
+    "taylor": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "step caching: compute one step in three, about twice as fast, an approximation",
+    },
+}
+
+
+def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
+    """BAGEL's knobs; in brackets its own values for editing."""
+    group = parser.add_argument_group(
+        "how a world model imagines", "What is not given stays as its config.json says."
+    )
+    for field, options in SAMPLER_FLAGS.items():
+        text = f"{options['help']} (BAGEL: {getattr(Settings, field)})"
+        group.add_argument(f"--{field.replace('_', '-')}", **options | {"help": text})
+    group.add_argument(
+        "--int8", action="store_true", help="weights of 8 bits: BAGEL in 16 GB (extras/int8.py)"
+    )
+
+
+def sampler_options(args: argparse.Namespace) -> dict:
+    """The flags of `add_sampler_flags` that were given, for `WorldModel.load`."""
+    options = {field: getattr(args, field) for field in SAMPLER_FLAGS}
+    options = {field: value for field, value in options.items() if value is not None}
+    if "interval" in options:
+        low, high = options["interval"] = tuple(options["interval"])
+        if low >= high:
+            fail(f"--interval {low} {high} guides nothing: LOW must be below HIGH.")
+    return options | ({"int8": True} if args.int8 else {})
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's flags."""
@@ -440,7 +497,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", default="view.png", help="the picture to write")
     p.add_argument("--model", help="folder or Hugging Face id; default: out/wm or out/demo/wm")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
-    p.add_argument("--steps", type=bounded(int, 1), help="network evaluations")
+    add_sampler_flags(p)
     return p.parse_args(argv)
 
 
@@ -454,13 +511,13 @@ def main(argv: list[str] | None = None) -> None:
         )
     device = default_device()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    changes = {"steps": args.steps} if args.steps else {}
+    options = sampler_options(args)
     try:
         # the motion first: its error should not wait for the weights
         sentence = instruction(read_phrase(args.motion), args.reference)
         images = [load_image(image) for image in args.images]
         query = Query(images, args.reference, sentence, args.seed)
-        view = WorldModel.load(path, device, dtype).imagine([query], **changes)[0]
+        view = WorldModel.load(path, device, dtype, **options).imagine([query])[0]
         save_image(Path(args.out), view)
     except (OSError, ValueError) as error:
         fail(str(error))

@@ -91,9 +91,12 @@ def find_weights(name: str | Path, wm: str | Path | None = None) -> str | None:
 
 
 def load_simulator(
-    name: str | Path, device: torch.device | str = "cpu", wm: str | Path | None = None
+    name: str | Path, device: torch.device | str = "cpu", wm: str | Path | None = None, **options
 ):
-    """The simulator called `name` (see the top of this file), ready to imagine, in bf16 on a GPU; None for "none"."""
+    """The simulator called `name` (see the top of this file), ready to imagine, in bf16 on a GPU; None for "none".
+
+    options   of `WorldModel.load`, for those that are one
+    """
     if name == "none":
         return None
     if name == "truth":
@@ -108,7 +111,7 @@ def load_simulator(
         from world_model import WorldModel
 
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        return WorldModel.load(find_weights(name, wm), device, dtype)
+        return WorldModel.load(find_weights(name, wm), device, dtype, **options)
     except (OSError, ValueError) as error:
         fail(f"The simulator {find_weights(name, wm)} cannot be read: {error}")
 

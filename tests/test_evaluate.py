@@ -33,6 +33,7 @@ from lib.rooms import TrueRenderer
 from lib.scores import summarise
 from lib.simulators import SimulatorError
 from policy import Policy
+from world_model import WorldModel
 
 ALONE = World(0, 1, None)
 SETTINGS = {"version": 0, "policy": "p", "seed": 0, "max_new_tokens": 3, "frames": None}
@@ -327,6 +328,24 @@ def test_a_policy_configured_anew_is_another_one(tmp_path):
     config.write_text("{}")
     os.utime(config, (2e9, 2e9))
     assert evaluate.fingerprint(str(tmp_path / "policy")) != before
+
+
+def test_a_simulator_with_other_knobs_is_another_one_and_answers_say_which(tmp_path):
+    WorldModel.tiny().save(tmp_path)
+    plain = evaluate.parse_args(["--wm", str(tmp_path)])
+    turned = evaluate.parse_args(
+        ["--wm", str(tmp_path), "--simulator", "tuned", "truth", "--steps", "2"]
+    )
+    plain.max_new_tokens = turned.max_new_tokens = 9
+    weights = []
+    for args in (plain, turned):
+        found = {}
+        for condition in evaluate.conditions_of(args, "policy"):
+            found[condition.mode, condition.simulator] = condition.settings["weights"]
+        weights.append(found)
+    before, after = weights
+    assert after["agentic", "tuned"] == before["agentic", "tuned"] + " {'steps': 2}"
+    assert after["direct", "none"] == "none" and after["agentic", "truth"] == "truth@0"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Astra-WM: fast paths against a plain twin, the checkpoint layout, the sampler. `pytest tests/test_world_model.py`"""
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -724,6 +725,41 @@ def test_command_line_says_what_is_missing_and_draws_a_view(tmp_path, monkeypatc
         world_model.main([*command[:4], "7", *command[5:]])
     with pytest.raises(SystemExit, match="jump"):
         world_model.main([*command[:-1], "jump twice"])
+
+
+def sampler_options_of(line):
+    parser = argparse.ArgumentParser()
+    world_model.add_sampler_flags(parser)
+    return world_model.sampler_options(parser.parse_args(line.split()))
+
+
+def test_only_the_knobs_that_are_given_turn(tmp_path, capsys):
+    assert sampler_options_of("") == {}
+    line = "--steps 2 --shift 5 --text-scale 4 --image-scale 1.5 --renorm global --renorm-min 0.2"
+    options = sampler_options_of(f"{line} --interval 0.4 1 --taylor")
+    assert options == {
+        "steps": 2,
+        "shift": 5.0,
+        "text_scale": 4.0,
+        "image_scale": 1.5,
+        "renorm": "global",
+        "renorm_min": 0.2,
+        "interval": (0.4, 1.0),
+        "taylor": True,
+    }
+    assert sampler_options_of("--no-taylor --int8") == {"taylor": False, "int8": True}
+    model = tiny()
+    model.save(tmp_path)
+    turned = WorldModel.load(tmp_path, **options)
+    assert turned.settings == dataclasses.replace(model.settings, **options)
+    views = WorldModel.load(tmp_path).imagine(queries(2), **options)
+    for a, b in zip(turned.imagine(queries(2)), views, strict=True):
+        assert np.array_equal(a, b)
+    with pytest.raises(SystemExit, match="LOW must be below HIGH"):
+        sampler_options_of("--interval 0.8 0.4")
+    with pytest.raises(SystemExit):
+        sampler_options_of("--renorm local")
+    assert "'channel', 'global'" in capsys.readouterr().err
 
 
 def test_transparent_pictures_lie_on_white_and_unknown_guidance_is_a_sentence(tmp_path):

@@ -36,6 +36,7 @@ from lib.distributed import default_device, fail, say
 from lib.geometry import Query, read_instruction
 from lib.images import PictureError, read
 from lib.simulators import load_simulator
+from world_model import add_sampler_flags, sampler_options
 
 PATH = "/v1/images/edits"
 NOTHING_ELSE = f"There are POST {PATH} and GET /health, no more."
@@ -310,8 +311,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help="0.0.0.0 lets everyone in who can reach this machine"
     )
+    add_sampler_flags(parser)
     args = parser.parse_args(argv)
-    serve(load_simulator(args.model, default_device()), args.port, args.host)
+    simulator = load_simulator(args.model, default_device(), **sampler_options(args))
+    serve(simulator, args.port, args.host)
 
 
 if __name__ == "__main__":
