@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,6 +77,52 @@ def test_content_term_counts_seen_tokens_only():
 
 
 # ---- batches
+
+
+def test_a_velocity_is_drawn_to_the_warp_less_and_less_as_noise_goes():
+    """The best x0_hat under flow matching and a tenth of the content term, by its gradient."""
+    x0, warp, noise = torch.zeros(1, 4), torch.ones(1, 4), torch.full((1, 4), 0.5)
+    for t, pull in ((1.0, 0.1 / 1.1), (0.5, 0.025 / 1.025)):
+        x_t = (1 - t) * x0 + t * noise
+        velocity = ((x_t - pull) / t).requires_grad_()  # x0_hat = pull, between 0 and the warp
+        loss = train_wm.flow_matching(velocity, x0, noise, "velocity")
+        loss = loss + 0.1 * train_wm.content(x_t - t * velocity, warp, torch.ones(1))
+        loss.sum().backward()
+        assert velocity.grad.abs().max() < 1e-6
+
+
+def test_moments_of_pictures_are_kept_and_those_of_warps_are_not(tmp_path):
+    class Coder:
+        """An autoencoder that counts what it encodes."""
+
+        count = 0
+
+        def moments(self, pixels):
+            self.count += 1
+            pixels = pixels.contiguous()
+            return pixels, torch.zeros_like(pixels)
+
+        def draw(self, mean, log_variance, noise):
+            return mean + torch.exp(0.5 * log_variance) * noise
+
+        def encode(self, pixels, streams):
+            mean, log_variance = self.moments(pixels)
+            noise = torch.randn(mean.shape, generator=streams[0]) if streams else torch.zeros(())
+            return self.draw(mean, log_variance, noise)
+
+    settings = SimpleNamespace(latent="flux")
+    model = SimpleNamespace(autoencoder=Coder(), device="cpu", settings=settings)
+    image = np.full((2, 2, 3), 51, np.uint8)
+    latents = []
+    for folder in (tmp_path, None):
+        encoder = train_wm.Encoder(model, folder)
+        latents.append([encoder.latent(image, torch_stream("batch", 0, k, 0)) for k in range(2)])
+        assert torch.equal(encoder.latent(image), torch.full((1, 3, 2, 2), -0.6))  # the mean
+    for kept, fresh in zip(*latents, strict=True):
+        torch.testing.assert_close(kept, fresh, rtol=0, atol=1e-3)  # fp16
+    assert not torch.equal(*latents[0])
+    # with a folder the picture once and the mean once, without one each time
+    assert model.autoencoder.count == 2 + 3 and len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
 def test_mirrored_rooms_keep_their_ring():
