@@ -5,6 +5,7 @@ Rooms into data: triples that train the world simulator, questions that train an
   python data.py triples                          out/data/triples_{train,val,test}.jsonl    (context views, motion in words, target view)
   python data.py triples --layout apart --size 64     out/data-apart-64: other context cameras, larger pictures
   python data.py questions                        out/data/questions_{train,val,test}.jsonl  multiple choice over several views
+  python data.py questions --layout pitched       out/data-pitched: cameras that look up or down
   python data.py triples --dataset scannet --root DIR     triples of scans (extras/scans): ScanNet, ScanNet++, Matterport3D,
                                                           ARKitScenes, DL3DV or your own folder
 
@@ -17,6 +18,8 @@ stand in one of these layouts:
   ring       four views at one spot, each one left turn of 90 degrees further: what a small simulator learns in minutes
   fine       the ring, with motions of every 15 degrees and 0.1 m instead of 13 motions in all
   apart      the paper's rule: four cameras at least 1 m and 30 degrees apart; they look across the room, in no order
+  pitched    the ring with cameras that all look up or down, by 10 to 25 degrees; its motions are parallel to the ground,
+             and some pitch further
 
 Questions (lib/questions.py) have exact answers. Seeds of the rooms make four disjoint sets: the simulator's training, the
 policy's training (a policy must not learn to trust memorised imaginations), validation and test. Scans are split by place.
@@ -24,8 +27,10 @@ policy's training (a policy must not learn to trust memorised imaginations), val
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -46,7 +51,7 @@ from lib.geometry import (
 from lib.images import save_image
 from lib.questions import room_questions
 from lib.records import build, save_jsonl
-from lib.rooms import EYE, SIZE, random_room, render, ring
+from lib.rooms import EYE, SIZE, pitched, random_room, render, ring
 from lib.stage import bounded, run_stage
 from lib.streams import numpy_stream
 
@@ -94,11 +99,21 @@ def across(rng: Generator) -> list[Array]:
             return [camera_pose(x[k], -EYE, z[k], yaw[k]) for k in range(4)]
 
 
+class Layout(NamedTuple):
+    """Where the context cameras of a room stand, and which motions lead from one of them to a target."""
+
+    cameras: Callable[[Generator], list[Array]]
+    motions: list[Motion]
+
+
 LAYOUTS = {
-    "ring": ring,
-    "fine": ring,
-    "apart": across,
+    "ring": Layout(ring, MOTIONS),
+    "fine": Layout(ring, FINE),
+    "apart": Layout(across, MOTIONS),
+    "pitched": Layout(pitched, [*MOTIONS, Motion("dphi", -15.0), Motion("dphi", 15.0)]),
 }
+# what questions are asked about: a turn of 90 degrees leads to the next view
+RINGS = ("ring", "pitched")
 
 
 def folder_of(layout: str = "ring", size: int = SIZE) -> str:
@@ -128,9 +143,9 @@ def room_triples(seed: int, out: Path, layout: str = "ring", size: int = SIZE) -
     not be true.
     """
     rng = numpy_stream("triples of a room", seed)
-    poses = LAYOUTS[layout](rng)
+    poses = LAYOUTS[layout].cameras(rng)
     reference = int(rng.integers(len(poses)))
-    targets = draw_targets(rng, poses[reference], layout)
+    targets = draw_targets(rng, poses[reference], LAYOUTS[layout].motions)
     views = render(random_room(seed), np.stack([*poses, *targets.values()]), size)
     context = list(zip(views["rgb"], views["depth"], poses, strict=False))  # the first views
 
@@ -168,9 +183,8 @@ def room_triples(seed: int, out: Path, layout: str = "ring", size: int = SIZE) -
     return rows
 
 
-def draw_targets(rng: Generator, start: Array, layout: str) -> dict[Motion, Array]:
-    """Some motions of a layout at random, and where they lead from `start`: {motion: c2w}, as far as one can stand there."""
-    motions = FINE if layout == "fine" else MOTIONS
+def draw_targets(rng: Generator, start: Array, motions: list[Motion]) -> dict[Motion, Array]:
+    """Some `motions` at random, and where they lead from `start`: {motion: c2w}, as far as one can stand there."""
     targets = {}
     for i in rng.permutation(len(motions))[:TARGETS_PER_ROOM]:
         c2w = move_camera(start, motions[i])
@@ -214,16 +228,18 @@ def make_questions(
     rooms: int = 1500,
     held_out: tuple[int, int] = (100, 320),
     threads: int = 2,
+    layout: str = "ring",
 ) -> None:
     """out/questions_{train,val,test}.jsonl; four questions per room, half of them in need of an unseen view."""
     out = Path(out)
+    make = partial(room_questions, rig=LAYOUTS[layout].cameras)
     for split, count, first in (
         ("train", rooms, FIRST_ROOM["questions_train"]),
         ("val", held_out[0], FIRST_ROOM["val"]),
         ("test", held_out[1], FIRST_ROOM["test"]),
     ):
         seeds = range(first, first + count)
-        rows = build(f"questions, {split}", room_questions, seeds, out, threads)
+        rows = build(f"questions, {split}", make, seeds, out, threads)
         save_jsonl(out / f"questions_{split}.jsonl", rows)
         unseen = sum(row["needs_view"] for row in rows)
         say(f"questions_{split}.jsonl: {len(rows)} questions, {unseen} need an unseen view")
@@ -269,13 +285,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             help="to train on (default: 2000 for triples, 1500 for questions)",
         )
         add("--threads", type=count, help="processes (default: 2)")
-    triples.add_argument(
-        "--layout", choices=list(LAYOUTS), default="ring", help="of the context cameras"
-    )
+    for command, layouts in ((triples, tuple(LAYOUTS)), (questions, RINGS)):
+        command.add_argument("--layout", choices=layouts, default="ring", help="of the cameras")
     triples.add_argument("--size", type=count, default=SIZE, help="of the pictures, in pixels")
     args = parser.parse_args(argv)
     if args.out is None:
-        args.out = folder_of(args.layout, args.size) if args.command == "triples" else "out/data"
+        args.out = folder_of(getattr(args, "layout", "ring"), getattr(args, "size", SIZE))
     return args
 
 
@@ -295,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "triples":
         make_triples(args.out, layout=args.layout, size=args.size, **options)
     elif args.command == "questions":
-        make_questions(args.out, **options)
+        make_questions(args.out, layout=args.layout, **options)
     else:
         make_missing(args.out, **options)
 

@@ -27,14 +27,13 @@ from lib.geometry import (
     Motion,
     Query,
     decompose,
-    fill_holes,
     instruction,
     move_camera,
 )
 from lib.images import PictureError, decode, read, save_image
 from lib.records import disk, load_jsonl, read_log, write_text
 from lib.rooms import random_room, render
-from lib.simulators import SimulatorError
+from lib.simulators import SimulatorError, fill_holes
 from lib.streams import stable_hash, stream_seed
 
 VERSION = 4  # of what a line holds; lines of another one stay as well

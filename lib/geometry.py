@@ -1,9 +1,10 @@
 """
 Cameras, and the five motions that the policy may command.
 
-  axes      OpenCV: x right, y down, z forward, metres; c2w (4, 4) maps camera to world
+  axes      OpenCV: x right, y down, z forward, metres; c2w (4, 4) maps camera to world, whose y points along gravity
   pinhole   a point (x, y, z) of the camera falls on pixel (fx x/z + cx, fy y/z + cy); pixel centres are at +0.5
-  motion    one kind and one signed amount, along or about the axes of the reference camera
+  motion    one kind and one signed amount: moves are parallel to the ground or along gravity, yaw is about the
+            vertical, only pitch is the camera's own (the paper's)
   words     "Base on the viewpoint of Image-2, move 1.5 meters to the left."  (the paper's wording of a move; it
             conditions the published checkpoint. The paper prints no turn: those phrases are ours.)
 """
@@ -19,6 +20,7 @@ Array = np.ndarray
 
 KINDS = ("dx", "dy", "dz", "dangle", "dphi")  # the paper's names, in the order of `decompose`
 UNITS = dict(zip(KINDS, ("meters",) * 3 + ("degrees",) * 2, strict=True))
+VERTICAL = 5.0  # degrees
 DEGREES_PER_METER = 30.0  # compares components: the paper asks the cameras of a context to differ by 1 m and 30 degrees
 
 
@@ -146,42 +148,59 @@ def as_lists(c2w: Array) -> list[list[float]]:
     return np.round(c2w, 6).tolist()
 
 
+def angles_of(c2w: Array) -> Array:
+    """Heading (0 along z, > 0 right of it), pitch (> 0 up) and roll of cameras (..., 4, 4) -> (..., 3) degrees.
+
+    A rotation is the three in this order. Within VERTICAL degrees of straight down or up a camera heads where the top
+    (up: the bottom) of its picture points, and its roll is nan: no motion can be told of it (`dominant_component`).
+    """
+    down, look = c2w[..., :3, 1], c2w[..., :3, 2]
+    vertical = np.abs(look[..., 1]) > np.cos(np.radians(VERTICAL))
+    ahead = np.where(vertical[..., None], -np.sign(look[..., 1:2]) * down, look)
+    heading = np.arctan2(ahead[..., 0], ahead[..., 2])
+    pitch = np.arctan2(-look[..., 1], np.hypot(look[..., 0], look[..., 2]))
+    roll = np.where(vertical, np.nan, np.arctan2(c2w[..., 1, 0], c2w[..., 1, 1]))
+    return np.degrees(np.stack([heading, pitch, roll], -1))
+
+
 def compose(c2w: Array, delta: Array) -> Array:
-    """The pose (4, 4) that stands at a relative pose `delta` (dx, dy, dz, dangle, dphi): the inverse of `decompose`."""
+    """The pose (4, 4) at a relative pose `delta` (dx, dy, dz, dangle, dphi), of the same roll: inverts `decompose`."""
     dx, dy, dz, dangle, dphi = delta
-    return c2w @ camera_pose(dx, -dz, dy, dangle, dphi)
+    level = camera_pose(*c2w[:3, 3], angles_of(c2w)[0])
+    tilt = np.linalg.inv(level) @ c2w  # pitch and roll
+    return level @ camera_pose(dx, -dz, dy, dangle, dphi) @ tilt
 
 
 def move_camera(c2w: Array, motion: Motion) -> Array:
-    """The pose (4, 4) after `motion`, which is along or about the axes of the camera itself."""
+    """The pose (4, 4) after `motion`. Moves follow the heading of `angles_of`, which any camera has; roll stays."""
     return compose(c2w, motion.amount * np.eye(5)[KINDS.index(motion.kind)])
 
 
 def decompose(source: Array, target: Array) -> Array:
-    """The relative pose of cameras (..., 4, 4) as (..., 6): dx right, dy forward, dz up, metres; dangle right, dphi up,
-    roll, degrees; in the source camera's axes. Leading shapes broadcast."""
-    relative = np.linalg.inv(source) @ target
-    right, down, forward = np.moveaxis(relative[..., :3, 3], -1, 0)
-    look = relative[..., :3, 2]
-    yaw = np.arctan2(look[..., 0], look[..., 2])
-    yaw = np.where(yaw > np.pi - 1e-8, yaw - 2 * np.pi, yaw)  # half a turn is one to the left
-    pitch = np.arctan2(-look[..., 1], np.hypot(look[..., 0], look[..., 2]))
-    roll = np.arctan2(relative[..., 1, 0], relative[..., 1, 1])
-    angles = np.degrees(np.stack([yaw, pitch, roll], -1))
-    return np.concatenate([np.stack([right, forward, -down], -1), angles], -1)
+    """The relative pose of cameras (..., 4, 4) as (..., 6): dx right and dy forward along the ground as the source
+    heads, dz up, metres; the differences of `angles_of`, dangle right, dphi up, roll. Leading shapes broadcast."""
+    start = angles_of(source)
+    heading = np.radians(start[..., 0])
+    x, y, z = np.moveaxis(target[..., :3, 3] - source[..., :3, 3], -1, 0)
+    right = np.cos(heading) * x - np.sin(heading) * z
+    forward = np.sin(heading) * x + np.cos(heading) * z
+    turns = angles_of(target) - start
+    # from -180 to 180: half a turn, whatever its last digits, is one to the left
+    turns = turns - 360 * np.floor((turns + 180 + 1e-4) / 360)
+    return np.concatenate([np.stack([right, forward, -y], -1), turns], -1)
 
 
 def dominant_component(delta: Array, slack: float = 0.15, share: float = 0.20) -> Array:
     """Which one component describes a relative pose `delta` (..., 6) of `decompose` -> index (...), -1 where none does.
 
-    Components are compared at 1 m = 30 degrees. None does if another one (roll counts) exceeds
+    Components are compared at 1 m = 30 degrees. None does if another one (roll counts, and may be unknown) exceeds
     max(slack, share * dominant), since the words would not be true (ours: the paper takes the dominant one).
     """
     size = np.abs(delta) / np.array([1, 1, 1, *[DEGREES_PER_METER] * 3])  # (..., 6), in metres
     main = size[..., :5].argmax(-1)
     largest = size[..., :5].max(-1)
     second = np.where(np.arange(6) == main[..., None], 0, size).max(-1)
-    return np.where(second > np.maximum(slack, share * largest), -1, main)
+    return np.where(second <= np.maximum(slack, share * largest), main, -1)  # nan is not below
 
 
 def motion_along(delta: Array, component: int) -> Motion | None:
@@ -279,20 +298,3 @@ def coverage(target_depth: Array, mask: Array) -> float:
     """Share of the valid target pixels that some context view sees (paper: accepted if >= 0.85)."""
     valid = target_depth > 0
     return float(mask[valid].mean()) if valid.any() else 0.0
-
-
-def fill_holes(view: Array, mask: Array) -> Array:
-    """Let pixels outside `mask` (H, W) take the colour of the nearest one inside (in steps up, down, left, right)."""
-    view = view.copy()
-    known = mask.copy()
-    while known.any() and not known.all():
-        view_before = view.copy()
-        known_before = known.copy()
-        for axis, step in ((1, 1), (1, -1), (0, 1), (0, -1)):
-            from_there = np.roll(known_before, step, axis)
-            edge = 0 if step == 1 else -1  # np.roll wraps round: undo
-            from_there[(slice(None),) * axis + (edge,)] = False
-            take = from_there & ~known
-            view[take] = np.roll(view_before, step, axis)[take]
-            known |= take
-    return view

@@ -8,6 +8,7 @@ shows is counted on its instance map (`facts`), and a question is asked only whe
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -104,9 +105,9 @@ WALKS = {
 }
 
 
-def room_questions(seed: int, out: Path, per_kind: int = 2) -> list[dict]:
+def room_questions(seed: int, out: Path, per_kind: int = 2, rig: Callable = ring) -> list[dict]:
     """Questions (lib/records.Question) about one room: `per_kind` that need an unseen view, and as many that the given
-    views answer. Pictures go to `out`/questions.
+    views answer. Pictures go to `out`/questions; `rig` gives the cameras, a ring of lib/rooms.
 
     Of the latter, one in six asks for the camera's way between two views at different places (camera-camera), one in six
     for a turn that ends at a given view (rotation), the others about one image. What only a room can know (`command`,
@@ -114,7 +115,7 @@ def room_questions(seed: int, out: Path, per_kind: int = 2) -> list[dict]:
     """
     rng = numpy_stream("questions of a room", seed)
     room = random_room(seed)
-    poses = ring(rng)
+    poses = rig(rng)
     ring_ids = render(room, np.stack(poses), SIZE)["ids"]
     ring_facts = [facts(ids, len(room.things)) for ids in ring_ids]
     letters = rng.permutation(2 * per_kind) % 4  # each as often as any other, in every room

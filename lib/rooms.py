@@ -262,11 +262,16 @@ def render(room: Room, c2w: Array, size: int = SIZE, supersample: int = 2) -> di
     return {"rgb": np.clip(colour + 0.5, 0, 255).astype(np.uint8), "depth": depth, "ids": ids}
 
 
-def ring(rng: Generator) -> list[Array]:
-    """Four poses at one spot near the middle of the room, each one left turn of 90 degrees further."""
+def ring(rng: Generator, pitch: float = 0.0) -> list[Array]:
+    """Four poses at one spot near the middle of the room, each one left turn of 90 degrees further; pitch > 0 looks up."""
     x, z = rng.uniform(-0.2, 0.2, 2)
     phase = rng.uniform(0, 360)
-    return [camera_pose(x, -EYE, z, phase - 90 * k) for k in range(4)]
+    return [camera_pose(x, -EYE, z, phase - 90 * k, pitch) for k in range(4)]
+
+
+def pitched(rng: Generator) -> list[Array]:
+    """A ring whose four cameras all look up, or all down, by the same 10 to 25 degrees."""
+    return ring(rng, pitch=rng.choice([-1, 1]) * rng.uniform(10, 25))
 
 
 class TrueRenderer:

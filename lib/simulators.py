@@ -22,7 +22,6 @@ from lib.distributed import fail, say
 from lib.geometry import (
     Array,
     Query,
-    fill_holes,
     move_camera,
     pinhole,
     project,
@@ -173,3 +172,20 @@ def splat(xyz: Array, colours: Array, c2w: Array, size: int) -> tuple[Array, Arr
     view[row[far_to_near], column[far_to_near]] = colours[far_to_near]
     covered[row[far_to_near], column[far_to_near]] = True
     return view, covered
+
+
+def fill_holes(view: Array, mask: Array) -> Array:
+    """Let pixels outside `mask` (H, W) take the colour of the nearest one inside (in steps up, down, left, right)."""
+    view = view.copy()
+    known = mask.copy()
+    while known.any() and not known.all():
+        view_before = view.copy()
+        known_before = known.copy()
+        for axis, step in ((1, 1), (1, -1), (0, 1), (0, -1)):
+            from_there = np.roll(known_before, step, axis)
+            edge = 0 if step == 1 else -1  # np.roll wraps round: undo
+            from_there[(slice(None),) * axis + (edge,)] = False
+            take = from_there & ~known
+            view[take] = np.roll(view_before, step, axis)[take]
+            known |= take
+    return view

@@ -29,13 +29,13 @@ from lib.geometry import (
     Query,
     camera_pose,
     compose,
-    fill_holes,
     instruction,
     move_camera,
 )
 from lib.rooms import COLOURS, EYE, random_room, render
 from lib.simulators import (
     Reprojection,
+    fill_holes,
     find_weights,
     load_simulator,
     points,
@@ -170,8 +170,9 @@ def test_a_mirrored_view_keeps_its_objects_and_loses_their_order():
     assert mirrored["content"] == pytest.approx(2 / 3)
 
 
-def test_refinement_finds_poses_between_the_grid_points():
-    room, reference = random_room(5_000_001), camera_pose(0.1, -EYE, -0.1, 17.0)
+@pytest.mark.parametrize("pitch", [0, -20])
+def test_refinement_finds_poses_between_the_grid_points(pitch):
+    room, reference = random_room(5_000_001), camera_pose(0.1, -EYE, -0.1, 17.0, pitch)
     deltas = np.array([[0.83, 0.12, 0, 0, 0], [0, 0, 0, -62.3, 1.7], [0.04, -0.66, -0.03, 3, 0]])
     views = np.stack([render(room, compose(reference, delta))["rgb"][0] for delta in deltas])
     found, _ = recover(room, reference, views)

@@ -10,6 +10,7 @@ import data
 from lib import questions
 from lib.geometry import (
     Motion,
+    angles_of,
     decompose,
     dominant_motion,
     instruction,
@@ -94,7 +95,7 @@ def yaw_of(c2w):
 
 def test_cameras_apart_keep_the_papers_distances():
     for seed in range(40):
-        poses = data.LAYOUTS["apart"](np.random.default_rng(seed))
+        poses = data.LAYOUTS["apart"].cameras(np.random.default_rng(seed))
         for i in range(4):
             for j in range(i):
                 turn = abs(yaw_of(poses[i]) - yaw_of(poses[j])) % 360
@@ -105,11 +106,17 @@ def test_cameras_apart_keep_the_papers_distances():
         assert all(data.stands_free(c2w) for c2w in poses)
 
 
-def test_the_ring_closes_after_four_left_turns():
+@pytest.mark.parametrize("layout", data.RINGS)
+def test_a_ring_closes_after_four_left_turns(layout):
+    pitches = []
     for seed in range(10):
-        views = data.LAYOUTS["ring"](np.random.default_rng(seed))
+        views = data.LAYOUTS[layout].cameras(np.random.default_rng(seed))
         turns = [decompose(a, b) for a, b in zip(views, views[1:] + views[:1], strict=True)]
         np.testing.assert_allclose(turns, [[0, 0, 0, -90, 0, 0]] * 4, atol=1e-6)
+        pitches.append(angles_of(views[0])[1])
+    low, high = (10, 25) if layout == "pitched" else (0, 0)
+    assert low - 1e-9 <= np.abs(pitches).min() and np.abs(pitches).max() <= high + 1e-9
+    assert layout == "ring" or min(pitches) < 0 < max(pitches)
 
 
 def covered_by_hand(row, size=32, fine=256):
@@ -131,8 +138,9 @@ def covered_by_hand(row, size=32, fine=256):
     return seen.mean()
 
 
-def test_triples_of_cameras_apart_are_what_they_say(tmp_path):
-    rows = [row for seed in range(3) for row in data.room_triples(seed, tmp_path, "apart")]
+@pytest.mark.parametrize("layout", ["apart", "pitched"])
+def test_triples_of_other_cameras_are_what_they_say(layout, tmp_path):
+    rows = [row for seed in range(3) for row in data.room_triples(seed, tmp_path, layout)]
     assert len(rows) > 10 and {len(row["context"]) for row in rows} == {4}
     assert min(row["coverage"] for row in rows) >= 0.85
     for row in rows[::4]:
@@ -220,12 +228,18 @@ def true_facts(row, camera):
     return room, questions.facts(render(room, camera)["ids"][0], len(room.things))
 
 
-def test_answers_are_true_and_an_unseen_view_is_needed(made):
+@pytest.mark.parametrize("layout", ["ring", pytest.param("pitched", marks=pytest.mark.slow)])
+def test_answers_are_true_and_an_unseen_view_is_needed(layout, made, tmp_path):
     """Look through the commanded camera: the answer is what stands there, and the reference image says otherwise."""
-    rows, counts = load_jsonl(made / "questions_train.jsonl"), Counter()
+    folder = made
+    if layout != "ring":
+        folder = tmp_path
+        data.make_questions(folder, rooms=ROOMS, held_out=(1, 1), threads=1, layout=layout)
+    rows, counts = load_jsonl(folder / "questions_train.jsonl"), Counter()
     for row in rows:
         answer = row["options"]["ABCD".index(row["answer"])].split(". ")[1]
         poses = [np.array(p) for p in row["scene"]["poses"]]
+        assert (abs(angles_of(poses[0])[1]) > 9) == (layout == "pitched")
         counts[row["category"], row["needs_view"]] += 1
         if row["category"] == "camera-camera":
             assert dominant_motion(*poses) == questions.WALKS[answer]

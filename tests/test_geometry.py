@@ -7,13 +7,13 @@ from lib.geometry import (
     KINDS,
     UNITS,
     Motion,
+    angles_of,
     camera_pose,
     compose,
     coverage,
     decompose,
     dominant_component,
     dominant_motion,
-    fill_holes,
     instruction,
     move_camera,
     phrase,
@@ -25,6 +25,7 @@ from lib.geometry import (
     warp,
 )
 from lib.rooms import EYE, random_room, render
+from lib.simulators import fill_holes
 
 AMOUNTS = {"meters": [0.1 * k for k in range(1, 101)], "degrees": [5.0 * k for k in range(1, 73)]}
 
@@ -98,6 +99,83 @@ def test_dominant_motion_finds_the_commanded_one_and_refuses_a_mixture():
     assert dominant_motion(start, slight) == Motion("dx", -1.0)
 
 
+def rolled(c2w, degrees):
+    """A camera turned about its own axis."""
+    a = np.radians(degrees)
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]
+    return c2w @ turn
+
+
+@pytest.mark.parametrize("roll", [0, 3, -20])
+@pytest.mark.parametrize("pitch", [-40, -20, -5, 0, 15, 40])
+def test_every_motion_comes_back_at_any_pitch(pitch, roll):
+    start = rolled(camera_pose(0.3, -1.2, 0.5, 137, pitch), roll)
+    np.testing.assert_allclose(angles_of(start), [137, pitch, roll], atol=1e-9)
+    for kind in KINDS:
+        for amount in (0.4, -2.5) if UNITS[kind] == "meters" else (15.0, -40.0):
+            end = move_camera(start, Motion(kind, amount))
+            want = [amount if other == kind else 0 for other in KINDS]
+            np.testing.assert_allclose(decompose(start, end), [*want, 0], atol=1e-9)
+            assert dominant_motion(start, end) == Motion(kind, amount)
+            np.testing.assert_allclose(angles_of(end)[2], roll, atol=1e-9)
+    for half in (180.0, -180.0):
+        end = np.round(move_camera(start, Motion("dangle", half)), 6)  # as a file keeps it
+        assert dominant_motion(np.round(start, 6), end) == Motion("dangle", -180.0)
+    both = [0.7, -0.4, 0.2, 50, 10]
+    np.testing.assert_allclose(decompose(start, compose(start, both))[:5], both, atol=1e-9)
+
+
+def test_a_step_over_the_ground_is_forward_however_the_camera_looks():
+    """By hand: from (0, -1.3, 0) a camera looks 20 degrees down along z, and stands a metre further at (0, -1.3, 1)."""
+    start, end = camera_pose(0, -1.3, 0, 0, -20), camera_pose(0, -1.3, 1, 0, -20)
+    np.testing.assert_allclose(decompose(start, end), [0, 1, 0, 0, 0, 0], atol=1e-12)
+    # the camera's own axes say 0.94 m forward and 0.34 m up: no one motion
+    np.testing.assert_allclose((np.linalg.inv(start) @ end)[:3, 3], [0, -0.342, 0.9397], atol=1e-4)
+    np.testing.assert_allclose(move_camera(start, Motion("dy", 1.0)), end, atol=1e-12)
+    # a quarter turn about the vertical; in its own axes it would also have rolled by 20 degrees
+    pan = camera_pose(0, -1.3, 0, 90, -20)
+    np.testing.assert_allclose(move_camera(start, Motion("dangle", 90.0)), pan, atol=1e-12)
+    # it looks along x, down: cos 20 and sin 20 (y points down)
+    np.testing.assert_allclose(pan[:3, 2], [0.9397, 0.342, 0], atol=1e-4)
+    # raised by half a metre along gravity, and level after it pitched up by 20 degrees
+    assert (move_camera(start, Motion("dz", 0.5))[:3, 3] == [0, -1.8, 0]).all()
+    level = move_camera(start, Motion("dphi", 20.0))
+    np.testing.assert_allclose(level, camera_pose(0, -1.3, 0), atol=1e-12)
+
+
+def test_pitch_changes_nothing_of_what_one_motion_describes():
+    rng = np.random.default_rng(0)
+    places, yaws = rng.uniform(-1, 1, (60, 3)) * [1, 0.1, 1], rng.uniform(0, 60, 60)
+    main = {}
+    for pitch in (0, -20, 40):
+        cameras = np.stack(
+            [camera_pose(*at, yaw, pitch) for at, yaw in zip(places, yaws, strict=True)]
+        )
+        main[pitch] = dominant_component(decompose(cameras[:, None], cameras[None]))
+    assert (main[0] >= 0).sum() > 300
+    assert (main[0] == main[-20]).all() and (main[0] == main[40]).all()
+
+
+def test_a_camera_that_looks_straight_down_has_no_heading():
+    level = camera_pose(0, 0, 0)
+    for pitch, heads in ((84.9, True), (-84.9, True), (85.1, False), (-85.1, False), (-90, False)):
+        camera = camera_pose(0.5, 0, 0, 30, pitch)
+        for pair in ((level, camera), (camera, level), (camera, camera_pose(2, 0, 0, 30, pitch))):
+            assert np.isfinite(decompose(*pair)[5]) == heads
+            assert heads or dominant_motion(*pair) is None
+    # still it moves: where the top of its picture points (down) or the bottom (up), here 30 degrees right of z
+    for pitch in (90, -90, 86):
+        end = move_camera(camera_pose(0, 0, 0, 30, pitch), Motion("dy", 1.0))
+        np.testing.assert_allclose(end[:3, 3], [0.5, 0, 0.75**0.5], atol=1e-12)
+        turned = move_camera(end, Motion("dangle", 60.0))
+        np.testing.assert_allclose(
+            turned[:3, :3], camera_pose(0, 0, 0, 90, pitch)[:3, :3], atol=1e-9
+        )
+        back = move_camera(end, Motion("dphi", -float(pitch)))
+        np.testing.assert_allclose(back[:3, :3], camera_pose(0, 0, 0, 30)[:3, :3], atol=1e-9)
+
+
 def test_what_may_stand_beside_the_dominant_component():
     """Up to 0.15 m, or a fifth of the dominant one if that is more; 30 degrees count as a metre, and roll counts."""
     for delta, main in (
@@ -114,11 +192,13 @@ def test_what_may_stand_beside_the_dominant_component():
         ([0, 1, 0, 0, 0, -7], -1),
         ([0, 0, 0.1, 0, 0, 4.4], 2),
         ([0, 0, 0.1, 0, 0, 170], -1),
+        ([0, 1, 0, 0, 0, np.nan], -1),
     ):
         assert dominant_component(np.array(delta, float)) == main, delta
-    tilted = np.eye(4)
-    tilted[:2, :2] = [[0.9, -(0.19**0.5)], [0.19**0.5, 0.9]]  # 26 degrees about the optical axis
-    assert dominant_motion(np.eye(4), camera_pose(0, 0, 1) @ tilted) is None
+    for pitch in (0, -30):
+        start, end = camera_pose(0, 0, 0, 0, pitch), camera_pose(0, 0, 1, 0, pitch)
+        assert dominant_motion(start, rolled(end, 26)) is None
+        assert dominant_motion(start, rolled(end, 5)) == Motion("dy", 1.0)
 
 
 def test_holes_take_the_nearest_colour_and_none_from_across_the_edge():

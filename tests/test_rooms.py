@@ -86,12 +86,14 @@ def test_rooms_repeat_and_differ():
             assert np.hypot(thing.x, thing.z) - thing.half > 1.2
 
 
-def test_the_true_renderer_obeys_the_instruction():
-    room, start = random_room(9), camera_pose(0, -EYE, 0, 10)
+@pytest.mark.parametrize("pitch", [0, -20, 90])
+def test_the_true_renderer_obeys_the_instruction(pitch):
+    room, start = random_room(9), camera_pose(0, -EYE, 0, 10, pitch)
     motion = Motion("dangle", 45.0)
     given = render(room, start)["rgb"][0]
     query = Query([given], 1, instruction(motion, 1), 0, {"room": 9, "poses": [start.tolist()]})
     (view,) = TrueRenderer().imagine([query])
-    assert (view == render(room, move_camera(start, motion))["rgb"][0]).all()
+    there = camera_pose(0, -EYE, 0, 55, pitch)
+    assert np.abs(view.astype(int) - render(room, there)["rgb"][0]).max() <= 1
     with pytest.raises(ValueError, match="rooms only"):
         TrueRenderer().imagine([query._replace(scene=None)])

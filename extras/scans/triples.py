@@ -102,6 +102,7 @@ def motions_between(c2w: ndarray, metric: bool, rules: Rules) -> tuple[ndarray, 
     is_move = main < 3
     least = np.where(is_move, rules.least_meters, rules.least_degrees)
     refusals = {
+        "a camera looks straight up or down": np.isnan(delta[..., 5]),
         "not one motion": main < 0,
         "a move without a metric scale": is_move & (not metric),
         "too small a motion": amount < least - 1e-6,

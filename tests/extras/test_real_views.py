@@ -65,10 +65,10 @@ class Matcher:
         return mine, theirs
 
 
-def scene(**spoilt):
+def scene(cameras=CONTEXT, **spoilt):
     """-> (matcher, context as `recover_pose` takes it)."""
     match = Matcher(**spoilt)
-    return match, [PosedView(*match.look(c2w), c2w, K) for c2w in CONTEXT]
+    return match, [PosedView(*match.look(c2w), c2w, K) for c2w in cameras]
 
 
 def detect(image, names=None):
@@ -103,6 +103,17 @@ def test_the_camera_is_found_among_outliers(motion, wrong):
     assert np.linalg.norm(off[:3]) < 0.01 and np.abs(off[3:]).max() < 0.3
     assert pose_error(delta_of(motion), decompose(CONTEXT[1], found)[:5])["within"]
     np.testing.assert_array_equal(found, recover_pose(match.look(target)[0], K, context, match))
+
+
+def test_a_step_over_the_ground_is_found_by_cameras_that_look_down():
+    cameras = [camera_pose(0.1, -EYE, -0.1, 17.0 - 90 * k, -20) for k in range(4)]
+    match, context = scene(cameras)
+    for motion in (Motion("dy", 0.8), Motion("dangle", 45.0)):
+        target = match.look(move_camera(cameras[0], motion))[0]
+        way = decompose(cameras[0], recover_pose(target, K, context, match))[:5]
+        assert pose_error(delta_of(motion), way)["within"]
+        assert np.abs(way - delta_of(motion))[:3].max() < 0.02
+        assert np.abs(way - delta_of(motion))[3:].max() < 0.3
 
 
 def test_points_on_one_wall_are_enough():
