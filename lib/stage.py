@@ -2,8 +2,8 @@
 What every stage does besides its work: flags with presets, its folder, its beginning and end, Ctrl-C.
 
 A stage's folder: the model at its top with its card (README.md), `training/` (what resumes an interrupted run),
-`log.jsonl`, `args.json`, pictures, and `done.json` as the last file written. The same command continues an unfinished run; on a finished one it
-says so.
+`log.jsonl`, `args.json`, pictures, and `done.json` as the last file written. The same command continues an unfinished
+run; on a finished one it says so.
 """
 
 import argparse

@@ -23,8 +23,9 @@ def core_alone(tmp_path_factory):
     copy = tmp_path_factory.mktemp("core")
     for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
         shutil.copy(file, copy)
+    tests_of_all = ("house", "readme", "one_step", "project")
     skip = shutil.ignore_patterns(
-        "__pycache__", "extras", "test_house.py", "test_readme.py", "test_one_step.py"
+        "__pycache__", "extras", *(f"test_{name}.py" for name in tests_of_all)
     )
     for folder in ("lib", "experiments", "bench", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=skip)
