@@ -20,7 +20,9 @@ def test_links_of_a_page_lead_to_files(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_a_page_names_exist(page):
     rooms = "lib|extras|experiments|bench|tests|docs"
-    for name in re.findall(rf"`((?:{rooms})/[a-z\d_./-]+\.(?:py|md|html|cff|yml))`", page.read_text()):
+    for name in re.findall(
+        rf"`((?:{rooms})/[a-z\d_./-]+\.(?:py|md|html|cff|yml))`", page.read_text()
+    ):
         assert (ROOT / name).exists(), name
 
 

@@ -6,7 +6,7 @@ Published corpora of spatial questions as our question rows, to train a policy w
 
   sensenova   sensenova/SenseNova-SI-800K on the hub: SenseNova-SI-800K.jsonl beside its image folders; a record is
               {"id", "image": [paths], "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}]}
-  vst         rayruiyang/VST-500K: <task>/*.parquet (pyarrow), "images": [{"bytes"}] and the same conversations
+  vst         rayruiyang/vst_500k: <task>/*.parquet (pyarrow), "images": [{"bytes"}] and the same conversations
 
 As readers report, the paper drew about 6,000 questions from these two and from a hard split that is not public, keeping
 those that its base policy answers at most once in five samples (extras/scans/mining.py). Only what can be verified is
@@ -95,7 +95,7 @@ def vst_records(root: Path, folder: Path) -> Iterator[Record]:
     files = sorted(root.glob("*/*.parquet"))
     if not files:
         fail(
-            f"There is no <task>/*.parquet in {root}. Fetch rayruiyang/VST-500K from the Hugging Face hub and give "
+            f"There is no <task>/*.parquet in {root}. Fetch rayruiyang/vst_500k from the Hugging Face hub and give "
             f"--root <its folder>."
         )
     for file in files:
