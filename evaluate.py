@@ -69,6 +69,7 @@ from lib.simulators import (
     URLS,
     SimulatorError,
     find_weights,
+    is_world_model,
     load_simulator,
 )
 from lib.stage import bounded, need, newest, run_stage
@@ -431,11 +432,10 @@ def fingerprint(name: str, wm: str | None = None, options: dict | None = None) -
 
     options   of `sampler_options`: they change what a world model draws
     """
-    weights = find_weights(name, wm)
-    folder = weights or name
+    folder = find_weights(name, wm) or name
     files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.json")]
     newest_change = max((int(file.stat().st_mtime) for file in files), default=0)
-    changed = f" {options}" if options and weights else ""
+    changed = f" {options}" if options and is_world_model(name) else ""
     return f"{folder}@{newest_change}{changed}"
 
 

@@ -305,10 +305,9 @@ class WorldModel:
             prepare(network)
         bagel_files.load_network(network, file, "cpu" if int8 else device, dtype)
         if int8:
-            from extras.int8 import quantise
+            from extras.int8 import quantise_bagel
 
-            quantise(network.blocks, device)
-            network.to(device)
+            quantise_bagel(network, device)
         if network.config.settings.latent == "pixels":
             autoencoder = bagel_files.PixelLatents()
         else:
@@ -472,7 +471,7 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
         text = f"{options['help']} (BAGEL: {getattr(Settings, field)})"
         group.add_argument(f"--{field.replace('_', '-')}", **options | {"help": text})
     group.add_argument(
-        "--int8", action="store_true", help="weights of 8 bits: BAGEL in 16 GB (extras/int8.py)"
+        "--int8", action="store_true", help="weights of 8 bits: BAGEL in 15 GB (extras/int8.py)"
     )
 
 

@@ -1,5 +1,5 @@
 """
-8-bit weights by hand: BAGEL's layers at half the size of bf16, so that the model fits a card of 24 GB.
+8-bit weights by hand: BAGEL in 14.7 GB instead of 29.2, for a card of 24 GB.
 
   W_ij = s_i q_ij           q_ij a whole number from -127 to 127, one scale s_i = max_j |W_ij| / 127 per row
   y_i = s_i (q x)_i + b_i   multiplied in x's own type: bf16 holds every q exactly
@@ -13,6 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lib.bagel import Bagel
 
 
 class Int8Linear(nn.Module):
@@ -33,6 +35,13 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.levels.to(x.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
+
+
+def quantise_bagel(network: Bagel, device: torch.device | str) -> None:
+    """Its layers in 8 bits, the rest as it is, all on `device`; without the head that a simulator never writes with."""
+    quantise(network.blocks, device)
+    del network.language_model["lm_head"]
+    network.to(device)
 
 
 @torch.no_grad()

@@ -89,13 +89,20 @@ def find_weights(name: str | Path, wm: str | Path | None = None) -> str | None:
     return str(folder)
 
 
+def is_world_model(name: str | Path) -> bool:
+    """Whether a simulator's name stands for weights that are loaded here."""
+    return name not in (*NEEDS_ROOM, "none") and not str(name).startswith(URLS)
+
+
 def load_simulator(
     name: str | Path, device: torch.device | str = "cpu", wm: str | Path | None = None, **options
 ):
     """The simulator called `name` (see the top of this file), ready to imagine, in bf16 on a GPU; None for "none".
 
-    options   of `WorldModel.load`, for those that are one
+    options   of `WorldModel.load`; what is no world model says that they change nothing
     """
+    if options and name != "none" and not is_world_model(name):
+        say(f"{name} is no world model of ours: {', '.join(options)} change nothing in it.")
     if name == "none":
         return None
     if name == "truth":

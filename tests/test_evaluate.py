@@ -31,7 +31,7 @@ from lib.protocol import NOTE, TOOLS, prompt_text
 from lib.records import load_jsonl, read_log, save_jsonl
 from lib.rooms import TrueRenderer
 from lib.scores import summarise
-from lib.simulators import SimulatorError
+from lib.simulators import SimulatorError, load_simulator
 from policy import Policy
 from world_model import WorldModel
 
@@ -330,7 +330,7 @@ def test_a_policy_configured_anew_is_another_one(tmp_path):
     assert evaluate.fingerprint(str(tmp_path / "policy")) != before
 
 
-def test_a_simulator_with_other_knobs_is_another_one_and_answers_say_which(tmp_path):
+def test_a_simulator_with_other_knobs_is_another_one_and_answers_say_which(tmp_path, capsys):
     WorldModel.tiny().save(tmp_path)
     plain = evaluate.parse_args(["--wm", str(tmp_path)])
     turned = evaluate.parse_args(
@@ -346,6 +346,8 @@ def test_a_simulator_with_other_knobs_is_another_one_and_answers_say_which(tmp_p
     before, after = weights
     assert after["agentic", "tuned"] == before["agentic", "tuned"] + " {'steps': 2}"
     assert after["direct", "none"] == "none" and after["agentic", "truth"] == "truth@0"
+    load_simulator("truth", **turned.sampler)
+    assert "truth is no world model of ours: steps change nothing" in capsys.readouterr().out
 
 
 @pytest.mark.slow
