@@ -52,7 +52,7 @@ from lib.answers import (
 from lib.consistency import compare
 from lib.dialogue import Trajectory
 from lib.distributed import World, fail, is_main, say, setup, wait_for_all
-from lib.images import PictureError, read
+from lib.images import PictureError, check_shape, read
 from lib.questions import text_only_chance
 from lib.records import load_jsonl, readable, write_json
 from lib.scores import (
@@ -250,6 +250,8 @@ def ask_batch(
     for key, question in pairs:
         try:
             images = bench.images(question)
+            for number, image in enumerate(images, 1):
+                check_shape(image, f"Image-{number}")
         except PictureError as error:
             failures[key] = SimulatorError(f"image: {error}")
             continue

@@ -29,7 +29,7 @@ from transformers.utils import cached_file, logging
 
 from lib.dialogue import Trajectory
 from lib.distributed import default_device, fail
-from lib.images import load_image
+from lib.images import check_shape, load_image
 from lib.protocol import NO_SIMULATOR, NOTE, PHRASES
 from lib.rollout import Layout, Writer
 from lib.simulators import NO_VIEW, imagine_each, load_simulator
@@ -123,8 +123,9 @@ class Policy:
     def grid(self, image: np.ndarray) -> tuple[int, int]:
         """Rows and columns of language tokens an image (H, W, 3) becomes: Qwen's rounding, area within the limits.
 
-        Raises ValueError for an image that is more than 200 times as long as it is wide.
+        Raises PictureError for an image that is more than 200 times as long as it is wide.
         """
+        check_shape(image)
         height, width = image.shape[:2]
         unit = (
             self.image_config["patch_size"] * self.image_config["merge_size"]
@@ -133,10 +134,6 @@ class Policy:
             "shortest_edge"
         ]  # areas in pixels, whatever they are called
         largest = self.image_config["size"]["longest_edge"]
-        if max(height, width) > 200 * min(height, width):
-            raise ValueError(
-                f"an image of {width} x {height} pixels is too narrow: the limit is 1 : 200"
-            )
         rows, columns = round(height / unit), round(width / unit)
         if rows * columns * unit**2 > largest:
             shrink = math.sqrt(height * width / largest)

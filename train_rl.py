@@ -54,7 +54,7 @@ from lib.distributed import (
     shard,
     unsharded,
 )
-from lib.images import figure_image, save_image
+from lib.images import figure_image, save_image, with_pictures
 from lib.records import MetricLog, disk, load_jsonl, read_log
 from lib.rollout import cell_count
 from lib.stage import (
@@ -597,8 +597,8 @@ def stack_logprobs(vectors: list[Tensor], device: torch.device) -> Tensor:
 
 def open_questions(args: Namespace, world: World) -> tuple[list[dict], list[dict]]:
     """The questions to learn from, and the held-out ones of an evaluation; a sentence where there are too few."""
-    train = load_questions(args.data, "train", args.simulator)
-    held_out = load_questions(args.data, "val", args.simulator)
+    train = with_pictures(load_questions(args.data, "train", args.simulator), world)
+    held_out = with_pictures(load_questions(args.data, "val", args.simulator), world)
     count = min(args.eval_questions, len(held_out))
     chosen = rows_of_step(len(held_out), count, 0, 0)  # of one step and seed: always the same ones
     held_out = [held_out[row] for row in chosen]

@@ -30,7 +30,7 @@ from lib.geometry import (
     instruction,
     move_camera,
 )
-from lib.images import PictureError, decode, read, save_image
+from lib.images import PictureError, read, read_warp, save_image
 from lib.records import disk, load_jsonl, read_log, write_text
 from lib.rooms import random_room, render
 from lib.simulators import SimulatorError, fill_holes
@@ -179,7 +179,7 @@ def load_triples(path: str | Path, limit: int | None = None) -> list[dict]:
         for row in rows:
             row["context"] = [read_once(file) for file in row["context"]]
             row["target"] = read_once(row["target"])
-            row["warp"] = np.array(decode(row["warp"]).convert("RGBA"))
+            row["warp"] = read_warp(row["warp"])
     except PictureError as error:
         fail(
             f"A picture of {path} cannot be read ({error}). Remove {path} and make it again: "

@@ -1,51 +1,144 @@
 """Pictures in and out: (H, W, 3) uint8 arrays in memory, files that are whole or not there. `read` is the one decoder."""
 
+import contextlib
+import functools
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from lib.distributed import fail
+from lib.distributed import World, fail, global_sum, say
 
 MAX_PIXELS = 2**26  # of a picture that is decoded: 8192 x 8192
+MAX_RATIO = 200  # of the sides of a picture that a policy is shown: Qwen's limit
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no decoder that starts programs
+ORIENTATION = 0x0112  # the EXIF tag; from 5 on it turns a picture by 90 degrees
+
+Source = str | Path | bytes  # a file, or its bytes
+
+
+# ---- the decoder -----------------------------------------------------------------------------------------------------
 
 
 class PictureError(ValueError):
     """A picture that cannot be read, in a sentence that names its file."""
 
 
-def decode(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture of a file or of a file's bytes: whole, the right way up, "RGB" or "RGBA".
-
-    Sixteen-bit grey is scaled to eight. Raises PictureError, whatever went wrong: every decoder has its own errors.
-    """
-    in_memory = isinstance(source, bytes)
-    name = "The picture" if in_memory else f"The image {source}"
-    if not in_memory and Path(source).exists() and not Path(source).is_file():
-        raise PictureError(f"{name} is no file: a folder, a pipe or a device.")
+@contextlib.contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Inside, whatever goes wrong becomes a PictureError about `name`: every decoder has its own errors."""
     try:
-        with Image.open(io.BytesIO(source) if in_memory else source, formats=FORMATS) as picture:
-            width, height = picture.size  # of the header: nothing is decoded yet
-            if width * height > max_pixels:
-                raise ValueError(f"{width} x {height} pixels are more than {max_pixels:,}")
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):
-                return Image.fromarray((np.asarray(picture) / 257).astype(np.uint8)).convert("RGB")
-            return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+        yield
+    except PictureError:
+        raise
     except FileNotFoundError:
         raise PictureError(f"{name} does not exist.") from None
     except Exception as error:
-        reason = "it is no picture" if isinstance(error, Image.UnidentifiedImageError) else error
+        reason = str(error) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "it is no picture"
         raise PictureError(f"{name} cannot be read ({reason}).") from error
 
 
-def read(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A file, or a file's bytes -> (H, W, 3) uint8, transparency on white. Raises PictureError."""
-    return on_white(np.array(decode(source, max_pixels)))
+def check_file(path: str | Path) -> None:
+    """Raises ValueError for what is no file (a pipe would wait for ever), FileNotFoundError for what is not there."""
+    path = Path(path)
+    path.stat()
+    if not path.is_file():
+        raise ValueError("it is a folder, a pipe or a device")
+
+
+@contextlib.contextmanager
+def opened(source: Source, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """A picture of which only the header has been read. What goes wrong inside is a PictureError."""
+    in_memory = isinstance(source, (bytes, bytearray, memoryview))
+    with decoding("The picture" if in_memory else f"The image {source}"):
+        if not in_memory:
+            check_file(source)
+        with Image.open(io.BytesIO(source) if in_memory else source, formats=FORMATS) as picture:
+            width, height = picture.size
+            if width * height > max_pixels:
+                raise ValueError(f"{width} x {height} pixels are more than {max_pixels:,}")
+            yield picture
+
+
+def decode(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture, of an animation the first, whole and the right way up, "RGB" or "RGBA". Raises PictureError."""
+    with opened(source, max_pixels) as picture:
+        picture = eight_bits(ImageOps.exif_transpose(picture))
+        return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """Sixteen-bit grey divided by 257, "L" or, where the file names a transparent grey, "LA"; others as they are."""
+    if picture.mode[0] not in "IF":
+        return picture
+    values = np.asarray(picture)  # (H, W)
+    if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError("its numbers are not those of 8 or 16 bits")
+    grey = Image.fromarray((values // 257).astype(np.uint8))
+    if "transparency" in picture.info:
+        alpha = np.where(values == picture.info["transparency"], 0, 255)
+        grey.putalpha(Image.fromarray(alpha.astype(np.uint8)))
+    return grey
+
+
+def read(source: Source, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A file, or a file's bytes -> (H, W, 3) uint8; what is transparent shows white paper. Raises PictureError."""
+    picture = decode(source, max_pixels)
+    if picture.mode == "RGB":
+        return np.array(picture)
+    page = Image.new("RGB", picture.size, "white")
+    page.paste(picture, mask=picture.getchannel("A"))
+    return np.array(page)
+
+
+def read_warp(source: Source) -> np.ndarray:
+    """A warped view -> (H, W, 4) uint8, its alpha 255 where something is seen. Raises PictureError."""
+    picture = decode(source)
+    if picture.mode != "RGBA":
+        raise PictureError(f"The warp {source} has no alpha channel.")
+    return np.array(picture)
+
+
+def read_depth(path: str | Path, per_metre: float = 1000) -> np.ndarray:
+    """A 16-bit picture of units of 1 / per_metre, or a .npy of metres -> (H, W) float32 metres, 0 = invalid.
+
+    Raises PictureError.
+    """
+    with decoding(f"The depth {path}"):
+        check_file(path)
+        if Path(path).suffix == ".npy":
+            # mapped, since the header of a small file may claim any size
+            metres = np.load(path, mmap_mode="r")
+            kinds, units = "fiu", 1
+        else:
+            with opened(path) as picture:
+                metres = np.asarray(picture)
+            kinds, units = "iu", per_metre
+        if metres.ndim != 2 or metres.dtype.kind not in kinds or metres.dtype.itemsize < 2:
+            raise ValueError(
+                "it is no depth: a picture of one channel and 16 bits, or a .npy array"
+            )
+        metres = metres / units
+        return np.where(np.isfinite(metres) & (metres > 0), metres, 0).astype(np.float32)
+
+
+def size_in_header(path: str | Path) -> tuple[int, int]:
+    """(width, height) of a picture the right way up, or of a .npy array, which is not read. Raises PictureError."""
+    if Path(path).suffix == ".npy":
+        with decoding(f"The depth {path}"):
+            check_file(path)
+            height, width = np.load(path, mmap_mode="r").shape
+            return width, height
+    with opened(path) as picture:
+        is_turned = picture.getexif().get(ORIENTATION, 1) >= 5
+        # Pillow gives the size of a TIFF the right way up
+        return picture.size[::-1] if is_turned and picture.format != "TIFF" else picture.size
 
 
 def load_image(image: str | Path | np.ndarray) -> np.ndarray:
@@ -58,12 +151,44 @@ def load_image(image: str | Path | np.ndarray) -> np.ndarray:
         fail(f"{error} It may be truncated: fetch or make it again.")
 
 
-def on_white(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 3 or 4) uint8 -> (H, W, 3): what is transparent shows white paper, as BAGEL takes such pictures."""
-    if pixels.shape[-1] == 3:
-        return pixels
-    alpha = pixels[..., 3:] / 255
-    return np.round(pixels[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+# ---- what a policy can be shown --------------------------------------------------------------------------------------
+
+
+def check_shape(image: np.ndarray, name: str = "An image") -> None:
+    """Raises PictureError for a strip that Qwen's image preparation refuses. image (H, W, 3)"""
+    height, width = image.shape[:2]
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise PictureError(
+            f"{name} of {width} x {height} pixels is too narrow: the limit is 1 : {MAX_RATIO}"
+        )
+
+
+def fault_of_picture(path: str) -> str:
+    """Why a policy cannot be shown this picture, or ""."""
+    try:
+        check_shape(read(path), f"The image {path}")
+    except PictureError as error:
+        return str(error)
+    return ""
+
+
+def with_pictures(questions: list[dict], world: World) -> list[dict]:
+    """The questions whose pictures can all be shown (a collective); the rest is left out, counted and named."""
+    fault_once = functools.cache(fault_of_picture)  # questions share pictures
+    is_broken = torch.zeros(len(questions), device=world.device)
+    for index in range(world.rank, len(questions), world.size):
+        is_broken[index] = any(map(fault_once, questions[index]["images"]))
+    is_broken = global_sum(is_broken).bool().tolist()
+    broken = [q for q, is_out in zip(questions, is_broken, strict=True) if is_out]
+    for question in broken:
+        faults = filter(None, map(fault_once, question["images"]))
+        say(f"Question {question.get('id')} is left out. {next(faults, '')}")
+    if broken:
+        say(f"{len(broken)} of {len(questions)} questions are left out: see above.")
+    return [q for q, is_out in zip(questions, is_broken, strict=True) if not is_out]
+
+
+# ---- files that are written ------------------------------------------------------------------------------------------
 
 
 def save_image(path: Path, pixels: np.ndarray) -> None:
@@ -112,4 +237,4 @@ def figure_image(draw: Callable) -> Image.Image | None:
     figure, buffer = draw(pyplot), io.BytesIO()
     figure.savefig(buffer, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
-    return Image.open(buffer)
+    return decode(buffer.getvalue())

@@ -109,16 +109,18 @@ def test_every_question_counts_even_broken_and_duplicate_ones(monkeypatch, tmp_p
         question(2, images=[str(tmp_path / "missing.png")]),
         question(3, images=[str(broken)]),
         question(4, answer=None),
+        question(5, images=[np.zeros((2, 450, 3), np.uint8)]),  # a strip that Qwen refuses
     ]
     scripted(monkeypatch, lambda q, mode: "B")
     records = ask(questions, "agentic", batch=4)
     summary = summarise(records)
-    assert [r["key"] for r in records] == ["q0", "q1", "q1#2", "q2", "q3", "q4"]
-    assert summary["n"] == 5 and summary["accuracy"] == pytest.approx(3 / 5)
+    assert [r["key"] for r in records] == ["q0", "q1", "q1#2", "q2", "q3", "q4", "q5"]
+    assert "Image-1 of 450 x 2 pixels is too narrow" in records[-1]["error"]
+    assert summary["n"] == 6 and summary["accuracy"] == pytest.approx(3 / 6)
     assert summary["counts"] == {
-        "no answer read": 2,
+        "no answer read": 3,
         "empty reply": 0,
-        "image unreadable (counted as wrong)": 2,
+        "image unreadable (counted as wrong)": 3,
         "refused by the endpoint (counted as wrong)": 0,
         "duplicate id": 1,
         "asked without a missing image": 0,

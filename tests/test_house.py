@@ -111,3 +111,12 @@ def test_nothing_outside_the_tests_imports_them():
         for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py"):
             for module, _ in imports_of(path):
                 assert module.split(".")[0] not in names, (path, module)
+
+
+def test_one_module_opens_pictures():
+    for folder in (".", "lib", "extras", "experiments"):
+        for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py"):
+            text = path.read_text()
+            if path.name != "images.py":
+                for way in ("Image.open(", "imread(", "imageio", "VideoCapture("):
+                    assert way not in text, (path, way)

@@ -1,6 +1,7 @@
 """pytest tests/test_train_rl.py: GRPO's loss, its gradient however it is batched, the stage.  CPU, about 25 s."""
 
 import json
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -582,3 +583,12 @@ def test_presets():
 def test_questions_must_be_enough(inputs, tmp_path):
     with pytest.raises(SystemExit, match="has 6, --questions asks for 8"):
         train_rl.main(command(inputs, tmp_path / "run", "--questions", "8"))
+
+
+def test_questions_whose_pictures_cannot_be_shown_are_left_out(inputs, tmp_path):
+    shutil.copytree(inputs, tmp_path / "data")
+    (tmp_path / "data" / "2.png").write_bytes(b"no picture")  # of questions 1, 3 and 5
+    args = train_rl.parse_args(command(tmp_path / "data", tmp_path / "run", "--questions", "2"))
+    train, held_out = train_rl.open_questions(args, World(0, 1, torch.device("cpu")))
+    assert [question["id"] for question in train] == ["train0", "train2", "train4"]
+    assert {question["id"] for question in held_out} == {"val0", "val2"}

@@ -28,7 +28,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from lib.distributed import fail, say
-from lib.images import PictureError, decode
+from lib.images import check_file, decoding, read
 
 
 class Source(NamedTuple):
@@ -218,10 +218,10 @@ def open_picture(path: str, max_pixels: float = math.inf) -> Image.Image:
     if frame:
         image = video_frames(frame[1], int(frame[3]))[int(frame[2]) - 1]
     else:
-        image = decode(path).convert("RGB")  # what is transparent keeps its colour here
+        image = Image.fromarray(read(path))
     if image.width * image.height > max_pixels:
         shrink = (max_pixels / (image.width * image.height)) ** 0.5
-        size = int(image.width * shrink), int(image.height * shrink)
+        size = max(1, int(image.width * shrink)), max(1, int(image.height * shrink))
         image = image.resize(size, Image.BICUBIC)
     return image
 
@@ -229,22 +229,19 @@ def open_picture(path: str, max_pixels: float = math.inf) -> Image.Image:
 @lru_cache(maxsize=4)  # the frames of one question are opened one after another
 def video_frames(path: str, count: int) -> list[Image.Image]:
     """`count` frames of a video, taken evenly from the first to the last; of a short one all, the last repeated."""
-    if not Path(path).exists():
-        raise PictureError(f"{path} does not exist")
-    import av  # an extra: vsi.py has said what to install
+    with decoding(f"The video {path}"):
+        check_file(path)
+        import av  # an extra: vsi.py has said what to install
 
-    try:
         with av.open(path) as video:  # packets are counted: what the file claims is not always true
             total = sum(packet.size > 0 for packet in video.demux(video=0))
         wanted = set(sample_frames([total], count)[0])
         with av.open(path) as video:
             numbered = enumerate(video.decode(video=0))
             frames = [frame.to_image() for number, frame in numbered if number in wanted]
-    except av.FFmpegError as error:
-        raise PictureError(f"{path}: {error}") from error
-    if not frames:
-        raise PictureError(f"{path} holds no frames")
-    return [frames[min(i, len(frames) - 1)] for i in range(count)]
+        if not frames:
+            raise ValueError("it holds no frames")
+        return [frames[min(i, len(frames) - 1)] for i in range(count)]
 
 
 def sample_frames(counts: list[int], cap: int) -> list[list[int]]:

@@ -24,6 +24,7 @@ from lib.answers import trivial_views
 from lib.consistency import pose_errors, summary_of
 from lib.distributed import fail
 from lib.geometry import decompose
+from lib.images import read_depth
 from lib.simulators import fill_holes
 
 MATCHER = "zju-community/efficientloftr"  # Apache; ETH-CVG/lightglue_superpoint fits as well
@@ -285,7 +286,7 @@ def context_views(row: dict) -> list[PosedView]:
     """The context of a triple with its depth, which is read from its files."""
     views = []
     for k, rgb in enumerate(row["context"]):
-        depth = np.array(Image.open(row["context_depth"][k])) / 1000
+        depth = read_depth(row["context_depth"][k])
         intrinsics = np.array(row["context_intrinsics"][k])
         views.append(PosedView(rgb, depth, np.array(row["context_c2w"][k]), intrinsics))
     return views

@@ -25,7 +25,7 @@ from PIL import Image
 from extras.benches.common import open_image
 from extras.report.diagnosis import CASES, true_views
 from lib.geometry import UNITS, phrase
-from lib.images import figure_image
+from lib.images import figure_image, load_image, read
 from lib.protocol import motion_in
 from lib.records import write_text
 from lib.scores import COLUMNS, consistency_row
@@ -68,9 +68,9 @@ def write(
     if wm:
         page["wm"] = consistency_table(wm)
     if sheet is not None:
-        page["sheet"] = data_uri(sheet if isinstance(sheet, Image.Image) else Image.open(sheet))
+        page["sheet"] = data_uri(sheet)
     page["dose"] = data_uri(dose)
-    page["curves"] = {file.parent.name: data_uri(Image.open(file)) for file in curves}
+    page["curves"] = {file.parent.name: data_uri(file) for file in curves}
     page["dialogues"] = [dialogue_data(one, pictures, folder) for one in dialogues]
     cases = [one["diagnosis"]["case"] for one in dialogues if one["diagnosis"]]
     runs = [one["run"] for one in dialogues]
@@ -83,10 +83,12 @@ def write(
     write_text(path, template.render(page))
 
 
-def data_uri(image: Image.Image | None) -> str | None:
-    """A picture as a PNG inside the page; None for None."""
+def data_uri(image: Image.Image | str | Path | None) -> str | None:
+    """A picture, or its file, as a PNG inside the page; None for None."""
     if image is None:
         return None
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(load_image(image))
     buffer = io.BytesIO()
     image.save(buffer, "png")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -354,7 +356,7 @@ def turns_with_views(record: dict, pictures: Pictures, folder: Path) -> list[dic
             call, file = record["calls"][k], folder / record["views"][k]
             motion = phrase(motion_in(call))
             caption = f"Image-{number}: imagined from Image-{call['reference_image']}, {motion}"
-            views.append(pictures.add(caption, str(file), lambda file=file: Image.open(file)))
+            views.append(pictures.add(caption, str(file), lambda file=file: read(file)))
             if true:
                 view = true[k]
                 views.append(pictures.add("the true view", view.tobytes(), lambda view=view: view))

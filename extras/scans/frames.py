@@ -12,6 +12,7 @@ tracking, a name that comes twice) is skipped and counted with the reason; a sce
 is decoded when it is asked for, and refused then if it is truncated.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ import numpy as np
 from numpy import ndarray
 from PIL import Image
 
-from lib.images import read
+from lib.images import PictureError, read, read_depth, size_in_header
 
 Size = tuple[int, int]  # (width, height)
 Z_UP = (0, 0, 1)  # of most datasets' worlds
@@ -153,30 +154,9 @@ def array_of(values, shape: tuple) -> ndarray:
 def size_of(paths):
     """(width, height) of the first picture or .npy array that opens."""
     for path in paths:
-        try:
-            if path.suffix == ".npy":
-                height, width = np.load(path, mmap_mode="r").shape
-                return width, height
-            with Image.open(path) as picture:
-                return picture.size
-        except (OSError, ValueError, EOFError):
-            continue
+        with contextlib.suppress(PictureError):
+            return size_in_header(path)
     raise ValueError("no picture can be opened")
-
-
-def read_depth(path: Path, per_metre: float = 1000) -> ndarray:
-    """(H, W) float32 metres from a 16-bit PNG in units of 1 / per_metre, or from a .npy in metres; 0 = invalid."""
-    try:
-        metres = np.load(path) if path.suffix == ".npy" else np.array(Image.open(path))
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}); it may be truncated: fetch or write it again."
-        ) from None
-    if path.suffix != ".npy":
-        if metres.ndim != 2 or metres.dtype == np.uint8:
-            raise ValueError(f"{path} is no depth: that is a PNG of one channel and 16 bits.")
-        metres = metres / per_metre
-    return np.where(np.isfinite(metres) & (metres > 0), metres, 0).astype(np.float32)
 
 
 def thousandths(depth: ndarray) -> ndarray:

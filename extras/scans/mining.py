@@ -18,6 +18,7 @@ import numpy as np
 
 from extras.scans.make import holds_others, with_relative_paths
 from lib.distributed import fail, global_sum, is_main, progress, say, setup, wait_for_all
+from lib.images import with_pictures
 from lib.records import SPLITS, disk, load_jsonl, read_log, save_jsonl
 from lib.stage import bounded, run_stage
 from lib.streams import stream_seed
@@ -43,7 +44,7 @@ def mine(
     guesser would keep. Stops with a sentence if `out` holds questions of another corpus, which it would drop.
     """
     source, out = Path(source), Path(out)
-    questions = questions_to_mine(source, out)
+    questions = with_pictures(questions_to_mine(source, out), setup())
     settings = {"policy": str(policy), "samples": samples, "seed": seed}
     ask_often(questions, out, settings)
     if not is_main():

@@ -25,13 +25,13 @@ from extras.scans.frames import (
     array_of,
     collect,
     frames_of,
-    read_depth,
     scaled,
 )
-from lib.images import PictureError, read
+from lib.images import PictureError, decoding, read, read_depth
 
 HALF = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])  # + K: centres from whole numbers to +0.5
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # on the right of a c2w: y up, z back -> y down, z forward
+CAMERA_KEYS = ("fl_x", "fl_y", "cx", "cy", "w", "h", "k1", "k2", "k3", "p1", "p2", "camera_model")
 TRANSFORMS = ("transforms.json", "colmap/transforms.json", "nerfstudio/transforms.json")  # DL3DV's
 
 
@@ -143,13 +143,11 @@ def read_sens_colour(path, start, count):
 
 def read_sens_depth(path, start, count, size, per_metre):
     """(H, W) float32 metres."""
-    try:
-        units = np.frombuffer(zlib.decompress(file_bytes(path, start, count)), "<u2")
-        return (units.reshape(-1, size[0]) / per_metre).astype(np.float32)
-    except (zlib.error, ValueError) as error:
-        raise ValueError(
-            f"The depth at byte {start} of {path} cannot be read ({error}); copy the file again."
-        ) from None
+    with decoding(f"The depth at byte {start} of {path}"):
+        whole = 2 * size[0] * size[1]  # bytes: more is not unpacked
+        units = zlib.decompressobj().decompress(file_bytes(path, start, count), whole + 1)
+        units = np.frombuffer(units, "<u2").reshape(size[1], size[0])
+        return (units / per_metre).astype(np.float32)
 
 
 # ---- ScanNet++ -----------------------------------------------------------------------------------------------------------
@@ -347,6 +345,9 @@ def dl3dv_folder(folder: Path) -> Path:
 def dl3dv_rows(folder: Path) -> tuple[list[FrameFiles], Size, Callable]:
     """Rows with poses in COLMAP's unit, the size that their K belongs to, and how to load a picture."""
     info = load_json(folder / "transforms.json")
+    model = info.get("camera_model", "OPENCV")
+    if model not in ("OPENCV", "PINHOLE") or any(info.get(f"k{i}") for i in range(3, 7)):
+        raise ValueError(f"its camera_model {model} is another than OPENCV's k1, k2, p1, p2.")
     rows = []
     sizes = ("images_4", "images_8", "images_2", "images")
     pictures = next((name for name in sizes if (folder / name).is_dir()), None)
@@ -356,6 +357,11 @@ def dl3dv_rows(folder: Path) -> tuple[list[FrameFiles], Size, Callable]:
     size = (info["w"], info["h"])
     distortion = np.array([info.get(key, 0.0) for key in ("k1", "k2", "p1", "p2")])
     for frame in info["frames"]:
+        own = {key: frame[key] for key in CAMERA_KEYS if key in frame}
+        if not own.items() <= info.items():
+            raise ValueError(
+                f"{frame['file_path']} has a camera of its own; this reads one for all."
+            )
         name = Path(frame["file_path"])  # images/frame_00001.png
         image = inside(folder, Path(pictures, *name.parts[1:]))
         depth = folder / f"depth/{name.stem}.npy"
@@ -370,7 +376,15 @@ def dl3dv_frames(folder: Path, scale: float) -> list[Frame | str]:
     """Frames whose poses are multiplied by `scale`, their pictures without distortion."""
     rows, size, load = dl3dv_rows(folder)
     rows = [row._replace(c2w=rescaled(row.c2w, scale)) for row in rows]
-    return frames_of(rows, at=size, load=load)
+    frames = frames_of(rows, at=size, load=load)
+    for frame in frames:
+        if isinstance(frame, Frame):  # a stretched K is never right
+            width, height = frame.size
+            if abs(width * size[1] / (height * size[0]) - 1) > 0.02:
+                raise ValueError(
+                    f"its pictures of {width} x {height} are no {size[0]} x {size[1]} made smaller."
+                )
+    return frames
 
 
 def rescaled(c2w: ndarray, scale: float) -> ndarray:
@@ -391,8 +405,9 @@ def read_undistorted(path, K, size, distortion):
     cv2 = opencv()
     to = pixels.shape[1::-1]
     K = scaled(K, size, to) - HALF  # OpenCV counts centres in whole numbers
-    x, y = cv2.initUndistortRectifyMap(K, distortion, None, K, to, cv2.CV_32FC1)
-    return cv2.remap(pixels, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    with decoding(f"The image {path}"):
+        x, y = cv2.initUndistortRectifyMap(K, distortion, None, K, to, cv2.CV_32FC1)
+        return cv2.remap(pixels, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 # ---- a plain folder ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lib.images import contact_sheet, load_image
+from lib.images import contact_sheet, load_image, read_warp
 
 SHEET_LINES = 12
 TOTALS = ("frames", "candidates", "kept")
@@ -70,7 +70,7 @@ def sheet_of(out: Path, rows: list[dict]) -> Image.Image:
     for row in rows:
         context = [load_image(out / name) for name in row["context"]]
         target = load_image(out / row["target"])
-        warped = np.array(Image.open(out / row["warp"]))  # RGBA
+        warped = read_warp(out / row["warp"])
         empty = [np.full_like(target, 255)] * (columns - len(context))
         words = (
             f"{row['scene']}\n{row['motion']['kind']} {row['motion']['amount']:g}\nfrom Image-{row['reference']}\n"

@@ -45,7 +45,7 @@ from lib.distributed import (
     shard,
     sum_gradients,
 )
-from lib.images import load_image
+from lib.images import load_image, with_pictures
 from lib.records import MetricLog, load_jsonl
 from lib.stage import (
     Clock,
@@ -218,7 +218,7 @@ def questions_to_learn(args: Namespace, world: World) -> tuple[list[dict], list[
     """The questions of --tasks whose lambda is not 0, and the held-out ones; a sentence where there are too few."""
     file, lambdas = Path(args.data, "questions_train.jsonl"), lambdas_of(args)
     rows = [row for row in load_jsonl(file) if row["category"] in args.tasks]
-    rows = [row for row in rows if lambdas[direction_of(row)]]
+    rows = with_pictures([row for row in rows if lambdas[direction_of(row)]], world)
     if args.batch % world.size:
         fail(
             f"--batch {args.batch} cannot be shared evenly by {world.size} processes; take a multiple of it."
@@ -229,7 +229,8 @@ def questions_to_learn(args: Namespace, world: World) -> tuple[list[dict], list[
         fail(
             f"A step asks no question twice: {file} has {len(rows)} of these tasks, --batch asks for {args.batch}."
         )
-    return rows, load_jsonl(Path(args.data, "questions_val.jsonl"))[: args.eval_questions]
+    held_out = with_pictures(load_jsonl(Path(args.data, "questions_val.jsonl")), world)
+    return rows, held_out[: args.eval_questions]
 
 
 def encode_pictures(policy: Policy, rows: list[dict]) -> dict[tuple[int, str], torch.Tensor]:

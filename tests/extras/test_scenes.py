@@ -892,7 +892,7 @@ def test_depth_of_a_wrong_size_or_kind_is_refused(tmp_path, scan, truth):
     scene = again()
     assert scene.skipped == {"depth of another shape than the image": 1}
     assert (scene.frames[1].depth() == 2).all()
-    with pytest.raises(ValueError, match="3.png is no depth: .* 16 bits"):
+    with pytest.raises(ValueError, match="3.png cannot be read .it is no depth: .* 16 bits"):
         scene.frames[2].depth()
     (folder / "depth/0.npy").write_bytes((folder / "depth/0.npy").read_bytes()[:300])
     with pytest.raises(ValueError, match="0.npy cannot be read"):
