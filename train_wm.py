@@ -40,7 +40,7 @@ from lib.bagel_files import resize, to_pixels
 from lib.checkpoints import load_state, save_state, training_tensors
 from lib.distributed import fail, is_main
 from lib.geometry import Motion, Query, instruction, phrase
-from lib.images import PictureError, contact_sheet, read, read_warp
+from lib.images import PictureError, contact_sheet, decode, on_white
 from lib.packing import Pack, Text, VaeImage, VitImage, pack
 from lib.records import MetricLog, load_jsonl, whole_folder
 from lib.stage import Flag
@@ -145,10 +145,10 @@ def load_groups(folders: list[str], split: str, most: int) -> list[list]:
     return groups
 
 
-def read_image(path: str, is_warp: bool = False) -> np.ndarray:
-    """A picture as uint8 (H, W, 3), a warp as (H, W, 4); exits if it cannot be read."""
+def read_image(path: str) -> np.ndarray:
+    """A picture as uint8 (H, W, 3), or (H, W, 4) where it has an alpha channel; exits if it cannot be read."""
     try:
-        return read_warp(path) if is_warp else read(path)
+        return np.asarray(decode(path))
     except PictureError as error:
         fail(
             f"{error} Make the triples again, or take their rows out of triples_*.jsonl; the same command goes on from "
@@ -171,18 +171,18 @@ def read_pictures(rows: list[dict], read: Callable, with_warps: bool) -> TripleP
     targets = [read(row["target"]) for row in rows]
     warps = [np.zeros((*targets[0].shape[:2], 4), np.uint8)] * len(rows)
     if with_warps:
-        warps = [read(row["warp"], True) for row in rows]
+        warps = [read(row["warp"]) for row in rows]
     sizes = {image.shape[:2] for image in targets + warps}
-    if len(sizes) > 1:
+    if len(sizes) > 1 or any(warp.shape[-1] != 4 for warp in warps):
         fail(
-            f"The targets of one context and their warps must have one size: look at {rows[0]['target']} and the "
-            f"pictures beside it."
+            f"The targets of one context and their warps must have one size, and the warps an alpha channel: "
+            f"look at {rows[0]['target']} and the pictures beside it."
         )
     return TriplePictures(
-        context=[read(path) for path in rows[0]["context"]],
+        context=[on_white(read(path)) for path in rows[0]["context"]],
         reference=rows[0]["reference"],
         motions=[Motion(**row["motion"]) for row in rows],
-        targets=np.stack(targets),
+        targets=np.stack([on_white(target) for target in targets]),
         warps=np.stack(warps),
     )
 

@@ -89,9 +89,14 @@ def eight_bits(picture: Image.Image) -> Image.Image:
 
 def read(source: Source, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A file, or a file's bytes -> (H, W, 3) uint8; what is transparent shows white paper. Raises PictureError."""
-    picture = decode(source, max_pixels)
-    if picture.mode == "RGB":
-        return np.array(picture)
+    return on_white(np.array(decode(source, max_pixels)))
+
+
+def on_white(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 3 or 4) uint8 -> (H, W, 3): what is transparent shows white paper, as BAGEL takes such pictures."""
+    if pixels.shape[-1] == 3:
+        return pixels
+    picture = Image.fromarray(pixels)
     page = Image.new("RGB", picture.size, "white")
     page.paste(picture, mask=picture.getchannel("A"))
     return np.array(page)
