@@ -26,16 +26,19 @@ policy's training (a policy must not learn to trust memorised imaginations), val
 """
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from multiprocessing import Pool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
+from tqdm import tqdm
 
-from lib.distributed import fail, say
+from lib.distributed import die_with_parent, fail, say
 from lib.geometry import (
     Array,
     Motion,
@@ -50,9 +53,9 @@ from lib.geometry import (
 )
 from lib.images import save_image
 from lib.questions import room_questions
-from lib.records import build, save_jsonl
+from lib.records import disk, load_jsonl, save_jsonl
 from lib.rooms import EYE, SIZE, pitched, random_room, render, ring
-from lib.stage import bounded, run_stage
+from lib.stage import bounded, hold, run_stage
 from lib.streams import numpy_stream
 
 FIRST_ROOM = {"triples_train": 0, "questions_train": 1_000_000, "val": 2_000_000, "test": 3_000_000}
@@ -196,6 +199,23 @@ def draw_targets(rng: Generator, start: Array, motions: list[Motion]) -> dict[Mo
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
+def worker() -> None:
+    """How a process of a pool begins: Ctrl-C is its parent's to see, SIGTERM ends it without a word, as its parent's end."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def build(title: str, make: Callable, seeds: Iterable, out: Path, threads: int) -> list:
+    """Run `make(seed, out)` for every room (or group of rooms) on `threads` processes, in order -> all rows."""
+    seeds, rows = list(seeds), []
+    with disk(out), Pool(threads, worker) as pool:
+        made = pool.imap(partial(make, out=out), seeds, chunksize=8)
+        for part in tqdm(made, total=len(seeds), desc=title):
+            rows += part
+    return rows
+
+
 def make_triples(
     out: str | Path,
     rooms: int = 2000,
@@ -246,11 +266,22 @@ def make_questions(
 
 
 def make_missing(out: str | Path, **options) -> None:
-    """Triples and questions, where `out` has none.   options   rooms and threads"""
-    if not (Path(out) / "triples_test.jsonl").exists():
-        make_triples(out, **options)
-    if not (Path(out) / "questions_test.jsonl").exists():
-        make_questions(out, **options)
+    """Triples and questions, where `out` has none; of as many rooms, where it has some.   options   rooms and threads"""
+    for kind, make in (("triples", make_triples), ("questions", make_questions)):
+        if not (Path(out) / f"{kind}_test.jsonl").exists():
+            make(out, **options)
+        elif "rooms" in options:
+            check_rooms(Path(out) / f"{kind}_train.jsonl", options["rooms"])
+
+
+def check_rooms(file: Path, rooms: int) -> None:
+    """Stop with a sentence where a file to train on is of another number of rooms."""
+    there = len({str(row["scene"]) for row in load_jsonl(file)})
+    if there != rooms:
+        fail(
+            f"{file} is of {there} rooms, not of --rooms {rooms}. Remove it and the files beside it, or give another "
+            f"--out."
+        )
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -304,6 +335,7 @@ def main(argv: list[str] | None = None) -> None:
         from extras.scans.dataset import make_triples_of_scans
 
         return make_triples_of_scans(args)
+    hold(args.out)
     options = {"threads": args.threads or 2}
     if args.rooms:
         options["rooms"] = args.rooms

@@ -72,7 +72,7 @@ from lib.simulators import (
     is_world_model,
     load_simulator,
 )
-from lib.stage import bounded, need, newest, run_stage
+from lib.stage import bounded, hold, need, newest, run_stage
 from lib.streams import stable_hash
 from policy import Policy, rollout
 from rewards import option_letter
@@ -111,8 +111,9 @@ class Rooms:
     """What this file asks of a bench. The published ones have the same methods: extras/benches/common.py."""
 
     def load(self, args: argparse.Namespace) -> tuple[list[dict], list[dict] | None]:
-        """-> (questions, training questions, from which a blind guesser learns, or None)."""
+        """-> (questions, training questions, from which a blind guesser learns, or None); sets args.data."""
         folder = Path(args.data or default_data("questions"))
+        args.data = str(folder)
         test = whole_rows(folder / "questions_test.jsonl")
         if any("mined" in question for question in test):
             fail(
@@ -626,6 +627,7 @@ def main(argv: list[str] | None = None) -> None:
     """Ask (or go on asking) every question in every mode, then summarise."""
     args = parse_args(argv)
     world = setup(args.threads)
+    hold(args.out)
     if args.bench == "wm":
         measure_simulators(args, world)
         return

@@ -28,7 +28,10 @@ Ours, where the paper is silent: advantages are divided by the group's deviation
 and are left out, of the mean too; no KL term unless asked for (--kl-weight).
 """
 
+import contextlib
+import time
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,17 +61,14 @@ from lib.images import figure_image, save_image, with_pictures
 from lib.records import MetricLog, disk, load_jsonl, read_log
 from lib.rollout import cell_count
 from lib.stage import (
-    Clock,
     Flag,
     Interrupt,
-    Stopwatch,
     begin,
     finish,
     parse_flags,
     run_stage,
-    set_learning_rate,
 )
-from lib.streams import rows_of_step, stream_seed
+from lib.streams import Clock, rows_of_step, set_learning_rate, stream_seed
 from policy import Policy, collate, rollout, token_logprobs
 
 CLIP_LOW = 0.2  # paper: Clip-Higher
@@ -199,8 +199,8 @@ def inputs_of(args: Namespace) -> list[tuple[str | Path, str]]:
 def main(argv: list[str] | None = None) -> None:
     """Sample and imagine, score, advantage, logprob, update: for every step."""
     args = parse_args(argv)
-    begin(f"train_rl --phase {args.phase}", args, FLAGS, inputs_of(args))
     world = setup(args.threads)
+    begin(f"train_rl --phase {args.phase}", args, FLAGS, inputs_of(args))
     out = Path(args.out)
     train, held_out = open_questions(args, world)
     simulator = None
@@ -293,6 +293,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 # ---- sample, imagine -------------------------------------------------------------------------------------------------
+
+
+class Stopwatch(dict):
+    """Seconds per part of a step: `with seconds("update"): ...` adds to seconds["update"]."""
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self[part] = self.get(part, 0.0) + time.perf_counter() - start
 
 
 class TimedSimulator:

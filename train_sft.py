@@ -57,17 +57,14 @@ from lib.questions import ASKS
 from lib.records import MetricLog, load_jsonl, whole_folder
 from lib.rooms import COLOURS
 from lib.stage import (
-    Clock,
     Flag,
     Interrupt,
     begin,
-    cosine,
     finish,
     parse_flags,
     run_stage,
-    set_learning_rate,
 )
-from lib.streams import numpy_stream, stream_seed
+from lib.streams import Clock, cosine, numpy_stream, set_learning_rate, stream_seed
 from policy import DialogueBatch, Policy, collate
 
 FACT = 4.0  # weights of tokens; every other scripted token counts 1
@@ -136,8 +133,8 @@ def main(argv: list[str] | None = None) -> None:
     needs = [(file, f"python data.py --out {args.data}")]
     if args.start:
         needs.append((args.start, "python train_sft.py"))
-    begin("train_sft", args, FLAGS, needs)
     world = setup(args.threads)
+    begin("train_sft", args, FLAGS, needs)
     if args.batch % world.size:
         fail(
             f"--batch {args.batch} cannot be shared evenly by {world.size} processes; take a multiple of it."

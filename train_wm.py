@@ -22,8 +22,6 @@ import functools
 import hashlib
 import itertools
 import math
-import os
-import uuid
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,9 +40,9 @@ from lib.distributed import fail, is_main
 from lib.geometry import Motion, Query, instruction, phrase
 from lib.images import PictureError, contact_sheet, decode, on_white
 from lib.packing import Pack, Text, VaeImage, VitImage, pack
-from lib.records import MetricLog, load_jsonl, whole_folder
+from lib.records import MetricLog, load_jsonl, whole_file, whole_folder
 from lib.stage import Flag
-from lib.streams import rows_of_step, torch_stream
+from lib.streams import Clock, rows_of_step, set_learning_rate, torch_stream
 from world_model import WorldModel, x0_from_output
 
 SCANS = [f"out/{name}" for name in ("scannet", "scannetpp", "matterport", "arkitscenes", "dl3dv")]
@@ -247,10 +245,8 @@ class Encoder:
         path = Path(self.folder, name[:2], f"{name}.safetensors")
         if not path.exists():
             mean, log_variance = self.autoencoder.moments(to_pixels(image[None]).to(self.device))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(f".{uuid.uuid4().hex}")  # two ranks may meet here
-            save_file({"mean": mean.half(), "log_variance": log_variance.half()}, beside)
-            os.replace(beside, path)
+            with whole_file(path) as beside:  # two ranks may meet here
+                save_file({"mean": mean.half(), "log_variance": log_variance.half()}, beside)
         tensors = load_file(path)
         return tensors["mean"].float(), tensors["log_variance"].float()
 
@@ -489,8 +485,8 @@ def save_model(model: WorldModel, folder: Path, args: Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The stage: batch, forward, loss, backward, step, EMA, a look now and then, log, save."""
     args = parse_args(argv)
-    stage.begin("train_wm", args, FLAGS)
     world = distributed.setup(args.threads)
+    stage.begin("train_wm", args, FLAGS)
     train = load_groups(args.data, "train", TARGETS)
     if args.shuffle_instructions:  # a lone motion has none to change places with
         train = [group for group in train if len(group) > 1]
@@ -520,7 +516,7 @@ def main(argv: list[str] | None = None) -> None:
     tensors = training_tensors(network, optimizer)
     tensors |= {f"ema.{i}": e for i, e in enumerate(ema)}
     start, state = load_state(out / "training", tensors) or (0, {})
-    clock = stage.Clock(state.get("clock"))
+    clock = Clock(state.get("clock"))
     log = MetricLog(out / "log.jsonl", start)
 
     def save(done):
@@ -529,7 +525,7 @@ def main(argv: list[str] | None = None) -> None:
     with stage.Interrupt() as stop:
         bar = distributed.progress(args.steps, start, "world model")
         for step in bar:
-            lr = stage.set_learning_rate(optimizer, step, args)
+            lr = set_learning_rate(optimizer, step, args)
             order = rows_of_step(len(train), args.contexts, step, args.seed)
             batches = []
             for i in range(0, share, args.micro_contexts):

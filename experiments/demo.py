@@ -37,7 +37,7 @@ from lib.scores import (
     print_consistency,
     text_table,
 )
-from lib.stage import run_stage
+from lib.stage import hold, run_stage
 
 
 class Stage(NamedTuple):
@@ -296,6 +296,7 @@ def write_report(results: dict, out: Path) -> None:
         curves=sorted(out.glob("phase*/curves.png")),
         sheet=out / "wm" / "views.png",
         folder=folder,
+        data=out / "data",
         dialogues=pages.dialogue_rows(records, questions),
     )
     pictures = ", ".join(
@@ -322,6 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if args.quick:
         say("--quick: a step or two of each stage. The numbers mean nothing.")
+    hold(out)
     results = collect(out, run_stages(out, args.quick))
     write_json(out / "results.json", results)
     print_results(results)

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.distributed import fail, say, setup
+from lib.distributed import die_with_parent, fail, say, setup
 from lib.records import read_log, write_json, write_text
 from lib.scores import gain_over
-from lib.stage import need
+from lib.stage import hold, need
 
 DEMO = "out/demo"  # where the rows of a policy begin
 
@@ -48,11 +48,13 @@ def words(text: str, **flags) -> list[str]:
 
 
 def start(command: list[str], **options) -> subprocess.Popen:
-    """Start a command on one CPU thread, out of reach of Ctrl-C: who started it ends it, and it saves before it leaves."""
+    """Start a command on one CPU thread, out of reach of Ctrl-C: who started it ends it, and it saves before it leaves.
+
+    If who started it is killed, it is too.
+    """
+    options |= {"start_new_session": True, "preexec_fn": die_with_parent}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        [sys.executable, "-u", *command], env=environment, start_new_session=True, **options
-    )
+    return subprocess.Popen([sys.executable, "-u", *command], env=environment, **options)
 
 
 def call(command: list[str]) -> None:
@@ -148,6 +150,7 @@ def run_rows(
         print_jobs(jobs, args.out)
         return
     setup(1)
+    hold(args.out)
     run_jobs(jobs, args.out)
     text = "\n".join(table(args.out)) + "\n"
     write_text(args.out / "table.md", text)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lib.distributed import fail, full, global_sum, is_main, wait_for_all
-from lib.records import disk, whole_folder, write_json
+from lib.records import disk, whole_file, whole_folder, write_json
 
 # in the order in which safetensors sorts the tensors of a file: wide types first, so that all lie aligned
 TYPES = {
@@ -85,15 +85,9 @@ def write_file(path: Path, tensors: Iterable, layout: dict[str, Tensor]) -> None
     Raises ValueError unless `tensors` brings exactly these names and shapes. What safetensors' own `save_file` would
     write, byte for byte, but that one holds all tensors in host memory first.
     """
-    beside = path.with_name(path.name + ".partial")
-    try:
-        with disk(path):
-            with open(beside, "wb") as file:
-                write_tensors(file, path, tensors, layout)
-            # A model that was read from this very file is a map of it: renaming leaves the old file to the map.
-            os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    # A model that was read from this very file is a map of it: renaming leaves the old file to the map.
+    with whole_file(path) as beside, open(beside, "wb") as file:
+        write_tensors(file, path, tensors, layout)
 
 
 def write_tensors(file, path, tensors, layout):
@@ -219,26 +213,23 @@ def save_state(folder: str | Path, step: int, tensors: dict[str, Tensor], state:
         with disk(place):
             beside.mkdir(parents=True)
     wait_for_all()
-    failure = None
+    is_written = False
     try:
         rows = {name: local_rows(x)[1] for name, x in tensors.items() if is_saved_here(x)}
         write_file(beside / f"rank_{rank:05d}.safetensors", rows.items(), rows)
         if is_main():
             write_json(beside / "state.json", {"step": step, **state})
-    # the other ranks must hear of any failure, or they wait for ever
-    except (Exception, SystemExit) as error:
-        failure = error
-    failures = global_sum(float(failure is not None))
-    if is_main() and failures:
-        shutil.rmtree(beside)
-    elif is_main():
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(beside, place)
-        for older in set(folder.glob("step_*")) - {place}:
-            shutil.rmtree(older)
-    wait_for_all()
-    if failure:
-        raise failure
+        is_written = True
+    finally:  # the other ranks must hear of any failure, or they wait for ever
+        failures = global_sum(float(not is_written))
+        if is_main() and failures:
+            shutil.rmtree(beside)
+        elif is_main():
+            shutil.rmtree(place, ignore_errors=True)
+            os.replace(beside, place)
+            for older in set(folder.glob("step_*")) - {place}:
+                shutil.rmtree(older)
+        wait_for_all()
     if failures:
         fail(f"Another rank could not write {place}. What was saved before is untouched.")
 

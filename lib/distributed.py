@@ -10,6 +10,8 @@ import contextlib
 import ctypes
 import math
 import os
+import re
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -25,6 +27,9 @@ from tqdm import tqdm
 
 # How long a rank waits for the others: while they sample, they share nothing for long.
 PATIENCE = timedelta(hours=6)
+# What nothing that we print or write may hold.
+KEYS = ("OPENAI_API_KEY", "SIMULATOR_API_KEY")
+URL_PASSWORD = re.compile(r"://[^\s/@\"'<>]+@(?=\[|\w*[a-zA-Z.])")  # before a host; not "…:80@12"
 
 
 class World(NamedTuple):
@@ -51,6 +56,8 @@ def setup(threads: int | None = None) -> World:
     size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()  # torchrun
     if threads or size > 1:
         torch.set_num_threads(threads or 1)
     if cuda:
@@ -79,6 +86,12 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # malloc.h: M_TRIM_THRESHOLD
         mallopt(-2, 2**26)  # M_TOP_PAD
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+
+
+def die_with_parent() -> None:
+    """Let this process be killed when its parent ends, however that ends: nobody then writes unseen. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # sys/prctl.h: PR_SET_PDEATHSIG
 
 
 def is_main() -> bool:
@@ -112,12 +125,21 @@ def leave() -> None:
 def say(*words) -> None:
     """Print a line, on rank 0 only, without tearing a progress bar apart."""
     if is_main():
-        tqdm.write(" ".join(str(word) for word in words))
+        tqdm.write(without_keys(" ".join(str(word) for word in words)))
 
 
 def fail(sentence: str):
     """Stop with a sentence: what came in, what was needed, what to type next."""
-    raise SystemExit(sentence)
+    raise SystemExit(without_keys(str(sentence)))
+
+
+def without_keys(text: str) -> str:
+    """The text without the keys of servers, whoever repeats them. Shorter ones ("EMPTY") are words, no secrets."""
+    for name in KEYS:
+        key = os.environ.get(name, "").strip()
+        if len(key) >= 8:
+            text = text.replace(key, "[key]")
+    return URL_PASSWORD.sub("://[key]@", text)
 
 
 def progress(steps: int, start: int = 0, title: str = "") -> tqdm:

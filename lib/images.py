@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import io
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from lib.distributed import World, fail, global_sum, say
+from lib.records import whole_file
 
 MAX_PIXELS = 2**26  # of a picture that is decoded: 8192 x 8192
 MAX_RATIO = 200  # of the sides of a picture that a policy is shown: Qwen's limit
@@ -198,13 +198,13 @@ def with_pictures(questions: list[dict], world: World) -> list[dict]:
 
 def save_image(path: Path, pixels: np.ndarray) -> None:
     """uint8 (H, W, 3 or 4) -> PNG, or JPEG where the name ends in .jpg; whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    file = io.BytesIO()
     if path.suffix == ".jpg":
-        Image.fromarray(pixels).save(beside, "jpeg", quality=95, subsampling=0)
+        Image.fromarray(pixels).save(file, "jpeg", quality=95, subsampling=0)
     else:
-        Image.fromarray(pixels).save(beside, "png", compress_level=1)
-    beside.replace(path)
+        Image.fromarray(pixels).save(file, "png", compress_level=1)
+    with whole_file(path) as beside:
+        beside.write_bytes(file.getvalue())
 
 
 def contact_sheet(head: list[str], rows: list[list], side: int = 96) -> Image.Image:
@@ -237,6 +237,7 @@ def figure_image(draw: Callable) -> Image.Image | None:
     except ImportError:
         return None
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a "$" in a name is no formula
     from matplotlib import pyplot
 
     figure, buffer = draw(pyplot), io.BytesIO()

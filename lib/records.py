@@ -1,7 +1,7 @@
 """
 Files: whole or not there, a model's card, the metric log, and rows of data, one JSON object a line (`Triple`, `Question`).
 
-A file is written beside its place and renamed when complete, so a killed run never leaves half of one.
+A file is written beside its place and renamed when complete, so a killed run never leaves half of one there.
 """
 
 import contextlib
@@ -11,19 +11,18 @@ import math
 import os
 import re
 import shutil
-import signal
+import socket
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from multiprocessing import Pool
+import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from safetensors import SafetensorError
 
-from lib.distributed import fail, is_main
+from lib.distributed import fail, is_main, without_keys
 
 SPLITS = ("train", "val", "test")
 PICTURES = ("context", "context_depth", "images", "target", "warp", "view")  # keys that hold paths
@@ -32,14 +31,41 @@ PICTURES = ("context", "context_depth", "images", "target", "warp", "view")  # k
 # ---- whole files -----------------------------------------------------------------------------------------------------------
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole: beside its place, then renamed. Folders above it are made."""
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """`with whole_file(path) as beside:` write `beside`, and it is renamed to `path`; of a failure nothing is left.
+
+    Folders above it are made. Its name beside says who writes, for `remove_leftovers`.
+    """
     path = Path(path)
-    beside = path.with_name(path.name + ".partial")
-    with disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text)
-        os.replace(beside, path)
+    writer = f"{os.getpid()}@{socket.gethostname()}"
+    beside = path.with_name(f".{uuid.uuid4().hex[:8]}-{writer}.partial")
+    try:
+        with disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield beside
+            os.replace(beside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what dead processes of this machine left half written by `whole_file`, anywhere below a folder.
+
+    What another machine that shares the disk wrote is its own to judge.
+    """
+    for file in folder.rglob(".*@*.partial"):
+        pid, host = file.name.removesuffix(".partial").split("-", 1)[1].split("@", 1)
+        alive = Path("/proc", pid).exists() and int(pid) != os.getpid()  # we have only begun
+        if host == socket.gethostname() and not alive:
+            file.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole, without the keys of servers."""
+    with whole_file(path) as beside:
+        beside.write_text(without_keys(text), encoding="utf-8")
 
 
 def write_json(path: str | Path, value) -> None:
@@ -49,22 +75,22 @@ def write_json(path: str | Path, value) -> None:
 
 @contextlib.contextmanager
 def disk(path: str | Path) -> Iterator[None]:
-    """Turn a full disk, or a place that cannot be written, into a sentence.
+    """Turn a full disk, and every other error of the system that names a file, into a sentence.
 
-    safetensors reports a full disk as its own error, so the text counts, not the class.
+    safetensors reports a full disk as its own error, so there the text counts, not the number.
     """
     try:
         yield
-    except Exception as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             fail(
                 f"The disk is full: {path} could not be written. What was saved before is untouched; free some space "
                 f"and run the same command again, it continues."
             )
-        if isinstance(
-            error, (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-        ):
-            fail(f"{error.filename}: {error.strerror}. Name another file or folder.")
+        names = (getattr(error, "filename2", None), getattr(error, "filename", None))
+        if any(names) or number in (errno.EIO, errno.EFBIG):
+            fail(f"{names[0] or names[1] or path}: {error.strerror}. Name another file or folder.")
         raise
 
 
@@ -270,19 +296,3 @@ def load_jsonl(path: str | Path) -> list[dict]:
 def save_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     """Write all rows, or nothing."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def worker() -> None:
-    """How a process of a pool begins: Ctrl-C is its parent's to see, and SIGTERM ends it without a word."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def build(title: str, make: Callable, seeds: Iterable, out: Path, threads: int) -> list:
-    """Run `make(seed, out)` for every room (or group of rooms) on `threads` processes, in order -> all rows."""
-    seeds, rows = list(seeds), []
-    with disk(out), Pool(threads, worker) as pool:
-        made = pool.imap(partial(make, out=out), seeds, chunksize=8)
-        for part in tqdm(made, total=len(seeds), desc=title):
-            rows += part
-    return rows

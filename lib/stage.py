@@ -2,26 +2,36 @@
 What every stage does besides its work: flags with presets, its folder, its beginning and end, Ctrl-C.
 
 A stage's folder: the model at its top with its card (README.md), `training/` (what resumes an interrupted run),
-`log.jsonl`, `args.json`, pictures, and `done.json` as the last file written. The same command continues an unfinished
-run; on a finished one it says so.
+`log.jsonl`, `args.json`, pictures, `.lock` (one run at a time), and `done.json` as the last file written. The same
+command continues an unfinished run; on a finished one it says so.
 """
 
 import argparse
-import contextlib
+import fcntl
 import json
 import math
 import os
 import shutil
 import signal
+import socket
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
-import torch
-
-from lib.distributed import default_device, fail, global_sum, is_main, leave, say, wait_for_all
-from lib.records import disk, write_card, write_json
+from lib.distributed import (
+    default_device,
+    fail,
+    global_sum,
+    is_main,
+    leave,
+    say,
+    wait_for_all,
+    without_keys,
+)
+from lib.records import disk, remove_leftovers, write_card, write_json
+from lib.streams import Clock, fingerprints
 
 # ---- flags ---------------------------------------------------------------------------------------------------------------
 
@@ -116,17 +126,67 @@ def begin(
     say(f"{title}: {args.preset} preset on {default_device()}{several}{paper}")
     neutral = {"parser", *(key_of(flag) for flag in flags if flag.neutral)}
     settings = {key: value for key, value in vars(args).items() if key not in neutral}
+    inputs = fingerprints(settings)
     out = Path(args.out)
-    if (out / "done.json").exists() or (out / "training").exists():
-        compare_with_earlier_run(out, settings)
-    for path, command in needs:
-        need(path, command)
+    saved = (out / "done.json", out / "training")
+    if not any(path.exists() for path in saved):  # what cannot begin makes no folder
+        for path, command in needs:
+            need(path, command)
+    hold(out)
+    if any(path.exists() for path in saved):
+        compare_with_earlier_run(out, settings, inputs)
     if is_main():
-        write_json(out / "args.json", {"stage": title, **settings})
+        write_json(out / "args.json", {"stage": title, **settings, "inputs": inputs})
 
 
-def compare_with_earlier_run(out: Path, settings: dict) -> None:
-    """Stop with a sentence where `out` holds a run with other flags, or one that is finished."""
+HELD = {}  # {lock: its open file}: the system lets go of a lock when its process ends, whatever ends it
+HOLD_PATIENCE = 15.0  # seconds for a run before this one, which may be saving
+
+
+def hold(folder: str | Path) -> None:
+    """Keep a folder to this run from now on, or stop with a sentence: rank 0 locks a file in it (a collective).
+
+    Every command that writes a folder calls it, no reader does. What dead runs left half written goes.
+    """
+    path = Path(os.path.abspath(folder), ".lock")
+    is_held = False
+    try:
+        if is_main() and path not in HELD:
+            with disk(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = open(path, "a+")
+                wait_for_lock(file, folder)
+                file.truncate(0)
+                command = without_keys(" ".join(sys.argv))  # the words are for people
+                file.write(f"process {os.getpid()} on {socket.gethostname()}: {command}")
+                file.flush()
+            HELD[path] = file
+            remove_leftovers(path.parent)
+        is_held = True
+    finally:  # the other ranks must hear of a failure
+        failures = global_sum(float(not is_held))
+    if failures:
+        raise SystemExit(1)
+
+
+def wait_for_lock(file: TextIO, folder: str | Path) -> None:
+    """Lock an open file; a sentence about who holds it after HOLD_PATIENCE, a warning where nothing can be locked."""
+    end = time.monotonic() + HOLD_PATIENCE
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                file.seek(0)
+                holder = file.read()
+                fail(f"{folder} is written by {holder}. Wait for its end, or give another --out.")
+            time.sleep(0.2)
+        except OSError as error:
+            return say(f"{file.name}: {error.strerror}. Let no other run write to {folder}.")
+
+
+def compare_with_earlier_run(out: Path, settings: dict, inputs: dict) -> None:
+    """Stop with a sentence where `out` holds a run with other flags, or one that is finished; say what else changed."""
     done = None
     try:
         if (out / "done.json").exists():
@@ -134,21 +194,23 @@ def compare_with_earlier_run(out: Path, settings: dict) -> None:
         before = json.loads((out / "args.json").read_text())
     except (OSError, json.JSONDecodeError):
         fail(
-            f"{out} holds a run whose args.json or done.json cannot be read. Remove {out} or give another --out."
+            f"args.json or done.json of {out} cannot be read. Remove {out}, or give another --out."
         )
     changed = []
     for key, value in settings.items():
         if before.get(key, value) != value:  # a flag that is new since then changed nothing
             changed.append(f"--{key.replace('_', '-')} {before[key]} (now {value})")
     if changed:
-        fail(
-            f"{out} holds a run with {', '.join(changed)}. Give another --out, or remove {out} to start over."
-        )
+        fail(f"{out} holds a run with {', '.join(changed)}. Give another --out, or remove {out}.")
     if done:
         say(
-            f"{out} is finished ({done['steps']} steps, {done['seconds']:.0f} s). Remove it to train again."
+            f"{out} is finished ({done['steps']} steps, {done['seconds']:.0f} s); remove it to redo."
         )
         raise SystemExit(0)
+    earlier = before.get("inputs", {})
+    other = [file for file in earlier if earlier[file] != inputs.get(file)]
+    if other:
+        say(f"CHANGED since {out} began: {', '.join(other)}. It goes on; remove it to begin anew.")
 
 
 def need(path: str | Path, command: str) -> str | Path:
@@ -169,7 +231,7 @@ def newest(stages: Iterable[str], file: str = "config.json") -> Path | None:
     return max(files, key=lambda path: path.stat().st_mtime).parent if files else None
 
 
-def finish(folder: str | Path, steps: int, clock: "Clock") -> None:
+def finish(folder: str | Path, steps: int, clock: Clock) -> None:
     """Write the model's card and done.json, a stage's last file; drop the training state that only a resume needs."""
     spent = clock.read()
     if is_main():
@@ -197,53 +259,7 @@ def run_stage(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
 
 
-# ---- time ------------------------------------------------------------------------------------------------------------------
-
-
-def cosine(step: int, steps: int, warmup: int = 0, floor: float = 0.0) -> float:
-    """Learning-rate factor: a linear rise to 1 over `warmup` steps, then a cosine down to `floor` at `steps`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, step: int, args: argparse.Namespace
-) -> float:
-    """Give every group of an optimiser the rate of this step, by --lr, --steps, --warmup and --lr-floor; return it."""
-    lr = args.lr * cosine(step, args.steps, args.warmup, args.lr_floor)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
-class Clock:
-    """Wall and CPU seconds of a stage (all ranks together), carried over interruptions through its saved `read()`."""
-
-    def __init__(self, before: dict | None = None):
-        self.before = before or {"seconds": 0.0, "cpu_seconds": 0.0}
-        self.start = time.time()
-        self.cpu_start = time.process_time()
-
-    def read(self) -> dict[str, float]:
-        """{"seconds", "cpu_seconds"} so far (a collective)."""
-        seconds = self.before["seconds"] + time.time() - self.start
-        cpu_seconds = global_sum(time.process_time() - self.cpu_start)
-        return {
-            "seconds": round(seconds, 2),
-            "cpu_seconds": round(self.before["cpu_seconds"] + cpu_seconds, 2),
-        }
-
-
-class Stopwatch(dict):
-    """Seconds per part of a step: `with seconds("update"): ...` adds to seconds["update"]."""
-
-    @contextlib.contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self[part] = self.get(part, 0.0) + time.perf_counter() - start
+# ---- Ctrl-C --------------------------------------------------------------------------------------------------------------
 
 
 class Interrupt:
@@ -274,9 +290,7 @@ class Interrupt:
         """True if any rank was asked to stop (a collective: call it once per step on every rank)."""
         return global_sum(float(self.flag)) > 0
 
-    def save_or_leave(
-        self, done: int, args: argparse.Namespace, save: Callable[[int], None]
-    ) -> None:
+    def save_or_leave(self, done: int, args: argparse.Namespace, save: Callable) -> None:
         """After `done` steps: `save(done)` where --save-every, the last step or Ctrl-C asks for it; after Ctrl-C, leave."""
         leaving = self.requested()
         if leaving or done % args.save_every == 0 or done == args.steps:

@@ -1,5 +1,6 @@
 """
-Every random stream of the project, by name.
+What makes a resumed run equal to an unbroken one: every random stream of the project by name, the rows and the
+learning rate of a step, seconds that are carried over, inputs that may have changed meanwhile.
 
 A draw depends on the name of its stream and on the keys beside it (seed, step, index), never on what was drawn before.
 So no use of one stream moves another, any number of ranks draws the same, and the step is all that a resumed run has to
@@ -8,9 +9,16 @@ restore.
 
 import hashlib
 import json
+import math
+import time
+import zlib
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import torch
+
+from lib.distributed import global_sum
 
 STREAMS = {
     # the small world: keys (seed of the room, ...)
@@ -80,3 +88,54 @@ def rows_of_step(total: int, count: int, step: int, *keys) -> list[int]:
     epoch, batch = divmod(step, total // count)
     order = torch.randperm(total, generator=torch_stream("order", *keys, epoch))
     return order[batch * count : (batch + 1) * count].tolist()
+
+
+def cosine(step: int, steps: int, warmup: int = 0, floor: float = 0.0) -> float:
+    """Learning-rate factor: a linear rise to 1 over `warmup` steps, then a cosine down to `floor` at `steps`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, args: Namespace) -> float:
+    """Give every group of an optimiser the rate of this step, by --lr, --steps, --warmup and --lr-floor; return it."""
+    lr = args.lr * cosine(step, args.steps, args.warmup, args.lr_floor)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+class Clock:
+    """Wall and CPU seconds of a stage (all ranks together), carried over interruptions through its saved `read()`."""
+
+    def __init__(self, before: dict | None = None):
+        self.before = before or {"seconds": 0.0, "cpu_seconds": 0.0}
+        self.start = time.time()
+        self.cpu_start = time.process_time()
+
+    def read(self) -> dict[str, float]:
+        """{"seconds", "cpu_seconds"} so far (a collective)."""
+        seconds = self.before["seconds"] + time.time() - self.start
+        cpu_seconds = global_sum(time.process_time() - self.cpu_start)
+        return {
+            "seconds": round(seconds, 2),
+            "cpu_seconds": round(self.before["cpu_seconds"] + cpu_seconds, 2),
+        }
+
+
+def fingerprints(settings: dict) -> dict[str, str]:
+    """{file: its size and check sum} of all that the flags name and that is there: files of rows, models, configs.
+
+    Of a file above 64 MB, its size and the time of its last change.
+    """
+    found = {}
+    for key, value in settings.items():
+        names = value if isinstance(value, list) else [value]
+        for path in (Path(name) for name in names if isinstance(name, str) and key != "out"):
+            files = [*path.glob("*.jsonl"), *path.glob("*.json"), *path.glob("*.safetensors")]
+            for file in sorted(files):
+                size = file.stat().st_size
+                content = zlib.crc32(file.read_bytes()) if size < 2**26 else file.stat().st_mtime_ns
+                found[str(file)] = f"{size} {content}"
+    return found

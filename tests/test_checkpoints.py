@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import on_ranks
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lib import checkpoints, distributed
@@ -129,7 +130,7 @@ def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),
-        RuntimeError("Error while serializing: I/O error: No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device"),
     ],
 )
 def test_full_disk_is_a_sentence_and_keeps_the_older_checkpoint(tmp_path, monkeypatch, error):

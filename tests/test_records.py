@@ -1,5 +1,9 @@
 """Files that are whole or not there, logs, and rows of data. `pytest tests/test_records.py`"""
 
+import errno
+import json
+import os
+
 import pytest
 import torch
 
@@ -14,6 +18,47 @@ def test_a_folder_shows_all_files_or_none(tmp_path):
     with records.whole_folder(tmp_path) as part:
         (part / "model.bin").write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["model.bin"]
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_beside(tmp_path):
+    records.write_text(tmp_path / "rows.jsonl", "old")
+    with pytest.raises(SystemExit, match="The disk is full: .*rows.jsonl could not be written"):
+        with records.whole_file(tmp_path / "rows.jsonl") as beside:
+            beside.write_text("half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert (tmp_path / "rows.jsonl").read_text() == "old"
+
+
+def test_every_error_of_the_system_that_names_a_file_is_a_sentence(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("")
+    for name, words in (
+        ("x" * 300, "x: File name too long. Name another file or folder."),
+        ("loop/file", "Name another"),
+        ("file/below", "Name another"),
+        (".", "Name another"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            records.write_text(tmp_path / name, "text")
+    with pytest.raises(SystemExit, match="missing: No such file"), records.disk("what is written"):
+        (tmp_path / "missing").read_text()
+    with pytest.raises(BrokenPipeError), records.disk("what is written"):  # no file's
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_no_file_holds_a_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
+    monkeypatch.setenv("SIMULATOR_API_KEY", "EMPTY")  # too short for a secret: a word
+    value = {
+        "model": "sk-0123456789",
+        "url": "https://me:secret@host/v1",
+        "EMPTY": "http://host:80@12",
+    }
+    records.write_json(tmp_path / "args.json", value)
+    hidden = {"model": "[key]", "url": "https://[key]@host/v1", "EMPTY": "http://host:80@12"}
+    assert json.loads((tmp_path / "args.json").read_text()) == hidden
 
 
 def test_the_log_of_a_resumed_run_has_each_step_once(tmp_path):

@@ -1,26 +1,32 @@
 """What every stage does besides its work: flags, its folder, its end, Ctrl-C. `pytest tests/test_stage.py`"""
 
 import argparse
+import errno
+import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
+from lib import stage
+from lib.distributed import die_with_parent
 from lib.stage import (
-    Clock,
     Flag,
     Interrupt,
     begin,
-    cosine,
     finish,
+    hold,
     need,
     parse_flags,
 )
+from lib.streams import Clock, cosine
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [
@@ -107,6 +113,98 @@ def test_a_folder_without_a_model_has_no_card(tmp_path):
     begin("evaluate", arguments(tmp_path), FLAGS)
     finish(tmp_path, 7, Clock())
     assert not (tmp_path / "README.md").exists()
+
+
+def test_a_resumed_run_says_which_inputs_have_changed(tmp_path, capsys):
+    rows = tmp_path / "data" / "rows.jsonl"
+    rows.parent.mkdir()
+    rows.write_text("{}\n")
+    flags = arguments(tmp_path / "stage", data=[str(rows.parent)])
+    begin("stage", flags, FLAGS)
+    (tmp_path / "stage" / "training").mkdir()
+    rows.write_text("{}\n")  # made again, and equal
+    (rows.parent / "more.jsonl").write_text("")
+    begin("stage", flags, FLAGS)
+    assert "CHANGED" not in capsys.readouterr().out
+    rows.write_text("[]\n")
+    begin("stage", flags, FLAGS)
+    assert f"CHANGED since {tmp_path}/stage began: {rows}. It goes" in capsys.readouterr().out
+
+
+# ---- one run at a time -----------------------------------------------------------------------------------------------
+
+
+class Child:
+    """`with Child(function) as child:` a forked process that has called `function` and sleeps."""
+
+    def __init__(self, function):
+        self.reader, writer = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                function()
+                os.write(writer, b"ready")
+                time.sleep(60)
+            finally:
+                os._exit(1)
+        os.close(writer)
+
+    def __enter__(self):
+        assert os.read(self.reader, 5) == b"ready"
+        return self
+
+    def __exit__(self, *error):
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self.reader)
+
+
+def test_a_folder_is_written_by_one_run_at_a_time_and_a_killed_one_lets_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "HOLD_PATIENCE", 0.3)
+    with Child(lambda: hold(tmp_path / "out")) as other:
+        with pytest.raises(SystemExit, match=f"out is written by process {other.pid} on .*pytest"):
+            hold(tmp_path / "out")
+        hold(tmp_path / "elsewhere")
+    hold(tmp_path / "out")
+    hold(tmp_path / "out")  # what a run holds already
+    assert f"process {os.getpid()} on" in (tmp_path / "out" / ".lock").read_text()
+
+
+def test_where_nothing_can_be_locked_a_run_is_warned_and_goes_on(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    hold(tmp_path)
+    assert "No locks available. Let no other run write to" in capsys.readouterr().out
+
+
+def test_what_dead_processes_left_half_written_goes(tmp_path):
+    here = socket.gethostname()
+    names = {f".0a1b2c3d-{2**22 + 1}@{here}.partial": False, ".0a1b2c3d-9@elsewhere.partial": True}
+    with Child(lambda: None) as writing:
+        names |= {f".0a1b2c3d-{writing.pid}@{here}.partial": True, "views.partial": True}
+        for name in names:
+            (tmp_path / "views" / name).parent.mkdir(exist_ok=True)
+            (tmp_path / "views" / name).write_text("half")
+        hold(tmp_path)
+        assert {name: (tmp_path / "views" / name).exists() for name in names} == names
+
+
+def test_a_rank_ends_with_its_parent():
+    reader, writer = os.pipe()
+
+    def have_a_child():
+        child = Child(die_with_parent)
+        child.__enter__()
+
+    with Child(have_a_child):
+        os.close(writer)
+    assert os.read(reader, 1) == b""  # nobody has the other end open any more
+    os.close(reader)
+
+
+# ---- small things ----------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_input_names_the_command_and_a_hub_id_passes():

@@ -163,7 +163,7 @@ class Published:
         self.bench = find_bench(name)
 
     def load(self, args: argparse.Namespace) -> tuple[list[dict], None]:
-        """The questions of --data, of data/<bench>, or of rooms in its layout; sets args.frames to its default."""
+        """The questions of --data, of data/<bench>, or of rooms in its layout; sets args.data and args.frames."""
         name = self.bench.name
         args.frames = (args.frames or self.bench.frames) if self.bench.frames else None
         folder = args.data
@@ -173,9 +173,10 @@ class Published:
         if not is_main():
             wait_for_all()  # the first process fetches what is missing
         questions = load(name, folder, args.frames)
+        args.data = folder or f"data/{name}"
         if is_main():
             wait_for_all()
-        say(f"{name}: {len(questions)} questions of {folder or f'data/{name}'}")
+        say(f"{name}: {len(questions)} questions of {args.data}")
         return questions, None
 
     def images(self, question: dict) -> list[np.ndarray]:

@@ -16,7 +16,6 @@ elsewhere opening it raises PictureError, and the caller counts the question as 
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import zipfile
@@ -29,6 +28,7 @@ from PIL import Image
 
 from lib.distributed import fail, say
 from lib.images import check_file, decoding, read
+from lib.records import whole_file
 
 
 class Source(NamedTuple):
@@ -204,10 +204,8 @@ def save_pictures(pictures: Iterable, folder: Path) -> list[str]:
         suffix = ".png" if content[:4] == b"\x89PNG" else ".jpg"
         path = folder / (hashlib.sha1(content).hexdigest()[:20] + suffix)
         if not path.exists():
-            beside = path.with_suffix(f".{os.getpid()}.partial")
-            folder.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(content)
-            beside.replace(path)
+            with whole_file(path) as beside:
+                beside.write_bytes(content)
         paths.append(str(path))
     return paths
 

@@ -84,7 +84,11 @@ class RemoteSimulator:
 
 def read_view(answer: dict, reference: np.ndarray) -> np.ndarray:
     """{"data": [{"b64_json": …}]} -> the view. Its size is the server's, its shape must be near the reference's."""
-    view = read(base64.b64decode(answer["data"][0]["b64_json"], validate=True), MAX_PIXELS)
+    data = answer["data"][0]["b64_json"]
+    if data.startswith("data:"):  # a data URI; some servers send it so
+        data = data.partition(",")[2]
+    data = "".join(data.split())  # others break it into lines
+    view = read(base64.b64decode(data, validate=True), MAX_PIXELS)
     height, width, _ = view.shape
     rows, columns, _ = reference.shape
     if not 2 / 3 < width / height * rows / columns < 3 / 2:  # another shape is another camera

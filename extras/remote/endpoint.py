@@ -1,18 +1,23 @@
 """
 Requests to a server that may be slow, busy, broken or gone: time-outs, retries, rate limits, and one kind of error.
 
+A deadline is that of a whole answer, headers included: a Watchdog cuts the connection, since the time-out of every
+HTTP library starts anew with each byte.
+
 Tried again, after waits that double: time-outs, lost connections, 429, 5xx, and answers that cannot be read. What else
 a server refuses is final and reported in its own words. One failure never costs what the rest of a batch has given:
 see SimulatorError. A key is read from the environment for each request, kept nowhere, and cut out of what a server
 says.
 """
 
+import contextlib
 import http.client
 import json
 import math
 import os
 import random
 import re
+import socket
 import threading
 import time
 import urllib.error
@@ -25,13 +30,14 @@ from multiprocessing.pool import ThreadPool
 from typing import Any
 from urllib.parse import urlsplit
 
-from lib.distributed import say
+from lib.distributed import say, without_keys
 from lib.simulators import SimulatorError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MAX_ANSWER = 2**26  # bytes of one answer
 RETRIED = (408, 409, 425, 429)  # and 5xx
 SERVER_WIDE = (401, 402, 403, 404, 405, 429)  # every request would meet them: a wrong key, no money
+OLDER_NAMES = {"max_completion_tokens": "max_tokens"}  # of fields; older servers know these alone
 
 
 @dataclass(eq=False)
@@ -50,6 +56,74 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *args):
         return None
+
+
+# ---- one request, and its deadline --------------------------------------------------------------------------------
+
+
+class Watchdog:
+    """`with Watchdog(seconds) as watchdog`: cuts its connections when the time is over, and raises TimeoutError."""
+
+    def __init__(self, seconds: float):
+        self.sockets = []
+        self.barked = False
+        self.timer = threading.Timer(seconds, self.bark)
+        self.timer.daemon = True
+
+    def watch(self, connection: socket.socket) -> None:
+        """Watch a connection: by a second handle, since TLS and http.client each take the first one over."""
+        self.sockets.append(connection.dup())
+        if self.barked:
+            self.bark()
+
+    def bark(self) -> None:
+        """Cut what is connected: whoever reads there sees its end."""
+        self.barked = True
+        for connection in self.sockets:
+            with contextlib.suppress(OSError):  # it is over already
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self):
+        self.timer.start()
+        return self
+
+    def __exit__(self, *error):
+        self.timer.cancel()
+        for connection in self.sockets:
+            connection.close()
+        if self.barked:
+            raise TimeoutError("timed out") from None
+
+
+class WatchedConnection(http.client.HTTPConnection):
+    """A connection that its request's `watchdog` knows."""
+
+    def connect(self):
+        super().connect()
+        self.watchdog.watch(self.sock)
+
+
+class WatchedTLS(http.client.HTTPSConnection, WatchedConnection):
+    """The same with TLS, whose handshake comes after `WatchedConnection.connect`."""
+
+
+class WatchedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """How urllib opens a request that carries a `watchdog`."""
+
+    def do_open(self, http_class, request, **options):
+        kind = WatchedConnection
+        if http_class is http.client.HTTPSConnection:
+            kind = WatchedTLS
+
+        def watched(*args, **more):
+            connection = kind(*args, **more)
+            connection.watchdog = request.watchdog
+            return connection
+
+        return super().do_open(watched, request, **options)
+
+
+# ---- one server ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -77,7 +151,7 @@ class Endpoint:
         self.url = base.removesuffix(self.path) + self.path
         near = parts.hostname in LOOPBACK
         no_proxy = [urllib.request.ProxyHandler({})] if near else []
-        self.opener = urllib.request.build_opener(NoRedirect, *no_proxy)
+        self.opener = urllib.request.build_opener(WatchedHandler, NoRedirect, *no_proxy)
         self.private = near or parts.scheme == "https"
         if self._key() and not self.private:
             say(
@@ -98,14 +172,15 @@ class Endpoint:
     ) -> Any:
         """Send fields until read(the answer's JSON) returns; that result.
 
-        optional   fields that some servers do not know: left out from now on if a refusal names one
+        optional   fields that some servers do not know: once a refusal has named one, it is sent by its older name,
+                   or left out
         files      PNG files: a form is sent, not JSON
         Raises SimulatorError.
         """
         failures, waits, start = 0, 0, time.monotonic()
         while True:
             self._wait_for_rate_limit()
-            sent = {name: value for name, value in fields.items() if name not in self.dropped}
+            sent = self._known(fields)
             try:
                 if files is None:
                     return self._try(json.dumps(sent).encode(), "application/json", read)
@@ -116,7 +191,10 @@ class Endpoint:
             unknown = [name for name in optional if name in sent and mentions(problem, name)]
             if failure.status in (400, 422) and unknown:
                 self.dropped.update(unknown)
-                say(f"{self.url} takes no {' and no '.join(unknown)}: left out from now on.")
+                for name in unknown:
+                    older = OLDER_NAMES.get(name)
+                    then = f"sent as {older}" if older else "left out"
+                    say(f"{self.url} takes no {name}: {then} from now on.")
                 continue
             limited = failure.status == 429 and time.monotonic() - start < self.patience
             failures += not limited
@@ -130,6 +208,15 @@ class Endpoint:
                 self._pause_all(wait)
             else:
                 time.sleep(wait)
+
+    def _known(self, fields):
+        """The fields that this server knows, by the names that it knows."""
+        sent = {}
+        for name, value in fields.items():
+            name = OLDER_NAMES.get(name) if name in self.dropped else name
+            if name:
+                sent[name] = value
+        return sent
 
     def _try(self, body, content_type, read):
         """One request -> what `read` makes of its answer. Raises Failure."""
@@ -149,7 +236,7 @@ class Endpoint:
                 down=not final or status in SERVER_WIDE or status < 400,
             )
         try:
-            result = read(json.loads(answer))
+            result = read(json.loads(without_keys(answer.decode("utf-8-sig"))))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             problem = f"gave an answer that cannot be read ({type(error).__name__}: {error})"
             raise Failure(problem, down=False) from None
@@ -158,7 +245,6 @@ class Endpoint:
 
     def _send(self, body, content_type):
         """-> (status, headers, body), whatever the status; OSError if there is no whole answer in time."""
-        deadline = time.monotonic() + self.timeout
         headers = {"Content-Type": content_type, "User-Agent": "astra"}
         key = self._key() if self.private else ""
         if not re.fullmatch(r"[!-~]*", key):  # http.client's own error would print it
@@ -168,19 +254,16 @@ class Endpoint:
         if key:
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(self.url, body, headers)
-        try:
-            response = self.opener.open(request, timeout=self.timeout)
-        except urllib.error.HTTPError as error:  # any status but 2xx: an answer too
-            response = error
-        with response:
-            answer = bytearray()
-            while chunk := response.read1(2**16):
-                answer += chunk
-                if len(answer) > MAX_ANSWER:
-                    raise OSError(f"its answer is longer than {MAX_ANSWER:,} bytes")
-                if time.monotonic() > deadline:  # urllib's own time-out starts anew with every byte
-                    raise TimeoutError("timed out")
-        return response.status, response.headers, bytes(answer)
+        with Watchdog(self.timeout) as request.watchdog:
+            try:
+                response = self.opener.open(request, timeout=self.timeout)
+            except urllib.error.HTTPError as error:  # any status but 2xx: an answer too
+                response = error
+            with response:
+                answer = response.read(MAX_ANSWER + 1)
+        if len(answer) > MAX_ANSWER:
+            raise OSError(f"its answer is longer than {MAX_ANSWER:,} bytes")
+        return response.status, response.headers, answer
 
     def _seconds_to_wait(self, failure, waits):
         """As long as the server asks for, else doubled with every wait so far and varied."""
@@ -206,9 +289,7 @@ class Endpoint:
 
     def _without_key(self, text):
         """What a server said, on one line, cut short, and without our key if it repeats it."""
-        if key := self._key():
-            text = text.replace(key, "[key]")
-        text = " ".join(text.split())
+        text = " ".join(without_keys(text).split())
         return text if len(text) <= 500 else text[:500] + " ..."
 
 

@@ -26,6 +26,7 @@ import uuid
 from concurrent.futures import Future
 from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ from lib.distributed import default_device, fail, say
 from lib.geometry import Query, read_instruction
 from lib.images import PictureError, read
 from lib.simulators import load_simulator
+from lib.stage import run_stage
 from world_model import add_sampler_flags, sampler_options
 
 PATH = "/v1/images/edits"
@@ -63,17 +65,18 @@ class Limits(NamedTuple):
 
 
 class Refusal(Exception):
-    """A request that gets no view: the status and the sentence of its answer."""
+    """A request that gets no view: the status and the sentence of its answer, and which field was wrong."""
 
-    def __init__(self, status: int, sentence: str):
+    def __init__(self, status: int, sentence: str, field: str | None = None):
         super().__init__(sentence)
         self.status = status
+        self.field = field
 
 
-def refuse_if(condition: bool, sentence: str, status: int = 400) -> None:
+def refuse_if(condition: bool, sentence: str, status: int = 400, field: str | None = None) -> None:
     """Raise Refusal for what cannot be granted."""
     if condition:
-        raise Refusal(status, sentence)
+        raise Refusal(status, sentence, field)
 
 
 # ---- a request ------------------------------------------------------------------------------------------------------
@@ -109,26 +112,31 @@ def read_query(form: list[tuple[str, bytes]], limits: Limits) -> Query:
         else:
             fields[name] = value.decode(errors="replace").strip()
     for name, value in GRANTED.items():
-        refuse_if(fields.get(name, value).lower() != value, f"{name} can only be {value}.")
-    refuse_if("mask" in fields, "There are no masks here: the whole view is imagined.")
+        wrong = fields.get(name, value).lower() != value
+        refuse_if(wrong, f"{name} can only be {value}.", field=name)
+    no_masks = "There are no masks here: the whole view is imagined."
+    refuse_if("mask" in fields, no_masks, field="mask")
     count, most = len(files), limits.max_images
     refuse_if(
         not 1 <= count <= most,
         f"The form has {count} images (image[]); 1 to {most} are needed.",
+        field="image",
     )
     seed = fields.get("seed", str(uuid.uuid4().int >> 65))  # without a seed: another view each time
     refuse_if(
         not re.fullmatch(r"\d{1,19}", seed) or int(seed) >= 2**63,
         "seed must be a whole number from 0 to 2^63 - 1.",
+        field="seed",
     )
     prompt = fields.get("prompt", "")
     try:
         reference, _ = read_instruction(prompt[:MAX_PROMPT])
     except ValueError as error:
-        raise Refusal(400, f"prompt: {error}") from None
+        raise Refusal(400, f"prompt: {error}", "prompt") from None
     refuse_if(
         not 1 <= reference <= count,
         f"prompt: there is no Image-{reference}; the form has {count} images.",
+        field="prompt",
     )
     return Query(read_images(files, limits.max_pixels), reference, prompt, int(seed))
 
@@ -140,7 +148,7 @@ def read_images(files: list[bytes], max_pixels: int) -> list[np.ndarray]:
         try:
             image = read(file, max_pixels)
         except PictureError as error:
-            raise Refusal(400, f"Image-{number}: {error}") from None
+            raise Refusal(400, f"Image-{number}: {error}", "image") from None
         max_pixels -= image.size // 3
         images.append(image)
     return images
@@ -173,7 +181,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"created": int(time.time()), "data": [{"b64_json": data}]})
         except Refusal as refusal:
             self.read_the_rest()
-            self.answer_problem(refusal.status, str(refusal))
+            self.answer_problem(refusal.status, str(refusal), refusal.field)
 
     def view(self) -> np.ndarray:
         """Read the request and wait for its view. Raises Refusal."""
@@ -186,11 +194,11 @@ class Handler(BaseHTTPRequestHandler):
             f"The request has {self.unread:,} bytes; the limit is {limits.max_bytes:,}.",
             413,
         )
+        body = self.rfile.read(self.unread)  # before it takes a place: this may be slow
+        self.unread = 0
         free = self.server.places.acquire(blocking=False)
         refuse_if(not free, "Too many requests wait already. Ask again later.", 429)
         try:
-            body = self.rfile.read(self.unread)
-            self.unread = 0
             form = read_form(body, self.headers.get("Content-Type", ""))
             return self.server.imagine(read_query(form, limits))
         finally:
@@ -202,9 +210,12 @@ class Handler(BaseHTTPRequestHandler):
         while left > 0 and (chunk := self.rfile.read(min(left, 2**16))):
             left -= len(chunk)
 
-    def answer_problem(self, status: int, sentence: str) -> None:
+    def answer_problem(self, status: int, sentence: str, field: str | None = None) -> None:
         """An error in OpenAI's form."""
-        self.answer(status, {"error": {"message": sentence}})
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        code = "rate_limit_exceeded" if status == 429 else None
+        error = {"message": sentence, "type": kind, "param": field, "code": code}
+        self.answer(status, {"error": error})
 
     def answer(self, status: int, content: dict) -> None:
         """Send JSON and close: a connection has one request."""
@@ -234,6 +245,7 @@ class Server(ThreadingHTTPServer):
         self.limits = Limits(**limits)
         self.places = threading.BoundedSemaphore(self.limits.max_waiting)
         self.waiting = queue.Queue()  # of (query, future)
+        self.thread = ThreadPool(1)
         threading.Thread(target=self.work, daemon=True).start()
 
     def imagine(self, query: Query) -> np.ndarray:
@@ -256,19 +268,22 @@ class Server(ThreadingHTTPServer):
 
     def fulfil(self, batch: list[tuple[Query, Future]]) -> None:
         """Imagine a batch. If it fails, each query alone: one must not cost the others theirs."""
-        try:
-            views = self.model.imagine([query for query, _ in batch])
-        except Exception as error:
-            if len(batch) > 1:
-                for pair in batch:
-                    self.fulfil([pair])
-                return
-            traceback.print_exc()
-            sentence = f"The simulator failed: {type(error).__name__}: {error}"
+        queries = [query for query, _ in batch]
+        errors = []  # whatever a model may raise
+        views = self.thread.apply_async(
+            self.model.imagine, (queries,), error_callback=errors.append
+        )
+        views.wait()
+        if not errors:
+            for (_, future), view in zip(batch, views.get(), strict=True):
+                future.set_result(view)
+        elif len(batch) > 1:
+            for pair in batch:
+                self.fulfil([pair])
+        else:
+            traceback.print_exception(errors[0])
+            sentence = f"The simulator failed: {type(errors[0]).__name__}: {errors[0]}"
             batch[0][1].set_exception(Refusal(500, sentence))
-            return
-        for (_, future), view in zip(batch, views, strict=True):
-            future.set_result(view)
 
     def handle_error(self, request, client_address):
         """Clients that hang up, or fall silent for a minute, are no news; anything else is a slip, told as usual."""
@@ -318,4 +333,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

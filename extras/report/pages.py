@@ -40,9 +40,18 @@ def write_answers(
             curves=sorted(Path(results["policy"]).parent.glob("*/curves.png")),
             dialogues=dialogue_rows(records, questions),
             folder=out,
+            data=folder_of_data(args),
         )
         names.append("report.html")
     return names
+
+
+def folder_of_data(args: argparse.Namespace) -> Path:
+    """Where the pictures of --data lie, which may name the file of the questions, too."""
+    path = Path(args.data)
+    if path.is_file():
+        path = path.parent
+    return path.parent if path.name == "raw" else path  # MindCube's file lies one folder deeper
 
 
 def write_simulators(out: Path, results: dict, rows: list[dict], views: dict) -> list[str]:

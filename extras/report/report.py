@@ -8,12 +8,14 @@ One page to look at after a run: report.html, whole in itself (pictures inside, 
               true; commanded against recovered motion
   dialogues   every question: what the policy asked for, what it was shown, what it would have seen in the room itself
 
-The page is a template, page.html, which escapes what models and data say. A thousand dialogues open quickly: each is a
+The page is a template, page.html, which escapes what models and data say. It is made to be handed on: no absolute
+path stands in it, and no picture from outside the folders of data and views, wherever a row may point. A thousand dialogues open quickly: each is a
 <template>, built when it is opened, and each picture stands once in the page, as a thumbnail.
 """
 
 import base64
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +39,7 @@ FILTERS = {
     "invalid": "invalid call",
 }
 THUMBNAIL = 160  # pixels of the longer side
+ABSOLUTE_PATH = re.compile(r"(?:file://|(?<![\w/.<~]))/(?!/)(?:[^\s/'\"<>()]+/)+([^\s/'\"<>()]*)")
 MOST_IMAGES = 12  # given images of a question; of a video these many, evenly
 
 
@@ -50,14 +53,15 @@ def write(
     dose: Image.Image | None = None,
     dialogues: list[dict] = (),
     folder: str | Path = ".",
+    data: str | Path | None = None,
 ) -> None:
     """Write report.html; what is not given is left out.
 
     results     as results.json of a bench of questions;  wm: as results.json of --bench wm
     curves      curves.png of stages;  sheet: `images.contact_sheet` or a file;  dose: `dose_curves` as a picture
-    dialogues   of pages.dialogue_rows;  folder: below which their imagined views lie
+    dialogues   of pages.dialogue_rows;  folder: below which their imagined views lie;  data: the given ones
     """
-    pictures = Pictures()
+    pictures = Pictures([folder, data or folder])
     page = {"title": title, "boxes": FILTERS, "pictures": pictures.uris}
     if results:
         page["results"] = results_table(results)
@@ -79,8 +83,19 @@ def write(
         {"name": "case", "label": "diagnosis", "options": list(dict.fromkeys(cases))},
     ]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    template = jinja2.Environment(loader=loader, autoescape=True).get_template("page.html")
-    write_text(path, template.render(page))
+    environment = jinja2.Environment(loader=loader, autoescape=True, finalize=without_folders)
+    page = environment.get_template("page.html").render(page)
+    write_text(
+        path, page.encode(errors="replace").decode()
+    )  # a lone surrogate has no place in a file
+
+
+def without_folders(value):
+    """A text of the page, absolute paths in it cut down to their last part; pictures and all else as they are."""
+    is_text = isinstance(value, str) and not hasattr(value, "__html__")
+    if not is_text or value.startswith("data:image/"):
+        return value
+    return ABSOLUTE_PATH.sub(r"…/\1", value)
 
 
 def data_uri(image: Image.Image | str | Path | None) -> str | None:
@@ -254,7 +269,7 @@ def draw_responses(axis, responses: dict) -> None:
         y = np.array([point["median"] for point in points])
         low = np.array([point["low"] for point in points])
         high = np.array([point["high"] for point in points])
-        label = f"{Path(name).name}: slope {response['slope']:.2f}"
+        label = f"slope {response['slope']:.2f}: {Path(name).name}"  # "_x" would be no label
         axis.errorbar(x, y, [y - low, high - y], color=colour, lw=0.8, label=label)
         fill = [colour if point["trained"] else "white" for point in points]
         axis.scatter(x, y, 22, fill, edgecolors=colour, zorder=3)
@@ -264,17 +279,29 @@ def draw_responses(axis, responses: dict) -> None:
 
 
 class Pictures:
-    """The pictures of a page, each once, as thumbnails; dialogues name them by number."""
+    """The pictures of a page, each once, as thumbnails; dialogues name them by number.
 
-    def __init__(self):
+    folders   no file from outside them is shown
+    """
+
+    def __init__(self, folders: list[str | Path]):
+        self.folders = [Path(folder).resolve() for folder in folders]
         self.uris = []
         self.numbers = {}
 
     def add(self, caption: str, key, read: Callable) -> dict:
-        """{"number" of the picture called `key`, None if unreadable, "caption"}; read() is asked once per key."""
+        """{"number" of the picture called `key`, "caption"}; read() is asked once per key.
+
+        key   the path of a file, or anything else;  the number is None for what is unreadable or not to be shown
+        """
         if key not in self.numbers:
-            self.numbers[key] = self.store(read)
+            hidden = isinstance(key, str) and not self.may_show(Path(key))
+            self.numbers[key] = None if hidden else self.store(read)
         return {"number": self.numbers[key], "caption": caption}
+
+    def may_show(self, path: Path) -> bool:
+        """Does a file lie in the folders, links followed?"""
+        return any(path.resolve().is_relative_to(folder) for folder in self.folders)
 
     def store(self, read: Callable) -> int | None:
         """A thumbnail of read(), an array or a PIL image -> its number."""

@@ -25,7 +25,7 @@ from extras.benches.files import parquet_rows, save_pictures, split_options
 from extras.scans.make import with_relative_paths
 from lib.distributed import fail, say
 from lib.records import save_jsonl
-from lib.stage import run_stage
+from lib.stage import hold, run_stage
 
 LETTER = re.compile(r"\s*\(?([A-E])(?:[).:]\s*.*)?\s*", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -165,7 +165,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--root", required=True, help="folder of the corpus")
     parser.add_argument("--out", help="folder of the files (default: out/<corpus>)")
     args = parser.parse_args(argv)
-    make_corpus(args.corpus, args.root, args.out or f"out/{args.corpus}")
+    args.out = args.out or f"out/{args.corpus}"
+    hold(args.out)
+    make_corpus(args.corpus, args.root, args.out)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data import worker
 from extras.scans.scene import read_scene, scene_ids
 from extras.scans.summary import SHEET_LINES, Summary, sheet_of
 from extras.scans.triples import RULES, Rules, write_triples
 from lib.distributed import fail, say
-from lib.records import PICTURES, SPLITS, disk, worker, write_json, write_text
+from lib.records import PICTURES, SPLITS, disk, write_json, write_text
+from lib.stage import hold
 from lib.streams import stable_hash, stream_seed
 
 VERSION = 4  # of a scan's report: another one is made again
@@ -57,6 +59,7 @@ def make_scans(
             f"{out} holds triples of something else, and they would be lost. Give {dataset} of {root} an --out of its "
             f"own: train_wm.py --data takes several folders."
         )
+    hold(out)
     places, by_list = places_and_lists(dataset, root, ids, lists)
     splits = {id: split_of(dataset, place, by_list, lists) for id, place in places.items()}
     ids = [id for id in ids if id in places]

@@ -20,7 +20,7 @@ from extras.scans.make import holds_others, with_relative_paths
 from lib.distributed import fail, global_sum, is_main, progress, say, setup, wait_for_all
 from lib.images import with_pictures
 from lib.records import SPLITS, disk, load_jsonl, read_log, save_jsonl
-from lib.stage import bounded, run_stage
+from lib.stage import bounded, hold, run_stage
 from lib.streams import stream_seed
 from policy import Policy, rollout
 from rewards import exact_match
@@ -167,6 +167,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Mine one corpus."""
     args = parse_args(argv)
+    hold(args.out)
     mine(args.questions, args.out, args.policy, args.samples, args.at_most, args.seed)
 
 

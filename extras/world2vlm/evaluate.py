@@ -19,7 +19,8 @@ from extras.world2vlm.rewards import BOX_PARTS, FULL, world2vlm
 from extras.world2vlm.words import TASKS
 from lib.distributed import Means, World, fail, is_main, say, setup, unsharded, wait_for_all
 from lib.records import disk, load_jsonl, read_log, save_jsonl, write_json
-from lib.stage import Clock, Flag, begin, finish, parse_flags, run_stage
+from lib.stage import Flag, begin, finish, parse_flags, run_stage
+from lib.streams import Clock
 from policy import Policy, rollout
 
 PARTS = ("total", "exact", "format", "action", "order", "numeric", "accuracy", *BOX_PARTS[2:])
@@ -104,8 +105,8 @@ def main(argv=None):
         (args.policy, "python -m extras.world2vlm.train"),
         (file, f"python -m extras.world2vlm.questions --out {args.data}"),
     ]
-    begin("world2vlm evaluate", args, FLAGS, needs)
     world, clock = setup(args.threads), Clock()
+    begin("world2vlm evaluate", args, FLAGS, needs)
     questions = load_jsonl(file)[: args.limit]
     if not questions:
         fail(f"{file} has no question.")

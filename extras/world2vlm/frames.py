@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data import build
 from extras.scans.make import split_of
 from extras.world2vlm.objects import TrackedBox, tracked_by_label
 from extras.world2vlm.questions import differ, records, write_motion_questions
@@ -38,7 +39,7 @@ from extras.world2vlm.words import ACTIONS, action_of, is_on_grid, motion_of
 from lib import images
 from lib.distributed import fail, say
 from lib.geometry import Motion, move_camera, phrase, project, unproject
-from lib.records import SPLITS, build
+from lib.records import SPLITS
 from lib.streams import numpy_stream
 
 MARGIN = {"meters": 0.5, "degrees": 20}  # between the amounts of a program and of a false claim

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import FIRST_ROOM
+from data import FIRST_ROOM, build
 from extras.world2vlm.objects import (
     MIN_AREA,
     MIN_CONFIDENCE,
@@ -67,10 +67,10 @@ from extras.world2vlm.words import (
 from lib.distributed import default_device, fail, say
 from lib.geometry import Motion, as_lists
 from lib.images import save_image
-from lib.records import SPLITS, build, save_jsonl
+from lib.records import SPLITS, save_jsonl
 from lib.rooms import TrueRenderer
 from lib.simulators import URLS, SimulatorError, find_weights, load_simulator
-from lib.stage import bounded, need, run_stage
+from lib.stage import bounded, hold, need, run_stage
 from lib.streams import numpy_stream
 
 PRIVATE = ("program", "label")  # of a record, for `validate` and `balanced`
@@ -431,6 +431,7 @@ def main(argv=None):
     from extras.world2vlm.scans import make_scan_questions
 
     args = parse_args(argv)
+    hold(args.out)
     simulator = None
     if args.teacher != "truth":
         if not args.teacher.startswith(URLS):

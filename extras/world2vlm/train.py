@@ -48,16 +48,14 @@ from lib.distributed import (
 from lib.images import load_image, with_pictures
 from lib.records import MetricLog, load_jsonl
 from lib.stage import (
-    Clock,
     Flag,
     Interrupt,
     begin,
     finish,
     parse_flags,
     run_stage,
-    set_learning_rate,
 )
-from lib.streams import rows_of_step, stream_seed
+from lib.streams import Clock, rows_of_step, set_learning_rate, stream_seed
 from policy import Policy, collate
 from train_sft import BETAS, supervised_loss
 
@@ -107,8 +105,8 @@ def main(argv: list[str] | None = None) -> None:
             f"python -m extras.world2vlm.questions --out {args.data}",
         ),
     ]
-    begin("world2vlm train", args, FLAGS, needs)
     world, out = setup(args.threads), Path(args.out)
+    begin("world2vlm train", args, FLAGS, needs)
     rows, held_out = questions_to_learn(args, world)
     lora_on_gpu = args.lora and world.device.type == "cuda"
     frozen_type = torch.bfloat16 if lora_on_gpu else torch.float32

@@ -26,16 +26,14 @@ from lib.dialogue import Trajectory
 from lib.distributed import progress, setup
 from lib.records import MetricLog
 from lib.stage import (
-    Clock,
     Flag,
     Interrupt,
     begin,
     finish,
     parse_flags,
     run_stage,
-    set_learning_rate,
 )
-from lib.streams import rows_of_step
+from lib.streams import Clock, rows_of_step, set_learning_rate
 from policy import Policy
 from train_rl import (
     BETAS,
@@ -111,8 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     for folder in args.data:
         make = f"python -m extras.world2vlm.questions --out {folder}"
         needs += [(Path(folder, f"questions_{split}.jsonl"), make) for split in ("train", "val")]
-    begin("world2vlm train_rl", args, MOTION_FLAGS, needs)
     world, out = setup(args.threads), Path(args.out)
+    begin("world2vlm train_rl", args, MOTION_FLAGS, needs)
     train, held_out = open_questions(args, world)
     policy = prepare(Policy.load(args.policy, world.device, torch.float32), args, world)
     start_policy = prepare(Policy.load(args.policy, world.device, torch.float32), args, world)

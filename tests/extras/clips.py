@@ -23,11 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data import FIRST_ROOM
+from data import FIRST_ROOM, build
 from lib.geometry import Motion, camera_pose, move_camera, phrase
 from lib.images import save_image
 from lib.questions import choose, facts
-from lib.records import build
 from lib.rooms import EYE, SIZE, random_room, render
 from lib.stage import say, write_json
 from lib.streams import numpy_stream

@@ -206,6 +206,33 @@ def test_a_field_that_a_server_does_not_know_is_left_out(capsys):
     assert "takes no seed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("where", ["head", "body"])
+def test_an_answer_has_one_deadline_however_it_drips(where):
+    """Neither the headers nor a body without a length may go on for ever, a byte at a time."""
+
+    def drip(request, handler):
+        head = b"HTTP/1.0 200 OK\r\n"
+        handler.wfile.write(head + (b"\r\n" if where == "body" else b"X-Pad: "))
+        for _ in range(150):
+            handler.wfile.write(b" ")
+            time.sleep(0.02)
+
+    def stop(*_):
+        raise AssertionError("was read to its end")
+
+    with Fake(drip) as fake, pytest.raises(SimulatorError, match="could not be reached .timed out"):
+        Endpoint(fake.url, "/x", timeout=0.3, tries=1).ask({}, stop)
+
+
+def test_a_view_as_a_data_uri_or_in_lines_is_read():
+    whole = base64.b64encode(png(picture(1))).decode()
+    lines = "\n".join(whole[k : k + 76] for k in range(0, len(whole), 76))
+    for data in ("data:image/png;base64," + whole, lines):
+        with Fake((200, {"data": [{"b64_json": data}]})) as fake:
+            (view,) = simulator_at(fake, tries=1).imagine([query(0)])
+        assert (view == picture(1)).all()
+
+
 def test_a_rate_limit_pauses_every_request_for_as_long_as_it_says(capsys):
     def steady(request, handler):
         time.sleep(0.05)
@@ -287,9 +314,10 @@ def test_a_bomb_is_not_unpacked():
 def test_the_key_is_sent_and_told_to_nobody(monkeypatch, capfd, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")  # as `export KEY=$(cat file)` may leave it
     refusal = refuses(f"Incorrect API key provided: {KEY}", 401)
-    with Fake(says("<answer>A</answer>"), refusal) as fake:
+    with Fake(says(f"<answer>A, says {KEY}</answer>"), refusal) as fake:
         policy = policy_at(fake)
         (dialogue,) = converse(policy, [question(1)], mode="direct")
+        assert dialogue.answer == "A, says [key]"
         dialogue.save(tmp_path)
         with pytest.raises(SimulatorError, match=r"401: Incorrect.*provided: \[key\]") as error:
             converse(policy, [question(2)], mode="direct")
@@ -548,6 +576,20 @@ def test_parameters_that_a_model_does_not_take_are_left_out():
     refusal = "Unsupported value: 'temperature' does not support 0 with this model."
     dialogue, sent = talk(refuses(refusal), ANSWER)
     assert dialogue.answer == "A" and "temperature" in sent[0] and "temperature" not in sent[1]
+
+
+def test_a_server_that_knows_the_token_limit_by_its_older_name_is_told_it_so():
+    """Left out, the server's own limit would cut the replies. What it says of the value then is final."""
+    unknown = {"loc": ["body", "max_completion_tokens"], "msg": "Extra inputs are not permitted"}
+    dialogue, sent = talk((422, {"detail": [unknown]}), ANSWER)
+    limits = [{k: v for k, v in fields.items() if "tokens" in k} for fields in sent]
+    assert limits == [{"max_completion_tokens": 4096}, {"max_tokens": 4096}]
+    assert dialogue.answer == "A"
+    too_many = refuses("max_tokens is too large: 4096")
+    with Fake((422, {"detail": [unknown]}), too_many) as fake:
+        with pytest.raises(SimulatorError, match="max_tokens is too large"):
+            converse(policy_at(fake), [question(0)])
+    assert len(fake.requests) == 2
 
 
 def test_a_refused_question_costs_the_others_nothing():

@@ -127,6 +127,45 @@ def test_pictures_stand_in_the_page_once_and_dialogues_name_them(page):
     )  # the missing one
 
 
+def test_the_page_can_be_handed_on(page, tmp_path, monkeypatch):
+    """No absolute path, no picture from outside the data folder, no key, whatever rows and errors say."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
+    secret = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
+    save_image(tmp_path / "secret.png", secret)
+    save_image(tmp_path / "data" / "given.png", 255 - secret)
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
+    names = ("given.png", "../secret.png", "link.png")
+    images = [str(tmp_path / "data" / name) for name in names] + [str(tmp_path / "secret.png")]
+    question = {**page[1][0]["question"], "images": images, "question": "a/b \ud800 </x> $x^{"}
+    error = f"image: The image {images[3]} is read by sk-0123456789 of file://{images[0]}."
+    record = {**page[1][0], "question": question, "error": error, "run": f"forced, {tmp_path}/wm"}
+    report.write(tmp_path / "one.html", "one", dialogues=[record], data=tmp_path / "data")
+    html = (tmp_path / "one.html").read_text()
+    assert str(tmp_path.parent) not in html and "sk-" not in html and "a/b ?" in html
+    assert "image: The image …/secret.png is read by [key] of …/given.png." in html
+    assert "forced, …/wm" in html and html.count("(no picture)") == 3
+    assert len(json.loads(re.search(r'id="pictures">(.*?)</script>', html)[1])) == 1
+
+
+def test_names_are_no_formulas():
+    """Matplotlib would refuse "$x^{" as mathematics, and would leave "_y" out of a legend."""
+    pytest.importorskip("matplotlib")
+    summary = {"accuracy": 0.5, "ci95": (0.4, 0.6), "call_rate": 0.0}
+    results = {"modes": {"direct": summary | {"by_category": {"$x^{": summary, "_y": summary}}}}
+    assert report.figure_image(report.workflow(results)).width > 100
+    point = {"amount": 1.0, "median": 1.0, "low": 1.0, "high": 1.0, "trained": True}
+    dose = {f"out/{name}": {"+dangle": {"slope": 1.0, "points": [point]}} for name in ("_y", "$")}
+    labels = []
+
+    def draw(pyplot):
+        figure = report.dose_curves(dose)(pyplot)
+        labels.extend(text.get_text() for text in figure.axes[0].get_legend().get_texts())
+        return figure
+
+    assert report.figure_image(draw).width > 100
+    assert labels == ["slope 1.00: _y", "slope 1.00: $"]
+
+
 def test_a_thousand_dialogues_are_light(page, tmp_path):
     """A dialogue more is less than 4 kB more: its pictures stand in the page already."""
     sizes = []
@@ -142,7 +181,7 @@ def test_large_pictures_become_thumbnails_and_videos_show_some_frames(page, tmp_
     )
     question = {**page[1][0]["question"], "images": [str(tmp_path / "large.jpg")] * 50}
     told = {**page[1][0], "calls": [], "question": question}
-    pictures = report.Pictures()
+    pictures = report.Pictures([tmp_path])
     report.dialogue_data(told, pictures, tmp_path)
     html = shown(told, tmp_path)
     assert "12 of 50 images are shown" in html and "Image-50" in html

@@ -260,6 +260,29 @@ def test_too_many_waiting_requests_are_told_to_come_back():
     assert len(views) == 3
 
 
+def test_a_body_that_comes_slowly_holds_no_place():
+    body, content_type = order()
+    head = f"POST {PATH} HTTP/1.1\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}"
+    with running(Mirror(), max_waiting=1) as server:
+        with socket.create_connection(("127.0.0.1", server.server_port), 5) as slow:
+            slow.sendall(f"{head}\r\n\r\n".encode() + body[:50])
+            time.sleep(0.1)  # it is being read
+            assert send(server, *order())[0] == 200
+            slow.sendall(body[50:])
+            assert b" 200 " in slow.recv(1000)
+
+
+def test_errors_have_the_form_of_openai():
+    with running(Mirror()) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+        body, content_type = order(seed="seven")
+        connection.request("POST", PATH, body, {"Content-Type": content_type})
+        error = json.loads(connection.getresponse().read())["error"]
+    sentence = error.pop("message")
+    assert error == {"type": "invalid_request_error", "param": "seed", "code": None}
+    assert sentence.startswith("seed must be")
+
+
 def test_forms_of_other_clients_are_understood():
     """`image` as well as `image[]`, JPEG, fields that would change nothing, a quoted boundary, no seed."""
     file = io.BytesIO()
