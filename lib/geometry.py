@@ -155,7 +155,7 @@ def angles_of(c2w: Array) -> Array:
     (up: the bottom) of its picture points, and its roll is nan: no motion can be told of it (`dominant_component`).
     """
     down, look = c2w[..., :3, 1], c2w[..., :3, 2]
-    vertical = np.abs(look[..., 1]) > np.cos(np.radians(VERTICAL))
+    vertical = np.abs(look[..., 1]) > np.cos(np.radians(VERTICAL)) + 1e-6
     ahead = np.where(vertical[..., None], -np.sign(look[..., 1:2]) * down, look)
     heading = np.arctan2(ahead[..., 0], ahead[..., 2])
     pitch = np.arctan2(-look[..., 1], np.hypot(look[..., 0], look[..., 2]))

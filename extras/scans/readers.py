@@ -419,7 +419,7 @@ def plain_folder(folder: Path) -> Scene:
       {"frames": [{"image": "rgb/0.jpg", "depth": "depth/0.png", "c2w": [4 rows of 4], "intrinsics": [3 rows of 3]}],
        "intrinsics": [3 rows of 3],     of all frames that give none
        "depth_scale": 1000,             units of a 16-bit depth PNG per metre (default 1000); a .npy holds float metres
-       "up": [0, 0, 1],                 of your world, away from gravity (default: the mean of minus the cameras' y axes)
+       "up": [0, 0, 1],                 of your world, away from gravity (default: as the cameras stand, frames.up_of)
        "metric": true}                  false if the unit of length is not known (default true)
     Frames stand in capture order. c2w: camera to world, OpenCV axes. Intrinsics are the image's, in pixels, with
     centres at +0.5: the middle of the picture is (W / 2, H / 2). Depth is along the optical axis, 0 = unknown, from the

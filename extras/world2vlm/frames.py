@@ -171,7 +171,8 @@ def turn_fit(source: np.ndarray, target: np.ndarray, turn: Motion) -> float:
     """Correlation of a picture with what a turn of the camera makes of another, where both see the same.
 
     A mere turn moves every pixel alike, whatever its depth. nan if they share less than a tenth of the picture. They
-    are taken to be 90 degrees wide, as SVC renders; others lie further off, on the same side.
+    are taken to be 90 degrees wide, as SVC renders, and level, as World2VLM has its cameras; others lie further off,
+    on the same side.
     """
     height, width = target.shape[:2]
     K = np.array([[width / 2, 0, width / 2], [0, width / 2, height / 2], [0, 0, 1]])

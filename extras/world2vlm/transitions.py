@@ -116,7 +116,7 @@ def actions_of(program: Program) -> tuple[str, ...]:
 
 
 def end_pose(c2w: np.ndarray, program: Program) -> np.ndarray:
-    """Where the camera (4, 4) stands after a program: each motion is in the axes that the one before it left."""
+    """Where the camera (4, 4) stands after a program: each motion starts where the one before it ended."""
     for motion in program:
         c2w = move_camera(c2w, motion)
     return c2w
