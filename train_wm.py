@@ -51,8 +51,8 @@ SCANS = [f"out/{name}" for name in ("scannet", "scannetpp", "matterport", "arkit
 # are full, so that 17,000 updates are two epochs of the paper's 544,197 triples.
 # View consistency is on in both: in rooms it brings .03 of pose at 64 pixels and nothing at 32 (docs/view-consistency.md).
 # A scan's warp is rougher than a room's, so astra's weight is small: it draws x0_hat to the warp by 0.1 t^2 / (1 + 0.1 t^2),
-# 9 % of the way in pure noise, 2 % at t = 0.5. Its price, counted at 1024 x 768, four context views and full groups: one more picture
-# encoded per target, 3.6 TFLOP of the 580 that it costs, and 0.8 MB of latents on the GPU.
+# 9 % of the way in pure noise, 2 % at t = 0.5. Its price, counted at 1024 x 768, four context views and full groups: one
+# more picture encoded per target, 3.6 TFLOP of the 580 that it costs, and 0.8 MB of latents on the GPU.
 # tiny takes many small updates: at equal targets seen, 500 updates of 28 reach `nearest` .7 to .8, 250 of 55 only .3.
 FLAGS = [
     Flag("--data", ["out/data"], SCANS, "folders with triples_{train,val}.jsonl, one per dataset"),
