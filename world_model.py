@@ -10,6 +10,7 @@ It is trained by flow matching: x_t = (1 - t) x0 + t eps, v = eps - x0, t = 1 is
 by Euler steps from t = 1 to t = 0, the context read once into a memory, guided away from "no sentence" and "no images".
 
   python world_model.py --images a.png b.png --reference 2 --motion "turn left 30 degrees" --out view.png
+  python world_model.py --interactive       # look around in a room, key by key
 
 `python -m extras.remote.serve` makes it an endpoint that many can share.
 """
@@ -490,18 +491,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's flags."""
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    p.add_argument("--images", nargs="+", required=True, help="context views in order")
+    p.add_argument("--interactive", action="store_true", help="look around in a room, by keys")
+    p.add_argument("--images", nargs="+", help="context views in order")
     p.add_argument("--reference", type=int, default=1, help="image that the motion starts from")
-    p.add_argument("--motion", required=True, help='such as "move 1.5 meters forward"')
+    p.add_argument("--motion", help='such as "move 1.5 meters forward"')
     p.add_argument("--out", default="view.png", help="the picture to write")
     p.add_argument("--model", help="folder or Hugging Face id; default: out/wm or out/demo/wm")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
     add_sampler_flags(p)
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    of_a_picture = [flag for flag in (args.images, args.motion) if flag]
+    if len(of_a_picture) != (0 if args.interactive else 2):
+        p.error("give --images and --motion, or --interactive alone")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Imagine one view and save it."""
+    """Imagine one view and save it, or look around."""
     args = parse_args(argv)
     path = args.model or newest(("wm",))
     if not path:
@@ -512,6 +518,11 @@ def main(argv: list[str] | None = None) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     options = sampler_options(args)
     try:
+        if args.interactive:
+            from extras.report.look import look_around
+
+            look_around(WorldModel.load(path, device, dtype, **options))
+            return
         # the motion first: its error should not wait for the weights
         sentence = instruction(read_phrase(args.motion), args.reference)
         images = [load_image(image) for image in args.images]

@@ -157,7 +157,7 @@ def tokens_table(r: Recording) -> str:
     t = r.rollouts[r.example]
     rows = []
     for j, token in enumerate(t.ids):
-        logprob = f"{t.logprobs[j]:.4f}" if t.loss_mask[j] else ""
+        logprob = f"{t.logprobs[j]:.4f}" if t.loss_mask[j] else None
         text = on_one_line(r.tokens[r.example][j])
         rows.append([text, j, token, t.loss_mask[j], *t.positions[j], logprob])
     head = ["text", "token", "id", "mask", "time", "row", "column", "log-prob"]
@@ -265,9 +265,9 @@ def clip_table(r: Recording) -> str:
         cells = [name, f"{ratio * old:.4f}", f"{ratio:.3f}"]
         for high in (0.2, 0.28):
             surrogate = surrogate_by_hand(ratio, advantage, high)
-            cells += [f"{surrogate:.4f}", "up" if ratio < 1 + high else "-"]
+            cells += [f"{surrogate:.4f}", "up" if ratio < 1 + high else None]
         rows.append(cells)
-    head = ["", "p", "ratio", "clipped at 1.2", "", "clipped at 1.28", ""]
+    head = ["", "p", "ratio", "clipped at 1.2", "push", "clipped at 1.28", "push"]
     text = on_one_line(r.tokens[i][j])
     title = f"token {j} of rollout {i + 1}, {text}, A = {advantage:+.4f}\n"
     return title + text_table(head, rows)
@@ -293,8 +293,9 @@ def loss_table(r: Recording) -> str:
     for ratio in ([np.ones_like(ratio) for ratio in ratios], ratios):
         losses.append(loss_by_hand(ratio, advantages))
     sums = [f"{-loss * tokens:+.4f}" for loss in losses]
-    rows.append(["sum", "", tokens, *sums, sum(row[-1] for row in rows)])
-    rows.append([f"loss = -sum / {tokens}", "", "", *(f"{loss:+.6f}" for loss in losses), ""])
+    rows.append(["sum", None, tokens, *sums, sum(row[-1] for row in rows)])
+    losses = [f"{loss:+.6f}" for loss in losses]
+    rows.append([f"loss = -sum / {tokens}", None, None, *losses, None])
     return text_table(["", "A", "tokens", "before", "after", "silent"], rows)
 
 

@@ -111,3 +111,10 @@ def test_texts_masks_and_positions_of_the_recorded_tokens(recording):
 def test_a_recording_is_small():
     size = sum(file.stat().st_size for file in one_step.RECORDING.glob("**/*") if file.is_file())
     assert size < 300_000
+
+
+def test_recording_without_a_demo_is_a_sentence_and_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="`make demo` makes it"):
+        one_step.main(["--record"])
+    assert (one_step.RECORDING / "recording.json").exists()
