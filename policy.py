@@ -24,23 +24,40 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
-from transformers.utils import cached_file, logging
+from transformers import AutoImageProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.utils import logging
 
+from lib.bagel_files import (
+    check_finite,
+    complain,
+    find_folder,
+    from_library,
+    load_tokenizer,
+    misfits,
+    read_json,
+)
+from lib.checkpoints import contents
 from lib.dialogue import Trajectory
 from lib.distributed import default_device, fail
 from lib.images import check_shape, load_image
-from lib.protocol import NO_SIMULATOR, NOTE, PHRASES
+from lib.protocol import CHAT_TEMPLATE, NO_SIMULATOR, NOTE, PHRASES
+from lib.records import write_json
 from lib.rollout import Layout, Writer
 from lib.simulators import NO_VIEW, imagine_each, load_simulator
 from lib.stage import bounded, newest, run_stage
 from lib.streams import stream_seed, torch_stream
-from lib.tiny import MOTION_PHRASES, stamp, tiny_policy_config, tiny_tokenizer
+from lib.tiny import IMAGE_SETTINGS, MOTION_PHRASES, stamp, tiny_policy_config, tiny_tokenizer
 
 logging.disable_progress_bar()  # of loading and saving: seconds at most, inside our own bars
+logging.set_verbosity_error()  # what does not fit is said in our own sentences
 
 TOWER_TOKENS = 16_384  # of the vision tower at a time: 64 images of 512 x 512
 HEAD_TOKENS = 512  # of the language head at a time: 0.3 GB of logits with the published vocabulary
+VIDEOS = "video_preprocessor_config.json"
+# what servers read and we do not: kept as it came
+SERVED = (VIDEOS, "processor_config.json", "chat_template.json")
+# buffers in files of old versions: every model computes them
+COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 
 # ---- weights, tokens, pixels ----------------------------------------------------------------------------------------
 
@@ -52,6 +69,7 @@ class Policy:
     encode_text   text -> token ids
     image_config  preprocessor_config.json: patch_size, merge_size, size (limits of the area in pixels); "stamped" is
                   true of a tiny policy alone: its images carry their number (lib.tiny.stamp), its turns are short
+    served        {name: content} of json files that only servers read (SERVED)
     banned        (vocabulary,) bool: special tokens a policy must not write, so that it cannot promise an image
     """
 
@@ -63,6 +81,7 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.image_config = image_config
+        self.served = {}
         self.vision = model.model.visual
         self.device = model.lm_head.weight.device
         self.image_token_id = model.config.image_token_id
@@ -80,6 +99,7 @@ class Policy:
     def tiny(cls, seed: int = 0, device="cpu", **sizes: int) -> "Policy":
         """Random weights, 1.9 M of them. sizes: those of `lib.tiny.tiny_policy_config` to depart from."""
         tokenizer = tiny_tokenizer(PHRASES + MOTION_PHRASES)
+        tokenizer.chat_template = CHAT_TEMPLATE
         config, images = tiny_policy_config(tokenizer, **sizes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed("weights", seed, "policy"))
@@ -92,28 +112,41 @@ class Policy:
 
         dtype   None: to answer questions, that is bf16 on a GPU, else the checkpoint's own
         The hub id of the paper's base is Qwen/Qwen3-VL-8B-Instruct. Ends the program with a sentence if there is no
-        checkpoint or it cannot be read.
+        checkpoint, or one that does not fit: nothing is drawn at random, and no setting is ignored.
         """
         dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else "auto")
         try:
-            images = json.loads(Path(cached_file(path, "preprocessor_config.json")).read_text())
-            model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype)
-            return cls(model.to(device).eval(), AutoTokenizer.from_pretrained(path), images)
-        except Exception as error:  # files, JSON, safetensors and the hub each have their own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            fail(
-                f"No policy could be read from {path}: {reason} A tiny one is made by: python train_sft.py"
-            )
+            folder = find_folder(path)
+            config = read_config(folder)
+            images = read_image_config(folder, config)
+            tokenizer = read_tokenizer(folder, config)
+            check_weights(folder, config)
+            read = partial(Qwen3VLForConditionalGeneration.from_pretrained, use_safetensors=True)
+            model = from_library(partial(read, dtype=dtype), folder, "weights").to(device)
+            check_finite(folder, model.state_dict().items())
+            policy = cls(model.eval(), tokenizer, images)
+            for name in SERVED:
+                if (folder / name).exists():
+                    policy.served[name] = read_json(folder / name)
+            return policy
+        except (OSError, ValueError) as error:
+            hint = "A tiny one is made by: python train_sft.py"
+            fail(f"No policy could be read from {path}: {error} {hint}")
 
     def save(self, folder: str | Path, state_dict: dict | None = None) -> None:
-        """Write weights, tokenizer and image preparation in the public layout.
+        """Write weights, tokenizer and image preparation in the public layout, and what servers want beside them.
 
         state_dict   the whole weights, gathered, if the model itself is sharded
         """
+        folder = Path(folder)
         self.model.save_pretrained(folder, state_dict=state_dict)
         self.tokenizer.save_pretrained(folder)
-        text = json.dumps(self.image_config, indent=1) + "\n"
-        (Path(folder) / "preprocessor_config.json").write_text(text)
+        images = self.image_config | {"processor_class": "Qwen3VLProcessor"}
+        write_json(folder / "preprocessor_config.json", images)
+        videos = {key: value for key, value in images.items() if key != "image_processor_type"}
+        served = {VIDEOS: videos | {"video_processor_type": "Qwen3VLVideoProcessor"}}
+        for name, content in (served | self.served).items():
+            write_json(folder / name, content)
 
     @property
     def turn_limit(self) -> int:
@@ -221,6 +254,78 @@ class Policy:
         """The language head: hidden states (..., width) -> logits (..., vocabulary), float32."""
         logits = self.model.lm_head(hidden).float()
         return logits.masked_fill(self.banned, -1e9)  # exp gives exactly 0
+
+
+# ---- a folder that somebody else may have written -------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> Qwen3VLConfig:
+    """config.json. Raises ValueError if it is no Qwen3-VL's."""
+    family = read_json(folder / "config.json").get("model_type")
+    if family != "qwen3_vl":
+        raise ValueError(
+            f"{folder}/config.json is of a {family!r}, and the policy is a 'qwen3_vl', such as "
+            f"Qwen/Qwen3-VL-8B-Instruct."
+        )
+    return from_library(Qwen3VLConfig.from_pretrained, folder, "config")
+
+
+def read_image_config(folder: Path, config: Qwen3VLConfig) -> dict:
+    """preprocessor_config.json, or what processor_config.json nests of it. Raises ValueError if `pixels` does otherwise."""
+    processor = from_library(AutoImageProcessor.from_pretrained, folder, "preprocessor_config.json")
+    images = json.loads(processor.to_json_string())
+    vision = config.vision_config
+    expected = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
+    wrong = []
+    for key, value in (IMAGE_SETTINGS | expected).items():
+        if images.get(key) != value:
+            wrong.append(f"{key} is {images.get(key)!r}, not {value!r}")
+    size = images.get("size") or {}
+    smallest, largest = size.get("shortest_edge"), size.get("longest_edge")
+    if type(smallest) is not int or type(largest) is not int or not 0 < smallest <= largest:
+        wrong.append(f"size is {size}, not {{shortest_edge, longest_edge}}: two areas in pixels")
+    remedy = "Take preprocessor_config.json from the checkpoint that it was trained from."
+    complain(f"The image settings in {folder} are not a Qwen3-VL's", wrong, remedy)
+    return images
+
+
+def read_tokenizer(folder: Path, config: Qwen3VLConfig):
+    """The tokenizer. Raises ValueError if it cannot end a turn or pad a row, or numbers its tokens otherwise."""
+    tokenizer = load_tokenizer(folder, config.text_config.vocab_size)
+    wrong = []
+    if tokenizer.eos_token != "<|im_end|>":
+        wrong.append(f"its end token is {tokenizer.eos_token}, not <|im_end|>")
+    if tokenizer.pad_token_id is None:
+        wrong.append("it has no pad token")
+    ids = tokenizer.get_vocab()
+    for name in ("vision_start", "vision_end", "image"):
+        token = "<|image_pad|>" if name == "image" else f"<|{name}|>"
+        number = getattr(config, f"{name}_token_id")
+        if ids.get(token) != number:
+            wrong.append(f"{token} is {ids.get(token)}, in config.json {number}")
+    remedy = "Take tokenizer_config.json from the checkpoint that it was trained from."
+    complain(f"The tokenizer in {folder} is not a Qwen3-VL's", wrong, remedy)
+    return tokenizer
+
+
+def check_weights(folder: Path, config: Qwen3VLConfig) -> None:
+    """Raise ValueError unless the files hold every tensor of the model, in its shape, and nothing else."""
+    files = [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and not files[0].exists():
+        shards = dict(read_json(index).get("weight_map") or {}).values()
+        files = [folder / str(shard) for shard in sorted(set(shards))]
+    tensors = {}
+    for file in files:
+        tensors |= contents(file)
+    tensors = {name: x for name, x in tensors.items() if not name.endswith(COMPUTED)}
+    with torch.device("meta"):
+        model = from_library(lambda _: Qwen3VLForConditionalGeneration(config), folder, "config")
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings and "lm_head.weight" not in tensors:
+        del expected["lm_head.weight"]  # the embedding is the head
+    remedy = "Fetch it again, or save the whole model anew under transformers' own names."
+    complain(f"{folder} does not fit its config.json", misfits(expected, tensors), remedy)
 
 
 # ---- sampling dialogues ---------------------------------------------------------------------------------------------

@@ -33,8 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lib import distributed, stage
-from lib.bagel import LATENT_PATCH, MAX_IMAGES, patchify, token_grid
-from lib.bagel_files import resize, to_pixels
+from lib.bagel import LATENT_PATCH, MAX_IMAGES, patchify, resize, to_pixels, token_grid
 from lib.checkpoints import load_state, save_state, training_tensors
 from lib.distributed import fail, is_main
 from lib.geometry import Motion, Query, instruction, phrase
@@ -221,8 +220,8 @@ class Encoder:
 
     folder   keeps its moments of each picture (posterior mean and log-variance) on disk as fp16; None: no folder.
     Without it every epoch would encode every picture again; the draw from the posterior stays fresh. A picture is known
-    by its contents, so one that was made anew or mirrored is another. What is not drawn, the warp of a single target, is
-    not kept: 0.8 MB each would spare one encoding in two epochs.
+    by its contents, so one that was made anew or mirrored is another; each autoencoder has a folder of its own. What is
+    not drawn, the warp of a single target, is not kept: 0.8 MB each would spare one encoding in two epochs.
     """
 
     def __init__(self, model: WorldModel, folder: str | None = None):
@@ -242,11 +241,12 @@ class Encoder:
     def stored_moments(self, image):
         """Mean and log-variance (1, c, 2 h, 2 w) from the folder, computed where they are not there yet."""
         name = hashlib.sha256(image.tobytes() + str(image.shape).encode()).hexdigest()[:24]
-        path = Path(self.folder, name[:2], f"{name}.safetensors")
+        path = Path(self.folder, self.autoencoder.fingerprint, name[:2], f"{name}.safetensors")
         if not path.exists():
             mean, log_variance = self.autoencoder.moments(to_pixels(image[None]).to(self.device))
+            moments = {"mean": mean, "log_variance": log_variance}
             with whole_file(path) as beside:  # two ranks may meet here
-                save_file({"mean": mean.half(), "log_variance": log_variance.half()}, beside)
+                save_file({key: x.half().contiguous() for key, x in moments.items()}, beside)
         tensors = load_file(path)
         return tensors["mean"].float(), tensors["log_variance"].float()
 
@@ -453,7 +453,9 @@ def load_model(args: Namespace, world: distributed.World, most: int) -> WorldMod
     frozen_in_bf16 = args.lora and world.device.type == "cuda"
     dtype = torch.bfloat16 if frozen_in_bf16 else torch.float32
     try:
-        return WorldModel.load(args.init, world.device, dtype, prepare)
+        model = WorldModel.load(args.init, world.device, dtype, prepare)
+        model.check_tables()
+        return model
     except (OSError, ValueError) as error:
         fail(f"--init {args.init}: {error}")
 

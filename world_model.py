@@ -35,12 +35,15 @@ from lib.bagel import (
     Config,
     ContextImage,
     ContextText,
+    PixelLatents,
     PositionTable,
     Settings,
+    resize,
+    to_images,
+    to_pixels,
     token_grid,
     unpatchify,
 )
-from lib.bagel_files import resize, to_images, to_pixels
 from lib.checkpoints import contents
 from lib.distributed import default_device, fail, say
 from lib.geometry import Query, instruction, read_phrase, renumbered, select_context
@@ -252,8 +255,8 @@ class WorldModel:
         self.layout = layout or {name: tensor.to("meta") for name, tensor in state.items()}
         self.settings = network.config.settings
         self.warned = False  # that not all images are shown
-        names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
-        self.bos, self.eos, *network.markers = tokenizer.convert_tokens_to_ids(names)
+        ids = tokenizer.convert_tokens_to_ids(bagel_files.MARKERS)
+        self.bos, self.eos, *network.markers = ids
 
     @property
     def device(self):
@@ -266,7 +269,7 @@ class WorldModel:
         """About 2 M parameters for size x size pictures, random weights; `changes` are fields of Settings."""
         from lib.tiny import tiny_bagel_files, tiny_tokenizer
 
-        tokenizer, autoencoder = tiny_tokenizer(), bagel_files.PixelLatents()
+        tokenizer, autoencoder = tiny_tokenizer(), PixelLatents()
         files = tiny_bagel_files(size, len(tokenizer))
         settings = Settings(**files["config"]["astra"] | changes)
         files["config"] = {"astra": dataclasses.asdict(settings)}
@@ -294,14 +297,16 @@ class WorldModel:
                   reads its own rows only
         int8      weights of 8 bits (extras/int8.py), to imagine with;  changes: fields of Settings, as for `imagine`
         """
-        import transformers
-
-        folder = bagel_files.find_checkpoint(path)
+        try:
+            folder = bagel_files.find_folder(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error} `python train_wm.py` makes one in out/wm.") from error
         files = bagel_files.read_files(folder)
-        file = folder / bagel_files.NETWORK
+        file = bagel_files.weights_file(folder, bagel_files.NETWORK)
         layout = contents(file)
         with torch.device("meta"):
             network = Bagel(Config.read(files, *bagel_files.table_sizes(file, layout)))
+        tokenizer = bagel_files.load_tokenizer(folder, network.config.vocabulary)
         if prepare:
             prepare(network)
         bagel_files.load_network(network, file, "cpu" if int8 else device, dtype)
@@ -310,13 +315,13 @@ class WorldModel:
 
             quantise_bagel(network, device)
         if network.config.settings.latent == "pixels":
-            autoencoder = bagel_files.PixelLatents()
+            autoencoder = PixelLatents()
         else:
-            autoencoder = bagel_files.FluxLatents(folder / bagel_files.AUTOENCODER).to(device)
-        # Qwen2's tokenizer (vocab.json and merges.txt), or the tiny one
-        whole = (folder / "tokenizer.json").exists()
-        kind = transformers.PreTrainedTokenizerFast if whole else transformers.AutoTokenizer
-        model = cls(network, autoencoder, kind.from_pretrained(folder), files, layout)
+            weights = bagel_files.weights_file(folder, bagel_files.AUTOENCODER)
+            autoencoder = bagel_files.FluxLatents(weights).to(device)
+        if LATENT_PATCH**2 * autoencoder.channels != network.config.token_channels:
+            raise ValueError(f"The autoencoder in {folder} is not the one that {file} reads.")
+        model = cls(network, autoencoder, tokenizer, files, layout)
         model.settings = dataclasses.replace(model.settings, **changes)
         return model
 
@@ -329,6 +334,18 @@ class WorldModel:
             tensors = self.network.state_dict().items()
         beside = (self.files, self.tokenizer, self.autoencoder)
         bagel_files.write_checkpoint(folder, tensors, self.layout, *beside)
+
+    def check_tables(self) -> None:
+        """Raise ValueError if a picture within the limits may have no place in a position table."""
+        s, c = self.settings, self.network.config
+        vae = ("vae_limits", s.vae_limits, LATENT_PATCH * self.autoencoder.cell, c.latent_grid)
+        vit = ("vit_limits", s.vit_limits, c.vit_patch, c.vit_grid)
+        for name, (longest, _, stride), side, grid in (vae, vit):
+            if round(longest / stride) * stride > side * grid:
+                raise ValueError(
+                    f"The position table has {grid} places a side, for {side * grid} pixels, and pictures have up to "
+                    f'{longest}: lower {name} under "astra" in config.json.'
+                )
 
     # ---- a query as the network is shown it
 

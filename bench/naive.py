@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LogitsProcessorList
 
-from lib.bagel import GEN, LATENT_PATCH, patchify, unpatchify
-from lib.bagel_files import resize, to_images
+from lib.bagel import GEN, LATENT_PATCH, patchify, resize, to_images, unpatchify
 from lib.geometry import renumbered
 from lib.rollout import sample_tokens
 

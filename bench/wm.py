@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from bench import naive
 from bench.timing import best_matmul_rate, print_json, sustained_matmul_rate
 from data import MOTIONS
-from lib.bagel import LATENT_PATCH, Bagel, Config, Settings
-from lib.bagel_files import resized
+from lib.bagel import LATENT_PATCH, Bagel, Config, Settings, resized
 from lib.distributed import keep_freed_memory
 from lib.geometry import Query, instruction
 from lib.rooms import random_room, render, ring

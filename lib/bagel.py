@@ -22,10 +22,13 @@ are decided without waiting for the device.
 """
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,6 +36,29 @@ from lib.packing import NEVER_SEEN, Pack, Tokens, make_attention, table_ids
 
 GEN = "_moe_gen"  # what the generation expert's modules are called after the understanding expert's
 LATENT_PATCH = 2  # latent cells per token and side
+BAGEL_MAX_PIXELS = 14 * 14 * 9 * 1024  # of a picture that BAGEL is shown
+SIZES = {  # that the json files must tell, and what must not differ where they tell it
+    "llm_config": (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+    ),
+    "vit_config": (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "patch_size",
+        "image_size",
+    ),
+}
+CHOICES = {"prediction": ("velocity", "x0"), "latent": ("flux", "pixels")}  # of Settings
+FIXED = {
+    "llm_config": {"model_type": "qwen2", "hidden_act": "silu", "rope_scaling": None},
+    "vit_config": {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"},
+}
 MAX_IMAGES = 8  # context images that Settings.learned_places can number
 
 
@@ -53,7 +79,7 @@ class Settings:
     # sin-cos tables for the one and only RoPE for the other; random embeddings are told apart from the first step.
     learned_places: bool = False
     max_context: int = 4  # images shown at most: the reference and its nearest neighbours
-    latent: str = "flux"  # "flux", or "pixels": no autoencoder (lib/bagel_files.PixelLatents)
+    latent: str = "flux"  # "flux", or "pixels": no autoencoder (PixelLatents)
     vae_limits: tuple = (1024, 512, 16)  # (max_side, min_side, stride) of the pictures, pixels
     vit_limits: tuple = (980, 224, 14)
     # the sampler; BAGEL's numbers for editing
@@ -65,6 +91,36 @@ class Settings:
     renorm_min: float = 0.0
     interval: tuple = (0.0, 1.0)  # guide only while low < t <= high
     taylor: bool = False  # approximate: compute one step in three (world_model.TaylorSeer)
+
+    @classmethod
+    def read(cls, astra: dict) -> "Settings":
+        """From config.json. Raises ValueError for names that are no fields, and values of another kind."""
+        defaults = {field.name: field.default for field in fields(cls)}
+        settings = {}
+        for key, value in astra.items():
+            value = tuple(value) if isinstance(value, list) else value
+            if key not in defaults:
+                raise ValueError(
+                    f"config.json asks for {key}, which this version of the code does not know."
+                )
+            if not cls.takes(key, value, defaults[key]):
+                raise ValueError(
+                    f"config.json: {key} is {value!r}, which is nothing like {defaults[key]!r}."
+                )
+            settings[key] = value
+        return cls(**settings)
+
+    @classmethod
+    def takes(cls, key, value, default) -> bool:
+        """Whether a value is of its default's kind; whole numbers begin at 1, words are those of CHOICES."""
+        if isinstance(default, tuple):
+            fits = isinstance(value, tuple) and len(value) == len(default)
+            return fits and all(map(partial(cls.takes, key), value, default))
+        if isinstance(default, float):
+            return type(value) in (int, float)
+        if type(default) is int:
+            return type(value) is int and value > 0
+        return type(value) is type(default) and value in CHOICES.get(key, (value,))
 
 
 @dataclass(frozen=True)
@@ -93,15 +149,23 @@ class Config:
     def read(cls, files: dict, vocabulary: int, latent_grid: int, token_channels: int) -> "Config":
         """From the contents of the json files, by their names; the numbers stand in no file (`bagel_files.table_sizes`).
 
-        Raises ValueError where "astra" holds what this code does not know, a departure it could only ignore.
+        Raises ValueError for sizes that are none, and for what this code could only ignore: it would compute another thing.
         """
         llm, vit, astra = files["llm_config"], files["vit_config"], files["config"].get("astra", {})
-        if unknown := set(astra) - {field.name for field in fields(Settings)}:
+        for name, sizes in SIZES.items():
+            for key in sizes:
+                if type(files[name].get(key)) is not int or files[name][key] < 1:
+                    raise ValueError(f"{name}.json: {key} is {files[name].get(key)!r}, not a size.")
+            for key, value in FIXED[name].items():
+                if files[name].get(key, value) != value:
+                    raise ValueError(
+                        f"{name}.json: {key} is {files[name][key]!r}; BAGEL's is {value!r}."
+                    )
+        settings = Settings.read(astra)
+        if settings.learned_places and settings.max_context > MAX_IMAGES:
             raise ValueError(
-                f"config.json asks for {', '.join(sorted(unknown))}, which this version of the code does "
-                f"not know: it would compute something else."
+                f"config.json: max_context is {settings.max_context}, over {MAX_IMAGES}."
             )
-        settings = {key: tuple(v) if isinstance(v, list) else v for key, v in astra.items()}
         return cls(
             width=llm["hidden_size"],
             layers=llm["num_hidden_layers"],
@@ -109,7 +173,7 @@ class Config:
             kv_heads=llm["num_key_value_heads"],
             mlp=llm["intermediate_size"],
             vocabulary=vocabulary,
-            eps=llm["rms_norm_eps"],
+            eps=llm.get("rms_norm_eps", 1e-6),
             rope_base=llm.get("rope_theta", 1e6),
             vit_width=vit["hidden_size"],
             vit_layers=vit["num_hidden_layers"] - 1,  # BAGEL drops the last one
@@ -119,7 +183,7 @@ class Config:
             vit_grid=vit["image_size"] // vit["patch_size"],
             latent_grid=latent_grid,
             token_channels=token_channels,
-            settings=Settings(**settings),
+            settings=settings,
         )
 
 
@@ -661,3 +725,65 @@ def unpatchify(tokens: Tensor, size: int, rows: int, columns: int) -> Tensor:
 def token_grid(latent: Tensor) -> tuple[int, int]:
     """(h, w): the latent tokens of a latent (B, c, 2 h, 2 w)."""
     return latent.shape[-2] // LATENT_PATCH, latent.shape[-1] // LATENT_PATCH
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------------
+
+
+def resized(width: int, height: int, limits: tuple, max_pixels: float = BAGEL_MAX_PIXELS) -> tuple:
+    """The size BAGEL gives a picture: (width, height) in pixels, multiples of the stride.
+
+    limits   (max_side, min_side, stride) in pixels; where both cannot hold, min_side wins at first, max_side at last.
+    The aspect ratio is kept up to rounding (Python's round, half to even). A picture over max_pixels is shrunk by the
+    ratio of the *areas* used as a ratio of sides: the original's slip, kept because the released weights live with it.
+    """
+    max_side, min_side, stride = limits
+
+    def snapped(scale):
+        sides = (round(round(side * scale) / stride) * stride for side in (width, height))
+        return tuple(max(stride, side) for side in sides)
+
+    scale = max(min(max_side / max(width, height), 1.0), min_side / min(width, height))
+    width, height = snapped(scale)
+    if width * height > max_pixels:
+        width, height = snapped(max_pixels / (width * height))
+    if max(width, height) > max_side:
+        width, height = snapped(max_side / max(width, height))
+    return width, height
+
+
+def resize(image: np.ndarray, limits: tuple) -> np.ndarray:
+    """(H, W, 3) or (H, W) uint8 -> the same picture at the size of `resized`, bicubic as in the original."""
+    height, width = image.shape[:2]
+    size = resized(width, height, limits)
+    if size == (width, height):
+        return image
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    return np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
+
+
+def to_pixels(images: np.ndarray) -> Tensor:
+    """uint8 array (..., H, W, 3) -> float32 tensor (..., 3, H, W) in [-1, 1]."""
+    return (torch.from_numpy(np.array(images)).movedim(-1, -3) / 255 - 0.5) / 0.5
+
+
+def to_images(pixels: Tensor) -> np.ndarray:
+    """float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) array; truncated, not rounded, as in the original."""
+    return ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).movedim(-3, -1).cpu().numpy()
+
+
+class PixelLatents:
+    """An "autoencoder" without weights for the tiny model: every 4 x 4 pixels become one latent cell of 48 numbers."""
+
+    cell, channels = 4, 48  # pixels per latent cell and side, numbers per cell
+
+    def encode(self, pixels, streams=None):
+        """pixels (B, 3, H, W) in [-1, 1] -> latent (B, 48, H/4, W/4); draws nothing from `streams`."""
+        return F.pixel_unshuffle(pixels, self.cell)
+
+    def decode(self, latent):
+        """latent (B, 48, h, w) -> pixels (B, 3, 4 h, 4 w)."""
+        return F.pixel_shuffle(latent, self.cell)
+
+    def save(self, folder):
+        """Nothing to write."""

@@ -1,24 +1,22 @@
 """
-The files of a BAGEL checkpoint, and the way pictures go in and out of it.
+Files of models: where they are and whether they fit; the files of a BAGEL checkpoint, and its autoencoder.
 
   ema.safetensors      the network (1223 tensors in the released model), keys as `lib/bagel.Bagel` names its modules
   ae.safetensors       the FLUX autoencoder in its original names; here it runs in diffusers' AutoencoderKL
   llm_config.json      Qwen2 sizes              vit_config.json   SigLIP sizes (its last layer is not built)
   config.json          ours, under "astra": picture limits, latent kind and departures; without it: plain BAGEL
   tokenizer files      Qwen2's
-
-  picture --resize--> pixels in [-1, 1] --encode--> latent                    latent --decode--> pixels --> picture
 """
 
+import functools
+import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -29,8 +27,9 @@ from lib.distributed import is_main
 from lib.records import write_json
 
 NETWORK, AUTOENCODER = "ema.safetensors", "ae.safetensors"
-UNFIT = f"{AUTOENCODER} is not a FLUX autoencoder"
-BAGEL_MAX_PIXELS = 14 * 14 * 9 * 1024  # of a picture that BAGEL is shown
+PUBLISHED = "*.safetensors *.json *.txt *.jinja README.md".split()  # taken of a hub id
+MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+REMEDY = "Fetch it again, or name another."
 # names in diffusers' autoencoder and in FLUX's: of its attention, of the rest
 FLUX_ATTN = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 FLUX_NAMES = {
@@ -42,69 +41,90 @@ FLUX_NAMES = {
 }
 
 
-# ---- pictures ------------------------------------------------------------------------------------------------------------
+# ---- any model: is it there, does it fit ----------------------------------------------------------------------------------
 
 
-def resized(width: int, height: int, limits: tuple, max_pixels: float = BAGEL_MAX_PIXELS) -> tuple:
-    """The size BAGEL gives a picture: (width, height) in pixels, multiples of the stride.
+def find_folder(path: str | Path) -> Path:
+    """A checkpoint's folder: `path` itself, or the download of that hub id. Raises FileNotFoundError."""
+    if Path(path).is_dir():
+        return Path(path)
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~", "out/")):
+        raise FileNotFoundError(f"There is no folder {path}.")
+    from huggingface_hub import snapshot_download
 
-    limits   (max_side, min_side, stride) in pixels; where both cannot hold, min_side wins at first, max_side at last.
-    The aspect ratio is kept up to rounding (Python's round, half to even). A picture over max_pixels is shrunk by the
-    ratio of the *areas* used as a ratio of sides: the original's slip, kept because the released weights live with it.
-    """
-    max_side, min_side, stride = limits
-
-    def snapped(scale):
-        sides = (round(round(side * scale) / stride) * stride for side in (width, height))
-        return tuple(max(stride, side) for side in sides)
-
-    scale = max(min(max_side / max(width, height), 1.0), min_side / min(width, height))
-    width, height = snapped(scale)
-    if width * height > max_pixels:
-        width, height = snapped(max_pixels / (width * height))
-    if max(width, height) > max_side:
-        width, height = snapped(max_side / max(width, height))
-    return width, height
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=PUBLISHED))
+    except (OSError, ValueError) as error:
+        sentence = f"{path} is no folder here, and the hub does not give it ({in_a_line(error)})."
+        raise FileNotFoundError(sentence) from error
 
 
-def resize(image: np.ndarray, limits: tuple) -> np.ndarray:
-    """(H, W, 3) or (H, W) uint8 -> the same picture at the size of `resized`, bicubic as in the original."""
-    height, width = image.shape[:2]
-    size = resized(width, height, limits)
-    if size == (width, height):
-        return image
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    return np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
+def in_a_line(error: Exception) -> str:
+    """The first 300 letters of what an error says, in one line; its name if it says nothing."""
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
-def to_pixels(images: np.ndarray) -> Tensor:
-    """uint8 array (..., H, W, 3) -> float32 tensor (..., 3, H, W) in [-1, 1]."""
-    return (torch.from_numpy(np.array(images)).movedim(-1, -3) / 255 - 0.5) / 0.5
+def from_library(load: Callable, folder: Path, what: str):
+    """`load(folder)` of a library. Raises ValueError whatever it raises: that of tokenizers is a bare Exception."""
+    try:
+        return load(folder)
+    except Exception as error:
+        sentence = f"The {what} in {folder} cannot be read ({in_a_line(error)})."
+        raise ValueError(f"{sentence} {REMEDY}") from error
 
 
-def to_images(pixels: Tensor) -> np.ndarray:
-    """float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) array; truncated, not rounded, as in the original."""
-    return ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).movedim(-3, -1).cpu().numpy()
+def read_json(path: Path) -> dict:
+    """What a JSON file holds. Raises ValueError if it is missing, broken or no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}). {REMEDY}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object. {REMEDY}")
+    return content
 
 
-# ---- autoencoders: two classes with cell, channels, encode, decode and save ---------------------------------------------
+def misfits(expected: dict, tensors: dict) -> list[str]:
+    """What keeps a file from fitting a model, as phrases: {name: shape} of the model, {name: tensor} of the file."""
+    phrases = []
+    for name, shape in expected.items():
+        actual = tuple(tensors[name].shape) if name in tensors else "missing"
+        if actual != tuple(shape):
+            phrases.append(f"{name} {tuple(shape)} (file: {actual})")
+    foreign = [name for name in tensors if name not in expected]
+    return phrases + [f"{name} (not a part of the model)" for name in foreign]
 
 
-class PixelLatents:
-    """An "autoencoder" without weights for the tiny model: every 4 x 4 pixels become one latent cell of 48 numbers."""
+def complain(sentence: str, phrases: list[str], remedy: str = REMEDY) -> None:
+    """Raise ValueError with the sentence, the first few phrases and what to do, if there are any phrases."""
+    if phrases:
+        more = f" and {len(phrases) - 4} more" if len(phrases) > 4 else ""
+        raise ValueError(f"{sentence}: {'; '.join(phrases[:4])}{more}. {remedy}")
 
-    cell, channels = 4, 48  # pixels per latent cell and side, numbers per cell
 
-    def encode(self, pixels, streams=None):
-        """pixels (B, 3, H, W) in [-1, 1] -> latent (B, 48, H/4, W/4); draws nothing from `streams`."""
-        return F.pixel_unshuffle(pixels, self.cell)
+def check_finite(path: Path, tensors: Iterable) -> None:
+    """Raise ValueError naming those of the (name, tensor) pairs that hold NaN or infinity. 10 GB/s on a CPU core."""
+    broken = []
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            ends = torch.stack(torch.aminmax(tensor.detach()))  # both NaN where there is any
+            broken += [name] * (not ends.isfinite().all())
+    complain(f"{path} holds NaN or infinity", broken)
 
-    def decode(self, latent):
-        """latent (B, 48, h, w) -> pixels (B, 3, 4 h, 4 w)."""
-        return F.pixel_shuffle(latent, self.cell)
 
-    def save(self, folder):
-        """Nothing to write."""
+def load_tokenizer(folder: Path, vocabulary: int):
+    """The tokenizer in a folder. Raises ValueError if markers are not in it, or tokens beyond the embedding's rows."""
+    from transformers import AutoTokenizer
+
+    tokenizer = from_library(AutoTokenizer.from_pretrained, folder, "tokenizer")
+    ids = tokenizer.get_vocab()
+    wrong = [f"{marker} (missing)" for marker in MARKERS if marker not in ids]
+    beyond = [f"{token!r} ({i} of {vocabulary})" for token, i in ids.items() if i >= vocabulary]
+    complain(f"The tokenizer in {folder} does not fit its model", wrong + beyond)
+    return tokenizer
+
+
+# ---- BAGEL's autoencoder --------------------------------------------------------------------------------------------------
 
 
 class FluxLatents:
@@ -121,13 +141,15 @@ class FluxLatents:
         from diffusers import AutoencoderKL
 
         self.path = path
+        contents(path)  # says what is wrong with a broken file
         tensors = load_file(path)
         encoder = [key.split(".") for key in tensors if key.startswith("encoder.down.")]
         levels = len({key[2] for key in encoder})
         blocks = len({key[4] for key in encoder if key[2:4] == ["0", "block"]})
         sizes = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(max(1, levels))]
         sizes.append("encoder.conv_out.weight")
-        complain(UNFIT, [f"{key} (missing)" for key in sizes if key not in tensors])
+        unfit = f"{path} is not a FLUX autoencoder"
+        complain(unfit, [f"{key} (missing)" for key in sizes if key not in tensors])
         *widths, moments = (len(tensors[key]) for key in sizes)
         self.channels = moments // 2
         with torch.device("meta"):
@@ -147,7 +169,8 @@ class FluxLatents:
             # FLUX's attention is made of 1 x 1 convolutions, (out, in, 1, 1), diffusers' of linear layers, (out, in).
             ones = (1, 1) if ".attentions." in key and value.dim() == 2 else ()
             expected[to_flux(key, levels)] = (*value.shape, *ones)
-        complain(UNFIT, misfits(expected, tensors, "it"))
+        complain(unfit, misfits(expected, tensors))
+        check_finite(path, tensors.items())
         for key, value in state.items():
             state[key] = tensors[to_flux(key, levels)].float().view(value.shape)
         self.vae.load_state_dict(state, assign=True)
@@ -176,6 +199,12 @@ class FluxLatents:
         latent = latent.float() / self.scale + self.shift
         return torch.cat([self.vae.decoder(pair) for pair in latent.split(2)])
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What tells this autoencoder from others: 16 digits of its file's SHA-256, 335 MB in half a second."""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
     def to(self, device):
         self.vae.to(device)
         return self
@@ -187,10 +216,7 @@ class FluxLatents:
 
 
 def to_flux(key: str, levels: int) -> str:
-    """A key of diffusers' AutoencoderKL -> its name in ae.safetensors, FLUX's own, e.g.
-
-    decoder.up_blocks.0.resnets.0.norm1.weight -> decoder.up.3.block.0.norm1.weight     (level 3 of 4 runs first)
-    """
+    """A key of diffusers' AutoencoderKL -> its name in ae.safetensors, FLUX's own (of 4 levels 3 is decoded first)."""
     if match := re.match(r"decoder\.up_blocks\.(\d+)", key):
         key = key.replace(match[0], f"decoder.up.{levels - 1 - int(match[1])}")
     if match := re.search(r"mid_block\.resnets\.(\d)", key):
@@ -205,57 +231,31 @@ def to_flux(key: str, levels: int) -> str:
 # ---- folders -------------------------------------------------------------------------------------------------------------
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The local folder of a checkpoint: `path` itself, or the download of that Hugging Face hub id."""
-    if Path(path).is_dir():
-        return Path(path)
-    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~", "out/")):
-        hint = "`python train_wm.py` makes one in out/wm."
-        raise FileNotFoundError(f"There is no world model at {path}. {hint}")
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(str(path)))
-
-
 def read_files(folder: Path) -> dict[str, dict]:
     """The contents of {"llm_config", "vit_config", "config"}.json; the last may be missing. Raises ValueError."""
-    files = {"config": {}}
-    for name in ("llm_config", "vit_config", "config"):
-        path = folder / f"{name}.json"
-        if name == "config" and not path.exists():
-            continue
-        try:
-            files[name] = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            needs = f"A BAGEL folder holds {NETWORK}, llm_config.json and vit_config.json."
-            raise ValueError(f"{path} cannot be read ({error}). {needs}") from error
-    return files
+    files = {name: read_json(folder / f"{name}.json") for name in ("llm_config", "vit_config")}
+    config = folder / "config.json"
+    return files | {"config": read_json(config) if config.exists() else {}}
+
+
+def weights_file(folder: Path, name: str) -> Path:
+    """A file of weights in a folder. Raises FileNotFoundError naming it, and what lies there in its place."""
+    if not (folder / name).is_file():
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        there = f"there are {', '.join(others[:4])}" if others else "no .safetensors file is there"
+        layout = f"the network is one file {NETWORK}, the autoencoder {AUTOENCODER}"
+        raise FileNotFoundError(f"{folder} has no {name}: {there}. In BAGEL's layout {layout}.")
+    return folder / name
 
 
 def table_sizes(path: Path, layout: dict[str, Tensor]) -> tuple[int, int, int]:
     """What no json file says, off the shapes in a network's file: vocabulary, latent grid, numbers per latent token."""
     words = "language_model.model.embed_tokens.weight"
     places, latents = "latent_pos_embed.pos_embed", "vae2llm.weight"
-    missing = [f"{key} (missing)" for key in (words, places, latents) if key not in layout]
-    complain(f"{path} is not a BAGEL", missing)
+    sizes = {key: layout[key].shape if key in layout else () for key in (words, places, latents)}
+    wrong = [f"{key} {tuple(shape)}" for key, shape in sizes.items() if len(shape) != 2]
+    complain(f"{path} lacks matrices of a BAGEL", wrong)
     return len(layout[words]), round(len(layout[places]) ** 0.5), layout[latents].shape[1]
-
-
-def misfits(expected: dict, tensors: dict, whole: str) -> list[str]:
-    """What keeps a file from fitting, as phrases: {name: shape} expected for `whole`, {name: tensor} in the file."""
-    phrases = []
-    for key, shape in expected.items():
-        actual = tuple(tensors[key].shape) if key in tensors else "missing"
-        if actual != shape:
-            phrases.append(f"{key} {tuple(shape)} (file: {actual})")
-    return phrases + [f"{key} (not a part of {whole})" for key in tensors if key not in expected]
-
-
-def complain(sentence: str, phrases: list[str]) -> None:
-    """Raise ValueError with the sentence and the first few phrases, if there are any."""
-    if phrases:
-        more = f" and {len(phrases) - 4} more" if len(phrases) > 4 else ""
-        raise ValueError(f"{sentence}: {'; '.join(phrases[:4])}{more}")
 
 
 def load_network(network: nn.Module, path: Path, device, dtype: torch.dtype) -> None:
@@ -263,12 +263,12 @@ def load_network(network: nn.Module, path: Path, device, dtype: torch.dtype) -> 
 
     Of a sharded network each rank reads its own rows only; buffers are whole on every rank. On the CPU a tensor that
     has the type already is the mapped file itself: nothing is read until it is used, and what is written into it stays
-    in this process. Raises ValueError naming what is missing, left over or misshapen.
+    in this process. Raises ValueError naming what is missing, left over, misshapen or not finite.
     """
     state = network.state_dict()
     empty = {key: value for key, value in state.items() if value.is_meta}
     shapes = {key: value.shape for key, value in empty.items()}
-    complain(f"{path} does not fit its json files", misfits(shapes, contents(path), "BAGEL"))
+    complain(f"{path} does not fit its json files", misfits(shapes, contents(path)))
     tensors = {}
     with safe_open(path, "pt") as file:
         for key, value in empty.items():
@@ -279,6 +279,7 @@ def load_network(network: nn.Module, path: Path, device, dtype: torch.dtype) -> 
                 mesh, size = value.device_mesh, {"shape": value.shape, "stride": value.stride()}
                 tensor = DTensor.from_local(tensor, mesh, value.placements, **size)
             tensors[key] = tensor
+    check_finite(path, ((key, local_rows(tensor)[1]) for key, tensor in tensors.items()))
     network.load_state_dict(tensors, assign=True, strict=len(tensors) == len(state))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -38,6 +38,7 @@ TYPES = {
     "BOOL": torch.bool,
 }
 TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
+BROKEN = (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError)  # of a file
 
 
 # ---- one file ------------------------------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ def contents(path: Path) -> dict[str, Tensor]:
                 rows = file.get_slice(name)
                 dtype = TYPES[rows.get_dtype()]
                 layout[name] = torch.empty(rows.get_shape(), dtype=dtype, device="meta")
-    except Exception as error:  # safetensors has its own error class for a cut-off file
+    except BROKEN as error:
         sentence = f"The checkpoint file {path} cannot be read ({error}). Fetch or train it again."
         raise ValueError(sentence) from error
     return layout
@@ -141,8 +142,7 @@ def is_saved_here(tensor):
 def whole(tensors: Iterable) -> dict[str, Tensor]:
     """Gather sharded tensors: (name, tensor) pairs -> {name: whole CPU copy} on rank 0, {} on the others.
 
-    Every rank must call it with the same names in the same order. Rank 0's memory must hold them all: `write_gathered`
-    needs less.
+    Every rank calls it with the same names in the same order. Rank 0 holds them all: `write_gathered` needs less.
     """
     gathered = {}
     for name, tensor in tensors:
@@ -251,7 +251,7 @@ def load_state(folder: str | Path, tensors: dict[str, Tensor]) -> tuple[int, dic
         for path in files:
             restore_file(path, tensors, rows_before)
         return state.pop("step"), state
-    except Exception as error:  # safetensors, JSON and the file system each have their own class
+    except BROKEN as error:
         start = "the checkpoint before it" if len(places) > 1 else "the beginning"
         again = f"Remove it and run the same command again: it starts from {start}."
         fail(f"The checkpoint {places[-1]} cannot be read ({error}). {again}")

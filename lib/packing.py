@@ -50,9 +50,8 @@ class Tokens(NamedTuple):
 
 def sees(order, sample, branch, key_order, key_sample, key_branch):
     """The rule, for one query and one key or for tensors of them that broadcast."""
-    return (
-        (sample == key_sample) & (key_order <= order) & ((key_branch == 0) | (key_branch == branch))
-    )
+    is_shared = (key_branch == 0) | (key_branch == branch)
+    return (sample == key_sample) & (key_order <= order) & is_shared
 
 
 def sight(queries: Tokens, keys: Tokens) -> Tensor:
@@ -127,9 +126,7 @@ class VitImage(NamedTuple):
 
     patches: Tensor  # (n, 3 * patch²)
     grid: tuple  # (h, w), n = h w
-    image_index: int = (
-        0  # which context image, 0-based, in the order shown (Settings.learned_places)
-    )
+    image_index: int = 0  # which context image, 0-based, in the order shown
     keep: bool = True
     branch: int = 0  # always: a context
 
@@ -234,6 +231,9 @@ class Sequence:
 
 def table_ids(grid: tuple, columns: int) -> Tensor:
     """Which row of a position table each token of a picture takes: (h * w,) = row * columns + column."""
+    if max(grid) > columns:
+        sizes = f"{grid[0]} x {grid[1]} tokens; the position table has {columns} x {columns}"
+        raise ValueError(f"A picture has {sizes}. Lower vae_limits or vit_limits in config.json.")
     return (torch.arange(grid[0])[:, None] * columns + torch.arange(grid[1])).flatten()
 
 

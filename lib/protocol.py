@@ -109,6 +109,16 @@ PHRASES = (
 )
 
 
+# `prompt_text`'s layout for servers, which write prompts from messages
+CHAT_TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}
+{%- for part in message.content %}
+{%- if part.text is defined %}{{ part.text }}{% else %}<|vision_start|><|image_pad|><|vision_end|>
+{%- endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
 def numbered_image(number: int) -> str:
     """How an image appears in a prompt or an observation."""
     return f"Image-{number}: <|vision_start|>{IMAGE_TOKEN}<|vision_end|>"

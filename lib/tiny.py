@@ -149,6 +149,18 @@ def tiny_tokenizer(phrases: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
 # ---- the tiny policy -------------------------------------------------------------------------------------------------
 
 
+# of preprocessor_config.json, what Policy.pixels does: it could only ignore any other
+IMAGE_SETTINGS = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    **dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True),
+    "resample": 3,  # bicubic
+    "rescale_factor": 1 / 255,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+    "temporal_patch_size": 2,
+}
+
+
 def tiny_policy_config(
     tokenizer: PreTrainedTokenizerFast,
     *,
@@ -210,17 +222,9 @@ def tiny_policy_config(
         vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     )
-    images = {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "patch_size": patch,
-        "merge_size": merge,
-        "temporal_patch_size": 2,
-        "size": {"shortest_edge": side * side, "longest_edge": side * side},
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-        "stamped": True,
-    }
-    return config, images
+    images = {"patch_size": patch, "merge_size": merge, "stamped": True}
+    images["size"] = {"shortest_edge": side * side, "longest_edge": side * side}
+    return config, IMAGE_SETTINGS | images
 
 
 def stamp(image: np.ndarray, number: int) -> np.ndarray:

@@ -35,17 +35,14 @@ from lib.bagel import (  # noqa: E402
     ContextImage,
     ContextText,
     patchify,
-    token_grid,
-    unpatchify,
-)
-from lib.bagel_files import (  # noqa: E402
-    AUTOENCODER,
-    NETWORK,
     resize,
     resized,
     to_images,
     to_pixels,
+    token_grid,
+    unpatchify,
 )
+from lib.bagel_files import AUTOENCODER, NETWORK  # noqa: E402
 from lib.packing import Text, VaeImage, VitImage, pack, sight, table_ids  # noqa: E402
 from world_model import WorldModel  # noqa: E402
 

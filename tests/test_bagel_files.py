@@ -88,7 +88,7 @@ def test_network_is_the_mapped_file_and_training_leaves_the_file_alone(tmp_path)
     "change, sentence",
     [
         (lambda t: t.pop("out.weight"), r"out.weight \(3, 7\) \(file: missing\)"),
-        (lambda t: t.update(more=torch.zeros(1)), r"more \(not a part of BAGEL\)"),
+        (lambda t: t.update(more=torch.zeros(1)), r"more \(not a part of the model\)"),
         (lambda t: t.update(table=torch.zeros(7, 5)), r"table \(5, 7\) \(file: \(7, 5\)\)"),
     ],
 )
@@ -287,5 +287,5 @@ def test_missing_and_unknown_tensors_of_the_autoencoder_are_named(
     words = "ae.safetensors is not a FLUX autoencoder: "
     with pytest.raises(ValueError, match=words + re.escape(key) + sentence):
         flux_of(tmp_path, {name: value for name, value in flux_tensors.items() if name != key})
-    with pytest.raises(ValueError, match=r"quant_conv.bias \(not a part of it\)"):
+    with pytest.raises(ValueError, match=r"quant_conv.bias \(not a part of the model\)"):
         flux_of(tmp_path, flux_tensors | {"quant_conv.bias": torch.zeros(2)})

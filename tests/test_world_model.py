@@ -22,11 +22,12 @@ from lib.bagel import (
     Config,
     ContextImage,
     ContextText,
+    PixelLatents,
     Settings,
     patchify,
+    resized,
     unpatchify,
 )
-from lib.bagel_files import PixelLatents, resized
 from lib.geometry import Query, renumbered
 from lib.images import load_image
 from lib.packing import (
