@@ -54,7 +54,7 @@ from lib.dialogue import Trajectory
 from lib.distributed import World, fail, is_main, say, setup, wait_for_all
 from lib.images import PictureError, check_shape, read
 from lib.questions import text_only_chance
-from lib.records import load_jsonl, readable, write_json
+from lib.records import Question, load_jsonl, readable, write_json
 from lib.scores import (
     TOOLLESS,
     chance,
@@ -75,7 +75,7 @@ from lib.simulators import (
 from lib.stage import bounded, hold, need, newest, run_stage
 from lib.streams import stable_hash
 from policy import Policy, rollout
-from rewards import option_letter
+from rewards import exact_match, name_gold, option_letter
 from world_model import add_sampler_flags, sampler_options
 
 BENCHES = ("rooms", "mindcube", "mmsi", "mmsi_video", "sat", "vsi")
@@ -165,8 +165,9 @@ def score(bench: str, record: dict, text: str | None) -> tuple[str | float | Non
     record   a question;  text: of rooms the answer, of a published bench what its rule reads (extras/benches)
     """
     if bench == "rooms":
-        letter = option_letter(text or "", record.get("options", ()))
-        return letter, float(letter is not None and letter == record["answer"])
+        options = record.get("options")
+        read = option_letter(text or "", options) if options else text
+        return read, exact_match(text, record)
     from extras.benches import common
 
     return common.official_score(bench, record, text)
@@ -337,11 +338,17 @@ def conclude(args, policy: str, questions: list[dict], training, records: dict) 
         modes.setdefault(mode, summary)  # that of the first simulator
         simulators.setdefault(simulator, {})[mode] = summary
     guessing = chance(questions)
-    text_only = training and text_only_chance(training, questions)
+    lettered = [list(filter(has_letter, rows)) for rows in (training or (), questions)]
+    text_only = text_only_chance(*lettered) if all(lettered) else None
     print_answers(summaries, {"guessing": guessing, "text_only": text_only})
     results = {"bench": args.bench, "policy": policy, "sampler": args.sampler, "n": len(questions)}
     results |= {"chance": guessing, "text_only_chance": text_only}
     return results | {"modes": modes, "simulators": simulators}
+
+
+def has_letter(question: dict) -> bool:
+    """Is the gold answer a letter of one of the options?"""
+    return question["answer"] in tuple("ABCDEF"[: len(question.get("options") or ())])
 
 
 def find_extras() -> bool:
@@ -444,7 +451,7 @@ def fingerprint(name: str, wm: str | None = None, options: dict | None = None) -
 
 def whole_rows(file: Path) -> list[dict]:
     """The question rows of a file; stops with a sentence at one that lacks what every question has."""
-    rows = load_jsonl(file)
+    rows = load_jsonl(file, Question, name_gold)
     for number, row in enumerate(rows, 1):
         lacking = " and no ".join(key for key in NEEDED if key not in row)
         if lacking:

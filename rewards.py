@@ -56,6 +56,39 @@ def option_letter(text: str, options: list[str]) -> str | None:
     return match[1].upper() if match else None
 
 
+def name_gold(question: dict) -> None:
+    """The gold answer of a row as its option's letter: "b", "(B)", "B. blue ball" and "blue ball" become "B".
+
+    Raises ValueError, the rest of a sentence, where it names no option or more than one, as a number may that counts
+    from 0 or from 1: it would be worth 0 to every policy. Without options a number becomes text.
+    """
+    answer, options = question.get("answer"), question.get("options") or []
+    letters = [option.partition(". ")[0] for option in options]
+    text = str(answer).strip().lower()
+    if answer is None or answer in letters:
+        return
+    if not options:
+        question["answer"] = text.removesuffix(".0") if not isinstance(answer, str) else answer
+        return
+    bracketed = re.fullmatch(r"\(?(\w)[).:]\s*(.*)", text, re.DOTALL)
+    named = set()
+    for index, (letter, option) in enumerate(zip(letters, options, strict=True)):
+        words = option.partition(". ")[2].lower()
+        if text in (letter.lower(), words, option.lower()):
+            named.add(letter)
+        elif bracketed and bracketed[1] == letter.lower() and bracketed[2] in ("", words):
+            named.add(letter)
+        if answer == index == 0 or answer == index + 1 == len(
+            options
+        ):  # the other count has no such number
+            named.add(letter)
+    if len(named) != 1:
+        raise ValueError(
+            f"has the answer {answer!r}, which names {len(named)} of the options {options}"
+        )
+    question["answer"] = named.pop()
+
+
 def format_reward(trajectory) -> float:
     """f: 1.0 if every turn could be read, every call be obeyed (an Image-9 of four cannot), and an answer ends it."""
     return float(trajectory.well_formed)

@@ -58,7 +58,7 @@ from lib.distributed import (
     unsharded,
 )
 from lib.images import figure_image, save_image, with_pictures
-from lib.records import MetricLog, disk, load_jsonl, read_log
+from lib.records import MetricLog, Question, disk, load_jsonl, read_log
 from lib.rollout import cell_count
 from lib.stage import (
     Flag,
@@ -626,11 +626,14 @@ def load_questions(folders: list[str], split: str, simulator: str) -> list[dict]
     """The questions of a split, "train" or "val", in all folders; each must fit the simulator."""
     files = [Path(folder, f"questions_{split}.jsonl") for folder in folders]
     names = " and ".join(map(str, files))
-    questions = [question for file in files for question in load_jsonl(file)]
+    questions = []
+    for file in files:
+        questions += load_jsonl(file, Question, rewards.name_gold)
     if not questions:
         fail(f"{names} has no question.")
     for question in questions:
-        missing = {"question", "images", "options", "answer"} - question.keys()
+        missing = {"question", "images", "options", "answer"}
+        missing -= {key for key, value in question.items() if value is not None}
         if missing:
             fail(
                 f"{names}: questions lack {', '.join(sorted(missing))}; data.py says what a question holds."

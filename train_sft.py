@@ -54,7 +54,7 @@ from lib.distributed import (
 from lib.images import load_image
 from lib.protocol import call_text
 from lib.questions import ASKS
-from lib.records import MetricLog, load_jsonl, whole_folder
+from lib.records import MetricLog, Question, load_jsonl, whole_folder
 from lib.rooms import COLOURS
 from lib.stage import (
     Flag,
@@ -66,6 +66,7 @@ from lib.stage import (
 )
 from lib.streams import Clock, cosine, numpy_stream, set_learning_rate, stream_seed
 from policy import DialogueBatch, Policy, collate
+from rewards import name_gold
 
 FACT = 4.0  # weights of tokens; every other scripted token counts 1
 NAMED = 3.0
@@ -140,7 +141,8 @@ def main(argv: list[str] | None = None) -> None:
             f"--batch {args.batch} cannot be shared evenly by {world.size} processes; take a multiple of it."
         )
     out = Path(args.out)
-    lessons = [Lesson.load(question) for question in load_jsonl(file)]
+    questions = load_jsonl(file, Question, check_lesson)
+    lessons = [Lesson.load(question) for question in questions]
     policy = policy_that_sees(args, lessons, world)
     policy.vision.requires_grad_(False)
     for lesson in lessons:
@@ -243,6 +245,27 @@ class Lesson:
     def look(self, policy: Policy) -> None:
         """Fill in `features`."""
         self.features = policy.encode(list(enumerate(self.images, 1)))
+
+
+def check_lesson(question: dict) -> None:
+    """Raises ValueError, the rest of a sentence, for a question that is not one of a room with letters A to D."""
+    name_gold(question)
+    lacking = {"id", "images", "options", "answer", "needs_view", "scene", "ask", "shown_by"}
+    lacking |= {"motion", "command", "view", "shows"}
+    lacking -= question.keys()
+    if lacking:
+        raise ValueError(f"has no {', '.join(sorted(lacking))}: lessons are about rooms")
+    is_whole = {
+        "images": len(question["shows"]) == len(question["images"]) + 1 > 1,
+        "answer": question["answer"] in tuple("ABCD"[: len(question["options"])]),
+        "ask": question["ask"] in (None, *ASK_WORDS),
+        "scene": "room" in question["scene"],
+        "command": {"reference_image", "motion_type", "value"} <= question["command"].keys(),
+        "shows": all(facts.keys() >= ASKS.keys() for facts in question["shows"]),
+    }
+    for key, whole in is_whole.items():
+        if not whole:
+            raise ValueError(f"has {key} {question[key]!r:.80}, which no room gives")
 
 
 def soften(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -39,7 +39,8 @@ from lib.distributed import fail, is_main
 from lib.geometry import Motion, Query, instruction, phrase
 from lib.images import PictureError, contact_sheet, decode, on_white
 from lib.packing import Pack, Text, VaeImage, VitImage, pack
-from lib.records import MetricLog, load_jsonl, whole_file, whole_folder
+from lib.protocol import check_triple
+from lib.records import MetricLog, Triple, load_jsonl, whole_file, whole_folder
 from lib.stage import Flag
 from lib.streams import Clock, rows_of_step, set_learning_rate, torch_stream
 from world_model import WorldModel, x0_from_output
@@ -123,7 +124,7 @@ def load_groups(folders: list[str], split: str, most: int) -> list[list]:
     """
     rows = []
     for folder in folders:
-        rows += load_jsonl(Path(folder) / f"triples_{split}.jsonl")
+        rows += load_jsonl(Path(folder) / f"triples_{split}.jsonl", Triple, check_triple)
     files = f"triples_{split}.jsonl in {', '.join(folders)}"
     if not rows:
         fail(

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from experiments.runner import DEMO, start
 from lib.distributed import fail, say
-from lib.records import load_jsonl, read_log, write_json
+from lib.records import Question, load_jsonl, read_log, write_json
 from lib.scores import (
     CELL,
     accuracy_text,
@@ -287,7 +287,7 @@ def write_report(results: dict, out: Path) -> None:
     for row in read_log(folder / "predictions.jsonl"):
         records.setdefault((row["mode"], row["simulator"]), {})[row["key"]] = row
     answered = len(next(iter(records.values())))
-    questions = load_jsonl(out / "data" / "questions_test.jsonl")[:answered]
+    questions = load_jsonl(out / "data" / "questions_test.jsonl", Question)[:answered]
     report.write(
         out / "report.html",
         "Thinking with imagination, on a laptop",

@@ -31,7 +31,8 @@ from lib.geometry import (
     move_camera,
 )
 from lib.images import PictureError, read, read_warp, save_image
-from lib.records import disk, load_jsonl, read_log, write_text
+from lib.protocol import check_kinds, check_triple
+from lib.records import Triple, disk, load_jsonl, read_log, write_text
 from lib.rooms import random_room, render
 from lib.simulators import SimulatorError, fill_holes
 from lib.streams import stable_hash, stream_seed
@@ -112,8 +113,20 @@ def failure(row: dict) -> tuple[bool, int]:
 
 
 def rows_of_file(file: Path) -> list[dict]:
-    """The rows of a file; a line that was cut off by a kill, or is no object, is left out."""
-    return [row for row in read_log(file) if isinstance(row, dict)]
+    """The rows of a file; a line that was cut off by a kill, or is no object, is left out.
+
+    Exits at one of this version whose values are of other kinds.
+    """
+    rows = read_log(file)
+    for row in rows:
+        try:
+            if row.get("version") == VERSION:
+                check_kinds(row, Prediction)
+        except ValueError as error:
+            fail(
+                f"{file}: the line of question {row.get('key')} {error}; take it out, it is asked again"
+            )
+    return rows
 
 
 def append_predictions(out: Path, world: World, rows: list[Prediction]) -> None:
@@ -133,7 +146,7 @@ def gather_predictions(out: Path) -> None:
     lines = {}
     for file in [out / "predictions.jsonl", *files_of_ranks]:
         for row in rows_of_file(file):
-            identity = tuple(row.get(key) for key in (*SETTINGS, "key", "digest"))
+            identity = json.dumps([row.get(key) for key in (*SETTINGS, "key", "digest")])
             before = failure(lines.setdefault(identity, row))
             if before > NO_FAILURE and failure(row) <= before:
                 lines[identity] = row
@@ -148,7 +161,7 @@ def load_predictions(out: Path, settings: dict, questions: list[dict]) -> dict[s
     digests = {key: digest(question) for key, question in with_keys(questions)}
     predictions = {}
     for row in rows_of_file(out / "predictions.jsonl"):
-        if settings.items() <= row.items() and digests.get(row["key"]) == row["digest"]:
+        if settings.items() <= row.items() and digests.get(row.get("key")) == row.get("digest"):
             predictions[row["key"]] = row
     return predictions
 
@@ -173,7 +186,7 @@ def load_triples(path: str | Path, limit: int | None = None) -> list[dict]:
 
     The depth of the context, which rows of scans have, stays in its files.
     """
-    rows = load_jsonl(path)[:limit]
+    rows = load_jsonl(path, Triple, check_triple)[:limit]
     read_once = functools.cache(read)
     try:
         for row in rows:

@@ -13,9 +13,13 @@ impossible is answered by a sentence that says what is wrong: it costs a turn an
 tool, `agentic` leaves the choice to the policy, `forced` refuses an answer before the first valid call.
 """
 
+import functools
 import json
 import re
-from typing import NamedTuple
+from types import UnionType
+from typing import NamedTuple, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from lib.geometry import KINDS, UNITS, Motion
 
@@ -225,3 +229,65 @@ def call_text(call: dict) -> str:
     )
     body = f'{{"name": "{TOOL_NAME}", "arguments": {{{arguments.format(**call)}}}}}'
     return f"<tool_call>{body}</tool_call>"
+
+
+# ---- JSON that others wrote ------------------------------------------------------------------------------------------
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a letter: no tokenizer takes it
+
+
+def parse_object(text: str, kind: type | None = None) -> dict:
+    """The JSON object of a line, with values of a TypedDict's kinds. Raises ValueError, the rest of a sentence."""
+
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"a key comes twice among {', '.join(key for key, _ in pairs)}")
+        return dict(pairs)
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError("is not a JSON object")
+    if kind:
+        check_kinds(value, kind)
+    return value
+
+
+hints_of = functools.cache(get_type_hints)
+
+
+def check_kinds(row: dict, row_kind: type) -> None:
+    """Raises ValueError, the rest of a sentence, for a value that is not what a TypedDict says of its key."""
+    for key, kind in hints_of(row_kind).items():
+        if key in row and not fits(row[key], kind):
+            wanted = kind.__name__ if isinstance(kind, type) else kind
+            raise ValueError(f"has {key} {json.dumps(row[key])[:80]}, which should be {wanted}")
+
+
+def fits(value, kind) -> bool:
+    """Is a value of JSON of a kind: str, int, float, bool, dict, list[...] of one, or several with | between them?"""
+    if isinstance(kind, UnionType):
+        return any(fits(value, part) for part in get_args(kind))
+    if kind is str:
+        return isinstance(value, str) and not SURROGATE.search(value)
+    if kind in (int, float):
+        return type(value) in (int, kind) and abs(value) < 2**63  # neither true nor NaN
+    parts = get_args(kind)
+    right = isinstance(value, get_origin(kind) or kind)
+    return right and (not parts or all(fits(part, parts[0]) for part in value))
+
+
+def check_triple(row: dict) -> None:
+    """Raises ValueError, the rest of a sentence, where the parts of a `records.Triple` do not go together."""
+    context, reference = row.get("context", [""]), row.get("reference", 1)
+    if not 1 <= reference <= len(context):
+        raise ValueError(f"has the reference {reference} of {len(context)} context views")
+    for key, shape in (("context_c2w", (len(context), 4, 4)), ("target_c2w", (4, 4))):
+        if key in row and np.shape(row[key]) != shape:
+            raise ValueError(f"has {key} of another shape than {shape}")
+    try:
+        Motion(**row.get("motion", {"kind": "dx", "amount": 1}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"has the motion {row['motion']} ({error})") from None

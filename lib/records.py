@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from lib.distributed import fail, is_main, without_keys
+from lib.protocol import parse_object
 
 SPLITS = ("train", "val", "test")
 PICTURES = ("context", "context_depth", "images", "target", "warp", "view")  # keys that hold paths
@@ -195,9 +196,9 @@ class MetricLog:
 def read_log(path: str | Path) -> list[dict]:
     """The rows of a `log.jsonl`, oldest first; a last line cut off by a kill is left out."""
     rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    for line in Path(path).read_text(errors="replace").split("\n") if Path(path).exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(parse_object(line))
     return rows
 
 
@@ -227,12 +228,12 @@ class Triple(TypedDict):
     target: str
     warp: str  # RGBA: the context warped into the target view, alpha 255 where some context view sees it
     coverage: float  # share of the target that the context sees
-    context_c2w: list  # a 4 x 4 list per view
-    target_c2w: list
+    context_c2w: list[list[list[float]]]  # a 4 x 4 list per view
+    target_c2w: list[list[float]]
     room: NotRequired[int]  # seed of the room
     metric: NotRequired[bool]  # scans: lengths are metres
     context_depth: NotRequired[list[str]]  # scans: 16-bit PNG, thousandths of the unit of the poses
-    context_intrinsics: NotRequired[list]  # scans: a 3 x 3 list per view
+    context_intrinsics: NotRequired[list[list[list[float]]]]  # scans: a 3 x 3 list per view
 
 
 class Question(TypedDict):
@@ -243,7 +244,7 @@ class Question(TypedDict):
     images: list[str]
     question: str
     options: list[str]  # ["A. red", ...]; empty where the answer is free
-    answer: str  # gold: a letter, or the free answer
+    answer: str | int | float | None  # gold: a letter, or the free answer; None: nobody knows
     category: str
     kind: str  # "mca" multiple choice, "na" numeric
     needs_view: bool | None  # does the answer need a view that is not given? None: nobody knows
@@ -260,9 +261,10 @@ class Question(TypedDict):
 # ---- rows -----------------------------------------------------------------------------------------------------------------
 
 
-def load_jsonl(path: str | Path) -> list[dict]:
+def load_jsonl(path: str | Path, kind: type | None = None, check: Callable | None = None) -> list:
     """Rows of a JSONL file, paths of pictures made absolute; blank lines are skipped.
 
+    kind    `Triple` or `Question`: values must be of its kinds;  check: raises ValueError for what else is wrong
     Stops with a sentence on a missing file or bad line.
     """
     path = Path(path)
@@ -271,7 +273,7 @@ def load_jsonl(path: str | Path) -> list[dict]:
             f"{path} does not exist; `python data.py {path.name.split('_')[0]} --out {path.parent}` makes it"
         )
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         fail(f"{path} is not UTF-8 ({error}); delete the file and make it again")
     rows = []
@@ -279,11 +281,11 @@ def load_jsonl(path: str | Path) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            fail(f"{path}, line {number} is not JSON; delete the file and make it again")
-        if not isinstance(row, dict):
-            fail(f"{path}, line {number} is not a JSON object; delete the file and make it again")
+            row = parse_object(line, kind)
+            if check:
+                check(row)
+        except (ValueError, TypeError) as error:
+            fail(f"{path}, line {number} {error}; mend it, or delete the file and make it again")
         for key in PICTURES:
             if isinstance(row.get(key), list):
                 row[key] = [str(path.parent / part) for part in row[key]]

@@ -8,7 +8,6 @@ command continues an unfinished run; on a finished one it says so.
 
 import argparse
 import fcntl
-import json
 import math
 import os
 import shutil
@@ -30,6 +29,7 @@ from lib.distributed import (
     wait_for_all,
     without_keys,
 )
+from lib.protocol import parse_object
 from lib.records import disk, remove_leftovers, write_card, write_json
 from lib.streams import Clock, fingerprints
 
@@ -190,9 +190,9 @@ def compare_with_earlier_run(out: Path, settings: dict, inputs: dict) -> None:
     done = None
     try:
         if (out / "done.json").exists():
-            done = json.loads((out / "done.json").read_text())
-        before = json.loads((out / "args.json").read_text())
-    except (OSError, json.JSONDecodeError):
+            done = parse_object((out / "done.json").read_text())
+        before = parse_object((out / "args.json").read_text())
+    except (OSError, ValueError):
         fail(
             f"args.json or done.json of {out} cannot be read. Remove {out}, or give another --out."
         )

@@ -4,10 +4,13 @@ import errno
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 
+import rewards
 from lib import records
+from lib.protocol import check_triple
 
 
 def test_a_folder_shows_all_files_or_none(tmp_path):
@@ -86,3 +89,95 @@ def test_a_bad_line_is_named(tmp_path, line, sentence):
         records.load_jsonl(file)
     with pytest.raises(SystemExit, match="`python data.py triples --out"):
         records.load_jsonl(tmp_path / "triples_val.jsonl")
+
+
+ROW = {
+    "id": "q",
+    "bench": "rooms",
+    "images": ["1.png"],
+    "question": "Which one?",
+    "options": ["A. red ball", "B. blue ball"],
+    "answer": "B",
+    "needs_view": False,
+}
+
+
+def load(tmp_path, kind, check, **changes):
+    base = ROW
+    if kind is records.Triple:
+        base = {
+            "context": ["1.png", "2.png"],
+            "reference": 1,
+            "motion": {"kind": "dx", "amount": 1},
+        }
+        base |= {"target": "3.png", "coverage": 0.9, "target_c2w": np.eye(4).tolist()}
+    records.save_jsonl(tmp_path / "rows.jsonl", [base, base | changes])
+    return records.load_jsonl(tmp_path / "rows.jsonl", kind, check)[1]
+
+
+@pytest.mark.parametrize("key", ["id", "images", "question", "options", "needs_view"])
+@pytest.mark.parametrize("value", [5, 1.5, "x\ud800", {}, [1], [None], [["x"]], [[]], float("nan")])
+def test_a_value_of_another_kind_is_named_with_its_file_and_line(tmp_path, key, value):
+    with pytest.raises(SystemExit, match=f"rows.jsonl, line 2 has {key} .*, which should be "):
+        load(tmp_path, records.Question, rewards.name_gold, **{key: value})
+
+
+@pytest.mark.parametrize(
+    "key, value, sentence",
+    [
+        ("context", [], "has the reference 1 of 0 context views"),
+        ("context", "1.png", "has context .*, which should be"),
+        ("reference", 3, "has the reference 3 of 2 context views"),
+        ("reference", True, "has reference true, which should be int"),
+        ("reference", 10**30, "has reference 1000.*, which should be int"),
+        ("motion", {"kind": "dx"}, "has the motion"),
+        ("motion", {"kind": "jump", "amount": 1}, "has the motion .*unknown motion"),
+        ("motion", {"kind": "dx", "amount": "far"}, "has the motion"),
+        ("coverage", float("inf"), "has coverage Infinity, which should be float"),
+        ("target_c2w", [[1.0]], "has target_c2w of another shape"),
+        ("target_c2w", [["1"] * 4] * 4, "has target_c2w .*, which should be"),
+    ],
+)
+def test_parts_of_a_triple_go_together(tmp_path, key, value, sentence):
+    assert load(tmp_path, records.Triple, check_triple)["reference"] == 1
+    with pytest.raises(SystemExit, match=f"rows.jsonl, line 2 {sentence}"):
+        load(tmp_path, records.Triple, check_triple, **{key: value})
+
+
+@pytest.mark.parametrize("line", ['{"id": 1, "id": 2}', "[" * 10**5, '{"n": ' + "1" * 5000 + "}"])
+def test_json_that_python_takes_and_others_do_not_is_refused(tmp_path, line):
+    (tmp_path / "rows.jsonl").write_text("\n" + line)
+    with pytest.raises(SystemExit, match="rows.jsonl, line 2 is not JSON"):
+        records.load_jsonl(tmp_path / "rows.jsonl")
+    assert records.read_log(tmp_path / "rows.jsonl") == []
+
+
+def test_gold_answers_of_every_form_are_the_letter_or_refused(tmp_path):
+    def gold(answer, options):
+        row = load(tmp_path, records.Question, rewards.name_gold, answer=answer, options=options)
+        return row["answer"]
+
+    balls = ROW["options"]
+    for form in (
+        "B",
+        "b",
+        "(B)",
+        "B.",
+        "b)",
+        " B ",
+        "B. blue ball",
+        "(b) Blue ball",
+        "Blue Ball",
+        2,
+    ):
+        assert gold(form, balls) == "B", form
+    assert gold(0, balls) == "A"
+    assert gold("B", ["A. B", "B. A"]) == "B"  # words that are letters: a letter is a letter
+    assert gold("blue", ["red", "blue"]) == "blue" and gold("7", []) == gold(7, []) == "7"
+    assert gold(None, balls) is None  # nobody knows
+    for odd in ("C", "ball", "", 1, -1, 3, 0.5, "B. red ball", "A or B"):
+        with pytest.raises(SystemExit, match="line 2 has the answer .* names 0 of the options"):
+            gold(odd, balls)
+    for odd, options in (("b", ["A. b", "B. a"]), (2, ["A. 2", "B. 3"])):
+        with pytest.raises(SystemExit, match="line 2 has the answer .* names 2 of the options"):
+            gold(odd, options)

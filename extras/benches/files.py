@@ -28,7 +28,9 @@ from PIL import Image
 
 from lib.distributed import fail, say
 from lib.images import check_file, decoding, read
-from lib.records import whole_file
+from lib.protocol import check_kinds
+from lib.records import Question, whole_file
+from rewards import name_gold
 
 
 class Source(NamedTuple):
@@ -135,7 +137,10 @@ def read_questions(bench: Bench, file: Path, frames: int | None) -> list[dict]:
         try:
             for question in bench.questions(record, Source(file, number, frames)):
                 common = {"bench": bench.name, "kind": "mca", "needs_view": None}
-                questions.append(common | question)
+                question = common | question
+                check_kinds(question, Question)
+                name_gold(question)
+                questions.append(question)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             fail(f"{file}, record {number} is not one of {bench.title} ({reason}).")
@@ -155,7 +160,7 @@ def records_of(file: Path) -> Iterable[dict]:
         if file.suffix == ".json":
             return json.loads(text)
         return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         fail(f"{file} is not JSON ({error}); it may be cut off: fetch it again.")
 
 

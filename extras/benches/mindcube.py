@@ -16,7 +16,7 @@ from pathlib import Path
 from extras.benches.files import Bench, Source, after_images, split_options
 from lib.distributed import say
 from lib.images import load_image, save_image
-from lib.records import load_jsonl, save_jsonl
+from lib.records import Question, load_jsonl, save_jsonl
 from lib.stage import hold, run_stage
 
 SETTINGS = ("around", "rotation", "translation", "among")  # looked for in the id in this order
@@ -136,7 +136,7 @@ def make_mindcube(out: str | Path, source: str | Path) -> None:
     The setting is part of the id (MindCube's own rule): one spot is `rotation`, two places are `around`.
     """
     out, records = Path(out), []
-    for question in load_jsonl(source):
+    for question in load_jsonl(source, Question):
         setting = "around" if question["category"] == "camera-camera" else "rotation"
         images = []
         for number, image in enumerate(question["images"], 1):

@@ -120,7 +120,9 @@ def diagnose(question: Question, trajectory: Trajectory) -> dict | None:
 
     None for direct mode and for questions that do not tell what their views show.
     """
-    if trajectory.mode == "direct" or "shows" not in question:
+    command, scene = question.get("command") or {}, question.get("scene") or {}
+    is_known = "shows" in question and "value" in command and {"room", "poses"} <= scene.keys()
+    if trajectory.mode == "direct" or not is_known or not question["options"]:
         return None
     calls = [call for call in trajectory.provenance if call]
     views = trajectory.images[len(trajectory.images) - len(calls) :]

@@ -23,7 +23,7 @@ from extras.scans.triples import in_turn
 from lib.consistency import pose_errors
 from lib.distributed import fail, say
 from lib.geometry import decompose
-from lib.records import load_jsonl, save_jsonl
+from lib.records import Triple, load_jsonl, save_jsonl
 from lib.stage import bounded, hold, run_stage
 from lib.streams import numpy_stream
 
@@ -70,8 +70,8 @@ def rows_for_tests(source):
         fail(
             f"{source} holds no triples of scans: python data.py triples --dataset NAME --root DIR --out {source}"
         )
-    train = load_jsonl(source / "triples_train.jsonl")
-    test = load_jsonl(source / "triples_test.jsonl")
+    train = load_jsonl(source / "triples_train.jsonl", Triple)
+    test = load_jsonl(source / "triples_test.jsonl", Triple)
     if any("place" not in row for row in train + test):
         fail(
             f"{source} does not tell the place of every triple: python data.py triples --dataset NAME --root DIR "

@@ -24,7 +24,7 @@ from extras.scans.scene import read_scene, scene_ids
 from extras.scans.summary import SHEET_LINES, Summary, sheet_of
 from extras.scans.triples import RULES, Rules, write_triples
 from lib.distributed import fail, say
-from lib.records import PICTURES, SPLITS, disk, write_json, write_text
+from lib.records import PICTURES, SPLITS, disk, read_log, write_json, write_text
 from lib.stage import hold
 from lib.streams import stable_hash, stream_seed
 
@@ -243,12 +243,11 @@ def places_and_lists(
 def holds_others(files: Iterable[Path], key: str, ours: set) -> bool:
     """Whether JSONL files hold rows, and `key` of none is one of `ours`: to write them anew would drop another set."""
     any_row = False
-    for file in filter(Path.exists, files):
-        with file.open() as lines:
-            for line in filter(str.strip, lines):
-                if json.loads(line).get(key) in ours:
-                    return False
-                any_row = True
+    for file in files:
+        for row in read_log(file):
+            if row.get(key) in ours:
+                return False
+            any_row = True
     return any_row
 
 

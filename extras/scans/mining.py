@@ -19,11 +19,11 @@ import numpy as np
 from extras.scans.make import holds_others, with_relative_paths
 from lib.distributed import fail, global_sum, is_main, progress, say, setup, wait_for_all
 from lib.images import with_pictures
-from lib.records import SPLITS, disk, load_jsonl, read_log, save_jsonl
+from lib.records import SPLITS, Question, disk, load_jsonl, read_log, save_jsonl
 from lib.stage import bounded, hold, run_stage
 from lib.streams import stream_seed
 from policy import Policy, rollout
-from rewards import exact_match
+from rewards import exact_match, name_gold
 
 BATCH = 16  # questions that are logged together
 ROWS = 16  # dialogues written together: of an 8B policy at most 13 GB of keys and values
@@ -76,7 +76,7 @@ def questions_to_mine(source, out):
             f"{source} is not for training: only questions_train.jsonl may be mined, or the test would be chosen by "
             f"what a model gets wrong."
         )
-    questions = load_jsonl(source)
+    questions = load_jsonl(source, Question, name_gold)
     ids = {question["id"] for question in questions}
     if len(ids) < len(questions):
         fail(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from extras.world2vlm.rewards import BOX_PARTS, FULL, world2vlm
 from extras.world2vlm.words import TASKS
 from lib.distributed import Means, World, fail, is_main, say, setup, unsharded, wait_for_all
-from lib.records import disk, load_jsonl, read_log, save_jsonl, write_json
+from lib.records import Question, disk, load_jsonl, read_log, save_jsonl, write_json
 from lib.stage import Flag, begin, finish, parse_flags, run_stage
 from lib.streams import Clock
 from policy import Policy, rollout
@@ -107,7 +107,7 @@ def main(argv=None):
     ]
     world, clock = setup(args.threads), Clock()
     begin("world2vlm evaluate", args, FLAGS, needs)
-    questions = load_jsonl(file)[: args.limit]
+    questions = load_jsonl(file, Question)[: args.limit]
     if not questions:
         fail(f"{file} has no question.")
     policy = Policy.load(args.policy, world.device)

@@ -16,7 +16,8 @@ from extras.world2vlm.questions import with_pictures, write_motion_questions
 from extras.world2vlm.transitions import PAPER, Anchor, transitions
 from lib.distributed import fail, say
 from lib.images import load_image
-from lib.records import SPLITS, disk, load_jsonl, read_log, save_jsonl
+from lib.protocol import check_triple
+from lib.records import SPLITS, Triple, disk, load_jsonl, read_log, save_jsonl
 from lib.streams import numpy_stream, stable_hash
 
 AT_ONCE = {"meters": 1.0, "degrees": 45.0}  # of a motion, in one call of the teacher; ours
@@ -67,7 +68,7 @@ def append_line(log: Path, entry: dict) -> None:
 def metric_contexts(file: Path, limit=None) -> dict[int, dict]:
     """{hash of a context and its reference: a triple of it}, of those whose lengths are metres."""
     contexts = {}
-    for row in load_jsonl(file):
+    for row in load_jsonl(file, Triple, check_triple):
         if row.get("metric"):
             paths = [os.path.relpath(path, file.parent) for path in row["context"]]
             contexts[stable_hash(*paths, row["reference"])] = row

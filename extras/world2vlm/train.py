@@ -46,7 +46,7 @@ from lib.distributed import (
     sum_gradients,
 )
 from lib.images import load_image, with_pictures
-from lib.records import MetricLog, load_jsonl
+from lib.records import MetricLog, Question, load_jsonl
 from lib.stage import (
     Flag,
     Interrupt,
@@ -215,7 +215,7 @@ def loss_shares(rows: list[dict], lambdas: dict[str, float]) -> list[float]:
 def questions_to_learn(args: Namespace, world: World) -> tuple[list[dict], list[dict]]:
     """The questions of --tasks whose lambda is not 0, and the held-out ones; a sentence where there are too few."""
     file, lambdas = Path(args.data, "questions_train.jsonl"), lambdas_of(args)
-    rows = [row for row in load_jsonl(file) if row["category"] in args.tasks]
+    rows = [row for row in load_jsonl(file, Question) if row["category"] in args.tasks]
     rows = with_pictures([row for row in rows if lambdas[direction_of(row)]], world)
     if args.batch % world.size:
         fail(
@@ -227,7 +227,7 @@ def questions_to_learn(args: Namespace, world: World) -> tuple[list[dict], list[
         fail(
             f"A step asks no question twice: {file} has {len(rows)} of these tasks, --batch asks for {args.batch}."
         )
-    held_out = with_pictures(load_jsonl(Path(args.data, "questions_val.jsonl")), world)
+    held_out = with_pictures(load_jsonl(Path(args.data, "questions_val.jsonl"), Question), world)
     return rows, held_out[: args.eval_questions]
 
 
