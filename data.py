@@ -102,7 +102,7 @@ def across(rng: Generator) -> list[Array]:
             return [camera_pose(x[k], -EYE, z[k], yaw[k]) for k in range(4)]
 
 
-class Layout(NamedTuple):
+class RoomLayout(NamedTuple):
     """Where the context cameras of a room stand, and which motions lead from one of them to a target."""
 
     cameras: Callable[[Generator], list[Array]]
@@ -110,10 +110,10 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
-    "ring": Layout(ring, MOTIONS),
-    "fine": Layout(ring, FINE),
-    "apart": Layout(across, MOTIONS),
-    "pitched": Layout(pitched, [*MOTIONS, Motion("dphi", -15.0), Motion("dphi", 15.0)]),
+    "ring": RoomLayout(ring, MOTIONS),
+    "fine": RoomLayout(ring, FINE),
+    "apart": RoomLayout(across, MOTIONS),
+    "pitched": RoomLayout(pitched, [*MOTIONS, Motion("dphi", -15.0), Motion("dphi", 15.0)]),
 }
 # what questions are asked about: a turn of 90 degrees leads to the next view
 RINGS = ("ring", "pitched")
