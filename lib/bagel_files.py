@@ -91,8 +91,8 @@ def misfits(expected: dict, tensors: dict) -> list[str]:
         actual = tuple(tensors[name].shape) if name in tensors else "missing"
         if actual != tuple(shape):
             phrases.append(f"{name} {tuple(shape)} (file: {actual})")
-    foreign = [name for name in tensors if name not in expected]
-    return phrases + [f"{name} (not a part of the model)" for name in foreign]
+    foreign = [f"{name} (not a part of the model)" for name in tensors if name not in expected]
+    return phrases[:2] + foreign + phrases[2:]  # names spelt otherwise show early
 
 
 def complain(sentence: str, phrases: list[str], remedy: str = REMEDY) -> None:
