@@ -808,7 +808,7 @@ def draw_curves(out: Path) -> None:
     if image is None:
         say("No curves.png without matplotlib (pip install matplotlib); log.jsonl has the numbers.")
     else:
-        save_image(out / "curves.png", np.array(image))
+        save_image(out / "curves.png", image)
 
 
 if __name__ == "__main__":

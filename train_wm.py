@@ -37,7 +37,7 @@ from lib.bagel import LATENT_PATCH, MAX_IMAGES, patchify, resize, to_pixels, tok
 from lib.checkpoints import load_state, save_state, training_tensors
 from lib.distributed import fail, is_main
 from lib.geometry import Motion, Query, instruction, phrase
-from lib.images import PictureError, contact_sheet, decode, on_white
+from lib.images import PictureError, contact_sheet, decode, on_white, save_image
 from lib.packing import Pack, Text, VaeImage, VitImage, pack
 from lib.protocol import check_triple
 from lib.records import MetricLog, Triple, load_jsonl, whole_file, whole_folder
@@ -420,7 +420,7 @@ def draw_views(rows: list, path: Path) -> None:
     blank = np.full((1, 1, 3), 255, np.uint8)  # where another context has one view more
     head = ["context", *[""] * (most - 4), "motion", "imagined", "true"]
     if is_main():
-        contact_sheet(head, [[blank] * (most - len(row)) + row for row in rows]).save(path)
+        save_image(path, contact_sheet(head, [[blank] * (most - len(row)) + row for row in rows]))
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------------

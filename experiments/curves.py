@@ -119,5 +119,5 @@ def main(argv: list[str] | None = None) -> None:
         image = figure_image(lambda pyplot: draw(logs, pyplot))
         if image is None:
             fail("The picture takes matplotlib. Type: pip install matplotlib")
-        save_image(args.picture, np.array(image))
+        save_image(args.picture, image)
         say(f"curves: {args.picture}")

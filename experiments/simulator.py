@@ -34,7 +34,7 @@ from experiments.runner import (
 from lib import consistency
 from lib.answers import imagine_targets, load_triples
 from lib.distributed import fail
-from lib.records import readable
+from lib.records import readable, whole_file
 from lib.scores import COLUMNS, consistency_row
 from lib.stage import run_stage
 from lib.streams import numpy_stream
@@ -100,7 +100,8 @@ def score_row(row: SimulatorRow, folder: Path, data: Path) -> dict:
     values = consistency.per_view(triples, views, recovered)
     ids = [triple["id"] for triple in triples]
     rooms = [triple["room"] for triple in triples]
-    np.savez(folder / "views.npz", id=ids, room=rooms, values=values)
+    with whole_file(folder / "views.npz") as beside, open(beside, "wb") as file:
+        np.savez(file, id=ids, room=rooms, values=values)
     return readable(consistency.score_views(triples, views, recovered))
 
 

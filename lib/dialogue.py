@@ -268,7 +268,7 @@ class Trajectory:
             page.paste(tile, (left, upper + 20))
         for n, line in enumerate(lines):
             pen.text((10, top + 17 * n), line, "black", font)
-        page.save(path)
+        save_image(path, page)
 
 
 def call_poses(scene: dict, calls: list[dict]) -> np.ndarray:

@@ -196,13 +196,15 @@ def with_pictures(questions: list[dict], world: World) -> list[dict]:
 # ---- files that are written ------------------------------------------------------------------------------------------
 
 
-def save_image(path: Path, pixels: np.ndarray) -> None:
-    """uint8 (H, W, 3 or 4) -> PNG, or JPEG where the name ends in .jpg; whole or not at all."""
+def save_image(path: str | Path, picture: np.ndarray | Image.Image) -> None:
+    """uint8 (H, W, 3 or 4) or a picture -> PNG, or JPEG where the name ends in .jpg; whole or not at all."""
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture)
     file = io.BytesIO()
-    if path.suffix == ".jpg":
-        Image.fromarray(pixels).save(file, "jpeg", quality=95, subsampling=0)
+    if Path(path).suffix == ".jpg":
+        picture.save(file, "jpeg", quality=95, subsampling=0)
     else:
-        Image.fromarray(pixels).save(file, "png", compress_level=1)
+        picture.save(file, "png", compress_level=1)
     with whole_file(path) as beside:
         beside.write_bytes(file.getvalue())
 

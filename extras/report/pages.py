@@ -8,7 +8,7 @@ from extras.report import report
 from extras.report.diagnosis import tally
 from lib.answers import Prediction, with_keys
 from lib.geometry import Motion, phrase
-from lib.images import contact_sheet, figure_image
+from lib.images import contact_sheet, figure_image, save_image
 from lib.scores import title_of
 
 
@@ -30,7 +30,7 @@ def write_answers(
     names = []
     workflow = figure_image(report.workflow(results))
     if workflow:  # None without matplotlib
-        workflow.save(out / "workflow.png")
+        save_image(out / "workflow.png", workflow)
         names.append("workflow.png")
     if args.report:
         report.write(
@@ -74,7 +74,7 @@ def write_simulators(out: Path, results: dict, rows: list[dict], views: dict) ->
     )
     if not curves:  # None also without matplotlib
         return ["report.html"]
-    curves.save(out / "dose.png")
+    save_image(out / "dose.png", curves)
     return ["report.html", "dose.png"]
 
 

@@ -24,6 +24,7 @@ from extras.scans.scene import read_scene, scene_ids
 from extras.scans.summary import SHEET_LINES, Summary, sheet_of
 from extras.scans.triples import RULES, Rules, write_triples
 from lib.distributed import fail, say
+from lib.images import save_image
 from lib.records import PICTURES, SPLITS, disk, read_log, write_json, write_text
 from lib.stage import hold
 from lib.streams import stable_hash, stream_seed
@@ -135,7 +136,7 @@ def write_splits(out, reports, places, splits):
     write_json(out / "summary.json", total.facts)
     say(total.text())
     if samples:
-        sheet_of(out, samples).save(out / "sheet.jpg", quality=90)
+        save_image(out / "sheet.jpg", sheet_of(out, samples))
         say(
             f"Look at {out}/sheet.jpg: the last column is the target with every other square taken from the context; "
             f"where edges break at the squares, depth or poses are wrong."
