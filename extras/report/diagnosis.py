@@ -122,7 +122,8 @@ def diagnose(question: Question, trajectory: Trajectory) -> dict | None:
     """
     command, scene = question.get("command") or {}, question.get("scene") or {}
     is_known = "shows" in question and "value" in command and {"room", "poses"} <= scene.keys()
-    if trajectory.mode == "direct" or not is_known or not question["options"]:
+    is_known = is_known and question["answer"] in tuple("ABCD"[: len(question["options"])])
+    if trajectory.mode == "direct" or not is_known:
         return None
     calls = [call for call in trajectory.provenance if call]
     views = trajectory.images[len(trajectory.images) - len(calls) :]
