@@ -46,7 +46,6 @@ from lib.geometry import (
     camera_pose,
     coverage,
     dominant_motion,
-    instruction,
     move_camera,
     pinhole,
     warp,
@@ -55,6 +54,7 @@ from lib.images import save_image
 from lib.questions import room_questions
 from lib.records import disk, load_jsonl, save_jsonl
 from lib.rooms import EYE, SIZE, pitched, random_room, render, ring
+from lib.simulators import instruction
 from lib.stage import bounded, hold, run_stage
 from lib.streams import numpy_stream
 

@@ -406,7 +406,7 @@ def write_turns(
                 dialogues[d].truncated = True
 
         waiting = [d for d in members if not dialogues[d].done]
-        views = views_of_turn(simulator, dialogues, waiting, turn)
+        views = views_of_turn(simulator, dialogues, waiting, turn, obey_seed=temperature == 0)
         for d in waiting:
             if dialogues[d].call and views.get(d) is None:
                 dialogues[d].reply = NO_VIEW if simulator else NO_SIMULATOR
@@ -414,13 +414,16 @@ def write_turns(
         encode_images(policy, [dialogues[d] for d in waiting])
 
 
-def views_of_turn(simulator, dialogues, waiting, turn) -> dict:
-    """The views that dialogues wait for, all in one batch -> {number of the dialogue: view, or None if refused}."""
+def views_of_turn(simulator, dialogues, waiting, turn, obey_seed) -> dict:
+    """The views that dialogues wait for, all in one batch -> {number of the dialogue: view, or None if refused}.
+
+    obey_seed   whether a call may choose its noise: in evaluation, which is greedy, not in training
+    """
     calling = [d for d in waiting if dialogues[d].call and simulator]
     queries = []
     for d in calling:
         noise = stream_seed("imagine", *dialogues[d].stream, turn)
-        queries.append(dialogues[d].query(noise))
+        queries.append(dialogues[d].query(noise, obey_seed))
     return dict(zip(calling, imagine_each(simulator, queries), strict=True))
 
 

@@ -36,13 +36,14 @@ from lib import distributed, stage
 from lib.bagel import LATENT_PATCH, MAX_IMAGES, patchify, resize, to_pixels, token_grid
 from lib.checkpoints import load_state, save_state, training_tensors
 from lib.distributed import fail, is_main
-from lib.geometry import Motion, Query, instruction, phrase
+from lib.geometry import Motion, Query
 from lib.images import PictureError, contact_sheet, decode, on_white, save_image
 from lib.packing import Pack, Text, VaeImage, VitImage, pack
 from lib.protocol import check_triple
 from lib.records import MetricLog, Triple, load_jsonl, whole_file, whole_folder
+from lib.simulators import instruction, phrase, random_instruction
 from lib.stage import Flag
-from lib.streams import Clock, rows_of_step, set_learning_rate, torch_stream
+from lib.streams import Clock, numpy_stream, rows_of_step, set_learning_rate, torch_stream
 from world_model import WorldModel, x0_from_output
 
 SCANS = [f"out/{name}" for name in ("scannet", "scannetpp", "matterport", "arkitscenes", "dl3dv")]
@@ -73,6 +74,7 @@ FLAGS = [
     Flag("--drop-text", 0.0, 0.1, "condition dropout: sentences, for guidance", low=0, high=1),
     Flag("--drop-vit", 0.0, 0.3, "condition dropout: ViT segments of context", low=0, high=1),
     Flag("--drop-vae", 0.0, 0.3, "condition dropout: VAE segments of context", low=0, high=1),
+    Flag("--paraphrase", False, True, "draw among the printed wordings of a motion"),
     Flag("--augment", True, False, "mirrored rooms and permuted colours"),
     Flag("--warp-weight", 0.5, 0.1, "view consistency: agreement with the warped context", low=0),
     Flag(
@@ -261,16 +263,20 @@ class LossTargets(NamedTuple):
     seen_share: Tensor  # (N,) share of a token's pixels that some context view sees
 
 
-def make_sample(rows, model, encoder, read, args, stream) -> tuple[list, LossTargets]:
+def make_sample(rows, model, encoder, read, args, key) -> tuple[list, LossTargets]:
     """One context with its T targets -> (segments of a pack, what the loss compares with).
 
-    Every draw comes from `stream`. Each target is a branch of its own, with its sentence (lib/packing.py).
+    Every draw depends on `key` alone: (seed, step, number of the context). Each target is a branch of its own, with its sentence (lib/packing.py).
     """
+    stream = torch_stream("batch", *key)
     p = read_pictures(rows, read, with_warps=args.warp_weight > 0)
     if args.augment:
         p = augmented(p, stream)
-    context, reference = model.arrange(p.context, p.reference)
-    sentences = [instruction(motion, reference) for motion in p.motions]
+    context = model.arrange(p.context, p.reference)
+    sentences = [instruction(motion) for motion in p.motions]
+    if args.paraphrase:
+        rng = numpy_stream("wording", *key)
+        sentences = [random_instruction(motion, len(context), rng) for motion in p.motions]
     if args.shuffle_instructions:
         turn = 1 + int(torch.randint(len(rows) - 1, (), generator=stream))  # none keeps its own
         sentences = sentences[turn:] + sentences[:turn]
@@ -286,7 +292,8 @@ def make_sample(rows, model, encoder, read, args, stream) -> tuple[list, LossTar
     segments = []
     for i, image in enumerate(context):
         image = resize(image, model.settings.vae_limits)
-        vae_image, vit_image = context_segments(image, i, model, encoder, stream)
+        number = len(context) - 1 - i  # counted from the reference, which is the last one
+        vae_image, vit_image = context_segments(image, number, model, encoder, stream)
         segments.append(vae_image._replace(keep=keep_vae[i]))
         segments.append(vit_image._replace(keep=keep_vit[i]))
     x0, warp, seen_share, grid = encode_targets(p, model, encoder, stream)
@@ -331,11 +338,11 @@ def encode_targets(p, model, encoder, stream) -> tuple[Tensor, Tensor, Tensor, t
 
 
 @torch.no_grad()
-def make_batch(groups, streams, model, encoder, read, args) -> tuple[Pack, LossTargets]:
-    """Groups of triples as the network reads them; group i draws from streams[i]."""
+def make_batch(groups, keys, model, encoder, read, args) -> tuple[Pack, LossTargets]:
+    """Groups of triples as the network reads them; group i draws by keys[i]."""
     samples, targets = [], []
-    for group, stream in zip(groups, streams, strict=True):
-        segments, loss_targets = make_sample(group, model, encoder, read, args, stream)
+    for group, key in zip(groups, keys, strict=True):
+        segments, loss_targets = make_sample(group, model, encoder, read, args, key)
         samples.append(segments)
         targets.append(loss_targets)
     # Flex attention skips what sees nothing, so on a GPU all samples stand in one sequence, without padding.
@@ -394,7 +401,7 @@ def imagine_held_out(model, groups, read) -> tuple[dict, list]:
     queries, pictures = [], [read_pictures(group, read, with_warps=False) for group in groups]
     for p in pictures:
         for motion in p.motions:
-            sentence = instruction(motion, p.reference)
+            sentence = instruction(motion)
             queries.append(Query(p.context, p.reference, sentence, seed=len(queries)))
     views = iter(model.imagine(queries))
     hits, chances, errors, rows = [], [], [], []
@@ -534,8 +541,8 @@ def main(argv: list[str] | None = None) -> None:
             for i in range(0, share, args.micro_contexts):
                 micro = mine[i : i + args.micro_contexts]
                 groups = [train[order[k]] for k in micro]
-                streams = [torch_stream("batch", args.seed, step, k) for k in micro]
-                batches.append(make_batch(groups, streams, model, encoder, read, args))
+                keys = [(args.seed, step, k) for k in micro]
+                batches.append(make_batch(groups, keys, model, encoder, read, args))
             tokens = distributed.global_sum(sum(len(targets.x0) for _, targets in batches))
 
             means = distributed.Means(LOSSES)

@@ -4,12 +4,12 @@ Astra-WM, the world simulator: context views and a camera motion in words -> the
 The network is BAGEL (lib/bagel.py). One sequence holds everything; each context image stands in it twice, as clean VAE
 latents (what it looks like) and as ViT features (what it shows):
 
-  [VAE 1][ViT 1][VAE 2][ViT 2] ... [Base on the viewpoint of Image-2, turn left 30 degrees.][noisy latents]
+  [VAE 1][ViT 1][VAE 2][ViT 2] ... [Based on the last image, turn 30 degrees to the left.][noisy latents]
 
 It is trained by flow matching: x_t = (1 - t) x0 + t eps, v = eps - x0, t = 1 is pure noise (train_wm.py). It imagines
 by Euler steps from t = 1 to t = 0, the context read once into a memory, guided away from "no sentence" and "no images".
 
-  python world_model.py --images a.png b.png --reference 2 --motion "turn left 30 degrees" --out view.png
+  python world_model.py --images a.png b.png --motion "turn left 30" --out view.png
   python world_model.py --interactive       # look around in a room, key by key
 
 `python -m extras.remote.serve` makes it an endpoint that many can share.
@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from lib import bagel_files
 from lib.bagel import (
     GEN,
     LATENT_PATCH,
+    MAX_IMAGES,
     Bagel,
     Branch,
     Config,
@@ -46,8 +48,9 @@ from lib.bagel import (
 )
 from lib.checkpoints import contents
 from lib.distributed import default_device, fail, say
-from lib.geometry import Query, instruction, read_phrase, renumbered, select_context
+from lib.geometry import Query, select_context
 from lib.images import load_image, save_image
+from lib.simulators import FORMS, instruction, read_instruction, read_phrase, renumbered
 from lib.stage import bounded, newest, run_stage
 from lib.streams import stream_seed
 
@@ -232,7 +235,7 @@ class TaylorSeries:
 
 
 class ArrangedQuery(NamedTuple):
-    """A query as the network is shown it: its images selected, in its order and sizes; the sentence renumbered."""
+    """A query as the network is shown it: its images selected, the reference last; the sentence renumbered."""
 
     index: int  # of the query
     seed: int
@@ -368,15 +371,10 @@ class WorldModel:
         latent = self.autoencoder.encode(pixels, streams)
         return ContextImage(latent, to_pixels(small).to(self.device))
 
-    def arrange(self, images: list, reference: int, settings=None) -> tuple[list, int]:
-        """Which images of a query the network is shown, in its order -> (images, 1-based reference among them)."""
-        settings = settings or self.settings
-        indices, reference = select_context(images, reference, settings.max_context)
-        images = [images[i] for i in indices]
-        if settings.reference_first:
-            images = images[reference - 1 :] + images[: reference - 1]
-            reference = 1
-        return images, reference
+    def arrange(self, images: list, reference: int, settings=None) -> list:
+        """The images of a query that the network is shown, in its order, the reference last: `select_context`."""
+        most = (settings or self.settings).max_context
+        return [images[i] for i in select_context(len(images), reference, most)]
 
     # ---- imagining
 
@@ -391,35 +389,37 @@ class WorldModel:
         settings = dataclasses.replace(self.settings, **changes)
         most = settings.max_context
         if not self.warned and any(len(query.images) > most for query in queries):
-            say(f"Of more than {most} images the simulator sees the reference and its neighbours.")
+            say(
+                f"Of more than {most} images the simulator sees the reference and the latest others."
+            )
             self.warned = True
-        alike = {}  # arranged queries by reference and shapes of their images
+        alike = {}  # arranged queries by the shapes of their images
         for index, query in enumerate(queries):
-            images, reference = self.arrange(query.images, query.reference, settings)
+            images = self.arrange(query.images, query.reference, settings)
             images = [resize(np.asarray(image), settings.vae_limits) for image in images]
-            sentence = renumbered(query.instruction, reference)
-            shape = (reference, *(image.shape for image in images))
+            sentence = renumbered(query.instruction, len(images))
+            shapes = tuple(image.shape for image in images)
             arranged = ArrangedQuery(index, query.seed, images, sentence)
-            alike.setdefault(shape, []).append(arranged)
+            alike.setdefault(shapes, []).append(arranged)
         views = [None] * len(queries)
-        for (reference, *shapes), rows in alike.items():
+        for shapes, rows in alike.items():
             # a VAE token per 256 pixels and a ViT token per 196 are one per 111; 100 leaves room
             tokens = sum(height * width for height, width, _ in shapes) / 100
             count = max(1, min(batch, int(MAX_TOKENS / tokens)))
             for start in range(0, len(rows), count):
                 chunk = rows[start : start + count]
-                for row, view in zip(chunk, self._imagine(chunk, reference, settings), strict=True):
+                for row, view in zip(chunk, self._imagine(chunk, settings), strict=True):
                     views[row.index] = view
         return views
 
-    def _imagine(self, rows, reference, settings):
+    def _imagine(self, rows, settings):
         """The views of arranged queries whose images have the same number and sizes: (R, H, W, 3) uint8."""
         streams = [torch.Generator().manual_seed(row.seed) for row in rows]
         images = []
         for same in zip(*(row.images for row in rows), strict=True):  # image 1 of all rows, ...
             images.append(self.see(same, streams))
         text = self.texts([row.sentence for row in rows])
-        grid = token_grid(images[reference - 1].latent)
+        grid = token_grid(images[-1].latent)
         shape = (grid[0] * grid[1], self.network.config.token_channels)
         noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
         branches = guidance_branches(self.network, images, text, settings)
@@ -489,13 +489,19 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
         text = f"{options['help']} (BAGEL: {getattr(Settings, field)})"
         group.add_argument(f"--{field.replace('_', '-')}", **options | {"help": text})
     group.add_argument(
+        "--context",
+        dest="max_context",
+        type=bounded(int, 1, MAX_IMAGES),
+        help=f"images shown at most, the reference last (ours: {Settings.max_context})",
+    )
+    group.add_argument(
         "--int8", action="store_true", help="weights of 8 bits: BAGEL in 15 GB (extras/int8.py)"
     )
 
 
 def sampler_options(args: argparse.Namespace) -> dict:
     """The flags of `add_sampler_flags` that were given, for `WorldModel.load`."""
-    options = {field: getattr(args, field) for field in SAMPLER_FLAGS}
+    options = {field: getattr(args, field) for field in (*SAMPLER_FLAGS, "max_context")}
     options = {field: value for field, value in options.items() if value is not None}
     if "interval" in options:
         low, high = options["interval"] = tuple(options["interval"])
@@ -510,8 +516,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument("--interactive", action="store_true", help="look around in a room, by keys")
     p.add_argument("--images", nargs="+", help="context views in order")
-    p.add_argument("--reference", type=int, default=1, help="image that the motion starts from")
-    p.add_argument("--motion", help='such as "move 1.5 meters forward"')
+    p.add_argument("--reference", type=int, help="image that the motion starts from; default: last")
+    p.add_argument(
+        "--motion",
+        help='such as "turn left 30" or "move forward 1 m"; a sentence such as "Based on the last image, pitch up by 10 '
+        'degrees." is passed on as it is',
+    )
+    p.add_argument(
+        "--form",
+        choices=tuple(FORMS),
+        default="last",
+        help="how the sentence names the reference: all are printed in the paper; which one a published checkpoint knows "
+        "best is not known (default: last)",
+    )
     p.add_argument("--out", default="view.png", help="the picture to write")
     p.add_argument("--model", help="folder or Hugging Face id; default: out/wm or out/demo/wm")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -521,6 +538,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if len(of_a_picture) != (0 if args.interactive else 2):
         p.error("give --images and --motion, or --interactive alone")
     return args
+
+
+def sentence_of(args: argparse.Namespace) -> tuple[str, int]:
+    """What --motion tells the simulator, and the number of the reference. Raises ValueError if it cannot be read."""
+    number = args.reference or len(args.images)
+    if re.match(r"\s*based? on", args.motion, re.IGNORECASE):
+        own, _ = read_instruction(args.motion)
+        return args.motion.strip(), own or number
+    return instruction(read_phrase(args.motion), number, args.form), number
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -541,9 +567,9 @@ def main(argv: list[str] | None = None) -> None:
             look_around(WorldModel.load(path, device, dtype, **options))
             return
         # the motion first: its error should not wait for the weights
-        sentence = instruction(read_phrase(args.motion), args.reference)
+        sentence, number = sentence_of(args)
         images = [load_image(image) for image in args.images]
-        query = Query(images, args.reference, sentence, args.seed)
+        query = Query(images, number, sentence, args.seed)
         view = WorldModel.load(path, device, dtype, **options).imagine([query])[0]
         save_image(Path(args.out), view)
     except (OSError, ValueError) as error:

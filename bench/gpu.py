@@ -27,8 +27,9 @@ from data import MOTIONS
 from lib.bagel import Bagel, Config
 from lib.dialogue import Trajectory
 from lib.distributed import clip_gradients, fail, setup, shard
-from lib.geometry import Motion, instruction
+from lib.geometry import Motion
 from lib.rollout import Writer
+from lib.simulators import instruction
 from lib.tiny import tiny_tokenizer
 from policy import Policy
 from world_model import WorldModel, initialise
@@ -327,9 +328,9 @@ def train_wm(args: Namespace) -> None:
     network = shard(model.network, model.network.blocks, world)
     args.layers = network.config.layers
     groups, read = noise_triples(flags.micro_contexts, views, wm_stage.TARGETS, side)
-    streams = [torch.Generator().manual_seed(number) for number in range(len(groups))]
+    keys = [(0, 0, number) for number in range(len(groups))]
     encoder = wm_stage.Encoder(model)
-    pack, targets = wm_stage.make_batch(groups, streams, model, encoder, read, flags)
+    pack, targets = wm_stage.make_batch(groups, keys, model, encoder, read, flags)
     options = {"lr": 0.0, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     optimizer = torch.optim.AdamW(network.parameters(), **options)
 

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from transformers import LogitsProcessorList
 
 from lib.bagel import GEN, LATENT_PATCH, patchify, resize, to_images, unpatchify
-from lib.geometry import renumbered
 from lib.rollout import sample_tokens
+from lib.simulators import renumbered
 
 
 @torch.inference_mode()
@@ -47,19 +47,20 @@ def latent(model, query, **changes):
     """
     network, s = model.network, replace(model.settings, **changes)
     stream = torch.Generator().manual_seed(query.seed)
-    images, reference = model.arrange(query.images, query.reference, s)
+    images = model.arrange(query.images, query.reference, s)
     encoded = [model.see([resize(np.asarray(image), s.vae_limits)], [stream]) for image in images]
-    ids = model.texts([renumbered(query.instruction, reference)])[0][0]
+    ids = model.texts([renumbered(query.instruction, len(images))])[0][0]
 
     full = nothing(network)
-    for number, (clean, pixels) in enumerate(encoded):
+    for i, (clean, pixels) in enumerate(encoded):
+        number = len(encoded) - 1 - i
         read_vae(network, full, clean, number)
         read_vit(network, full, pixels, number)
     no_text, no_image = copy.deepcopy(full), nothing(network)
     read_text(network, full, ids)
     read_text(network, no_image, ids)
 
-    grid = [side // LATENT_PATCH for side in encoded[reference - 1][0].shape[-2:]]
+    grid = [side // LATENT_PATCH for side in encoded[-1][0].shape[-2:]]
     x = torch.randn(grid[0] * grid[1], network.config.token_channels, generator=stream)
     x = x.to(model.device)
     motion, silence = motion_to_target(network, ids), motion_to_target(network, ids[:2])

@@ -21,8 +21,9 @@ from transformers.processing_utils import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_template, qwen3_vl_chat_template
 
-from lib.geometry import Motion, phrase
+from lib.geometry import Motion
 from lib.protocol import IMAGE_TOKEN, TOOL, prompt_text
+from lib.simulators import phrase
 
 
 class Stills(Qwen3VLProcessor):

@@ -22,9 +22,10 @@ from bench.timing import best_matmul_rate, print_json, sustained_matmul_rate
 from data import MOTIONS
 from lib.bagel import LATENT_PATCH, Bagel, Config, Settings, resized
 from lib.distributed import keep_freed_memory
-from lib.geometry import Query, instruction
+from lib.geometry import Query
 from lib.rooms import random_room, render, ring
 from lib.scores import text_table
+from lib.simulators import instruction
 from lib.tiny import tiny_tokenizer
 from world_model import WorldModel, initialise
 

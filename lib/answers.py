@@ -27,14 +27,13 @@ from lib.geometry import (
     Motion,
     Query,
     decompose,
-    instruction,
     move_camera,
 )
 from lib.images import PictureError, read, read_warp, save_image
 from lib.protocol import check_kinds, check_triple
 from lib.records import Triple, disk, load_jsonl, read_log, write_text
 from lib.rooms import random_room, render
-from lib.simulators import SimulatorError, fill_holes
+from lib.simulators import SimulatorError, fill_holes, instruction
 from lib.streams import stable_hash, stream_seed
 
 VERSION = 4  # of what a line holds; lines of another one stay as well
@@ -209,7 +208,7 @@ def view_file(folder: Path, row: dict) -> Path:
 
 def query_of(row: dict) -> Query:
     """What a simulator is asked for a triple."""
-    sentence = instruction(Motion(**row["motion"]), row["reference"])
+    sentence = instruction(Motion(**row["motion"]))
     scene = None
     if "room" in row:
         scene = {"room": row["room"], "poses": row["context_c2w"]}

@@ -72,13 +72,10 @@ class Settings:
     # Add the sentence's word embeddings, summed and through one linear layer (motion2llm), to the target tokens.
     # Attention finds the words too, but only after many more images than minutes allow.
     motion_to_target: bool = False
-    # Turn the ring of context images until the reference comes first, and call it Image-1 in the sentence: the model
-    # need not learn to look a number up. Ring order is kept: [ref, ref + 1, ..., wrapping].
-    reference_first: bool = False
     # Places inside a picture, and the number of a context image, as learned embeddings of scale 1. BAGEL has smooth
     # sin-cos tables for the one and only RoPE for the other; random embeddings are told apart from the first step.
     learned_places: bool = False
-    max_context: int = 4  # images shown at most: the reference and its nearest neighbours
+    max_context: int = 4  # images shown at most: the latest, and the reference as the last one
     latent: str = "flux"  # "flux", or "pixels": no autoencoder (PixelLatents)
     vae_limits: tuple = (1024, 512, 16)  # (max_side, min_side, stride) of the pictures, pixels
     vit_limits: tuple = (980, 224, 14)
@@ -663,7 +660,8 @@ class Bagel(nn.Module):
         und_offset, gen_offset = [], []  # of each token's position behind memory.next
         offset = 0
         for i, (latent, pixels) in enumerate(images):
-            index = self.index_vector(torch.tensor([i], device=self.device))
+            number = len(images) - 1 - i  # counted from the reference, which is the last one
+            index = self.index_vector(torch.tensor([number], device=self.device))
             if latent is not None:
                 tokens = self.vae2llm(patchify(latent, LATENT_PATCH).to(self.dtype))
                 tokens = tokens + (time + self.latent_places(token_grid(latent)) + index)

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lib.geometry import Query, instruction, move_camera, phrase
+from lib.geometry import Query, move_camera
 from lib.images import load_image, save_image
 from lib.protocol import (
     CALL_FIRST,
     ENOUGH,
     IMAGE_TOKEN,
     NO_SUCH_IMAGE,
+    NO_SUCH_INDEX,
     NO_TOOL,
     motion_in,
     numbered_image,
@@ -30,6 +31,7 @@ from lib.protocol import (
     prompt_text,
 )
 from lib.records import write_text
+from lib.simulators import instruction, phrase
 
 
 @dataclass
@@ -159,6 +161,9 @@ class Trajectory:
             return ENOUGH
         if not 1 <= call["reference_image"] <= len(self.images):
             return f"{NO_SUCH_IMAGE} Image-{len(self.images)}."
+        indices = call.get("img_indices", [0])
+        if min(indices) < 0 or max(indices) >= len(self.images):
+            return f"{NO_SUCH_INDEX} {len(self.images) - 1}."
         return None
 
     def observe(self, policy, image: np.ndarray | None = None) -> None:
@@ -177,14 +182,22 @@ class Trajectory:
             self._text(policy.encode_text(after))
         self.call = self.reply = None
 
-    def query(self, seed: int) -> Query:
-        """The waiting call as an order to a simulator; rooms learn where every image was taken, as commanded."""
+    def query(self, seed: int, obey_seed: bool = True) -> Query:
+        """The waiting call as an order to a simulator; rooms learn where every image was taken, as commanded.
+
+        seed   of the noise, where the call names none or is not obeyed in it (training: its streams rule)
+        """
+        call = self.call
+        own = call["reference_image"] - 1
+        indices = call.get("img_indices", range(len(self.images)))
+        indices = list(dict.fromkeys([*indices, own]))
         scene = self.question.get("scene")
         if scene:
             poses = call_poses(scene, self.provenance[len(scene["poses"]) :])
-            scene = {"room": scene["room"], "poses": poses.tolist()}
-        sentence = instruction(motion_in(self.call), self.call["reference_image"])
-        return Query(list(self.images), self.call["reference_image"], sentence, seed, scene)
+            scene = {"room": scene["room"], "poses": poses[indices].tolist()}
+        images = [self.images[index] for index in indices]
+        noise = call.get("seed", seed) if obey_seed else seed
+        return Query(images, indices.index(own) + 1, instruction(motion_in(call)), noise, scene)
 
     def fork(self) -> "Trajectory":
         """An independent copy that shares the images."""

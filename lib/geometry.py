@@ -5,11 +5,9 @@ Cameras, and the five motions that the policy may command.
   pinhole   a point (x, y, z) of the camera falls on pixel (fx x/z + cx, fy y/z + cy); pixel centres are at +0.5
   motion    one kind and one signed amount: moves are parallel to the ground or along gravity, yaw is about the
             vertical, only pitch is the camera's own (the paper's)
-  words     "Base on the viewpoint of Image-2, move 1.5 meters to the left."  (the paper's wording of a move; it
-            conditions the published checkpoint. The paper prints no turn: those phrases are ours.)
+  words     lib/simulators.py: "Based on the last image, turn 45 degrees to the left."
 """
 
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,74 +56,24 @@ class Query(NamedTuple):
 
     images: list  # (H, W, 3) uint8 each: all images so far, imagined ones included
     reference: int  # 1-based number of the image the motion starts from
-    instruction: str  # `instruction(motion, reference)`
+    instruction: str  # the sentence: `simulators.instruction`
     seed: int  # of the simulator's noise
     scene: dict | None = None  # rooms only: {"room": seed, "poses": one 4x4 list per image}
 
 
-def select_context(images: list, reference: int, max_context: int) -> tuple[list[int], int]:
-    """Which images the simulator sees when there are many: the reference and its nearest neighbours in the list.
+def select_context(count: int, reference: int, max_context: int) -> list[int]:
+    """Which of `count` images a simulator is shown, and in which order: the reference last, as in the paper's tool, and
+    before it the latest others: the list is turned, so that a ring of views stays one.
 
-    returns (indices, reference): 0-based indices in list order (of two equally near the earlier), and the 1-based
-    number of the reference among them. Raises ValueError if there is no such image.
+    reference   its 1-based number.   returns 0-based indices, `max_context` at most. Raises ValueError if there is no
+                such image
     """
-    count = len(images)
     if not 1 <= reference <= count:
         raise ValueError(f"there is no Image-{reference}: the images are numbered 1 to {count}")
-    by_distance = sorted(range(count), key=lambda i: (abs(i + 1 - reference), i))
-    indices = sorted(by_distance[:max_context])
-    return indices, 1 + indices.index(reference - 1)
-
-
-# ---- words -----------------------------------------------------------------------------------------------------------
-
-
-PHRASES = {  # with {} for the size of the amount: where it is above zero, and below
-    "dx": ("move {} meters to the right", "move {} meters to the left"),
-    "dy": ("move {} meters forward", "move {} meters backward"),
-    "dz": ("move {} meters up", "move {} meters down"),
-    "dangle": ("turn right {} degrees", "turn left {} degrees"),
-    "dphi": ("look up {} degrees", "look down {} degrees"),
-}
-
-
-def phrase(motion: Motion) -> str:
-    """Motion -> words: "move 1.5 meters to the left", "turn left 30 degrees". `read_phrase` is its exact inverse."""
-    size = repr(float(abs(motion.amount))).removesuffix(".0")
-    return PHRASES[motion.kind][motion.amount < 0].format(size)
-
-
-_NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
-
-
-def read_phrase(text: str) -> Motion:
-    """Words -> Motion. Raises ValueError with the list of phrases if `text` is none of them."""
-    for kind, phrases in PHRASES.items():
-        for sign, form in zip((1, -1), phrases, strict=True):
-            if match := re.fullmatch(form.format(_NUMBER), text.strip().removesuffix(".")):
-                return Motion(kind, sign * float(match[1]))
-    known = "; ".join(form.format("<number>") for forms in PHRASES.values() for form in forms)
-    raise ValueError(f"cannot read the motion {text!r}; write one of: {known}")
-
-
-def instruction(motion: Motion, reference: int) -> str:
-    """The sentence that conditions the simulator (the paper's overview figure)."""
-    return f"Base on the viewpoint of Image-{reference}, {phrase(motion)}."
-
-
-def renumbered(sentence: str, reference: int) -> str:
-    """An `instruction` whose reference has another number among the images that the simulator gets."""
-    return re.sub(r"Image-\d+", f"Image-{reference}", sentence, count=1)
-
-
-def read_instruction(text: str) -> tuple[int, Motion]:
-    """The inverse of `instruction`: sentence -> (reference, Motion)."""
-    match = re.fullmatch(r"Base on the viewpoint of Image-(\d+), (.*)\.", text.strip())
-    if not match:
-        raise ValueError(
-            f"cannot read the instruction {text!r}; it reads 'Base on the viewpoint of Image-2, …'"
-        )
-    return int(match[1]), read_phrase(match[2])
+    others = [index for index in range(count) if index != reference - 1]
+    latest = sorted([*others, reference - 1][-max_context:])
+    place = latest.index(reference - 1) + 1
+    return latest[place:] + latest[:place]
 
 
 # ---- poses -----------------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ class VitImage(NamedTuple):
 
     patches: Tensor  # (n, 3 * patch²)
     grid: tuple  # (h, w), n = h w
-    image_index: int = 0  # which context image, 0-based, in the order shown
+    image_index: int = 0  # which context image, counted back from the reference, the last one
     keep: bool = True
     branch: int = 0  # always: a context
 

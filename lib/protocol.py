@@ -6,9 +6,11 @@ A dialogue is a chat in Qwen's layout. The policy's turn is a thought and then e
     <think>…</think>
     <tool_call>{"name": "world_simulator_tool", "arguments": {"reference_image": 2, "motion_type": "dx", "value": -1.5}}</tool_call>
 
-    <think>…</think><answer>B</answer>
+    <think>…</think><answer>B</answer>                     (<thinking> is read as well)
 
-A call is answered by a user turn that shows the imagined view as the next image (Image-5); a call that is malformed or
+A call names an image, a kind of motion (dx right, dy forward, dz up: metres; dangle right, dphi up: degrees) and how far,
+below zero the other way; `img_indices` may choose what the simulator is shown, `seed` its noise (not in training). It is
+answered by a user turn that shows the imagined view as the next image (Image-5); a call that is malformed or
 impossible is answered by a sentence that says what is wrong: it costs a turn and never crashes. Modes: `direct` has no
 tool, `agentic` leaves the choice to the policy, `forced` refuses an answer before the first valid call.
 """
@@ -27,6 +29,7 @@ from lib.geometry import KINDS, UNITS, Motion
 
 IMAGE_TOKEN = "<|image_pad|>"
 TOOL_NAME = "world_simulator_tool"
+NEEDED = ("reference_image", "motion_type", "value")  # and img_indices and seed if need be
 TOOL = {
     "type": "function",
     "function": {
@@ -35,18 +38,20 @@ TOOL = {
         "parameters": {
             "type": "object",
             "properties": {
-                "reference_image": {
-                    "type": "integer",
-                    "description": "number of the image to start from",
-                },
+                "reference_image": {"type": "integer", "description": "image to start from"},
                 "motion_type": {"type": "string", "enum": list(KINDS)},
                 "value": {
                     "type": "number",
-                    "description": "meters (dx right, dy forward, dz up) or degrees (dangle right, dphi up); below "
-                    "zero the other way",
+                    "description": "meters or degrees; above 0: dx right, dy forward, dz up, dangle right, dphi up",
                 },
+                "img_indices": {
+                    "type": "array",
+                    "items": {"type": "integer"},
+                    "description": "images to imagine from, counted from 0; default: all",
+                },
+                "seed": {"type": "integer", "description": "of the simulator's noise"},
             },
-            "required": ["reference_image", "motion_type", "value"],
+            "required": list(NEEDED),
         },
     },
 }
@@ -61,8 +66,10 @@ TOOLS = (
 NOTE = {
     "direct": "\nThink in <think></think>, then give the answer (an option, if there are any) in "
     "<answer></answer>.",
-    "agentic": "\nIn every turn think in <think></think>, then either call world_simulator_tool to see a view that is missing, "
-    "or give the answer (an option, if there are any) in <answer></answer>.",
+    "agentic": "\nOne step a turn: first think in <think></think>, without repeating what you thought before, then either "
+    "call world_simulator_tool or give the answer (an option, if there are any) in <answer></answer>, not both. Call it "
+    "before you answer if the answer depends on a viewpoint or a region that no image shows, on a motion of the camera, "
+    "or on a relation that you are not sure of. If the images settle it, answer at once.",
 }
 CALL_FIRST = " Call world_simulator_tool at least once before you answer."
 NOTE["forced"] = NOTE["agentic"] + CALL_FIRST
@@ -78,9 +85,7 @@ NOT_JSON = (
     '{"reference_image": 1, "motion_type": "dy", "value": 1.0}}'
 )
 NO_SUCH_TOOL = "There is no such tool. The only tool is world_simulator_tool."
-ARGUMENTS = (
-    "world_simulator_tool takes exactly these arguments: reference_image, motion_type and value."
-)
+ARGUMENTS = "world_simulator_tool takes reference_image, motion_type and value, and may take img_indices and seed."
 IMAGE_NUMBER = "reference_image must be the number of an image, such as 1."
 NO_SUCH_IMAGE = "There is no such image. The images so far are Image-1 to"
 MOTIONS = f"There is no such motion. The motions are: {', '.join(KINDS)}."
@@ -88,29 +93,16 @@ AMOUNT = (
     f"value must be a number, not 0: from -{LIMITS['meters']} to {LIMITS['meters']} (meters) for dx, dy and dz, from "
     f"-{LIMITS['degrees']} to {LIMITS['degrees']} (degrees) for dangle and dphi."
 )
+INDICES = "img_indices must be a list of images counted from 0, such as [0, 1], and not be empty."
+NO_SUCH_INDEX = "There is no such image in img_indices, which counts from 0 to"
+SEED = "seed must be a whole number, from 0 to 2^63 - 1."
 ENOUGH = "No more views can be imagined. Answer now."
 NO_TOOL = "There is no tool here. Answer from the images."
 NO_SIMULATOR = "No simulator is available. Answer from the images."
 # Each is one token of the tiny tokenizer.
-PHRASES = (
-    TOOLS,
-    NOTE["direct"],
-    NOTE["agentic"],
-    CALL_FIRST,
-    CALL_FIRST.strip(),
-    "Imagined from",
-    UNREADABLE,
-    NOT_JSON,
-    NO_SUCH_TOOL,
-    ARGUMENTS,
-    IMAGE_NUMBER,
-    NO_SUCH_IMAGE,
-    MOTIONS,
-    AMOUNT,
-    ENOUGH,
-    NO_TOOL,
-    NO_SIMULATOR,
-)
+PHRASES = (TOOLS, NOTE["direct"], NOTE["agentic"], CALL_FIRST, CALL_FIRST.strip(), "Imagined from")
+PHRASES += (UNREADABLE, NOT_JSON, NO_SUCH_TOOL, ARGUMENTS, IMAGE_NUMBER, NO_SUCH_IMAGE, MOTIONS)
+PHRASES += (AMOUNT, INDICES, NO_SUCH_INDEX, SEED, ENOUGH, NO_TOOL, NO_SIMULATOR)
 
 
 # `prompt_text`'s layout for servers, which write prompts from messages
@@ -153,16 +145,17 @@ def prompt_text(question: dict, mode: str, n_images: int) -> str:
 class Turn(NamedTuple):
     """One turn of the policy as `parse_turn` reads it: a call or an answer or an error, the other two None."""
 
-    call: dict | None = None  # {"reference_image": 2, "motion_type": "dangle", "value": -45.0}
+    # {"reference_image": 2, "motion_type": "dangle", "value": -45.0}, and "img_indices" and "seed" where given
+    call: dict | None = None
     answer: str | None = None
     error: str | None = None  # a sentence for the policy
 
 
 TURN = re.compile(
-    r"\s*<think>.*?</think>\s*(?:<tool_call>(.*?)</tool_call>|<answer>(.*?)</answer>)\s*",
+    r"\s*<(think|thinking)>.*?</\1>\s*(?:<tool_call>(.*?)</tool_call>|<answer>(.*?)</answer>)\s*",
     re.DOTALL,
 )
-TAG = re.compile("</?(?:think|tool_call|answer)>")
+TAG = re.compile("</?(?:think|thinking|tool_call|answer)>")
 
 
 def parse_turn(text: str) -> Turn:
@@ -170,7 +163,7 @@ def parse_turn(text: str) -> Turn:
     match = TURN.fullmatch(text)
     if not match or len(TAG.findall(text)) != 4:  # a thought, and one call or answer
         return Turn(error=UNREADABLE)
-    call, answer = match.groups()
+    _, call, answer = match.groups()
     if call is not None:
         return read_call(call)
     if not answer.strip():
@@ -199,17 +192,32 @@ def read_call(text: str) -> Turn:
         return Turn(error=NOT_JSON)
     if call["name"] != TOOL_NAME:
         return Turn(error=NO_SUCH_TOOL)
-    if set(arguments) != {"reference_image", "motion_type", "value"}:
+    if not set(NEEDED) <= set(arguments) <= {*NEEDED, "img_indices", "seed"}:
         return Turn(error=ARGUMENTS)
-    image, kind = arguments["reference_image"], arguments["motion_type"]
-    amount = arguments["value"]
-    if type(image) is not int:
+    kind, amount = arguments["motion_type"], arguments["value"]
+    if not is_whole(arguments["reference_image"]):
         return Turn(error=IMAGE_NUMBER)
     if kind not in KINDS:
         return Turn(error=MOTIONS)
     if type(amount) not in (int, float) or not 0 < abs(amount) <= LIMITS[UNITS[kind]]:  # NaN fails
         return Turn(error=AMOUNT)
-    return Turn(call=call_of(image, Motion(kind, float(amount))))
+    result = call_of(int(arguments["reference_image"]), Motion(kind, float(amount)))
+    if "img_indices" in arguments:
+        indices = arguments["img_indices"]
+        if not isinstance(indices, list) or not indices or not all(map(is_whole, indices)):
+            return Turn(error=INDICES)
+        result["img_indices"] = [int(index) for index in indices]
+    if "seed" in arguments:
+        seed = arguments["seed"]
+        if not is_whole(seed) or not 0 <= seed < 2**63:
+            return Turn(error=SEED)
+        result["seed"] = int(seed)
+    return Turn(call=result)
+
+
+def is_whole(value) -> bool:
+    """Whether a JSON value is a whole number; 2.0 is one, true is none."""
+    return type(value) is int or (type(value) is float and value.is_integer())
 
 
 def call_of(image: int, motion: Motion) -> dict:
@@ -223,11 +231,9 @@ def motion_in(call: dict) -> Motion:
 
 
 def call_text(call: dict) -> str:
-    """A call as the policy writes it."""
-    arguments = (
-        '"reference_image": {reference_image}, "motion_type": "{motion_type}", "value": {value:g}'
-    )
-    body = f'{{"name": "{TOOL_NAME}", "arguments": {{{arguments.format(**call)}}}}}'
+    """A call as the policy writes it, whole numbers without a point."""
+    value = int(call["value"]) if is_whole(call["value"]) else call["value"]
+    body = json.dumps({"name": TOOL_NAME, "arguments": call | {"value": value}})
     return f"<tool_call>{body}</tool_call>"
 
 

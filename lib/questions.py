@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.geometry import Array, Motion, as_lists, move_camera, phrase
+from lib.geometry import Array, Motion, as_lists, move_camera
 from lib.images import save_image
 from lib.protocol import call_of, motion_in
 from lib.rooms import SIZE, random_room, render, ring
+from lib.simulators import phrase
 from lib.streams import numpy_stream
 
 REGIONS = ("left", "centre", "right")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.random import Generator
 
-from lib.geometry import Array, camera_pose, move_camera, pinhole, read_instruction
+from lib.geometry import Array, camera_pose, move_camera, pinhole
 from lib.streams import numpy_stream
 
 COLOURS = {
@@ -279,15 +279,17 @@ class TrueRenderer:
 
     def imagine(self, queries: list) -> list[Array]:
         """list of Query with `scene` -> list of (H, W, 3) uint8. A camera sent through a wall stops before it."""
+        from lib.simulators import read_instruction  # which names this one
+
         views = []
         for query in queries:
             if query.scene is None:
                 raise ValueError(
                     "the true renderer works in rooms only: this question carries no scene"
                 )
-            reference, motion = read_instruction(query.instruction)
+            _, motion = read_instruction(query.instruction)
             room = random_room(query.scene["room"])
-            target = move_camera(np.array(query.scene["poses"][reference - 1]), motion)
+            target = move_camera(np.array(query.scene["poses"][query.reference - 1]), motion)
             half_x = room.width / 2 - 0.1
             half_z = room.length / 2 - 0.1
             low = [-half_x, 0.1 - room.height, -half_z]

@@ -1,6 +1,5 @@
 """
-The one place where a simulator is chosen by name, how it fails, and Reprojection, which needs no training.
-
+What a simulator is told, the one place where it is chosen by name, how it fails, and Reprojection, which needs no training.
 A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`. By name:
 
   tuned         the trained Astra-WM: out/wm, or out/demo/wm
@@ -12,6 +11,7 @@ A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`
   anything else is the folder or hub id of a world model
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,12 +20,14 @@ import torch
 
 from lib.distributed import fail, say
 from lib.geometry import (
+    KINDS,
+    UNITS,
     Array,
+    Motion,
     Query,
     move_camera,
     pinhole,
     project,
-    read_instruction,
     unproject,
 )
 from lib.rooms import TrueRenderer, random_room, render
@@ -66,6 +68,106 @@ def imagine_each(simulator, queries: list[Query]) -> list[Array | None]:
             raise
         say(f"{error} The dialogues go on without.")
         return [None if isinstance(view, SimulatorError) else view for view in error.results]
+
+
+# ---- motions in words ------------------------------------------------------------------------------------------------
+
+TURNS = (
+    "turn {n} degrees to the {way}",
+    "rotate {n} degrees to the {way}",
+    "rotate to the {way} by {n} degrees",
+    "rotate {n} degrees {way} to the ground",
+)
+# kind -> the way of a positive and of a negative amount, and the wordings, the first of which is what we write. All are
+# printed in the paper's figures but the vertical move, which is ours.
+WORDINGS = {
+    "dx": ("right", "left", ("move {n} meters to the {way}",)),
+    "dy": ("forward", "backward", ("move {way} by {n} meters parallel to the ground",)),
+    "dz": ("up", "down", ("move {way} by {n} meters",)),
+    "dangle": ("right", "left", TURNS),
+    "dphi": ("up", "down", ("pitch {way} by {n} degrees",)),
+}
+# How a sentence names its reference. Which one the published simulator knows best is not known.
+FORMS = {
+    "last": "Based on the last image, {motion}.",
+    "viewpoint": "Base on the viewpoint of Image-{number}, {motion}.",
+    "viewpoint-of-the": "Based on the viewpoint of the image {number}, {Motion}.",
+    "image": "Based on Image {number}, {Motion}.",
+}
+
+
+def phrase(motion: Motion, wording: int = 0) -> str:
+    """Motion -> words: "turn 30 degrees to the left". `read_phrase` is the exact inverse of every wording."""
+    positive, negative, wordings = WORDINGS[motion.kind]
+    size = repr(float(abs(motion.amount))).removesuffix(".0")
+    way = positive if motion.amount > 0 else negative
+    return wordings[wording].format(n=size, way=way)
+
+
+def instruction(motion: Motion, number: int | None = None, form: str = "", wording: int = 0) -> str:
+    """The sentence u_t that tells a simulator what to do.
+
+    number   of the reference in the order shown, for forms that name one;  form: of FORMS, by default "last", with a
+             number "viewpoint";  wording: which of WORDINGS
+    """
+    words = phrase(motion, wording)
+    form = FORMS[form or ("viewpoint" if number else "last")]
+    return form.format(number=number, motion=words, Motion=words[0].upper() + words[1:])
+
+
+def random_instruction(motion: Motion, number: int, rng: np.random.Generator) -> str:
+    """One of all the sentences that say the same."""
+    form = list(FORMS)[rng.integers(len(FORMS))]
+    return instruction(motion, number, form, int(rng.integers(len(WORDINGS[motion.kind][2]))))
+
+
+def renumbered(sentence: str, number: int) -> str:
+    """A sentence whose reference has another number among the images that the simulator is shown."""
+    return re.sub(r"(image[- ]?)\d+", rf"\g<1>{number}", sentence, count=1, flags=re.IGNORECASE)
+
+
+VERBS = {"move": KINDS[:3], "turn": ("dangle",), "rotate": ("dangle",), "pitch": ("dphi",)}
+VERBS["look"] = VERBS["pitch"]  # no wording of ours, but of people
+UNIT_WORDS = dict.fromkeys(("meters", "meter", "metres", "metre", "m"), "meters")
+UNIT_WORDS |= dict.fromkeys(("degrees", "degree", "deg", "°"), "degrees")
+WORD = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|[a-z]+|\S")
+FILLERS = {"to", "the", "by", "parallel", "ground"}
+
+
+def read_phrase(text: str) -> Motion:
+    """Words -> Motion: every wording, and what people type: "Turn left 30", "move forward 1 m", "look down 20°".
+
+    A verb, then one way and one number in any order. Raises ValueError with the list of wordings if it is none.
+    """
+    verb, *rest = WORD.findall(text.strip().lower().removesuffix(".")) or [""]
+    rest = [word for word in rest if word not in FILLERS]
+    numbers = [word for word in rest if word[0] in "0123456789"]
+    units = [word for word in rest if word in UNIT_WORDS]
+    ways = [word for word in rest if word not in (*numbers, *units)]
+    for kind in VERBS.get(verb, ()):
+        positive, negative, _ = WORDINGS[kind]
+        fits = not units or (len(units) == 1 and UNIT_WORDS[units[0]] == UNITS[kind])
+        if ways in ([positive], [negative]) and len(numbers) == 1 and fits:
+            return Motion(kind, float(numbers[0]) * (1 if ways == [positive] else -1))
+    known = []
+    for positive, negative, (form, *_) in WORDINGS.values():
+        known.append(form.format(n="<number>", way=f"{positive}/{negative}"))
+    raise ValueError(f"cannot read the motion {text!r}; write one of: {'; '.join(known)}")
+
+
+SENTENCE = re.compile(
+    r"based? on (?:the viewpoint of )?(?:the )?(?:last image|image[- ]?(\d{1,9})), *(.+)",
+    re.IGNORECASE,
+)
+
+
+def read_instruction(text: str) -> tuple[int | None, Motion]:
+    """A sentence -> (number of the reference, None for the last image; Motion). Raises ValueError for any other."""
+    match = SENTENCE.fullmatch(text.strip())
+    if not match:
+        forms = "; ".join(FORMS.values()).format(number=2, motion="…", Motion="…")
+        raise ValueError(f"cannot read the instruction {text!r}; write one of: {forms}")
+    return match[1] and int(match[1]), read_phrase(match[2])
 
 
 # ---- by name --------------------------------------------------------------------------------------------------------
@@ -113,7 +215,7 @@ def load_simulator(
         if str(name).startswith(URLS):
             from extras.remote.client import RemoteSimulator
 
-            return RemoteSimulator(name)
+            return RemoteSimulator(name, context=options.get("max_context", 4))
         from world_model import WorldModel
 
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
@@ -142,7 +244,7 @@ class Reprojection:
             raise ValueError(
                 "reprojection works in rooms only: this question carries no depth and no poses"
             )
-        reference, motion = read_instruction(query.instruction)
+        _, motion = read_instruction(query.instruction)
         poses = np.array(query.scene["poses"])
         size = len(query.images[0])
         true = render(random_room(query.scene["room"]), poses, size)
@@ -154,7 +256,7 @@ class Reprojection:
                 xyz, rgb = points(image, depth, c2w)
                 positions.append(xyz)
                 colours.append(rgb)
-        target = move_camera(poses[reference - 1], motion)
+        target = move_camera(poses[query.reference - 1], motion)
         view, covered = splat(np.concatenate(positions), np.concatenate(colours), target, size)
         return fill_holes(view, covered)
 

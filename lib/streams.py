@@ -42,6 +42,7 @@ STREAMS = {
     "dropout": "of the adapters",
     "order": "which rows a step takes",
     "batch": "augmentation, condition dropout, times and noise of one context",
+    "wording": "which sentence says a motion",
     "tower": "pictures and numbers of a step that teaches the tower to see",
     "script": "kind, lesson and wording of a scripted dialogue",
     # dialogues: keys (seed, question, number in the group, ...)

@@ -2,12 +2,12 @@
 What only tiny models have: a tokenizer of their own, sizes, and images that carry their number.
 
 Real checkpoints bring their own tokenizer. A tiny model learns in minutes only if the few facts of a sentence are few
-tokens, so every word and fixed phrase of the templates is one token ("turn left", " 45", " red"), and the longest
+tokens, so every word and fixed phrase of the templates is one token ("move forward by", " 45", " red"), and the longest
 match wins. Whatever is not in WORDS falls back to its UTF-8 bytes: any text can be read, and decoding gives it back
 exactly. Special tokens and their roles are Qwen's, so the code around the tiny and the real models is the same.
 
     tokenizer = tiny_tokenizer()
-    tokenizer.encode("turn left 45 degrees")        # 3 tokens
+    tokenizer.encode("turn 45 degrees to the left")        # 4 tokens
 """
 
 import numpy as np
@@ -49,18 +49,10 @@ WORDS = (
     *("system\n", "user\n", "assistant\n", "<tool_response>\n", "\n</tool_response>"),
     # images and motions
     *(form.format(n) for form in ("Image-{}", " Image-{}", "Image-{}: ") for n in range(1, 10)),
-    *("Base on the viewpoint of", ", ", ". ", "turn left", "turn right", "look up", "look down"),
-    *("move", "move left", "move right", "move up", "move down", "move forward", "move backward"),
-    *(
-        " meters",
-        " degrees",
-        " to the left",
-        " to the right",
-        " forward",
-        " backward",
-        " up",
-        " down",
-    ),
+    *("Based on the last image", "Base on the viewpoint of", ", ", ". ", "turn", "move"),
+    *(f"move {way} by" for way in ("forward", "backward", "up", "down")),
+    *("pitch up by", "pitch down by", " meters", " degrees", " to the left", " to the right"),
+    " parallel to the ground",
     *(f" {sign}{n}" for sign in ("", "-") for n in sorted(NUMBERS)),
     # tool call
     *('{"name": "world_simulator_tool", "arguments": {"reference_image":', "}}"),
@@ -86,11 +78,13 @@ WORDS = (
 
 # What questions about motions (extras/world2vlm) say beside objects, boxes and actions: of a tiny policy's vocabulary,
 # which all its weights are drawn from. A prompt takes 64 to 276 tokens in letters and 1 to 47 in these phrases.
+_ACTIONS = ("turn left", "turn right", "move left", "move right", "move forward", "move backward")
 _ALLOWED = (
     "Write the full action sequence using ';' as a separator. Allowed actions:\n"
     "- move forward/backward/left/right X meters\n- turn left/right X degrees"
 )
 MOTION_PHRASES = (
+    *_ACTIONS,
     "How many meters did the camera move to get the second image? "
     "Answer as: move forward/backward/left/right X meters.",
     "How many degrees did the camera turn to get the second image? "
@@ -273,7 +267,6 @@ def tiny_bagel_files(size: int, vocabulary: int) -> dict[str, dict]:
     astra = {  # fields of lib.bagel.Settings
         "prediction": "x0",
         "motion_to_target": True,
-        "reference_first": True,
         "learned_places": True,
         "latent": "pixels",
         "vae_limits": (size, size, 8),

@@ -20,7 +20,6 @@ GUIDED = {"text_scale": 3.0, "image_scale": 2.0}
 BAGEL = {
     "prediction": "velocity",
     "motion_to_target": False,
-    "reference_first": False,
     "learned_places": False,
 }
 
@@ -40,10 +39,10 @@ def queries():
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (32, width, 3), dtype=np.uint8) for width in (32, 16, 32, 32)]
     motions = [
-        "turn left 45 degrees",
+        "turn 45 degrees to the left",
         "move 1.5 meters to the left",
-        "look up 10 degrees",
-        "turn right 90 degrees",
+        "pitch up by 10 degrees",
+        "turn 90 degrees to the right",
     ]
     return [
         Query(

@@ -29,7 +29,6 @@ from lib.geometry import (
     Query,
     camera_pose,
     compose,
-    instruction,
     move_camera,
 )
 from lib.rooms import COLOURS, EYE, random_room, render
@@ -37,6 +36,7 @@ from lib.simulators import (
     Reprojection,
     fill_holes,
     find_weights,
+    instruction,
     load_simulator,
     points,
     splat,

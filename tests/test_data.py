@@ -13,13 +13,13 @@ from lib.geometry import (
     angles_of,
     decompose,
     dominant_motion,
-    instruction,
     move_camera,
 )
 from lib.images import load_image
 from lib.protocol import motion_in
 from lib.records import load_jsonl
 from lib.rooms import random_room, render
+from lib.simulators import instruction
 
 ROOMS = 24
 RING_0 = [

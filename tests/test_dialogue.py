@@ -13,12 +13,18 @@ from lib.protocol import (
     CALL_FIRST,
     ENOUGH,
     IMAGE_NUMBER,
+    INDICES,
     LIMITS,
     MOTIONS,
+    NO_SUCH_INDEX,
     NO_SUCH_TOOL,
     NOT_JSON,
+    SEED,
     UNREADABLE,
     Turn,
+    call_of,
+    call_text,
+    motion_in,
     parse_reply,
     parse_turn,
     read_call,
@@ -71,6 +77,42 @@ def test_good_turns():
         '"arguments": {"reference_image": 1, "motion_type": "dz", "value": 1e-1}}\n</tool_call>\n'
     )
     assert parse_turn(spread).call == {"reference_image": 1, "motion_type": "dz", "value": 0.1}
+
+
+def test_the_papers_call_and_answer():
+    printed = (
+        '<tool_call>{"name": "world_simulator_tool", "arguments": {"reference_image": 1, "motion_type": "dy", '
+        '"value": 1.0}}</tool_call>'
+    )
+    forward = {"reference_image": 1, "motion_type": "dy", "value": 1.0}
+    assert parse_turn(f"<thinking>unseen</thinking>{printed}").call == forward
+    assert parse_turn(f"<think>unseen</think>\n{printed}").call == forward
+    assert motion_in(forward) == Motion("dy", 1.0)
+    answer = "<thinking>It is there.</thinking>\n<answer>A. front</answer>"
+    assert parse_turn(answer) == Turn(answer="A. front")
+    assert parse_turn(answer.replace("</thinking>", "</think>")).error == UNREADABLE
+    assert parse_turn(call_text(call_of(3, Motion("dx", -1.5))).join(["<think></think>", ""])) == (
+        Turn(call={"reference_image": 3, "motion_type": "dx", "value": -1.5})
+    )
+
+
+def test_a_call_may_choose_images_and_a_seed():
+    more = (
+        '{"reference_image": 2.0, "motion_type": "dx", "value": 1, "img_indices": %s, "seed": %s}'
+    )
+    read = parse_turn(CALL % more % ("[0, 2.0]", 7)).call
+    assert read == {
+        "reference_image": 2,
+        "motion_type": "dx",
+        "value": 1.0,
+        "img_indices": [0, 2],
+        "seed": 7,
+    }
+    assert all(type(value) is int for value in (read["reference_image"], *read["img_indices"]))
+    for indices in ("[]", "1", "null", '["0"]', "[0.5]", "[true]", "{}"):
+        assert parse_turn(CALL % more % (indices, 7)).error == INDICES, indices
+    for seed in ("-1", "1.5", "null", '"3"', "9223372036854775808", "NaN"):
+        assert parse_turn(CALL % more % ("[0]", seed)).error == SEED, seed
 
 
 @pytest.mark.parametrize(
@@ -146,7 +188,7 @@ def test_only_a_valid_call_lets_forced_answer(policy):
         policy, "forced", turn(image=7), ANSWER, turn(amount=400), ANSWER, turn(), ANSWER
     )
     assert replies[1] == replies[3] == CALL_FIRST.strip()
-    assert replies[4].startswith("Imagined from Image-1, turn left")
+    assert replies[4].startswith("Imagined from Image-1, turn 45 degrees to the left")
     assert trajectory.answer == "A" and (trajectory.valid_calls, trajectory.invalid_calls) == (1, 2)
 
 
@@ -155,6 +197,35 @@ def test_an_invalid_call_costs_no_view(policy):
     replies, trajectory = play(policy, "agentic", *turns)
     assert (trajectory.valid_calls, trajectory.invalid_calls, len(trajectory.images)) == (3, 3, 4)
     assert replies[5] == ENOUGH and sum(reply.startswith("Imagined") for reply in replies) == 3
+
+
+def test_the_simulator_is_shown_the_images_that_a_call_chooses_and_the_reference(policy):
+    images = [np.full((32, 32, 3), 50 * k, np.uint8) for k in range(4)]
+    poses = [np.eye(4) * k for k in range(4)]
+    room = {"room": 0, "poses": [pose.tolist() for pose in poses]}
+    question = {"question": "Which?", "options": ["A. red"], "scene": room}
+    trajectory = Trajectory.start(policy, question, images, "agentic")
+    for indices, shown, reference in (
+        ([3, 0, 3], [3, 0, 1], 3),
+        ([1], [1], 1),
+        (None, [0, 1, 2, 3], 2),
+    ):
+        trajectory.call = call_of(2, Motion("dangle", -45.0)) | {"seed": 5}
+        if indices:
+            trajectory.call["img_indices"] = indices
+        query = trajectory.query(seed=9)
+        assert [image[0, 0, 0] // 50 for image in query.images] == shown
+        assert np.array_equal(query.scene["poses"], [poses[k] for k in shown])
+        assert query.reference == reference and query.seed == 5
+        assert query.instruction == "Based on the last image, turn 45 degrees to the left."
+    assert trajectory.query(seed=9, obey_seed=False).seed == 9  # in training the streams rule
+
+
+def test_images_that_do_not_exist_cannot_be_chosen(policy):
+    for indices in ([1], [-1], [0, 9]):
+        arguments = {"reference_image": 1, "motion_type": "dx", "value": 1, "img_indices": indices}
+        replies, trajectory = play(policy, "agentic", CALL % json.dumps(arguments), ANSWER)
+        assert replies == [f"{NO_SUCH_INDEX} 0."] and trajectory.invalid_calls == 1
 
 
 def test_a_reply_in_a_benchs_own_words_may_call_once():

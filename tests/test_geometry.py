@@ -1,4 +1,4 @@
-"""Cameras, motions and words: pytest tests/test_geometry.py"""
+"""Cameras and motions: pytest tests/test_geometry.py"""
 
 import numpy as np
 import pytest
@@ -14,52 +14,15 @@ from lib.geometry import (
     decompose,
     dominant_component,
     dominant_motion,
-    instruction,
     move_camera,
-    phrase,
     pinhole,
     project,
-    read_instruction,
-    read_phrase,
+    select_context,
     unproject,
     warp,
 )
 from lib.rooms import EYE, random_room, render
 from lib.simulators import fill_holes
-
-AMOUNTS = {"meters": [0.1 * k for k in range(1, 101)], "degrees": [5.0 * k for k in range(1, 73)]}
-
-
-def test_words_and_motions_round_trip_over_the_whole_grid():
-    for kind in KINDS:
-        for amount in [*AMOUNTS[UNITS[kind]], 1 / 3, 1e-7, 123456.789]:
-            motion = Motion(kind, amount)
-            assert read_phrase(phrase(Motion(kind, -amount))) == Motion(kind, -amount)
-            assert read_phrase(phrase(motion)) == motion
-            for reference in (1, 12):
-                assert read_instruction(instruction(motion, reference)) == (reference, motion)
-
-
-def test_the_papers_sentence():
-    assert (
-        instruction(Motion("dx", -1.5), 2)
-        == "Base on the viewpoint of Image-2, move 1.5 meters to the left."
-    )
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "turn left",
-        "turn left some degrees",
-        "move 1 meters to the moon",
-        "",
-        "turn left -5 degrees",
-    ],
-)
-def test_unreadable_motions_are_refused_with_the_list_of_phrases(text):
-    with pytest.raises(ValueError, match="turn left <number> degrees"):
-        read_phrase(text)
 
 
 @pytest.mark.parametrize(
@@ -294,3 +257,15 @@ def test_coverage_ignores_invalid_depth():
     depth = np.array([[0.0, 1.0], [1.0, 1.0]])
     assert coverage(depth, np.array([[False, True], [True, False]])) == pytest.approx(2 / 3)
     assert coverage(np.zeros((2, 2)), np.zeros((2, 2), bool)) == 0
+
+
+def test_the_reference_is_shown_last_and_before_it_the_latest_others():
+    assert select_context(4, 4, 4) == [0, 1, 2, 3]
+    assert select_context(4, 2, 4) == [2, 3, 0, 1]  # a ring stays a ring
+    assert select_context(9, 2, 4) == [6, 7, 8, 1]
+    assert select_context(9, 8, 4) == [8, 5, 6, 7]
+    assert select_context(9, 9, max_context=2) == [7, 8]
+    assert select_context(3, 1, 1) == [0]
+    for reference in (0, 3, -1):
+        with pytest.raises(ValueError, match=f"no Image-{reference}.* numbered 1 to 2"):
+            select_context(2, reference, 4)

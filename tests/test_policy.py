@@ -256,7 +256,7 @@ def test_loss_mask_covers_the_policys_tokens_and_nothing_else(policy):
         around.format(text)
         for text in (
             "There is no such image. The images so far are Image-1 to Image-2.",
-            "Imagined from Image-2, turn left 45 degrees. Image-3: <|vision_start|><|image_pad|><|vision_end|>",
+            "Imagined from Image-2, turn 45 degrees to the left. Image-3: <|vision_start|><|image_pad|><|vision_end|>",
         )
     ]
     assert rest == (prompt + "".join(observations)).replace("<|image_pad|>", 4 * "<|image_pad|>")
@@ -299,7 +299,7 @@ def test_views_of_a_turn_are_imagined_in_one_batch(act):
     one, two, three = act([LOOK, again, ANSWER], [ANSWER], [LOOK, ANSWER], simulator=simulator)
     assert [len(batch) for batch in simulator.batches] == [2, 1]
     assert simulator.batches[1][0].reference == 3 and len(simulator.batches[1][0].images) == 3
-    sentence = "Base on the viewpoint of Image-2, turn left 45 degrees."
+    sentence = "Based on the last image, turn 45 degrees to the left."
     assert simulator.batches[0][0].instruction == sentence
     assert np.array_equal(one.images[3], one.images[1])
     assert one.provenance[2]["reference_image"] == 2
@@ -582,7 +582,7 @@ def same(one, other):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_shared_prompt_changes_no_logprob_and_no_gradient(policy, checkpointing):
     """Groups with and without views in mid-dialogue, rows of all lengths, a dialogue alone with its prompt."""
-    together = chatter(policy, [question(0), question(1, images=3)], group_size=4, seed=5)
+    together = chatter(policy, [question(0), question(1, images=3)], group_size=4, seed=10)
     alone = say(policy, Trajectory.start(policy, question(4), [], "direct"), ANSWER)
     words = say(
         policy, Trajectory.start(policy, question(0), question(8)["images"], "agentic"), ANSWER

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from lib.geometry import Motion, Query, camera_pose, instruction, move_camera, pinhole
+from lib.geometry import Motion, Query, camera_pose, move_camera, pinhole
 from lib.rooms import COLOURS, EYE, Room, Thing, TrueRenderer, random_room, render
+from lib.simulators import instruction
 
 
 def room_with(*things):

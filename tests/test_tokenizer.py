@@ -5,8 +5,9 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
-from lib.geometry import KINDS, UNITS, Motion, instruction
+from lib.geometry import KINDS, UNITS, Motion
 from lib.protocol import call_of, call_text
+from lib.simulators import instruction
 from lib.tiny import MOTION_PHRASES, SPECIAL, TAGS, WORDS, tiny_tokenizer
 
 
@@ -19,7 +20,7 @@ def tokenizer():
     "text",
     [
         "",
-        "turn left 45 degrees",
+        "turn 45 degrees to the left",
         "reduce  two\n\n spaces\t",
         "é 漢字 🙂 \x00",
         "<think",
@@ -39,16 +40,16 @@ def test_vocabulary_stays_small_and_words_are_single_tokens(tokenizer):
 
 
 def test_every_motion_of_the_grid_takes_few_tokens(tokenizer):
-    """Base on the viewpoint of | Image-2 | , | turn left | 45 | degrees | ."""
+    """Based on the last image | , | turn | 45 | degrees | to the left | ."""
     for kind in KINDS:
         for amount in (
             [0.1 * n for n in range(1, 31)] if UNITS[kind] == "meters" else range(5, 185, 5)
         ):
             for sign in (1, -1):
                 motion = Motion(kind, sign * round(amount, 1))
-                text = instruction(motion, 2)
+                text = instruction(motion)
                 ids = tokenizer.encode(text)
-                assert len(ids) <= 8 and tokenizer.decode(ids) == text, text
+                assert len(ids) <= 7 and tokenizer.decode(ids) == text, text
                 call = tokenizer.encode(call_text(call_of(2, motion)))
                 assert len(call) == 9, call
 
@@ -81,7 +82,7 @@ def test_saved_and_loaded_tokenizer_is_the_same(tokenizer, tmp_path):
 def test_further_phrases_become_tokens_and_keep_the_ids_of_the_others(tokenizer):
     longer = tiny_tokenizer(["A fixed sentence with <answer></answer> inside."])
     assert len(longer.encode("A fixed sentence with <answer></answer> inside.")) == 1
-    for text in ("turn left 45", "<answer>"):
+    for text in ("turn 45 degrees", "<answer>"):
         assert longer.encode(text) == tokenizer.encode(text)
     assert all(re.fullmatch(r"<\|.*\|>", token) for token in longer.all_special_tokens)
 

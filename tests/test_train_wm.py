@@ -48,10 +48,10 @@ def batch_of(rooms, *more, groups=None, first=0, model=None):
     """The Pack and LossTargets of some groups, by default all; the groups are those from `first` of step 3."""
     args = train_wm.parse_args(flags(rooms, "out", *more))
     groups = groups_of(rooms) if groups is None else groups
-    streams = [torch_stream("batch", 0, 3, first + i) for i in range(len(groups))]
+    keys = [(0, 3, first + i) for i in range(len(groups))]
     model = model or WorldModel.tiny(0)
     encoder = train_wm.Encoder(model)
-    return train_wm.make_batch(groups, streams, model, encoder, train_wm.read_image, args)
+    return train_wm.make_batch(groups, keys, model, encoder, train_wm.read_image, args)
 
 
 # ---- losses

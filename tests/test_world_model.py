@@ -28,7 +28,7 @@ from lib.bagel import (
     resized,
     unpatchify,
 )
-from lib.geometry import Query, renumbered
+from lib.geometry import Motion, Query
 from lib.images import load_image
 from lib.packing import (
     Text,
@@ -40,13 +40,13 @@ from lib.packing import (
     sight,
     table_ids,
 )
+from lib.simulators import instruction
 from world_model import (
     WorldModel,
     euler_sample,
     guidance_branches,
     guided,
     initialise,
-    select_context,
     velocity_from_output,
     x0_from_output,
 )
@@ -109,9 +109,10 @@ def packed(network, images, owner, ids, lengths, x, t, grid, keep=None, together
                 patchify(pixels[b : b + 1], 4)[0],
             )
             vae, vit = (True, True) if keep is None else keep[b, 2 * i : 2 * i + 2].tolist()
+            number = len(images) - 1 - i
             segments += [
-                VaeImage(tokens, (latent.shape[2] // 2, latent.shape[3] // 2), i, keep=vae),
-                VitImage(patches, (pixels.shape[2] // 4, pixels.shape[3] // 4), i, keep=vit),
+                VaeImage(tokens, (latent.shape[2] // 2, latent.shape[3] // 2), number, keep=vae),
+                VitImage(patches, (pixels.shape[2] // 4, pixels.shape[3] // 4), number, keep=vit),
             ]
         for k in (owner == b).nonzero().flatten().tolist():
             words = ids[k, : lengths[k]].tolist()
@@ -331,22 +332,22 @@ def test_cached_sampling_step_equals_training_forward(settings):
 @pytest.mark.parametrize("keep_text", [True, False])
 def test_what_the_demo_trains_on_is_what_it_samples_with(keep_text):
     """train_wm's own segments, packed, against the memory and the motion that `imagine` makes of the same query."""
-    model, query, g = tiny(), queries(2)[1], torch.Generator().manual_seed(0)
+    model, query = tiny(), queries(2)[1]
     network = random_network(model.network.config)
     network.markers, model.network = model.network.markers, network
-    images, reference = model.arrange(query.images, query.reference)
+    images = model.arrange(query.images, query.reference)
     alpha = np.full((32, 32, 4), 255, np.uint8)
     files = dict(enumerate(query.images)) | {"target": query.images[0], "warp": alpha}
-    row = {"context": list(range(len(images))), "reference": query.reference}
+    row = {"context": list(range(len(query.images))), "reference": query.reference}
     motion = {"kind": "dx", "amount": -1.5}
     row |= {"target": "target", "warp": "warp", "motion": motion}
     args = train_wm.parse_args(["--no-augment", "--drop-text", str(int(not keep_text))])
     encoder = train_wm.Encoder(model)
-    segments, _ = train_wm.make_sample([row], model, encoder, files.get, args, g)
+    segments, _ = train_wm.make_sample([row], model, encoder, files.get, args, (0, 0, 0))
     x_t, t = segments[-1].x_t[None], segments[-1].t
     p = pack([[segments]], network.markers, network.config)
     context = [model.see([image], None) for image in images]
-    text = model.texts([renumbered(query.instruction, reference)])
+    text = model.texts([instruction(Motion(**motion))])
     settings = dataclasses.replace(model.settings, text_scale=4.0)
     with torch.no_grad():
         branches = guidance_branches(network, context, text, settings)
@@ -539,11 +540,11 @@ def queries(count=5):
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(6)]
     motions = [
-        "turn left 45 degrees",
+        "turn 45 degrees to the left",
         "move 1.5 meters to the left",
-        "move 1 meters forward",
-        "look up 10 degrees",
-        "turn right 90 degrees",
+        "move forward by 1 meters parallel to the ground",
+        "pitch up by 10 degrees",
+        "turn 90 degrees to the right",
     ]
     return [
         Query(
@@ -572,19 +573,27 @@ def test_a_query_gives_the_same_view_alone_and_in_a_mixed_batch():
     assert np.abs(other.astype(int) - together[0]).max() > 1
 
 
-def test_reference_first_turns_the_ring():
-    images = ["a", "b", "c", "d"]
-    assert tiny().arrange(images, 3) == (["c", "d", "a", "b"], 1)
-    assert tiny(reference_first=False).arrange([*images, "e"], 5) == (["b", "c", "d", "e"], 4)
+def test_the_reference_is_shown_last_after_the_latest_others():
+    images = ["a", "b", "c", "d", "e"]
+    assert tiny().arrange(images, 5) == ["b", "c", "d", "e"]
+    assert tiny().arrange(images, 2) == ["c", "d", "e", "b"]
+    assert tiny(max_context=2).arrange(images, 4) == ["e", "d"]
 
 
 def test_a_sentence_that_names_the_reference_otherwise_gives_the_same_view():
-    """The ring is turned until the reference comes first: then it is Image-1, whatever it was."""
+    """It is shown as the last one, whatever its number was, and the sentence says the number in the order shown."""
     images, model = queries(3)[2].images, tiny()
-    words = "Base on the viewpoint of Image-{}, move 1 meters forward."
-    turned = Query(images[2:] + images[:2], 1, words.format(1), seed=5)
-    views = model.imagine([Query(images, 3, words.format(3), seed=5), turned])
+    words = "Base on the viewpoint of Image-{}, move 1 meters to the left."
+    last = Query([*images[2:], *images[:2]], len(images), words.format(len(images)), 5)
+    views = model.imagine([Query(images, 2, words.format(2), seed=5), last])
     assert np.array_equal(*views)
+
+
+def test_a_view_has_the_size_of_its_reference():
+    images = [np.zeros((32, 32, 3), np.uint8), np.zeros((16, 32, 3), np.uint8)]
+    words = "Based on the last image, pitch up by 10 degrees."
+    queries = [Query(images, reference, words, 0) for reference in (1, 2)]
+    assert [view.shape for view in tiny().imagine(queries)] == [(32, 32, 3), (16, 32, 3)]
 
 
 def test_what_the_simulator_does_not_see_is_said_once(capsys):
@@ -595,14 +604,6 @@ def test_what_the_simulator_does_not_see_is_said_once(capsys):
             steps=1,
         )
     assert capsys.readouterr().out.count("Of more than 4 images the simulator sees") == 1
-
-
-def test_select_context_keeps_the_reference_and_its_neighbours():
-    assert select_context([0] * 4, 2, 4) == ([0, 1, 2, 3], 2)
-    assert select_context([0] * 9, 6, 4) == ([3, 4, 5, 6], 3)
-    assert select_context([0] * 9, 9, max_context=2) == ([7, 8], 2)
-    with pytest.raises(ValueError, match="no Image-3: the images are numbered 1 to 2"):
-        select_context([0, 0], 3, 4)
 
 
 # ---------------------------------------------------------------- checkpoint files
@@ -713,15 +714,20 @@ def test_command_line_says_what_is_missing_and_draws_a_view(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(f"{name}.png")
-    command = ["--images", "a.png", "b.png", "--reference", "2", "--motion", "turn left 30 degrees"]
+    command = ["--images", "a.png", "b.png", "--reference", "1", "--motion", "Turn left 30"]
     with pytest.raises(SystemExit, match="train_wm.py"):
         world_model.main(command)
     tiny().save("out/wm")
     world_model.main(command)
     assert (
         Image.open("view.png").size == (32, 32)
-        and "turn left 30 degrees" in capsys.readouterr().out
+        and "Based on the last image, turn 30 degrees to the left. ->" in capsys.readouterr().out
     )
+    world_model.main([*command, "--form", "image", "--context", "1"])
+    assert "Based on Image 1, Turn 30 degrees to the left. ->" in capsys.readouterr().out
+    sentence = "Based on Image 2, Rotate 90 degrees left to the ground."
+    world_model.main([*command[:-1], sentence])
+    assert sentence in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no Image-7"):
         world_model.main([*command[:4], "7", *command[5:]])
     with pytest.raises(SystemExit, match="jump"):

@@ -21,14 +21,13 @@ from PIL import Image
 
 from extras.remote.endpoint import Endpoint, in_threads, raise_if_down
 from lib.dialogue import Trajectory
-from lib.geometry import Query, renumbered, select_context
+from lib.geometry import Query, select_context
 from lib.images import load_image, read
 from lib.protocol import IMAGE_TOKEN, NO_SIMULATOR, TOOL, UNREADABLE, numbered_image, prompt_text
-from lib.simulators import NO_VIEW, SimulatorError, imagine_each
+from lib.simulators import NO_VIEW, SimulatorError, imagine_each, renumbered
 from lib.streams import stream_seed
 
 MAX_PIXELS = 2**24  # of one picture, as sent or received
-NEAREST = 8  # images sent: no simulator here is shown more (lib/bagel.MAX_IMAGES)
 
 
 def png(image: np.ndarray) -> bytes:
@@ -42,17 +41,19 @@ def png(image: np.ndarray) -> bytes:
 
 
 class RemoteSimulator:
-    """A simulator behind a URL, with `imagine` as any other. Of many images it is sent the reference and its nearest
-    neighbours in the list, as a world model would choose: a video has hundreds.
+    """A simulator behind a URL, with `imagine` as any other. It is sent what a world model would be shown: the reference
+    last, and before it the latest others.
 
+    context    images sent at most
     at_once    requests on their way at a time: what extras/remote/serve.py can batch
     patience   the other arguments of Endpoint: timeout, tries, ...
     Commands give the URL alone: the rest is for tests of rate limits and failures. The key is SIMULATOR_API_KEY's.
     """
 
-    def __init__(self, url: str, at_once: int = 16, **patience):
+    def __init__(self, url: str, at_once: int = 16, context: int = 4, **patience):
         self.endpoint = Endpoint(url, "/images/edits", "SIMULATOR_API_KEY", **patience)
         self.at_once = at_once
+        self.context = context
 
     def imagine(self, queries: list[Query]) -> list[np.ndarray]:
         """-> (H, W, 3) uint8 each. SimulatorError comes when all others are done, and brings theirs."""
@@ -65,11 +66,11 @@ class RemoteSimulator:
         return views
 
     def _imagine(self, query: Query) -> np.ndarray:
-        indices, number = select_context(query.images, query.reference, NEAREST)
+        indices = select_context(len(query.images), query.reference, self.context)
         files = [png(query.images[i]) for i in indices]
         reference = query.images[query.reference - 1]
         fields = {
-            "prompt": renumbered(query.instruction, number),
+            "prompt": renumbered(query.instruction, len(indices)),
             "seed": query.seed,
             "n": 1,
             "response_format": "b64_json",
@@ -197,7 +198,7 @@ def turn_text(message: dict) -> str:
         text = text.replace(act, "")
     else:
         return text
-    thought = re.sub("</?(think|tool_call|answer)>", "", text).strip()
+    thought = re.sub("</?(think|thinking|tool_call|answer)>", "", text).strip()
     return f"<think>{thought}</think>\n{act}"
 
 

@@ -3,10 +3,10 @@ A simulator behind a URL: POST /v1/images/edits, in the form of OpenAI's image e
 
     python -m extras.remote.serve --model out/wm --port 8000
     curl http://127.0.0.1:8000/v1/images/edits -F "image[]=@a.png" -F "image[]=@b.png" -F seed=0 \\
-         -F "prompt=Base on the viewpoint of Image-2, turn left 30 degrees."
+         -F "prompt=Based on the last image, turn 30 degrees to the left."
 
-In: a form (multipart/form-data) of pictures, image or image[], in the order of their numbers; a prompt that is an
-instruction of lib/geometry.py; and maybe a seed. Out: {"created", "data": [{"b64_json": a PNG}]}, the view as `imagine`
+In: a form (multipart/form-data) of pictures, image or image[], in the order of their numbers; a prompt, any
+sentence that lib/simulators.py reads; and maybe a seed. Out: {"created", "data": [{"b64_json": a PNG}]}, the view as `imagine`
 gives it, so its size is the model's choice for the reference image. What cannot be granted (n above 1, a size, a mask,
 an answer by url) is refused with a sentence; what would change nothing (model, user, ...) is ignored.
 
@@ -34,9 +34,9 @@ import numpy as np
 from extras.remote.client import png
 from extras.remote.endpoint import LOOPBACK
 from lib.distributed import default_device, fail, say
-from lib.geometry import Query, read_instruction
+from lib.geometry import Query
 from lib.images import PictureError, read
-from lib.simulators import load_simulator
+from lib.simulators import load_simulator, read_instruction
 from lib.stage import run_stage
 from world_model import add_sampler_flags, sampler_options
 
@@ -130,9 +130,10 @@ def read_query(form: list[tuple[str, bytes]], limits: Limits) -> Query:
     )
     prompt = fields.get("prompt", "")
     try:
-        reference, _ = read_instruction(prompt[:MAX_PROMPT])
+        number, _ = read_instruction(prompt[:MAX_PROMPT])
     except ValueError as error:
         raise Refusal(400, f"prompt: {error}", "prompt") from None
+    reference = count if number is None else number
     refuse_if(
         not 1 <= reference <= count,
         f"prompt: there is no Image-{reference}; the form has {count} images.",

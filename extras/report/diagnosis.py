@@ -38,10 +38,11 @@ from PIL import Image
 
 from lib.consistency import LENGTH, ROTATION, STRONG, delta_of, describe, pose_error, recover
 from lib.dialogue import Trajectory, call_poses
-from lib.geometry import Query, decompose, instruction, move_camera
+from lib.geometry import Query, decompose, move_camera
 from lib.protocol import motion_in
 from lib.records import Question
 from lib.rooms import COLOURS, SIZE, TrueRenderer, random_room
+from lib.simulators import instruction
 from rewards import option_letter
 
 CASES = {
@@ -83,7 +84,7 @@ def true_views(question: Question, calls: list[dict]) -> list[np.ndarray]:
     blank = np.zeros((SIZE, SIZE, 3), np.uint8)
     queries = []
     for call in calls:
-        sentence = instruction(motion_in(call), call["reference_image"])
+        sentence = instruction(motion_in(call))
         queries.append(Query([blank], call["reference_image"], sentence, 0, room))
     return TrueRenderer().imagine(queries)
 

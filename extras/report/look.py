@@ -23,9 +23,10 @@ from PIL import Image
 
 from data import FIRST_ROOM
 from lib.consistency import delta_of, pose_error, recover
-from lib.geometry import Array, Motion, Query, instruction, move_camera, read_phrase, renumbered
+from lib.geometry import Array, Motion, Query, move_camera
 from lib.images import contact_sheet, save_image
 from lib.rooms import SIZE, random_room, render, ring
+from lib.simulators import instruction, read_phrase
 from lib.streams import numpy_stream
 
 STEPS = {  # key: (name, motion)
@@ -80,17 +81,19 @@ class Walk:
         pose = move_camera(start, motion)
         if not self.is_inside(pose):
             raise ValueError("No camera can stand there: the way leads out of the room.")
-        sentence = instruction(motion, self.reference)
+        sentence = instruction(motion)
         query = Query(list(self.images), self.reference, sentence, seed=len(self.images))
         imagined = self.model.imagine([query])[0]
         true = render(self.room, pose, self.size)["rgb"][0]
 
-        shown, reference = self.model.arrange(self.images, self.reference)
-        read = renumbered(sentence, reference)
+        shown = self.model.arrange(self.images, self.reference)
         small = np.asarray(Image.fromarray(imagined).resize((SIZE, SIZE), Image.BOX))
         recovered, _ = recover(self.room, start, small[None], size=SIZE)
         error = pose_error(delta_of(motion), recovered[0])
-        self.words = [f"The simulator sees {len(shown)} images and reads: {read}", in_words(error)]
+        self.words = [
+            f"The simulator sees {len(shown)} images and reads: {sentence}",
+            in_words(error),
+        ]
         self.images.append(imagined)
         self.poses.append(pose)
         self.views = [

@@ -7,9 +7,10 @@ import rewards
 from extras.report import report
 from extras.report.diagnosis import tally
 from lib.answers import Prediction, with_keys
-from lib.geometry import Motion, phrase
+from lib.geometry import Motion
 from lib.images import contact_sheet, figure_image, save_image
 from lib.scores import title_of
+from lib.simulators import phrase
 
 
 def causes(records: dict[tuple, dict[str, Prediction]]) -> dict[str, dict]:

@@ -31,10 +31,10 @@ import numpy as np
 from extras.remote.client import RemotePolicy, converse
 from lib.dialogue import Trajectory
 from lib.distributed import fail
-from lib.geometry import KINDS, UNITS, Motion, phrase
+from lib.geometry import KINDS, UNITS, Motion
 from lib.images import load_image
 from lib.protocol import LIMITS, call_of, call_text, motion_in
-from lib.simulators import SimulatorError, imagine_each
+from lib.simulators import SimulatorError, imagine_each, phrase
 from lib.streams import numpy_stream, stream_seed
 from policy import encode_images, rollout, write_turns
 

@@ -28,13 +28,13 @@ from lib.geometry import (
     coverage,
     decompose,
     dominant_component,
-    instruction,
     motion_along,
     unproject,
     visible,
     warp,
 )
 from lib.images import save_image
+from lib.simulators import instruction
 from lib.streams import numpy_stream
 
 GRID = 48  # pixels of a depth map's longer side in the search; every other one is a point

@@ -38,8 +38,9 @@ from extras.world2vlm.transitions import Transition, is_view, summed
 from extras.world2vlm.words import ACTIONS, action_of, is_on_grid, motion_of
 from lib import images
 from lib.distributed import fail, say
-from lib.geometry import Motion, move_camera, phrase, project, unproject
+from lib.geometry import Motion, move_camera, project, unproject
 from lib.records import SPLITS
+from lib.simulators import phrase
 from lib.streams import numpy_stream
 
 MARGIN = {"meters": 0.5, "degrees": 20}  # between the amounts of a program and of a false claim

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from extras.world2vlm.words import ACTIONS, action_of, motion_of
-from lib.geometry import KINDS, Motion, Query, as_lists, instruction, move_camera
+from lib.geometry import KINDS, Motion, Query, as_lists, move_camera
 from lib.rooms import SIZE, random_room, render, ring
-from lib.simulators import imagine_each
+from lib.simulators import imagine_each, instruction
 from lib.streams import numpy_stream
 
 MOVES = tuple(ACTIONS)[:4]
@@ -207,7 +207,7 @@ class Chain:
         if anchor.scene:
             poses = [self.pose(k + 1).tolist() for k in range(steps)]
             scene = anchor.scene | {"poses": anchor.scene["poses"] + poses}
-        sentence = instruction(self.motions[steps], reference)
+        sentence = instruction(self.motions[steps])
         return Query(images, reference, sentence, seed, scene)
 
     def add(self, view: np.ndarray | None) -> bool:

@@ -190,6 +190,17 @@ def test_an_option_without_a_letter_is_named_by_its_text():
         assert option_letter(text, options) == name
 
 
+def test_a_letter_a_whole_option_and_its_words_name_an_option():
+    """Words that are a letter themselves do not catch the letter."""
+    for options, answers in (
+        (["A. front", "B. left of it"], {"A": "A", "A. front": "A", "Left of it": "B", "b)": "B"}),
+        (["A. B", "B. A", "C. x"], {"A": "A", "B": "B", "A. B": "A", "B. A": "B", "X": "C"}),
+        (["A. x", "B. C. elegans"], {"C. elegans": "B", "A. whatever": "A", "B. C. elegans": "B"}),
+    ):
+        for text, letter in answers.items():
+            assert option_letter(text, options) == letter, text
+
+
 def test_sat_reads_the_words_of_an_option_and_nothing_else():
     def read(text, *options):
         options = [f"{letter}. {words}" for letter, words in zip("AB", options, strict=True)]

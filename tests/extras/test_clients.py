@@ -13,7 +13,6 @@ from fake_server import QUICK, Fake, dribble, refuses, reset, says, slow, title
 from mirror import Mirror
 
 from extras.remote.client import (
-    NEAREST,
     ONE_CALL,
     UNREADABLE_HERE,
     RemotePolicy,
@@ -24,9 +23,8 @@ from extras.remote.client import (
 )
 from extras.remote.endpoint import Endpoint, seconds_of, sentence_of
 from extras.remote.serve import read_form
-from lib.bagel import MAX_IMAGES
 from lib.dialogue import Trajectory
-from lib.geometry import Query, read_instruction
+from lib.geometry import Motion, Query
 from lib.images import PictureError, read
 from lib.protocol import (
     CALL_FIRST,
@@ -38,9 +36,9 @@ from lib.protocol import (
     parse_turn,
     prompt_text,
 )
-from lib.simulators import NO_VIEW, SimulatorError, imagine_each
+from lib.simulators import NO_VIEW, SimulatorError, imagine_each, read_instruction, renumbered
 from lib.streams import stream_seed
-from world_model import select_context
+from world_model import WorldModel
 
 KEY = "sk-do-not-tell-anyone-0123456789"
 
@@ -50,7 +48,7 @@ def picture(seed, height=8, width=8):
 
 
 def query(seed, images=2):
-    sentence = "Base on the viewpoint of Image-2, look up 5 degrees."
+    sentence = "Base on the viewpoint of Image-2, pitch up by 5 degrees."
     return Query([picture(10 * seed + i) for i in range(images)], 2, sentence, seed)
 
 
@@ -79,9 +77,9 @@ def form_of(request):
 
 
 def mirrored(request, handler):
-    """A simulator: Image-2, mirrored."""
+    """A simulator: the last image, mirrored."""
     images = [value for name, value in form_of(request) if name == "image[]"]
-    return view_of(read(images[1])[:, ::-1].copy())
+    return view_of(read(images[-1])[:, ::-1].copy())
 
 
 # ---- simulators -----------------------------------------------------------------------------------------------------
@@ -104,8 +102,10 @@ def test_a_remote_simulator_sends_the_query_and_keeps_the_order():
     form = forms[b"5"]
     fields = ["prompt", "seed", "n", "response_format"]
     assert [name for name, _ in form] == [*fields, *["image[]"] * 3]
-    assert dict(form)["prompt"].decode() == queries[5].instruction
-    assert (read(form[4][1]) == queries[5].images[0]).all()  # lossless, and in their order
+    assert dict(form)["prompt"].decode() == renumbered(queries[5].instruction, 3)
+    assert (
+        read(form[4][1]) == queries[5].images[2]
+    ).all()  # lossless, and the reference comes last
 
 
 GOOD = view_of(picture(1))
@@ -416,9 +416,9 @@ def test_a_dialogue_with_a_view():
         {"reference_image": 2, "motion_type": "dangle", "value": -30.0},
     ]
     assert (dialogue.images[2] == dialogue.images[1][:, ::-1]).all()
-    assert dialogue.replies == [("Imagined from Image-2, turn left 30 degrees. ", 3)]
+    assert dialogue.replies == [("Imagined from Image-2, turn 30 degrees to the left. ", 3)]
     (order,) = simulator.batches[0]
-    assert order.instruction == "Base on the viewpoint of Image-2, turn left 30 degrees."
+    assert order.instruction == "Based on the last image, turn 30 degrees to the left."
     assert order.reference == 2
 
 
@@ -438,30 +438,25 @@ def test_what_a_server_is_sent_of_a_dialogue_with_a_view():
         assert (read(base64.b64decode(url.split(",")[1])) == image).all()
     assert own["tool_calls"][0]["id"] == "call_0" and "refusal" not in own
     assert own["extra_content"] == {"google": {"thought_signature": "signed"}}
-    words = "Imagined from Image-2, turn left 30 degrees."
+    words = "Imagined from Image-2, turn 30 degrees to the left."
     assert tool == {"role": "tool", "tool_call_id": "call_0", "content": words}
     assert user["content"][0]["text"] == "Image-3: "
 
 
-def test_only_the_reference_and_its_neighbours_are_sent_and_the_sentence_names_it_by_its_new_number():
-    """As the world model chooses among them: its nearest are among those sent, in the same order."""
-    assert NEAREST >= MAX_IMAGES
-    cases = ((32, 1), (32, 3), (32, 17), (32, 31), (303, 303), (9, 5), (8, 8), (2, 1))
-    for count, reference in cases:
+def test_a_server_is_sent_what_a_world_model_would_be_shown():
+    """The latest images and the reference as the last one, which the sentence names by its new number."""
+    for count, reference in ((32, 1), (32, 31), (303, 303), (9, 5), (8, 8), (2, 1)):
         images = [np.full((8, 8, 3), k // 2, np.uint8) for k in range(count)]
         images = [image + np.array([0, 0, k % 2], np.uint8) for k, image in enumerate(images)]
-        sentence = f"Base on the viewpoint of Image-{reference}, look up 5 degrees."
+        sentence = f"Base on the viewpoint of Image-{reference}, pitch up by 5 degrees."
         with Fake(view_of(picture(1))) as fake:
             simulator_at(fake).imagine([Query(images, reference, sentence, 0)])
         form = form_of(fake.requests[0])
         sent = [read(value) for name, value in form if name == "image[]"]
         number, motion = read_instruction(dict(form)["prompt"].decode())
-        assert motion == read_instruction(sentence)[1] and len(sent) == min(count, NEAREST)
-        nearest_here, number_here = select_context(images, reference, MAX_IMAGES)
-        nearest_there, number_there = select_context(sent, number, MAX_IMAGES)
-        assert number_here == number_there
-        for i, k in zip(nearest_there, nearest_here, strict=True):
-            assert (sent[i] == images[k]).all()
+        assert motion == Motion("dphi", 5.0) and number == len(sent) == min(count, 4)
+        shown = WorldModel.tiny().arrange(images, reference)
+        assert all((ours == theirs).all() for ours, theirs in zip(shown, sent, strict=True))
 
 
 def test_views_come_from_the_seeds_of_the_local_rollout():

@@ -14,11 +14,11 @@ from extras.report import report
 from extras.report.pages import dialogue_rows
 from lib.answers import save_views
 from lib.dialogue import Trajectory
-from lib.geometry import phrase
 from lib.images import save_image
 from lib.protocol import call_text, motion_in
 from lib.questions import room_questions
 from lib.scores import summarise
+from lib.simulators import phrase
 from policy import Policy
 
 POLICY = Policy.tiny()

@@ -26,12 +26,12 @@ from extras.report.search import (
 )
 from extras.world2vlm.transitions import end_pose
 from lib.dialogue import Trajectory
-from lib.geometry import Motion, read_instruction
+from lib.geometry import Motion
 from lib.images import load_image
 from lib.protocol import ENOUGH, call_of
 from lib.records import read_log
 from lib.rooms import TrueRenderer, random_room, render
-from lib.simulators import SimulatorError
+from lib.simulators import SimulatorError, read_instruction
 from policy import Policy
 from train_sft import call_texts
 
@@ -53,7 +53,7 @@ def question(number, **more):
         "id": f"q{number}",
         "bench": "rooms",
         "images": [rng.integers(0, 256, (32, 32, 3), np.uint8)] * 2,
-        "question": "Start from Image-2 and turn left 45 degrees. Then which object looks largest?",
+        "question": "Start from Image-2 and turn 45 degrees to the left. Then which object looks largest?",
         "options": ["A. red", "B. blue", "C. pink", "D. cyan"],
         "answer": "B",
         "kind": "mca",
@@ -133,7 +133,8 @@ def test_the_search_starts_from_the_image_that_the_words_name():
 def test_a_path_is_told_with_all_its_motions():
     assert (
         path_words(path(3, (L, 27), (F, 0.5)))
-        == "from Image-3: turn left 27 degrees, and then move 0.5 meters forward"
+        == "from Image-3: turn 27 degrees to the left, and then "
+        "move forward by 0.5 meters parallel to the ground"
     )
 
 
@@ -236,7 +237,10 @@ def test_every_view_is_the_one_at_the_end_of_its_whole_path_from_the_original_im
 
     again = Tree(Policy.tiny(), row)
     search.imagine(Run(Policy.tiny(), spy, 0, 8, 8), {again: ways})
-    orders = [(read_instruction(query.instruction), len(query.images)) for query in spy.queries]
+    orders = []
+    for query in spy.queries:
+        _, motion_told = read_instruction(query.instruction)
+        orders.append(((query.reference, motion_told), len(query.images)))
     assert orders == [((2, way[1]), 4) for way in ways[:2]] + [((5, way[2]), 5) for way in ways[2:]]
     given = [load_image(image) for image in row["images"]]
     assert all(
@@ -274,8 +278,8 @@ def test_an_answer_shows_views_by_kind_and_magnitude_and_what_leads_to_them():
     )
     words = search.with_views(tree, dialogue)["question"]
     assert (
-        "Image-5 is imagined from Image-2: turn left 45 degrees, and then move 0.5 meters forward.\n"
-        in words
+        "Image-5 is imagined from Image-2: turn 45 degrees to the left, and then move forward by 0.5 meters parallel to "
+        "the ground.\n" in words
     )
     own = search.with_views(Tree(policy, question(0, prompt=["a", "b", "c"])), dialogue)
     assert len(own["prompt"]) == 1 + len(own["images"]) and own["prompt"][-1] == "c"
@@ -324,7 +328,7 @@ def test_nothing_helps_then_the_images_alone_answer(policy, monkeypatch):
 def test_a_view_that_is_refused_costs_no_answer_and_a_simulator_that_is_down_does(
     policy, monkeypatch
 ):
-    (found,) = search.search(policy, [question(0)], Noise(fails=("turn left",)), 0, 24)
+    (found,) = search.search(policy, [question(0)], Noise(fails=("to the left",)), 0, 24)
     assert found.turns and not any(call["value"] < 0 for call in found.provenance if call)
 
     class Down:
@@ -410,7 +414,9 @@ def judging(request, handler):
             'A view is missing. {"decision": "call_wm", "actions": [{"type": "turn-right", "value": 20}]}'
         )
     if "Output:" in said:
-        wanted = "turn left 18 degrees" if "explore further" in said else "turn right 9 degrees"
+        wanted = "turn 18 degrees to the left"
+        if "explore further" not in said:
+            wanted = "turn 9 degrees to the right"
         return says("Output: " + ", ".join("9" if view.endswith(wanted) else "7" for view in views))
     return says("<think>seen</think><answer>B</answer>")
 
@@ -432,7 +438,7 @@ def test_a_remote_policy_searches_by_two_scoring_calls_a_step():
     assert len(simulator.queries) == 14 and len(fake.requests) == 5
     asked = texts_of(fake.requests[-1])[-1]
     assert (
-        "Image-3 is imagined from Image-2: turn right 9 degrees.\nStart from" in asked
+        "Image-3 is imagined from Image-2: turn 9 degrees to the right.\nStart from" in asked
         and "A. red" in asked
     )
     scoring = json.loads(fake.requests[0]["body"])["messages"][0]["content"]
@@ -493,7 +499,10 @@ def test_several_plans_of_a_remote_policy_are_verified():
     (verified,) = [
         text for request in fake.requests for text in texts_of(request) if "these plans" in text
     ]
-    assert "from Image-2: turn left 18 degrees; from Image-2: turn left 9 degrees?" in verified
+    assert (
+        "from Image-2: turn 18 degrees to the left; from Image-2: turn 9 degrees to the left?"
+        in verified
+    )
     assert [call["value"] for call in found.provenance if call] == [-9]  # the second one scored 8
 
 

@@ -19,9 +19,9 @@ from extras.remote.client import RemoteSimulator, png
 from extras.remote.endpoint import multipart
 from extras.remote.serve import PATH, Server, read_form, serve
 from extras.remote.serve import main as command
-from lib.geometry import Motion, Query, instruction
+from lib.geometry import Motion, Query
 from lib.images import read
-from lib.simulators import SimulatorError
+from lib.simulators import SimulatorError, instruction
 from world_model import WorldModel
 
 SENTENCE = "Base on the viewpoint of Image-1, turn left 30 degrees."
@@ -100,7 +100,7 @@ def test_a_remote_view_is_the_local_view():
         Query(
             [picture(10 * k + i, *((32, 32) if k % 3 else (24, 40))) for i in range(1 + k % 4)],
             1 + k % 4,
-            instruction(Motion("dangle", -15.0 * (k + 1)), 1 + k % 4),
+            instruction(Motion("dangle", -15.0 * (k + 1))),
             1000 + k,
         )
         for k in range(5)
@@ -115,7 +115,7 @@ def test_a_remote_view_is_the_local_view():
 def test_a_video_gives_the_view_that_it_gives_here():
     """Of 40 images only some are sent; the model is shown the same ones."""
     model, images = WorldModel.tiny(), [picture(k) for k in range(40)]
-    queries = [Query(images, n, instruction(Motion("dangle", -45.0), n), n) for n in (1, 20, 40)]
+    queries = [Query(images, n, instruction(Motion("dangle", -45.0)), n) for n in (1, 20, 40)]
     with running(model) as server:
         remote = RemoteSimulator(server.url).imagine(queries)
     for here, there, query in zip(model.imagine(queries), remote, queries, strict=True):

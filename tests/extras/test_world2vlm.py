@@ -59,7 +59,7 @@ from extras.world2vlm.words import (
     read_box,
 )
 from lib.consistency import classify
-from lib.geometry import Motion, pinhole, project, read_instruction
+from lib.geometry import Motion, pinhole, project
 from lib.rooms import COLOURS, TrueRenderer, random_room, render
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
@@ -340,16 +340,14 @@ def test_each_step_starts_from_the_view_before():
 
     class Teacher(Noise):
         def imagine(self, queries):
-            asked.append(
-                [(len(q.images), read_instruction(q.instruction), q.seed) for q in queries]
-            )
+            asked.append([(len(q.images), q.reference, q.seed) for q in queries])
             return super().imagine(queries)
 
     anchor = Anchor("picture", [NOISE, NOISE[::-1].copy()], 1)
     transitions([anchor], Teacher(), np.random.default_rng(0), PAPER)
     assert [len(step) for step in asked] == [9, 3, 1]  # all chains take a step in one call
-    assert all((n, reference) == (2, 1) for n, (reference, _), _ in asked[0])
-    assert all((n, reference) == (3, 3) for n, (reference, _), _ in asked[1])
+    assert all((n, reference) == (2, 1) for n, reference, _ in asked[0])
+    assert all((n, reference) == (3, 3) for n, reference, _ in asked[1])
     assert len({seed for step in asked for *_, seed in step}) == 13
 
 

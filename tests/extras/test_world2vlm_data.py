@@ -10,10 +10,10 @@ from extras.world2vlm import questions
 from extras.world2vlm.questions import make_room_questions
 from extras.world2vlm.rewards import world2vlm
 from extras.world2vlm.words import TASKS
-from lib.geometry import read_instruction
 from lib.images import load_image, save_image
 from lib.records import SPLITS, load_jsonl, save_jsonl
 from lib.rooms import TrueRenderer, random_room, render
+from lib.simulators import read_instruction
 
 
 @pytest.fixture(scope="module")

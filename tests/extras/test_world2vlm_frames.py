@@ -289,7 +289,7 @@ BROKEN = {
     "0.25 meters to the left' is off the grid": lambda f: change(
         f, program=[{"kind": "move left", "amount": 0.25}]
     ),
-    "turn left 15 degrees' is off the grid": lambda f: change(
+    "turn 15 degrees to the left' is off the grid": lambda f: change(
         f, program=[{"kind": "turn left", "amount": 15}]
     ),
     "is -10 and should be a number above 0": lambda f: change(
