@@ -540,7 +540,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def sentence_of(args: argparse.Namespace) -> tuple[str, int]:
+def motion_flag(args: argparse.Namespace) -> tuple[str, int]:
     """What --motion tells the simulator, and the number of the reference. Raises ValueError if it cannot be read."""
     number = args.reference or len(args.images)
     if re.match(r"\s*based? on", args.motion, re.IGNORECASE):
@@ -567,7 +567,7 @@ def main(argv: list[str] | None = None) -> None:
             look_around(WorldModel.load(path, device, dtype, **options))
             return
         # the motion first: its error should not wait for the weights
-        sentence, number = sentence_of(args)
+        sentence, number = motion_flag(args)
         images = [load_image(image) for image in args.images]
         query = Query(images, number, sentence, args.seed)
         view = WorldModel.load(path, device, dtype, **options).imagine([query])[0]

@@ -36,7 +36,7 @@ from lib.rooms import random_room, render
 from lib.simulators import SimulatorError, fill_holes, instruction
 from lib.streams import stable_hash, stream_seed
 
-VERSION = 4  # of what a line holds; lines of another one stay as well
+VERSION = 5  # of what a line holds; lines of another one stay as well
 SETTINGS = ("version", "policy", "seed", "max_new_tokens", "frames", "mode", "weights")
 NO_FAILURE = (False, 0)  # the `failure` of an answer for good
 LARGE = 128  # pixels: from here on a view is a JPEG

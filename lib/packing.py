@@ -3,7 +3,7 @@ Packed sequences: segments of text, ViT features and latents side by side, and w
 
 Training reads sequences of mixed sizes in one pass. A sequence is a list of segments of one or more samples, e.g.
 
-  [VAE 1][ViT 1][VAE 2][ViT 2] ["turn left" [target a]] ["move 1 m forward" [target b]]     two branches, one context
+  [VAE 1][ViT 1][VAE 2][ViT 2] ["… to the left." [target a]] ["… to the right." [target b]]     two branches, one context
 
 Three numbers per token decide what a query sees, and one its RoPE angle:
 

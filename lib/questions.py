@@ -2,7 +2,7 @@
 Questions about rooms with exact answers, in the categories of the benchmarks.
 
 A room is seen from a ring of four views. Half of the questions need a view that is not among them (`needs_view`): "Start
-from Image-2 and turn left 45 degrees. Then which object looks largest?" The four views answer the others. What a view
+from Image-2 and turn 45 degrees to the left. Then which object looks largest?" The four views answer the others. What a view
 shows is counted on its instance map (`facts`), and a question is asked only where the answer is clear.
 """
 

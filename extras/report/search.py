@@ -100,7 +100,7 @@ def expand(path: Path) -> list[Path]:
 
 
 def path_words(path: Path) -> str:
-    """A path in words: "from Image-1: turn left 27 degrees, and then move 0.5 meters forward"."""
+    """A path in words: "from Image-1: turn 27 degrees to the left, and then …"."""
     return f"from Image-{path[0]}: {', and then '.join(map(phrase, path[1:]))}"
 
 
