@@ -11,7 +11,6 @@ stdin.
 
 import contextlib
 import math
-import re
 import shutil
 import sys
 import textwrap
@@ -29,17 +28,17 @@ from lib.rooms import SIZE, random_room, render, ring
 from lib.simulators import instruction, read_phrase
 from lib.streams import numpy_stream
 
-STEPS = {  # key: (name, motion)
-    "w": ("move forward", Motion("dy", 0.5)),
-    "s": ("move backward", Motion("dy", -0.5)),
-    "a": ("move left", Motion("dx", -0.5)),
-    "d": ("move right", Motion("dx", 0.5)),
-    "q": ("turn left", Motion("dangle", -45.0)),
-    "e": ("turn right", Motion("dangle", 45.0)),
-    "r": ("move up", Motion("dz", 0.5)),
-    "f": ("move down", Motion("dz", -0.5)),
-    "i": ("look up", Motion("dphi", 15.0)),
-    "k": ("look down", Motion("dphi", -15.0)),
+STEPS = {
+    "w": Motion("dy", 0.5),
+    "s": Motion("dy", -0.5),
+    "a": Motion("dx", -0.5),
+    "d": Motion("dx", 0.5),
+    "q": Motion("dangle", -45.0),
+    "e": Motion("dangle", 45.0),
+    "r": Motion("dz", 0.5),
+    "f": Motion("dz", -0.5),
+    "i": Motion("dphi", 15.0),
+    "k": Motion("dphi", -15.0),
 }
 HELP = (
     "w s a d  move 0.5 m    q e  turn 45 degrees    r f  up, down    i k  tilt",
@@ -90,10 +89,8 @@ class Walk:
         small = np.asarray(Image.fromarray(imagined).resize((SIZE, SIZE), Image.BOX))
         recovered, _ = recover(self.room, start, small[None], size=SIZE)
         error = pose_error(delta_of(motion), recovered[0])
-        self.words = [
-            f"The simulator sees {len(shown)} images and reads: {sentence}",
-            in_words(error),
-        ]
+        sight = f"It sees {len(shown)} images, Image-{self.reference} last: "
+        self.words = [sight + sentence, in_words(error)]
         self.images.append(imagined)
         self.poses.append(pose)
         self.views = [
@@ -176,14 +173,14 @@ def panels(pictures: list[tuple[str, Array]], width: int) -> list[str]:
 
 
 def read_motion(text: str) -> Motion:
-    """A key, "q 30", "turn left 30" or words that the simulator reads -> Motion. Raises ValueError for anything else."""
-    name, amount = re.fullmatch(r"(.*?)(?:\s+(\d+(?:\.\d+)?))?", text).groups()
-    for key, (words, motion) in STEPS.items():
-        if name in (key, words):
-            size = abs(motion.amount) if amount is None else float(amount)
-            return Motion(motion.kind, math.copysign(size, motion.amount))
+    """A key, "q 30", or words such as "turn left 30" -> Motion. Raises ValueError for anything else."""
+    key, _, amount = text.partition(" ")
     try:
-        return read_phrase(text)
+        if key not in STEPS:
+            return read_phrase(text)
+        step = STEPS[key]
+        size = float(amount or abs(step.amount))
+        return Motion(step.kind, math.copysign(size, step.amount))
     except ValueError:
         raise ValueError(
             f"{text!r} is no command. Press a key of the list, or type a motion: turn left 30"
