@@ -27,13 +27,14 @@ from lib.geometry import (
     Motion,
     Query,
     decompose,
+    fill_holes,
     move_camera,
 )
 from lib.images import PictureError, read, read_warp, save_image
 from lib.protocol import check_kinds, check_triple
 from lib.records import Triple, disk, load_jsonl, read_log, write_text
 from lib.rooms import random_room, render
-from lib.simulators import SimulatorError, fill_holes, instruction
+from lib.simulators import SimulatorError, instruction
 from lib.streams import stable_hash, stream_seed
 
 VERSION = 5  # of what a line holds; lines of another one stay as well

@@ -87,7 +87,7 @@ class Settings:
     renorm: str = "text_channel"  # "text_channel", "channel" or "global"
     renorm_min: float = 0.0
     interval: tuple = (0.0, 1.0)  # guide only while low < t <= high
-    taylor: bool = False  # approximate: compute one step in three (world_model.TaylorSeer)
+    taylor: bool = False  # approximate: compute one step in three (extras/taylor.py)
 
     @classmethod
     def read(cls, astra: dict) -> "Settings":

@@ -14,6 +14,7 @@ from lib.geometry import (
     decompose,
     dominant_component,
     dominant_motion,
+    fill_holes,
     move_camera,
     pinhole,
     project,
@@ -22,7 +23,6 @@ from lib.geometry import (
     warp,
 )
 from lib.rooms import EYE, random_room, render
-from lib.simulators import fill_holes
 
 
 @pytest.mark.parametrize(

@@ -501,18 +501,6 @@ def test_without_an_image_the_third_branch_is_the_first():
     assert not torch.allclose(views[0], views[2], atol=1e-3)
 
 
-def test_taylor_series_of_a_line_is_exact_once_two_values_are_known():
-    """Divided differences of equally spaced values reproduce a line at once, and the schedule is 0..4, 7, 10, ..."""
-    series, computed = world_model.TaylorSeries(), []
-    for step in range(14):
-        due = series.due()
-        computed += [step] * due
-        got = series.next(torch.tensor([2.0 + 3.0 * step]) if due else None)
-        if step >= 7:  # from here two computed values give the slope
-            torch.testing.assert_close(got, torch.tensor([2.0 + 3.0 * step]))
-    assert computed == [0, 1, 2, 3, 4, 7, 10, 13]
-
-
 def test_guidance_of_scale_one_is_off():
     v = torch.ones(2, 5, 12)
     assert guided([v], SMALL.settings) is v

@@ -23,9 +23,8 @@ from extras.scans.frames import PosedView
 from lib.answers import trivial_views
 from lib.consistency import pose_errors, summary_of
 from lib.distributed import fail
-from lib.geometry import decompose
+from lib.geometry import decompose, fill_holes
 from lib.images import read_depth
-from lib.simulators import fill_holes
 
 MATCHER = "zju-community/efficientloftr"  # Apache; ETH-CVG/lightglue_superpoint fits as well
 DETECTOR = "IDEA-Research/grounding-dino-tiny"
