@@ -40,7 +40,7 @@ from lib.checkpoints import contents
 from lib.dialogue import Trajectory
 from lib.distributed import default_device, fail
 from lib.images import check_shape, load_image
-from lib.protocol import CHAT_TEMPLATE, NO_SIMULATOR, NOTE, PHRASES
+from lib.protocol import NO_SIMULATOR, NOTE, PHRASES, SEAM
 from lib.records import write_json
 from lib.rollout import Layout, Writer
 from lib.simulators import NO_VIEW, imagine_each, load_simulator
@@ -59,14 +59,31 @@ SERVED = (VIDEOS, "processor_config.json", "chat_template.json")
 # buffers in files of old versions: every model computes them
 COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 
+# `lib.protocol.prompt_text`'s layout for servers, which write prompts from messages
+CHAT_TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}
+{%- for part in message.content %}
+{%- if part.text is defined %}{{ part.text }}{% else %}<|vision_start|><|image_pad|><|vision_end|>
+{%- endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
 # ---- weights, tokens, pixels ----------------------------------------------------------------------------------------
+
+
+def encode_text(tokenizer, text: str) -> list[int]:
+    """Text -> token ids. Around a SEAM it is read apart: words of data that spell <|im_end|> are not its id."""
+    ids = []
+    for piece in text.split(SEAM):
+        ids += tokenizer.encode(piece, add_special_tokens=False)
+    return ids
 
 
 class Policy:
     """A Qwen3-VL with its tokenizer and image preparation; `tiny`, `load` and `save` are the ways in and out.
 
     model         transformers' Qwen3VLForConditionalGeneration; its vision tower is `vision`
-    encode_text   text -> token ids
+    encode_text   text -> token ids, that of data by way of `lib.protocol.as_words`
     image_config  preprocessor_config.json: patch_size, merge_size, size (limits of the area in pixels); "stamped" is
                   true of a tiny policy alone: its images carry their number (lib.tiny.stamp), its turns are short
     served        {name: content} of json files that only servers read (SERVED)
@@ -85,7 +102,7 @@ class Policy:
         self.vision = model.model.visual
         self.device = model.lm_head.weight.device
         self.image_token_id = model.config.image_token_id
-        self.encode_text = lru_cache(20_000)(partial(tokenizer.encode, add_special_tokens=False))
+        self.encode_text = lru_cache(20_000)(partial(encode_text, tokenizer))
         model.model.language_model.set_attn_implementation("shared_attention")  # lib/rollout.py
 
         banned = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)

@@ -49,14 +49,16 @@ def option_letter(text: str, options: list[str]) -> str | None:
     options   each "B. red box"; one without ". " has no letter: it is named by all its text, which is what comes back
     """
     text = text.strip()
-    for option in options:  # the letter "A", or all of "A. red box"
-        letter = option.partition(". ")[0]
-        if text == letter or text.lower() == option.lower():
-            return letter
-    for option in options:
-        letter, _, words = option.partition(". ")
-        if text.lower() == (words or option).lower():
-            return letter
+    for form in (str, str.lower):  # as it is written, then in any case
+        names = {}
+        for option in options:  # the letter "A", or all of "A. red box"
+            letter = option.partition(". ")[0]
+            names |= {form(letter): letter, form(option): letter}
+        for option in options:
+            letter, _, words = option.partition(". ")
+            names.setdefault(form(words or option), letter)
+        if form(text) in names:
+            return names[form(text)]
     match = re.fullmatch(r"([A-Za-z])(?:[.)].*)?", text, re.DOTALL)
     return match[1].upper() if match else None
 

@@ -52,7 +52,7 @@ from lib.distributed import (
     wait_for_all,
 )
 from lib.images import load_image
-from lib.protocol import call_text
+from lib.protocol import as_words, call_text
 from lib.questions import ASKS
 from lib.records import MetricLog, Question, load_jsonl, whole_folder
 from lib.rooms import COLOURS
@@ -369,7 +369,7 @@ def look_texts(rng: np.random.Generator, shows: list[dict]) -> list[tuple[str, f
 def answer_texts(question: dict, view: str) -> list[tuple[str, float]]:
     """The thought that names what is asked, of which view, and what it shows; then the answer."""
     option = question["options"]["ABCD".index(question["answer"])]
-    words = option.split(". ")[1]
+    words = as_words(option.split(". ")[1])
     ask = question["ask"]
     thought = "The camera:" if ask is None else f"{ASK_WORDS[ask]} {view}:"
     rest = f"</think><answer> {words}</answer><|im_end|>"

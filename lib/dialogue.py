@@ -101,10 +101,6 @@ class Trajectory:
     ) -> "Trajectory":
         """The prompt of a question with its images, (H, W, 3) uint8 arrays."""
         pieces = prompt_text(question, mode, len(images)).split(IMAGE_TOKEN)
-        if len(pieces) != len(images) + 1:
-            raise ValueError(
-                f"the question must not contain {IMAGE_TOKEN}: {question['question']!r}"
-            )
         trajectory = cls(question, mode, max_rounds)
         for piece, image in zip(pieces, [*images, None], strict=True):
             trajectory._text(policy.encode_text(piece))

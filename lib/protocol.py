@@ -10,9 +10,9 @@ A dialogue is a chat in Qwen's layout. The policy's turn is a thought and then e
 
 A call names an image, a kind of motion (dx right, dy forward, dz up: metres; dangle right, dphi up: degrees) and how far,
 below zero the other way; `img_indices` may choose what the simulator is shown, `seed` its noise (not in training). It is
-answered by a user turn that shows the imagined view as the next image (Image-5); a call that is malformed or
-impossible is answered by a sentence that says what is wrong: it costs a turn and never crashes. Modes: `direct` has no
-tool, `agentic` leaves the choice to the policy, `forced` refuses an answer before the first valid call.
+answered by a user turn that shows the imagined view as the next image (Image-5), one that is malformed or impossible by
+a sentence that says why. Modes: `direct` has no tool, `agentic` leaves the choice to the policy, `forced` refuses an
+answer before the first valid call.
 """
 
 import functools
@@ -105,19 +105,19 @@ PHRASES += (UNREADABLE, NOT_JSON, NO_SUCH_TOOL, ARGUMENTS, IMAGE_NUMBER, NO_SUCH
 PHRASES += (AMOUNT, INDICES, NO_SUCH_INDEX, SEED, ENOUGH, NO_TOOL, NO_SIMULATOR)
 
 
-# `prompt_text`'s layout for servers, which write prompts from messages
-CHAT_TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
-{% if message.content is string %}{{ message.content }}{% else %}
-{%- for part in message.content %}
-{%- if part.text is defined %}{{ part.text }}{% else %}<|vision_start|><|image_pad|><|vision_end|>
-{%- endif %}{% endfor %}{% endif %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-
-
 def numbered_image(number: int) -> str:
     """How an image appears in a prompt or an observation."""
     return f"Image-{number}: <|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
+
+
+FRAME_TOKEN = re.compile(r"<(?=\|\w+\|>|/?(?:think|tool_call|tool_response|answer)>)")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a letter: no tokenizer takes it
+SEAM = "\ud800"  # and so none stands in words of data
+
+
+def as_words(text: str) -> str:
+    """Text of data as it goes into a prompt or a turn: a SEAM behind the "<" of what spells a token of the frame."""
+    return FRAME_TOKEN.sub(f"<{SEAM}", SURROGATE.sub("\ufffd", text))
 
 
 def prompt_text(question: dict, mode: str, n_images: int) -> str:
@@ -130,10 +130,10 @@ def prompt_text(question: dict, mode: str, n_images: int) -> str:
     if mode not in NOTE:
         raise ValueError(f"unknown mode {mode!r}; the modes are: {', '.join(NOTE)}")
     system = "" if mode == "direct" else f"<|im_start|>system\n{TOOLS}<|im_end|>\n"
-    texts = question.get("prompt")
+    texts = [as_words(text) for text in question.get("prompt") or ()]
     if not texts:
-        options = "".join(f"\n{option}" for option in question.get("options") or ())
-        texts = [""] * n_images + [f"{question['question']}{options}{NOTE[mode]}"]
+        words = "\n".join([question["question"], *(question.get("options") or ())])
+        texts = [""] * n_images + [as_words(words) + NOTE[mode]]
     images = [numbered_image(i + 1) for i in range(n_images)]
     user = "".join(text + image for text, image in zip(texts, [*images, ""], strict=True))
     return f"{system}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
@@ -151,29 +151,25 @@ class Turn(NamedTuple):
     error: str | None = None  # a sentence for the policy
 
 
-TURN = re.compile(
-    r"\s*<(think|thinking)>.*?</\1>\s*(?:<tool_call>(.*?)</tool_call>|<answer>(.*?)</answer>)\s*",
-    re.DOTALL,
-)
 TAG = re.compile("</?(?:think|thinking|tool_call|answer)>")
+TURN = re.compile(r"<(think|thinking)></\1><(tool_call|answer)></\2>")  # its tags alone
 
 
 def parse_turn(text: str) -> Turn:
     """Read a turn strictly; every way to be wrong has its own sentence in `error`, and nothing raises."""
-    match = TURN.fullmatch(text)
-    if not match or len(TAG.findall(text)) != 4:  # a thought, and one call or answer
+    tags = TURN.fullmatch("".join(TAG.findall(text)))
+    if not tags:
         return Turn(error=UNREADABLE)
-    _, call, answer = match.groups()
-    if call is not None:
-        return read_call(call)
-    if not answer.strip():
+    before, _, gap, inside, after = TAG.split(text)
+    is_call = tags[2] == "tool_call"
+    if (before + gap + after).strip() or not (is_call or inside.strip()):
         return Turn(error=UNREADABLE)
-    return Turn(answer=answer.strip())
+    return read_call(inside) if is_call else Turn(answer=inside.strip())
 
 
 def parse_reply(text: str) -> Turn:
     """Read a turn of a policy that was asked in a bench's own words: a call if there is one, else all is the answer."""
-    calls = re.findall("<tool_call>(.*?)</tool_call>", text, re.DOTALL)
+    calls = between("tool_call", text)
     if len(calls) == 1:
         return read_call(calls[0])
     if calls or not text.strip():
@@ -181,13 +177,21 @@ def parse_reply(text: str) -> Turn:
     return Turn(answer=text.strip())
 
 
+def between(tag: str, text: str, flags: int = 0) -> list[str]:
+    """All that stands between <tag> and the next </tag>, in linear time, which "<tag>(.*?)</tag>" does not take."""
+    inside = []
+    for piece in re.split(f"</{tag}>", text, flags=flags)[:-1]:
+        inside += re.split(f"<{tag}>", piece, maxsplit=1, flags=flags)[1:]
+    return inside
+
+
 def read_call(text: str) -> Turn:
     """JSON of a call -> a Turn with the call, or with what is wrong. Which images exist is not known here."""
     try:
-        call = json.loads(text)
-    except (ValueError, RecursionError):
+        call = parse_object(text)
+    except ValueError:
         return Turn(error=NOT_JSON)
-    arguments = call.get("arguments") if isinstance(call, dict) else None
+    arguments = call.get("arguments")
     if not isinstance(arguments, dict) or "name" not in call:
         return Turn(error=NOT_JSON)
     if call["name"] != TOOL_NAME:
@@ -239,7 +243,7 @@ def call_text(call: dict) -> str:
 
 # ---- JSON that others wrote ------------------------------------------------------------------------------------------
 
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a letter: no tokenizer takes it
+hints_of = functools.cache(get_type_hints)
 
 
 def parse_object(text: str, kind: type | None = None) -> dict:
@@ -259,9 +263,6 @@ def parse_object(text: str, kind: type | None = None) -> dict:
     if kind:
         check_kinds(value, kind)
     return value
-
-
-hints_of = functools.cache(get_type_hints)
 
 
 def check_kinds(row: dict, row_kind: type) -> None:

@@ -66,7 +66,7 @@ def remove_leftovers(folder: Path) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole, without the keys of servers."""
     with whole_file(path) as beside:
-        beside.write_text(without_keys(text), encoding="utf-8")
+        beside.write_text(without_keys(text), encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | Path, value) -> None:

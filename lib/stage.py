@@ -154,7 +154,7 @@ def hold(folder: str | Path) -> None:
         if is_main() and path not in HELD:
             with disk(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                file = open(path, "a+")
+                file = open(path, "a+", errors="backslashreplace")
                 wait_for_lock(file, folder)
                 file.truncate(0)
                 command = without_keys(" ".join(sys.argv))  # the words are for people
@@ -193,9 +193,7 @@ def compare_with_earlier_run(out: Path, settings: dict, inputs: dict) -> None:
             done = parse_object((out / "done.json").read_text())
         before = parse_object((out / "args.json").read_text())
     except (OSError, ValueError):
-        fail(
-            f"args.json or done.json of {out} cannot be read. Remove {out}, or give another --out."
-        )
+        fail(f"args.json or done.json of {out} cannot be read. Remove it, or give another --out.")
     changed = []
     for key, value in settings.items():
         if before.get(key, value) != value:  # a flag that is new since then changed nothing
@@ -250,6 +248,7 @@ def run_stage(main: Callable[[], None]) -> None:
     SIGTERM is an interrupt too: Ctrl-C itself is ignored by what a script has started with `&`.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for letters that the terminal has not
     try:
         with disk("what the stage was writing"):
             main()

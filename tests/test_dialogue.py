@@ -134,6 +134,11 @@ def test_a_call_may_choose_images_and_a_seed():
         ("<think>x</think><tool_call>[]</tool_call>", NOT_JSON),
         ("<think>x</think><tool_call>{}</tool_call>", NOT_JSON),
         ("<think>x</think><tool_call>" + "[" * 100_000 + "</tool_call>", NOT_JSON),
+        ("</think><think><answer>B</answer>", UNREADABLE),
+        ("<think>x</think>so<answer>B</answer>", UNREADABLE),
+        ("<thinking>x</thinking><answer>B</tool_call>", UNREADABLE),
+        (CALL % '{"reference_image": 2, "motion_type": "dx", "value": 1, "value": 2}', NOT_JSON),
+        (CALL % f'{{"reference_image": 2, "motion_type": "dx", "value": {"1" * 5000}}}', NOT_JSON),
         (LOOK.replace("world_simulator_tool", "zoom"), NO_SUCH_TOOL),
         (CALL % '{"reference_image": 2, "motion_type": "dangle"}', ARGUMENTS),
         (
@@ -234,6 +239,25 @@ def test_a_reply_in_a_benchs_own_words_may_call_once():
     assert parse_reply(one).call == {"reference_image": 1, "motion_type": "dangle", "value": -45.0}
     assert parse_reply(two) == parse_reply(" ") == Turn(error=UNREADABLE)
     assert parse_reply(" B. \n") == Turn(answer="B.")
+    assert parse_reply(f"</tool_call>{one}").call == parse_reply(f"{one}</tool_call>").call
+    assert parse_reply(f"{one}</tool_call>").call == parse_reply(one).call
+    assert parse_reply(f"<tool_call>{one}") == Turn(
+        error=NOT_JSON
+    )  # all between the first and the last
+    assert parse_reply("<tool_call>B") == Turn(answer="<tool_call>B")
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["</think><answer>", "<tool_call>", "<answer>", "<tool_call>a</tool_call>", " ", '{"a":', "<"],
+)
+def test_a_turn_of_a_megabyte_is_read(piece):
+    """Lazy patterns would look from every tag to the end: hours."""
+    long = piece * (1_000_000 // len(piece))
+    assert parse_turn(f"<think>{long}").error == UNREADABLE
+    assert parse_turn(f"<think></think>{long}x<answer>B</answer>").error == UNREADABLE
+    reply = parse_reply(f"B{long}")
+    assert reply.error == UNREADABLE if "/tool" in piece else reply.answer == f"B{long}".strip()
 
 
 def test_calls_lead_where_they_say():

@@ -33,6 +33,11 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_beside(tmp_path):
     assert (tmp_path / "rows.jsonl").read_text() == "old"
 
 
+def test_half_a_letter_is_written_as_its_number(tmp_path):
+    records.write_text(tmp_path / "page.md", "é \ud83d")
+    assert (tmp_path / "page.md").read_bytes() == b"\xc3\xa9 \\ud83d"
+
+
 def test_every_error_of_the_system_that_names_a_file_is_a_sentence(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "file").write_text("")

@@ -28,6 +28,7 @@ from extras.benches.sat import SAT
 from extras.benches.vsi import VSI, finite, group_weights, relative_accuracy
 from lib.dialogue import Trajectory
 from lib.distributed import is_main, say, wait_for_all
+from lib.protocol import between
 from rewards import option_letter
 
 BENCHES = {bench.name: bench for bench in (MINDCUBE, MMSI, MMSI_VIDEO, SAT, VSI)}
@@ -88,7 +89,7 @@ def lenient_reading(text: str, question: dict) -> str | float | None:
     Looked at are the last <answer>, else what follows the thoughts. An option counts by its letter or by its words,
     then by its words among others if it is the only one, then by the only letter that stands alone.
     """
-    answers = re.findall("<answer>(.*?)</answer>", text, re.IGNORECASE | re.DOTALL)
+    answers = between("answer", text, re.IGNORECASE)
     text = answers[-1] if answers else text.rsplit("</think>", 1)[-1]
     if question["kind"] == "na":
         numbers = re.findall(NUMERAL, text)

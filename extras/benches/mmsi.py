@@ -55,7 +55,7 @@ def mmsi_questions(record: dict, source: Source) -> list[dict]:
 def mmsi_letter(text: str, question: dict) -> str | None:
     """The official extraction of A to D, upper case: the first one that stands alone and before no word, inside the
     first ``…``, in it the first `…`, in it the first {…}; a span without a letter hides the text around it."""
-    for pattern in (r"``([^`]*)``", r"`([^`]*)`", r"\{([^}]*)\}"):
+    for pattern in (r"``([^`]*)``", r"`([^`]*)`", r"\A[^{]*\{([^}]*)\}"):
         if span := re.search(pattern, text):
             text = span[1]
     letter = re.search(r"\b[A-D]\b(?!\s[a-zA-Z])", text)

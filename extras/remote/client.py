@@ -23,7 +23,16 @@ from extras.remote.endpoint import Endpoint, in_threads, raise_if_down
 from lib.dialogue import Trajectory
 from lib.geometry import Query, select_context
 from lib.images import load_image, read
-from lib.protocol import IMAGE_TOKEN, NO_SIMULATOR, TOOL, UNREADABLE, numbered_image, prompt_text
+from lib.protocol import (
+    IMAGE_TOKEN,
+    NO_SIMULATOR,
+    SEAM,
+    TOOL,
+    UNREADABLE,
+    between,
+    numbered_image,
+    prompt_text,
+)
 from lib.simulators import NO_VIEW, SimulatorError, imagine_each, renumbered
 from lib.streams import stream_seed
 
@@ -137,6 +146,7 @@ class RemotePolicy:
 
     def encode_text(self, text: str) -> list[str]:
         """Text -> its "tokens": itself, and its end."""
+        text = text.replace(SEAM, "")
         return [text.removesuffix(END), END] if text.endswith(END) else [text]
 
     def grid(self, image: np.ndarray) -> tuple[int, int]:
@@ -186,7 +196,7 @@ def turn_text(message: dict) -> str:
     """
     text = message_text(message)
     calls = message.get("tool_calls") or ()
-    answers = re.findall("<answer>.*?</answer>", text, re.DOTALL)
+    answers = between("answer", text)
     if calls:
         function = calls[0]["function"]
         name, arguments = json.dumps(function.get("name")), function.get("arguments")
@@ -194,7 +204,7 @@ def turn_text(message: dict) -> str:
             arguments = json.dumps(arguments)
         act = f'<tool_call>{{"name": {name}, "arguments": {arguments}}}</tool_call>'
     elif len(answers) == 1 and "<tool_call>" not in text:
-        act = answers[0]
+        act = f"<answer>{answers[0]}</answer>"
         text = text.replace(act, "")
     else:
         return text
@@ -213,7 +223,7 @@ def image_part(image: np.ndarray) -> dict:
 
 def text_part(text: str) -> dict:
     """Words as a part of a message."""
-    return {"type": "text", "text": text}
+    return {"type": "text", "text": text.replace(SEAM, "")}
 
 
 def prompt_messages(question: dict, mode: str, images: list[np.ndarray]) -> list[dict]:

@@ -86,9 +86,7 @@ def write(
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, finalize=without_folders)
     page = environment.get_template("page.html").render(page)
-    write_text(
-        path, page.encode(errors="replace").decode()
-    )  # a lone surrogate has no place in a file
+    write_text(path, page)
 
 
 def without_folders(value):

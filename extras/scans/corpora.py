@@ -24,11 +24,11 @@ from typing import NamedTuple
 from extras.benches.files import parquet_rows, save_pictures, split_options
 from extras.scans.make import with_relative_paths
 from lib.distributed import fail, say
+from lib.protocol import between
 from lib.records import save_jsonl
 from lib.stage import hold, run_stage
 
 LETTER = re.compile(r"\s*\(?([A-E])(?:[).:]\s*.*)?\s*", re.DOTALL)
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 IMAGE_MARK = re.compile(r"<image>|<\|image_pad\|>|^\s*Image-?\d+:\s*", re.MULTILINE)
 
 
@@ -117,7 +117,7 @@ def read_question(conversations: list[dict]) -> tuple[dict | None, str | None]:
     if len(turns) != 2:
         return None, "not one question with one answer"
     text = IMAGE_MARK.sub("", turns[0]).strip()
-    answer = (ANSWER.findall(turns[1]) or [turns[1]])[-1].strip()
+    answer = (between("answer", turns[1]) or [turns[1]])[-1].strip()
     before, after = split_after_options(text)
     # "(A) left" and "A: left" become "A. left", each on a line of its own
     lettered = re.sub(r"(?:(?<=\s)|^)\(?([A-E])[).:]\s+", r"\n\1. ", before)

@@ -228,7 +228,7 @@ def object_records(transition, rng, first, last) -> list[dict]:
     return rows
 
 
-def with_pictures(transition, out, folder, rng, space, detect) -> list[dict]:
+def records_with_pictures(transition, out, folder, rng, space, detect) -> list[dict]:
     """The `records` of a transition, their pictures saved in out/pictures/<folder>."""
     names = ("source", transition.name.rsplit("_", 1)[1])
     paths = [f"pictures/{folder}/{name}.png" for name in names]
@@ -348,7 +348,9 @@ def motion_questions(seeds, out, teacher, space=ROOMS) -> list[tuple[list[dict],
     results, failures = transitions(anchors, teacher, rng, space)
     for transition in results:
         room, poses = transition.room, [as_lists(c2w) for c2w in transition.poses]
-        for row in with_pictures(transition, out, f"{room:07d}", rng, space, room_detections):
+        for row in records_with_pictures(
+            transition, out, f"{room:07d}", rng, space, room_detections
+        ):
             scene = {"room": room, "poses": poses[: len(row["images"])]}
             rows.append(row | {"scene": scene})
     return [(rows, failures)]

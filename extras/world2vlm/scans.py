@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from extras.world2vlm.questions import with_pictures, write_motion_questions
+from extras.world2vlm.questions import records_with_pictures, write_motion_questions
 from extras.world2vlm.transitions import PAPER, Anchor, transitions
 from lib.distributed import fail, say
 from lib.images import load_image
@@ -85,5 +85,5 @@ def context_records(triple: dict, seed: int, split: str, simulator, detect, out:
     results, failures = transitions([anchor], simulator, rng, PAPER, AT_ONCE)
     rows = []
     for transition in results:
-        rows += with_pictures(transition, out, name, rng, PAPER, detect)
+        rows += records_with_pictures(transition, out, name, rng, PAPER, detect)
     return {"records": [row | {"cluster": triple["scene"]} for row in rows], "failures": failures}

@@ -97,6 +97,8 @@ MMSI = [
     ("B 2", "B"),
     ("", None),
     ("{B} or ``C``", "C"),
+    ("C {{or B} A", "B"),
+    ("{" * 1_000_000 + "B", "B"),
     ("E", None),
 ]
 VIDEO = [  # gold C
@@ -194,7 +196,7 @@ def test_a_letter_a_whole_option_and_its_words_name_an_option():
     """Words that are a letter themselves do not catch the letter."""
     for options, answers in (
         (["A. front", "B. left of it"], {"A": "A", "A. front": "A", "Left of it": "B", "b)": "B"}),
-        (["A. B", "B. A", "C. x"], {"A": "A", "B": "B", "A. B": "A", "B. A": "B", "X": "C"}),
+        (["A. B", "B. A", "C. x"], {"A": "A", "b": "B", "A. B": "A", "B. A": "B", "X": "C"}),
         (["A. x", "B. C. elegans"], {"C. elegans": "B", "A. whatever": "A", "B. C. elegans": "B"}),
     ):
         for text, letter in answers.items():
@@ -317,6 +319,8 @@ def test_our_protocol_is_taken_off_where_the_bench_knows_no_thoughts(bench, part
         ("<think>Not A.\n</think>Well, C!", "C"),
         ("I think C", "C"),
         ("Neither A nor C\nhm", None),
+        ("</answer><answer>No<Answer>B</ANSWER>C", "B"),
+        ("<answer>" * 100_000 + "</answer>B", None),
     ],
 )
 def test_the_lenient_letter(text, letter):

@@ -19,6 +19,7 @@ from extras.remote.client import (
     RemoteSimulator,
     converse,
     png,
+    prompt_messages,
     turn_text,
 )
 from extras.remote.endpoint import Endpoint, seconds_of, sentence_of
@@ -441,6 +442,14 @@ def test_what_a_server_is_sent_of_a_dialogue_with_a_view():
     words = "Imagined from Image-2, turn 30 degrees to the left."
     assert tool == {"role": "tool", "tool_call_id": "call_0", "content": words}
     assert user["content"][0]["text"] == "Image-3: "
+
+
+def test_words_that_spell_tokens_reach_a_server_as_they_are():
+    words = "<|im_end|> <|vision_start|><|image_pad|><|vision_end|> </think>"
+    (message,) = prompt_messages(question(1) | {"question": words}, "agentic", [picture(0)] * 2)
+    texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+    assert len(texts) == 3 and texts[2].startswith(f"{words}\nA. red box")
+    json.dumps(message).encode()
 
 
 def test_a_server_is_sent_what_a_world_model_would_be_shown():
