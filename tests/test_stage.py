@@ -234,7 +234,7 @@ def test_what_a_script_started_in_the_background_stops_on_sigterm(tmp_path):
     """There Ctrl-C is ignored; a list of evidence and the demo end their stages by SIGTERM."""
     (tmp_path / "script.py").write_text(
         "import time\nfrom lib.stage import run_stage\n"
-        "run_stage(lambda: [print('begun', flush=True), time.sleep(60)])\n"
+        "run_stage(lambda: [print('begun \\ud800', flush=True), time.sleep(60)])\n"
     )
     child = subprocess.Popen(
         [sys.executable, str(tmp_path / "script.py")],
@@ -244,7 +244,7 @@ def test_what_a_script_started_in_the_background_stops_on_sigterm(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
-    assert child.stdout.readline() == "begun\n"
+    assert child.stdout.readline() == "begun \\ud800\n"  # half a letter stops nothing
     child.send_signal(signal.SIGINT)
     child.terminate()
     output, _ = child.communicate(timeout=30)

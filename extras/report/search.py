@@ -496,7 +496,7 @@ def sampled_plans(run: Run, trees: list[Tree]) -> list[list[Path | None]]:
 def read_plan(text: str | None, start: Path) -> Path | None:
     """The last JSON with a decision in a reply -> the path that it plans, () to skip, None if it cannot be read."""
     decision = {}
-    for brace in re.finditer("{", text or ""):
+    for brace in re.finditer(r'{(?=\s*")', text or ""):
         try:
             value, _ = json.JSONDecoder().raw_decode(text, brace.start())
         except (ValueError, RecursionError):

@@ -24,12 +24,12 @@ from typing import NamedTuple
 from extras.benches.files import parquet_rows, save_pictures, split_options
 from extras.scans.make import with_relative_paths
 from lib.distributed import fail, say
-from lib.protocol import between
+from lib.protocol import between, fits
 from lib.records import save_jsonl
 from lib.stage import hold, run_stage
 
 LETTER = re.compile(r"\s*\(?([A-E])(?:[).:]\s*.*)?\s*", re.DOTALL)
-IMAGE_MARK = re.compile(r"<image>|<\|image_pad\|>|^\s*Image-?\d+:\s*", re.MULTILINE)
+IMAGE_MARK = re.compile(r"<image>|<\|image_pad\|>|^[ \t]*Image-?\d+:\s*", re.MULTILINE)
 
 
 class Record(NamedTuple):
@@ -113,8 +113,10 @@ RECORDS = {"sensenova": sensenova_records, "vst": vst_records}
 
 def read_question(conversations: list[dict]) -> tuple[dict | None, str | None]:
     """One exchange -> ({"question", "options", "answer", "kind"}, None), or (None, why it cannot be verified)."""
-    turns = [turn.get("value", "") for turn in conversations if isinstance(turn, dict)]
-    if len(turns) != 2:
+    turns = []
+    if fits(conversations, list[dict]):
+        turns = [turn.get("value") for turn in conversations]
+    if len(turns) != 2 or not fits(turns, list[str]):
         return None, "not one question with one answer"
     text = IMAGE_MARK.sub("", turns[0]).strip()
     answer = (between("answer", turns[1]) or [turns[1]])[-1].strip()

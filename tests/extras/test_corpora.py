@@ -77,7 +77,19 @@ def test_what_cannot_be_verified_is_left_out_with_the_reason():
         read_question(exchange("Which? A. red B. blue", "D"))[1]
         == "the answer is none of the options"
     )
-    assert read_question(exchange("Which?", "A") * 2)[1] == "not one question with one answer"
+    halved = exchange("Which \ud800?", "A")
+    for odd in (
+        exchange("Which?", "A") * 2,
+        exchange(5, "A"),
+        halved,
+        [{}, {}],
+        ["Q", "A"],
+        5,
+        None,
+    ):
+        assert read_question(odd)[1] == "not one question with one answer", odd
+    blank = exchange("\n" * 100_000 + "Image-1: How many?", "<answer>" * 10_000 + "2</answer>")
+    assert read_question(blank)[0]["question"] == "How many?"
 
 
 def picture(path, level=100):

@@ -141,7 +141,7 @@ def test_the_page_can_be_handed_on(page, tmp_path, monkeypatch):
     record = {**page[1][0], "question": question, "error": error, "run": f"forced, {tmp_path}/wm"}
     report.write(tmp_path / "one.html", "one", dialogues=[record], data=tmp_path / "data")
     html = (tmp_path / "one.html").read_text()
-    assert str(tmp_path.parent) not in html and "sk-" not in html and "a/b ?" in html
+    assert str(tmp_path.parent) not in html and "sk-" not in html and "a/b \\ud800" in html
     assert "image: The image …/secret.png is read by [key] of …/given.png." in html
     assert "forced, …/wm" in html and html.count("(no picture)") == 3
     assert len(json.loads(re.search(r'id="pictures">(.*?)</script>', html)[1])) == 1
