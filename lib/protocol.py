@@ -112,7 +112,7 @@ def numbered_image(number: int) -> str:
 
 FRAME_TOKEN = re.compile(r"<(?=\|\w+\|>|/?(?:think|tool_call|tool_response|answer)>)")
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a letter: no tokenizer takes it
-SEAM = "\ud800"  # and so none stands in words of data
+SEAM = "\ud800"  # a mark of ours, since no text of data brings one
 
 
 def as_words(text: str) -> str:
