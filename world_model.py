@@ -250,10 +250,7 @@ class WorldModel:
                   reads its own rows only
         int8      weights of 8 bits (extras/int8.py), to imagine with;  changes: fields of Settings, as for `imagine`
         """
-        try:
-            folder = bagel_files.find_folder(path)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error} `python train_wm.py` makes one in out/wm.") from error
+        folder = bagel_files.find_folder(path, "`python train_wm.py` makes one in out/wm.")
         files = bagel_files.read_files(folder)
         file = bagel_files.weights_file(folder, bagel_files.NETWORK)
         layout = contents(file)

@@ -44,19 +44,20 @@ FLUX_NAMES = {
 # ---- any model: is it there, does it fit ----------------------------------------------------------------------------------
 
 
-def find_folder(path: str | Path) -> Path:
-    """A checkpoint's folder: `path` itself, or the download of that hub id. Raises FileNotFoundError."""
+def find_folder(path: str | Path, maker: str = "") -> Path:
+    """A checkpoint's folder: `path`, or the download of that hub id. FileNotFoundError ends with `maker` or how to fetch."""
     if Path(path).is_dir():
         return Path(path)
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~", "out/")):
-        raise FileNotFoundError(f"There is no folder {path}.")
+        raise FileNotFoundError(f"There is no folder {path}. {maker}".strip())
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=PUBLISHED))
     except (OSError, ValueError) as error:
         sentence = f"{path} is no folder here, and the hub does not give it ({in_a_line(error)})."
-        raise FileNotFoundError(sentence) from error
+        fetch = f"`hf download {path} --local-dir {Path(path).name}`"
+        raise FileNotFoundError(f"{sentence} Fetch it and name its folder: {fetch}.") from error
 
 
 def in_a_line(error: Exception) -> str:
@@ -290,8 +291,6 @@ def write_checkpoint(folder: str | Path, tensors, layout: dict, files: dict, tok
     files             the contents of {"llm_config", "vit_config", "config"}.json;   coder: the autoencoder
     """
     folder = Path(folder)
-    if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
     write_gathered(folder / NETWORK, tensors, layout)
     if is_main():
         for name, content in files.items():

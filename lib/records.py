@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 
 from lib.distributed import fail, is_main, without_keys
 from lib.protocol import parse_object
+from lib.streams import commit_of_code
 
 SPLITS = ("train", "val", "test")
 PICTURES = ("context", "context_depth", "images", "target", "warp", "view")  # keys that hold paths
@@ -160,15 +160,6 @@ def base_model(start: str | None) -> str | None:
     return named and named[1]
 
 
-def commit_of_code() -> str | None:
-    """The commit of this code, "-dirty" behind it if files differ; None outside its own git checkout."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists() or not shutil.which("git"):
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-
 # ---- the metric log --------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +251,11 @@ class Question(TypedDict):
 
 # ---- rows -----------------------------------------------------------------------------------------------------------------
 
+OF_OTHERS = {  # {how a file's name begins: what makes it of others' data}
+    "triples": ", `python data.py triples --dataset NAME --root DIR` of scans",
+    "questions": ", `python -m extras.scans.corpora` and extras.scans.mining of a corpus",
+}
+
 
 def load_jsonl(path: str | Path, kind: type | None = None, check: Callable | None = None) -> list:
     """Rows of a JSONL file, paths of pictures made absolute; blank lines are skipped.
@@ -269,8 +265,10 @@ def load_jsonl(path: str | Path, kind: type | None = None, check: Callable | Non
     """
     path = Path(path)
     if not path.exists():
+        name = path.name.split("_")[0]
         fail(
-            f"{path} does not exist; `python data.py {path.name.split('_')[0]} --out {path.parent}` makes it"
+            f"{path} does not exist; `python data.py {name} --out {path.parent}` makes it of rooms"
+            f"{OF_OTHERS.get(name, '')}"
         )
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")

@@ -10,6 +10,8 @@ restore.
 import hashlib
 import json
 import math
+import shutil
+import subprocess
 import time
 import zlib
 from argparse import Namespace
@@ -140,3 +142,12 @@ def fingerprints(settings: dict) -> dict[str, str]:
                 content = zlib.crc32(file.read_bytes()) if size < 2**26 else file.stat().st_mtime_ns
                 found[str(file)] = f"{size} {content}"
     return found
+
+
+def commit_of_code() -> str | None:
+    """The commit of this code, "-dirty" behind it if files differ; None outside its own git checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
