@@ -366,8 +366,8 @@ def measure_simulators(args: argparse.Namespace, world: World) -> None:
     rows = load_triples(folder / "triples_test.jsonl", args.limit)
     if not rows:
         fail(
-            f"{folder}/triples_test.jsonl holds no triples. Remove it and make it again: "
-            f"python data.py triples"
+            f"{folder}/triples_test.jsonl holds no triples. Of a few scans none may fall to test: list some, "
+            f"`python data.py triples --dataset NAME --root DIR --test FILE`."
         )
     scans = "room" not in rows[0]
     doses, tools = [], None

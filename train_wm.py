@@ -119,6 +119,15 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 # ---- data: triples that share a context ----------------------------------------------------------------------------------
 
 
+def present_folders(folders: list[str]) -> list[str]:
+    """Those of the paper's five datasets that are there, the others named in a line; other folders pass as they are."""
+    missing = [folder for folder in folders if not Path(folder, "triples_train.jsonl").exists()]
+    if folders != SCANS or len(missing) in (0, len(SCANS)):
+        return folders
+    distributed.say(f"Without {', '.join(missing)}: not made yet (docs/data.md).")
+    return [folder for folder in folders if folder not in missing]
+
+
 def load_groups(folders: list[str], split: str, most: int) -> list[list]:
     """The triples of some folders in groups that share a context and a reference, at most `most` in a group.
 
@@ -129,10 +138,12 @@ def load_groups(folders: list[str], split: str, most: int) -> list[list]:
         rows += load_jsonl(Path(folder) / f"triples_{split}.jsonl", Triple, check_triple)
     files = f"triples_{split}.jsonl in {', '.join(folders)}"
     if not rows:
-        fail(
-            f"{files}: no triples. Of a few scans none may fall to {split}: name them in a file, "
-            f"`python data.py triples --dataset ... --{split} FILE`."
-        )
+        remedy = "Read more scans."
+        if split == "val":
+            remedy = (
+                "List scans for it: `python data.py triples --dataset NAME --root DIR --val FILE`."
+            )
+        fail(f"{files}: no triples. Of a few scans none may fall to {split}. {remedy}")
     lacking = REQUIRED - set.intersection(*map(set, rows))
     if lacking:
         fail(
@@ -496,6 +507,7 @@ def main(argv: list[str] | None = None) -> None:
     """The stage: batch, forward, loss, backward, step, EMA, a look now and then, log, save."""
     args = parse_args(argv)
     world = distributed.setup(args.threads)
+    args.data = present_folders(args.data)
     stage.begin("train_wm", args, FLAGS)
     train = load_groups(args.data, "train", TARGETS)
     if args.shuffle_instructions:  # a lone motion has none to change places with
@@ -510,6 +522,10 @@ def main(argv: list[str] | None = None) -> None:
         )
     if args.contexts > len(train):
         fail(f"--contexts {args.contexts} are more than the {len(train)} in --data.")
+    distributed.say(
+        f"{sum(map(len, train)):,} triples in {len(train):,} contexts: {args.steps:,} updates are "
+        f"{args.steps * args.contexts / len(train):,.1f} passes over them."
+    )
     share = args.contexts // world.size
     mine = range(world.rank * share, (world.rank + 1) * share)  # of the contexts of an update
 

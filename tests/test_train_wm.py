@@ -265,6 +265,19 @@ def test_several_folders_are_trained_together(rooms, tmp_path):
     assert len(both) == 2 * len(alone) == 2 * sum(view.is_relative_to(more) for view in views)
 
 
+def test_astra_takes_the_datasets_that_are_there_and_names_the_others(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert train_wm.present_folders(train_wm.SCANS) == train_wm.SCANS  # none: reading them fails
+    for name in ("scannet", "dl3dv"):
+        Path("out", name).mkdir(parents=True)
+        Path("out", name, "triples_train.jsonl").write_text("")
+    assert train_wm.present_folders(train_wm.SCANS) == ["out/scannet", "out/dl3dv"]
+    assert "Without out/scannetpp, out/matterport, out/arkitscenes:" in capsys.readouterr().out
+    assert train_wm.present_folders(["mine"]) == ["mine"]
+
+
 def test_missing_data_is_a_sentence(rooms, tmp_path):
     with pytest.raises(SystemExit, match="train.jsonl does not exist; `python data.py triples"):
         train_wm.main(flags(tmp_path / "nothing", tmp_path / "out"))

@@ -46,9 +46,10 @@ def make_heldout(
         true = [row for row in candidates if does_what_its_words_say(row)]
         left_out += len(candidates) - len(true)
         if len(true) < per_dataset:
+            fewer = f", or give --per-dataset {len(true)}" if true else ""
             fail(
                 f"{source} has {len(true)} triples of test scans that do what their words say, and {per_dataset} are "
-                f"asked for: read more scans, or give --per-dataset {len(true)}."
+                f"asked for: read more scans, list them by `data.py triples --dataset ... --test FILE`{fewer}."
             )
         by_scan = {}
         for i in numpy_stream("held-out scans", seed).permutation(len(true)):

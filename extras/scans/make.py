@@ -135,6 +135,9 @@ def write_splits(out, reports, places, splits):
         file.replace(file.with_suffix(""))
     write_json(out / "summary.json", total.facts)
     say(total.text())
+    for split in ("val", "test"):
+        if not total.facts["splits"][split]:
+            say(f"no scan for {split}: --{split} FILE lists them")
     if samples:
         save_image(out / "sheet.jpg", sheet_of(out, samples))
         say(

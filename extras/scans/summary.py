@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lib.geometry import Motion
 from lib.images import contact_sheet, load_image, read_warp
+from lib.simulators import phrase
 
 SHEET_LINES = 12
 TOTALS = ("frames", "candidates", "kept")
@@ -73,7 +75,7 @@ def sheet_of(out: Path, rows: list[dict]) -> Image.Image:
         warped = read_warp(out / row["warp"])
         empty = [np.full_like(target, 255)] * (columns - len(context))
         words = (
-            f"{row['scene']}\n{row['motion']['kind']} {row['motion']['amount']:g}\nfrom Image-{row['reference']}\n"
+            f"{row['scene']}\n{phrase(Motion(**row['motion']))}\nfrom Image-{row['reference']}\n"
             f"coverage {row['coverage']:.2f}\nagreement {row['agreement']:.2f}"
         )
         mixed = in_squares(target, warped)

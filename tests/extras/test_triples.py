@@ -297,7 +297,9 @@ def test_a_broken_scan_is_named_and_the_rest_goes_on(tmp_path, capsys):
     make_scans("folder", root, tmp_path / "out", 1, rules=SMALL)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert list(summary["broken"]) == ["empty"] and summary["scans"] == 3 and summary["kept"] > 3
-    assert "broken: empty: The folder scene" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "broken: empty: The folder scene" in said
+    assert "no scan for val: --val FILE lists them" in said
     rows = [
         json.loads(line)
         for line in (tmp_path / "out" / "triples_train.jsonl").read_text().splitlines()
