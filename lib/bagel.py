@@ -454,7 +454,7 @@ class Memory:
 
 
 class MemoryAttention:
-    """Of tokens at `positions` (R, N), CPU, that a Memory reads: causally they see each other and all before them."""
+    """Of tokens at `positions` (R, N), CPU, that a Memory reads: they see all before them, a text's causally, an image all of itself."""
 
     def __init__(self, memory: Memory, positions: Tensor):
         memory.positions = torch.cat([memory.positions, positions], 1)

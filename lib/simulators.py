@@ -3,7 +3,7 @@ What a simulator is told, the one place where it is chosen by name, and how it f
 A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`. By name:
 
   tuned         the trained Astra-WM: out/wm, or out/demo/wm
-  untuned       its twin, trained as long on shuffled sentences, a generic generator: out/wm-untuned
+  untuned       its twin, trained as long with motions exchanged, our stand-in for a generic generator: out/wm-untuned
   reprojection  the given views as a point cloud, looked at from the commanded pose (extras/reprojection.py; rooms only)
   truth         the true renderer (rooms only)
   none          no simulator: a call is answered by a sentence
