@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lib.distributed import fail, full, global_sum, is_main, wait_for_all
-from lib.records import disk, whole_file, whole_folder, write_json
+from lib.records import disk, sync, whole_file, whole_folder, write_json
 
 # in the order in which safetensors sorts the tensors of a file: wide types first, so that all lie aligned
 TYPES = {
@@ -87,8 +87,10 @@ def write_file(path: Path, tensors: Iterable, layout: dict[str, Tensor]) -> None
     write, byte for byte, but that one holds all tensors in host memory first.
     """
     # A model that was read from this very file is a map of it: renaming leaves the old file to the map.
-    with whole_file(path) as beside, open(beside, "wb") as file:
-        write_tensors(file, path, tensors, layout)
+    with whole_file(path) as beside:
+        with open(beside, "wb") as file:
+            write_tensors(file, path, tensors, layout)
+        sync(beside)
 
 
 def write_tensors(file, path, tensors, layout):
@@ -219,6 +221,8 @@ def save_state(folder: str | Path, step: int, tensors: dict[str, Tensor], state:
         write_file(beside / f"rank_{rank:05d}.safetensors", rows.items(), rows)
         if is_main():
             write_json(beside / "state.json", {"step": step, **state})
+            sync(beside / "state.json")
+        sync(beside)
         is_written = True
     finally:  # the other ranks must hear of any failure, or they wait for ever
         failures = global_sum(float(not is_written))
@@ -227,6 +231,7 @@ def save_state(folder: str | Path, step: int, tensors: dict[str, Tensor], state:
         elif is_main():
             shutil.rmtree(place, ignore_errors=True)
             os.replace(beside, place)
+            sync(folder)  # a power loss must not find the older one gone and this one empty
             for older in set(folder.glob("step_*")) - {place}:
                 shutil.rmtree(older)
         wait_for_all()

@@ -9,7 +9,6 @@ import errno
 import json
 import math
 import os
-import re
 import shutil
 import socket
 import uuid
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 
 from lib.distributed import fail, is_main, without_keys
 from lib.protocol import parse_object
-from lib.streams import commit_of_code
+from lib.streams import base_model, commit_of_code
 
 SPLITS = ("train", "val", "test")
 PICTURES = ("context", "context_depth", "images", "target", "warp", "view")  # keys that hold paths
@@ -49,6 +48,17 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
+
+
+def sync(path: str | Path) -> None:
+    """Bring a file, or the names in a folder, onto the disk: of a rename alone a power loss may leave an empty file."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot do it for folders
+            raise
+    os.close(number)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -112,7 +122,9 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             part.mkdir(parents=True)
             yield part
             for file in sorted(part.iterdir()):
+                sync(file)
                 os.replace(file, folder / file.name)
+            sync(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -149,15 +161,6 @@ def write_card(folder: Path) -> None:
     )
     card["commit"] = f", code at commit {commit}" if commit else ""
     write_text(folder / "README.md", TEMPLATE.read_text().format(**card))
-
-
-def base_model(start: str | None) -> str | None:
-    """The hub id that a training goes back to, or None if there is none or nothing says it."""
-    if not start or not Path(start).exists():
-        return start
-    card = Path(start, "README.md")
-    named = re.search(r"^base_model: (\S+)$", card.read_text(), re.M) if card.exists() else None
-    return named and named[1]
 
 
 # ---- the metric log --------------------------------------------------------------------------------------------------------
@@ -258,10 +261,9 @@ OF_OTHERS = {  # {how a file's name begins: what makes it of others' data}
 
 
 def load_jsonl(path: str | Path, kind: type | None = None, check: Callable | None = None) -> list:
-    """Rows of a JSONL file, paths of pictures made absolute; blank lines are skipped.
+    """Rows of a JSONL file, paths of pictures made absolute; blank lines are skipped. Exits on a missing file or bad line.
 
     kind    `Triple` or `Question`: values must be of its kinds;  check: raises ValueError for what else is wrong
-    Stops with a sentence on a missing file or bad line.
     """
     path = Path(path)
     if not path.exists():

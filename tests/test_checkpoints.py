@@ -107,6 +107,22 @@ def test_newest_checkpoint_replaces_the_older(tmp_path):
     assert [p.name for p in (tmp_path / "training").iterdir()] == ["step_000002"]
 
 
+def test_a_checkpoint_is_on_the_disk_before_the_older_one_goes(tmp_path, monkeypatch):
+    checkpoints.save_state(tmp_path, 1, small_state(1), {})
+    synced = []
+
+    def note(number):
+        name = Path(os.readlink(f"/proc/self/fd/{number}")).name
+        synced.append((name, (tmp_path / "step_000001").exists()))
+
+    monkeypatch.setattr(os, "fsync", note)
+    checkpoints.save_state(tmp_path, 2, small_state(2), {})
+    names = [name for name, _ in synced]
+    assert names[0].endswith(".partial")  # the tensors, before they are renamed
+    assert names[1:] == ["state.json", "step_000002.partial", tmp_path.name]
+    assert all(is_there for _, is_there in synced)
+
+
 def test_of_two_whole_checkpoints_the_newer_is_read(tmp_path):
     """A kill between the renaming of the newer and the end of the older leaves both."""
     for step in (9, 10):
