@@ -29,9 +29,8 @@ from lib.distributed import (
     wait_for_all,
     without_keys,
 )
-from lib.protocol import parse_object
 from lib.records import disk, remove_leftovers, write_card, write_json
-from lib.streams import Clock, fingerprints
+from lib.streams import Clock, compare_with_earlier_run, fingerprints
 
 # ---- flags ---------------------------------------------------------------------------------------------------------------
 
@@ -78,11 +77,25 @@ def key_of(flag: Flag) -> str:
     return flag.name.removeprefix("--").replace("-", "_")
 
 
+def help_of(flag: Flag) -> str:
+    """What --help says of a flag: its text, and in brackets the defaults that it has."""
+    defaults = {"tiny": flag.tiny, "astra": flag.astra}
+    if flag.tiny == flag.astra:
+        defaults = {"default": flag.tiny}
+    words = []
+    for name, value in defaults.items():
+        if value is not None:
+            value = " ".join(value) if isinstance(value, list) else value
+            words.append(f"{name} {value}")
+    return f"{flag.help} ({', '.join(words)})" if words else flag.help
+
+
 def add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
     """One row of the table as argparse takes it."""
     example = flag.tiny if flag.tiny is not None else flag.astra
+    text = help_of(flag)
     if isinstance(example, bool):
-        parser.add_argument(flag.name, action=argparse.BooleanOptionalAction, help=flag.help)
+        parser.add_argument(flag.name, action=argparse.BooleanOptionalAction, help=text)
         return
     several = {}
     if isinstance(example, list):
@@ -90,7 +103,7 @@ def add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
     kind = flag.kind or (str if example is None else type(example))
     if flag.low is not None:
         kind = bounded(kind, flag.low, flag.high)
-    parser.add_argument(flag.name, type=kind, choices=flag.choices, help=flag.help, **several)
+    parser.add_argument(flag.name, type=kind, choices=flag.choices, help=text, **several)
 
 
 def bounded(kind: type, low: float, high: float | None = None) -> Callable[[str], Any]:
@@ -183,32 +196,6 @@ def wait_for_lock(file: TextIO, folder: str | Path) -> None:
             time.sleep(0.2)
         except OSError as error:
             return say(f"{file.name}: {error.strerror}. Let no other run write to {folder}.")
-
-
-def compare_with_earlier_run(out: Path, settings: dict, inputs: dict) -> None:
-    """Stop with a sentence where `out` holds a run with other flags, or one that is finished; say what else changed."""
-    done = None
-    try:
-        if (out / "done.json").exists():
-            done = parse_object((out / "done.json").read_text())
-        before = parse_object((out / "args.json").read_text())
-    except (OSError, ValueError):
-        fail(f"args.json or done.json of {out} cannot be read. Remove it, or give another --out.")
-    changed = []
-    for key, value in settings.items():
-        if before.get(key, value) != value:  # a flag that is new since then changed nothing
-            changed.append(f"--{key.replace('_', '-')} {before[key]} (now {value})")
-    if changed:
-        fail(f"{out} holds a run with {', '.join(changed)}. Give another --out, or remove {out}.")
-    if done:
-        say(
-            f"{out} is finished ({done['steps']} steps, {done['seconds']:.0f} s); remove it to redo."
-        )
-        raise SystemExit(0)
-    earlier = before.get("inputs", {})
-    other = [file for file in earlier if earlier[file] != inputs.get(file)]
-    if other:
-        say(f"CHANGED since {out} began: {', '.join(other)}. It goes on; remove it to begin anew.")
 
 
 def need(path: str | Path, command: str) -> str | Path:

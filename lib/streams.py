@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.distributed import global_sum
+from lib.distributed import fail, global_sum, say
+from lib.protocol import parse_object
 
 STREAMS = {
     # the small world: keys (seed of the room, ...)
@@ -143,6 +144,32 @@ def fingerprints(settings: dict) -> dict[str, str]:
                 content = zlib.crc32(file.read_bytes()) if size < 2**26 else file.stat().st_mtime_ns
                 found[str(file)] = f"{size} {content}"
     return found
+
+
+def compare_with_earlier_run(out: Path, settings: dict, inputs: dict) -> None:
+    """Stop with a sentence where `out` holds a run with other flags, or one that is finished; say what else changed."""
+    done = None
+    try:
+        if (out / "done.json").exists():
+            done = parse_object((out / "done.json").read_text())
+        before = parse_object((out / "args.json").read_text())
+    except (OSError, ValueError):
+        fail(f"args.json or done.json of {out} cannot be read. Remove it, or give another --out.")
+    changed = []
+    for key, value in settings.items():
+        if before.get(key, value) != value:  # a flag that is new since then changed nothing
+            changed.append(f"--{key.replace('_', '-')} {before[key]} (now {value})")
+    if changed:
+        fail(f"{out} holds a run with {', '.join(changed)}. Give another --out, or remove {out}.")
+    if done:
+        say(
+            f"{out} is finished ({done['steps']} steps, {done['seconds']:.0f} s); remove it to redo."
+        )
+        raise SystemExit(0)
+    earlier = before.get("inputs", {})
+    other = [file for file in earlier if earlier[file] != inputs.get(file)]
+    if other:
+        say(f"CHANGED since {out} began: {', '.join(other)}. It goes on; remove it to begin anew.")
 
 
 def base_model(start: str | None) -> str | None:

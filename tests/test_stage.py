@@ -54,6 +54,16 @@ def test_a_preset_gives_defaults_and_the_user_wins():
     assert flags_of(*argv) == astra | {"save_every": 10, "share": 1.0, "preset": "astra"}
 
 
+def test_the_help_shows_the_defaults_of_both_presets(capsys):
+    with pytest.raises(SystemExit):
+        flags_of("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "updates (tiny 3, astra 9)" in said and "folders (tiny a, astra b c)" in said
+    assert "mirrored rooms (tiny True, astra False)" in said and "start (astra hub/id)" in said
+    assert stage.help_of(Flag("--seed", 0, 0, "of every draw")) == "of every draw (default 0)"
+    assert stage.help_of(Flag("--threads", None, None, "CPU threads")) == "CPU threads"
+
+
 @pytest.mark.parametrize(
     "argv, sentence",
     [
