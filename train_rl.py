@@ -149,7 +149,8 @@ FLAGS = [
         "recompute activations in backward (paper)",
         neutral=True,
     ),
-    Flag("--save-every", 6, 10, "steps between checkpoints", 1, neutral=True),
+    # astra: a step takes half an hour or more (README), and what came after the last checkpoint is lost with a node
+    Flag("--save-every", 6, 2, "steps between checkpoints", 1, neutral=True),
     Flag("--threads", None, None, "CPU threads per process", 1, kind=int, neutral=True),
 ]
 TINY_STEPS = {1: 12, 2: 60}  # calling is learned in a few steps

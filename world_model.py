@@ -273,6 +273,8 @@ class WorldModel:
             raise ValueError(f"The autoencoder in {folder} is not the one that {file} reads.")
         model = cls(network, autoencoder, tokenizer, files, layout)
         model.settings = dataclasses.replace(model.settings, **changes)
+        if model.settings.form not in ("", *FORMS):
+            raise ValueError(f"form {model.settings.form!r} is none of {', '.join(FORMS)}")
         return model
 
     def save(self, folder: str | Path, tensors=None) -> None:
@@ -345,6 +347,9 @@ class WorldModel:
             images = self.arrange(query.images, query.reference, settings)
             images = [resize(np.asarray(image), settings.vae_limits) for image in images]
             sentence = renumbered(query.instruction, len(images))
+            if settings.form:
+                _, motion = read_instruction(sentence)
+                sentence = instruction(motion, len(images), settings.form)
             shapes = tuple(image.shape for image in images)
             arranged = ArrangedQuery(index, query.seed, images, sentence)
             alike.setdefault(shapes, []).append(arranged)
@@ -436,6 +441,12 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
         text = f"{options['help']} (BAGEL: {getattr(Settings, field)})"
         group.add_argument(f"--{field.replace('_', '-')}", **options | {"help": text})
     group.add_argument(
+        "--form",
+        choices=tuple(FORMS),
+        help="how the sentence names the reference: all are printed in the paper; which one a published checkpoint knows "
+        "best is not known (ours: last)",
+    )
+    group.add_argument(
         "--context",
         dest="max_context",
         type=bounded(int, 1, MAX_IMAGES),
@@ -448,7 +459,7 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
 
 def sampler_options(args: argparse.Namespace) -> dict:
     """The flags of `add_sampler_flags` that were given, for `WorldModel.load`."""
-    options = {field: getattr(args, field) for field in (*SAMPLER_FLAGS, "max_context")}
+    options = {field: getattr(args, field) for field in (*SAMPLER_FLAGS, "form", "max_context")}
     options = {field: value for field, value in options.items() if value is not None}
     if "interval" in options:
         low, high = options["interval"] = tuple(options["interval"])
@@ -469,13 +480,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='such as "turn left 30" or "move forward 1 m"; a sentence such as "Based on the last image, pitch up by 10 '
         'degrees." is passed on as it is',
     )
-    p.add_argument(
-        "--form",
-        choices=tuple(FORMS),
-        default="last",
-        help="how the sentence names the reference: all are printed in the paper; which one a published checkpoint knows "
-        "best is not known (default: last)",
-    )
     p.add_argument("--out", default="view.png", help="the picture to write")
     p.add_argument("--model", help="folder or Hugging Face id; default: out/wm or out/demo/wm")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -491,9 +495,13 @@ def motion_flag(args: argparse.Namespace) -> tuple[str, int]:
     """What --motion tells the simulator, and the number of the reference. Raises ValueError if it cannot be read."""
     number = args.reference or len(args.images)
     if re.match(r"\s*based? on", args.motion, re.IGNORECASE):
-        own, _ = read_instruction(args.motion)
-        return args.motion.strip(), own or number
-    return instruction(read_phrase(args.motion), number, args.form), number
+        own, motion = read_instruction(args.motion)
+        number = own or number
+        if not args.form:
+            return args.motion.strip(), number
+    else:
+        motion = read_phrase(args.motion)
+    return instruction(motion, number, args.form or "last"), number
 
 
 def main(argv: list[str] | None = None) -> None:

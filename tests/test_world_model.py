@@ -577,6 +577,19 @@ def test_a_sentence_that_names_the_reference_otherwise_gives_the_same_view():
     assert np.array_equal(*views)
 
 
+def test_a_form_rewrites_every_sentence_with_the_number_in_the_order_shown(tmp_path):
+    images, model = queries(3)[2].images, tiny()
+    asked = Query(images, 2, "Based on the last image, turn 30 degrees to the left.", seed=5)
+    words = f"Based on Image {len(images)}, Turn 30 degrees to the left."
+    said = asked._replace(instruction=words)
+    [view] = model.imagine([asked], form="image")
+    same, other = model.imagine([said, asked])
+    assert np.array_equal(view, same) and not np.array_equal(view, other)
+    model.save(tmp_path)
+    with pytest.raises(ValueError, match="'word' is none of last, viewpoint"):
+        WorldModel.load(tmp_path, form="word")
+
+
 def test_a_view_has_the_size_of_its_reference():
     images = [np.zeros((32, 32, 3), np.uint8), np.zeros((16, 32, 3), np.uint8)]
     words = "Based on the last image, pitch up by 10 degrees."
@@ -731,8 +744,9 @@ def sampler_options_of(line):
 def test_only_the_knobs_that_are_given_turn(tmp_path, capsys):
     assert sampler_options_of("") == {}
     line = "--steps 2 --shift 5 --text-scale 4 --image-scale 1.5 --renorm global --renorm-min 0.2"
-    options = sampler_options_of(f"{line} --interval 0.4 1 --taylor")
+    options = sampler_options_of(f"{line} --interval 0.4 1 --taylor --form image")
     assert options == {
+        "form": "image",
         "steps": 2,
         "shift": 5.0,
         "text_scale": 4.0,
