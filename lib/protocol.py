@@ -188,10 +188,10 @@ def between(tag: str, text: str, flags: int = 0) -> list[str]:
 def read_call(text: str) -> Turn:
     """JSON of a call -> a Turn with the call, or with what is wrong. Which images exist is not known here."""
     try:
-        call = parse_object(text)
-    except ValueError:
+        call = json.loads(text)
+    except (ValueError, RecursionError):
         return Turn(error=NOT_JSON)
-    arguments = call.get("arguments")
+    arguments = call.get("arguments") if isinstance(call, dict) else None
     if not isinstance(arguments, dict) or "name" not in call:
         return Turn(error=NOT_JSON)
     if call["name"] != TOOL_NAME:
