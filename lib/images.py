@@ -153,7 +153,8 @@ def load_image(image: str | Path | np.ndarray) -> np.ndarray:
     try:
         return read(image)
     except PictureError as error:
-        fail(f"{error} It may be truncated: fetch or make it again.")
+        remedy = " It may be truncated: fetch or make it again." if Path(image).exists() else ""
+        fail(f"{error}{remedy}")
 
 
 # ---- what a policy can be shown --------------------------------------------------------------------------------------

@@ -329,6 +329,8 @@ def test_bad_files_stop_with_a_sentence(made, tmp_path):
     broken.write_bytes(source.read_bytes()[:200])
     with pytest.raises(SystemExit, match="truncated"):
         load_image(broken)
+    with pytest.raises(SystemExit, match=r"gone\.png does not exist\.$"):
+        load_image(tmp_path / "gone.png")
     with pytest.raises(SystemExit, match="python data.py questions"):
         load_jsonl(tmp_path / "questions_train.jsonl")
     (tmp_path / "questions_train.jsonl").write_text('{"id": 1}\n{"id"')

@@ -49,6 +49,14 @@ def load_json(path: Path) -> dict:
         raise ValueError(f"{path} is not JSON ({error}); copy it again.") from None
 
 
+def frames_in(info: dict) -> list[dict]:
+    """The frames that a JSON file names; ValueError if they are no list of objects."""
+    frames = info["frames"]
+    if not isinstance(frames, list) or not all(isinstance(frame, dict) for frame in frames):
+        raise ValueError('its "frames" must be a list of objects, one for each picture.')
+    return frames
+
+
 def camera_matrix(fx, fy, cx, cy):
     """K (3, 3)."""
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], np.float64)
@@ -356,7 +364,7 @@ def dl3dv_rows(folder: Path) -> tuple[list[FrameFiles], Size, Callable]:
     K = nerfstudio_camera(info)
     size = (info["w"], info["h"])
     distortion = np.array([info.get(key, 0.0) for key in ("k1", "k2", "p1", "p2")])
-    for frame in info["frames"]:
+    for frame in frames_in(info):
         own = {key: frame[key] for key in CAMERA_KEYS if key in frame}
         if not own.items() <= info.items():
             raise ValueError(
@@ -414,27 +422,21 @@ def read_undistorted(path, K, size, distortion):
 
 
 def plain_folder(folder: Path) -> Scene:
-    """Your own scans: <id>/scene.json and the files it names, all below its folder.
-
-      {"frames": [{"image": "rgb/0.jpg", "depth": "depth/0.png", "c2w": [4 rows of 4], "intrinsics": [3 rows of 3]}],
-       "intrinsics": [3 rows of 3],     of all frames that give none
-       "depth_scale": 1000,             units of a 16-bit depth PNG per metre (default 1000); a .npy holds float metres
-       "up": [0, 0, 1],                 of your world, away from gravity (default: as the cameras stand, frames.up_of)
-       "metric": true}                  false if the unit of length is not known (default true)
-    Frames stand in capture order. c2w: camera to world, OpenCV axes. Intrinsics are the image's, in pixels, with
-    centres at +0.5: the middle of the picture is (W / 2, H / 2). Depth is along the optical axis, 0 = unknown, from the
-    image's own camera; it may have fewer pixels, in the same proportion.
-    """
+    """Your own scans: <id>/scene.json and the files it names, all below its folder; docs/scans.md has the layout."""
     info = load_json(folder / "scene.json")
     frames, images = [], set()
     load_depth = partial(read_depth, per_metre=info.get("depth_scale", 1000))
-    for i, frame in enumerate(info["frames"]):
+    for i, frame in enumerate(frames_in(info)):
         image, depth = inside(folder, frame["image"]), inside(folder, frame["depth"])
         if image is not None and image in images:
             frames.append("name given twice")
             continue
         images.add(image)
-        K = array_of(frame.get("intrinsics", info.get("intrinsics")), (3, 3))
+        intrinsics = frame.get("intrinsics", info.get("intrinsics"))
+        if intrinsics is None:
+            frames.append("no intrinsics")
+            continue
+        K = array_of(intrinsics, (3, 3))
         name = f"{i:06d}_{Path(frame['image']).stem}"
         row = FrameFiles(name, image, depth, array_of(frame["c2w"], (4, 4)), K)
         try:

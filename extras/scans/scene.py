@@ -9,7 +9,7 @@ Nothing is downloaded: --root is a folder that its user filled, after signing th
   matterport      v1/scans/<house>/undistorted_{camera_parameters,color_images,depth_images}/
   arkitscenes     3dod/{Training,Validation}/<id>/<id>_frames/, or raw/{Training,Validation}/<id>/
   dl3dv           <batch>/<hash>/{transforms.json, images_4/}, and depth that is not in the dataset: see readers.dl3dv
-  folder          <id>/scene.json: your own scans, see readers.plain_folder
+  folder          <id>/scene.json: your own scans, see docs/scans.md
 """
 
 import struct

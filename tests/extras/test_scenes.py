@@ -933,6 +933,19 @@ def test_impossible_poses_and_cameras_are_counted(scan):
         again()
 
 
+def test_missing_intrinsics_and_wrong_frames_are_sentences(scan):
+    _, info, again = scan
+    info.pop("intrinsics", None)
+    for frame in info["frames"]:
+        frame.pop("intrinsics", None)
+    with pytest.raises(ValueError, match=f"{len(info['frames'])} x no intrinsics"):
+        again()
+    for wrong in ("rgb", {"0": {}}, ["rgb/0.jpg"]):
+        info["frames"] = wrong
+        with pytest.raises(ValueError, match='its "frames" must be a list of objects'):
+            again()
+
+
 def test_a_name_given_twice_counts_once(tmp_path, scan, truth):
     _, info, again = scan
     info["frames"].append(info["frames"][1])
