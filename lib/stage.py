@@ -147,7 +147,8 @@ def begin(
             need(path, command)
     hold(out)
     if any(path.exists() for path in saved):
-        compare_with_earlier_run(out, settings, inputs)
+        defaults = {key_of(flag): getattr(flag, args.preset) for flag in flags}
+        compare_with_earlier_run(out, settings, inputs, defaults)
     if is_main():
         write_json(out / "args.json", {"stage": title, **settings, "inputs": inputs})
 

@@ -525,10 +525,10 @@ def test_what_is_rewarded_becomes_more_frequent(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(rewards, "format_reward", even_tokens)
     out = tmp_path / "run"
     train_rl.main(
-        command(inputs, out, "--steps", "8", "--lr", "6e-2", "--group", "8", "--eval-every", "0")
+        command(inputs, out, "--steps", "10", "--lr", "6e-2", "--group", "8", "--eval-every", "0")
     )
     curve = [row["format"] for row in log_of(out)]
-    assert curve[0] < 0.6 and curve[-1] > 0.8
+    assert curve[-1] > curve[0] + 0.25  # .43 to .81, and to .05 by a wrong sign
 
 
 def test_missing_inputs_name_the_command(inputs, tmp_path, monkeypatch):
