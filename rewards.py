@@ -16,6 +16,7 @@ Ours, where the paper is silent: e_g^direct is the mean exact match of a few no-
 the current policy, and Δ_i = 0 for a rollout that used no tool, since no tool induced anything.
 """
 
+import contextlib
 import re
 from collections.abc import Sequence
 
@@ -29,22 +30,26 @@ BETA = 0.03  # price of imagining where answering directly succeeds
 
 
 def exact_match(answer: str | None, question: dict) -> float:
-    """e: 1.0 if the answer names the right option, else 0.0.
+    """e: 1.0 if the answer names the right option, else 0.0. It is the reward's term and the accuracy of an evaluation.
 
     answer     what stood between <answer> and </answer>, or None: "B", "b", "B." and "B. red box" all name option B,
                and so do its words alone ("red box")
     question   {"answer": gold letter, "options": ["A. …", …]}; without options the whole answers are compared, case
-               and outer spaces aside
+               and outer spaces aside, or as numbers where "kind" is "na"
     """
     if answer is None:
         return 0.0
     if question.get("options"):
         return float(option_letter(answer, question["options"]) == question["answer"])
-    return float(answer.strip().lower() == question["answer"].strip().lower())
+    said, gold = answer.strip().lower(), question["answer"].strip().lower()
+    if question.get("kind") == "na":
+        with contextlib.suppress(ValueError):  # what is no number is compared as text
+            return float(float(said) == float(gold))
+    return float(said == gold)
 
 
 def option_letter(text: str, options: list[str]) -> str | None:
-    """The letter of the option that an answer names, or None: "B", "b", "B.", "B. red box" or its words, "red box".
+    """The letter of the option that an answer names, or None: "B", "b", "(B)", "B: red box" or its words, "red box".
 
     options   each "B. red box"; one without ". " has no letter: it is named by all its text, which is what comes back
     """
@@ -59,7 +64,7 @@ def option_letter(text: str, options: list[str]) -> str | None:
             names.setdefault(form(words or option), letter)
         if form(text) in names:
             return names[form(text)]
-    match = re.fullmatch(r"([A-Za-z])(?:[.)].*)?", text, re.DOTALL)
+    match = re.fullmatch(r"\**\(?([A-Za-z])\**(?:[.):].*)?", text, re.DOTALL)  # "**B**" too
     return match[1].upper() if match else None
 
 

@@ -29,6 +29,7 @@ and are left out, of the mean too; no KL term unless asked for (--kl-weight).
 """
 
 import contextlib
+import math
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -428,7 +429,7 @@ def set_advantages(groups: list[list[Episode]], divide_by_std: bool) -> None:
 
 
 def has_signal(group: list[Episode]) -> bool:
-    """False where all rewards of a group are equal, and so all advantages zero."""
+    """False where all rewards of a group are equal: `rewards.group_advantages` makes all advantages exactly zero."""
     return any(episode.advantage for episode in group)
 
 
@@ -501,7 +502,7 @@ def set_logprobs(
     for minibatch in minibatches:
         for micro_batch in micro_batches(minibatch, micro_batch_cells):
             batch = collate(policy, [episode.trajectory for episode in micro_batch], share=True)
-            logprobs, _ = token_logprobs(policy, batch)  # (B, L - 1)
+            logprobs, _ = token_logprobs(policy, batch, TEMPERATURE)  # (B, L - 1)
             for episode, row in zip(micro_batch, logprobs.cpu(), strict=True):
                 setattr(episode, field, row[: len(episode.trajectory.ids) - 1].clone())
 
@@ -546,10 +547,12 @@ def update(
     clip_high: float = CLIP_HIGH,
     kl_weight: float = 0.0,
 ) -> dict[str, float]:
-    """One optimiser step per minibatch -> {key of LOG: value}.
+    """One optimiser step per minibatch -> {key of LOG: value}; where all groups are flat, of no tokens.
 
     The loss of a minibatch is a mean over its tokens on all ranks: each rank's sum, divided by the global count.
     """
+    if not minibatches:
+        return {"tokens": 0.0}
     means = Means(("loss", "entropy", "clipped_low", "clipped_high", "kl"))
     ratio_max = torch.zeros((), device=policy.device)
     mismatch = torch.zeros((), device=policy.device)
@@ -561,7 +564,7 @@ def update(
         tokens_learned += tokens
         for micro_batch in micro_batches(minibatch, micro_batch_cells):
             batch = collate(policy, [episode.trajectory for episode in micro_batch], share=True)
-            logprobs, entropy = token_logprobs(policy, batch)  # (B, L - 1) each
+            logprobs, entropy = token_logprobs(policy, batch, TEMPERATURE)  # (B, L - 1) each
             old = stack_logprobs([episode.old_logprobs for episode in micro_batch], policy.device)
             advantages = logprobs.new_tensor([episode.advantage for episode in micro_batch])  # (B,)
             active = logprobs.new_tensor([not episode.idle for episode in micro_batch])
@@ -594,7 +597,7 @@ def update(
         "tokens": tokens_learned,
         "ratio_max": global_max(ratio_max),
         "mismatch": global_max(mismatch),
-        "grad_norm": sum(grad_norms) / max(1, len(grad_norms)),
+        "grad_norm": sum(grad_norms) / len(grad_norms),
     }
 
 
@@ -662,7 +665,7 @@ def prepare(policy: Policy, args: Namespace, world: World) -> Policy:
 # ---- what a step logs ------------------------------------------------------------------------------------------------
 
 ROLLOUT_LOG = {  # means over rollouts, on all ranks: of a step, and of the greedy ones of an evaluation
-    "reward": "reward",
+    "reward": "r of the phase; of an evaluation always that of phase 1, without the gain",
     "match": "exact match e",
     "match_needs_view": "exact match, questions that need a view that is not given",
     "match_answerable": "exact match, questions that the given views answer",
@@ -672,14 +675,14 @@ ROLLOUT_LOG = {  # means over rollouts, on all ranks: of a step, and of the gree
     "call_rate_answerable": "that share, questions that the given views answer",
     "valid_calls": "valid calls",
     "invalid_calls": "malformed or impossible calls",
-    "match_direct": "phase 2: exact match of the rollouts without the tool",
+    "e_direct": "phase 2: exact match of the rollouts without the tool",
     "gain": "phase 2: tool-induced gain, over the rollouts that called",
     "length": "tokens of the policy",
     "truncated": "share of rollouts that ran out of tokens or turns",
 }
 LOG = ROLLOUT_LOG | {  # log.jsonl: one line per step, on all ranks
     "groups_flat": "share of groups with equal rewards, which have no signal and are left out",
-    # over the tokens that the update learned from
+    # over the tokens that the update learned from; their number alone where all groups are flat
     "tokens": "their number",
     "loss": "GRPO loss per token, without the KL term",
     "entropy": "of the next-token distribution, nats",
@@ -734,7 +737,7 @@ def rollout_values(episode: Episode) -> dict[str, float]:
         values[f"match_{need}"] = episode.match
         values[f"call_rate_{need}"] = called
     if episode.match_direct is not None:
-        values["match_direct"] = episode.match_direct
+        values["e_direct"] = episode.match_direct
         if called:
             values["gain"] = rewards.tool_gain(
                 episode.match, trajectory.valid_calls, episode.match_direct
@@ -791,17 +794,23 @@ CURVES = (  # panels of curves.png; of `eval` the keys are "<mode> <key>"
 
 
 def draw_curves(out: Path) -> None:
-    """curves.png from log.jsonl: a panel per key of CURVES, empty where the log has none."""
+    """curves.png from log.jsonl: a panel per key of CURVES that the log has, four in a row."""
     rows = read_log(out / "log.jsonl")
     for row in rows:
         for mode, means in row.get("eval", {}).items():
             row |= {f"{mode} {key}": value for key, value in means.items()}
+    curves = {}
+    for key in CURVES:
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            curves[key] = np.array(points)  # (points, 2)
 
     def draw(pyplot):
-        figure, axes = pyplot.subplots(2, 4, figsize=(13, 6), layout="constrained")
-        for axis, key in zip(axes.flat, CURVES, strict=True):
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            axis.plot(*np.reshape(points, (-1, 2)).T, marker=".")
+        lines = math.ceil(len(curves) / 4)
+        figure = pyplot.figure(figsize=(13, 3 * lines), layout="constrained")
+        for number, (key, points) in enumerate(curves.items(), 1):
+            axis = figure.add_subplot(lines, 4, number)
+            axis.plot(points[:, 0], points[:, 1], marker=".")
             axis.set_title(key)
         return figure
 

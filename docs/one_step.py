@@ -7,7 +7,8 @@ One GRPO step by hand: the numbers of docs/one-step.md, out of dialogues recorde
                                      (`make demo`), then write the tables: a minute
 
 The arithmetic stands first and is numpy alone. rewards.py and train_rl.py do the same with torch, for many questions on
-many GPUs; nothing here asks them, and tests/extras/test_one_step.py holds the two against each other.
+many GPUs; nothing here asks them, and tests/test_one_step.py holds the two against each other. Changed the reward? Change
+`score_by_hand` too, write the tables, then `pytest tests/test_one_step.py`.
 
 Recorded: rollout_1 ... rollout_8 and direct_1 ... direct_4, as `Trajectory.save` writes them, and recording.json.
 G rollouts of a group; L tokens of a dialogue, of which the policy wrote n.
@@ -390,7 +391,8 @@ def updated_logprobs(policy, rollouts: list, direct: list, args) -> Recording:
         new_logprobs = []
         for t in rollouts:
             with torch.no_grad():
-                logprobs, _ = token_logprobs(policy, collate(policy, [t]))
+                batch = collate(policy, [t])
+                logprobs, _ = token_logprobs(policy, batch, train_rl.TEMPERATURE)
             new_logprobs.append([0.0, *logprobs[0].tolist()])
         recording = Recording(rollouts, direct, new_logprobs, tokens, updates)
         if clip_acts(recording):

@@ -52,10 +52,9 @@ class PolicyRow(NamedTuple):
 
 
 TWO = ("--phase 1 --steps 12", "--phase 2 --steps 60")
-RECIPES = {
-    "gain-only": (
-        "--phase 2 --steps 72 --lambda-use 0",
-    ),  # no bonus for use; exact match and format stay
+RECIPES = {  # each is two rows: with the tuned simulator, and NAME-untuned
+    # no bonus for use; exact match and format stay
+    "gain-only": ("--phase 2 --steps 72 --lambda-use 0",),
     "usage-only": ("--phase 1 --steps 72",),  # no term of gain
     "phase1-only": TWO[:1],
     "two-phase": TWO,

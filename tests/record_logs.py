@@ -39,6 +39,13 @@ def rows(path):
     ]
 
 
+def holds(made, kept):
+    """Whether a line has all that was recorded; a key that is new since then is not compared."""
+    if isinstance(kept, dict) and isinstance(made, dict):
+        return all(key in made and holds(made[key], value) for key, value in kept.items())
+    return made == kept
+
+
 def run(command, tmp):
     """One command of the project, on one thread."""
     alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -65,7 +72,8 @@ def main():
                 file.write_text("".join(json.dumps(row) + "\n" for row in made))
                 continue
             kept = rows(file)
-            differ = [row["step"] for row, other in zip(kept, made, strict=False) if row != other]
+            pairs = zip(kept, made, strict=False)
+            differ = [row["step"] for row, other in pairs if not holds(other, row)]
             if differ or len(kept) != len(made):
                 wrong += 1
                 print(

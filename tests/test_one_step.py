@@ -7,6 +7,7 @@ import torch
 import rewards
 import train_rl
 from docs import one_step
+from lib.protocol import parse_turn
 
 # what score_by_hand, surrogate_by_hand and the page itself spell out
 FLAGS = train_rl.parse_args(["--phase", "2"])
@@ -106,6 +107,12 @@ def test_texts_masks_and_positions_of_the_recorded_tokens(recording):
                 ]
                 assert t.positions[j : j + 4] == square
         assert images == len(t.images)
+
+
+def test_today_s_parser_reads_every_recorded_turn(recording):
+    """A call may be refused, for what it asks and not for how it is written."""
+    turns = [turn for t in recording.rollouts + recording.direct for turn in t.turns]
+    assert len(turns) > 12 and all(parse_turn(turn).error is None for turn in turns)
 
 
 def test_a_recording_is_small():

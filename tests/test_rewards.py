@@ -21,6 +21,12 @@ OPTIONS = ["A. blue ball", "B. red box", "C. a"]
         ("B) red box", "B", 1),
         ("Red box", "B", 1),
         ("a", "C", 1),
+        ("(B)", "B", 1),
+        ("(b) red box", "B", 1),
+        ("B: red box", "B", 1),
+        ("**B**", "B", 1),
+        ("**B.** red box", "B", 1),
+        ("B* red box", "B", 0),
         ("A", "B", 0),
         (None, "B", 0),
         ("", "B", 0),
@@ -38,6 +44,14 @@ def test_exact_match_of_options(answer, gold, match):
 )
 def test_exact_match_of_free_answers(answer, gold, match):
     assert rewards.exact_match(answer, {"answer": gold}) == match
+
+
+@pytest.mark.parametrize(
+    "answer, gold, match",
+    [("3.0", "3", 1), ("3", "3.0", 1), ("3.01", "3", 0), ("three", "3", 0), ("three", "Three", 1)],
+)
+def test_exact_match_of_numbers(answer, gold, match):
+    assert rewards.exact_match(answer, {"answer": gold, "kind": "na"}) == match
 
 
 def test_format_needs_well_formed_turns_and_an_answer():
@@ -110,6 +124,12 @@ def test_equal_rewards_give_exactly_zero_despite_rounding():
     """0.1 + 0.2 is not 0.3: a deviation of 1e-17 divided by 1e-6 must not become a gradient."""
     group = [0.1 + 0.2, 0.3, 0.3, 0.3]
     assert torch.equal(rewards.group_advantages(group, 4), torch.zeros(4))
+
+
+def test_a_small_difference_of_rewards_is_a_signal():
+    """A bonus of one's own may be far below the paper's 0.02."""
+    want = torch.tensor([0.5**0.5, -(0.5**0.5)])
+    torch.testing.assert_close(rewards.group_advantages([1.0005, 1.0], 2), want, atol=2e-3, rtol=0)
 
 
 def test_incomplete_groups_are_refused():

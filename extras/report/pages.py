@@ -100,7 +100,10 @@ def dialogue_rows(records: dict, questions: list[dict]) -> list[dict]:
 
 
 def reward_parts(row: Prediction, alone: float | None) -> dict[str, float]:
-    """The terms of rewards.py.   alone: exact match in mode direct, one greedy answer, or None if it is not known"""
+    """The terms of rewards.py by the paper's weights, whatever a run was trained with.
+
+    alone   exact match in mode direct, one greedy answer, or None if it is not known
+    """
     match = row["correct"]
     form = float(row["well_formed"])
     calls = row["valid_calls"]

@@ -802,7 +802,9 @@ def write_bench(bench, folder, rng):
         return write_video(folder, video_records(1106, rng))
     if bench == "sat":
         return write_parquet(folder / "SAT_test.parquet", sat_records(150))
-    return write_vsi(folder, vsi_records(1000, rng))
+    if bench == "vsi":
+        return write_vsi(folder, vsi_records(1000, rng))
+    raise KeyError(bench)
 
 
 @pytest.mark.parametrize("bench", list(BENCHES))
