@@ -133,7 +133,7 @@ class Policy:
         """
         dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else "auto")
         try:
-            folder = find_folder(path)
+            folder = find_folder(path, "A tiny one is made by: python train_sft.py")
             config = read_config(folder)
             images = read_image_config(folder, config)
             tokenizer = read_tokenizer(folder, config)
@@ -147,8 +147,7 @@ class Policy:
                     policy.served[name] = read_json(folder / name)
             return policy
         except (OSError, ValueError) as error:
-            hint = "A tiny one is made by: python train_sft.py"
-            fail(f"No policy could be read from {path}: {error} {hint}")
+            fail(f"No policy could be read from {path}: {error}")
 
     def save(self, folder: str | Path, state_dict: dict | None = None) -> None:
         """Write weights, tokenizer and image preparation in the public layout, and what servers want beside them.

@@ -196,7 +196,7 @@ def load_triples(path: str | Path, limit: int | None = None) -> list[dict]:
     except PictureError as error:
         fail(
             f"A picture of {path} cannot be read ({error}). Remove {path} and make it again: "
-            f"python data.py triples"
+            f"`python data.py triples`, of scans with --dataset NAME --root DIR."
         )
     return rows
 

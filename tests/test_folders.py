@@ -575,12 +575,11 @@ def test_what_is_neither_a_folder_nor_on_the_hub_is_a_sentence(path, tmp_path, m
     ):
         with pytest.raises(SystemExit) as left:
             load()
-        words = "There is no folder"
+        words, fetch = "There is no folder", "hf download nobody/nothing --local-dir nothing"
+        other = fetch
         if path == "nobody/nothing":
-            words, hint = (
-                "the hub does not give it",
-                "hf download nobody/nothing --local-dir nothing",
-            )
+            words, hint, other = "the hub does not give it", fetch, hint
+        assert other not in str(left.value)
         assert words in str(left.value) and path in str(left.value) and hint in str(left.value)
         assert "\n" not in str(left.value)
 
