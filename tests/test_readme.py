@@ -62,7 +62,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, *SMALL[name]])
         if name in ("world_model", "policy"):
             pictures = sorted((tmp_path / "out/data").rglob("*.png"))
-            for letter, picture in zip("ab", pictures, strict=False):
+            for letter, picture in zip("abcd", pictures, strict=False):
                 (tmp_path / f"{letter}.png").write_bytes(picture.read_bytes())
         importlib.import_module(name).main()
         ran.append(name)
