@@ -12,6 +12,7 @@ import numpy as np
 from numpy.random import Generator
 
 from lib.geometry import Array, camera_pose, move_camera, pinhole
+from lib.simulators import read_instruction
 from lib.streams import numpy_stream
 
 COLOURS = {
@@ -279,8 +280,6 @@ class TrueRenderer:
 
     def imagine(self, queries: list) -> list[Array]:
         """list of Query with `scene` -> list of (H, W, 3) uint8. A camera sent through a wall stops before it."""
-        from lib.simulators import read_instruction  # which names this one
-
         views = []
         for query in queries:
             if query.scene is None:

@@ -20,7 +20,6 @@ import torch
 
 from lib.distributed import fail, say
 from lib.geometry import KINDS, UNITS, Array, Motion, Query
-from lib.rooms import TrueRenderer
 from lib.stage import newest
 
 NAMES = ("tuned", "untuned", "reprojection", "truth", "none")
@@ -198,6 +197,8 @@ def load_simulator(
     if name == "none":
         return None
     if name == "truth":
+        from lib.rooms import TrueRenderer
+
         return TrueRenderer()
     if name == "reprojection":
         from extras.reprojection import Reprojection
