@@ -244,6 +244,10 @@ def run_stage(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         say("Stopped. The same command goes on from what was saved.")
         raise SystemExit(130) from None
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "extras":
+            raise
+        fail("This needs extras/, which is not here: the core alone does without.")
 
 
 # ---- Ctrl-C --------------------------------------------------------------------------------------------------------------

@@ -63,6 +63,13 @@ def test_the_cores_tests_pass_without_extras(core_alone):
 
 
 @pytest.mark.slow
+def test_a_flag_of_extras_is_a_sentence_without_them(core_alone):
+    command = [sys.executable, "world_model.py", "--interactive", "--model", "."]
+    done = subprocess.run(command, cwd=core_alone, capture_output=True, text=True, timeout=300)
+    assert done.returncode and "needs extras/" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_a_short_demo_runs_to_its_table_without_extras(core_alone):
     output = run(core_alone, "-m", "experiments", "demo", "--quick")
     assert "agentic" in output and (core_alone / "out" / "demo" / "results.json").exists()
