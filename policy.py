@@ -176,12 +176,10 @@ class Policy:
         """
         check_shape(image)
         height, width = image.shape[:2]
-        unit = (
-            self.image_config["patch_size"] * self.image_config["merge_size"]
-        )  # pixels of a token's side
-        smallest = self.image_config["size"][
-            "shortest_edge"
-        ]  # areas in pixels, whatever they are called
+        # of a token's side, in pixels
+        unit = self.image_config["patch_size"] * self.image_config["merge_size"]
+        # areas in pixels, whatever they are called
+        smallest = self.image_config["size"]["shortest_edge"]
         largest = self.image_config["size"]["longest_edge"]
         rows, columns = round(height / unit), round(width / unit)
         if rows * columns * unit**2 > largest:

@@ -90,9 +90,8 @@ def name_gold(question: dict) -> None:
             named.add(letter)
         elif bracketed and bracketed[1] == letter.lower() and bracketed[2] in ("", words):
             named.add(letter)
-        if answer == index == 0 or answer == index + 1 == len(
-            options
-        ):  # the other count has no such number
+        # 0 can only count from 0, the number of options only from 1
+        if answer == index == 0 or answer == index + 1 == len(options):
             named.add(letter)
     if len(named) != 1:
         raise ValueError(

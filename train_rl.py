@@ -23,7 +23,7 @@ Recipes of the paper's Table 3 (experiments/policy.py), as long as the 12 + 60 s
 Out: the policy, log.jsonl (its keys: LOG, below), dialogues/ (words and pictures of each evaluation), curves.png.
 
 Ours, where the paper is silent: advantages are divided by the group's deviation, which makes small bonuses loud
-(--no-divide-by-std; the README says what follows); the loss is a mean over all tokens of an optimiser step
+(--no-divide-by-std; docs/results.md says what follows); the loss is a mean over all tokens of an optimiser step
 (a minibatch, all ranks), those of the policy only; groups whose rewards are all equal have no signal
 and are left out, of the mean too; no KL term unless asked for (--kl-weight).
 """

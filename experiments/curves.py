@@ -63,9 +63,9 @@ def rows_of(folder: Path) -> list[dict]:
 
 def table(rows: list[dict], keys: tuple[str, ...]) -> list[str]:
     """The lines of a stage's table: a row per key that was logged, a column per step."""
-    steps = (
-        rows[-1]["step"] + 1 if "lr" in rows[-1] else rows[-1]["step"]
-    )  # an evaluation may end it
+    steps = rows[-1]["step"]
+    if "lr" in rows[-1]:  # no evaluation, which may end the log
+        steps += 1
     columns = [step for step in STEPS if step < steps] + [steps]
     cells = []
     for key in keys:

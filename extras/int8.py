@@ -29,9 +29,8 @@ class Int8Linear(nn.Module):
         scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)  # a row of zeros
         levels = (weight.float() / scale.float()).round().clamp(-127, 127)
         self.levels = nn.Buffer(levels.to(torch.int8))  # (out, in)
-        self.scale = nn.Buffer(
-            scale[:, 0]
-        )  # (out,) in the weight's type, by which the levels were found
+        # (out,) in the weight's type, by which the levels were found
+        self.scale = nn.Buffer(scale[:, 0])
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:

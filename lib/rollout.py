@@ -290,9 +290,8 @@ def shared_attention(module, query, key, value, mask, scaling=None, **options):
     queries = of_branches(query).flatten(0, 1)  # (R * branches, heads, rest, head dim)
     mask = mask.flatten(0, 1)[:, None]  # (R * branches, 1, rest, prompt + rest)
     rests = attend(queries, with_prompt(key), with_prompt(value), mask)[0]
-    rests = rests.unflatten(0, (rows, branches)).flatten(
-        1, 2
-    )  # (R, branches * rest, heads, head dim)
+    # (R, branches * rest, heads, head dim)
+    rests = rests.unflatten(0, (rows, branches)).flatten(1, 2)
     return torch.cat([own, rests], 1), None
 
 

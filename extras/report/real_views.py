@@ -30,9 +30,8 @@ MATCHER = "zju-community/efficientloftr"  # Apache; ETH-CVG/lightglue_superpoint
 DETECTOR = "IDEA-Research/grounding-dino-tiny"
 SCORE = 0.35  # of a detection, and TEXT_SCORE of its words: GroundingDINO's own demo
 TEXT_SCORE = 0.25
-NEAR = (
-    0.02  # focal lengths (1.1 degrees): a match agrees with a camera; imagined views are not sharp
-)
+# in focal lengths (1.1 degrees): so near a match agrees with a camera; imagined views are not sharp
+NEAR = 0.02
 LEAST = 12  # a camera needs so many matches that agree,
 SHARE = 0.1  # and this share of all
 TRIALS = 500  # of RANSAC

@@ -16,9 +16,8 @@ class Instruments(NamedTuple):
 
     match: Callable  # of real_views.recover_pose
     detect: Callable | None  # of real_views.detector; None: content is left out
-    ask: (
-        Callable | None
-    )  # (images, question) -> text of a vision-language model that lists categories
+    # (images, question) -> text of a vision-language model that lists categories
+    ask: Callable | None
 
 
 def instruments(
