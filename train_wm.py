@@ -43,7 +43,14 @@ from lib.protocol import check_triple
 from lib.records import MetricLog, Triple, load_jsonl, whole_file, whole_folder
 from lib.simulators import instruction, phrase, random_instruction
 from lib.stage import Flag
-from lib.streams import Clock, numpy_stream, rows_of_step, set_learning_rate, torch_stream
+from lib.streams import (
+    Clock,
+    numpy_stream,
+    prefetched,
+    rows_of_step,
+    set_learning_rate,
+    torch_stream,
+)
 from world_model import WorldModel, x0_from_output
 
 SCANS = [f"out/{name}" for name in ("scannet", "scannetpp", "matterport", "arkitscenes", "dl3dv")]
@@ -414,7 +421,7 @@ def imagine_held_out(model, groups, read) -> tuple[dict, list]:
         for motion in p.motions:
             sentence = instruction(motion)
             queries.append(Query(p.context, p.reference, sentence, seed=len(queries)))
-    views = iter(model.imagine(queries))
+    views = iter(distributed.share_work(model.imagine, queries))
     hits, chances, errors, rows = [], [], [], []
     for p in pictures:
         true = np.stack([resize(target, model.settings.vae_limits) for target in p.targets])
@@ -463,7 +470,9 @@ def load_model(args: Namespace, world: distributed.World, most: int) -> WorldMod
                 seed=args.seed,
                 device=world.device,
             )
-        distributed.shard(network, network.blocks, world, ignored=adapters)
+        # the head that nothing calls is a block too: it is never gathered
+        blocks = [*network.blocks, network.language_model["lm_head"]]
+        distributed.shard(network, blocks, world, ignored=adapters)
 
     if not args.init:
         model = WorldModel.tiny(args.seed, args.size, max_context=min(MAX_IMAGES, most))
@@ -481,16 +490,21 @@ def load_model(args: Namespace, world: distributed.World, most: int) -> WorldMod
 
 @contextlib.contextmanager
 def ema_weights(parameters: list, ema: list) -> Iterator[None]:
-    """Inside, the model's weights are their EMA, and nothing has a gradient."""
-    trained = [p.detach().clone() for p in parameters]
+    """Inside, weights and EMA have changed places, without a third copy of all, and nothing has a gradient."""
     with torch.no_grad():
-        for p, e in zip(parameters, ema, strict=True):
-            p.copy_(e)
+        exchange(parameters, ema)
         try:
             yield
         finally:
-            for p, own in zip(parameters, trained, strict=True):
-                p.copy_(own)
+            exchange(parameters, ema)
+
+
+def exchange(a: list, b: list) -> None:
+    """Let the tensors of two lists change their contents, pair by pair."""
+    for x, y in zip(a, b, strict=True):
+        before = x.clone()
+        x.copy_(y)
+        y.copy_(before)
 
 
 def save_model(model: WorldModel, folder: Path, args: Namespace) -> None:
@@ -545,20 +559,26 @@ def main(argv: list[str] | None = None) -> None:
     clock = Clock(state.get("clock"))
     log = MetricLog(out / "log.jsonl", start)
 
+    def make_batches(step):
+        order = rows_of_step(len(train), args.contexts, step, args.seed)
+        batches = []
+        for i in range(0, share, args.micro_contexts):
+            micro = mine[i : i + args.micro_contexts]
+            groups = [train[order[k]] for k in micro]
+            keys = [(args.seed, step, k) for k in micro]
+            batches.append(make_batch(groups, keys, model, encoder, read, args))
+        return batches
+
     def save(done):
         save_state(out / "training", done, tensors, {"clock": clock.read()})
 
     with stage.Interrupt() as stop:
         bar = distributed.progress(args.steps, start, "world model")
-        for step in bar:
+        # a batch depends on seed and step alone
+        for step, batches in zip(
+            bar, prefetched(make_batches, range(start, args.steps)), strict=True
+        ):
             lr = set_learning_rate(optimizer, step, args)
-            order = rows_of_step(len(train), args.contexts, step, args.seed)
-            batches = []
-            for i in range(0, share, args.micro_contexts):
-                micro = mine[i : i + args.micro_contexts]
-                groups = [train[order[k]] for k in micro]
-                keys = [(args.seed, step, k) for k in micro]
-                batches.append(make_batch(groups, keys, model, encoder, read, args))
             tokens = distributed.global_sum(sum(len(targets.x0) for _, targets in batches))
 
             means = distributed.Means(LOSSES)
@@ -577,7 +597,6 @@ def main(argv: list[str] | None = None) -> None:
             metrics = means.read() | {"grad_norm": grad_norm, "lr": lr}
             done = step + 1
             if done % args.look_every == 0 or done == args.steps:
-                # every rank imagines the same views: few, and their gathering is a collective
                 with ema_weights(parameters, ema), distributed.unsharded(network):
                     scores, rows = imagine_held_out(model, held_out, read)
                 draw_views(rows[:: max(1, len(rows) // 12)], out / "views.png")

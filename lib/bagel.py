@@ -234,7 +234,10 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.gate_proj(x))
+        # of BAGEL's width the product is a gigabyte: without a gradient it takes the gate's place
+        out = None if torch.is_grad_enabled() else gate
+        return self.down_proj(torch.mul(gate, self.up_proj(x), out=out))
 
 
 class GeluMLP(nn.Module):

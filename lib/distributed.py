@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -25,8 +25,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-# How long a rank waits for the others: while they sample, they share nothing for long.
-PATIENCE = timedelta(hours=6)
+# How long a rank waits for the others: the longest that one may still sample when another is done.
+PATIENCE = timedelta(hours=1)
 # What nothing that we print or write may hold.
 KEYS = ("OPENAI_API_KEY", "SIMULATOR_API_KEY")
 URL_PASSWORD = re.compile(r"://[^\s/@\"'<>]+@(?=\[|\w*[a-zA-Z.])")  # before a host; not "…:80@12"
@@ -61,16 +61,19 @@ def setup(threads: int | None = None) -> World:
     if threads or size > 1:
         torch.set_num_threads(threads or 1)
     if cuda:
+        # keys and values grow while dialogues are written: freed blocks of other sizes must become room for them
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         keep_freed_memory()
     if not dist.is_initialized():
+        options = {"backend": "nccl", "device_id": device} if cuda else {"backend": "gloo"}
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+            dist.init_process_group(**options, timeout=PATIENCE)
         elif cuda:
-            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
     return World(rank, size, device)
 
 
@@ -89,7 +92,7 @@ def keep_freed_memory() -> None:
 
 
 def die_with_parent() -> None:
-    """Let this process be killed when its parent ends, however that ends: nobody then writes unseen. Linux only."""
+    """Let this process be killed when its parent ends, however that ends (Linux): nobody then writes unseen."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # sys/prctl.h: PR_SET_PDEATHSIG
 
@@ -173,6 +176,19 @@ def global_max(x: float) -> float:
     if dist.is_initialized():
         dist.all_reduce(value, dist.ReduceOp.MAX)
     return value.item()
+
+
+def share_work(function: Callable, items: list) -> list:
+    """function(items), a list as long, on every rank, of which each computes every size-th (a collective)."""
+    if not dist.is_initialized():
+        return function(items)
+    size = dist.get_world_size()
+    parts = [None] * size
+    dist.all_gather_object(parts, function(items[dist.get_rank() :: size]))
+    results = [None] * len(items)
+    for rank, part in enumerate(parts):
+        results[rank::size] = part
+    return results
 
 
 class Means:

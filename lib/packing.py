@@ -71,10 +71,7 @@ def dense_attention(queries: Tokens, keys: Tokens, dtype: torch.dtype) -> Callab
 
 
 def flex_attention_for(queries: Tokens, keys: Tokens) -> Callable:
-    """The same function by flex attention: blocks of 128 x 128 pairs that see nothing are never computed.
-
-    No mask over all pairs exists at any time: the rule is evaluated inside the kernel.
-    """
+    """The same function by flex attention, its rule inside the kernel: blocks of 128 x 128 unseen pairs cost nothing."""
     _, order, sample, branch = queries
     _, key_order, key_sample, key_branch = keys
 
@@ -268,11 +265,13 @@ def pack(samples: list, markers: tuple, config) -> Pack:
 
     und = token_rows([sequence.und for sequence in sequences])
     gen = token_rows([sequence.gen for sequence in sequences])
+    # contiguous each: compiled attention reads them for every pair
+    numbers = torch.cat([und, gen], 1).movedim(-1, 0).contiguous()  # (4, B, U + G)
     # without any picture for the ViT there is one of padding
     patches = [image.patches for image in vit_images] or [torch.zeros(1, 3 * config.vit_patch**2)]
     patch_ids = [table_ids(image.grid, config.vit_grid) for image in vit_images]
     return Pack(
-        tokens=Tokens(*torch.cat([und, gen], 1).unbind(-1)),
+        tokens=Tokens(*numbers),
         ids=ids,
         patches=padded(patches),
         patch_ids=padded(patch_ids or [torch.full((1,), -1)], -1),

@@ -16,6 +16,8 @@ import subprocess
 import time
 import zlib
 from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +95,31 @@ def rows_of_step(total: int, count: int, step: int, *keys) -> list[int]:
     epoch, batch = divmod(step, total // count)
     order = torch.randperm(total, generator=torch_stream("order", *keys, epoch))
     return order[batch * count : (batch + 1) * count].tolist()
+
+
+def prefetched(make: Callable, items: Iterable) -> Iterator:
+    """make(item) of each item in order, the next one made in a thread while the caller works with this one.
+
+    On a GPU the thread has a stream of its own, and waits for nothing that the caller asked for. What is made is to be
+    kept until the device is done with it: its memory belongs to that stream.
+    """
+    stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+
+    def make_aside(item):
+        with torch.cuda.stream(stream):
+            made = make(item)
+        if stream:
+            stream.synchronize()
+        return made
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead = None
+        for item in items:
+            ahead, ready = thread.submit(make_aside, item), ahead
+            if ready:
+                yield ready.result()
+        if ahead:
+            yield ahead.result()
 
 
 def cosine(step: int, steps: int, warmup: int = 0, floor: float = 0.0) -> float:

@@ -82,6 +82,26 @@ def test_a_gradient_that_is_not_finite_ends_the_run():
         distributed.clip_gradients([weight], 1.0)
 
 
+def squares_of_two_ranks(out):
+    """What both ranks know of work that each did in part."""
+    world = distributed.setup(threads=1)
+    done = []
+
+    def square(items):
+        done.extend(items)
+        return [item**2 for item in items]
+
+    results = distributed.share_work(square, list(range(5)))
+    torch.save({"done": done, "results": results}, f"{out}.{world.rank}")
+
+
+def test_work_is_shared_and_its_results_are_on_every_rank_in_order(tmp_path):
+    on_ranks(2, squares_of_two_ranks, tmp_path / "out")
+    first, second = (torch.load(tmp_path / f"out.{rank}") for rank in (0, 1))
+    assert first == {"done": [0, 2, 4], "results": [0, 1, 4, 9, 16]}
+    assert second == {"done": [1, 3], "results": [0, 1, 4, 9, 16]}
+
+
 def test_means_are_sums_over_counts():
     means = distributed.Means(["loss", "share", "nothing"])
     means.add("loss", torch.tensor(6.0), 4)
@@ -105,6 +125,23 @@ def test_streams_are_stable_and_apart():
     assert not torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[3])
     with pytest.raises(KeyError, match="no random stream 'ordre'"):
         streams.torch_stream("ordre", 0)
+
+
+def test_what_is_prefetched_comes_in_order_one_ahead_and_its_failure_with_it():
+    made = []
+
+    def make(item):
+        made.append(item)
+        if item == 3:
+            distributed.fail("The third is broken.")
+        return 10 * item
+
+    ahead = streams.prefetched(make, range(4))
+    assert next(ahead) == 0 and next(ahead) == 10 and next(ahead) == 20
+    with pytest.raises(SystemExit, match="third is broken"):
+        next(ahead)
+    assert made == [0, 1, 2, 3]
+    assert list(streams.prefetched(make, [])) == []
 
 
 def test_every_pass_draws_each_row_once_and_no_step_draws_one_twice():

@@ -298,6 +298,23 @@ def test_held_out_pictures_may_have_an_alpha_channel(rooms):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_batches_made_ahead_give_the_losses_of_batches_made_in_turn(rooms, tmp_path, monkeypatch):
+    train_wm.main(flags(rooms, tmp_path / "ahead"))
+    monkeypatch.setattr(train_wm, "prefetched", map)
+    train_wm.main(flags(rooms, tmp_path / "in_turn"))
+    ahead, in_turn = (read_log(tmp_path / name / "log.jsonl") for name in ("ahead", "in_turn"))
+    assert ahead == in_turn and len(ahead) == 4
+
+
+def test_inside_ema_weights_the_two_have_changed_places():
+    weight, ema = torch.nn.Parameter(torch.tensor([1.0])), torch.tensor([2.0])
+    with pytest.raises(KeyError), train_wm.ema_weights([weight], [ema]):
+        assert weight.item() == 2 and ema.item() == 1
+        raise KeyError
+    assert weight.item() == 1 and ema.item() == 2
+
+
 def test_resumed_run_equals_unbroken_run(rooms, tmp_path, monkeypatch):
     train_wm.main(flags(rooms, tmp_path / "whole"))
     for stop_after in (1, 3):
