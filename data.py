@@ -5,6 +5,7 @@ Rooms into data: triples that train the world simulator, questions that train an
   python data.py triples                          out/data/triples_{train,val,test}.jsonl    (context views, motion in words, target view)
   python data.py triples --layout apart --size 64     out/data-apart-64: other context cameras, larger pictures
   python data.py questions                        out/data/questions_{train,val,test}.jsonl  multiple choice over several views
+  python data.py questions --families turning walking     that do not name the view (lib/questions.py)
   python data.py questions --layout pitched       out/data-pitched: cameras that look up or down
   python data.py triples --dataset scannet --root DIR     triples of scans (extras/scans): ScanNet, ScanNet++, Matterport3D,
                                                           ARKitScenes, DL3DV or your own folder
@@ -28,6 +29,7 @@ policy's training (a policy must not learn to trust memorised imaginations), val
 import argparse
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
 from multiprocessing import Pool
@@ -38,6 +40,7 @@ import numpy as np
 from numpy.random import Generator
 from tqdm import tqdm
 
+from lib.dialogue import call_poses
 from lib.distributed import die_with_parent, fail, say
 from lib.geometry import (
     Array,
@@ -51,9 +54,9 @@ from lib.geometry import (
     warp,
 )
 from lib.images import save_image
-from lib.questions import room_questions
+from lib.questions import ASKS, FAMILIES, Visit, facts
 from lib.records import disk, load_jsonl, save_jsonl
-from lib.rooms import EYE, SIZE, pitched, random_room, render, ring
+from lib.rooms import COLOURS, EYE, SIZE, Room, pitched, random_room, render, ring
 from lib.simulators import instruction
 from lib.stage import bounded, hold, run_stage
 from lib.streams import numpy_stream
@@ -196,6 +199,95 @@ def draw_targets(rng: Generator, start: Array, motions: list[Motion]) -> dict[Mo
     return targets
 
 
+# ---- questions -------------------------------------------------------------------------------------------------------
+
+
+def room_questions(
+    seed: int, out: Path, families: Iterable[str] = ("commanded",), rig: Callable = ring
+) -> list[dict]:
+    """Questions (lib/records.Question) about one room, at most four of each of `families`. Pictures go to
+    `out`/questions.
+
+    families   of lib/questions.FAMILIES: the rows of one do not depend on the others;  rig   a ring of lib/rooms
+    """
+    rng = numpy_stream("questions of a room", seed)
+    room = random_room(seed)
+    poses = rig(rng)
+    folder = f"questions/{seed:07d}"
+    ring_images = [f"{folder}/{k}.png" for k in range(1, 5)]  # shared by the questions of a room
+    ring_facts = draw(room, poses, ring_images, out)
+    rows = []
+    for family in families:
+        if family != "commanded":  # whose draws go on where those of the cameras ended
+            rng = numpy_stream("questions of a room", seed, family)
+        for number, draft in enumerate(FAMILIES[family](rng, Visit(room, poses, ring_facts))):
+            name = f"{folder}/{family}_{number}"
+            cameras = draft.pop("cameras", poses)
+            images, shows = ring_images, ring_facts
+            if cameras is not poses:
+                images = [f"{name}_{k}.png" for k in range(1, len(cameras) + 1)]
+                shows = draw(room, cameras, images, out)
+            scene = {"room": seed, "poses": [as_lists(camera) for camera in cameras]}
+            ends = call_poses(scene, draft["ideal"])[len(cameras) :]
+            views = [f"{name}_view{k}.png" for k in range(1, len(ends) + 1)]
+            shows = shows + draw(room, ends, views, out)
+            rows.append(
+                {
+                    "id": f"room_{seed}_{family}_{number}",
+                    "bench": "rooms",
+                    "category": family,
+                    "images": images,
+                    **draft,
+                    "kind": "mca",
+                    "scene": scene,
+                    "views": views,
+                    "shows": [in_colours(view_facts, room) for view_facts in shows],
+                }
+            )
+    return rows
+
+
+def draw(room: Room, cameras: list[Array], paths: list[str], out: Path) -> list[dict]:
+    """Save what every camera sees below `out`, and return the facts of each view (lib/questions)."""
+    if not paths:
+        return []
+    views = render(room, np.stack(cameras), SIZE)
+    for path, rgb in zip(paths, views["rgb"], strict=True):
+        save_image(out / path, rgb)
+    return [facts(ids, len(room.things)) for ids in views["ids"]]
+
+
+def in_colours(view_facts: dict, room: Room) -> dict:
+    """Facts with objects called by their colour: {ask: "red", "none", or None where it is unclear; "angle"}."""
+    colours = {i: thing.colour for i, thing in enumerate(room.things)} | {-1: "none", None: None}
+    named = {ask: colours[view_facts[ask]] for ask in ASKS}
+    return named | {"angle": {colours[i]: angle for i, angle in view_facts["angle"].items()}}
+
+
+def balanced(rows: list[dict]) -> list[dict]:
+    """Drop questions that turn until the words tell neither whether a view is needed nor which way to turn: of each
+    wording (colours aside) as many turn left as right, and where some need no view, as many do as do not."""
+    groups = defaultdict(lambda: {-1: [], 0: [], 1: []})  # {wording: {way of the turn: rows}}
+    for row in rows:
+        wording = [word for word in row["question"].split() if word not in COLOURS]
+        turns = [call["value"] for call in row["ideal"] if call["motion_type"] == "dangle"]
+        groups[" ".join(wording)][np.sign(sum(turns))].append(row["id"])
+    kept = set()
+    for wording, ways in groups.items():
+        if not wording.startswith("Turn until"):
+            kept.update(*ways.values())
+            continue
+        each = min(len(ways[-1]), len(ways[1]))
+        still = len(ways[0])
+        if "walk" not in wording:
+            each = min(each, still // 2)
+            still = 2 * each
+        rng = numpy_stream("balance", wording)
+        for way, count in ((-1, each), (0, still), (1, each)):
+            kept.update(rng.permutation(ways[way])[:count].tolist())
+    return [row for row in rows if row["id"] in kept]
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -249,17 +341,18 @@ def make_questions(
     held_out: tuple[int, int] = (100, 320),
     threads: int = 2,
     layout: str = "ring",
+    families: Iterable[str] = ("commanded",),
 ) -> None:
-    """out/questions_{train,val,test}.jsonl; four questions per room, half of them in need of an unseen view."""
+    """out/questions_{train,val,test}.jsonl; half of the questions need an unseen view, but of `walking` all."""
     out = Path(out)
-    make = partial(room_questions, rig=LAYOUTS[layout].cameras)
+    make = partial(room_questions, families=families, rig=LAYOUTS[layout].cameras)
     for split, count, first in (
         ("train", rooms, FIRST_ROOM["questions_train"]),
         ("val", held_out[0], FIRST_ROOM["val"]),
         ("test", held_out[1], FIRST_ROOM["test"]),
     ):
         seeds = range(first, first + count)
-        rows = build(f"questions, {split}", make, seeds, out, threads)
+        rows = balanced(build(f"questions, {split}", make, seeds, out, threads))
         save_jsonl(out / f"questions_{split}.jsonl", rows)
         unseen = sum(row["needs_view"] for row in rows)
         say(f"questions_{split}.jsonl: {len(rows)} questions, {unseen} need an unseen view")
@@ -318,6 +411,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         add("--threads", type=count, help="processes (default: 2)")
     for command, layouts in ((triples, tuple(LAYOUTS)), (questions, RINGS)):
         command.add_argument("--layout", choices=layouts, default="ring", help="of the cameras")
+    questions.add_argument(
+        "--families",
+        nargs="+",
+        choices=tuple(FAMILIES),
+        default=["commanded"],
+        help="of questions (lib/questions.py)",
+    )
     triples.add_argument("--size", type=count, default=SIZE, help="of the pictures, in pixels")
     args = parser.parse_args(argv)
     if args.out is None:
@@ -342,7 +442,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "triples":
         make_triples(args.out, layout=args.layout, size=args.size, **options)
     elif args.command == "questions":
-        make_questions(args.out, layout=args.layout, **options)
+        make_questions(args.out, layout=args.layout, families=args.families, **options)
     else:
         make_missing(args.out, **options)
 

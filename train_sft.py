@@ -52,7 +52,7 @@ from lib.distributed import (
     wait_for_all,
 )
 from lib.images import load_image
-from lib.protocol import as_words, call_text
+from lib.protocol import NEEDED, as_words, call_text
 from lib.questions import ASKS
 from lib.records import MetricLog, Question, load_jsonl, whole_folder
 from lib.rooms import COLOURS
@@ -229,17 +229,17 @@ class Lesson:
     """A question with its pictures, and what each of them shows, exactly."""
 
     question: dict  # records.Question of a room
-    images: list[np.ndarray]  # those of the question, then the view that its command leads to
+    images: list[np.ndarray]  # those of the question, then the views that its ideal calls lead to
     shows: list[dict]  # the facts of each
     # what the frozen tower makes of each, once `look` has been called
     features: list[torch.Tensor] = field(default_factory=list)
 
     @classmethod
     def load(cls, question: dict) -> "Lesson":
-        """Read the pictures; the true view becomes as soft as an imagined one."""
+        """Read the pictures; the true views become as soft as imagined ones."""
         images = [load_image(path) for path in question["images"]]
         rng = numpy_stream("soft view", question["scene"]["room"], question["id"])
-        images.append(soften(load_image(question["view"]), rng))
+        images += [soften(load_image(path), rng) for path in question["views"]]
         return cls(question, images, question["shows"])
 
     def look(self, policy: Policy) -> None:
@@ -251,17 +251,19 @@ def check_lesson(question: dict) -> None:
     """Raises ValueError, the rest of a sentence, for a question that is not one of a room with letters A to D."""
     name_gold(question)
     lacking = {"id", "images", "options", "answer", "needs_view", "scene", "ask", "shown_by"}
-    lacking |= {"motion", "command", "view", "shows"}
+    lacking |= {"ideal", "views", "shows"}
     lacking -= question.keys()
     if lacking:
         raise ValueError(f"has no {', '.join(sorted(lacking))}: lessons are about rooms")
     is_whole = {
-        "images": len(question["shows"]) == len(question["images"]) + 1 > 1,
+        "images": len(question["images"]) > 0,
+        "ideal": all({*NEEDED} <= call.keys() for call in question["ideal"]),
+        "views": len(question["views"]) == len(question["ideal"]),
         "answer": question["answer"] in tuple("ABCD"[: len(question["options"])]),
         "ask": question["ask"] in (None, *ASK_WORDS),
         "scene": "room" in question["scene"],
-        "command": {"reference_image", "motion_type", "value"} <= question["command"].keys(),
-        "shows": all(facts.keys() >= ASKS.keys() for facts in question["shows"]),
+        "shows": all(facts.keys() >= ASKS.keys() for facts in question["shows"])
+        and len(question["shows"]) == len(question["images"] + question["views"]),
     }
     for key, whole in is_whole.items():
         if not whole:
@@ -390,8 +392,8 @@ def script(
     calling   whether a look may include a call and its view (not for the baseline that never imagines)
     """
     question = lesson.question
-    command = question["command"]
-    *images, view = lesson.images
+    given = len(question["images"])
+    images = lesson.images[:given]
     modes = ["forced", "agentic"] if kind in ("tool", "slip") else ["direct", "agentic"]
     mode = str(rng.choice(modes))
     decision = 1.0 if mode == "forced" else DECISION
@@ -405,25 +407,28 @@ def script(
             weights += [float(weight)] * len(tokens)
         dialogue.say(policy, ids, loss_weights=weights)
 
+    def imagine(decision):
+        for call, view in zip(question["ideal"], lesson.images[given:], strict=True):
+            say(call_texts(call, decision))
+            dialogue.observe(policy, image=view)
+
     if kind == "direct":
         name = "the new view" if question["needs_view"] else f"Image-{question['shown_by']}"
         say(answer_texts(question, name))
     elif kind == "look":
-        shows = lesson.shows[: len(images)]
         if calling and mode == "agentic":
-            say(call_texts(command, decision=0.0))
-            dialogue.observe(policy, image=view)
-            shows = lesson.shows
-        say(look_texts(rng, shows))
+            imagine(decision=0.0)
+        say(look_texts(rng, lesson.shows[: len(dialogue.images)]))
     else:
         if kind == "slip":
-            impossible = command | {"reference_image": int(rng.integers(len(images) + 1, 10))}
+            impossible = question["ideal"][0] | {
+                "reference_image": int(rng.integers(len(images) + 1, 10))
+            }
             say(call_texts(impossible, decision))
             dialogue.observe(policy)
             decision = 1.0  # it is made: what follows repairs it
-        say(call_texts(command, decision))
-        dialogue.observe(policy, image=view)
-        say(answer_texts(question, f"Image-{len(images) + 1}"))
+        imagine(decision)
+        say(answer_texts(question, f"Image-{len(dialogue.images)}"))
     dialogue.features = lesson.features[: len(dialogue.images)]
     return dialogue
 
@@ -435,7 +440,7 @@ def scripts_of_step(
 
     A script depends on (seed, step, number in the batch) alone.
     """
-    moving = [lesson for lesson in lessons if lesson.question["motion"]]
+    moving = [lesson for lesson in lessons if lesson.question["ideal"]]
     begin_mixing, end_mixing = MIXING
     mixed = (step / args.steps - begin_mixing) / (end_mixing - begin_mixing)
     mixed = min(1, max(0, mixed))

@@ -1,24 +1,28 @@
 """
-Questions about rooms with exact answers, in the categories of the benchmarks.
+Questions about rooms with exact answers, in families (`category`).
 
-A room is seen from a ring of four views. Half of the questions need a view that is not among them (`needs_view`): "Start
-from Image-2 and turn 45 degrees to the left. Then which object looks largest?" The four views answer the others. What a view
-shows is counted on its instance map (`facts`), and a question is asked only where the answer is clear.
+A room is seen from a ring of four views. Some questions need a view that is not among them (`needs_view`):
+
+  commanded  "Start from Image-2 and turn 45 degrees to the left. Then which object looks largest?" The words name the
+             view: a lesson in obedience. Half of them are answered by a given view
+  turning    "Turn until the red object is behind you. Then which object is furthest to the left?" Which image shows red,
+             and how far from its middle, must be seen; where it is in the middle, a given view answers
+  walking    the same, and then a metre forward: two calls, the second from the view that the first gave
+
+What a view shows is counted on its instance map (`facts`), and a question is asked only where the answer is clear. After
+a turn, a multiple of 15 degrees, the answer must be the same 7.5 degrees to either side, and the view that the turn starts
+from must say otherwise. The named object is never an option.
 """
 
-import re
-from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
-from lib.geometry import Array, Motion, as_lists, move_camera
-from lib.images import save_image
-from lib.protocol import call_of, motion_in
-from lib.rooms import SIZE, random_room, render, ring
+from lib.geometry import Array, Motion, angles_of, compose, move_camera
+from lib.protocol import call_of
+from lib.rooms import SIZE, Room, render
 from lib.simulators import phrase
-from lib.streams import numpy_stream
 
 REGIONS = ("left", "centre", "right")
 ASKS = {
@@ -27,18 +31,16 @@ ASKS = {
     "rightmost": "which object is furthest to the right?",
     **{region: f"which object fills most of the {region} third?" for region in REGIONS},
 }
-CATEGORY = {
-    "largest": "camera-object",
-    "leftmost": "object-object",
-    "rightmost": "object-object",
-    **dict.fromkeys(REGIONS, "region"),
-}
 VISIBLE = 16  # pixels of 1,024: an object that counts as seen
+STEP = 15  # degrees between the angles of objects
+
+
+# ---- what a view shows -----------------------------------------------------------------------------------------------
 
 
 def facts(ids: Array, things: int) -> dict:
     """What an instance map (H, W) shows, exactly: {ask: index of the object, None if ambiguous, -1 if there is none;
-    "seen": the objects that are visible at all}.
+    "angle": {index of each object that is visible at all: degrees to the right of the middle, a multiple of STEP}}.
 
     largest: at least 1.3 times the pixels of the next.  leftmost, rightmost: centroids at least 3 of 32 columns
     apart.  left, centre, right: most pixels of that third, at least 2 % of the view and 1.5 times the next.
@@ -49,7 +51,7 @@ def facts(ids: Array, things: int) -> dict:
     pixels = per_column.sum(1)
     visible = np.flatnonzero(pixels >= VISIBLE * scale)
     if len(visible) == 0:
-        return {ask: -1 for ask in ASKS} | {"seen": []}
+        return {ask: -1 for ask in ASKS} | {"angle": {}}
 
     def winner(scores, ratio=1.0, gap=0):
         """The visible object with the highest score; None if the next one's is nearer than that."""
@@ -59,7 +61,8 @@ def facts(ids: Array, things: int) -> dict:
             return None
         return int(order[0])
 
-    centroid = (per_column * np.arange(width)).sum(1) / np.maximum(pixels, 1) * 32 / width
+    places = (np.arange(width) + 0.5) * 32 / width
+    centroid = (per_column * places).sum(1) / np.maximum(pixels, 1)  # (things,) of 32 columns
     answers = {
         "largest": winner(pixels, ratio=1.3),
         "leftmost": winner(-centroid, gap=3),
@@ -74,22 +77,51 @@ def facts(ids: Array, things: int) -> dict:
             answers[ask] = -1
         elif answers[ask] is not None and inside[answers[ask]] < 20 * scale:
             answers[ask] = None
-    return answers | {"seen": visible.tolist()}
+    steps = np.round(np.degrees(np.arctan(centroid / 16 - 1)) / STEP).astype(int)
+    return answers | {"angle": {int(i): int(steps[i]) * STEP for i in visible}}
 
 
 def _usable(view_facts, ask):
     """A question is asked where its answer is clear, and a comparison only where there is something to compare."""
-    enough = CATEGORY[ask] == "region" or len(view_facts["seen"]) >= 2
+    enough = ask in REGIONS or len(view_facts["angle"]) >= 2
     return enough and view_facts[ask] not in (None, -1)
 
 
-def _in_colours(view_facts, room):
-    """Facts with objects called by their colour: {ask: "red", "none", or None where it is unclear}."""
-    colours = {i: thing.colour for i, thing in enumerate(room.things)} | {-1: "none", None: None}
-    return {ask: colours[view_facts[ask]] for ask in ASKS}
+# ---- drafts: questions without pictures ------------------------------------------------------------------------------
 
 
-# ---- questions -------------------------------------------------------------------------------------------------------
+class Visit(NamedTuple):
+    """A room and its ring of views."""
+
+    room: Room
+    poses: list[Array]  # c2w (4, 4) of each
+    facts: list[dict]  # of each
+
+
+def _distractors(rng, room, view_facts, ask, named=None):
+    """Three other objects, not the one that the words name: up to two that the asked view shows as well, then others.
+    Called by their colour alone: the kind tells the size (a cabinet is more often the largest than a ball)."""
+    others = rng.permutation(len(room.things)).tolist()
+    others = [i for i in others if i not in (view_facts[ask], named)]
+    first = [i for i in others if i in view_facts["angle"]][:2]
+    rest = [i for i in others if i not in first]
+    return [room.things[i].colour for i in (first + rest)[:3]]
+
+
+def choose(rng: np.random.Generator, letter: int, answer: str, others: list[str]) -> list[str]:
+    """Four lettered options, the answer at `letter` (0 to 3), the others in random order."""
+    options = [others[i] for i in rng.permutation(3)]
+    options.insert(letter, answer)
+    return [f"{name}. {option}" for name, option in zip("ABCD", options, strict=True)]
+
+
+def _with_options(rng, letter, draft):
+    """A draft whose answer and `others` have become options."""
+    options = choose(rng, letter, draft["answer"], draft.pop("others"))
+    return draft | {"options": options, "answer": "ABCD"[letter]}
+
+
+# ---- commanded: the words name the view ------------------------------------------------------------------------------
 
 UNSEEN = [Motion("dangle", amount) for amount in (-45.0, -135.0, 45.0, 135.0)]
 UNSEEN += [Motion("dx", -1.0), Motion("dx", 1.0), Motion("dy", 1.0)]
@@ -106,91 +138,53 @@ WALKS = {
 }
 
 
-def room_questions(seed: int, out: Path, per_kind: int = 2, rig: Callable = ring) -> list[dict]:
-    """Questions (lib/records.Question) about one room: `per_kind` that need an unseen view, and as many that the given
-    views answer. Pictures go to `out`/questions; `rig` gives the cameras, a ring of lib/rooms.
-
-    Of the latter, one in six asks for the camera's way between two views at different places (camera-camera), one in six
-    for a turn that ends at a given view (rotation), the others about one image. What only a room can know (`command`,
-    `view`, `shows`) is for the cold start and for diagnosis, and never shown to a policy in a question.
-    """
-    rng = numpy_stream("questions of a room", seed)
-    room = random_room(seed)
-    poses = rig(rng)
-    ring_ids = render(room, np.stack(poses), SIZE)["ids"]
-    ring_facts = [facts(ids, len(room.things)) for ids in ring_ids]
-    letters = rng.permutation(2 * per_kind) % 4  # each as often as any other, in every room
-    rows = []
+def commanded(rng: np.random.Generator, visit: Visit) -> list[dict]:
+    """Two questions that need an unseen view, and two that the given views answer: of these one in six asks for the
+    camera's way between two views at different places, one in six for a turn that ends at a given view, the others
+    about one image."""
+    letters = rng.permutation(4)  # each as often as any other, in every room
+    drafts = []
     for i, letter in enumerate(letters):
         form = "unseen"
-        if i >= per_kind:
+        if i >= 2:
             form = rng.choice(["image", "rotation", "camera"], p=[4 / 6, 1 / 6, 1 / 6])
-        draft = _camera_question(rng, poses) if form == "camera" else None
-        draft = draft or _object_question(rng, room, poses, ring_facts, form)
-        if draft is None:  # a bare room: nothing clear to ask
-            continue
-        cameras = draft.pop("cameras", poses)
-        answer = draft.pop("answer")
-        others = draft.pop("others")
-        nothing = call_of(draft["shown_by"] or 1, Motion("dangle", -45.0))
-        command = draft["motion"] or nothing
-        target = move_camera(cameras[command["reference_image"] - 1], motion_in(command))
-        truth = render(room, np.stack([*cameras, target]), SIZE)
-        folder = f"questions/{seed:07d}"
-        own = f"q{i}_" if form == "camera" else ""  # the four views of the ring are shared
-        images = [f"{folder}/{own}{k}.png" for k in range(1, len(cameras) + 1)]
-        view = f"{folder}/q{i}_view.png"
-        for path, rgb in zip([*images, view], truth["rgb"], strict=True):
-            save_image(out / path, rgb)
-        shows = [_in_colours(facts(ids, len(room.things)), room) for ids in truth["ids"]]
-        rows.append(
-            {
-                "id": f"room_{seed}_{i}",
-                "bench": "rooms",
-                "images": images,
-                **draft,
-                "kind": "mca",
-                "options": choose(rng, letter, answer, others),
-                "answer": "ABCD"[letter],
-                "scene": {"room": seed, "poses": [as_lists(camera) for camera in cameras]},
-                "command": command,
-                "view": view,
-                "shows": shows,
-            }
-        )
-    return rows
+        if form == "camera":
+            draft = _camera_question(rng, visit.poses)
+        else:
+            draft = _object_question(rng, visit, form)
+        if draft:  # a bare room has nothing clear to ask
+            drafts.append(_with_options(rng, letter, draft))
+    return drafts
 
 
-def _object_question(rng, room, poses, ring_facts, form):
+def _object_question(rng, visit, form):
     """A question about objects: "unseen" (after a motion that leads to a view not given), "rotation" or "image"."""
     motions = {"unseen": UNSEEN, "rotation": list(RING_TURNS), "image": [None]}[form]
+    room = visit.room
     for _ in range(40):
         k = int(rng.integers(4))
         ask = str(rng.choice(list(ASKS), p=[1 / 3, 1 / 6, 1 / 6, 1 / 9, 1 / 9, 1 / 9]))
         motion = motions[rng.integers(len(motions))]
         shown_by = None
         if form == "unseen":
-            ids = render(room, move_camera(poses[k], motion), SIZE, supersample=1)["ids"][0]
-            there = facts(ids, len(room.things))
-            if ring_facts[k][ask] in (None, there[ask]):
+            target = move_camera(visit.poses[k], motion)
+            there = facts(render(room, target, SIZE, supersample=1)["ids"][0], len(room.things))
+            if visit.facts[k][ask] in (None, there[ask]):
                 continue  # the image itself says nothing, or the same
         else:
             shown_by = 1 + (k + RING_TURNS.get(motion, 0)) % 4
-            there = ring_facts[shown_by - 1]
+            there = visit.facts[shown_by - 1]
         if not _usable(there, ask):
             continue
         start = f"In Image-{k + 1},"
-        command = None
         if motion:
             start = f"Start from Image-{k + 1} and {phrase(motion)}. Then"
-            command = call_of(k + 1, motion)
         return {
             "question": f"{start} {ASKS[ask]}",
-            "category": "rotation" if form == "rotation" else CATEGORY[ask],
             "needs_view": form == "unseen",
             "ask": ask,
             "shown_by": shown_by,
-            "motion": command,
+            "ideal": [call_of(k + 1, motion)] if motion else [],
             "answer": room.things[there[ask]].colour,
             "others": _distractors(rng, room, there, ask),
         }
@@ -204,97 +198,102 @@ def _camera_question(rng, poses):
     start = poses[rng.integers(4)]
     return {
         "question": "How did the camera get from Image-1 to Image-2?",
-        "category": "camera-camera",
         "needs_view": False,
         "ask": None,
         "shown_by": None,
-        "motion": None,
+        "ideal": [],
         "answer": answer,
         "others": ways,
         "cameras": [start, move_camera(start, WALKS[answer])],
     }
 
 
-def _distractors(rng, room, view_facts, ask):
-    """Three other objects of the room: up to two that the asked view shows as well, then others. Called by their colour
-    alone: the kind tells the size (a cabinet is more often the largest than a ball)."""
-    others = [i for i in rng.permutation(len(room.things)).tolist() if i != view_facts[ask]]
-    first = [i for i in others if i in view_facts["seen"]][:2]
-    rest = [i for i in others if i not in first]
-    return [room.things[i].colour for i in (first + rest)[:3]]
+# ---- turning and walking: the view must be found ---------------------------------------------------------------------
+
+# where the named object is to be: how many views further in the ring the turn starts
+RELATIONS = {"straight ahead": 0, "behind you": 2, "on your left": 3, "on your right": 1}
+SLACK = 7.5  # degrees to either side that may change nothing
+FURTHEST = 30  # degrees: an object at 45 stands between two images
 
 
-def choose(rng: np.random.Generator, letter: int, answer: str, others: list[str]) -> list[str]:
-    """Four lettered options, the answer at `letter` (0 to 3), the others in random order."""
-    options = [others[i] for i in rng.permutation(3)]
-    options.insert(letter, answer)
-    return [f"{name}. {option}" for name, option in zip("ABCD", options, strict=True)]
+def _whereabouts(visit):
+    """Objects that one image alone shows, near a multiple of STEP: [(index, image from 0, degrees, the exact ones)]."""
+    eye = visit.poses[0][:3, 3]
+    headings = np.array([angles_of(pose)[0] for pose in visit.poses])
+    places = []
+    for i, thing in enumerate(visit.room.things):
+        images = [k for k, view in enumerate(visit.facts) if i in view["angle"]]
+        bearing = np.degrees(np.arctan2(thing.x - eye[0], thing.z - eye[2]))
+        for k in images if len(images) == 1 else []:
+            exact = (bearing - headings[k] + 180) % 360 - 180
+            angle = visit.facts[k]["angle"][i]
+            if abs(exact - angle) <= 5 and abs(angle) <= FURTHEST:
+                places.append((i, k, angle, exact))
+    return places
 
 
-# ---- what a question's text gives away -------------------------------------------------------------------------------
+class Candidate(NamedTuple):
+    named: int  # index of the object that is to be somewhere
+    relation: str  # of RELATIONS
+    k: int  # index of the view that the turn starts from
+    angle: int  # degrees of the turn, 0 if the view shows it as it stands
+    ask: str  # of ASKS
+    there: dict  # facts of the view that is asked about
 
 
-def _text_features(question):
-    """Features of each option: letter, words, rank, likeness; the same given the question without its numbers, or whole."""
-    template = re.sub(r"\d+(\.\d+)?", "#", question["question"])
-    texts = [option.split(". ", 1)[1] for option in question["options"]]
-    ends = [(text.split()[0], text.split()[-1]) for text in texts]
-    features = []
-    for letter, text, words in zip("ABCDEF", texts, ends, strict=False):
-        alike = [sum(word in other for other in ends) for word in words]
-        alone = [letter, text, *words, f"alike {alike}", f"rank {sorted(texts).index(text)}"]
-        features.append(list(alone))
-        for condition in (template, question["question"]):
-            features[-1] += [f"{condition} | {feature}" for feature in alone]
-    return features
+def _candidates(visit, meters):
+    """All questions about one room that turn, and walk `meters` forward, with a clear answer."""
+    candidates = []
+    for named, image, angle, exact in _whereabouts(visit):
+        for relation, further in RELATIONS.items():
+            k = (image + further) % 4
+            cameras = []
+            for turn in (angle, angle - SLACK, angle + SLACK, exact):
+                cameras.append(compose(visit.poses[k], (0, 0, 0, turn, 0)))
+                if meters:
+                    cameras[-1] = move_camera(cameras[-1], Motion("dy", meters))
+            ids = render(visit.room, np.stack(cameras), SIZE, supersample=1)["ids"]
+            there, *around = [facts(view, len(visit.room.things)) for view in ids]
+            for ask in ("largest", "leftmost", "rightmost"):
+                answer = there[ask]
+                clear = _usable(there, ask) and answer != named
+                clear = clear and all(view[ask] == answer for view in around)
+                same = (angle or meters) and visit.facts[k][ask] in (None, answer)
+                if clear and not same:
+                    candidates.append(Candidate(named, relation, k, angle, ask, there))
+    return candidates
 
 
-def text_only_chance(train: list[dict], test: list[dict], epochs: int = 12) -> float:
-    """The best accuracy that the text alone allows, of several blind rules fitted on the training questions.
-
-    The rules: the commonest letter; the commonest letter given the question; the option that was the answer most often
-    when offered, given the question or its template; a linear model. Near 1 / options if nothing gives itself away.
-    """
-    train_rows = [_text_features(question) for question in train]
-    test_rows = [_text_features(question) for question in test]
-    train_gold = ["ABCDEF".index(question["answer"]) for question in train]
-    test_gold = ["ABCDEF".index(question["answer"]) for question in test]
-
-    offered = Counter()
-    right = Counter()
-    for options, gold in zip(train_rows, train_gold, strict=True):
-        for option in options:
-            offered.update(option)
-        right.update(options[gold])
-
-    # how often an option with a feature was the answer; 1/4 for one that was never offered
-    share = {feature: (right[feature] + 1) / (offered[feature] + 4) for feature in offered}
-    guesses = []
-    width = len(train_rows[0][0]) // 3
-    for position in (0, 1):  # the letter, the whole text
-        for i in (position, position + width, position + 2 * width):  # alone, given the template,
-            guesses.append(
-                [np.argmax([share.get(row[i], 1 / 4) for row in rows]) for rows in test_rows]
-            )
-    guesses.append(_linear_guesses(train_rows, train_gold, test_rows, list(offered), epochs))
-    return max(float(np.mean(np.array(guess) == test_gold)) for guess in guesses)
+def turning(rng: np.random.Generator, visit: Visit, meters: float = 0.0) -> list[dict]:
+    """Up to two questions that need a view, and up to two that a given view answers (never after a walk of `meters`)."""
+    candidates = _candidates(visit, meters)
+    drafts = []
+    for needs_view in (True, False):
+        pool = [one for one in candidates if bool(one.angle or meters) == needs_view]
+        for i in rng.permutation(len(pool))[:2]:
+            drafts.append(_turned_question(rng, visit, pool[i], meters))
+    return drafts
 
 
-def _linear_guesses(train_rows, train_gold, test_rows, known, epochs):
-    """Conditional logit over `known` features by stochastic gradient descent -> the option it takes, per test question."""
-    index = {feature: i for i, feature in enumerate(known)}
-    weights = np.zeros(len(index) + 1)  # the last one is every unknown feature: never learned
+def _turned_question(rng, visit, one, meters):
+    """The draft of a candidate."""
+    ideal = [call_of(one.k + 1, Motion("dangle", float(one.angle)))] if one.angle else []
+    walk = ""
+    if meters:
+        reference = len(visit.poses) + 1 if ideal else one.k + 1
+        ideal.append(call_of(reference, Motion("dy", meters)))
+        walk = f" and walk {meters:g} meters forward"
+    colours = [thing.colour for thing in visit.room.things]
+    draft = {
+        "question": f"Turn until the {colours[one.named]} object is {one.relation}{walk}. Then {ASKS[one.ask]}",
+        "needs_view": bool(ideal),
+        "ask": one.ask,
+        "shown_by": None if ideal else one.k + 1,
+        "ideal": ideal,
+        "answer": colours[one.there[one.ask]],
+        "others": _distractors(rng, visit.room, one.there, one.ask, one.named),
+    }
+    return _with_options(rng, int(rng.integers(4)), draft)
 
-    def coded(options):
-        return np.array([[index.get(feature, -1) for feature in option] for option in options])
 
-    train_codes = [coded(options) for options in train_rows]  # (options, features) each
-    for epoch in range(epochs):
-        for q in numpy_stream("text guess", epoch).permutation(len(train_codes)):
-            codes = train_codes[q]
-            scores = weights[codes].sum(1)
-            odds = np.exp(scores - scores.max())
-            slope = (np.arange(len(codes)) == train_gold[q]) - odds / odds.sum()
-            np.add.at(weights, codes, 0.05 / (1 + epoch) * slope[:, None])
-            weights[-1] = 0
-    return [int(weights[coded(options)].sum(1).argmax()) for options in test_rows]
+FAMILIES = {"commanded": commanded, "turning": turning, "walking": partial(turning, meters=1.0)}

@@ -25,7 +25,7 @@ from lib.protocol import parse_object
 from lib.streams import base_model, commit_of_code
 
 SPLITS = ("train", "val", "test")
-PICTURES = ("context", "context_depth", "images", "target", "warp", "view")  # keys that hold paths
+PICTURES = ("context", "context_depth", "images", "target", "warp", "views")  # keys that hold paths
 
 
 # ---- whole files -----------------------------------------------------------------------------------------------------------
@@ -246,10 +246,11 @@ class Question(TypedDict):
     # what only a room can know: for the cold start and for diagnosis
     ask: NotRequired[str | None]  # which fact is asked for, a key of questions.ASKS
     shown_by: NotRequired[int | None]  # number of the given view that answers
-    motion: NotRequired[dict | None]  # the motion in the question's words, as a call
-    command: NotRequired[dict]  # the call that shows what is asked
-    view: NotRequired[str]  # the true view it leads to
-    shows: NotRequired[list[dict]]  # the facts of every image, and last of that view
+    ideal: NotRequired[
+        list[dict]
+    ]  # the calls that lead to the view asked about; 5: the first's view
+    views: NotRequired[list[str]]  # the true view of each ideal call
+    shows: NotRequired[list[dict]]  # facts (lib/questions) of every image, then of these views
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """Triples and questions: pytest tests/test_data.py"""
 
 import json
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 
 import data
 from lib import questions
+from lib.dialogue import call_poses
 from lib.geometry import (
     Motion,
     angles_of,
@@ -18,7 +20,7 @@ from lib.geometry import (
 from lib.images import load_image
 from lib.protocol import motion_in
 from lib.records import load_jsonl
-from lib.rooms import random_room, render
+from lib.rooms import COLOURS, random_room, render
 from lib.simulators import instruction
 
 ROOMS = 24
@@ -241,35 +243,101 @@ def test_answers_are_true_and_an_unseen_view_is_needed(layout, made, tmp_path):
         poses = [np.array(p) for p in row["scene"]["poses"]]
         assert (abs(angles_of(poses[0])[1]) > 9) == (layout == "pitched")
         counts[row["category"], row["needs_view"]] += 1
-        if row["category"] == "camera-camera":
+        if row["ask"] is None:
             assert dominant_motion(*poses) == questions.WALKS[answer]
             continue
-        camera = (
-            poses[row["shown_by"] - 1]
-            if row["shown_by"]
-            else move_camera(poses[row["motion"]["reference_image"] - 1], motion_in(row["motion"]))
-        )
+        *_, camera = call_poses(row["scene"], row["ideal"])
+        if not row["ideal"]:
+            camera = poses[row["shown_by"] - 1]
         room, found = true_facts(row, camera)
         assert room.things[found[row["ask"]]].colour == answer
         if row["needs_view"]:
-            assert (
-                found[row["ask"]]
-                != true_facts(row, poses[row["motion"]["reference_image"] - 1])[1][row["ask"]]
-            )
-        if row["category"] == "rotation":  # the turn ends exactly where the given image stands
-            turned = move_camera(
-                poses[row["motion"]["reference_image"] - 1], motion_in(row["motion"])
-            )
-            np.testing.assert_allclose(turned, camera, atol=1e-5)
-    assert set(c for c, _ in counts) == {
-        "camera-object",
-        "object-object",
-        "region",
-        "camera-camera",
-        "rotation",
-    }
-    need = sum(n for (_, needs), n in counts.items() if needs)
+            start = poses[row["ideal"][0]["reference_image"] - 1]
+            assert found[row["ask"]] != true_facts(row, start)[1][row["ask"]]
+        elif row["ideal"]:  # the turn ends exactly where the given image stands
+            np.testing.assert_allclose(poses[row["shown_by"] - 1], camera, atol=1e-5)
+    assert {category for category, _ in counts} == {"commanded"}
+    need = counts["commanded", True]
     assert abs(need / len(rows) - 0.5) < 0.05
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Questions whose view must be found, of 60 rooms: (folder, rows)."""
+    out = tmp_path_factory.mktemp("found")
+    families = ("turning", "walking")
+    data.make_questions(out, rooms=60, held_out=(1, 1), threads=2, families=families)
+    return out, load_jsonl(out / "questions_train.jsonl")
+
+
+def test_a_view_that_must_be_found_shows_the_answer_7_5_degrees_to_either_side(found):
+    for row in found[1]:
+        answer = row["options"]["ABCD".index(row["answer"])].split(". ")[1]
+        poses = [np.array(pose) for pose in row["scene"]["poses"]]
+        start = poses[
+            (row["ideal"][0]["reference_image"] if row["needs_view"] else row["shown_by"]) - 1
+        ]
+        for slack in (-7.5, 0, 7.5):
+            camera = move_camera(start, Motion("dangle", slack)) if slack else start
+            for call in row["ideal"]:
+                camera = move_camera(camera, motion_in(call))
+            room, there = true_facts(row, camera)
+            assert room.things[there[row["ask"]]].colour == answer
+        assert row["needs_view"] == bool(row["ideal"])
+        if row["needs_view"]:
+            assert room.things[true_facts(row, start)[1][row["ask"]]].colour != answer
+
+
+def test_the_turn_brings_the_named_object_where_the_words_say(found):
+    """By the camera's heading before a walk, and by the images: one alone shows the object, as far from its middle."""
+    sides = {"straight ahead": 0, "on your right": 90, "behind you": 180, "on your left": 270}
+    for row in found[1]:
+        colour, side = re.search(
+            r"the (\w+) object is (straight ahead|behind you|on your \w+)", row["question"]
+        ).groups()
+        turns = [call for call in row["ideal"] if call["motion_type"] == "dangle"]
+        cameras = call_poses(row["scene"], turns)
+        first = row["ideal"][0]["reference_image"] if row["ideal"] else row["shown_by"]
+        camera = cameras[-1] if turns else cameras[first - 1]
+        room = random_room(row["scene"]["room"])
+        thing = next(thing for thing in room.things if thing.colour == colour)
+        bearing = np.degrees(np.arctan2(thing.x - camera[0, 3], thing.z - camera[2, 3]))
+        off = bearing - yaw_of(camera) - sides[side]
+        assert abs((off + 180) % 360 - 180) <= 5
+        angles = [view["angle"][colour] for view in row["shows"][:4] if colour in view["angle"]]
+        assert angles == [turns[0]["value"] if turns else 0]
+        assert f" {colour}" not in str(row["options"])
+
+
+def test_words_tell_neither_need_nor_way(found):
+    """Of each wording as many turn left as right; of `turning`, as many need a view as do not; `walking` takes two."""
+    ways = defaultdict(Counter)
+    for row in found[1]:
+        wording = " ".join(word for word in row["question"].split() if word not in COLOURS)
+        turns = [call["value"] for call in row["ideal"] if call["motion_type"] == "dangle"]
+        ways[row["category"], wording][np.sign(sum(turns))] += 1
+        numbers = [call["reference_image"] for call in row["ideal"]]
+        assert len(numbers) == len(row["views"]) and numbers[1:] in ([], [5])
+    assert all(count[-1] == count[1] for count in ways.values())
+    assert all(c[0] == c[-1] + c[1] for (family, _), c in ways.items() if family == "turning")
+    assert {family for family, _ in ways} == {"turning", "walking"}
+
+
+def test_no_picture_is_shown_twice_and_every_view_is_what_its_calls_lead_to(found):
+    views = [path for row in found[1] for path in row["views"]]
+    assert len(set(views)) == len(views) > 20
+    for row in found[1][::4]:
+        assert len({*row["images"], *row["views"]}) == 4 + len(row["ideal"])
+        cameras = call_poses(row["scene"], row["ideal"])
+        pictures = render(random_room(row["scene"]["room"]), cameras)["rgb"]
+        for path, rgb in zip([*row["images"], *row["views"]], pictures, strict=True):
+            assert np.abs(load_image(path).astype(int) - rgb).max() <= 1
+
+
+def test_a_family_does_not_depend_on_the_others(tmp_path):
+    alone = data.room_questions(3, tmp_path, ["turning"])
+    among = data.room_questions(3, tmp_path, ["commanded", "walking", "turning"])
+    assert alone and alone == [row for row in among if row["category"] == "turning"]
 
 
 def test_letters_are_balanced_and_options_differ(made):
@@ -291,7 +359,7 @@ def test_facts_of_a_picture_drawn_by_hand():
         "left": 0,
         "centre": -1,
         "right": 1,
-        "seen": [0, 1],
+        "angle": {0: -30, 1: 45},
     }
     ids[10:20, 20:30] = 3  # as large as thing 1, two columns left of thing 2
     assert questions.facts(ids, 3)["largest"] is None

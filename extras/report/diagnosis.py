@@ -20,7 +20,7 @@ The case of a dialogue is the first that holds.
     trusted      a useful call was made, its view is wrong, and the answer is what the wrong view shows; or the given
                  images answer the question, and the answer is what an imagined view shows instead
     deviates     a useful call was made, its view is wrong, and the answer is yet another
-    confused     no call was useful, and one makes the motion that the question names, from another image; or the given
+    confused     no call was useful, and one makes a motion of the ideal calls, from another image; or the given
                  images answer the question, and the answer is what another one of them shows. (One of three other
                  images may show it by chance: an upper bound)
     off_target   calls were made, and none was useful: the target is not in the view
@@ -38,7 +38,7 @@ from PIL import Image
 
 from lib.consistency import LENGTH, ROTATION, STRONG, delta_of, describe, pose_error, recover
 from lib.dialogue import Trajectory, call_poses
-from lib.geometry import Query, decompose, move_camera
+from lib.geometry import Query, decompose
 from lib.protocol import motion_in
 from lib.records import Question
 from lib.rooms import COLOURS, SIZE, TrueRenderer, random_room
@@ -121,8 +121,8 @@ def diagnose(question: Question, trajectory: Trajectory) -> dict | None:
 
     None for direct mode and for questions that do not tell what their views show.
     """
-    command, scene = question.get("command") or {}, question.get("scene") or {}
-    is_known = "shows" in question and "value" in command and {"room", "poses"} <= scene.keys()
+    scene = question.get("scene") or {}
+    is_known = {"shows", "ideal"} <= question.keys() and {"room", "poses"} <= scene.keys()
     is_known = is_known and question["answer"] in tuple("ABCD"[: len(question["options"])])
     if trajectory.mode == "direct" or not is_known:
         return None
@@ -155,7 +155,7 @@ def case_of_answerable(question: Question, views: list, words: str | None, right
         return "misread"
     if words in [reads(view, ask) for view in views]:
         return "trusted"
-    others = [facts[ask] for facts in question["shows"][:-1]]
+    others = [facts[ask] for facts in question["shows"][: len(question["scene"]["poses"])]]
     if question["shown_by"] is not None:
         others.pop(question["shown_by"] - 1)
     return "confused" if words in others else "misread"
@@ -163,11 +163,10 @@ def case_of_answerable(question: Question, views: list, words: str | None, right
 
 def useful_calls(question: Question, calls: list[dict], views: list) -> list[UsefulCall]:
     """The calls that lead where the question asks, or to another view that shows the right answer."""
-    command, ask = question["command"], question["ask"]
+    ask = question["ask"]
     gold = question["options"]["ABCD".index(question["answer"])][3:]
+    goal = call_poses(question["scene"], question["ideal"])[-1]
     poses = call_poses(question["scene"], calls)
-    start = poses[command["reference_image"] - 1]
-    goal = move_camera(start, motion_in(command))
     ends = poses[len(poses) - len(calls) :]
     useful = []
     for c2w, call, view, true in zip(ends, calls, views, true_views(question, calls), strict=True):
@@ -195,8 +194,8 @@ def case_of_unseen(
         return "ignored"
     if useful:
         return "trusted" if words in [one.reading for one in useful] else "deviates"
-    motion = motion_in(question["command"])
-    return "confused" if motion in map(motion_in, calls) else "off_target"
+    motions = set(map(motion_in, question["ideal"]))
+    return "off_target" if motions.isdisjoint(map(motion_in, calls)) else "confused"
 
 
 def tally(records: list[dict]) -> dict | None:

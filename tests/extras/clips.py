@@ -95,7 +95,7 @@ def seen_in(room, poses):
     """Which objects a clip shows: {index: number of the first frame that shows it}."""
     first = {}
     for k, ids in enumerate(render(room, np.stack(poses), SIZE, supersample=1)["ids"]):
-        for i in facts(ids, len(room.things))["seen"]:
+        for i in facts(ids, len(room.things))["angle"]:
             first.setdefault(i, k)
     return first
 

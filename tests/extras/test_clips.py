@@ -21,7 +21,7 @@ from lib.geometry import (
     move_camera,
     select_context,
 )
-from lib.questions import facts, text_only_chance
+from lib.questions import facts
 from lib.rooms import EYE, random_room, render
 from lib.simulators import instruction, read_phrase
 from policy import Policy
@@ -338,9 +338,9 @@ def test_the_words_alone_stay_at_chance(made, tmp_path, monkeypatch):
             ]
         )
     train, test = parts
-    blind = text_only_chance(train, test)
+    blind = evaluate.text_only_chance(train, test)
     assert len(test) > 300 and blind < 0.25 + 3 * (0.25 * 0.75 / len(test)) ** 0.5, blind
     leaking = [
         [{**q, "question": f"{q['question']} {q['answer']}"} for q in part] for part in parts
     ]
-    assert text_only_chance(*leaking) > 0.9  # the rules would find a leak
+    assert evaluate.text_only_chance(*leaking) > 0.9  # the rules would find a leak

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from data import room_questions
 from extras.report.diagnosis import CASES, diagnose, reads, tally, true_views
 from lib.dialogue import Trajectory
 from lib.geometry import Motion, move_camera
 from lib.images import load_image
 from lib.protocol import call_of, call_text, motion_in
-from lib.questions import room_questions
 from lib.rooms import COLOURS, TrueRenderer, random_room, render
 from policy import Policy
 
@@ -26,7 +26,7 @@ def questions(tmp_path_factory):
         {
             **row,
             "images": [load_image(root / path) for path in row["images"]],
-            "view": load_image(root / row["view"]),
+            "views": [load_image(root / path) for path in row["views"]],
         }
         for row in rows
     ]
@@ -64,8 +64,8 @@ def false_view(question, colour):
     """The true view with its largest thing painted in another colour."""
     room = random_room(question["scene"]["room"])
     target = move_camera(
-        np.array(question["scene"]["poses"][question["command"]["reference_image"] - 1]),
-        motion_in(question["command"]),
+        np.array(question["scene"]["poses"][question["ideal"][0]["reference_image"] - 1]),
+        motion_in(question["ideal"][0]),
     )
     things = tuple(
         replace(t, colour=colour)
@@ -80,7 +80,7 @@ def false_view(question, colour):
 
 def test_a_true_view_reads_like_the_answer(questions):
     told = [
-        reads(q["view"] if q["needs_view"] else q["images"][q["shown_by"] - 1], q["ask"])
+        reads(q["views"][-1] if q["needs_view"] else q["images"][q["shown_by"] - 1], q["ask"])
         == words(q)
         for q in questions
         if q["ask"]
@@ -91,22 +91,22 @@ def test_a_true_view_reads_like_the_answer(questions):
 
 def test_the_call_resolved_it_or_its_view_was_ignored(questions):
     q = unseen(questions)
-    assert diagnose(q, held(q, q["answer"], q["command"])) == {
+    assert diagnose(q, held(q, q["answer"], q["ideal"][0])) == {
         "case": "resolved",
         "use": "needed, called",
         "deviation": None,
     }
-    assert diagnose(q, held(q, wrong(q), q["command"]))["case"] == "ignored"
+    assert diagnose(q, held(q, wrong(q), q["ideal"][0]))["case"] == "ignored"
     assert (
-        diagnose(q, held(q, words(q), q["command"]))["case"] == "resolved"
+        diagnose(q, held(q, words(q), q["ideal"][0]))["case"] == "resolved"
     )  # the option's words will do
 
 
 def test_with_the_true_renderer_the_asked_call_is_never_blamed(questions):
     """Where the colours misread a true view (1 in 50), the imagined one is read no better: no view deviates."""
     for q in (q for q in questions if q["needs_view"]):
-        assert diagnose(q, held(q, q["answer"], q["command"]))["case"] == "resolved", q["id"]
-        assert diagnose(q, held(q, wrong(q), q["command"]))["case"] == "ignored", q["id"]
+        assert diagnose(q, held(q, q["answer"], q["ideal"][0]))["case"] == "resolved", q["id"]
+        assert diagnose(q, held(q, wrong(q), q["ideal"][0]))["case"] == "ignored", q["id"]
 
 
 def test_a_valid_call_that_leaves_the_target_out_of_view(questions):
@@ -122,7 +122,7 @@ def test_a_valid_call_that_leaves_the_target_out_of_view(questions):
     }
     assert diagnose(q, held(q, q["answer"], away))["case"] == "guessed"
     assert (
-        diagnose(q, held(q, q["answer"], away, q["command"]))["case"] == "resolved"
+        diagnose(q, held(q, q["answer"], away, q["ideal"][0]))["case"] == "resolved"
     )  # a second call may repair it
 
 
@@ -131,14 +131,14 @@ def test_a_view_of_wrong_content_is_trusted_or_not(questions):
     letter = wrong(q)
     false = false_view(q, words(q, letter))
     assert reads(false, q["ask"]) == words(q, letter)
-    assert diagnose(q, held(q, letter, q["command"], views=[false])) == {
+    assert diagnose(q, held(q, letter, q["ideal"][0], views=[false])) == {
         "case": "trusted",
         "use": "needed, called",
         "deviation": "content",
     }
     other = wrong(q, avoid=[words(q, letter)])
-    assert diagnose(q, held(q, other, q["command"], views=[false]))["case"] == "deviates"
-    assert diagnose(q, held(q, q["answer"], q["command"], views=[false]))["case"] == "guessed"
+    assert diagnose(q, held(q, other, q["ideal"][0], views=[false]))["case"] == "deviates"
+    assert diagnose(q, held(q, q["answer"], q["ideal"][0], views=[false]))["case"] == "guessed"
 
 
 def test_a_view_from_the_wrong_pose(questions):
@@ -146,14 +146,14 @@ def test_a_view_from_the_wrong_pose(questions):
     q = unseen(
         questions,
         lambda q: (
-            q["command"]["motion_type"] == "dangle"
-            and reads(q["images"][q["command"]["reference_image"] - 1], q["ask"])
+            q["ideal"][0]["motion_type"] == "dangle"
+            and reads(q["images"][q["ideal"][0]["reference_image"] - 1], q["ask"])
             in (words(q, letter) for letter in "ABCD")
         ),
     )
-    still = q["images"][q["command"]["reference_image"] - 1]
+    still = q["images"][q["ideal"][0]["reference_image"] - 1]
     letter = next(letter for letter in "ABCD" if words(q, letter) == reads(still, q["ask"]))
-    assert diagnose(q, held(q, letter, q["command"], views=[still])) == {
+    assert diagnose(q, held(q, letter, q["ideal"][0], views=[still])) == {
         "case": "trusted",
         "use": "needed, called",
         "deviation": "pose",
@@ -162,7 +162,7 @@ def test_a_view_from_the_wrong_pose(questions):
 
 def test_the_motion_of_the_question_from_another_image(questions):
     def elsewhere(q):
-        return q["command"] | {"reference_image": q["command"]["reference_image"] % 4 + 1}
+        return q["ideal"][0] | {"reference_image": q["ideal"][0]["reference_image"] % 4 + 1}
 
     def told(q):
         return reads(true_views(q, [elsewhere(q)])[0], q["ask"])
@@ -190,7 +190,11 @@ def test_over_use_and_under_use(questions):
 
 def test_questions_that_the_given_images_answer(questions):
     def others(q):
-        return [told[q["ask"]] for k, told in enumerate(q["shows"][:-1], 1) if k != q["shown_by"]]
+        return [
+            told[q["ask"]]
+            for k, told in enumerate(q["shows"][: len(q["images"])], 1)
+            if k != q["shown_by"]
+        ]
 
     q, letter = next(
         (q, x)
@@ -232,7 +236,7 @@ def test_the_tally_counts_every_dialogue_once(questions):
     q = unseen(questions)
     records = [
         {"diagnosis": diagnose(q, t)}
-        for t in (held(q, q["answer"], q["command"]), held(q, wrong(q)))
+        for t in (held(q, q["answer"], q["ideal"][0]), held(q, wrong(q)))
     ]
     counts = tally([*records, {"diagnosis": None}])
     assert counts["n"] == 2 == sum(counts["cases"].values()) and set(counts["cases"]) == set(CASES)

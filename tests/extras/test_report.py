@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import room_questions
 from evaluate import Condition, Rooms, prediction_of
 from extras.report import report
 from extras.report.pages import dialogue_rows
 from lib.answers import save_views
 from lib.dialogue import Trajectory
+from lib.geometry import Motion
 from lib.images import save_image
-from lib.protocol import call_text, motion_in
-from lib.questions import room_questions
+from lib.protocol import call_of, call_text, motion_in
 from lib.scores import summarise
 from lib.simulators import phrase
 from policy import Policy
@@ -54,8 +55,8 @@ def page(tmp_path_factory):
             np.full((32, 32, 3), (k, 90, 90), np.uint8),
             "BCDA"["ABCD".index(row["answer"])],
         )
-        impossible = row["command"] | {"reference_image": 9}
-        calls = [impossible, row["command"]] * (k % 2)
+        call = call_of(1, Motion("dangle", -45.0))
+        calls = [call | {"reference_image": 9}, call] * (k % 2)
         asked = held(arrays, "agentic", wrong if k % 3 else row["answer"], calls, [view] * 2)
         for (mode, name), t in zip(
             records, (held(arrays, "direct", row["answer"], [], []), asked), strict=True
