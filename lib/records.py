@@ -246,9 +246,8 @@ class Question(TypedDict):
     # what only a room can know: for the cold start and for diagnosis
     ask: NotRequired[str | None]  # which fact is asked for, a key of questions.ASKS
     shown_by: NotRequired[int | None]  # number of the given view that answers
-    ideal: NotRequired[
-        list[dict]
-    ]  # the calls that lead to the view asked about; 5: the first's view
+    # the calls that lead to the view asked about; the second may start from the view of the first, Image-5
+    ideal: NotRequired[list[dict]]
     views: NotRequired[list[str]]  # the true view of each ideal call
     shows: NotRequired[list[dict]]  # facts (lib/questions) of every image, then of these views
 
