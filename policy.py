@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import re
+from collections.abc import Iterable
 from functools import lru_cache, partial
 from inspect import signature
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -28,17 +30,17 @@ from transformers import AutoImageProcessor, Qwen3VLConfig, Qwen3VLForConditiona
 from transformers.utils import logging
 
 from lib.bagel_files import (
-    check_finite,
     complain,
     find_folder,
     from_library,
+    load_network,
     load_tokenizer,
     misfits,
     read_json,
 )
-from lib.checkpoints import contents
+from lib.checkpoints import contents, write_gathered
 from lib.dialogue import Trajectory
-from lib.distributed import default_device, fail
+from lib.distributed import default_device, fail, is_main
 from lib.images import check_shape, load_image
 from lib.protocol import NO_SIMULATOR, NOTE, PHRASES, SEAM
 from lib.records import write_json
@@ -53,6 +55,7 @@ logging.set_verbosity_error()  # what does not fit is said in our own sentences
 
 TOWER_TOKENS = 16_384  # of the vision tower at a time: 64 images of 512 x 512
 HEAD_TOKENS = 512  # of the language head at a time: 0.3 GB of logits with the published vocabulary
+WEIGHTS = "model.safetensors"
 VIDEOS = "video_preprocessor_config.json"
 # what servers read and we do not: kept as it came
 SERVED = (VIDEOS, "processor_config.json", "chat_template.json")
@@ -124,24 +127,34 @@ class Policy:
         return cls(model, tokenizer, images)
 
     @classmethod
-    def load(cls, path: str | Path, device="cpu", dtype: torch.dtype | None = None) -> "Policy":
+    def load(
+        cls, path: str | Path, device="cpu", dtype: torch.dtype | None = None, prepare=None
+    ) -> "Policy":
         """Read a checkpoint: a folder that `save` wrote, or any Qwen3-VL by folder or hub id.
 
-        dtype   None: to answer questions, that is bf16 on a GPU, else the checkpoint's own
+        dtype     None: to answer questions, that is bf16 on a GPU, else the checkpoint's own
+        prepare   called with the model while it is still on the meta device (freezing, adapters, sharding): each rank
+                  then reads its own rows only
         The hub id of the paper's base is Qwen/Qwen3-VL-8B-Instruct. Ends the program with a sentence if there is no
         checkpoint, or one that does not fit: nothing is drawn at random, and no setting is ignored.
         """
-        dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else "auto")
         try:
             folder = find_folder(path, "A tiny one is made by: python train_sft.py")
             config = read_config(folder)
             images = read_image_config(folder, config)
             tokenizer = read_tokenizer(folder, config)
-            check_weights(folder, config)
-            read = partial(Qwen3VLForConditionalGeneration.from_pretrained, use_safetensors=True)
-            model = from_library(partial(read, dtype=dtype), folder, "weights").to(device)
-            check_finite(folder, model.state_dict().items())
-            policy = cls(model.eval(), tokenizer, images)
+            with torch.device("meta"):
+                model = from_library(
+                    lambda _: Qwen3VLForConditionalGeneration(config), folder, "config"
+                )
+            files = weights_files(folder)
+            stored_type = check_weights(folder, files, model)
+            on_gpu = torch.device(device).type == "cuda"
+            model.to(dtype or (torch.bfloat16 if on_gpu else stored_type)).eval()
+            if prepare:
+                prepare(model)
+            fill(model, files, device)
+            policy = cls(model, tokenizer, images)
             for name in SERVED:
                 if (folder / name).exists():
                     policy.served[name] = read_json(folder / name)
@@ -149,13 +162,24 @@ class Policy:
         except (OSError, ValueError) as error:
             fail(f"No policy could be read from {path}: {error}")
 
-    def save(self, folder: str | Path, state_dict: dict | None = None) -> None:
+    def save(self, folder: str | Path, tensors: Iterable | None = None) -> None:
         """Write weights, tokenizer and image preparation in the public layout, and what servers want beside them.
 
-        state_dict   the whole weights, gathered, if the model itself is sharded
+        tensors   (name, tensor) pairs that stand in for the model's own, such as extras.lora.merged's; maybe sharded
+        Called on every rank; rank 0 writes, one tensor after another. Tied weights have one name.
         """
-        folder = Path(folder)
-        self.model.save_pretrained(folder, state_dict=state_dict)
+        folder, layout = Path(folder), {}
+        for name, p in self.model.named_parameters():
+            if not name.endswith(("lora_a", "lora_b")):
+                layout[name] = torch.empty(p.shape, dtype=p.dtype, device="meta")
+        pairs = self.model.state_dict().items() if tensors is None else tensors
+        pairs = ((name, tensor) for name, tensor in pairs if name in layout)
+        write_gathered(folder / WEIGHTS, pairs, layout)
+        if not is_main():
+            return
+        self.model.config.architectures = [type(self.model).__name__]
+        self.model.config.save_pretrained(folder)
+        self.model.generation_config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         images = self.image_config | {"processor_class": "Qwen3VLProcessor"}
         write_json(folder / "preprocessor_config.json", images)
@@ -232,11 +256,14 @@ class Policy:
         features = {}
         for keys in chunks:
             patches, grids = self.pixels([distinct[key] for key in keys])
-            out = self.vision(patches.to(self.vision.dtype), grid_thw=grids)
+            # on the CPU: every layer of the tower asks for them, and would wait for a GPU
+            lengths = grids.prod(1).cpu()
+            options = {"grid_thw": grids, "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0))}
+            out = self.vision(patches.to(self.vision.dtype), **options)
             levels = torch.stack([out.pooler_output, *out.deepstack_features])
             if self.device.type == "cuda":
                 levels = levels.bfloat16()
-            sizes = grids.prod(1) // self.image_config["merge_size"] ** 2  # tokens of each image
+            sizes = lengths // self.image_config["merge_size"] ** 2  # tokens of each image
             features.update(zip(keys, levels.split(sizes.tolist(), 1), strict=True))
         return [features[number, id(image)] for number, image in numbered]
 
@@ -322,24 +349,38 @@ def read_tokenizer(folder: Path, config: Qwen3VLConfig):
     return tokenizer
 
 
-def check_weights(folder: Path, config: Qwen3VLConfig) -> None:
-    """Raise ValueError unless the files hold every tensor of the model, in its shape, and nothing else."""
-    files = [folder / "model.safetensors"]
+def weights_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the files that its index names."""
     index = folder / "model.safetensors.index.json"
-    if index.exists() and not files[0].exists():
-        shards = dict(read_json(index).get("weight_map") or {}).values()
-        files = [folder / str(shard) for shard in sorted(set(shards))]
+    if not index.exists() or (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    shards = dict(read_json(index).get("weight_map") or {}).values()
+    return [folder / str(shard) for shard in sorted(set(shards))]
+
+
+def check_weights(folder: Path, files: list[Path], model) -> torch.dtype:
+    """The type of the weights. Raises ValueError unless the files hold every tensor, in its shape, and nothing else."""
     tensors = {}
     for file in files:
         tensors |= contents(file)
     tensors = {name: x for name, x in tensors.items() if not name.endswith(COMPUTED)}
-    with torch.device("meta"):
-        model = from_library(lambda _: Qwen3VLForConditionalGeneration(config), folder, "config")
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings and "lm_head.weight" not in tensors:
+    if model.config.tie_word_embeddings and "lm_head.weight" not in tensors:
         del expected["lm_head.weight"]  # the embedding is the head
     remedy = "Fetch it again, or save the whole model anew under transformers' own names."
     complain(f"{folder} does not fit its config.json", misfits(expected, tensors), remedy)
+    return tensors["model.language_model.norm.weight"].dtype
+
+
+def fill(model: Qwen3VLForConditionalGeneration, files: list[Path], device) -> None:
+    """Put a model on the meta device, maybe sharded, on its device: weights from files, rotary frequencies computed."""
+    for file in files:
+        load_network(model, file, device, part=True)
+    if model.config.tie_word_embeddings:
+        model.tie_weights()
+    tower, text = model.model.visual, model.model.language_model
+    tower.rotary_pos_emb = type(tower.rotary_pos_emb)(model.config.vision_config).to(device)
+    text.rotary_emb = type(text.rotary_emb)(model.config.text_config).to(device)
 
 
 # ---- sampling dialogues ---------------------------------------------------------------------------------------------

@@ -34,12 +34,14 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen3VLForConditionalGeneration
 
 import rewards
 from lib import checkpoints, simulators
@@ -56,10 +58,11 @@ from lib.distributed import (
     say,
     setup,
     shard,
+    sum_gradients,
     unsharded,
 )
 from lib.images import figure_image, save_image, with_pictures
-from lib.records import MetricLog, Question, disk, load_jsonl, read_log
+from lib.records import MetricLog, Question, disk, load_jsonl, read_log, whole_folder
 from lib.rollout import cell_count
 from lib.stage import (
     Flag,
@@ -131,9 +134,19 @@ FLAGS = [
     Flag("--kl-weight", 0.0, 0.0, "weight of the KL to the start policy (a second model)", 0),
     Flag("--eval-every", None, 10, "steps; 0: never; default: phase 1 4, phase 2 12", 0),
     Flag("--eval-questions", 200, 256, "held-out questions, the same for every --seed", 1),
+    Flag("--lora", 0, 0, "train adapters of this rank (alpha twice that) beside --policy", 0),
+    # views inside RL: cheaper than the simulator's config.json has them (docs/speed.md: their price)
+    Flag("--view-steps", None, None, "network evaluations of an imagined view", 1, kind=int),
+    Flag("--view-image-scale", None, None, "its guidance by images; 1: none", 1, kind=float),
+    Flag("--view-taylor", False, False, "compute one of its steps in three (step caching)"),
     # memory, speed and safety only: these never change the numbers
     Flag(
-        "--rows", 64, 8, "dialogues written together, per rank; 8 of astra: 4.8 GB", 1, neutral=True
+        "--rows",
+        64,
+        16,
+        "dialogues written together, per rank; 16 of astra: 9.7 GB at 4,096 tokens",
+        1,
+        neutral=True,
     ),
     Flag(
         "--micro-batch-cells",
@@ -207,11 +220,10 @@ def main(argv: list[str] | None = None) -> None:
     train, held_out = open_questions(args, world)
     simulator = None
     if args.mode == "agentic":
-        simulator = simulators.load_simulator(args.simulator, world.device, args.wm)
-    policy = prepare(Policy.load(args.policy, world.device, torch.float32), args, world)
-    start_policy = None
-    if args.kl_weight:
-        start_policy = prepare(Policy.load(args.policy, world.device, torch.float32), args, world)
+        options = view_options(args)
+        simulator = simulators.load_simulator(args.simulator, world.device, args.wm, **options)
+    policy = load_policy(args, world)
+    start_policy = load_policy(args, world) if args.kl_weight else None
 
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=BETAS, weight_decay=0.0, fused=True)
@@ -288,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.eval_every:
         table = evaluate(policy, held_out, simulator, args, world, out / "dialogues" / "end")
         log.write(args.steps, eval=table)
-    checkpoints.save_gathered(policy.save, out, policy.model.named_parameters())
+    save_policy(policy, out, args)
     if is_main():
         draw_curves(out)
     finish(out, args.steps, clock)
@@ -590,6 +602,7 @@ def update(
             if first_step:
                 difference = (logprobs.detach() - batch.logprobs).abs() * loss_mask
                 mismatch = torch.maximum(mismatch, difference.max())
+        sum_gradients(policy.model.parameters())  # of adapters, if any
         grad_norms.append(clip_gradients(policy.model.parameters(), MAX_GRAD_NORM))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -649,17 +662,54 @@ def load_questions(folders: list[str], split: str, simulator: str) -> list[dict]
     return questions
 
 
-def prepare(policy: Policy, args: Namespace, world: World) -> Policy:
-    """Shard a policy of fp32 weights; its vision tower is frozen (paper), and in bf16 on a GPU."""
-    policy.vision.requires_grad_(False)
+def view_options(args: Namespace) -> dict:
+    """The flags about imagined views that were given, as fields of lib.bagel.Settings."""
+    options = {"steps": args.view_steps, "image_scale": args.view_image_scale}
+    options["taylor"] = args.view_taylor or None
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def load_policy(args: Namespace, world: World) -> Policy:
+    """--policy, ready to train on this rank: fp32 weights, those that only adapters change in bf16 on a GPU."""
+    frozen_in_bf16 = args.lora and world.device.type == "cuda"
+    dtype = torch.bfloat16 if frozen_in_bf16 else torch.float32
+    return Policy.load(args.policy, world.device, dtype, partial(prepare, args=args, world=world))
+
+
+def prepare(model: Qwen3VLForConditionalGeneration, args: Namespace, world: World) -> None:
+    """Freeze the vision tower (paper), in bf16 on a GPU, and shard the rest; the model may still be on the meta device."""
+    tower = model.model.visual
+    tower.requires_grad_(False)
+    adapters = []
+    if args.lora:
+        from extras.lora import QWEN_LAYERS, add_lora
+
+        adapters = add_lora(
+            model,
+            rank=args.lora,
+            alpha=2 * args.lora,
+            names=QWEN_LAYERS,
+            seed=args.seed,
+            device=world.device,
+        )
     if world.device.type == "cuda":
-        policy.vision.to(torch.bfloat16)
+        tower.to(torch.bfloat16)
     if args.gradient_checkpointing:
-        policy.model.gradient_checkpointing_enable()
-    layers = policy.model.model.language_model.layers
-    shard(policy.model, layers, world, ignored=policy.vision.parameters())
-    policy.model.train()  # rollouts switch to eval and back
-    return policy
+        model.gradient_checkpointing_enable()
+    layers = model.model.language_model.layers
+    shard(model, layers, world, ignored=[*tower.parameters(), *adapters])
+    model.train()  # rollouts switch to eval and back
+
+
+def save_policy(policy: Policy, out: Path, args: Namespace) -> None:
+    """Write the finished policy, adapters added to the weights they stand beside."""
+    tensors = None
+    if args.lora:
+        from extras.lora import merged
+
+        tensors = merged(policy.model)
+    with whole_folder(out) as part:
+        policy.save(part, tensors)
 
 
 # ---- what a step logs ------------------------------------------------------------------------------------------------

@@ -189,7 +189,8 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix({key: f"{value:.2f}" for key, value in metrics.items()})
             stop.save_or_leave(step + 1, args, save)
 
-    checkpoints.save_gathered(policy.save, out, model.named_parameters())
+    with whole_folder(out) as part:
+        policy.save(part)
     finish(out, args.steps, clock)
 
 

@@ -257,9 +257,12 @@ class WorldModel:
         with torch.device("meta"):
             network = Bagel(Config.read(files, *bagel_files.table_sizes(file, layout)))
         tokenizer = bagel_files.load_tokenizer(folder, network.config.vocabulary)
+        network.to(dtype)
+        if torch.device(device).type == "cuda" and not int8:
+            network.compile_blocks()
         if prepare:
             prepare(network)
-        bagel_files.load_network(network, file, "cpu" if int8 else device, dtype)
+        bagel_files.load_network(network, file, "cpu" if int8 else device)
         if int8:
             from extras.int8 import quantise_bagel
 

@@ -403,7 +403,7 @@ def train_rl(args: Namespace) -> None:
         policy = true_policy(world.device, torch.float32, args.layers)
     else:
         policy = Policy.tiny(device=world.device)
-    rl_stage.prepare(policy, flags, world)
+    rl_stage.prepare(policy.model, flags, world)
     text = policy.model.config.text_config
     args.layers = text.num_hidden_layers
     episodes = written_episodes(policy, questions=4, group=8, length=length, side=side)

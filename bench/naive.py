@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from transformers import LogitsProcessorList
 
 from lib.bagel import GEN, LATENT_PATCH, patchify, resize, to_images, unpatchify
-from lib.rollout import sample_tokens
 from lib.simulators import renumbered
+from lib.streams import sample_tokens
 
 
 @torch.inference_mode()
@@ -316,7 +316,7 @@ class Writer:
     """What lib.rollout's Writer does, in one call of transformers' `generate` per turn: it reads everything anew.
 
     All that write stand in one batch, left-padded, and share a KV cache until the turn ends; each row brings its own
-    prompt, and all its images go through the tower again. Tokens are drawn by `lib.rollout.sample_tokens` from the same
+    prompt, and all its images go through the tower again. Tokens are drawn by `lib.streams.sample_tokens` from the same
     uniform numbers, so both writers say the same.
     """
 

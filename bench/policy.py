@@ -64,7 +64,7 @@ def scripted_dialogue(policy: Policy, question: dict, seed: int) -> Trajectory:
 
 @torch.no_grad()
 def uniforms_that_say(policy: Policy, dialogues: list[Trajectory]) -> torch.Tensor:
-    """The numbers in [0, 1) from which `lib.rollout.sample_tokens` draws these dialogues:
+    """The numbers in [0, 1) from which `lib.streams.sample_tokens` draws these dialogues:
     (dialogues, turns, tokens), float64.
 
     Of each token the middle of its stretch of the cumulative distribution: a policy with random weights then says what

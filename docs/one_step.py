@@ -402,13 +402,11 @@ def updated_logprobs(policy, rollouts: list, direct: list, args) -> Recording:
 
 def record(folder: Path = RECORDING) -> None:
     """Let the trainer's own functions hold the dialogues and update the policy; save what the arithmetic needs."""
-    import torch
 
     import train_rl
     from lib.distributed import setup
     from lib.simulators import load_simulator
     from lib.stage import need
-    from policy import Policy
 
     flags = f"--phase 2 --policy {DEMO}/phase1 --wm {DEMO}/wm --data {DEMO}/data"
     args = train_rl.parse_args(flags.split())
@@ -417,8 +415,7 @@ def record(folder: Path = RECORDING) -> None:
     world = setup(1)
     questions = train_rl.load_questions(args.data, "train", args.simulator)
     simulator = load_simulator(args.simulator, world.device, args.wm)
-    policy = Policy.load(args.policy, world.device, torch.float32)
-    policy = train_rl.prepare(policy, args, world)
+    policy = train_rl.load_policy(args, world)
     rollouts, direct = choose_group(policy, simulator, questions, args)
     r = updated_logprobs(policy, rollouts, direct, args)
 

@@ -14,7 +14,8 @@ in the sequence and what it sees.
 
 Training reads whole packs (`Bagel.forward`). Inference reads the context once into a `Memory` and then lets the noisy
 target look at it in every step (`Bagel.denoise`). The layers are the same; what they attend to is an object with one
-method, attend(layer, q, k, v): `PackAttention`, `MemoryAttention` or `TargetAttention`.
+method, attend(layer, q, k, v): `PackAttention`, `MemoryAttention` or `TargetAttention`. On a GPU layers are compiled, and
+what they attend to is not: it differs from pass to pass.
 
 Shapes: B sequences, R rows (a row = one view to imagine), N = U + G tokens, K keys in a memory, H width, d head width;
 grid (h, w) latent tokens of an image, n = h w; C channels of a latent token. Positions live on the CPU, so that masks
@@ -398,10 +399,10 @@ class Layer(nn.Module):
         k = rotate(heads.project("k", normed_und, normed_gen), rope)  # (B, kv_heads, N, d)
         v = heads.project("v", normed_und, normed_gen)
         if keys_only:
-            attention.store(self.index, k, v)
+            attention.store(self, k, v)
             return und, gen
         q = rotate(heads.project("q", normed_und, normed_gen), rope)  # (B, heads, N, d)
-        y = attention.attend(self.index, q, k, v).transpose(1, 2)  # (B, N, heads, d)
+        y = attention.attend(self, q, k, v).transpose(1, 2)  # (B, N, heads, d)
         split = und.shape[1]
         und = und + heads.o_proj(y[:, :split].flatten(2))
         gen = gen + heads.o_proj_moe_gen(y[:, split:].flatten(2))
@@ -410,12 +411,18 @@ class Layer(nn.Module):
         return und, gen
 
 
+def opaque(function):
+    """Compiled layers call it as it is. Without a GPU none is compiled, and compiling takes half a second to import."""
+    return torch.compiler.disable(function) if torch.cuda.is_available() else function
+
+
 class PackAttention:
     """Of a pack: every layer sees by the same rule, and nothing is stored."""
 
     def __init__(self, tokens, like):
         self.kernel = make_attention(tokens, tokens, like)
 
+    @opaque
     def attend(self, layer, q, k, v):
         return self.kernel(q, k, v)
 
@@ -466,15 +473,17 @@ class MemoryAttention:
         queries, keys = Tokens.plain(positions), Tokens.plain(memory.positions)
         self.kernel = make_attention(queries, keys, like=memory.keys[0])
 
+    @opaque
     def store(self, layer, k, v):
         """The memory reads on."""
-        memory = self.memory
-        memory.keys[layer] = torch.cat([memory.keys[layer], k], 2)
-        memory.values[layer] = torch.cat([memory.values[layer], v], 2)
+        memory, i = self.memory, layer.index
+        memory.keys[i] = torch.cat([memory.keys[i], k], 2)
+        memory.values[i] = torch.cat([memory.values[i], v], 2)
 
+    @opaque
     def attend(self, layer, q, k, v):
         self.store(layer, k, v)
-        return self.kernel(q, self.memory.keys[layer], self.memory.values[layer])
+        return self.kernel(q, self.memory.keys[layer.index], self.memory.values[layer.index])
 
 
 class TargetAttention:
@@ -483,11 +492,12 @@ class TargetAttention:
     def __init__(self, branches: list[Branch]):
         self.branches = branches
 
+    @opaque
     def attend(self, layer, q, k, v):
         chunks = (x.chunk(len(self.branches)) for x in (q, k, v))
         outputs = []
         for branch, *qkv in zip(self.branches, *chunks, strict=True):
-            outputs.append(self.attend_behind(branch, layer, *qkv))
+            outputs.append(self.attend_behind(branch, layer.index, *qkv))
         return torch.cat(outputs)
 
     @staticmethod
@@ -541,6 +551,11 @@ class Bagel(nn.Module):
         """The modules that FSDP gathers one at a time."""
         vision = self.vit_model["vision_model"]
         return [*self.language_model["model"]["layers"], *vision.encoder["layers"]]
+
+    def compile_blocks(self):
+        """Let torch.compile fuse what stands between matrix products and attention; all blocks share a few graphs."""
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward, dynamic=True)
 
     @property
     def dtype(self):

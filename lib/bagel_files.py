@@ -259,23 +259,24 @@ def table_sizes(path: Path, layout: dict[str, Tensor]) -> tuple[int, int, int]:
     return len(layout[words]), round(len(layout[places]) ** 0.5), layout[latents].shape[1]
 
 
-def load_network(network: nn.Module, path: Path, device, dtype: torch.dtype) -> None:
+def load_network(network: nn.Module, path: Path, device, part: bool = False) -> None:
     """Fill what is on the meta device in a network from a safetensors file, tensor by tensor, straight to its place.
 
+    part   of several files: it need not hold all, and may hold more
     Of a sharded network each rank reads its own rows only; buffers are whole on every rank. On the CPU a tensor that
     has the type already is the mapped file itself: nothing is read until it is used, and what is written into it stays
     in this process. Raises ValueError naming what is missing, left over, misshapen or not finite.
     """
-    state = network.state_dict()
-    empty = {key: value for key, value in state.items() if value.is_meta}
+    state, layout = network.state_dict(), contents(path)
+    empty = {k: v for k, v in state.items() if v.is_meta and (k in layout or not part)}
     shapes = {key: value.shape for key, value in empty.items()}
-    complain(f"{path} does not fit its json files", misfits(shapes, contents(path)))
+    complain(f"{path} does not fit its json files", [] if part else misfits(shapes, layout))
     tensors = {}
     with safe_open(path, "pt") as file:
         for key, value in empty.items():
             first, rows = local_rows(value)
             # to the device first: the file's type is seldom the larger one
-            tensor = file.get_slice(key)[first : first + len(rows)].to(device).to(dtype)
+            tensor = file.get_slice(key)[first : first + len(rows)].to(device).to(value.dtype)
             if isinstance(value, DTensor):
                 mesh, size = value.device_mesh, {"shape": value.shape, "stride": value.stride()}
                 tensor = DTensor.from_local(tensor, mesh, value.placements, **size)

@@ -6,13 +6,13 @@ Tensors on disk: safetensors files written and read tensor by tensor, and what r
 
 FSDP2 shards a tensor by rows (DTensor), so the parts in the files of the ranks, one behind another, are the whole: any
 number of ranks can go on from it, each reading its own rows. The ranks see one file system. Nothing is gathered but the
-finished model (`write_gathered`, `whole`).
+finished model (`write_gathered`), and that tensor by tensor.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lib.distributed import fail, full, global_sum, is_main, wait_for_all
-from lib.records import disk, sync, whole_file, whole_folder, write_json
+from lib.records import disk, sync, whole_file, write_json
 
 # in the order in which safetensors sorts the tensors of a file: wide types first, so that all lie aligned
 TYPES = {
@@ -54,6 +54,8 @@ def contents(path: Path) -> dict[str, Tensor]:
                 dtype = TYPES[rows.get_dtype()]
                 layout[name] = torch.empty(rows.get_shape(), dtype=dtype, device="meta")
     except BROKEN as error:
+        if "allocate memory" in str(error):
+            fail(f"{path} is too large for the memory that is free here ({error}). Free some.")
         sentence = f"The checkpoint file {path} cannot be read ({error}). Fetch or train it again."
         raise ValueError(sentence) from error
     return layout
@@ -139,30 +141,6 @@ def is_saved_here(tensor):
         return is_main()
     ranks = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)
     return all(rank == 0 or placement.is_shard() for rank, placement in ranks)
-
-
-def whole(tensors: Iterable) -> dict[str, Tensor]:
-    """Gather sharded tensors: (name, tensor) pairs -> {name: whole CPU copy} on rank 0, {} on the others.
-
-    Every rank calls it with the same names in the same order. Rank 0 holds them all: `write_gathered` needs less.
-    """
-    gathered = {}
-    for name, tensor in tensors:
-        tensor = full(tensor)
-        if is_main():
-            gathered[name] = tensor.detach().to("cpu", copy=True).contiguous()
-    return gathered
-
-
-def save_gathered(save: Callable, folder: Path, tensors: Iterable) -> None:
-    """A stage's result, on every rank: (name, tensor) pairs are gathered, and rank 0 calls save(folder, {name: tensor}).
-
-    The files appear in `folder` when all are complete.
-    """
-    gathered = whole(tensors)
-    if is_main():
-        with whole_folder(folder) as part:
-            save(part, gathered)
 
 
 def write_gathered(path: Path, tensors: Iterable, layout: dict[str, Tensor]) -> None:

@@ -23,6 +23,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
 from lib.distributed import fail
+from lib.packing import compiled_once
+from lib.streams import sample_tokens
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
@@ -37,10 +39,7 @@ class RowCache:
         self.seen = 0  # how many slots that pass attends to
 
     def aim(self, slots: torch.Tensor, device) -> torch.Tensor:
-        """Where the next pass writes, (n, m) -> what it may look at, (n, 1, m, seen) bool on `device`.
-
-        slots   on the CPU, which then need not wait for a GPU to know their largest
-        """
+        """Where the next pass writes, (n, m) on the CPU -> what it may look at, (n, 1, m, seen) bool on `device`."""
         self.slots, self.seen = slots.to(device), int(slots.max()) + 1
         return torch.arange(self.seen, device=device) <= self.slots[:, None, :, None]
 
@@ -105,9 +104,7 @@ class Writer:
             tokens, logprobs = sample_tokens(logits, uniforms[writing, k], temperature)
             tokens, logprobs = tokens.tolist(), logprobs.tolist()
             if any(map(math.isnan, logprobs)):
-                fail(
-                    "The policy's logits are not numbers: its weights are broken. Take an earlier checkpoint."
-                )
+                fail("The policy's logits are no numbers. Take an earlier checkpoint.")
             for row in reversed(range(len(writing))):
                 d = writing[row]
                 turns[d][0].append(tokens[row])
@@ -147,8 +144,7 @@ class Writer:
     def step(self, tokens, slots, positions) -> torch.Tensor:
         """Feed one token to each of the first n rows: (n,) each -> logits (n, vocabulary) of what follows it.
 
-        The decoder of transformers by hand, with its own modules: the general code spends three times as many
-        operations, on images, masks and shapes that one written token never has.
+        The decoder of transformers by hand, with its own modules: the general code takes three times the operations.
         """
         text, device, n = self.policy.model.model.language_model, self.policy.device, len(tokens)
         tokens, positions = tokens.to(device), positions.to(device)
@@ -156,19 +152,17 @@ class Writer:
         mask = self.cache.aim(slots[:, None], device)  # (n, 1, 1, seen)
         mask = mask.to(x.dtype).log()  # 0 or -inf, as SDPA would make it per layer
         cos, sin = text.rotary_emb(x, positions.expand(3, 1, -1))  # time = row = column
+        before, after = before_attention, after_attention
+        # one token is so little work that starting kernels takes longer
+        if x.is_cuda:
+            before, after = compiled_once(before), compiled_once(after)
         for number, layer in enumerate(text.layers):
-            attention, y = layer.self_attn, layer.input_layernorm(x)
-            heads = (n, -1, attention.head_dim)
-            q = attention.q_norm(attention.q_proj(y).view(heads))  # (n, heads, head dim)
-            k = attention.k_norm(attention.k_proj(y).view(heads))  # (n, kv heads, head dim)
-            v = attention.v_proj(y).view(heads)
-            q, k = apply_rotary_pos_emb(q, k, cos[0], sin[0])
+            q, k, v = before(layer, x, cos[0], sin[0])
             keys, values = self.cache.update(k[:, :, None], v[:, :, None], number)
             # query heads that share a key head stand as that many queries of it: no key is copied
-            q = q.view(n, keys.shape[1], -1, attention.head_dim)
+            q = q.view(n, keys.shape[1], -1, q.shape[-1])
             y = F.scaled_dot_product_attention(q, keys, values, mask)
-            x = x + attention.o_proj(y.reshape(n, -1))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = after(layer, x, y.reshape(n, -1))
         return self.policy.logits(text.norm(x))
 
     def bring_forward(self, members: list[int]) -> None:
@@ -186,21 +180,19 @@ class Writer:
             self.order[i], self.order[j] = self.order[j], self.order[i]
 
 
-def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float):
-    """Draw a token per row by inverting the cumulative distribution at a uniform number.
+def before_attention(layer, x, cos, sin):
+    """x (n, width) -> a layer's queries (n, heads, head dim), keys and values (n, kv heads, head dim)."""
+    attention, y = layer.self_attn, layer.input_layernorm(x)
+    heads = (len(x), -1, attention.head_dim)
+    q = attention.q_norm(attention.q_proj(y).view(heads))
+    k = attention.k_norm(attention.k_proj(y).view(heads))
+    return *apply_rotary_pos_emb(q, k, cos, sin), attention.v_proj(y).view(heads)
 
-    logits (n, V) float32, uniforms (n,) in [0, 1); temperature 0 takes the most likely token
-    returns tokens (n,) and their log-probabilities (n,) (of the distribution drawn from; temperature 1 if greedy)
-    """
-    logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)
-    if temperature == 0:
-        tokens = logprobs.argmax(-1)
-    else:
-        cumulative = logprobs.exp().double().cumsum(-1)
-        goal = uniforms.to(cumulative.device) * cumulative[:, -1]
-        tokens = torch.searchsorted(cumulative, goal[:, None], right=True)[:, 0]  # none of mass 0
-        tokens = tokens.clamp(max=logits.shape[1] - 1)  # of logits that are not numbers
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+def after_attention(layer, x, y):
+    """The rest of the layer: x (n, width), y (n, heads * head dim) of the attention -> (n, width)."""
+    x = x + layer.self_attn.o_proj(y)
+    return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 # ---- learning: dialogues that share their prompt ---------------------------------------------------------------------
@@ -223,11 +215,11 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, trajectories: list, share: bool) -> "Layout":
         """The rows of a batch. share: dialogues with the same prompt make one row, neighbours or not."""
-        rows = {}
+        by_prompt = {}
         for number, trajectory in enumerate(trajectories):
             key = trajectory.prompt_key if share else number
-            rows.setdefault(key, []).append(number)
-        rows = list(rows.values())
+            by_prompt.setdefault(key, []).append(number)
+        rows = list(by_prompt.values())
         lengths = [len(trajectory.ids) - 1 for trajectory in trajectories]
         if len(rows) == len(trajectories):  # each alone: ordinary rows, all prompt
             return cls(rows, lengths, max(lengths), 1, 0)
@@ -269,7 +261,7 @@ def shared_attention(module, query, key, value, mask, scaling=None, **options):
 
     query (R, heads, C, head dim), key and value (R, kv heads, C, head dim)
     mask   of `Layout.mask`, or one as long as the query, or none: the ordinary case
-    The prompt sees itself causally. The arithmetic is that of separate rows: no cell meets another branch's.
+    The prompt sees itself causally. The arithmetic is that of separate rows.
     """
     attend = partial(sdpa_attention_forward, module, scaling=scaling, **options)
     # a Layout's mask has `rest` rows, fewer than the query's cells (prompt and rests)

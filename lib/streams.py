@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lib.distributed import fail, global_sum, say
 from lib.protocol import parse_object
@@ -85,6 +86,23 @@ def torch_stream(name: str, *keys) -> torch.Generator:
 def numpy_stream(name: str, *keys) -> np.random.Generator:
     """The same for numpy."""
     return np.random.default_rng(stream_seed(name, *keys))
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float):
+    """Draw a token per row by inverting the cumulative distribution at a uniform number.
+
+    logits (n, V) float32, uniforms (n,) in [0, 1) -> tokens (n,) and their log-probabilities (n,) under what was drawn
+    from; temperature 0 takes the most likely token, and its log-probability at temperature 1
+    """
+    logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)
+    if temperature == 0:
+        tokens = logprobs.argmax(-1)
+    else:
+        cumulative = logprobs.exp().double().cumsum(-1)
+        goal = uniforms.to(cumulative.device) * cumulative[:, -1]
+        tokens = torch.searchsorted(cumulative, goal[:, None], right=True)[:, 0]  # none of mass 0
+        tokens = tokens.clamp(max=logits.shape[1] - 1)  # of logits that are not numbers
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
 def rows_of_step(total: int, count: int, step: int, *keys) -> list[int]:

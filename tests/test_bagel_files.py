@@ -55,7 +55,7 @@ def small_file(path, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_network_has_the_file_s_numbers_in_the_type_asked_for(tmp_path, dtype):
     tensors, network = small_file(tmp_path / "f", dtype), on_meta()
-    load_network(network, tmp_path / "f", "cpu", torch.float32)
+    load_network(network, tmp_path / "f", "cpu")
     state = network.state_dict()
     assert all(torch.equal(state[key], value.float()) for key, value in tensors.items())
     assert {type(p) for p in network.parameters()} == {
@@ -77,7 +77,7 @@ def test_network_is_the_mapped_file_and_training_leaves_the_file_alone(tmp_path)
     with torch.device("meta"):
         network = nn.Linear(4000, 4000)
     before = private_megabytes()
-    load_network(network, tmp_path / "f", "cpu", torch.float32)
+    load_network(network, tmp_path / "f", "cpu")
     assert network.weight.sum() == 16e6 and private_megabytes() - before < 16
     with torch.no_grad():
         network.weight[:2].fill_(3)
@@ -97,7 +97,7 @@ def test_a_file_that_does_not_fit_is_named(tmp_path, change, sentence):
     change(tensors)
     save_file(tensors, tmp_path / "f")
     with pytest.raises(ValueError, match=f"does not fit its json files: {sentence}"):
-        load_network(on_meta(), tmp_path / "f", "cpu", torch.float32)
+        load_network(on_meta(), tmp_path / "f", "cpu")
 
 
 def load_sharded(folder, per_machine):
@@ -105,7 +105,7 @@ def load_sharded(folder, per_machine):
     os.environ["LOCAL_WORLD_SIZE"], folder = per_machine, Path(folder)
     world, network = setup(threads=1), on_meta()
     shard(network, [network.inside], world)
-    load_network(network, folder / "f", "cpu", torch.float32)
+    load_network(network, folder / "f", "cpu")
     assert network.inside.weight.to_local().shape[0] == (4, 3)[world.rank % 2]  # of 7
     y = network(torch.ones(1, 6)).detach()
     checkpoints.save_state(folder / "training", 1, network.state_dict(), {})
@@ -129,7 +129,7 @@ def test_sharded_load_is_the_load_of_one_process(tmp_path):
     """4 ranks on machines of 2: HSDP, sharded inside each machine and replicated between them. And saved again."""
     tensors, network = small_file(tmp_path / "f", torch.bfloat16), on_meta()
     on_ranks(4, load_sharded, tmp_path, 2)
-    load_network(network, tmp_path / "f", "cpu", torch.float32)
+    load_network(network, tmp_path / "f", "cpu")
     folder = tmp_path / "by_4"
     assert torch.equal(load_file(folder / "y")["y"], network(torch.ones(1, 6)))
     again = load_file(folder / "ema.safetensors")
@@ -146,7 +146,7 @@ def test_sharded_load_is_the_load_of_one_process(tmp_path):
 def test_saved_file_is_the_loaded_one_byte_for_byte(tmp_path, dtype):
     tensors, network = small_file(tmp_path / "f", dtype), on_meta()
     save_file(tensors, tmp_path / "f", metadata={"format": "pt"})
-    load_network(network, tmp_path / "f", "cpu", torch.float32)
+    load_network(network, tmp_path / "f", "cpu")
     layout, files = checkpoints.contents(tmp_path / "f"), {"llm_config": {"hidden_size": 6}}
     tensors = network.state_dict().items()
     write_checkpoint(tmp_path / "out", tensors, layout, files, Nothing(), Nothing())

@@ -241,7 +241,7 @@ def train(folder, first, last):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     checkpoints.save_state(folder / "training", last, tensors, {"note": 5})
-    found = checkpoints.whole(tensors.items())
+    found = {name: distributed.full(tensor.detach()) for name, tensor in tensors.items()}
     if is_main():
         torch.save(found, folder / f"after_{last}.pt")
 
@@ -286,6 +286,16 @@ def test_resumed_on_another_number_of_ranks_equals_an_unbroken_run(tmp_path):
     for run in ("narrower", "wider"):
         got = torch.load(tmp_path / run / "after_4.pt")
         assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_a_file_too_large_for_memory_is_not_called_broken(tmp_path, monkeypatch):
+    def no_room(path, framework):
+        raise RuntimeError("unable to mmap 29214685368 bytes: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(checkpoints, "safe_open", no_room)
+    with pytest.raises(SystemExit, match="too large for the memory that is free here") as error:
+        checkpoints.contents(tmp_path / "ema.safetensors")
+    assert "again" not in str(error.value) and "Remove" not in str(error.value)
 
 
 def write_from_ranks(folder):

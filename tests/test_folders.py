@@ -141,7 +141,7 @@ BROKEN_POLICIES = {
     ),
     "a number lost": (
         tensors_of(POLICY_WEIGHTS, with_nan(NORM)),
-        f"whole copy holds NaN or infinity: {NORM}",
+        f"model.safetensors holds NaN or infinity: {NORM}",
     ),
     "cut off": (
         lambda folder: (folder / POLICY_WEIGHTS).write_bytes(b"\0" * 9000),

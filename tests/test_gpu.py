@@ -61,6 +61,24 @@ def test_a_training_step_in_bf16_is_near_fp32_on_the_cpu(views):
             near(bf16, fp32, 0.15)
 
 
+def test_compiled_blocks_have_the_gradients_of_others():
+    """One graph for all layers, whatever their number, with recomputation as in training."""
+    outcomes = []
+    for compiled in (False, True):
+        network = random_network(WIDE).to("cuda")
+        network.recompute = True
+        if compiled:
+            network.compile_blocks()
+        pack = packed(network, *small_pack(), together=True).to(torch.device("cuda"))
+        velocity = network(pack)[pack.target_mask]
+        velocity.square().mean().backward()
+        gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        outcomes.append({"velocity": velocity} | gradients)
+    for name, eager in outcomes[0].items():
+        if eager.abs().max() > 1e-3:
+            near(outcomes[1][name], eager, 2e-2)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_sampling_in_bf16_is_near_fp32_on_the_cpu(compiled):
     images, _, ids, lengths, _, _, grid = (
@@ -71,7 +89,7 @@ def test_sampling_in_bf16_is_near_fp32_on_the_cpu(compiled):
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         network = random_network(WIDE).to(device, dtype)
         if compiled and device == "cuda":
-            network.denoise = torch.compile(network.denoise, fullgraph=True)
+            network.compile_blocks()
         context = [ContextImage(z.to(device), p.to(device)) for z, p in images]
         text = ContextText(ids[:2].to(device), lengths[:2])
         views.append(sampled(network, context, text, noise.to(device), grid, settings))

@@ -22,7 +22,8 @@ from lib.protocol import (
     as_words,
     prompt_text,
 )
-from lib.rollout import Writer, cell_count, sample_tokens
+from lib.rollout import Writer, cell_count
+from lib.streams import sample_tokens
 from lib.tiny import SPECIAL, TAGS
 from policy import Policy, collate, encode_images, rollout, token_logprobs
 

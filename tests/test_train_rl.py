@@ -1,6 +1,7 @@
 """pytest tests/test_train_rl.py: GRPO's loss, its gradient however it is batched, the stage.  CPU, about 25 s."""
 
 import json
+import re
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -486,6 +487,33 @@ def test_resumed_run_equals_an_unbroken_one(inputs, unbroken, tmp_path, monkeypa
 
 def stage(*flags):
     train_rl.main(flags)
+
+
+@pytest.mark.slow
+def test_adapters_of_a_policy_learn_on_two_ranks_and_are_merged_when_saved(
+    inputs, tmp_path, monkeypatch
+):
+    lora = pytest.importorskip("extras.lora")
+    monkeypatch.setattr(rewards, "format_reward", even_tokens)
+    more = ("--lora", "2", "--lr", "1e-2", "--kl-weight", "0", "--eval-every", "0")
+    train_rl.main(command(inputs, tmp_path / "one", *more))
+    on_ranks(2, stage, *command(inputs, tmp_path / "two", *more))
+    before, one, two = (
+        load_file(folder / "model.safetensors")
+        for folder in (inputs / "sft", tmp_path / "one", tmp_path / "two")
+    )
+    assert before.keys() == one.keys() == two.keys()
+    learned = {key for key in before if not torch.equal(before[key], one[key])}
+    assert learned and all(re.fullmatch(lora.QWEN_LAYERS + r"\.weight", key) for key in learned)
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-4)
+
+
+def test_views_inside_rl_are_as_cheap_as_asked_for():
+    plain = train_rl.parse_args([])
+    assert train_rl.view_options(plain) == {}
+    cheap = train_rl.parse_args("--view-steps 25 --view-image-scale 1 --view-taylor".split())
+    assert train_rl.view_options(cheap) == {"steps": 25, "image_scale": 1.0, "taylor": True}
 
 
 @pytest.mark.slow

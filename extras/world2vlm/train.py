@@ -47,7 +47,7 @@ from lib.distributed import (
 )
 from lib.images import load_image, with_pictures
 from lib.protocol import as_words
-from lib.records import MetricLog, Question, load_jsonl
+from lib.records import MetricLog, Question, load_jsonl, whole_folder
 from lib.stage import (
     Flag,
     Interrupt,
@@ -162,9 +162,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if held_out:
         log.write(args.steps, eval=held_out_means(policy, held_out, args, world))
-    names = {name for name, _ in model.named_parameters()}  # tied weights have one name here
-    merged_tensors = (pair for pair in merged(model) if pair[0] in names)
-    checkpoints.save_gathered(policy.save, out, merged_tensors)
+    with whole_folder(out) as part:
+        policy.save(part, merged(model))
     finish(out, args.steps, clock)
 
 

@@ -34,17 +34,17 @@ from lib.stage import (
     run_stage,
 )
 from lib.streams import Clock, rows_of_step, set_learning_rate
-from policy import Policy
 from train_rl import (
     BETAS,
     FLAGS,
     TEMPERATURE,
     Episode,
     group_means,
+    load_policy,
     open_questions,
-    prepare,
     rollout_means,
     sample_groups,
+    save_policy,
     set_advantages,
     set_logprobs,
     split_minibatches,
@@ -61,6 +61,7 @@ SHARED = (  # flags and defaults as in train_rl.py
     "--rows",
     "--micro-batch-cells",
     "--gradient-checkpointing",
+    "--lora",
     "--save-every",
     "--threads",
 )
@@ -112,8 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     world, out = setup(args.threads), Path(args.out)
     begin("world2vlm train_rl", args, MOTION_FLAGS, needs)
     train, held_out = open_questions(args, world)
-    policy = prepare(Policy.load(args.policy, world.device, torch.float32), args, world)
-    start_policy = prepare(Policy.load(args.policy, world.device, torch.float32), args, world)
+    policy, start_policy = load_policy(args, world), load_policy(args, world)
 
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=BETAS, weight_decay=0.0, fused=True)
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.eval_every:
         log.write(args.steps, eval=held_out_means(policy, held_out, args, world))
-    checkpoints.save_gathered(policy.save, out, policy.model.named_parameters())
+    save_policy(policy, out, args)
     finish(out, args.steps, clock)
 
 

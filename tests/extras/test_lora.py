@@ -156,7 +156,7 @@ def train_sharded(folder):
         network = Small().bfloat16()
     adapters = add_lora(network, 2, 8, NAMES, 0, CPU)
     shard(network, network.blocks, world, ignored=adapters)
-    load_network(network, folder / "base", "cpu", torch.bfloat16)
+    load_network(network, folder / "base", "cpu")
     optimizer, x = (
         torch.optim.AdamW(adapters, lr=0.05),
         drawn(5, 6).bfloat16()[world.rank :: world.size],
