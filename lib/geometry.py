@@ -19,6 +19,10 @@ Array = np.ndarray
 KINDS = ("dx", "dy", "dz", "dangle", "dphi")  # the paper's names, in the order of `decompose`
 UNITS = dict(zip(KINDS, ("meters",) * 3 + ("degrees",) * 2, strict=True))
 VERTICAL = 5.0  # degrees
+SLACK = (
+    0.15  # metres (4.5 degrees): how much of other motions the words of one motion may leave unsaid
+)
+BEND = 20.0  # degrees between a move and its words; the same as `consistency.DIRECTION`
 DEGREES_PER_METER = 30.0  # compares components: the paper asks the cameras of a context to differ by 1 m and 30 degrees
 
 
@@ -138,17 +142,22 @@ def decompose(source: Array, target: Array) -> Array:
     return np.concatenate([np.stack([right, forward, -y], -1), turns], -1)
 
 
-def dominant_component(delta: Array, slack: float = 0.15, share: float = 0.20) -> Array:
+def dominant_component(delta: Array, slack: float = SLACK) -> Array:
     """Which one component describes a relative pose `delta` (..., 6) of `decompose` -> index (...), -1 where none does.
 
-    Components are compared at 1 m = 30 degrees. None does if another one (roll counts, and may be unknown) exceeds
-    max(slack, share * dominant), since the words would not be true (ours: the paper takes the dominant one).
+    Components are compared at 1 m = 30 degrees. None does, since the words would not be true, if another one (roll
+    counts, and may be unknown) exceeds `slack` metres, or if a move is bent by more than BEND (ours). With slack inf the
+    dominant one always does (the paper's rule).
     """
     size = np.abs(delta) / np.array([1, 1, 1, *[DEGREES_PER_METER] * 3])  # (..., 6), in metres
     main = size[..., :5].argmax(-1)
-    largest = size[..., :5].max(-1)
-    second = np.where(np.arange(6) == main[..., None], 0, size).max(-1)
-    return np.where(second <= np.maximum(slack, share * largest), main, -1)  # nan is not below
+    if np.isinf(slack):
+        return main
+    is_main = np.arange(6) == main[..., None]
+    second = np.where(is_main, 0, size).max(-1)
+    aside = np.linalg.norm(np.where(is_main, 0, size)[..., :3], axis=-1)
+    straight = aside <= np.tan(np.radians(BEND)) * size[..., :3].max(-1)
+    return np.where((second <= slack) & ((main >= 3) | straight), main, -1)  # nan is not below
 
 
 def motion_along(delta: Array, component: int) -> Motion | None:

@@ -116,7 +116,7 @@ def test_pitch_changes_nothing_of_what_one_motion_describes():
             [camera_pose(*at, yaw, pitch) for at, yaw in zip(places, yaws, strict=True)]
         )
         main[pitch] = dominant_component(decompose(cameras[:, None], cameras[None]))
-    assert (main[0] >= 0).sum() > 300
+    assert (main[0] >= 0).sum() > 150
     assert (main[0] == main[-20]).all() and (main[0] == main[40]).all()
 
 
@@ -140,28 +140,28 @@ def test_a_camera_that_looks_straight_down_has_no_heading():
 
 
 def test_what_may_stand_beside_the_dominant_component():
-    """Up to 0.15 m, or a fifth of the dominant one if that is more; 30 degrees count as a metre, and roll counts."""
-    for delta, main in (
-        ([0.2, 0, 0.14, 0, 0, 0], 0),
-        ([0.2, 0, 0.16, 0, 0, 0], -1),
-        ([-2, 0.39, 0, 0, 0, 0], 0),
-        ([-2, 0.41, 0, 0, 0, 0], -1),
-        ([0, 0, 1, 0, 5.9, 0], 2),
-        ([0, 0, 1, 0, 6.1, 0], -1),
-        ([0, 0, 0, -90, 0.59, 0], 3),
-        ([0, 0, 0.61, -90, 0, 0], -1),
-        ([0, 0, 0, 0, 45, 8.9], 4),
-        ([0, 0, 0, 0, 45, 9.1], -1),
-        ([0, 1, 0, 0, 0, -7], -1),
-        ([0, 0, 0.1, 0, 0, 4.4], 2),
-        ([0, 0, 0.1, 0, 0, 170], -1),
-        ([0, 1, 0, 0, 0, np.nan], -1),
+    """Up to 0.15 m where 30 degrees count as a metre, and roll counts; a move bends by 20 degrees at most."""
+    for delta, main, dominant in (
+        ([1, 0, 0.14, 0, 0, 0], 0, 0),
+        ([1, 0, 0.16, 0, 0, 0], -1, 0),
+        ([-0.3, 0.10, 0, 0, 0, 0], 0, 0),  # 18 degrees
+        ([-0.3, 0.12, 0, 0, 0, 0], -1, 0),  # 22 degrees
+        ([-0.3, 0.08, 0.08, 0, 0, 0], -1, 0),  # 21 degrees
+        ([0, 0, 1, 0, 4.4, 0], 2, 2),
+        ([0, 0, 1, 0, 4.6, 0], -1, 2),
+        ([0, 0, 0.14, -90, 4.4, 0], 3, 3),
+        ([0, 0, 0.16, -90, 0, 0], -1, 3),
+        ([0, 0, 0, 0, 45, 4.6], -1, 4),
+        ([0, 1, 0, 0, 0, -7], -1, 1),
+        ([0, 0, 0.1, 0, 0, 170], -1, 2),
+        ([0, 1, 0, 0, 0, np.nan], -1, 1),
     ):
         assert dominant_component(np.array(delta, float)) == main, delta
+        assert dominant_component(np.array(delta, float), np.inf) == dominant, delta
     for pitch in (0, -30):
         start, end = camera_pose(0, 0, 0, 0, pitch), camera_pose(0, 0, 1, 0, pitch)
         assert dominant_motion(start, rolled(end, 26)) is None
-        assert dominant_motion(start, rolled(end, 5)) == Motion("dy", 1.0)
+        assert dominant_motion(start, rolled(end, 4)) == Motion("dy", 1.0)
 
 
 def test_holes_take_the_nearest_colour_and_none_from_across_the_edge():

@@ -17,8 +17,8 @@ from lib.stage import bounded
 COUNTS = {
     "size": "of the pictures' shorter side, in pixels",
     "frames": "looked at per scan",
-    "contexts": "per scan",
-    "targets": "triples per context; the paper keeps 48 triples per scan",
+    "targets": "triples per context",
+    "triples": "per scan (the paper's average is 48)",
 }
 
 
@@ -59,6 +59,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         metavar=("M", "DEG"),
         help="between the cameras of a context, at least (paper: 1 m and 30 degrees)",
     )
+    add(
+        "--slack",
+        type=bounded(float, 0),
+        default=RULES.slack,
+        metavar="M",
+        help="what the words of a motion may leave unsaid, 1 m = 30 degrees; inf: the dominant component is the motion, "
+        "whatever the others (the paper)",
+    )
     args = parser.parse_args(argv)
     args.command = "triples of scans"
     args.out = args.out or f"out/{args.dataset}"
@@ -70,6 +78,6 @@ def make_triples_of_scans(args: argparse.Namespace) -> None:
     if not Path(args.root).is_dir():
         fail(f"--root {args.root} is no folder: give the one that holds the dataset.")
     counts = {name: getattr(args, name) for name in COUNTS}
-    rules = Rules(args.coverage, *args.apart, **counts)
+    rules = Rules(args.coverage, *args.apart, slack=args.slack, **counts)
     lists = {split: file for split, file in (("val", args.val), ("test", args.test)) if file}
     make_scans(args.dataset, args.root, args.out, args.threads, args.seed, rules, lists, args.limit)

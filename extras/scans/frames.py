@@ -28,6 +28,10 @@ from lib.images import PictureError, read, read_depth, size_in_header
 
 Size = tuple[int, int]  # (width, height)
 Z_UP = (0, 0, 1)  # of most datasets' worlds
+SAMPLE = 25  # pictures whose headers tell the size of all
+CENTRED = (
+    0.15  # of the width and height: an optical axis further from the middle is another picture's
+)
 PULL = 0.01  # of the mean up, against the x axes
 
 
@@ -153,11 +157,14 @@ def array_of(values, shape: tuple) -> ndarray:
 
 
 def size_of(paths):
-    """(width, height) of the first picture or .npy array that opens."""
-    for path in paths:
+    """(width, height) of most pictures or .npy arrays, of some that are evenly spread."""
+    sizes = Counter()
+    for k in np.unique(np.linspace(0, len(paths) - 1, SAMPLE).astype(int)):
         with contextlib.suppress(PictureError):
-            return size_in_header(path)
-    raise ValueError("no picture can be opened")
+            sizes[size_in_header(paths[k])] += 1
+    if not sizes:
+        raise ValueError("no picture can be opened")
+    return sizes.most_common(1)[0][0]
 
 
 def thousandths(depth: ndarray) -> ndarray:
@@ -178,7 +185,7 @@ def frames_of(
 ) -> list[Frame | str]:
     """Frames and, in the place of those that cannot be used, reasons.
 
-    at        the size that the rows' K belongs to; default the images' own, which is read once for all rows
+    at        the size that the rows' K belongs to; default the images' own, which is that of most of them
     depth_K   (3, 3) of the depth camera; default: it is the image's, and depth has K scaled to its size
     """
     rows = [row if isinstance(row, str) else fault_of_files(row) or row for row in rows]
@@ -273,7 +280,10 @@ def fault_of_camera(frame):
     if max(skew, last_row) > 1e-3 or np.linalg.det(rotation) < 0:
         return "pose not rigid"
     focal = np.diag(frame.intrinsics)[:2]
-    return "" if np.isfinite(frame.intrinsics).all() and (focal > 0).all() else "bad intrinsics"
+    if not np.isfinite(frame.intrinsics).all() or not (focal > 0).all():
+        return "bad intrinsics"
+    off = np.abs(frame.intrinsics[:2, 2] / frame.size - 0.5).max()
+    return "intrinsics of a picture of another shape" if off > CENTRED else ""
 
 
 def fault_of_files(files):

@@ -7,9 +7,8 @@ The held-out set of real scans: as many triples of each dataset, from scans that
 In: triples_{train,test}.jsonl of each source.  Out: out/heldout/triples_test.jsonl, which names the pictures where they
 are. The paper's evaluation set is 200 triples of each of five datasets.
 
-A triple whose own pose is not within the thresholds of its words (lib/consistency.py) is left out: what words leave
-unsaid (lib/geometry.dominant_component) may bend a short move by more than 20 degrees, and the photograph itself would
-count as wrong.
+A triple whose own pose is not within the thresholds of its words (lib/consistency.py) is left out, since the photograph
+itself would count as wrong: where `--slack` let words leave much unsaid (lib/geometry.dominant_component).
 """
 
 import argparse

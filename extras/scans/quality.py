@@ -3,13 +3,14 @@ Is a triple fit to train on: pictures sharp and well exposed, depth and poses tr
 
   sharpness      of one picture: how much of the slope of its edges a small blur takes away
   exposure       of one picture: shares of nearly black and of clipped pixels, spread of luminance
+  registration   of single views: do edges of depth fall on edges of the picture?
   contradiction  of depth and poses alone: the share of a view's points that another view sees through
   agreement      of colours: the target beside the context that depth and pose warp onto it
-`verify_triple` measures a triple and names the first rule that it breaks.
+`verify_triple` measures a triple of pictures that are fit (`picture_measures`), and names the first rule that it breaks.
 
-Thresholds were chosen on rooms from 6,000,000 at 32, 64 and 128 pixels, to lose few good triples. Rooms have no
-texture, and their "good" depth and poses are off by 1 %, 0.3 degrees and 1 cm: before trust in scans, look at the share
-that is lost there.
+Thresholds were chosen on rooms from 6,000,000 at 32, 64 and 128 pixels, to lose few good triples; their "good" depth and
+poses are off by 1 %, 0.3 degrees and 1 cm. What a sensor is excused for, its own frames say, each by itself: views that
+agree with each other may be wrong alike. docs/scans.md has a real scan beside the rooms.
 """
 
 from typing import NamedTuple
@@ -23,9 +24,16 @@ from lib.geometry import project, unproject, warp
 
 LUMA = np.array([0.299, 0.587, 0.114])
 SIDE = 64  # pixels: colours and depth are compared at this size, where 0.3 degrees are subpixel
+FINE = 240  # pixels: sharpness, and whether edges of depth are those of the picture
+ON_EDGE = 2.3  # pixels that an edge of depth may be off,
+BESIDE = (3, 10)  # and so many are elsewhere
+EDGES = 300  # pixels of edges in all views: fewer tell nothing
 BLACK = 40  # luminance: below, 8 bits and JPEG leave little but noise
 WHITE = 245  # above, it is clipped
 SEEN_AT_LEAST = 0.1  # share of the target: a context that sees less cannot be compared with it
+JUMP = 0.07
+STEEP = 60  # levels per pixel: a steeper slope counts no more
+SOFT = (0.50, 0.8)  # the lowest limit of sharpness, and its share of a scan's sharpest frames'
 
 
 class Bounds(NamedTuple):
@@ -45,6 +53,8 @@ THRESHOLDS = {
     "bright": Bounds("exposure", high=0.50),
     # an empty frame has 0, a photograph of one plain wall 3 to 7 by its noise alone, rooms 75 and more
     "spread": Bounds("exposure", low=2.0),
+    # below 1 edges of the picture are stronger 3 pixels beside the edges of depth
+    "registration": Bounds("registration", low=1.0),
     # 99 % of good triples are below 0.0025 at 64 pixels and 0.0038 at 128, half of them below 0.0003
     "contradiction": Bounds("geometric", high=0.003),
     # 99 % of good triples are above 0.68 at 64 pixels, 0.70 at 128 and 0.66 at 32; the median is 0.82
@@ -60,33 +70,31 @@ def verify_triple(
 ) -> tuple[str | None, dict[str, float]]:
     """The first rule of THRESHOLDS that a triple breaks (None: it is fit), and what was measured.
 
-    Each number is that of its worst view, but "agreement": the mean over what each view covers. A context view that
-    cannot be compared (`agreement` 0) has no say; if none can, what cannot be verified is rejected.
+    "contradiction" is that of its worst view, beyond what thin things and stray points of single views explain;
+    "agreement" the mean over what each view covers. A context view that cannot be compared (`agreement` 0) has no say;
+    if none can, what cannot be verified is rejected.
     """
     views = [target, *context]
-    small = [reduced(view) for view in views]
-    light = [exposure(view.rgb) for view in views]
+    small = [reduced(view, SIDE) for view in views]
     scores, weights = [], []
     for view in small[1:]:
         warped, mask = warp(small[0].depth, small[0].c2w, [view], small[0].intrinsics)
         scores.append(agreement(small[0].rgb, warped, mask))
         weights.append(mask.mean() if scores[-1] > 0 else 0.0)
+    stray = np.mean([stray_points(view.depth) for view in small])
     measures = {
-        "sharpness": min(sharpness(view.rgb) for view in views),
-        "dark": max(dark for dark, _, _ in light),
-        "bright": max(bright for _, bright, _ in light),
-        "spread": min(spread for _, _, spread in light),
-        "contradiction": float(contradictions(small).max()),
+        "registration": registration([reduced(view, FINE) for view in views]),
+        "contradiction": float(contradictions(small).max() - stray),
         "agreement": float(np.dot(scores, weights) / max(sum(weights), 1e-9)),
     }
     return next(iter(broken_rules(measures)), None), measures
 
 
-def broken_rules(measures):
-    """The rules that measures break, in the order in which a triple is judged."""
+def broken_rules(measures, thresholds=THRESHOLDS):
+    """The rules that measures break, in the order of `thresholds`."""
     broken = []
-    for measure, (rule, low, high) in THRESHOLDS.items():
-        if not low <= measures[measure] <= high:
+    for measure, (rule, low, high) in thresholds.items():
+        if measure in measures and not low <= measures[measure] <= high:
             broken.append(rule)
     return broken
 
@@ -124,6 +132,26 @@ def sharpness(rgb: ndarray, width: int = 7) -> float:
     return float(least)
 
 
+def picture_measures(rgb: ndarray) -> dict[str, float]:
+    """What THRESHOLDS bounds of one picture (H, W, 3) uint8."""
+    dark, bright, spread = exposure(rgb)
+    return {"sharpness": sharpness(rgb), "dark": dark, "bright": bright, "spread": spread}
+
+
+def faults_of_pictures(pictures: list[dict[str, float]]) -> list[str | None]:
+    """The first rule that each picture of a scan breaks, by its `picture_measures`; None: it is fit.
+
+    A scanner's lens may be softer than rooms: the limit of sharpness is a share of the scan's own sharpest frames', between
+    the bounds of SOFT and THRESHOLDS.
+    """
+    least, share = SOFT
+    most = THRESHOLDS["sharpness"].low
+    own = share * np.quantile([measures["sharpness"] for measures in pictures], 0.9)
+    limit = Bounds("blurred", low=np.clip(own, least, most))
+    thresholds = THRESHOLDS | {"sharpness": limit}
+    return [next(iter(broken_rules(measures, thresholds)), None) for measures in pictures]
+
+
 def exposure(rgb: ndarray) -> tuple[float, float, float]:
     """Shares of pixels below BLACK and above WHITE, and the spread of luminance: 5 to 95 %, in levels."""
     luminance = rgb @ LUMA
@@ -134,9 +162,9 @@ def exposure(rgb: ndarray) -> tuple[float, float, float]:
 # ---- depth and poses of views --------------------------------------------------------------------------------------------
 
 
-def reduced(view):
-    """A view at about SIDE pixels: colours are averaged (float), depth is picked, for the mean of two is neither."""
-    factor = max(1, round(min(view.depth.shape) / SIDE))
+def reduced(view, side):
+    """A view at about `side` pixels: colours are averaged (float), depth is picked, for the mean of two is neither."""
+    factor = max(1, round(min(view.depth.shape) / side))
     height, width = (length // factor for length in view.depth.shape)
     rgb = view.rgb[: height * factor, : width * factor]
     rgb = rgb.reshape(height, factor, width, factor, 3).mean((1, 3))
@@ -145,6 +173,55 @@ def reduced(view):
     K = view.intrinsics / [[factor], [factor], [1]]
     K[:2, 2] += 0.5 - (first + 0.5) / factor  # the rays of the pixels whose depth is picked
     return PosedView(rgb, depth, view.c2w, K)
+
+
+def registration(views: list[PosedView]) -> float:
+    """How much stronger edges of pictures are where edges of depth are than beside them; each view by itself.
+
+    The mean slope of the pictures at all edges of depth, shifted by some pixels: the largest of shifts up to ON_EDGE over
+    the largest of those in BESIDE. Depth of another camera than the picture's is off by more in some part of a room. Without
+    edges, 1.
+    """
+    near, far = BESIDE
+    slopes = np.zeros((2 * far + 1, 2 * far + 1))  # of the shifts in rows and columns
+    edges = 0
+    for view in views:
+        height, width = view.depth.shape
+        rows, columns = near_edges(view.depth)[far : height - far, far : width - far].nonzero()
+        slope = np.hypot(*np.gradient(view.rgb @ LUMA))
+        slope = np.minimum(slope, STEEP) / max(slope.mean(), 1e-9)
+        edges += len(rows)
+        for i, j in np.ndindex(slopes.shape):
+            slopes[i, j] += slope[rows + i, columns + j].sum()
+    if edges < EDGES:
+        return 1.0
+    shift = np.hypot(*np.indices(slopes.shape) - far)
+    beside = slopes[(shift >= near) & (shift <= far)].max()
+    return float(slopes[shift <= ON_EDGE].max() / max(beside, 1e-9))
+
+
+def near_edges(depth):
+    """Pixels (H, W) of what stands before its background: there 1 / depth leaves every plane by more than a twentieth."""
+    inverse = 1 / np.where(depth > 0, depth, np.nan)
+    edge = np.zeros(depth.shape, bool)
+    for axis in (0, 1):
+        around = np.roll(inverse, 2, axis) + np.roll(inverse, -2, axis)
+        edge |= 2 * inverse - around > JUMP * inverse
+    return edge
+
+
+def stray_points(depth: ndarray, tolerance: float = 0.05) -> float:
+    """Share of the points of depth (H, W) that stand before both neighbours in their row or column: thin things and a
+    sensor's noise, which other views see through."""
+    padded = np.pad(depth, 1)
+    stray = np.zeros(depth.shape, bool)
+    for one, other in (
+        (padded[1:-1, :-2], padded[1:-1, 2:]),
+        (padded[:-2, 1:-1], padded[2:, 1:-1]),
+    ):
+        stray |= np.minimum(one, other) - depth > tolerance * (1 + depth)
+    known = depth > 0
+    return float(stray[known].mean()) if known.any() else 0.0
 
 
 def see_through(view, other, tolerance=0.05):

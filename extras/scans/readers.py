@@ -31,7 +31,7 @@ from lib.images import PictureError, decoding, read, read_depth
 
 HALF = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])  # + K: centres from whole numbers to +0.5
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # on the right of a c2w: y up, z back -> y down, z forward
-CAMERA_KEYS = ("fl_x", "fl_y", "cx", "cy", "w", "h", "k1", "k2", "k3", "p1", "p2", "camera_model")
+CAMERA_KEYS = "fl_x fl_y cx cy w h k1 k2 k3 k4 p1 p2 camera_model is_fisheye".split()
 TRANSFORMS = ("transforms.json", "colmap/transforms.json", "nerfstudio/transforms.json")  # DL3DV's
 
 
@@ -60,6 +60,11 @@ def frames_in(info: dict) -> list[dict]:
 def camera_matrix(fx, fy, cx, cy):
     """K (3, 3)."""
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], np.float64)
+
+
+def camera_of(frame):
+    """What a frame of a transforms.json says of its camera, if it has one of its own."""
+    return {key: frame[key] for key in CAMERA_KEYS if key in frame}
 
 
 def nerfstudio_camera(info):
@@ -353,8 +358,11 @@ def dl3dv_folder(folder: Path) -> Path:
 def dl3dv_rows(folder: Path) -> tuple[list[FrameFiles], Size, Callable]:
     """Rows with poses in COLMAP's unit, the size that their K belongs to, and how to load a picture."""
     info = load_json(folder / "transforms.json")
+    frames = frames_in(info)
+    info = camera_of(frames[0] if frames else {}) | info
     model = info.get("camera_model", "OPENCV")
-    if model not in ("OPENCV", "PINHOLE") or any(info.get(f"k{i}") for i in range(3, 7)):
+    wide = info.get("is_fisheye") or any(info.get(f"k{i}") for i in range(3, 7))
+    if wide or model not in ("OPENCV", "PINHOLE"):
         raise ValueError(f"its camera_model {model} is another than OPENCV's k1, k2, p1, p2.")
     rows = []
     sizes = ("images_4", "images_8", "images_2", "images")
@@ -364,9 +372,8 @@ def dl3dv_rows(folder: Path) -> tuple[list[FrameFiles], Size, Callable]:
     K = nerfstudio_camera(info)
     size = (info["w"], info["h"])
     distortion = np.array([info.get(key, 0.0) for key in ("k1", "k2", "p1", "p2")])
-    for frame in frames_in(info):
-        own = {key: frame[key] for key in CAMERA_KEYS if key in frame}
-        if not own.items() <= info.items():
+    for frame in frames:
+        if not camera_of(frame).items() <= info.items():
             raise ValueError(
                 f"{frame['file_path']} has a camera of its own; this reads one for all."
             )

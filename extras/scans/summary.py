@@ -10,7 +10,7 @@ from lib.geometry import Motion
 from lib.images import contact_sheet, load_image, read_warp
 from lib.simulators import phrase
 
-SHEET_LINES = 12
+SHEET_LINES = 40
 TOTALS = ("frames", "candidates", "kept")
 TITLES = {
     "rejected": "pairs and candidates that fell out, by rule",
@@ -65,7 +65,7 @@ class Summary:
 
 
 def sheet_of(out: Path, rows: list[dict]) -> Image.Image:
-    """A page to judge by eye, of 12 rows at most: context, words, target, warp, target and warp in squares."""
+    """A page to judge by eye, of SHEET_LINES rows at most: context, words, target, warp, target and warp in squares."""
     rows = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, SHEET_LINES).astype(int))]
     columns = max(len(row["context"]) for row in rows)
     lines = []

@@ -8,12 +8,13 @@ there to the target becomes the words. Ours: no other component may be large, or
 (lib/geometry.dominant_component), and every triple is verified in colour (extras/scans/quality.py).
 
 All pairs of a scene are compared by pose alone, in a few matrix operations. Depth is then looked at for one reference
-at a time: which part of its targets each camera sees that may stand beside it (`cover_targets`), as points of a coarse
-grid. Only what passes is loaded in full, measured once more, and verified.
+at a time, of those that have targets and neighbours, until the scene has its triples: which part of its targets each
+camera sees that may stand beside it (`cover_targets`), as points of a coarse grid. Only what passes is loaded in full,
+measured once more, and verified.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +23,9 @@ import numpy as np
 from numpy import ndarray
 
 from extras.scans import quality
-from extras.scans.frames import Frame, PosedView, Scene, Size, thousandths
+from extras.scans.frames import Camera, Frame, PosedView, Scene, Size, thousandths
 from lib.geometry import (
+    SLACK,
     Motion,
     coverage,
     decompose,
@@ -48,14 +50,20 @@ COARSE = 0.05  # the coarse grid may underestimate a coverage by so much
 class Rules(NamedTuple):
     """What makes a triple; the first three are the paper's."""
 
-    coverage: float = 0.85  # share of the target's valid pixels that the context sees, at least
+    coverage: float = 0.85  # share of the target's known pixels that the context sees, at least
     apart_meters: float = 1.0  # between any two cameras of a context, horizontally or vertically
     apart_degrees: float = 30.0  # … and in yaw or pitch
     least_meters: float = 0.2  # shorter moves and smaller turns are not worth a view
     least_degrees: float = 10.0
+    slack: float = (
+        SLACK  # metres of other motions that the words may leave unsaid; inf: the paper's rule
+    )
+    known: float = (
+        0.5  # share of a frame whose depth is known, at least: coverage says nothing of the rest
+    )
     context: int = 4  # views of a context at most (lib/bagel.Settings.max_context)
-    contexts: int = 6  # of a scene; times targets = 48 triples, the paper's average
     targets: int = 8  # of a context
+    triples: int = 48  # of a scene, the paper's average
     frames: int = 240  # of a scene that are looked at, evenly spread over the capture
     size: int = 512  # pixels of a written picture's shorter side: BAGEL enlarges what is smaller
 
@@ -97,7 +105,7 @@ def motions_between(c2w: ndarray, metric: bool, rules: Rules) -> tuple[ndarray, 
     metric   whether lengths are metres; without a scale no pair is told as a move
     """
     delta = decompose(c2w[:, None], c2w[None])  # from row to column
-    main = dominant_component(delta)
+    main = dominant_component(delta, rules.slack)
     amount = np.take_along_axis(np.abs(delta), np.maximum(main, 0)[..., None], -1)[..., 0]
     is_move = main < 3
     least = np.where(is_move, rules.least_meters, rules.least_degrees)
@@ -157,28 +165,23 @@ def repeats(delta, rules):
 
 
 def find_triples(
-    scene: Scene, rng: np.random.Generator, rules: Rules
-) -> tuple[list[Candidates], Counter, list[Frame]]:
-    """Contexts of a scene with the targets that may go with them, what fell out by which rule, and the frames."""
-    frames, cameras, counts = open_cameras(scene, rules)
-    if len(frames) < 3:
-        return [], counts, frames
+    frames: list[Frame], cameras: list[Camera], metric: bool, rng, rules: Rules, counts: Counter
+) -> Iterator[Candidates]:
+    """Contexts of a scene with the targets that may go with them; `counts` what falls out, by rule.
+
+    frames, cameras   of `open_cameras`;  metric   whether lengths are metres
+    """
     c2w = np.stack([frame.c2w for frame in frames])
-    delta, main, by_pose = motions_between(c2w, scene.metric, rules)
+    delta, main, by_pose = motions_between(c2w, metric, rules)
     counts.update(by_pose)
-    together = may_stand_together(c2w, scene.metric, rules)
-    groups = []
-    for reference in rng.permutation(len(frames))[: TRIES * rules.contexts].tolist():
-        if len(groups) == rules.contexts:
-            break
+    distance = np.linalg.norm(c2w[:, None, :3, 3] - c2w[None, :, :3, 3], axis=-1)
+    together = may_stand_together(c2w, metric, rules)
+    beside = together & ((distance <= REACH) | (not metric))
+    is_reference = (main >= 0).any(1) & beside.any(1)
+    counts["reference without targets or neighbours"] += int((~is_reference).sum())
+    for reference in rng.permutation(np.flatnonzero(is_reference)).tolist():
         targets = targets_in_turn(delta[reference], main[reference], rng)[: TRIES * rules.targets]
-        distance = np.linalg.norm(c2w[:, :3, 3] - c2w[reference, :3, 3], axis=1)
-        near = (distance <= REACH) | (not scene.metric)
-        others = np.flatnonzero(together[reference] & near)
-        if not targets or not len(others):
-            counts["reference without targets or neighbours"] += 1
-            continue
-        others = rng.permutation(others)[:NEIGHBOURS].tolist()
+        others = rng.permutation(np.flatnonzero(beside[reference]))[:NEIGHBOURS].tolist()
         context, shares = cover_targets(reference, others, together, targets, cameras, rules)
         pairs = []
         for k, share in zip(targets, shares, strict=True):
@@ -192,21 +195,35 @@ def find_triples(
         if pairs:
             order = rng.permutation(len(context))
             context = [context[i] for i in order]
-            groups.append(Candidates(context, context.index(reference), pairs))
-    return groups, counts, frames
+            yield Candidates(context, context.index(reference), pairs)
 
 
 def open_cameras(scene, rules):
-    """The frames that are looked at and whose depth can be read, their cameras, and why others fell out."""
-    frames, cameras, counts = [], [], Counter()
+    """The frames that are looked at and are fit to stand in a triple, their cameras, and why others fell out."""
+    looked_at, pictures, counts = [], [], Counter()
     count = min(rules.frames, len(scene.frames))
     for k in np.unique(np.linspace(0, len(scene.frames) - 1, count).astype(int)):
         frame = scene.frames[k]
         try:
-            cameras.append(frame.camera(fit(frame.size, GRID)))
-            frames.append(frame)
+            camera = frame.camera(fit(frame.size, GRID))
+            rgb = frame.image(fit(frame.size, quality.FINE, min))
         except ValueError as error:
             counts[unreadable(error)] += 1
+            continue
+        if (camera.depth > 0).mean() < rules.known:
+            counts["depth of too little of the frame"] += 1
+            continue
+        looked_at.append((frame, camera))
+        pictures.append(quality.picture_measures(rgb))
+    frames, cameras = [], []
+    faults = quality.faults_of_pictures(pictures) if pictures else []
+    for (frame, camera), fault in zip(looked_at, faults, strict=True):
+        if fault:
+            counts[fault] += 1
+            continue
+        frames.append(frame)
+        cameras.append(camera)
+    counts["frames"] = len(looked_at)
     return frames, cameras, counts
 
 
@@ -222,8 +239,6 @@ def cover_targets(reference, others, together, targets, cameras, rules):
         depth = cameras[k].depth[1::2, 1::2]
         points.append(unproject(*cameras[k])[1::2, 1::2][depth > 0])  # (P_t, 3)
     flat = np.concatenate(points)  # (P, 3)
-    if not len(flat):
-        return [reference], np.zeros(len(targets))
     owner = np.repeat(np.eye(len(targets)), [len(part) for part in points], axis=0)  # (P, T)
     sees = np.zeros((len(cameras), len(flat)), bool)
     for k in (reference, *others):
@@ -277,8 +292,9 @@ def write_triples(scene: Scene, out: Path, seed: int, rules: Rules) -> tuple[lis
     the poses' unit (millimetres where the scene is metric), 0 = unknown or too far to be written. Nothing but `seed`,
     the scene and the rules decides what comes out.
     """
-    groups, counts, frames = find_triples(scene, numpy_stream("triples of a scan", seed), rules)
-    counts["frames"] = len(frames)
+    frames, cameras, counts = open_cameras(scene, rules)
+    rng = numpy_stream("triples of a scan", seed)
+    groups = find_triples(frames, cameras, scene.metric, rng, rules, counts) if frames else ()
     folder = f"{scene.dataset}/{scene.id.replace('/', '_')}"
     rows, files = [], set()
 
@@ -288,12 +304,12 @@ def write_triples(scene: Scene, out: Path, seed: int, rules: Rules) -> tuple[lis
             files.add(name)
 
     for number, group in enumerate(groups, 1):
-        context = [open_view(frames[k], rules, counts) for k in group.context]
-        if any(view is None for view in context):
-            counts["a context view cannot be read"] += len(group.targets)
-            continue
+        if len(rows) == rules.triples:
+            break
+        context = [frames[k].view(fit(frames[k].size, rules.size, min)) for k in group.context]
         names = [frames[k].name for k in group.context]
-        targets = verified_targets(group, context, frames, rules, counts)
+        limit = min(rules.targets, rules.triples - len(rows))
+        targets = verified_targets(group, context, frames, limit, rules, counts)
         for name, view in zip(names, context if targets else [], strict=False):
             save(f"{folder}/{name}.jpg", view.rgb)
             save(f"{folder}/{name}_depth.png", thousandths(view.depth))
@@ -333,25 +349,14 @@ def rounded(values, digits):
     return np.round(values, digits).tolist()
 
 
-def open_view(frame, rules, counts):
-    """A frame at the size that is written; None, counted, if it is broken."""
-    try:
-        return frame.view(fit(frame.size, rules.size, min))
-    except ValueError as error:
-        counts[unreadable(error)] += 1
-        return None
-
-
-def verified_targets(group, context, frames, rules, counts):
-    """The targets of a context that pass when they are looked at in full, `rules.targets` at most; `counts` the rest."""
+def verified_targets(group, context, frames, limit, rules, counts):
+    """The targets of a context that pass when they are looked at in full, `limit` at most; `counts` the rest."""
     targets = []
     for k, motion in group.targets:
-        if len(targets) == rules.targets:
+        if len(targets) == limit:
             counts["enough of this context"] += 1
             continue
-        view = open_view(frames[k], rules, counts)
-        if view is None:
-            continue
+        view = frames[k].view(fit(frames[k].size, rules.size, min))
         rgb, mask = warp(view.depth, view.c2w, context, view.intrinsics)
         share = coverage(view.depth, mask)
         reason = "coverage"

@@ -1033,6 +1033,50 @@ def test_what_is_not_unpacked_or_not_there_is_said(tmp_path, truth):
         read_scene(dataset, tmp_path, id)
 
 
+def test_cameras_of_nerfstudio_are_obeyed_or_refused(tmp_path, truth):
+    dataset, id = write_dl3dv(tmp_path, truth[:3])
+    path = tmp_path / "1K" / id / "transforms.json"
+    info = json.loads(path.read_text())
+    expected = [frame.K() for frame in read_scene(dataset, tmp_path, id).frames]
+
+    def read(each=(), first=(), **whole):
+        frames = [frame | dict(each) for frame in info["frames"]]
+        frames[0] |= dict(first)
+        text(path, {key: value for key, value in (info | whole).items() if value is not None})
+        text(path, json.loads(path.read_text()) | {"frames": frames})
+        return read_scene(dataset, tmp_path, id)
+
+    camera = {key: info[key] for key in ("fl_x", "fl_y", "cx", "cy", "w", "h")}
+    # the same camera with every frame, and none for all
+    scene = read(each=camera, **dict.fromkeys(camera))
+    np.testing.assert_allclose([frame.K() for frame in scene.frames], expected)
+    with pytest.raises(ValueError, match="has a camera of its own"):
+        read(each=camera, first={"fl_x": 1.1 * info["fl_x"]})
+    with pytest.raises(ValueError, match="has a camera of its own"):
+        read(first={"k1": 0.1})
+    for fisheye in ({"camera_model": "OPENCV_FISHEYE"}, {"is_fisheye": True}, {"k4": 0.01}):
+        with pytest.raises(ValueError, match="is another than OPENCV's"):
+            read(**fisheye)
+        with pytest.raises(ValueError, match="is another than OPENCV's|a camera of its own"):
+            read(first=fisheye)
+    turned = {"w": info["h"], "h": info["w"]}
+    with pytest.raises(ValueError, match="are no .* made smaller"):
+        read(**turned)
+    with pytest.raises(ValueError, match="3 x intrinsics of a picture of another shape"):
+        read(cx=info["cy"], cy=info["cx"])
+
+
+def test_most_pictures_decide_which_size_is_odd(tmp_path, truth):
+    dataset, id = write_scannet(tmp_path, truth[:4])
+    first = tmp_path / "scans" / id / "color/0.jpg"
+    jpeg(first, np.zeros((30, 20, 3), np.uint8))
+    frames = read_scene(dataset, tmp_path, id).frames
+    assert [frame.size for frame in frames] == [(WIDTH, HEIGHT)] * 4
+    assert frames[1].image().shape == (HEIGHT, WIDTH, 3)
+    with pytest.raises(ValueError, match="image has 20 x 30 pixels and should have 64 x 48"):
+        frames[0].image()
+
+
 def test_an_arkit_capture_without_poses_is_refused(tmp_path):
     arkit(tmp_path / "1", (100.0,), "")
     with pytest.raises(ValueError, match="1 x no pose near the time stamp"):
