@@ -215,15 +215,17 @@ def room_questions(
     poses = rig(rng)
     folder = f"questions/{seed:07d}"
     ring_images = [f"{folder}/{k}.png" for k in range(1, 5)]  # shared by the questions of a room
-    ring_facts = draw(room, poses, ring_images, out)
+    ids = render(room, np.stack(poses), SIZE, supersample=1)["ids"]
+    visit = Visit(room, poses, [facts(view, len(room.things)) for view in ids])
     rows = []
     for family in families:
-        if family != "commanded":  # whose draws go on where those of the cameras ended
-            rng = numpy_stream("questions of a room", seed, family)
-        for number, draft in enumerate(FAMILIES[family](rng, Visit(room, poses, ring_facts))):
+        rng = numpy_stream("questions of a room", seed, family)
+        drafts = FAMILIES[family](rng, visit)
+        letters = rng.permutation(4)  # of four questions each is the answer once
+        for number, (letter, draft) in enumerate(zip(letters, drafts, strict=False)):
             name = f"{folder}/{family}_{number}"
             cameras = draft.pop("cameras", poses)
-            images, shows = ring_images, ring_facts
+            images, shows = ring_images, visit.facts
             if cameras is not poses:
                 images = [f"{name}_{k}.png" for k in range(1, len(cameras) + 1)]
                 shows = draw(room, cameras, images, out)
@@ -237,14 +239,25 @@ def room_questions(
                     "bench": "rooms",
                     "category": family,
                     "images": images,
+                    "options": choose(rng, letter, draft["answer"], draft.pop("others")),
                     **draft,
+                    "answer": "ABCD"[letter],
                     "kind": "mca",
                     "scene": scene,
                     "views": views,
                     "shows": [in_colours(view_facts, room) for view_facts in shows],
                 }
             )
+    if rows:
+        draw(room, poses, ring_images, out)
     return rows
+
+
+def choose(rng: np.random.Generator, letter: int, answer: str, others: list[str]) -> list[str]:
+    """Four lettered options, the answer at `letter` (0 to 3), the others in random order."""
+    options = [others[i] for i in rng.permutation(3)]
+    options.insert(letter, answer)
+    return [f"{name}. {option}" for name, option in zip("ABCD", options, strict=True)]
 
 
 def draw(room: Room, cameras: list[Array], paths: list[str], out: Path) -> list[dict]:
@@ -265,25 +278,21 @@ def in_colours(view_facts: dict, room: Room) -> dict:
 
 
 def balanced(rows: list[dict]) -> list[dict]:
-    """Drop questions that turn until the words tell neither whether a view is needed nor which way to turn: of each
-    wording (colours aside) as many turn left as right, and where some need no view, as many do as do not."""
+    """Drop questions that turn until their words tell neither whether nor which way: of each wording (colours aside) as
+    many turn left as right, and as many turn as do not, since the named object stands there already."""
     groups = defaultdict(lambda: {-1: [], 0: [], 1: []})  # {wording: {way of the turn: rows}}
-    for row in rows:
-        wording = [word for word in row["question"].split() if word not in COLOURS]
-        turns = [call["value"] for call in row["ideal"] if call["motion_type"] == "dangle"]
-        groups[" ".join(wording)][np.sign(sum(turns))].append(row["id"])
     kept = set()
-    for wording, ways in groups.items():
-        if not wording.startswith("Turn until"):
-            kept.update(*ways.values())
+    for row in rows:
+        if not row["question"].startswith("Turn until"):
+            kept.add(row["id"])
             continue
-        each = min(len(ways[-1]), len(ways[1]))
-        still = len(ways[0])
-        if "walk" not in wording:
-            each = min(each, still // 2)
-            still = 2 * each
+        wording = " ".join(word for word in row["question"].split() if word not in COLOURS)
+        turns = [call["value"] for call in row["ideal"] if call["motion_type"] == "dangle"]
+        groups[wording][np.sign(sum(turns))].append(row["id"])
+    for wording, ways in groups.items():
+        each = min(len(ways[-1]), len(ways[1]), len(ways[0]) // 2)
         rng = numpy_stream("balance", wording)
-        for way, count in ((-1, each), (0, still), (1, each)):
+        for way, count in ((-1, each), (0, 2 * each), (1, each)):
             kept.update(rng.permutation(ways[way])[:count].tolist())
     return [row for row in rows if row["id"] in kept]
 

@@ -7,14 +7,15 @@ A room is seen from a ring of four views. Some questions need a view that is not
              view: a lesson in obedience. Half of them are answered by a given view
   turning    "Turn until the red object is behind you. Then which object is furthest to the left?" Which image shows red,
              and how far from its middle, must be seen; where it is in the middle, a given view answers
-  walking    the same, and then a metre forward: two calls, the second from the view that the first gave
+  walking    "... and move 1 meters to the left. Then ...": the second call starts from the view of the first
 
 What a view shows is counted on its instance map (`facts`), and a question is asked only where the answer is clear. After
-a turn, a multiple of 15 degrees, the answer must be the same 7.5 degrees to either side, and the view that the turn starts
-from must say otherwise. The named object is never an option.
+a turn, a multiple of 15 degrees, the answer must be the same 7.5 degrees to either side, and what is seen with one call
+less must say otherwise. The named object is never an option.
 """
 
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -108,19 +109,6 @@ def _distractors(rng, room, view_facts, ask, named=None):
     return [room.things[i].colour for i in (first + rest)[:3]]
 
 
-def choose(rng: np.random.Generator, letter: int, answer: str, others: list[str]) -> list[str]:
-    """Four lettered options, the answer at `letter` (0 to 3), the others in random order."""
-    options = [others[i] for i in rng.permutation(3)]
-    options.insert(letter, answer)
-    return [f"{name}. {option}" for name, option in zip("ABCD", options, strict=True)]
-
-
-def _with_options(rng, letter, draft):
-    """A draft whose answer and `others` have become options."""
-    options = choose(rng, letter, draft["answer"], draft.pop("others"))
-    return draft | {"options": options, "answer": "ABCD"[letter]}
-
-
 # ---- commanded: the words name the view ------------------------------------------------------------------------------
 
 UNSEEN = [Motion("dangle", amount) for amount in (-45.0, -135.0, 45.0, 135.0)]
@@ -142,18 +130,15 @@ def commanded(rng: np.random.Generator, visit: Visit) -> list[dict]:
     """Two questions that need an unseen view, and two that the given views answer: of these one in six asks for the
     camera's way between two views at different places, one in six for a turn that ends at a given view, the others
     about one image."""
-    letters = rng.permutation(4)  # each as often as any other, in every room
+    others = rng.choice(["image", "rotation", "camera"], 2, p=[4 / 6, 1 / 6, 1 / 6])
     drafts = []
-    for i, letter in enumerate(letters):
-        form = "unseen"
-        if i >= 2:
-            form = rng.choice(["image", "rotation", "camera"], p=[4 / 6, 1 / 6, 1 / 6])
+    for form in ("unseen", "unseen", *others):
         if form == "camera":
             draft = _camera_question(rng, visit.poses)
         else:
             draft = _object_question(rng, visit, form)
         if draft:  # a bare room has nothing clear to ask
-            drafts.append(_with_options(rng, letter, draft))
+            drafts.append(draft)
     return drafts
 
 
@@ -210,90 +195,103 @@ def _camera_question(rng, poses):
 
 # ---- turning and walking: the view must be found ---------------------------------------------------------------------
 
-# where the named object is to be: how many views further in the ring the turn starts
-RELATIONS = {"straight ahead": 0, "behind you": 2, "on your left": 3, "on your right": 1}
+RELATIONS = {  # where the named object is to be: how many views further the turn starts, and what is asked then
+    "straight ahead": (0, ("largest",)),
+    "behind you": (2, ("largest", "leftmost", "rightmost")),
+    "on your left": (
+        3,
+        ("largest", "rightmost"),
+    ),  # what is leftmost changes with turns to the left alone
+    "on your right": (1, ("largest", "leftmost")),
+}
+STEPS = (Motion("dx", -1.0), Motion("dx", 1.0))
 SLACK = 7.5  # degrees to either side that may change nothing
 FURTHEST = 30  # degrees: an object at 45 stands between two images
 
 
-def _whereabouts(visit):
-    """Objects that one image alone shows, near a multiple of STEP: [(index, image from 0, degrees, the exact ones)]."""
+class Place(NamedTuple):
+    """Where an object is seen."""
+
+    named: int  # its index
+    k: int  # index of the one view that shows it
+    angle: int  # degrees to the right of its middle, a multiple of STEP
+    exact: float  # the same, not rounded
+
+
+def _places(visit):
+    """The objects that one view alone shows, near a multiple of STEP."""
     eye = visit.poses[0][:3, 3]
-    headings = np.array([angles_of(pose)[0] for pose in visit.poses])
     places = []
     for i, thing in enumerate(visit.room.things):
-        images = [k for k, view in enumerate(visit.facts) if i in view["angle"]]
         bearing = np.degrees(np.arctan2(thing.x - eye[0], thing.z - eye[2]))
-        for k in images if len(images) == 1 else []:
-            exact = (bearing - headings[k] + 180) % 360 - 180
+        views = [k for k, view in enumerate(visit.facts) if i in view["angle"]]
+        for k in views if len(views) == 1 else []:
+            exact = (bearing - angles_of(visit.poses[k])[0] + 180) % 360 - 180
             angle = visit.facts[k]["angle"][i]
             if abs(exact - angle) <= 5 and abs(angle) <= FURTHEST:
-                places.append((i, k, angle, exact))
+                places.append(Place(i, k, angle, exact))
     return places
 
 
-class Candidate(NamedTuple):
-    named: int  # index of the object that is to be somewhere
-    relation: str  # of RELATIONS
-    k: int  # index of the view that the turn starts from
-    angle: int  # degrees of the turn, 0 if the view shows it as it stands
-    ask: str  # of ASKS
-    there: dict  # facts of the view that is asked about
+def turning(rng: np.random.Generator, visit: Visit, steps: tuple = (None,)) -> list[dict]:
+    """Up to two questions with a turn to be found, and up to two where the named object already is where it should be.
+
+    steps   moves, one of which follows the turn
+    """
+    ways = list(product(_places(visit), RELATIONS, steps))
+    drafts = {True: [], False: []}
+    for i in rng.permutation(len(ways)):
+        group = drafts[ways[i][0].angle != 0]
+        draft = _turned_question(rng, visit, *ways[i]) if len(group) < 2 else None
+        if draft:
+            group.append(draft)
+    return drafts[True] + drafts[False]
 
 
-def _candidates(visit, meters):
-    """All questions about one room that turn, and walk `meters` forward, with a clear answer."""
-    candidates = []
-    for named, image, angle, exact in _whereabouts(visit):
-        for relation, further in RELATIONS.items():
-            k = (image + further) % 4
-            cameras = []
-            for turn in (angle, angle - SLACK, angle + SLACK, exact):
-                cameras.append(compose(visit.poses[k], (0, 0, 0, turn, 0)))
-                if meters:
-                    cameras[-1] = move_camera(cameras[-1], Motion("dy", meters))
-            ids = render(visit.room, np.stack(cameras), SIZE, supersample=1)["ids"]
-            there, *around = [facts(view, len(visit.room.things)) for view in ids]
-            for ask in ("largest", "leftmost", "rightmost"):
-                answer = there[ask]
-                clear = _usable(there, ask) and answer != named
-                clear = clear and all(view[ask] == answer for view in around)
-                same = (angle or meters) and visit.facts[k][ask] in (None, answer)
-                if clear and not same:
-                    candidates.append(Candidate(named, relation, k, angle, ask, there))
-    return candidates
-
-
-def turning(rng: np.random.Generator, visit: Visit, meters: float = 0.0) -> list[dict]:
-    """Up to two questions that need a view, and up to two that a given view answers (never after a walk of `meters`)."""
-    candidates = _candidates(visit, meters)
-    drafts = []
-    for needs_view in (True, False):
-        pool = [one for one in candidates if bool(one.angle or meters) == needs_view]
-        for i in rng.permutation(len(pool))[:2]:
-            drafts.append(_turned_question(rng, visit, pool[i], meters))
-    return drafts
-
-
-def _turned_question(rng, visit, one, meters):
-    """The draft of a candidate."""
-    ideal = [call_of(one.k + 1, Motion("dangle", float(one.angle)))] if one.angle else []
-    walk = ""
-    if meters:
-        reference = len(visit.poses) + 1 if ideal else one.k + 1
-        ideal.append(call_of(reference, Motion("dy", meters)))
-        walk = f" and walk {meters:g} meters forward"
-    colours = [thing.colour for thing in visit.room.things]
-    draft = {
-        "question": f"Turn until the {colours[one.named]} object is {one.relation}{walk}. Then {ASKS[one.ask]}",
+def _turned_question(rng, visit, place, relation, step):
+    """A question that turns until an object is somewhere, then takes a step, if any; None if no answer is clear."""
+    further, asks = RELATIONS[relation]
+    k = (place.k + further) % 4
+    angle = place.angle
+    one_less = [(0, step)] if angle else []  # what is seen with one call less must say otherwise
+    if step:
+        one_less.append((angle, None))
+    there, *one_less = _look(visit, k, [(angle, step), *one_less])
+    clear = []
+    for ask in ASKS if step else asks:
+        otherwise = all(view[ask] not in (None, there[ask]) for view in one_less)
+        if _usable(there, ask) and there[ask] != place.named and otherwise:
+            clear.append(ask)
+    around = [(turn, step) for turn in (angle - SLACK, angle + SLACK, place.exact)]
+    around = _look(visit, k, around) if clear else []
+    clear = [ask for ask in clear if all(view[ask] == there[ask] for view in around)]
+    if not clear:
+        return None
+    ask = str(rng.choice(clear))
+    ideal = [call_of(k + 1, Motion("dangle", float(angle)))] if angle else []
+    words = f"Turn until the {visit.room.things[place.named].colour} object is {relation}"
+    if step:
+        ideal.append(call_of(len(visit.poses) + 1 if ideal else k + 1, step))
+        words += f" and {phrase(step)}"
+    return {
+        "question": f"{words}. Then {ASKS[ask]}",
         "needs_view": bool(ideal),
-        "ask": one.ask,
-        "shown_by": None if ideal else one.k + 1,
+        "ask": ask,
+        "shown_by": None if ideal else k + 1,
         "ideal": ideal,
-        "answer": colours[one.there[one.ask]],
-        "others": _distractors(rng, visit.room, one.there, one.ask, one.named),
+        "answer": visit.room.things[there[ask]].colour,
+        "others": _distractors(rng, visit.room, there, ask, place.named),
     }
-    return _with_options(rng, int(rng.integers(4)), draft)
 
 
-FAMILIES = {"commanded": commanded, "turning": turning, "walking": partial(turning, meters=1.0)}
+def _look(visit, k, ways):
+    """The facts of what is seen from view k after each of several turns (degrees) with a step, if any."""
+    cameras = []
+    for turn, step in ways:
+        camera = compose(visit.poses[k], (0, 0, 0, turn, 0))
+        cameras.append(move_camera(camera, step) if step else camera)
+    ids = render(visit.room, np.stack(cameras), SIZE, supersample=1)["ids"]
+    return [facts(view, len(visit.room.things)) for view in ids]
+
+
+FAMILIES = {"commanded": commanded, "turning": turning, "walking": partial(turning, steps=STEPS)}

@@ -263,42 +263,55 @@ def test_answers_are_true_and_an_unseen_view_is_needed(layout, made, tmp_path):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Questions whose view must be found, of 60 rooms: (folder, rows)."""
+    """Questions whose view must be found, of 60 rooms, before and after the balance."""
     out = tmp_path_factory.mktemp("found")
     families = ("turning", "walking")
-    data.make_questions(out, rooms=60, held_out=(1, 1), threads=2, families=families)
-    return out, load_jsonl(out / "questions_train.jsonl")
+    rows = []
+    for seed in range(1_000_000, 1_000_060):
+        rows += data.room_questions(seed, out, families)
+    data.save_jsonl(out / "questions_train.jsonl", rows)
+    rows = load_jsonl(out / "questions_train.jsonl")
+    assert {len(row["ideal"]) for row in rows} == {0, 1, 2}
+    return rows
 
 
-def test_a_view_that_must_be_found_shows_the_answer_7_5_degrees_to_either_side(found):
-    for row in found[1]:
+def cameras_after(row, calls, slack=0):
+    """The camera after some of the ideal calls, which all follow one another, each turn `slack` degrees off."""
+    first = row["ideal"][0]["reference_image"] if row["ideal"] else row["shown_by"]
+    camera = np.array(row["scene"]["poses"][first - 1])
+    camera = move_camera(camera, Motion("dangle", slack)) if slack else camera
+    for call in calls:
+        camera = move_camera(camera, motion_in(call))
+    return camera
+
+
+def test_the_ideal_calls_show_the_answer_7_5_degrees_to_either_side_and_one_call_less_does_not(
+    found,
+):
+    for row in found:
         answer = row["options"]["ABCD".index(row["answer"])].split(". ")[1]
-        poses = [np.array(pose) for pose in row["scene"]["poses"]]
-        start = poses[
-            (row["ideal"][0]["reference_image"] if row["needs_view"] else row["shown_by"]) - 1
-        ]
-        for slack in (-7.5, 0, 7.5):
-            camera = move_camera(start, Motion("dangle", slack)) if slack else start
-            for call in row["ideal"]:
-                camera = move_camera(camera, motion_in(call))
-            room, there = true_facts(row, camera)
-            assert room.things[there[row["ask"]]].colour == answer
-        assert row["needs_view"] == bool(row["ideal"])
-        if row["needs_view"]:
-            assert room.things[true_facts(row, start)[1][row["ask"]]].colour != answer
+
+        def shown(calls, slack=0, row=row):
+            room, there = true_facts(row, cameras_after(row, calls, slack))
+            thing = there[row["ask"]]
+            return None if thing in (None, -1) else room.things[thing].colour
+
+        assert {shown(row["ideal"], slack) for slack in (-7.5, 0, 7.5)} == {answer}
+        for left_out in range(len(row["ideal"])):
+            assert shown(row["ideal"][:left_out] + row["ideal"][left_out + 1 :]) != answer
+        assert row["needs_view"] == bool(row["ideal"]) == (row["shown_by"] is None)
+        assert [call["reference_image"] for call in row["ideal"][1:]] in ([], [5])
 
 
 def test_the_turn_brings_the_named_object_where_the_words_say(found):
     """By the camera's heading before a walk, and by the images: one alone shows the object, as far from its middle."""
     sides = {"straight ahead": 0, "on your right": 90, "behind you": 180, "on your left": 270}
-    for row in found[1]:
+    for row in found:
         colour, side = re.search(
             r"the (\w+) object is (straight ahead|behind you|on your \w+)", row["question"]
         ).groups()
         turns = [call for call in row["ideal"] if call["motion_type"] == "dangle"]
-        cameras = call_poses(row["scene"], turns)
-        first = row["ideal"][0]["reference_image"] if row["ideal"] else row["shown_by"]
-        camera = cameras[-1] if turns else cameras[first - 1]
+        camera = cameras_after(row, turns)
         room = random_room(row["scene"]["room"])
         thing = next(thing for thing in room.things if thing.colour == colour)
         bearing = np.degrees(np.arctan2(thing.x - camera[0, 3], thing.z - camera[2, 3]))
@@ -309,24 +322,20 @@ def test_the_turn_brings_the_named_object_where_the_words_say(found):
         assert f" {colour}" not in str(row["options"])
 
 
-def test_words_tell_neither_need_nor_way(found):
-    """Of each wording as many turn left as right; of `turning`, as many need a view as do not; `walking` takes two."""
+def test_words_tell_neither_whether_to_turn_nor_which_way(found):
     ways = defaultdict(Counter)
-    for row in found[1]:
+    for row in data.balanced(found):
         wording = " ".join(word for word in row["question"].split() if word not in COLOURS)
         turns = [call["value"] for call in row["ideal"] if call["motion_type"] == "dangle"]
         ways[row["category"], wording][np.sign(sum(turns))] += 1
-        numbers = [call["reference_image"] for call in row["ideal"]]
-        assert len(numbers) == len(row["views"]) and numbers[1:] in ([], [5])
-    assert all(count[-1] == count[1] for count in ways.values())
-    assert all(c[0] == c[-1] + c[1] for (family, _), c in ways.items() if family == "turning")
+    assert all(2 * count[-1] == 2 * count[1] == count[0] for count in ways.values())
     assert {family for family, _ in ways} == {"turning", "walking"}
 
 
 def test_no_picture_is_shown_twice_and_every_view_is_what_its_calls_lead_to(found):
-    views = [path for row in found[1] for path in row["views"]]
+    views = [path for row in found for path in row["views"]]
     assert len(set(views)) == len(views) > 20
-    for row in found[1][::4]:
+    for row in found[::4]:
         assert len({*row["images"], *row["views"]}) == 4 + len(row["ideal"])
         cameras = call_poses(row["scene"], row["ideal"])
         pictures = render(random_room(row["scene"]["room"]), cameras)["rgb"]

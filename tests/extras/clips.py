@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data import FIRST_ROOM, build
+from data import FIRST_ROOM, build, choose
 from lib.geometry import Motion, camera_pose, move_camera
 from lib.images import save_image
-from lib.questions import choose, facts
+from lib.questions import facts
 from lib.rooms import EYE, SIZE, random_room, render
 from lib.simulators import phrase
 from lib.stage import say, write_json
