@@ -240,6 +240,8 @@ def room_questions(
                     "category": family,
                     "images": images,
                     "options": choose(rng, letter, draft["answer"], draft.pop("others")),
+                    "named": None,
+                    "relation": None,
                     **draft,
                     "answer": "ABCD"[letter],
                     "kind": "mca",

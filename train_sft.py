@@ -12,12 +12,18 @@ as in the paper, and the language model learns from scripts by a plain supervise
   loss = sum_j w_j (-log p(token_j)) / sum_j w_j      over the tokens that the policy writes in the scripts
 
   look     "largest in Image-3: red. left third of Image-1: none. …": perception, in the layout of real dialogues
+  search   "red is in Image-1: none Image-2: -30 Image-3: none Image-4: none. …": how many degrees off the middle
+  ring     "behind you Image-2: Image-4: …": from which image one turns, if what Image-2 shows is to be behind one
   direct   <think>largest in Image-3: red</think><answer> red</answer>, with and without the tool in the prompt;
            where the view is not given it has to guess what "the new view" would show
-  tool     the call, the imagined view as the next image (here the true one), then reading it and answering
+  tool     the calls, each imagined view as the next image (here the true one), then reading it and answering
   slip     a tool script that first calls with an impossible image, reads what is wrong, and repairs the call
 
-There are as many tool scripts (slips included) as direct ones, all about questions that name a motion. But whether to
+"Turn until the red object is behind you" names no image and no angle. The thought then scans the images for red, names
+the one that shows it, then the one to turn from. Each word of it is one look-up: a thought that jumps over one of these
+steps stayed at chance (docs/questions.md).
+
+There are as many tool scripts (slips included) as direct ones, all about questions that need a view. But whether to
 call is a choice that reinforcement learning is to find: where both are open the first word of a tool script counts
 less (DECISION), so that the cold start ends with few calls, and slips leave some of those invalid. Tokens that name
 what is looked for (NAMED) or carry a fact (FACT) count more. The answer is the option's words: to turn a word into its
@@ -53,7 +59,7 @@ from lib.distributed import (
 )
 from lib.images import load_image
 from lib.protocol import NEEDED, as_words, call_text
-from lib.questions import ASKS
+from lib.questions import ASKS, RELATIONS, STEP
 from lib.records import MetricLog, Question, load_jsonl, whole_folder
 from lib.rooms import COLOURS
 from lib.stage import (
@@ -70,6 +76,7 @@ from rewards import name_gold
 
 FACT = 4.0  # weights of tokens; every other scripted token counts 1
 NAMED = 3.0
+NOWHERE = 1.5  # that an object is not in an image: said three times as often as where it is
 DECISION = 0.6
 ASK_WORDS = {
     "largest": "largest in",
@@ -80,11 +87,19 @@ ASK_WORDS = {
     "right": "right third of",
 }
 NAMES = [*COLOURS, "none"]  # what a fact can say
+ANGLES = range(-45, 46, STEP)  # of an object from the middle of an image, degrees
 LESSONS = {  # share of each kind of script: at first, and when it is mixed
-    "all": {"look": (1.0, 0.20), "direct": (0.0, 0.40), "tool": (0.0, 0.30), "slip": (0.0, 0.10)},
-    "direct": {"look": (0.25, 0.25), "direct": (0.75, 0.75)},
+    "all": {
+        "look": (0.50, 0.08),
+        "search": (0.50, 0.22),
+        "ring": (0.0, 0.10),
+        "direct": (0.0, 0.28),
+        "tool": (0.0, 0.26),
+        "slip": (0.0, 0.06),
+    },
+    "direct": {"look": (0.10, 0.10), "search": (0.15, 0.15), "direct": (0.75, 0.75)},
 }
-MIXING = (0.3, 0.5)  # the shares change between these points of the run
+MIXING = (0.25, 0.4)  # the shares change between these points of the run
 BETAS = (0.9, 0.95)  # of AdamW, as its weight decay
 WEIGHT_DECAY = 0.01
 
@@ -101,8 +116,8 @@ FLAGS = [  # a pretrained policy needs no cold start: there is no astra preset
         choices=tuple(LESSONS),
     ),
     Flag("--seed", 0, None, "of weights and scripts"),
-    Flag("--see-steps", 350, None, "updates of the vision tower, 128 images each", 1),
-    Flag("--steps", 800, None, "updates of the language model", 1),
+    Flag("--see-steps", 700, None, "updates of the vision tower, 128 images each", 1),
+    Flag("--steps", 1400, None, "updates of the language model", 1),
     Flag("--batch", 32, None, "dialogues per update, all ranks together", 1),
     Flag("--lr", 1.5e-3, None, "AdamW peak learning rate", 0),
     Flag("--warmup", 20, None, "steps to the peak", 0),
@@ -240,7 +255,8 @@ class Lesson:
         """Read the pictures; the true views become as soft as imagined ones."""
         images = [load_image(path) for path in question["images"]]
         rng = numpy_stream("soft view", question["scene"]["room"], question["id"])
-        images += [soften(load_image(path), rng) for path in question["views"]]
+        for path in question["views"]:
+            images.append(soften(load_image(path), rng))
         return cls(question, images, question["shows"])
 
     def look(self, policy: Policy) -> None:
@@ -252,20 +268,23 @@ def check_lesson(question: dict) -> None:
     """Raises ValueError, the rest of a sentence, for a question that is not one of a room with letters A to D."""
     name_gold(question)
     lacking = {"id", "images", "options", "answer", "needs_view", "scene", "ask", "shown_by"}
-    lacking |= {"ideal", "views", "shows"}
+    lacking |= {"ideal", "views", "shows", "named", "relation"}
     lacking -= question.keys()
     if lacking:
         raise ValueError(f"has no {', '.join(sorted(lacking))}: lessons are about rooms")
+    pictures = len(question["images"]) + len(question["views"])
     is_whole = {
         "images": len(question["images"]) > 0,
-        "ideal": all({*NEEDED} <= call.keys() for call in question["ideal"]),
-        "views": len(question["views"]) == len(question["ideal"]),
         "answer": question["answer"] in tuple("ABCD"[: len(question["options"])]),
         "ask": question["ask"] in (None, *ASK_WORDS),
         "scene": "room" in question["scene"],
-        "shows": all(facts.keys() >= ASKS.keys() for facts in question["shows"])
-        and len(question["shows"]) == len(question["images"] + question["views"]),
+        "ideal": all(set(NEEDED) <= call.keys() for call in question["ideal"]),
+        "views": len(question["views"]) == len(question["ideal"]),
+        "shows": len(question["shows"]) == pictures,
+        "relation": question["relation"] in (None, *RELATIONS),
     }
+    facts_whole = all(facts.keys() >= {*ASKS, "angle"} for facts in question["shows"])
+    is_whole["shows"] = is_whole["shows"] and facts_whole
     for key, whole in is_whole.items():
         if not whole:
             raise ValueError(f"has {key} {question[key]!r:.80}, which no room gives")
@@ -303,21 +322,28 @@ def policy_that_sees(args: Namespace, lessons: list[Lesson], world: World) -> Po
 def teach_to_see(policy: Policy, lessons: list[Lesson], steps: int, seed: int) -> None:
     """Train the vision tower alone: linear probes must find every fact and the number of the image in its tokens.
 
-    The mean of an image's tokens has to tell who is largest, leftmost, …; each token has to tell the number stamped
-    on the image. (Measured, one core: .93 of the facts after 60 CPU-s; learned through the language model, which cannot
-    speak yet, .5 after 80.) At the end the last layer is scaled so that image tokens are as large as words.
+    The mean of an image's tokens has to tell who is largest, leftmost, …, and where each colour stands; each token has
+    to tell the number stamped on the image. (Measured, one core: .93 of the facts after 60 CPU-s; learned through the
+    language model, which cannot speak yet, .5 after 80.) At the end the last layer is scaled so that image tokens are
+    as large as words.
     """
     batch = 128
     tower = policy.vision
     width = policy.model.config.text_config.hidden_size
     images = [image for lesson in lessons for image in lesson.images]
-    labels = [fact_labels(facts) for lesson in lessons for facts in lesson.shows]
-    labels = torch.tensor(labels, device=policy.device)  # (images, asks)
+    shows = [facts for lesson in lessons for facts in lesson.shows]
+    fact_table = torch.tensor([fact_labels(facts) for facts in shows], device=policy.device)
+    angle_table = torch.tensor([angle_labels(facts) for facts in shows], device=policy.device)
+    angle_weights = torch.ones(len(ANGLES) + 1, device=policy.device)
+    angle_weights[-1] = 0.25  # absent: five of eight colours
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed("weights", seed, "probes"))
         fact_probe = nn.Linear(width, len(ASKS) * len(NAMES)).to(policy.device)
         number_probe = nn.Linear(width, 9).to(policy.device)
-    trainable = [*tower.parameters(), *fact_probe.parameters(), *number_probe.parameters()]
+        angle_probe = nn.Linear(width, len(COLOURS) * len(angle_weights)).to(policy.device)
+    trainable = [*tower.parameters()]
+    for probe in (fact_probe, number_probe, angle_probe):
+        trainable += probe.parameters()
     optimizer = torch.optim.AdamW(trainable, lr=2e-3, betas=BETAS, weight_decay=WEIGHT_DECAY)
     bar = progress(steps, 0, "learning to see")
     for step in bar:
@@ -332,18 +358,23 @@ def teach_to_see(policy: Policy, lessons: list[Lesson], steps: int, seed: int) -
         tokens = tower(patches, grid_thw=grids).pooler_output.view(batch, -1, width)
 
         facts = fact_probe(tokens.mean(1)).view(batch, len(ASKS), len(NAMES))
-        true_facts = labels[chosen]  # (batch, asks)
+        true_facts = fact_table[chosen]  # (batch, asks)
+        angles = angle_probe(tokens.mean(1)).view(batch, len(COLOURS), -1)
+        true_angles = angle_table[chosen]  # (batch, colours)
         true_numbers = torch.from_numpy(numbers - 1).to(policy.device)
         true_numbers = true_numbers.repeat_interleave(tokens.shape[1])  # (batch * tokens,)
         loss = F.cross_entropy(facts.flatten(0, 1), true_facts.flatten())
         loss += F.cross_entropy(number_probe(tokens).flatten(0, 1), true_numbers)
+        loss += 2 * F.cross_entropy(angles.flatten(0, 1), true_angles.flatten(), angle_weights)
         loss.backward()
         nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 10 == 0:
             right = (facts.argmax(-1) == true_facts)[true_facts >= 0].float().mean()
-            bar.set_postfix(right=f"{right:.2f}")
+            present = true_angles < len(ANGLES)
+            found = (angles.argmax(-1) == true_angles)[present].float().mean()
+            bar.set_postfix(facts=f"{right:.2f}", angles=f"{found:.2f}")
     size = tokens.norm(dim=-1).mean().item()
     for parameter in tower.merger.linear_fc2.parameters():
         parameter.data.div_(size)
@@ -352,6 +383,15 @@ def teach_to_see(policy: Policy, lessons: list[Lesson], steps: int, seed: int) -
 def fact_labels(facts: dict) -> list[int]:
     """The facts of an image as indices into NAMES, per key of ASKS; -100, which the loss ignores, where there is none."""
     return [-100 if facts[ask] is None else NAMES.index(facts[ask]) for ask in ASKS]
+
+
+def angle_labels(facts: dict) -> list[int]:
+    """Where an image shows each of COLOURS: the index into ANGLES, the number of them where it does not."""
+    absent = len(ANGLES)
+    return [
+        ANGLES.index(facts["angle"][colour]) if colour in facts["angle"] else absent
+        for colour in COLOURS
+    ]
 
 
 # ---- scripts: turns as (text, weight of its tokens in the loss) ------------------------------------------------------
@@ -369,6 +409,52 @@ def look_texts(rng: np.random.Generator, shows: list[dict]) -> list[tuple[str, f
     return turn
 
 
+def search_texts(colour: str, shows: list[dict], own: float = 1) -> list[tuple[str, float]]:
+    """Image by image where an object is: degrees off the middle, to the right above zero. `own`: the other words."""
+    texts = [(f" {colour}", own), (" is in", own)]
+    for number, facts in enumerate(shows, 1):
+        angle = facts["angle"].get(colour)
+        texts.append((f" Image-{number}:", own))
+        texts.append((" none", NOWHERE) if angle is None else (f" {angle or 'centre'}", FACT))
+    return [*texts, (".", own)]
+
+
+def searches(rng: np.random.Generator, shows: list[dict]) -> list[tuple[str, float]]:
+    """Where objects are; which ones is drawn and not learned."""
+    texts = []
+    for colour in rng.permutation(list(COLOURS))[:4]:
+        texts += search_texts(str(colour), shows, own=0)
+    return texts
+
+
+def ring_texts(relation: str, found: int, start: int, own: float = 1) -> list[tuple[str, float]]:
+    """What `Image-found` shows is to be `relation`: one turns from `Image-start`."""
+    return [(f" {relation}", own), (f" Image-{found}:", own), (f" Image-{start}:", FACT)]
+
+
+def rings(rng: np.random.Generator) -> list[tuple[str, float]]:
+    """How the views of a ring lie to each other, in words alone."""
+    texts = []
+    for _ in range(14):
+        relation = str(rng.choice(list(RELATIONS)))
+        found = int(rng.integers(4))
+        start = (found + RELATIONS[relation][0]) % 4
+        texts += [*ring_texts(relation, found + 1, start + 1, own=0), (".", 0)]
+    return texts
+
+
+def finding_texts(lesson: Lesson) -> list[tuple[str, float]]:
+    """The thought that finds the image to turn from; none where the question names it."""
+    question = lesson.question
+    if question["named"] is None:
+        return []
+    shows = lesson.shows[: len(question["images"])]
+    found = next(n for n, facts in enumerate(shows, 1) if question["named"] in facts["angle"])
+    start = question["shown_by"] or question["ideal"][0]["reference_image"]
+    texts = search_texts(question["named"], shows)
+    return [*texts, *ring_texts(question["relation"], found, start), (" ", 1)]
+
+
 def answer_texts(question: dict, view: str) -> list[tuple[str, float]]:
     """The thought that names what is asked, of which view, and what it shows; then the answer."""
     option = question["options"]["ABCD".index(question["answer"])]
@@ -376,29 +462,28 @@ def answer_texts(question: dict, view: str) -> list[tuple[str, float]]:
     ask = question["ask"]
     thought = "The camera:" if ask is None else f"{ASK_WORDS[ask]} {view}:"
     rest = f"</think><answer> {words}</answer><|im_end|>"
-    return [("<think>", 1), (thought, NAMED), (f" {words}", FACT), (rest, 1)]
+    return [(thought, NAMED), (f" {words}", FACT), (rest, 1)]
 
 
 def call_texts(command: dict, decision: float = 1.0) -> list[tuple[str, float]]:
     """A tool call; `decision` weighs the choice to call."""
-    rest = f"</think>{call_text(command)}<|im_end|>"
-    return [("<think>", 1), ("I need to see it.", decision), (rest, 1)]
+    return [("I need to see it.", decision), (f"</think>{call_text(command)}<|im_end|>", 1)]
 
 
 def script(
     policy: Policy, lesson: Lesson, kind: str, rng: np.random.Generator, calling: bool = True
 ) -> Trajectory:
-    """Write one dialogue of a kind: look, direct, tool or slip.
+    """Write one dialogue of a kind of LESSONS.
 
     calling   whether a look may include a call and its view (not for the baseline that never imagines)
     """
     question = lesson.question
     given = len(question["images"])
-    images = lesson.images[:given]
+    views = lesson.images[given:]
     modes = ["forced", "agentic"] if kind in ("tool", "slip") else ["direct", "agentic"]
     mode = str(rng.choice(modes))
     decision = 1.0 if mode == "forced" else DECISION
-    dialogue = Trajectory.start(policy, question, images, mode)
+    dialogue = Trajectory.start(policy, question, lesson.images[:given], mode)
 
     def say(turn):
         ids, weights = [], []
@@ -408,28 +493,32 @@ def script(
             weights += [float(weight)] * len(tokens)
         dialogue.say(policy, ids, loss_weights=weights)
 
-    def imagine(decision):
-        for call, view in zip(question["ideal"], lesson.images[given:], strict=True):
-            say(call_texts(call, decision))
-            dialogue.observe(policy, image=view)
-
+    thought = [("<think>", 1), *finding_texts(lesson)]
     if kind == "direct":
         name = "the new view" if question["needs_view"] else f"Image-{question['shown_by']}"
-        say(answer_texts(question, name))
+        say([*thought, *answer_texts(question, name)])
     elif kind == "look":
-        if calling and mode == "agentic":
-            imagine(decision=0.0)
+        if calling and mode == "agentic" and views:
+            say([("<think>", 0), *call_texts(question["ideal"][0], decision=0.0)])
+            dialogue.observe(policy, image=views[0])
         say(look_texts(rng, lesson.shows[: len(dialogue.images)]))
+    elif kind == "search":
+        say(searches(rng, lesson.shows[:given]))
+    elif kind == "ring":
+        say(rings(rng))
     else:
         if kind == "slip":
-            impossible = question["ideal"][0] | {
-                "reference_image": int(rng.integers(len(images) + 1, 10))
-            }
-            say(call_texts(impossible, decision))
+            wrong = int(rng.integers(given + 1, 10))
+            impossible = question["ideal"][0] | {"reference_image": wrong}
+            say([*thought, *call_texts(impossible, decision)])
             dialogue.observe(policy)
             decision = 1.0  # it is made: what follows repairs it
-        imagine(decision)
-        say(answer_texts(question, f"Image-{len(dialogue.images)}"))
+            thought = [("<think>", 1)]
+        for call, view in zip(question["ideal"], views, strict=True):
+            say([*thought, *call_texts(call, decision)])
+            dialogue.observe(policy, image=view)
+            thought = [("<think>", 1)]
+        say([*thought, *answer_texts(question, f"Image-{len(dialogue.images)}")])
     dialogue.features = lesson.features[: len(dialogue.images)]
     return dialogue
 

@@ -277,6 +277,8 @@ def _turned_question(rng, visit, place, relation, step):
         "question": f"{words}. Then {ASKS[ask]}",
         "needs_view": bool(ideal),
         "ask": ask,
+        "named": visit.room.things[place.named].colour,
+        "relation": relation,
         "shown_by": None if ideal else k + 1,
         "ideal": ideal,
         "answer": visit.room.things[there[ask]].colour,

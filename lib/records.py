@@ -231,7 +231,7 @@ class Triple(TypedDict):
 
 
 class Question(TypedDict):
-    """A question over several views. Only `images`, `question` and `options` are ever shown to a policy."""
+    """A question over several views. A policy sees `images`, `question` and `options`; from `ask` on only rooms know."""
 
     id: str
     bench: str  # "rooms", "mindcube", ...: whose rules judge the answer
@@ -243,11 +243,11 @@ class Question(TypedDict):
     kind: str  # "mca" multiple choice, "na" numeric
     needs_view: bool | None  # does the answer need a view that is not given? None: nobody knows
     scene: NotRequired[dict]  # rooms: {"room": seed, "poses": a 4 x 4 list per image}
-    # what only a room can know: for the cold start and for diagnosis
     ask: NotRequired[str | None]  # which fact is asked for, a key of questions.ASKS
+    named: NotRequired[str | None]  # colour of the object that one turns by,
+    relation: NotRequired[str | None]  # and where it is to be then, a key of questions.RELATIONS
     shown_by: NotRequired[int | None]  # number of the given view that answers
-    # the calls that lead to the view asked about; the second may start from the view of the first, Image-5
-    ideal: NotRequired[list[dict]]
+    ideal: NotRequired[list[dict]]  # the calls that lead there, the second one from Image-5
     views: NotRequired[list[str]]  # the true view of each ideal call
     shows: NotRequired[list[dict]]  # facts (lib/questions) of every image, then of these views
 

@@ -62,7 +62,8 @@ WORDS = (
     *(" black", " none", " box", " barrel", " ball", " table", " cabinet", " lamp"),
     *(" left", " right", " centre"),
     # questions (lib/questions.py), options, and the thoughts that the cold start teaches (train_sft.py)
-    *("Start from", " and ", ". Then ", "In"),
+    *("Start from", " and ", ". Then ", "In", "Turn until the", " object is", " is in"),
+    *(" straight ahead", " behind you", " on your left", " on your right"),
     "How did the camera get from Image-1 to Image-2?",
     "which object looks largest?",
     "which object is furthest to the left?",

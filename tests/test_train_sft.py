@@ -1,5 +1,7 @@
 """pytest tests/test_train_sft.py: the cold start, its scripts and its loss.  CPU, 20 s."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -61,7 +63,9 @@ def test_scripts_are_dialogues_that_the_protocol_accepts(policy, lessons, moving
         calls = 0 if kind == "direct" else len(lesson.question["ideal"])
         assert dialogue.answer == words_of(lesson.question)
         assert (dialogue.valid_calls, dialogue.invalid_calls) == (calls, slips)
-        assert [weight for _, weight in weighted_tokens(policy, dialogue)].count(FACT) == 1
+        # the answer; of an object that must be found, also its angle and the image to turn from
+        facts = 3 if lesson.question["named"] else 1
+        assert [weight for _, weight in weighted_tokens(policy, dialogue)].count(FACT) == facts
         assert len(dialogue.features) == len(dialogue.images)
 
 
@@ -83,6 +87,26 @@ def test_looking_teaches_true_facts_and_nothing_else(policy, lessons):
             ask = next(ask for ask, words in ASK_WORDS.items() if words == asked)
             facts = lessons[0].shows[int(image[len(" Image-") : -1]) - 1]
             assert word == f" {facts[ask]}"
+
+
+def test_the_thought_finds_what_the_calls_need(policy, lessons):
+    """ "red is in Image-1: none Image-2: -30 …. behind you Image-2: Image-4:" leads to the first ideal call."""
+    finding = [lesson for lesson in lessons if lesson.question["named"]]
+    relations = set()
+    for lesson in finding:
+        question = lesson.question
+        kind = "tool" if question["ideal"] else "direct"
+        thought = script(policy, lesson, kind, np.random.default_rng(0)).turns[0]
+        scan, ring = thought.split(".", 1)
+        places = dict(re.findall(r"Image-(\d): (centre|-?\d+)", scan))
+        found, start = re.match(rf" {question['relation']} Image-(\d): Image-(\d):", ring).groups()
+        assert list(places) == [found]
+        angle = float(places[found].replace("centre", "0"))
+        turns = [call for call in question["ideal"] if call["motion_type"] == "dangle"]
+        assert angle == (turns[0]["value"] if turns else 0)
+        assert int(start) == (question["shown_by"] or question["ideal"][0]["reference_image"])
+        relations.add(question["relation"])
+    assert len(relations) > 1
 
 
 def test_loss_is_the_weighted_sum_of_log_probs(policy, moving):
