@@ -251,7 +251,7 @@ def test_every_view_is_the_one_at_the_end_of_its_whole_path_from_the_original_im
 def test_the_calls_are_the_turns_that_the_cold_start_teaches():
     policy = Policy.tiny()
     for step in (motion(L, 45), motion(F, 0.5), Motion("dx", 1.0)):
-        taught = call_texts(call_of(2, step))
+        taught = [("<think>", 1), *call_texts(call_of(2, step))]
         ids = [token for text, _ in taught for token in policy.encode_text(text)]
         assert policy.encode_text(search.call_turn(2, step) + "<|im_end|>") == ids
 
