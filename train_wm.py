@@ -99,7 +99,8 @@ FLAGS = [
     Flag("--images-in-memory", None, 200, "decoded pictures; default: all", low=0, neutral=True),
     Flag("--look-every", 250, 1_000, "steps between looks at held-out views", low=1, neutral=True),
     Flag("--look-contexts", 16, 2, "held-out contexts to look at", low=1, neutral=True),
-    Flag("--save-every", 250, 500, "steps between checkpoints", low=1, neutral=True),
+    # astra: every rank writes 28 GB while its GPU waits, half a minute or more
+    Flag("--save-every", 250, 1_000, "steps between checkpoints", low=1, neutral=True),
     Flag("--threads", 1, 1, "CPU threads; small models gain little", low=1, neutral=True),
 ]
 TARGETS = 8  # that share one reading of their context, at most

@@ -114,12 +114,13 @@ def guidance_branches(
     motion = network.motion_vector(text.ids, text.words())[:, None]
     memory = network.memory(len(text.ids))
     network.read_images(memory, images)
-    no_words = torch.zeros_like(text.words())
-    no_sentence = memory.branch(network.motion_vector(text.ids, no_words)[:, None])
+    before_text = memory.end
     network.read_text(memory, text)
     branches = [memory.branch(motion)]
     if settings.text_scale > 1:
-        branches.append(no_sentence)
+        no_words = torch.zeros_like(text.words())
+        no_motion = network.motion_vector(text.ids, no_words)[:, None]
+        branches.append(memory.branch(no_motion, before_text))
     if settings.text_scale > 1 and settings.image_scale > 1 and images:
         memory = network.memory(len(text.ids))
         network.read_text(memory, text)

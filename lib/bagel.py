@@ -454,14 +454,22 @@ class Memory:
         self.positions = torch.zeros(rows, 0, dtype=torch.long)
         self.next = torch.zeros(rows, dtype=torch.long)
 
-    def branch(self, motion: Tensor) -> Branch:
-        """What a target sees that stands here; it stays so when the memory reads on."""
-        padding = self.positions == NEVER_SEEN  # of texts
+    @property
+    def end(self) -> tuple[int, Tensor]:
+        """How many tokens there are so far, and the position that follows."""
+        return self.positions.shape[1], self.next
+
+    def branch(self, motion: Tensor, end: tuple[int, Tensor] | None = None) -> Branch:
+        """What a target sees that stands at the end of this memory, or at one that it had: nothing is held twice."""
+        length, next_position = end or self.end
+        padding = self.positions[:, :length] == NEVER_SEEN  # of texts
         mask = None
         if padding.any():
             mask = torch.zeros(padding.shape).masked_fill_(padding, -torch.inf)
             mask = mask[:, None, None].to(motion)
-        return Branch(list(self.keys), list(self.values), mask, self.next, motion)
+        keys = [k[:, :, :length] for k in self.keys]
+        values = [v[:, :, :length] for v in self.values]
+        return Branch(keys, values, mask, next_position, motion)
 
 
 class MemoryAttention:
