@@ -145,13 +145,15 @@ def need_gpu(args: Namespace) -> None:
 
 # ---- a row of a table ------------------------------------------------------------------------------------------------
 
-HEAD = "{:14}       s{:>10}     TFLOP     MFU  peak GiB"
+RATE = 790e12  # FLOP/s in bf16 that docs/true-size.md counts with
+HEAD = "{:14}       s   counted{:>10}     TFLOP     MFU  peak GiB"
 
 
 def speed_of(name: str, step: Callable, repeats: int, device, count, flops, rate) -> dict:
     """Time a step and print its row -> its numbers for the JSON line, keys ending in `name`; {} where it does not fit.
 
     count   views or tokens of a step;   flops   that it needs;   rate   of torch.mm, in FLOP/s
+    "counted" are the seconds that these flops take at RATE: those of the products alone
     """
     measured = timed(step, repeats, device)
     if measured is None:
@@ -159,7 +161,7 @@ def speed_of(name: str, step: Callable, repeats: int, device, count, flops, rate
         return {}
     seconds, peak = measured
     mfu = flops / seconds / rate
-    cells = f"{seconds:8.2f}{count / seconds:10.3f}{flops / 1e12:10.3f}{mfu:8.1%}{peak:10.1f}"
+    cells = f"{seconds:8.2f}{flops / RATE:10.2f}{count / seconds:10.3f}{flops / 1e12:10.3f}{mfu:8.1%}{peak:10.1f}"
     print(f"{name:14}{cells}", flush=True)
     return {f"seconds_{name}": seconds, f"mfu_{name}": mfu, f"peak_gib_{name}": peak}
 
@@ -170,16 +172,17 @@ def speed_of(name: str, step: Callable, repeats: int, device, count, flops, rate
 def wm(args: Namespace) -> None:
     """Seconds per 512 x 512 view, peak memory and MFU of BAGEL in bf16: a table, and the JSON line."""
     need_gpu(args)
+    ways = ("eager", "compiled")
     if args.model:
-        model = WorldModel.load(args.model, "cuda", torch.bfloat16)
+        model, ways = WorldModel.load(args.model, "cuda", torch.bfloat16), ("loaded",)
     else:
         model = true_bagel("cuda", torch.bfloat16)
     model.network.requires_grad_(False).eval()
-    print_json(sampling(model, pixels=512, steps=args.steps, repeats=args.repeats))
+    print_json(sampling(model, 512, args.steps, args.repeats, ways))
 
 
-def sampling(model: WorldModel, pixels: int, steps: int, repeats: int) -> dict:
-    """The measurement itself, on the model's own device."""
+def sampling(model: WorldModel, pixels: int, steps: int, repeats: int, ways: tuple) -> dict:
+    """The measurement itself, on the model's own device; a model that was loaded is compiled already."""
     device, dtype = model.device, model.network.vae2llm.weight.dtype
     rate = best_matmul_rate(model.network.config, 8192, device.type, dtype)
     print(
@@ -188,18 +191,17 @@ def sampling(model: WorldModel, pixels: int, steps: int, repeats: int) -> dict:
     )
     print(HEAD.format("batch", "views/s"), flush=True)
     results = {"bench": "wm", "preset": "astra", "steps": steps}
-    for batch in (1, 4, 8):
-        queries = pair_queries(batch, pixels)
-        model.imagine(queries, steps=2)  # compile
+    for way in ways:
+        if way == "compiled":
+            model.network.compile_blocks()
+        for batch in (1, 8):
+            queries = pair_queries(batch, pixels)
 
-        def step(queries=queries):
-            model.imagine(queries, steps=steps)
+            def step(queries=queries):
+                model.imagine(queries, steps=steps)
 
-        flops = sum(work_of(model, query, steps) for query in queries)
-        speed = speed_of(f"b{batch}", step, repeats, device, batch, flops, rate)
-        if speed:
-            results[f"seconds_per_view_b{batch}"] = speed.pop(f"seconds_b{batch}") / batch
-        results |= speed
+            flops = sum(work_of(model, query, steps) for query in queries)
+            results |= speed_of(f"{way} b{batch}", step, repeats, device, batch, flops, rate)
     return results | {"matmul_tflops": rate / 1e12}
 
 
