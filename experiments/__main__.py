@@ -1,5 +1,5 @@
 """
-The demo, its curves and the evidence: python -m experiments demo | curves | simulator | policy | world2vlm   (each with --help)
+The demo, its curves and the evidence: python -m experiments demo | curves | simulator | policy | questions | world2vlm   (each with --help)
 """
 
 import importlib
@@ -7,7 +7,7 @@ import sys
 
 from lib.stage import run_stage
 
-NAMES = ("demo", "curves", "simulator", "policy", "world2vlm")
+NAMES = ("demo", "curves", "simulator", "policy", "questions", "world2vlm")
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
