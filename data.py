@@ -16,11 +16,13 @@ or not at all; the same seed gives the same files, whatever the number of proces
 Triples are the samples of the paper's view consistency tuning: a target view is kept if the context covers at least 85 %
 of it and one motion says how the camera got there from a context view, its reference. The context cameras of a room
 stand in one of these layouts:
-  ring       four views at one spot, each one left turn of 90 degrees further: what a small simulator learns in minutes
-  fine       the ring, with motions of every 15 degrees and 0.1 m instead of 13 motions in all
+  ring       four views at one spot, each one left turn of 90 degrees further: what a small simulator learns in minutes.
+             In some rooms all four look up or down, by 10 to 25 degrees; in some there is a fifth view, where a first
+             motion has led, softened as if it were imagined, and the targets start from there: the second step of a chain
   apart      the paper's rule: four cameras at least 1 m and 30 degrees apart; they look across the room, in no order
-  pitched    the ring with cameras that all look up or down, by 10 to 25 degrees; its motions are parallel to the ground,
-             and some pitch further
+
+Motions are turns of every 5 degrees, moves of every 0.1 m up to 1.2 m, and pitch up to 30 degrees. Some amounts, those of
+NEVER_TRAINED, are in val and test alone.
 
 Questions (lib/questions.py) have exact answers. Seeds of the rooms make four disjoint sets: the simulator's training, the
 policy's training (a policy must not learn to trust memorised imaginations), validation and test. Scans are split by place.
@@ -29,12 +31,12 @@ policy's training (a policy must not learn to trust memorised imaginations), val
 import argparse
 import signal
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -53,7 +55,7 @@ from lib.geometry import (
     pinhole,
     warp,
 )
-from lib.images import save_image
+from lib.images import save_image, soften
 from lib.questions import ASKS, FAMILIES, Visit, facts
 from lib.records import disk, load_jsonl, save_jsonl
 from lib.rooms import COLOURS, EYE, SIZE, Room, pitched, random_room, render, ring
@@ -68,22 +70,35 @@ MIN_COVERAGE = 0.85
 MIN_METERS = 1.0
 MIN_DEGREES = 30.0
 
-TARGETS_PER_ROOM = 8
+TARGETS_PER_ROOM = 16
 FREE = 1.3  # metres around the middle of a room where no furniture stands
 
-# No step back: it shows what no view of the ring saw, and coverage refuses every one.
 SIGNS = (-1, 1)
-MOTIONS = [
-    *(Motion("dangle", sign * amount) for sign in SIGNS for amount in (45.0, 90.0, 135.0)),
-    Motion("dangle", -180.0),
-    *(Motion("dx", sign * amount) for sign in SIGNS for amount in (0.5, 1.0)),
-    *(Motion("dy", amount) for amount in (0.5, 1.0)),
-]
-FINE = [
-    *(Motion("dangle", sign * 15.0 * i) for sign in SIGNS for i in range(1, 12)),
-    *(Motion("dx", sign * round(0.1 * i, 1)) for sign in SIGNS for i in range(1, 13)),
-    *(Motion("dy", round(0.1 * i, 1)) for i in range(1, 13)),
-]
+
+
+def ring_motions() -> list[Motion]:
+    """Every motion that a simulator of rooms is taught, or asked in val and test.
+
+    No step back: it shows what no view of the ring saw, and coverage refuses every one.
+    """
+    motions = [Motion("dangle", -180.0)]
+    for i in range(1, 36):
+        motions += [Motion("dangle", sign * 5.0 * i) for sign in SIGNS]
+    for i in range(1, 13):
+        motions += [Motion("dx", sign * round(0.1 * i, 1)) for sign in SIGNS]
+        motions.append(Motion("dy", round(0.1 * i, 1)))
+    for i in range(1, 7):
+        motions += [Motion("dphi", sign * 5.0 * i) for sign in SIGNS]
+    return motions
+
+
+MOTIONS = ring_motions()
+NEVER_TRAINED = {"dangle": (20.0, 65.0, 110.0, 155.0), "dx": (0.4, 0.9), "dy": (0.4, 0.9)}
+TRAINED = [m for m in MOTIONS if abs(m.amount) not in NEVER_TRAINED.get(m.kind, ())]
+# of the targets that are drawn; most that look up or down are refused
+KIND_SHARES = {"dangle": 0.4, "dx": 0.25, "dy": 0.15, "dphi": 0.2}
+PITCHED_SHARE = 0.25  # of the rooms of a ring: its cameras look up or down
+CHAINED_SHARE = 0.4  # of the rooms of a ring: the targets start from a fifth view
 
 
 # ---- layouts: where the context cameras stand ------------------------------------------------------------------------
@@ -105,21 +120,14 @@ def across(rng: Generator) -> list[Array]:
             return [camera_pose(x[k], -EYE, z[k], yaw[k]) for k in range(4)]
 
 
-class RoomLayout(NamedTuple):
-    """Where the context cameras of a room stand, and which motions lead from one of them to a target."""
-
-    cameras: Callable[[Generator], list[Array]]
-    motions: list[Motion]
+def any_ring(rng: Generator) -> list[Array]:
+    """A ring for triples: level, or in some rooms pitched."""
+    return pitched(rng) if rng.random() < PITCHED_SHARE else ring(rng)
 
 
-LAYOUTS = {
-    "ring": RoomLayout(ring, MOTIONS),
-    "fine": RoomLayout(ring, FINE),
-    "apart": RoomLayout(across, MOTIONS),
-    "pitched": RoomLayout(pitched, [*MOTIONS, Motion("dphi", -15.0), Motion("dphi", 15.0)]),
-}
-# what questions are asked about: a turn of 90 degrees leads to the next view
-RINGS = ("ring", "pitched")
+LAYOUTS = {"ring": any_ring, "apart": across}  # of triples
+# of questions: a turn of 90 degrees leads to the next view
+RINGS = {"ring": ring, "pitched": pitched}
 
 
 def folder_of(layout: str = "ring", size: int = SIZE) -> str:
@@ -140,7 +148,13 @@ def stands_free(c2w: Array) -> bool:
 # ---- triples ---------------------------------------------------------------------------------------------------------
 
 
-def room_triples(seed: int, out: Path, layout: str = "ring", size: int = SIZE) -> list[dict]:
+def room_triples(
+    seed: int,
+    out: Path,
+    layout: str = "ring",
+    size: int = SIZE,
+    motions: Sequence[Motion] = TRAINED,
+) -> list[dict]:
     """All accepted triples (lib/records.Triple) of one room; they share one context and one reference, so training
     encodes it once. Pictures go to `out`/triples.
 
@@ -149,16 +163,24 @@ def room_triples(seed: int, out: Path, layout: str = "ring", size: int = SIZE) -
     not be true.
     """
     rng = numpy_stream("triples of a room", seed)
-    poses = LAYOUTS[layout].cameras(rng)
+    poses = LAYOUTS[layout](rng)
     reference = int(rng.integers(len(poses)))
-    targets = draw_targets(rng, poses[reference], LAYOUTS[layout].motions)
+    first_step = {}
+    if layout == "ring" and rng.random() < CHAINED_SHARE:
+        steps = [motion for motion in motions if motion.kind != "dphi"]
+        first, pose = next(iter(draw_targets(rng, poses[reference], steps).items()))
+        first_step = {"first_step": {"reference": reference + 1, "motion": asdict(first)}}
+        poses.append(pose)
+        reference = len(poses) - 1
+    targets = draw_targets(rng, poses[reference], motions)
     views = render(random_room(seed), np.stack([*poses, *targets.values()]), size)
     context = list(zip(views["rgb"], views["depth"], poses, strict=False))  # the first views
 
     folder = Path("triples") / f"{seed:07d}"
     paths = [f"{folder}/{k}.png" for k in range(1, len(poses) + 1)]
-    for path, (rgb, _, _) in zip(paths, context, strict=True):
-        save_image(out / path, rgb)
+    for k, path in enumerate(paths):
+        rgb = views["rgb"][k]
+        save_image(out / path, rgb if k < 4 else soften(rgb, rng))
     rows = []
     for k, (motion, c2w) in enumerate(targets.items(), len(poses)):
         depth = views["depth"][k]
@@ -176,7 +198,7 @@ def room_triples(seed: int, out: Path, layout: str = "ring", size: int = SIZE) -
                 "scene": f"room_{seed}",
                 "context": paths,
                 "reference": reference + 1,
-                "motion": {"kind": motion.kind, "amount": motion.amount},
+                "motion": asdict(motion),
                 "instruction": instruction(motion, reference + 1),
                 "target": f"{name}.png",
                 "warp": f"{name}_warp.png",
@@ -184,15 +206,19 @@ def room_triples(seed: int, out: Path, layout: str = "ring", size: int = SIZE) -
                 "room": seed,
                 "context_c2w": [as_lists(pose) for pose in poses],
                 "target_c2w": as_lists(c2w),
+                **first_step,
             }
         )
     return rows
 
 
-def draw_targets(rng: Generator, start: Array, motions: list[Motion]) -> dict[Motion, Array]:
+def draw_targets(rng: Generator, start: Array, motions: Sequence[Motion]) -> dict[Motion, Array]:
     """Some `motions` at random, and where they lead from `start`: {motion: c2w}, as far as one can stand there."""
+    count = Counter(motion.kind for motion in motions)
+    weights = np.array([KIND_SHARES[motion.kind] / count[motion.kind] for motion in motions])
+    draw = rng.choice(len(motions), TARGETS_PER_ROOM, replace=False, p=weights / weights.sum())
     targets = {}
-    for i in rng.permutation(len(motions))[:TARGETS_PER_ROOM]:
+    for i in draw:
         c2w = move_camera(start, motions[i])
         if stands_free(c2w):
             targets[motions[i]] = c2w
@@ -332,12 +358,12 @@ def make_triples(
     rooms, held_out   how many rooms to train on, and for validation and test each;  threads   processes
     """
     out = Path(out)
-    make = partial(room_triples, layout=layout, size=size)
-    for split, count, first in (
-        ("train", rooms, FIRST_ROOM["triples_train"]),
-        ("val", held_out, FIRST_ROOM["val"]),
-        ("test", held_out, FIRST_ROOM["test"]),
+    for split, count, first, motions in (
+        ("train", rooms, FIRST_ROOM["triples_train"], TRAINED),
+        ("val", held_out, FIRST_ROOM["val"], MOTIONS),
+        ("test", held_out, FIRST_ROOM["test"], MOTIONS),
     ):
+        make = partial(room_triples, layout=layout, size=size, motions=motions)
         rows = build(f"triples, {split}", make, range(first, first + count), out, threads)
         save_jsonl(out / f"triples_{split}.jsonl", rows)
         say(
@@ -356,7 +382,7 @@ def make_questions(
 ) -> None:
     """out/questions_{train,val,test}.jsonl; half of the questions need an unseen view, but of `walking` all."""
     out = Path(out)
-    make = partial(room_questions, families=families, rig=LAYOUTS[layout].cameras)
+    make = partial(room_questions, families=families, rig=RINGS[layout])
     for split, count, first in (
         ("train", rooms, FIRST_ROOM["questions_train"]),
         ("val", held_out[0], FIRST_ROOM["val"]),
@@ -420,7 +446,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             help="to train on (default: 2000 for triples, 1500 for questions)",
         )
         add("--threads", type=count, help="processes (default: 2)")
-    for command, layouts in ((triples, tuple(LAYOUTS)), (questions, RINGS)):
+    for command, layouts in ((triples, tuple(LAYOUTS)), (questions, tuple(RINGS))):
         command.add_argument("--layout", choices=layouts, default="ring", help="of the cameras")
     questions.add_argument(
         "--families",

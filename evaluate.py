@@ -447,7 +447,7 @@ def measure_simulators(args: argparse.Namespace, world: World) -> None:
         if is_main():
             tools = scan_views.instruments(args, rows, policy, world.device)  # before the work
     elif find_extras():
-        from extras.report.doses import dose_rows, measure_doses
+        from extras.report.doses import dose_rows, measure_chains, measure_doses
 
         doses = dose_rows(rows, args.dose_rooms)
     folders = {}
@@ -469,8 +469,11 @@ def measure_simulators(args: argparse.Namespace, world: World) -> None:
     else:
         trivial, oracles = trivial_views(rows), oracle_views(rows)
         results = compare(rows, {"simulators": views, "baselines": trivial, "oracles": oracles})
-    results["dose"] = measure_doses(doses, folders) if find_extras() and not scans else {}
     print_consistency(results)
+    results |= {"dose": {}, "chains": {}}
+    if find_extras() and not scans:
+        results["dose"] = measure_doses(doses, folders)
+        results["chains"] = measure_chains(rows, folders)
     first = next(iter(results["simulators"].values()), {})
     results |= {"bench": "wm", "n": len(rows), "sampler": args.sampler}
     results = readable(first | results)  # JSON has no nan
@@ -492,6 +495,10 @@ def imagine_share(args, name: str, rows: list[dict], folder: Path, device: torch
     try:
         simulator = load_simulator(name, device, args.wm, **args.sampler)
         imagine_targets(simulator, rows, folder, args.batch or 64, name)
+        if find_extras():
+            from extras.report.doses import chained_rows
+
+            imagine_targets(simulator, chained_rows(simulator, rows, folder), folder)
     except SimulatorError as error:
         fail(f"{error} The views so far are in {folder}; the same command goes on from there.")
 

@@ -57,7 +57,7 @@ from lib.distributed import (
     shard,
     wait_for_all,
 )
-from lib.images import load_image
+from lib.images import load_image, soften
 from lib.protocol import NEEDED, as_words, call_text
 from lib.questions import ASKS, RELATIONS, STEP
 from lib.records import MetricLog, Question, load_jsonl, whole_folder
@@ -288,17 +288,6 @@ def check_lesson(question: dict) -> None:
     for key, whole in is_whole.items():
         if not whole:
             raise ValueError(f"has {key} {question[key]!r:.80}, which no room gives")
-
-
-def soften(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Blur and grain of a random strength, about as a small simulator draws: a view that is imagined is never sharp."""
-    soft = image.astype(np.float32)
-    rounds = int(rng.integers(0, 5))
-    for _ in range(rounds):  # each round: [1 2 1] / 4 down the rows and along the columns
-        wide = np.pad(soft, ((1, 1), (1, 1), (0, 0)), mode="edge")
-        wide = (wide[:-2] + 2 * wide[1:-1] + wide[2:]) / 4
-        soft = (wide[:, :-2] + 2 * wide[:, 1:-1] + wide[:, 2:]) / 4
-    return np.clip(soft + rng.normal(0, 2 * rounds, soft.shape) + 0.5, 0, 255).astype(np.uint8)
 
 
 # ---- first the tower learns to see -----------------------------------------------------------------------------------

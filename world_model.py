@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,9 +48,10 @@ from lib.bagel import (
 )
 from lib.checkpoints import contents
 from lib.distributed import default_device, fail, say
-from lib.geometry import Query, select_context
+from lib.geometry import Query, delta_of, select_context
 from lib.images import load_image, save_image
-from lib.simulators import FORMS, instruction, read_instruction, read_phrase, renumbered
+from lib.packing import table_ids
+from lib.simulators import FORMS, headings, instruction, read_instruction, read_phrase, renumbered
 from lib.stage import bounded, newest, run_stage
 from lib.streams import stream_seed
 
@@ -111,20 +113,19 @@ def guidance_branches(
 
     Without guidance by the sentence there is none at all, whatever the image scale, as in BAGEL.
     """
-    motion = network.motion_vector(text.ids, text.words())[:, None]
     memory = network.memory(len(text.ids))
     network.read_images(memory, images)
     before_text = memory.end
-    network.read_text(memory, text)
-    branches = [memory.branch(motion)]
+    if network.config.settings.words:
+        network.read_text(memory, text)
+    branches = [memory.branch(text.motion)]
     if settings.text_scale > 1:
-        no_words = torch.zeros_like(text.words())
-        no_motion = network.motion_vector(text.ids, no_words)[:, None]
-        branches.append(memory.branch(no_motion, before_text))
+        branches.append(memory.branch(None, before_text))
     if settings.text_scale > 1 and settings.image_scale > 1 and images:
         memory = network.memory(len(text.ids))
-        network.read_text(memory, text)
-        branches.append(memory.branch(motion))
+        if network.config.settings.words:
+            network.read_text(memory, text)
+        branches.append(memory.branch(text.motion))
     return branches
 
 
@@ -137,6 +138,9 @@ class Denoiser:
         self.ropes = [network.rope(branch.next[:, None]) for branch in branches]
         self.time_vectors = network.time_embedder(times.to(network.device))  # (steps + 1, H)
         self.places = network.latent_places(grid)  # (n, H)
+        ids = table_ids(grid, network.config.latent_grid).to(network.device)
+        motions = [branch.motion[:, None] for branch in branches]  # (R, 1, 5)
+        self.motions = [network.motion_vectors(motion, ids) for motion in motions]  # (R, n, H)
         self.markers = network.embed_markers(len(branches[0].motion))  # (R, 2, H)
 
     def last_layer(self, x: Tensor, step: int, indices: list[int]) -> list[Tensor]:
@@ -144,7 +148,7 @@ class Denoiser:
         count = len(indices)
         branches = [self.branches[k] for k in indices]
         cosines, sines = zip(*(self.ropes[k] for k in indices), strict=True)
-        motion = torch.cat([branch.motion for branch in branches])  # (R * branches, 1, H)
+        motion = torch.cat([self.motions[k] for k in indices])  # (R * branches, n or 1, H)
         hidden = self.network.denoise(
             x.repeat(count, 1, 1),
             self.time_vectors[step] + self.places + motion,
@@ -191,6 +195,7 @@ class ArrangedQuery(NamedTuple):
     index: int  # of the query
     seed: int
     images: list  # (H, W, 3) uint8
+    headings: list  # of the images, degrees right of the reference (Settings.rays)
     sentence: str
 
 
@@ -311,23 +316,44 @@ class WorldModel:
         return [self.bos, *words, self.eos]
 
     def texts(self, sentences: list[str]) -> ContextText:
-        """Sentences of R rows."""
+        """Sentences of R rows. Raises ValueError where a model that is told motions in numbers cannot read one."""
         rows = [self.token_ids(sentence) for sentence in sentences]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [self.eos] * (longest - len(row)) for row in rows])
-        return ContextText(ids.to(self.device), torch.tensor([len(row) for row in rows]))
+        lengths = torch.tensor([len(row) for row in rows])
+        motions = None
+        if self.network.config.settings.rays:
+            motions = [delta_of(read_instruction(sentence)[1]) for sentence in sentences]
+            motions = torch.tensor(np.stack(motions), dtype=torch.float32, device=self.device)
+        return ContextText(ids.to(self.device), lengths, motions)
 
-    def see(self, images: list, streams: list | None) -> ContextImage:
-        """R images of one size, as the VAE takes them -> what `Bagel.read_images` reads; R generators, see `encode`."""
+    def see(self, images: list, streams: list | None, turns: Sequence[float] = ()) -> ContextImage:
+        """R images of one size, as the VAE takes them -> what `Bagel.read_images` reads.
+
+        streams   R generators, see `encode`;  turns: (R,) of `shown_headings`, nothing: as the reference looks
+        """
+        motion = torch.zeros(len(images), 5)
+        if len(turns):
+            motion[:, 3] = torch.tensor(turns)
         small = np.stack([resize(image, self.settings.vit_limits) for image in images])
         pixels = to_pixels(np.stack(images)).to(self.device)
         latent = self.autoencoder.encode(pixels, streams)
-        return ContextImage(latent, to_pixels(small).to(self.device))
+        return ContextImage(latent, to_pixels(small).to(self.device), motion.to(self.device))
 
     def arrange(self, images: list, reference: int, settings=None) -> list:
         """The images of a query that the network is shown, in its order, the reference last: `select_context`."""
         most = (settings or self.settings).max_context
         return [images[i] for i in select_context(len(images), reference, most)]
+
+    def shown_headings(self, images: list, reference: int, settings=None) -> list[float]:
+        """Where the images of `arrange` look, degrees right of the reference; all 0 without Settings.rays."""
+        settings = settings or self.settings
+        order = select_context(len(images), reference, settings.max_context)
+        if not settings.rays:
+            return [0.0] * len(order)
+        small = [resize(np.asarray(image), settings.vae_limits) for image in images]
+        turns = headings(small)
+        return [turns[i] - turns[reference - 1] for i in order]
 
     # ---- imagining
 
@@ -350,12 +376,13 @@ class WorldModel:
         for index, query in enumerate(queries):
             images = self.arrange(query.images, query.reference, settings)
             images = [resize(np.asarray(image), settings.vae_limits) for image in images]
+            turns = self.shown_headings(query.images, query.reference, settings)
             sentence = renumbered(query.instruction, len(images))
             if settings.form:
                 _, motion = read_instruction(sentence)
                 sentence = instruction(motion, len(images), settings.form)
             shapes = tuple(image.shape for image in images)
-            arranged = ArrangedQuery(index, query.seed, images, sentence)
+            arranged = ArrangedQuery(index, query.seed, images, turns, sentence)
             alike.setdefault(shapes, []).append(arranged)
         views = [None] * len(queries)
         for shapes, rows in alike.items():
@@ -372,8 +399,9 @@ class WorldModel:
         """The views of arranged queries whose images have the same number and sizes: (R, H, W, 3) uint8."""
         streams = [torch.Generator().manual_seed(row.seed) for row in rows]
         images = []
-        for same in zip(*(row.images for row in rows), strict=True):  # image 1 of all rows, ...
-            images.append(self.see(same, streams))
+        for k in range(len(rows[0].images)):
+            turns = [row.headings[k] for row in rows]
+            images.append(self.see([row.images[k] for row in rows], streams, turns))
         text = self.texts([row.sentence for row in rows])
         grid = token_grid(images[-1].latent)
         shape = (grid[0] * grid[1], self.network.config.token_channels)
@@ -529,7 +557,11 @@ def main(argv: list[str] | None = None) -> None:
         sentence, number = motion_flag(args)
         images = [load_image(image) for image in args.images]
         query = Query(images, number, sentence, args.seed)
-        view = WorldModel.load(path, device, dtype, **options).imagine([query])[0]
+        model = WorldModel.load(path, device, dtype, **options)
+        side = model.settings.vae_limits[0]
+        if model.settings.latent == "pixels" and any(max(image.shape) > side for image in images):
+            say(f"{path} is a tiny model: it knows rooms of {side} x {side} pixels only.")
+        view = model.imagine([query])[0]
         save_image(Path(args.out), view)
     except (OSError, ValueError) as error:
         fail(str(error))

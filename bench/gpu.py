@@ -384,7 +384,7 @@ def work_of_update(model: WorldModel, groups: list, views: int, side: int) -> tu
     for rows in groups:
         for row in rows:
             sentence = instruction(Motion(**row["motion"]), row["reference"])
-            words = len(model.token_ids(sentence))
+            words = len(model.token_ids(sentence)) if c.settings.words else 0
             tokens += words + latent + 2
             flops += needed_flops(c, words, images, latent, 1, 1) - reading
     return tokens, 3 * flops

@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LogitsProcessorList
 
-from lib.bagel import GEN, LATENT_PATCH, patchify, resize, to_images, unpatchify
-from lib.simulators import renumbered
+from lib.bagel import GEN, LATENT_PATCH, patchify, ray_features, resize, to_images, unpatchify
+from lib.geometry import delta_of
+from lib.simulators import read_instruction, renumbered
 from lib.streams import sample_tokens
 
 
@@ -52,18 +53,21 @@ def latent(model, query, **changes):
     ids = model.texts([renumbered(query.instruction, len(images))])[0][0]
 
     full = nothing(network)
-    for i, (clean, pixels) in enumerate(encoded):
+    turns = model.shown_headings(query.images, query.reference, s)
+    for i, (clean, pixels, _) in enumerate(encoded):
         number = len(encoded) - 1 - i
-        read_vae(network, full, clean, number)
+        read_vae(network, full, clean, number, turns[i])
         read_vit(network, full, pixels, number)
     no_text, no_image = copy.deepcopy(full), nothing(network)
-    read_text(network, full, ids)
-    read_text(network, no_image, ids)
+    if network.config.settings.words:
+        read_text(network, full, ids)
+        read_text(network, no_image, ids)
 
     grid = [side // LATENT_PATCH for side in encoded[-1][0].shape[-2:]]
     x = torch.randn(grid[0] * grid[1], network.config.token_channels, generator=stream)
     x = x.to(model.device)
-    motion, silence = motion_to_target(network, ids), motion_to_target(network, ids[:2])
+    motion = rays(network, delta_of(read_instruction(query.instruction)[1]), grid)
+    silence = rays(network, [0, 0, 0, 0, 0], grid)
     tau = torch.linspace(1, 0, s.steps + 1)
     times = s.shift * tau / (1 + (s.shift - 1) * tau)
     low, high = torch.tensor(s.interval, dtype=torch.float32).tolist()
@@ -134,11 +138,13 @@ def read_text(network, context, ids):
     run(network, context, embed_text(network, ids), causal=True, append=True)
 
 
-def read_vae(network, context, clean, number):
-    """Append a clean latent (1, c, 2 h, 2 w), the context image `number` (from 0): all its tokens on one position."""
+def read_vae(network, context, clean, number, turn):
+    """Append a clean latent (1, c, 2 h, 2 w), the context image `number` (from 0), `turn` degrees right of the reference:
+    all its tokens on one position."""
     tokens = patchify(clean, LATENT_PATCH)[0]
     grid = [side // LATENT_PATCH for side in clean.shape[-2:]]
     tokens = embed_latent(network, tokens, 0.0, grid) + image_number(network, number)
+    tokens = tokens + rays(network, [0, 0, 0, turn, 0], grid)
     markers = embed_text(network, network.markers)
     x = torch.cat([markers[:1], tokens, markers[1:]])
     run(network, context, x, image=len(tokens), append=True)
@@ -278,11 +284,17 @@ def places(table, grid):
     return table.pos_embed[(rows[:, None] * table.grid + columns).flatten()]
 
 
-def motion_to_target(network, ids):
-    """With Settings.motion_to_target the sentence's words, summed, through one layer: (1, H). Else 0."""
-    if not network.config.settings.motion_to_target:
+def rays(network, motion, grid):
+    """With Settings.rays where each latent token's ray goes after a motion (5,), through one layer: (h w, H). Else 0."""
+    if not network.config.settings.rays:
         return 0
-    return network.motion2llm(embed_text(network, ids[1:-1]).sum(0)[None])
+    motion = torch.tensor(motion, dtype=torch.float32)
+    side = network.config.latent_grid
+    vectors = []
+    for row, column in itertools.product(range(grid[0]), range(grid[1])):
+        x, y = (torch.tensor(2 * (place + 0.5) / side - 1) for place in (column, row))
+        vectors.append(network.motion2llm(ray_features(motion, x, y)))
+    return torch.stack(vectors)
 
 
 def image_number(network, number):

@@ -74,8 +74,8 @@ class World2vlmRow(NamedTuple):
 DATA = {
     "usual": Data(1000),  # also the held-out questions of all rows
     "truth": Data(400, "truth"),
-    "tuned": Data(400, "fine-plain-s0"),
-    "untuned": Data(400, "fine-untuned-s0"),
+    "tuned": Data(400, "ring-plain-s0"),
+    "untuned": Data(400, "ring-untuned-s0"),
 }
 EASY = ("--tasks A2 --steps 400", "--tasks A1 A2 --steps 500")  # turns, then moves too, then all
 SFT = (*EASY, "--steps 600")

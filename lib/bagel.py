@@ -70,9 +70,12 @@ class Settings:
     # "velocity", or "x0": the network's output is the clean latent and v = (x_t - x0) / t. A velocity carries noise,
     # and width 128 cannot carry the 192 noisy numbers of a tiny token: without this nothing is learned in minutes.
     prediction: str = "velocity"
-    # Add the sentence's word embeddings, summed and through one linear layer (motion2llm), to the target tokens.
-    # Attention finds the words too, but only after many more images than minutes allow.
-    motion_to_target: bool = False
+    # Tell each latent token in numbers where its ray goes (`ray_features`, through the linear layer motion2llm): a target's
+    # after the motion that the sentence commands, a context image's by the heading that simulators.headings reads off the
+    # pictures. Attention finds words and neighbours too, but only after many more images than minutes allow; and amounts
+    # that training never showed lie between those that it did.
+    rays: bool = False
+    words: bool = True  # the sentence stands in the sequence as well
     # Places inside a picture, and the number of a context image, as learned embeddings of scale 1. BAGEL has smooth
     # sin-cos tables for the one and only RoPE for the other; random embeddings are told apart from the first step.
     learned_places: bool = False
@@ -194,6 +197,9 @@ class ContextImage(NamedTuple):
 
     latent: Tensor | None  # (R, c, 2 h, 2 w), clean
     pixels: Tensor | None  # (R, 3, H, W) in [-1, 1], for the ViT
+    motion: Tensor | None = (
+        None  # (R, 5) how it stands to the reference; None: as the reference (Settings.rays)
+    )
 
 
 class ContextText(NamedTuple):
@@ -202,10 +208,8 @@ class ContextText(NamedTuple):
     ids: Tensor  # (R, L), right-padded
     lengths: Tensor  # (R,), on the CPU
 
-    def words(self) -> Tensor:
-        """(R, L) bool: a word, neither <|im_start|>, <|im_end|> nor padding."""
-        index = torch.arange(self.ids.shape[1])
-        return ((index > 0) & (index < self.lengths[:, None] - 1)).to(self.ids.device)
+    # (R, 5) what it commands: dx, dy, dz, dangle, dphi (Settings.rays)
+    motion: Tensor | None = None
 
 
 # ---- parts of the network ------------------------------------------------------------------------------------------------
@@ -437,7 +441,7 @@ class Branch(NamedTuple):
     values: list
     mask: Tensor | None  # (R, 1, 1, length) added to the scores; None: every row has all tokens
     next: Tensor  # (R,) the RoPE position of all tokens of the target, on the CPU
-    motion: Tensor  # (R, 1, H) the sentence in one vector (Settings.motion_to_target)
+    motion: Tensor  # (R, 5) what is commanded; zeros: nothing (Settings.rays)
 
 
 class Memory:
@@ -459,14 +463,19 @@ class Memory:
         """How many tokens there are so far, and the position that follows."""
         return self.positions.shape[1], self.next
 
-    def branch(self, motion: Tensor, end: tuple[int, Tensor] | None = None) -> Branch:
-        """What a target sees that stands at the end of this memory, or at one that it had: nothing is held twice."""
+    def branch(self, motion: Tensor | None = None, end: tuple[int, Tensor] | None = None) -> Branch:
+        """What a target sees that stands at the end of this memory, or at one that it had: nothing is held twice.
+
+        motion   (R, 5) what is commanded, if anything is
+        """
         length, next_position = end or self.end
         padding = self.positions[:, :length] == NEVER_SEEN  # of texts
         mask = None
         if padding.any():
             mask = torch.zeros(padding.shape).masked_fill_(padding, -torch.inf)
-            mask = mask[:, None, None].to(motion)
+            mask = mask[:, None, None].to(self.keys[0])
+        if motion is None:
+            motion = torch.zeros(len(self.next), 5, device=self.keys[0].device)
         keys = [k[:, :, :length] for k in self.keys]
         values = [v[:, :, :length] for v in self.values]
         return Branch(keys, values, mask, next_position, motion)
@@ -547,8 +556,8 @@ class Bagel(nn.Module):
         self.time_embedder = TimeEmbedder(c.width)
         self.vae2llm = nn.Linear(c.token_channels, c.width)
         self.llm2vae = nn.Linear(c.width, c.token_channels)
-        if c.settings.motion_to_target:
-            self.motion2llm = nn.Linear(c.width, c.width)
+        if c.settings.rays:
+            self.motion2llm = nn.Linear(RAY_FEATURES, c.width)
         if c.settings.learned_places:
             self.image_number = nn.Embedding(MAX_IMAGES, c.width)
         self.markers = (0, 1)  # <|vision_start|>, <|vision_end|>; WorldModel asks its tokenizer
@@ -617,11 +626,10 @@ class Bagel(nn.Module):
 
     def embed(self, pack):
         """The embeddings of a pack: und (B, U, H) and gen (B, G, H)."""
-        motion = self.motion_vector(pack.motion_ids, pack.motion_mask)  # (I, H)
         per_picture = self.time_embedder(pack.t) + self.index_vector(pack.image_index)  # (I, H)
-        per_picture = per_picture + motion * (pack.image_index < 0)[:, None]
         places = self.latent_pos_embed(pack.latent_ids).to(self.dtype)
         gen = self.vae2llm(pack.x_t.to(self.dtype)) + per_picture[pack.picture] + places
+        gen = gen + self.motion_vectors(pack.motion[pack.picture], pack.latent_ids)
         padding = pack.patch_ids < 0
         vit = self.embed_vit(pack.patches, pack.patch_ids.clamp(min=0), padding)
         vit = vit + self.index_vector(pack.patch_image_index)[:, None]
@@ -661,14 +669,16 @@ class Bagel(nn.Module):
             return self.vae2llm.bias.new_zeros(len(image_index), self.config.width)
         return self.image_number(image_index.clamp(min=0)) * (image_index >= 0)[:, None]
 
-    def motion_vector(self, ids: Tensor, words: Tensor) -> Tensor:
-        """A sentence in one vector: ids (R, W), words (R, W) bool, the ids that count -> (R, H).
-
-        Their embeddings, summed and through one layer; zeros without Settings.motion_to_target.
+    def motion_vectors(self, motion: Tensor, ids: Tensor) -> Tensor:
+        """What latent tokens are told of their rays: motion (B, n or 1, 5), ids (n,) or (B, n) in the position table
+        -> (B, n, H); without Settings.rays zeros (B, 1, H).
         """
-        if not self.config.settings.motion_to_target:
-            return self.vae2llm.bias.new_zeros(len(ids), self.config.width)
-        return self.motion2llm((self.embed_text(ids) * words[..., None]).sum(1))
+        if not self.config.settings.rays:
+            return self.vae2llm.bias.new_zeros(len(motion), 1, self.config.width)
+        grid = self.config.latent_grid
+        x = (ids % grid + 0.5) / grid * 2 - 1
+        y = (ids // grid + 0.5) / grid * 2 - 1
+        return self.motion2llm(ray_features(motion, x, y).to(self.dtype))
 
     # ---- inference: the context once into a memory, then the target step by step
 
@@ -686,12 +696,17 @@ class Bagel(nn.Module):
         und, gen = [], [markers[:, :0]]  # embeddings (R, n, H); without a latent gen is (R, 0, H)
         und_offset, gen_offset = [], []  # of each token's position behind memory.next
         offset = 0
-        for i, (latent, pixels) in enumerate(images):
+        for i, (latent, pixels, motion) in enumerate(images):
             number = len(images) - 1 - i  # counted from the reference, which is the last one
             index = self.index_vector(torch.tensor([number], device=self.device))
             if latent is not None:
                 tokens = self.vae2llm(patchify(latent, LATENT_PATCH).to(self.dtype))
-                tokens = tokens + (time + self.latent_places(token_grid(latent)) + index)
+                grid = token_grid(latent)
+                tokens = tokens + (time + self.latent_places(grid) + index)
+                if motion is None:
+                    motion = torch.zeros(len(latent), 5, device=self.device)
+                ids = table_ids(grid, self.config.latent_grid).to(self.device)
+                tokens = tokens + self.motion_vectors(motion[:, None], ids)
                 gen.append(tokens)
                 gen_offset += [offset] * tokens.shape[1]
                 und.append(markers)
@@ -732,6 +747,39 @@ class Bagel(nn.Module):
         """
         gen = self.vae2llm(x.to(self.dtype)) + extra
         return self.run_layers(markers, gen, rope, TargetAttention(branches))[1]
+
+
+HARMONICS = 8
+RAY_FEATURES = 2 * HARMONICS + 24
+
+
+def ray_features(motion: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Where rays go after a motion, in smooth numbers: an amount lies between its neighbours, 180 degrees is -180.
+
+    motion   (..., 5) dx, dy, dz in metres, dangle, dphi in degrees;  x, y (...) where the ray passes at depth 1, right
+             and down: -1 to 1 over a field of view of 90 degrees
+    returns  (..., RAY_FEATURES): harmonics of the ray's azimuth and elevation, seen from a level reference, its origin,
+             and its moment (Pluecker's coordinates of the ray)
+    """
+    dx, dy, dz, yaw, pitch = motion.unbind(-1)
+    yaw = torch.deg2rad(yaw)
+    pitch = torch.deg2rad(pitch)
+    down = y * pitch.cos() - pitch.sin()
+    ahead = y * pitch.sin() + pitch.cos()
+    azimuth = torch.atan2(x, ahead) + yaw
+    elevation = torch.atan2(-down, torch.hypot(x.expand_as(ahead), ahead))
+    right = azimuth.sin() * elevation.cos()
+    forward = azimuth.cos() * elevation.cos()
+    up = elevation.sin()
+    moment = (dy * up - dz * forward, dz * right - dx * up, dx * forward - dy * right)
+    features = [elevation, *moment, dx * right + dy * forward + dz * up]
+    for k in range(1, HARMONICS + 1):
+        features += [(k * azimuth).sin(), (k * azimuth).cos()]
+    for k in (2, 4):
+        features += [(k * elevation).sin(), (k * elevation).cos()]
+    for move in (dx, dy, dz):
+        features += [move, *((torch.pi * k * move).sin() for k in (0.5, 1, 2, 3))]
+    return torch.stack(torch.broadcast_tensors(*features), -1)
 
 
 def patchify(x: Tensor, size: int) -> Tensor:

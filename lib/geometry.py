@@ -115,6 +115,11 @@ def angles_of(c2w: Array) -> Array:
     return np.degrees(np.stack([heading, pitch, roll], -1))
 
 
+def delta_of(motion: Motion) -> Array:
+    """The relative pose (5,) that a motion commands."""
+    return motion.amount * np.eye(5)[KINDS.index(motion.kind)]
+
+
 def compose(c2w: Array, delta: Array) -> Array:
     """The pose (4, 4) at a relative pose `delta` (dx, dy, dz, dangle, dphi), of the same roll: inverts `decompose`."""
     dx, dy, dz, dangle, dphi = delta
@@ -125,7 +130,7 @@ def compose(c2w: Array, delta: Array) -> Array:
 
 def move_camera(c2w: Array, motion: Motion) -> Array:
     """The pose (4, 4) after `motion`. Moves follow the heading of `angles_of`, which any camera has; roll stays."""
-    return compose(c2w, motion.amount * np.eye(5)[KINDS.index(motion.kind)])
+    return compose(c2w, delta_of(motion))
 
 
 def decompose(source: Array, target: Array) -> Array:

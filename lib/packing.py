@@ -137,7 +137,8 @@ class VaeImage(NamedTuple):
     keep: bool = True
     branch: int = 0
     t: float = 0.0
-    motion_ids: list = []  # the words that command a target (Settings.motion_to_target)
+    # how it stands to the reference: dx, dy, dz, dangle, dphi (Settings.rays)
+    motion: tuple = (0.0,) * 5
 
 
 class Pack(NamedTuple):
@@ -155,8 +156,7 @@ class Pack(NamedTuple):
     target_mask: Tensor  # (B, G) bool: a token that the loss is about
     t: Tensor  # (I,) fp32
     image_index: Tensor  # (I,) which context image; -1 for a target
-    motion_ids: Tensor  # (I, W) the words that command a target, 0 for padding
-    motion_mask: Tensor  # (I, W) bool: a word
+    motion: Tensor  # (I, 5) how a picture stands to the reference: a target by command
 
     def to(self, device: torch.device) -> "Pack":
         """The pack on a device; `tokens` stay on the CPU, unless FSDP moves them: masks are decided where they are."""
@@ -257,7 +257,6 @@ def pack(samples: list, markers: tuple, config) -> Pack:
     lengths = torch.tensor([len(image.x_t) for image in vae_images])
     is_target = torch.tensor([image.t > 0 for image in vae_images])
     latent_ids = [table_ids(image.grid, config.latent_grid) for image in vae_images]
-    words = [torch.tensor(image.motion_ids, dtype=torch.long) for image in vae_images]
     context_index = torch.tensor([image.image_index for image in vae_images])
 
     def by_sequence(values):  # (gen tokens of all, ...) -> (B, G, ...)
@@ -283,8 +282,7 @@ def pack(samples: list, markers: tuple, config) -> Pack:
         target_mask=by_sequence(is_target.repeat_interleave(lengths)),
         t=torch.tensor([float(image.t) for image in vae_images]),
         image_index=torch.where(is_target, -1, context_index),
-        motion_ids=padded(words),
-        motion_mask=padded([torch.ones(len(ids), dtype=torch.bool) for ids in words]),
+        motion=torch.tensor([image.motion for image in vae_images], dtype=torch.float32),
     )
 
 

@@ -225,6 +225,7 @@ class Triple(TypedDict):
     context_c2w: list[list[list[float]]]  # a 4 x 4 list per view
     target_c2w: list[list[float]]
     room: NotRequired[int]  # seed of the room
+    first_step: NotRequired[dict]  # {"reference", "motion"}: what led to the last context view
     metric: NotRequired[bool]  # scans: lengths are metres
     context_depth: NotRequired[list[str]]  # scans: 16-bit PNG, thousandths of the unit of the poses
     context_intrinsics: NotRequired[list[list[list[float]]]]  # scans: a 3 x 3 list per view
@@ -269,8 +270,7 @@ def load_jsonl(path: str | Path, kind: type | None = None, check: Callable | Non
     if not path.exists():
         name = path.name.split("_")[0]
         fail(
-            f"{path} does not exist; `python data.py {name} --out {path.parent}` makes it of rooms"
-            f"{OF_OTHERS.get(name, '')}"
+            f"{path} does not exist; `python data.py {name} --out {path.parent}` makes it of rooms{OF_OTHERS.get(name, '')}"
         )
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")

@@ -19,7 +19,16 @@ TOOLLESS = ("direct", "official")  # modes that know no tool
 RESAMPLES = 2000
 MEANS = ("invalid_calls", "unreadable", "truncated", "seconds")
 # of views: the paper prints the first five; pose and content as one number each stand in results.json alone
-COLUMNS = ("pose, moves", "turns", "precision", "recall", "topology", "mse")
+COLUMNS = (
+    "pose, moves",
+    "turns",
+    "tight, moves",
+    "turns",
+    "precision",
+    "recall",
+    "topology",
+    "mse",
+)
 CELL = "accuracy [95 % interval], share of questions with a call, calls per question"
 
 Rows = list[Prediction]
@@ -274,8 +283,10 @@ def gain_text(summary: dict | None) -> str | None:
 
 def consistency_row(scores: dict) -> list[float | None]:
     """What stands under COLUMNS, of `consistency.score_views`; None is unknown."""
-    poses = [scores.get(family, {}).get("pose") for family in ("moves", "turns")]
-    return poses + [scores.get(key) for key in COLUMNS[2:]]
+    poses = []
+    for key in ("pose", "tight"):
+        poses += [scores.get(family, {}).get(key) for family in ("moves", "turns")]
+    return poses + [scores.get(key) for key in COLUMNS[4:]]
 
 
 def print_consistency(results: dict) -> None:

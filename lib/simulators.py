@@ -11,6 +11,7 @@ A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`
   anything else is the folder or hub id of a world model
 """
 
+import functools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -157,6 +158,52 @@ def read_instruction(text: str) -> tuple[int | None, Motion]:
         forms = "; ".join(FORMS.values()).format(number=2, motion="…", Motion="…")
         raise ValueError(f"cannot read the instruction {text!r}; write one of: {forms}")
     return match[1] and int(match[1]), read_phrase(match[2])
+
+
+# ---- where images look -----------------------------------------------------------------------------------------------
+
+RING = 4  # views, each one left turn of 90 degrees further
+HEADING_STEP = 2  # degrees
+AGREES = 20  # gray levels that two pictures of a point may differ by, about
+
+
+@functools.cache
+def turned_pixels(size: int) -> tuple[Array, Array]:
+    """Where a view from the middle of a ring finds its pixels, for every HEADING_STEP degrees right of the first image.
+
+    returns index (headings, size * size) into the pixels of the four images, and whether they saw that far up and down
+    """
+    side = (np.arange(size) + 0.5) / size * 2 - 1
+    x, y = np.meshgrid(side, side)
+    azimuth = np.degrees(np.arctan(x)) + np.arange(0, 360, HEADING_STEP)[:, None, None]
+    image = np.round(-azimuth / 90).astype(int)
+    azimuth = np.radians(azimuth + 90 * image)  # within that image
+    ahead = np.hypot(x, 1) * np.cos(azimuth)
+    column = ((np.tan(azimuth) + 1) / 2 * size).astype(int).clip(0, size - 1)
+    row = np.floor((y / ahead + 1) / 2 * size).astype(int)
+    index = (image % RING * size + row.clip(0, size - 1)) * size + column
+    inside = (row >= 0) & (row < size)
+    return index.reshape(len(index), -1), inside.reshape(len(index), -1)
+
+
+def headings(images: list[Array]) -> list[float]:
+    """Where images (H, W, 3) uint8 look, degrees right of the first.
+
+    The first four are taken for a ring of views; any further one looks where most of its pixels agree with theirs. That
+    finds a turn to a degree or two; a view from another spot misses by more. Views that are no squares of one size, or
+    fewer, are taken as if the ring went on.
+    """
+    ring, others = images[:RING], images[RING:]
+    turns = [-90.0 * k for k in range(len(images))]
+    size = len(images[0])
+    if any(image.shape != (size, size, 3) for image in images):
+        return turns
+    pixels = np.concatenate([image.reshape(-1, 3) for image in ring]).astype(np.float32)
+    for k, image in enumerate(others, RING):
+        index, inside = turned_pixels(size)
+        distance = np.abs(pixels[index] - image.reshape(-1, 3)).clip(0, AGREES).sum(-1)
+        turns[k] = float(HEADING_STEP * ((distance * inside).sum(1) / inside.sum(1)).argmin())
+    return turns
 
 
 # ---- by name --------------------------------------------------------------------------------------------------------

@@ -267,7 +267,9 @@ def tiny_bagel_files(size: int, vocabulary: int) -> dict[str, dict]:
     }
     astra = {  # fields of lib.bagel.Settings
         "prediction": "x0",
-        "motion_to_target": True,
+        "rays": True,
+        "words": False,
+        "max_context": 5,
         "learned_places": True,
         "latent": "pixels",
         "vae_limits": (size, size, 8),

@@ -485,8 +485,8 @@ def inputs(case, latents=True):
 
 
 def branch_of(network, memory):
-    """What a target sees of a memory of one row; nothing here has a motion (Settings.motion_to_target)."""
-    return memory.branch(torch.zeros(1, 1, network.config.width))
+    """What a target sees of a memory of one row; nothing here has a motion (Settings.rays)."""
+    return memory.branch()
 
 
 def read(network, memory, parts):

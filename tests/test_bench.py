@@ -19,7 +19,8 @@ from world_model import WorldModel
 GUIDED = {"text_scale": 3.0, "image_scale": 2.0}
 BAGEL = {
     "prediction": "velocity",
-    "motion_to_target": False,
+    "rays": False,
+    "words": True,
     "learned_places": False,
 }
 

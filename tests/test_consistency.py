@@ -195,6 +195,17 @@ def test_thresholds_of_a_pose():
     ):
         assert pose_error(turn, np.array(delta, float))["within"] is within, delta
     assert pose_error(delta_of(Motion("dangle", -180.0)), np.array([0, 0, 0, 175.0, 0]))["within"]
+    for amount, found, tight in (
+        (-1.0, -0.81, True),
+        (-1.0, -0.79, False),
+        (-0.2, -0.27, True),
+        (-0.2, -0.11, False),
+    ):
+        error = pose_error(delta_of(Motion("dx", amount)), np.array([found, 0, 0, 0, 0]))
+        assert error["tight"] is tight and error["within"], (amount, found)
+    for amount, found, tight in ((90, 98, True), (90, 80, False), (5, 7, True), (5, 9, False)):
+        error = pose_error(delta_of(Motion("dangle", amount)), np.array([0, 0, 0, found, 0]))
+        assert error["tight"] is tight and error["within"], (amount, found)
 
 
 def test_equal_pictures_of_two_rooms_are_not_confused():
@@ -249,7 +260,7 @@ def test_scores_are_sums_over_single_views():
 
 
 def views_of_rooms(share, rooms=60, each=6, spread=0.0, seed=0):
-    """(n, 9) as `per_view` gives it: in every room a share of about `share` is right in pose; content is all right."""
+    """(n, 10) as `per_view` gives it: in every room a share of about `share` is right in pose; content is all right."""
     rng = np.random.default_rng(seed)
     right = rng.random((rooms, each)) < share + spread * rng.choice([-1, 1], (rooms, 1))
     return np.column_stack(
@@ -258,20 +269,21 @@ def views_of_rooms(share, rooms=60, each=6, spread=0.0, seed=0):
             right.ravel(),
             np.full(rooms * each, 0.1),
             np.ones((rooms * each, 6)),
+            right.ravel(),
         ]
     ), np.repeat(np.arange(rooms), each)
 
 
 def test_difference_and_its_interval():
     (good, rooms), (bad, _) = views_of_rooms(0.9), views_of_rooms(0.5, seed=1)
-    gap, low, high = difference(good, bad, rooms)["pose"]
+    gap, low, high = difference(good, bad, rooms)["tight"]
     assert gap == pytest.approx(good[:, 1].mean() - bad[:, 1].mean()) and 0 < low < gap < high < 0.6
-    assert difference(good, good, rooms)["pose"] == (0, 0, 0) and difference(good, bad, rooms)[
+    assert difference(good, good, rooms)["tight"] == (0, 0, 0) and difference(good, bad, rooms)[
         "mse"
     ] == (0, 0, 0)
     spread, _ = views_of_rooms(0.5, spread=0.4)  # rooms that are right or wrong as a whole say less
     width, narrow = (
-        np.diff(difference(values, good, rooms)["pose"][1:]) for values in (spread, bad)
+        np.diff(difference(values, good, rooms)["tight"][1:]) for values in (spread, bad)
     )
     assert width > 1.3 * narrow
 
@@ -279,10 +291,11 @@ def test_difference_and_its_interval():
 def test_the_interval_is_of_95_percent():
     """400 rooms of one view each, half of them right: 1.96 standard errors of 0.025 to either side."""
     values = np.column_stack(
-        [np.ones(400), np.arange(400) % 2, np.full(400, 0.1), np.ones((400, 6))]
+        [np.ones(400), np.zeros(400), np.full(400, 0.1), np.ones((400, 6)), np.arange(400) % 2]
     )
-    sure = np.column_stack([np.ones(400), np.zeros(400), np.full(400, 0.1), np.ones((400, 6))])
-    gap, low, high = difference(values, sure, np.arange(400))["pose"]
+    sure = np.column_stack([np.ones(400), np.zeros(400), np.full(400, 0.1), np.ones((400, 7))])
+    sure[:, -1] = 0
+    gap, low, high = difference(values, sure, np.arange(400))["tight"]
     assert (gap, low, high) == pytest.approx(
         (0.5, 0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), abs=0.005
     )

@@ -119,9 +119,11 @@ def scored(out, name, right, seed=0):
     count = len(ROOMS)
     mse = 0.1 / (1 + right)
     pose = np.arange(count) % 5 < right
-    values = np.column_stack([np.ones(count), pose, np.full(count, mse), np.ones((count, 6))])
+    counts = np.ones((count, 6))
+    values = np.column_stack([np.ones(count), pose, np.full(count, mse), counts, pose])
     np.savez(folder / "views.npz", id=[str(i) for i in range(count)], room=ROOMS, values=values)
-    result = {"moves": {"pose": pose.mean()}, "turns": {"pose": 1.0}, "mse": mse}
+    moves = {"pose": pose.mean(), "tight": pose.mean()}
+    result = {"moves": moves, "turns": {"pose": 1.0, "tight": 0.75}, "mse": mse}
     result |= {"precision": 1.0, "recall": 0.5, "topology": 0.25, "cpu_seconds": 100 + seed}
     (folder / "result.json").write_text(json.dumps({**result, "steps": 9}))
 
@@ -146,16 +148,16 @@ def test_the_simulators_table_says_what_the_files_say(tmp_path):
     rows = cells(simulator.table(tmp_path))
     names = ["ring-plain", "ring-content", "ring-untuned", "rooms250-plain", "64px-content"]
     assert list(rows) == names
-    shares = ["0.400", "1.000", "1.000", "0.500", "0.250"]
+    shares = ["0.400", "1.000", "0.400", "0.750", "1.000", "0.500", "0.250"]
     assert rows["ring-plain"] == ["0", "9", "100", *shares, "0.0333", "", "", ""]
-    assert rows["ring-content"][9:] == [
+    assert rows["ring-content"][11:] == [
         "+0.200 [+0.200 +0.200]",
         "+0.000 [+0.000 +0.000]",
         "-0.0083 [-0.0083 -0.0083]",
     ]
-    assert rows["ring-untuned"][9].startswith("-0.400")
-    assert rows["rooms250-plain"][9].startswith("-0.200")
-    assert rows["64px-content"][9:] == ["", "", ""]  # its plain row is not there yet
+    assert rows["ring-untuned"][11].startswith("-0.400")
+    assert rows["rooms250-plain"][11].startswith("-0.200")
+    assert rows["64px-content"][11:] == ["", "", ""]  # its plain row is not there yet
 
 
 def test_seeds_are_averaged(tmp_path):
@@ -163,7 +165,7 @@ def test_seeds_are_averaged(tmp_path):
     scored(tmp_path, "ring-content", 2)
     scored(tmp_path, "ring-content", 4, seed=1)
     row = cells(simulator.table(tmp_path))["ring-content"]
-    assert row[:4] == ["0 1", "9", "100", "0.600"] and row[9] == "+0.200 [+0.200 +0.200]"
+    assert row[:4] == ["0 1", "9", "100", "0.600"] and row[11] == "+0.200 [+0.200 +0.200]"
 
 
 def test_rows_of_other_views_are_not_compared(tmp_path):

@@ -90,7 +90,7 @@ def test_sampling_in_bf16_is_near_fp32_on_the_cpu(compiled):
         network = random_network(WIDE).to(device, dtype)
         if compiled and device == "cuda":
             network.compile_blocks()
-        context = [ContextImage(z.to(device), p.to(device)) for z, p in images]
+        context = [ContextImage(z.to(device), p.to(device)) for z, p, _ in images]
         text = ContextText(ids[:2].to(device), lengths[:2])
         views.append(sampled(network, context, text, noise.to(device), grid, settings))
     near(views[1], views[0], 0.15)

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 import data
 import train_sft
+from lib.images import soften
 from lib.records import load_jsonl, read_log, save_jsonl
 from lib.stage import Interrupt
 from policy import Policy, collate, token_logprobs
-from train_sft import ASK_WORDS, DECISION, FACT, Lesson, script, soften, supervised_loss
+from train_sft import ASK_WORDS, DECISION, FACT, Lesson, script, supervised_loss
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from lib import packing
 from lib.bagel import (
     GEN,
     LATENT_PATCH,
+    RAY_FEATURES,
     Bagel,
     Config,
     ContextImage,
@@ -25,10 +26,11 @@ from lib.bagel import (
     PixelLatents,
     Settings,
     patchify,
+    ray_features,
     resized,
     unpatchify,
 )
-from lib.geometry import Motion, Query
+from lib.geometry import Motion, Query, camera_pose
 from lib.images import load_image
 from lib.packing import (
     Text,
@@ -40,7 +42,8 @@ from lib.packing import (
     sight,
     table_ids,
 )
-from lib.simulators import instruction
+from lib.rooms import EYE, random_room, render
+from lib.simulators import headings, instruction
 from world_model import (
     WorldModel,
     euler_sample,
@@ -98,12 +101,17 @@ def small_pack(contexts=2, seed=1):
     return images, owner, ids, lengths, x, t, (2, 3)
 
 
+def motion_of(row):
+    """What commands the target of a row: another kind and amount for each of five."""
+    return (row + 1) * torch.eye(5)[row]
+
+
 def packed(network, images, owner, ids, lengths, x, t, grid, keep=None, together=False):
     """`small_pack` through lib/packing: one context a sequence with its targets as branches, or all in one sequence."""
     samples = []
     for b in range(len(images[0][0])):
         segments = []
-        for i, (latent, pixels) in enumerate(images):
+        for i, (latent, pixels, _) in enumerate(images):
             tokens, patches = (
                 patchify(latent[b : b + 1], LATENT_PATCH)[0],
                 patchify(pixels[b : b + 1], 4)[0],
@@ -116,7 +124,8 @@ def packed(network, images, owner, ids, lengths, x, t, grid, keep=None, together
             ]
         for k in (owner == b).nonzero().flatten().tolist():
             words = ids[k, : lengths[k]].tolist()
-            target = VaeImage(x[k], grid, branch=k + 1, t=float(t[k]), motion_ids=words[1:-1])
+            motion = tuple(motion_of(k).tolist())
+            target = VaeImage(x[k], grid, branch=k + 1, t=float(t[k]), motion=motion)
             segments += [Text(words, branch=k + 1, keep=len(words) > 0), target]
         samples.append(segments)
     return pack(
@@ -240,7 +249,7 @@ def test_training_forward_equals_one_dense_packed_sequence(together):
         [
             dense_prediction(
                 network,
-                [(z[b : b + 1], p[b : b + 1]) for z, p in images],
+                [(z[b : b + 1], p[b : b + 1]) for z, p, _ in images],
                 ids[owner == b],
                 lengths[owner == b],
                 x[owner == b],
@@ -290,9 +299,9 @@ def test_recomputed_layers_give_the_same_gradients():
 def velocity_behind(network, memory, x, t, grid, motion=0):
     """The network's output for noisy latents x (R, n, C) that see all of a memory: one branch, one step.
 
-    motion   what `motion_vector` makes of the sentences, (R, 1, H), where the network asks for it
+    motion   of `motion_vectors`, (R, n, H), where the network asks for it
     """
-    branch = memory.branch(torch.zeros(len(x), 1, network.config.width))
+    branch = memory.branch()
     markers = network.embed_markers(len(x))
     places = network.latent_pos_embed(table_ids(grid, network.config.latent_grid))
     extra = network.time_embedder(torch.full((1,), float(t))) + places + motion
@@ -309,9 +318,7 @@ def context_of(network, images=(), ids=None):
     return memory
 
 
-DEPARTURES = Settings(
-    prediction="x0", motion_to_target=True, learned_places=True
-)  # those of the demo
+DEPARTURES = Settings(prediction="x0", rays=True, learned_places=True)  # those of the demo
 
 
 @pytest.mark.parametrize("settings", [SMALL.settings, DEPARTURES], ids=["published", "demo"])
@@ -323,8 +330,9 @@ def test_cached_sampling_step_equals_training_forward(settings):
         for row in range(len(x)):
             text = ContextText(ids[row : row + 1, : lengths[row]], lengths[row : row + 1])
             memory = context_of(network, images, text.ids)
-            motion = network.motion_vector(text.ids, text.words())[:, None]
-            assert memory.branch(motion).mask is None, "one query needs no mask"
+            assert memory.branch().mask is None, "one query needs no mask"
+            places = table_ids(grid, network.config.latent_grid)
+            motion = network.motion_vectors(motion_of(row)[None, None], places)
             got = velocity_behind(network, memory, x[row : row + 1], t[row], grid, motion)
             torch.testing.assert_close(got[0], want[row], rtol=1e-5, atol=2e-5)
 
@@ -346,7 +354,9 @@ def test_what_the_demo_trains_on_is_what_it_samples_with(keep_text):
     segments, _ = train_wm.make_sample([row], model, encoder, files.get, args, (0, 0, 0))
     x_t, t = segments[-1].x_t[None], segments[-1].t
     p = pack([[segments]], network.markers, network.config)
-    context = [model.see([image], None) for image in images]
+    turns = model.shown_headings(query.images, query.reference)
+    assert turns[-1] == 0 and len(set(turns)) == len(images)
+    context = [model.see([image], None, [turns[k]]) for k, image in enumerate(images)]
     text = model.texts([instruction(Motion(**motion))])
     settings = dataclasses.replace(model.settings, text_scale=4.0)
     with torch.no_grad():
@@ -364,10 +374,10 @@ def test_rows_with_texts_of_different_lengths_share_a_memory():
         want = predicted(network, images, owner, ids, lengths, x, torch.full_like(t, 0.5), grid)
         memory = network.memory(len(x))
         size = (len(x), -1, -1, -1)
-        rows = [ContextImage(z.expand(size), p.expand(size)) for z, p in images]
+        rows = [ContextImage(z.expand(size), p.expand(size)) for z, p, _ in images]
         network.read_images(memory, rows)
         network.read_text(memory, ContextText(ids, lengths))
-        assert memory.branch(torch.zeros(1)).mask is not None
+        assert memory.branch().mask is not None
         torch.testing.assert_close(
             velocity_behind(network, memory, x, 0.5, grid), want, rtol=1e-5, atol=2e-5
         )
@@ -563,9 +573,46 @@ def test_a_query_gives_the_same_view_alone_and_in_a_mixed_batch():
 
 def test_the_reference_is_shown_last_after_the_latest_others():
     images = ["a", "b", "c", "d", "e"]
-    assert tiny().arrange(images, 5) == ["b", "c", "d", "e"]
-    assert tiny().arrange(images, 2) == ["c", "d", "e", "b"]
+    assert tiny(max_context=4).arrange(images, 5) == ["b", "c", "d", "e"]
+    assert tiny(max_context=4).arrange(images, 2) == ["c", "d", "e", "b"]
     assert tiny(max_context=2).arrange(images, 4) == ["e", "d"]
+
+
+@pytest.mark.parametrize("pitch", [0, -20])
+def test_a_view_from_the_middle_of_a_ring_says_where_it_looks(pitch):
+    poses = [camera_pose(0.1, -EYE, -0.1, 17 - 90 * k, pitch) for k in range(4)]
+    for turn in (-130, -45, 20, 90, 155):
+        poses.append(camera_pose(0.1, -EYE, -0.1, 17 + turn, pitch))
+    turns = headings(list(render(random_room(5_000_004), np.stack(poses))["rgb"]))
+    assert turns[:4] == [0, -90, -180, -270]
+    off = (np.array(turns[4:]) - [-130, -45, 20, 90, 155] + 180) % 360 - 180
+    assert np.abs(off).max() <= 4
+
+
+def test_headings_are_told_from_the_reference_in_the_order_shown():
+    ring = [np.full((32, 32, 3), level, np.uint8) for level in (0, 60, 120, 180)]
+    model = tiny()
+    assert np.mod(model.shown_headings(ring, 2), 360).tolist() == [270, 180, 90, 0]
+    turns = model.shown_headings([*ring, ring[2]], 5)  # it looks where Image-3 does
+    assert np.mod(turns, 360).tolist() == [180, 90, 0, 270, 0]
+    assert tiny(rays=False).shown_headings(ring, 2) == [0, 0, 0, 0]
+
+
+def test_rays_after_a_motion_are_those_of_the_camera_that_moved():
+    """Azimuth and elevation by hand: the direction of a pixel of the moved camera, in the reference's axes."""
+    x, y = torch.tensor([-0.75, 0.25]), torch.tensor([0.5, -0.25])
+    for yaw, pitch in ((65.0, 0.0), (0.0, 20.0)):
+        motion = torch.tensor([0.0, 0.0, 0.0, yaw, pitch])
+        features = ray_features(motion, x, y)
+        rays = np.stack([x, y, np.ones(2)], 1) @ camera_pose(0, 0, 0, yaw, pitch)[:3, :3].T
+        azimuth = np.arctan2(rays[:, 0], rays[:, 2])
+        elevation = np.arctan2(-rays[:, 1], np.hypot(rays[:, 0], rays[:, 2]))
+        assert features.shape == (2, RAY_FEATURES)
+        np.testing.assert_allclose(features[:, 0], elevation, atol=1e-6)
+        np.testing.assert_allclose(features[:, 5], np.sin(azimuth), atol=1e-6)
+        np.testing.assert_allclose(features[:, 10], np.cos(3 * azimuth), atol=1e-6)
+    half = [ray_features(torch.tensor([0, 0, 0, sign * 180.0, 0]), x, y) for sign in (1, -1)]
+    torch.testing.assert_close(*half, rtol=0, atol=1e-5)
 
 
 def test_a_sentence_that_names_the_reference_otherwise_gives_the_same_view():
@@ -578,7 +625,7 @@ def test_a_sentence_that_names_the_reference_otherwise_gives_the_same_view():
 
 
 def test_a_form_rewrites_every_sentence_with_the_number_in_the_order_shown(tmp_path):
-    images, model = queries(3)[2].images, tiny()
+    images, model = queries(3)[2].images, tiny(words=True)
     asked = Query(images, 2, "Based on the last image, turn 30 degrees to the left.", seed=5)
     words = f"Based on Image {len(images)}, Turn 30 degrees to the left."
     said = asked._replace(instruction=words)
@@ -598,13 +645,13 @@ def test_a_view_has_the_size_of_its_reference():
 
 
 def test_what_the_simulator_does_not_see_is_said_once(capsys):
-    model, images = tiny(), [np.zeros((32, 32, 3), np.uint8)] * 5
-    for count in (4, 5, 5):
+    model, images = tiny(), [np.zeros((32, 32, 3), np.uint8)] * 6
+    for count in (5, 6, 6):
         model.imagine(
             [Query(images[:count], 1, "Base on the viewpoint of Image-1, look up 10 degrees.", 0)],
             steps=1,
         )
-    assert capsys.readouterr().out.count("Of more than 4 images the simulator sees") == 1
+    assert capsys.readouterr().out.count("Of more than 5 images the simulator sees") == 1
 
 
 # ---------------------------------------------------------------- checkpoint files

@@ -36,7 +36,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lib.consistency import LENGTH, ROTATION, STRONG, delta_of, describe, pose_error, recover
+from lib.consistency import MOVE_BARS, STRONG, TURN_BARS, delta_of, describe, pose_error, recover
 from lib.dialogue import Trajectory, call_poses
 from lib.geometry import Query, decompose
 from lib.protocol import motion_in
@@ -105,7 +105,9 @@ def reads(view: np.ndarray, ask: str) -> str:
 def near(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two cameras stand within the thresholds of lib/consistency.py: 0.25 m and 10 degrees."""
     delta = decompose(a, b)
-    return bool(np.linalg.norm(delta[:3]) <= LENGTH and np.abs(delta[3:]).max() <= ROTATION)
+    meters, _ = MOVE_BARS["within"]
+    degrees, _ = TURN_BARS["within"]
+    return bool(np.linalg.norm(delta[:3]) <= meters and np.abs(delta[3:]).max() <= degrees)
 
 
 def deviation(question: Question, start: np.ndarray, call: dict, view: np.ndarray) -> str:

@@ -1,19 +1,28 @@
-"""Dose and response: how far the camera went along the commanded axis, beside how far it was told to go."""
+"""
+Dose and response: how far the camera went along the commanded axis, beside how far it was told to go.
 
+And chains: the second of two steps, whose reference is the simulator's own view after the first.
+"""
+
+import math
 from pathlib import Path
 
 import numpy as np
 
-from data import MOTIONS, SIGNS, stands_free
+from data import SIGNS, TRAINED, stands_free
 from lib.answers import imagine_targets
-from lib.consistency import pose_errors, recover_all
+from lib.consistency import pose_errors, recover_all, score_views
+from lib.distributed import say
 from lib.geometry import KINDS, Array, Motion, move_camera
 from lib.scores import text_table
 
+# what a simulator is asked for, of each kind; some was never trained on (data.NEVER_TRAINED)
+TURN_DOSES = (5, 10, 20, 30, 45, 65, 90, 110, 135, 155, 180)
+MOVE_DOSES = (0.1, 0.2, 0.4, 0.6, 0.9, 1.2)
 DOSES = [
-    *(Motion("dangle", sign * 15.0 * i) for sign in SIGNS for i in range(1, 13)),
-    *(Motion("dx", sign * 0.25 * i) for sign in SIGNS for i in range(1, 6)),
-    *(Motion("dy", 0.25 * i) for i in range(1, 6)),
+    *(Motion("dangle", sign * float(amount)) for sign in SIGNS for amount in TURN_DOSES),
+    *(Motion("dx", sign * amount) for sign in SIGNS for amount in MOVE_DOSES),
+    *(Motion("dy", amount) for amount in MOVE_DOSES),
 ]
 
 
@@ -43,7 +52,7 @@ def measure_doses(rows: list[dict], folders: dict) -> dict[str, dict]:
     table = []
     for name, folder in folders.items() if rows else ():
         views = imagine_targets(None, rows, folder, title=f"{name}, doses")
-        doses[name] = dose_response(rows, recover_all(rows, views)[0], MOTIONS)
+        doses[name] = dose_response(rows, recover_all(rows, views)[0], TRAINED)
         for kind, dose in doses[name].items():
             points = []
             for point in dose["points"]:
@@ -56,6 +65,51 @@ def measure_doses(rows: list[dict], folders: dict) -> dict[str, dict]:
         print("\nmedian over rooms (turns: degrees, moves: meters; * = an amount never trained on)")
         print(text_table(head, table), end="")
     return doses
+
+
+# ---- chains ----------------------------------------------------------------------------------------------------------
+
+
+def chained_rows(simulator, rows: list[dict], folder: Path | None = None) -> list[dict]:
+    """Triples with a `first_step`, but with the simulator's own view after it as the last of the context.
+
+    folder   of `imagine_targets`: with it a simulator of None stands for the views that lie there
+    """
+    seconds = [row for row in rows if "first_step" in row]
+    firsts = {}
+    for row in seconds:
+        given = {"context": row["context"][:-1], "context_c2w": row["context_c2w"][:-1]}
+        name = f"first/{row['room']}"
+        firsts[row["room"]] = {**row["first_step"], **given, "id": name, "room": row["room"]}
+    views = imagine_targets(simulator, list(firsts.values()), folder, title="first steps")
+    own = dict(zip(firsts, views, strict=True))
+    chained = []
+    for row in seconds:
+        context = [*row["context"][:-1], own[row["room"]]]
+        chained.append({**row, "id": f"second/{row['id']}", "context": context})
+    return chained
+
+
+def measure_chains(rows: list[dict], folders: dict) -> dict[str, dict]:
+    """{simulator: `score_views` of its second steps}, of the views in {simulator: folder}; prints the median errors."""
+    chains = {}
+    for name, folder in folders.items():
+        seconds = chained_rows(None, rows, folder)
+        if not seconds:
+            continue
+        views = imagine_targets(None, seconds, folder, title=f"{name}, chains")
+        scores = score_views(seconds, views, recover_all(seconds, views)[0])
+        chains[name] = scores
+        turns, moves = (scores.get(family, {}) for family in ("turns", "moves"))
+        say(
+            f"{name}, second step from its own view ({scores['n']}): pose {scores['pose']:.2f}, tight "
+            f"{scores['tight']:.2f}; median error of turns {turns.get('median_degrees', math.nan):.1f} degrees, of moves "
+            f"{moves.get('median_meters', math.nan):.2f} m"
+        )
+    return chains
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def along(motion: Motion, recovered: Array) -> float:

@@ -392,8 +392,7 @@ def parse_args(argv=None):
         "--teacher",
         default="truth",
         help="truth, the true renderer; tuned, untuned, or a world model's folder or URL (lib/simulators.py). A trained "
-        "one should come from `data.py triples --layout fine`: it is asked for turns by 30 degrees, and never to step "
-        "backward",
+        "one is never asked to step backward",
     )
     p.add_argument("--rooms", type=number, default=1000, help="to train on")
     source = p.add_mutually_exclusive_group()

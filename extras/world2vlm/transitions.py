@@ -88,8 +88,8 @@ ROOMS = Space(
     {"meters": 0.3, "degrees": 20},
 )
 
-# The part of ROOMS that a simulator trained on `data.py triples --layout fine` has seen: 0.1 m and, of its turns by 15
-# degrees, those on our grid; no step backward, which no view of a ring covers.
+# The part of ROOMS that a simulator is asked for when it teaches: moves by 0.1 m and turns by 30 degrees; no
+# step backward, which no view of a ring covers.
 SEEN_MOVES = ("move forward", "move left", "move right")
 SEEN = Space(
     dict.fromkeys(SEEN_MOVES, grid(0.1, 1.0, 0.1)) | dict.fromkeys(TURNS, grid(30, 90, 30)),

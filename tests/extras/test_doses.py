@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from extras.report.doses import DOSES, along, dose_response
+import data
+from extras.report.doses import DOSES, along, chained_rows, dose_response, measure_chains
+from lib.answers import imagine_targets, load_triples
 from lib.consistency import recover_all
 from lib.geometry import Motion, camera_pose, move_camera
-from lib.rooms import EYE, random_room, render
+from lib.rooms import EYE, TrueRenderer, random_room, render
 
 
 def test_doses_are_told_with_their_quartiles():
@@ -76,3 +78,17 @@ def test_turning_at_random_is_no_following():
     assert along(Motion("dangle", -180.0), np.array([0, 0, 0, 175.0, 0])) == pytest.approx(185)
     assert along(Motion("dangle", 15.0), np.array([0, 0, 0, -30.0, 0])) == pytest.approx(-30)
     assert along(Motion("dx", -1.0), np.array([-0.8, 0.3, 0, 0, 0])) == pytest.approx(0.8)
+
+
+def test_a_chain_goes_on_from_the_simulators_own_view(tmp_path):
+    data.make_triples(tmp_path, rooms=1, held_out=12, threads=1)
+    rows = load_triples(tmp_path / "triples_test.jsonl")
+    seconds = chained_rows(TrueRenderer(), rows, tmp_path / "views")
+    assert 0 < len(seconds) < len(rows) and {len(row["context"]) for row in seconds} == {5}
+    for row in seconds[::9]:
+        own = render(random_room(row["room"]), np.array(row["context_c2w"][4]))["rgb"][0]
+        assert np.abs(row["context"][4].astype(int) - own).max() <= 1
+    views = imagine_targets(TrueRenderer(), seconds, tmp_path / "views")
+    scores = measure_chains(rows, {"truth": tmp_path / "views"})["truth"]
+    assert len(views) == scores["n"] and scores["tight"] > 0.95
+    assert scores["turns"]["median_degrees"] < 1 and scores["moves"]["median_meters"] < 0.05

@@ -147,7 +147,7 @@ def test_a_teachers_questions_are_of_motions_that_it_knows_and_none_are_held_out
 
 
 def test_a_simulator_that_is_not_there_names_its_command(tmp_path):
-    with pytest.raises(SystemExit, match="python -m experiments simulator --only fine-plain"):
+    with pytest.raises(SystemExit, match="python -m experiments simulator --only ring-plain"):
         make_questions("tuned", tmp_path / "below")
 
 

@@ -9,7 +9,7 @@ from operator import itemgetter
 import numpy as np
 import pytest
 
-from data import FINE, stands_free
+from data import MOTIONS, stands_free
 from extras.report import real_views
 from extras.world2vlm.objects import (
     TrackedBox,
@@ -158,8 +158,8 @@ def test_in_rooms_no_two_programs_end_at_the_same_pose_and_in_the_paper_some_do(
 
 
 def test_a_small_simulator_is_told_only_what_it_has_seen():
-    """`--layout fine` has turns of every 15 degrees and moves of every 0.1 m, none of them backward."""
-    seen = {(action_of(motion), abs(motion.amount)) for motion in FINE}
+    """Every amount on the list of data.py, none of them backward, but for the moves that training leaves out."""
+    seen = {(action_of(motion), abs(motion.amount)) for motion in MOTIONS}
     patterns = [*((one,) for one in SEEN.single.items()), *SEEN.sequences]
     assert all(
         (kind, amount) in seen
