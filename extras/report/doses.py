@@ -27,13 +27,14 @@ DOSES = [
 
 
 def dose_rows(rows: list[dict], rooms: int) -> list[dict]:
-    """One context of each of the first `rooms` rooms, under all motions of DOSES that end in free space.
+    """The ring of each of the first `rooms` rooms that have no more, under all motions of DOSES that end in free space.
 
     rows of `load_triples` -> rows without a target
     """
     first = {}
     for row in rows:
-        first.setdefault(row["room"], row)
+        if "first_step" not in row:
+            first.setdefault(row["room"], row)
     doses = []
     for row in list(first.values())[:rooms]:
         context = {key: row[key] for key in ("room", "context", "reference", "context_c2w")}

@@ -464,7 +464,7 @@ def test_a_server_is_sent_what_a_world_model_would_be_shown():
         sent = [read(value) for name, value in form if name == "image[]"]
         number, motion = read_instruction(dict(form)["prompt"].decode())
         assert motion == Motion("dphi", 5.0) and number == len(sent) == min(count, 4)
-        shown = WorldModel.tiny().arrange(images, reference)
+        shown = WorldModel.tiny(max_context=4).arrange(images, reference)
         assert all((ours == theirs).all() for ours, theirs in zip(shown, sent, strict=True))
 
 

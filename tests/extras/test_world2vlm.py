@@ -159,7 +159,7 @@ def test_in_rooms_no_two_programs_end_at_the_same_pose_and_in_the_paper_some_do(
 
 def test_a_small_simulator_is_told_only_what_it_has_seen():
     """Every amount on the list of data.py, none of them backward, but for the moves that training leaves out."""
-    seen = {(action_of(motion), abs(motion.amount)) for motion in MOTIONS}
+    seen = {(action_of(motion), abs(motion.amount)) for motion in MOTIONS if motion.kind != "dphi"}
     patterns = [*((one,) for one in SEEN.single.items()), *SEEN.sequences]
     assert all(
         (kind, amount) in seen
