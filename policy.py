@@ -40,7 +40,7 @@ from lib.bagel_files import (
 )
 from lib.checkpoints import contents, write_gathered
 from lib.dialogue import Trajectory
-from lib.distributed import default_device, fail, is_main
+from lib.distributed import default_device, fail, is_main, say
 from lib.images import check_shape, load_image
 from lib.protocol import NO_SIMULATOR, NOTE, PHRASES, SEAM
 from lib.records import write_json
@@ -635,6 +635,9 @@ def main(argv: list[str] | None = None) -> None:
     simulator = None if args.mode == "direct" else load_simulator("tuned", device, args.wm)
     try:
         policy = Policy.load(path, device)
+        sizes = {image.shape[:2] for image in images}
+        if policy.image_config.get("stamped") and sizes != {(32, 32)}:
+            say("A tiny policy knows rooms of 32 x 32 pixels only: the rest it can but guess.")
         limit = args.max_new_tokens or policy.turn_limit
         (trajectory,) = rollout(
             policy,

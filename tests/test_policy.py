@@ -742,6 +742,10 @@ def test_command_line_prints_a_dialogue_and_saves_it(policy, tmp_path, monkeypat
         "image_1.png",
         "thesis.txt",
     ]
+    assert "knows rooms" not in capsys.readouterr().out
+    Image.fromarray(np.zeros((64, 96, 3), np.uint8)).save("photograph.png")
+    policy_file.main(["--images", "photograph.png", *arguments[2:]])
+    assert "A tiny policy knows rooms of 32 x 32 pixels only" in capsys.readouterr().out
     (tmp_path / "broken.png").write_text("no image")
     with pytest.raises(SystemExit, match="broken.png cannot be read"):
         policy_file.main(["--images", "broken.png", *arguments[2:]])
