@@ -88,5 +88,5 @@ def test_a_gate_on_a_few_rooms_writes_its_table(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     for family in ("commanded", "turning"):
         assert results[family]["true"][0] > 0.9 < results[family]["imagined"][0]
-        assert results[family]["need"] == 0.5
+        assert 0.4 < results[family]["need"] < 0.65
     assert len((tmp_path / "table.md").read_text().splitlines()) == 4
