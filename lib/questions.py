@@ -195,13 +195,12 @@ def _camera_question(rng, poses):
 
 # ---- turning and walking: the view must be found ---------------------------------------------------------------------
 
-RELATIONS = {  # where the named object is to be: how many views further the turn starts, and what is asked then
+# Where the named object is to be: how many views further the turn starts, and what is asked then. On the left it is not
+# who is furthest left, which changes with turns to the left alone; on the right likewise.
+RELATIONS = {
     "straight ahead": (0, ("largest",)),
     "behind you": (2, ("largest", "leftmost", "rightmost")),
-    "on your left": (
-        3,
-        ("largest", "rightmost"),
-    ),  # what is leftmost changes with turns to the left alone
+    "on your left": (3, ("largest", "rightmost")),
     "on your right": (1, ("largest", "leftmost")),
 }
 STEPS = (Motion("dx", -1.0), Motion("dx", 1.0))
