@@ -133,8 +133,9 @@ class Rooms:
         return None
 
     def groups(self, question: dict) -> list[str]:
-        """Which rows of the table a question counts in."""
-        return [question["category"]]
+        """Which rows of the table a question counts in: its family, split by whether a view is needed."""
+        need = {True: ", view needed", False: ", view given", None: ""}[question["needs_view"]]
+        return [question["category"] + need]
 
     def judge(self, question: dict, dialogue: Trajectory, mode: str) -> dict:
         """-> {"answer": what was read, "correct", "lenient": by a forgiving rule}."""

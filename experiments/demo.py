@@ -30,8 +30,6 @@ from experiments.runner import DEMO, start
 from lib.distributed import fail, say
 from lib.records import Question, load_jsonl, read_log, write_json
 from lib.scores import (
-    CELL,
-    accuracy_text,
     gain_text,
     paired_bootstrap,
     print_consistency,
@@ -248,17 +246,22 @@ def collect(out: Path, seconds: dict[str, float]) -> dict:
 
 
 def print_results(results: dict) -> None:
-    """The table of the demo."""
+    """The table of the demo: a family of questions a row, a mode a column."""
+    modes = results["modes"].values()
+    groups = {"all": list(modes)}
+    for part in ("by_need", "by_category"):
+        for name in next(iter(modes))[part]:
+            groups[name] = [summary[part][name] for summary in modes]
     rows = []
-    for mode, summary in results["modes"].items():
-        needs = summary["by_need"]
-        parts = (summary, needs.get("needs_view"), needs.get("answerable"))
-        rows.append([mode, *map(accuracy_text, parts)])
-    head = ["", "all questions", "an unseen view is needed", "the given views answer"]
-    print("\n" + text_table(head, rows), end="")
+    for name, cells in groups.items():
+        rows.append([name, cells[0]["n"]])
+        for cell in cells:
+            half = (cell["ci95"][1] - cell["ci95"][0]) / 2
+            rows[-1].append(f"{cell['accuracy']:.3f} ±{half:.2f} {cell['call_rate']:4.0%}")
+    print("\n" + text_table(["", "n", *results["modes"]], rows), end="")
     print(
-        f"{CELL};\n{results['modes']['direct']['n']} questions about rooms never trained on; chance {results['chance']:.2f}, the best guess from the text alone "
-        f"{results['text_only_chance']:.2f}"
+        f"accuracy ± half of its 95 % interval, share of questions with a call; questions about rooms never trained on; "
+        f"chance {results['chance']:.2f}, the best guess from the text alone {results['text_only_chance']:.2f}"
     )
     for name, gain in results["agentic_gain_on_needs_view"].items():
         gap = gain_text({"gain": gain})
