@@ -90,11 +90,11 @@ NAMES = [*COLOURS, "none"]  # what a fact can say
 ANGLES = range(-45, 46, STEP)  # of an object from the middle of an image, degrees
 LESSONS = {  # share of each kind of script: at first, and when it is mixed
     "all": {
-        "look": (0.50, 0.08),
-        "search": (0.50, 0.22),
-        "ring": (0.0, 0.10),
-        "direct": (0.0, 0.28),
-        "tool": (0.0, 0.26),
+        "look": (0.50, 0.12),
+        "search": (0.50, 0.20),
+        "ring": (0.0, 0.08),
+        "direct": (0.0, 0.30),
+        "tool": (0.0, 0.24),
         "slip": (0.0, 0.06),
     },
     "direct": {"look": (0.10, 0.10), "search": (0.15, 0.15), "direct": (0.75, 0.75)},
@@ -117,7 +117,7 @@ FLAGS = [  # a pretrained policy needs no cold start: there is no astra preset
     ),
     Flag("--seed", 0, None, "of weights and scripts"),
     Flag("--see-steps", 700, None, "updates of the vision tower, 128 images each", 1),
-    Flag("--steps", 1400, None, "updates of the language model", 1),
+    Flag("--steps", 1600, None, "updates of the language model", 1),
     Flag("--batch", 32, None, "dialogues per update, all ranks together", 1),
     Flag("--lr", 1.5e-3, None, "AdamW peak learning rate", 0),
     Flag("--warmup", 20, None, "steps to the peak", 0),
@@ -519,7 +519,12 @@ def scripts_of_step(
 
     A script depends on (seed, step, number in the batch) alone.
     """
-    moving = [lesson for lesson in lessons if lesson.question["ideal"]]
+    families = {}
+    moving_families = {}
+    for lesson in lessons:
+        families.setdefault(lesson.question["category"], []).append(lesson)
+        if lesson.question["ideal"]:
+            moving_families.setdefault(lesson.question["category"], []).append(lesson)
     begin_mixing, end_mixing = MIXING
     mixed = (step / args.steps - begin_mixing) / (end_mixing - begin_mixing)
     mixed = min(1, max(0, mixed))
@@ -529,8 +534,10 @@ def scripts_of_step(
     for number in range(world.rank, args.batch, world.size):
         rng = numpy_stream("script", args.seed, step, number)
         kind = str(rng.choice(kinds, p=np.array(shares) / sum(shares)))
-        choice = moving if kind in ("tool", "slip") else lessons
-        lesson = choice[rng.integers(len(choice))]
+        # whatever their numbers, every family counts the same
+        choice = list((moving_families if kind in ("tool", "slip") else families).values())
+        family = choice[rng.integers(len(choice))]
+        lesson = family[rng.integers(len(family))]
         scripts.append(script(policy, lesson, kind, rng, calling="tool" in kinds))
     return sorted(scripts, key=lambda dialogue: len(dialogue.ids))
 
