@@ -5,7 +5,7 @@ Rooms into data: triples that train the world simulator, questions that train an
   python data.py triples                          out/data/triples_{train,val,test}.jsonl    (context views, motion in words, target view)
   python data.py triples --layout apart --size 64     out/data-apart-64: other context cameras, larger pictures
   python data.py questions                        out/data/questions_{train,val,test}.jsonl  multiple choice over several views
-  python data.py questions --families turning walking     that do not name the view (lib/questions.py)
+  python data.py questions --families turning     of one family (lib/questions.py): the words do not name the view
   python data.py questions --layout pitched       out/data-pitched: cameras that look up or down
   python data.py triples --dataset scannet --root DIR     triples of scans (extras/scans): ScanNet, ScanNet++, Matterport3D,
                                                           ARKitScenes, DL3DV or your own folder
@@ -229,7 +229,7 @@ def draw_targets(rng: Generator, start: Array, motions: Sequence[Motion]) -> dic
 
 
 def room_questions(
-    seed: int, out: Path, families: Iterable[str] = ("commanded",), rig: Callable = ring
+    seed: int, out: Path, families: Iterable[str] = tuple(FAMILIES), rig: Callable = ring
 ) -> list[dict]:
     """Questions (lib/records.Question) about one room, at most four of each of `families`. Pictures go to
     `out`/questions.
@@ -240,7 +240,7 @@ def room_questions(
     room = random_room(seed)
     poses = rig(rng)
     folder = f"questions/{seed:07d}"
-    ring_images = [f"{folder}/{k}.png" for k in range(1, 5)]  # shared by the questions of a room
+    images = [f"{folder}/{k}.png" for k in range(1, 5)]  # shared by the questions of a room
     ids = render(room, np.stack(poses), SIZE, supersample=1)["ids"]
     visit = Visit(room, poses, [facts(view, len(room.things)) for view in ids])
     rows = []
@@ -250,15 +250,10 @@ def room_questions(
         letters = rng.permutation(4)  # of four questions each is the answer once
         for number, (letter, draft) in enumerate(zip(letters, drafts, strict=False)):
             name = f"{folder}/{family}_{number}"
-            cameras = draft.pop("cameras", poses)
-            images, shows = ring_images, visit.facts
-            if cameras is not poses:
-                images = [f"{name}_{k}.png" for k in range(1, len(cameras) + 1)]
-                shows = draw(room, cameras, images, out)
-            scene = {"room": seed, "poses": [as_lists(camera) for camera in cameras]}
-            ends = call_poses(scene, draft["ideal"])[len(cameras) :]
+            scene = {"room": seed, "poses": [as_lists(pose) for pose in poses]}
+            ends = call_poses(scene, draft["ideal"])[len(poses) :]
             views = [f"{name}_view{k}.png" for k in range(1, len(ends) + 1)]
-            shows = shows + draw(room, ends, views, out)
+            shows = visit.facts + draw(room, ends, views, out)
             rows.append(
                 {
                     "id": f"room_{seed}_{family}_{number}",
@@ -277,7 +272,7 @@ def room_questions(
                 }
             )
     if rows:
-        draw(room, poses, ring_images, out)
+        draw(room, poses, images, out)
     return rows
 
 
@@ -378,7 +373,7 @@ def make_questions(
     held_out: tuple[int, int] = (100, 320),
     threads: int = 2,
     layout: str = "ring",
-    families: Iterable[str] = ("commanded",),
+    families: Iterable[str] = tuple(FAMILIES),
 ) -> None:
     """out/questions_{train,val,test}.jsonl; half of the questions need an unseen view, but of `walking` all."""
     out = Path(out)
@@ -452,8 +447,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--families",
         nargs="+",
         choices=tuple(FAMILIES),
-        default=["commanded"],
-        help="of questions (lib/questions.py)",
+        default=list(FAMILIES),
+        help="of questions (lib/questions.py); default: all",
     )
     triples.add_argument("--size", type=count, default=SIZE, help="of the pictures, in pixels")
     args = parser.parse_args(argv)

@@ -276,7 +276,7 @@ def check_lesson(question: dict) -> None:
     is_whole = {
         "images": len(question["images"]) > 0,
         "answer": question["answer"] in tuple("ABCD"[: len(question["options"])]),
-        "ask": question["ask"] in (None, *ASK_WORDS),
+        "ask": question["ask"] in ASK_WORDS,
         "scene": "room" in question["scene"],
         "ideal": all(set(NEEDED) <= call.keys() for call in question["ideal"]),
         "views": len(question["views"]) == len(question["ideal"]),
@@ -448,8 +448,7 @@ def answer_texts(question: dict, view: str) -> list[tuple[str, float]]:
     """The thought that names what is asked, of which view, and what it shows; then the answer."""
     option = question["options"]["ABCD".index(question["answer"])]
     words = as_words(option.split(". ")[1])
-    ask = question["ask"]
-    thought = "The camera:" if ask is None else f"{ASK_WORDS[ask]} {view}:"
+    thought = f"{ASK_WORDS[question['ask']]} {view}:"
     rest = f"</think><answer> {words}</answer><|im_end|>"
     return [(thought, NAMED), (f" {words}", FACT), (rest, 1)]
 

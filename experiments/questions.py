@@ -56,7 +56,7 @@ from lib.stage import bounded, hold, run_stage
 from lib.streams import stream_seed
 
 ROOMS = {  # to fit on, and to ask: 5,000 and 4,000 questions at least
-    "commanded": (1300, 1050),
+    "commanded": (5200, 4200),
     "turning": (2900, 2400),
     "walking": (4400, 3350),
 }

@@ -118,28 +118,14 @@ RING_TURNS = {  # and how many views further in the ring each leads
     Motion("dangle", 90.0): 3,
     Motion("dangle", -180.0): 2,
 }
-WALKS = {
-    "it moved to the left": Motion("dx", -1.0),
-    "it moved to the right": Motion("dx", 1.0),
-    "it moved forward": Motion("dy", 1.0),
-    "it moved backward": Motion("dy", -1.0),
-}
 
 
 def commanded(rng: np.random.Generator, visit: Visit) -> list[dict]:
-    """Two questions that need an unseen view, and two that the given views answer: of these one in six asks for the
-    camera's way between two views at different places, one in six for a turn that ends at a given view, the others
-    about one image."""
-    others = rng.choice(["image", "rotation", "camera"], 2, p=[4 / 6, 1 / 6, 1 / 6])
-    drafts = []
-    for form in ("unseen", "unseen", *others):
-        if form == "camera":
-            draft = _camera_question(rng, visit.poses)
-        else:
-            draft = _object_question(rng, visit, form)
-        if draft:  # a bare room has nothing clear to ask
-            drafts.append(draft)
-    return drafts
+    """One question: in half of the rooms it needs an unseen view; the given views answer the others, after a turn that
+    ends at one of them (one in five) or as they stand."""
+    form = "unseen" if rng.random() < 0.5 else str(rng.choice(["image", "rotation"], p=[0.8, 0.2]))
+    draft = _object_question(rng, visit, form)
+    return [draft] if draft else []  # a bare room has nothing clear to ask
 
 
 def _object_question(rng, visit, form):
@@ -174,23 +160,6 @@ def _object_question(rng, visit, form):
             "others": _distractors(rng, room, there, ask),
         }
     return None
-
-
-def _camera_question(rng, poses):
-    """Two views that look the same way from places 1 m apart: which way did the camera go?"""
-    ways = list(WALKS)
-    answer = ways.pop(rng.integers(4))
-    start = poses[rng.integers(4)]
-    return {
-        "question": "How did the camera get from Image-1 to Image-2?",
-        "needs_view": False,
-        "ask": None,
-        "shown_by": None,
-        "ideal": [],
-        "answer": answer,
-        "others": ways,
-        "cameras": [start, move_camera(start, WALKS[answer])],
-    }
 
 
 # ---- turning and walking: the view must be found ---------------------------------------------------------------------

@@ -244,7 +244,7 @@ class Question(TypedDict):
     kind: str  # "mca" multiple choice, "na" numeric
     needs_view: bool | None  # does the answer need a view that is not given? None: nobody knows
     scene: NotRequired[dict]  # rooms: {"room": seed, "poses": a 4 x 4 list per image}
-    ask: NotRequired[str | None]  # which fact is asked for, a key of questions.ASKS
+    ask: NotRequired[str]  # which fact is asked for, a key of questions.ASKS
     named: NotRequired[str | None]  # colour of the object that one turns by,
     relation: NotRequired[str | None]  # and where it is to be then, a key of questions.RELATIONS
     shown_by: NotRequired[int | None]  # number of the given view that answers

@@ -260,22 +260,19 @@ def test_answers_are_true_and_an_unseen_view_is_needed(layout, made, tmp_path):
         poses = [np.array(p) for p in row["scene"]["poses"]]
         assert (abs(angles_of(poses[0])[1]) > 9) == (layout == "pitched")
         counts[row["category"], row["needs_view"]] += 1
-        if row["ask"] is None:
-            assert dominant_motion(*poses) == questions.WALKS[answer]
-            continue
         *_, camera = call_poses(row["scene"], row["ideal"])
         if not row["ideal"]:
             camera = poses[row["shown_by"] - 1]
         room, found = true_facts(row, camera)
         assert room.things[found[row["ask"]]].colour == answer
-        if row["needs_view"]:
+        if row["needs_view"] and row["category"] != "walking":
             start = poses[row["ideal"][0]["reference_image"] - 1]
             assert found[row["ask"]] != true_facts(row, start)[1][row["ask"]]
         elif row["ideal"]:  # the turn ends exactly where the given image stands
             np.testing.assert_allclose(poses[row["shown_by"] - 1], camera, atol=1e-5)
-    assert {category for category, _ in counts} == {"commanded"}
-    need = counts["commanded", True]
-    assert abs(need / len(rows) - 0.5) < 0.05
+    assert {"commanded", "turning"} <= {category for category, _ in counts}
+    for family in ("commanded", "turning"):
+        assert 1 / 2 <= counts[family, True] / counts[family, False] <= 2
 
 
 @pytest.fixture(scope="module")
@@ -369,7 +366,7 @@ def test_a_family_does_not_depend_on_the_others(tmp_path):
 def test_letters_are_balanced_and_options_differ(made):
     rows = load_jsonl(made / "questions_train.jsonl")
     letters = Counter(row["answer"] for row in rows)
-    assert max(letters.values()) - min(letters.values()) <= 2 and len(letters) == 4
+    assert all(0.15 < letters[letter] / len(rows) < 0.35 for letter in "ABCD")
     assert all(len({option[3:] for option in row["options"]}) == 4 for row in rows)
 
 

@@ -56,8 +56,8 @@ def held(question, answer, *calls, views=None, mode="agentic"):
 
 
 def unseen(questions, test=lambda question: True):
-    """A question that needs an unseen view, with an ask that every reader of colours agrees on."""
-    return next(q for q in questions if q["needs_view"] and q["ask"] == "largest" and test(q))
+    """A question that one call answers, with an ask that every reader of colours agrees on."""
+    return next(q for q in questions if len(q["ideal"]) == 1 and q["ask"] == "largest" and test(q))
 
 
 def false_view(question, colour):
@@ -83,10 +83,9 @@ def test_a_true_view_reads_like_the_answer(questions):
         reads(q["views"][-1] if q["needs_view"] else q["images"][q["shown_by"] - 1], q["ask"])
         == words(q)
         for q in questions
-        if q["ask"]
     ]
     assert np.mean(told) > 0.95 and reads(np.full((32, 32, 3), 90, np.uint8), "leftmost") == "none"
-    assert set(map(str, COLOURS)) >= {words(q) for q in questions if q["ask"]}
+    assert set(map(str, COLOURS)) >= {words(q) for q in questions}
 
 
 def test_the_call_resolved_it_or_its_view_was_ignored(questions):
@@ -105,8 +104,8 @@ def test_the_call_resolved_it_or_its_view_was_ignored(questions):
 def test_with_the_true_renderer_the_asked_call_is_never_blamed(questions):
     """Where the colours misread a true view (1 in 50), the imagined one is read no better: no view deviates."""
     for q in (q for q in questions if q["needs_view"]):
-        assert diagnose(q, held(q, q["answer"], q["ideal"][0]))["case"] == "resolved", q["id"]
-        assert diagnose(q, held(q, wrong(q), q["ideal"][0]))["case"] == "ignored", q["id"]
+        assert diagnose(q, held(q, q["answer"], *q["ideal"]))["case"] == "resolved", q["id"]
+        assert diagnose(q, held(q, wrong(q), *q["ideal"]))["case"] == "ignored", q["id"]
 
 
 def test_a_valid_call_that_leaves_the_target_out_of_view(questions):
@@ -215,11 +214,6 @@ def test_questions_that_the_given_images_answer(questions):
     assert (
         diagnose(q, held(q, letter, call_of(1, Motion("dangle", -45.0)), views=[paint]))["case"]
         == "trusted"
-    )
-    camera = next(q for q in questions if q["ask"] is None)
-    assert (
-        diagnose(camera, held(camera, wrong(camera), call_of(1, Motion("dangle", -45.0))))["case"]
-        == "misread"
     )
 
 

@@ -40,8 +40,8 @@ def held(question, mode, answer, calls, views):
 def page(tmp_path_factory):
     """Twelve questions of rooms, direct and agentic; the first one's words are evil -> (folder, dialogues)."""
     out = tmp_path_factory.mktemp("report")
-    rows = [row for seed in range(5_000_000, 5_000_003) for row in room_questions(seed, out)]
-    rows = [{**row, "images": [str(out / path) for path in row["images"]]} for row in rows]
+    rows = [row for seed in range(5_000_000, 5_000_006) for row in room_questions(seed, out)]
+    rows = [{**row, "images": [str(out / path) for path in row["images"]]} for row in rows[:12]]
     rows[0] = {
         **rows[0],
         "question": EVIL,
