@@ -300,7 +300,7 @@ def in_colours(view_facts: dict, room: Room) -> dict:
     return named | {"angle": {colours[i]: angle for i, angle in view_facts["angle"].items()}}
 
 
-def balanced(rows: list[dict]) -> list[dict]:
+def balance_wordings(rows: list[dict]) -> list[dict]:
     """Drop questions that turn until their words tell neither whether nor which way: of each wording (colours aside) as
     many turn left as right, and as many turn as do not, since the named object stands there already."""
     groups = defaultdict(lambda: {-1: [], 0: [], 1: []})  # {wording: {way of the turn: rows}}
@@ -384,7 +384,7 @@ def make_questions(
         ("test", held_out[1], FIRST_ROOM["test"]),
     ):
         seeds = range(first, first + count)
-        rows = balanced(build(f"questions, {split}", make, seeds, out, threads))
+        rows = balance_wordings(build(f"questions, {split}", make, seeds, out, threads))
         save_jsonl(out / f"questions_{split}.jsonl", rows)
         unseen = sum(row["needs_view"] for row in rows)
         say(f"questions_{split}.jsonl: {len(rows)} questions, {unseen} need an unseen view")

@@ -338,7 +338,7 @@ def test_the_turn_brings_the_named_object_where_the_words_say(found):
 
 def test_words_tell_neither_whether_to_turn_nor_which_way(found):
     ways = defaultdict(Counter)
-    for row in data.balanced(found):
+    for row in data.balance_wordings(found):
         wording = " ".join(word for word in row["question"].split() if word not in COLOURS)
         turns = [call["value"] for call in row["ideal"] if call["motion_type"] == "dangle"]
         ways[row["category"], wording][np.sign(sum(turns))] += 1
