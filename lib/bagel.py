@@ -197,9 +197,8 @@ class ContextImage(NamedTuple):
 
     latent: Tensor | None  # (R, c, 2 h, 2 w), clean
     pixels: Tensor | None  # (R, 3, H, W) in [-1, 1], for the ViT
-    motion: Tensor | None = (
-        None  # (R, 5) how it stands to the reference; None: as the reference (Settings.rays)
-    )
+    # (R, 5) how it stands to the reference; None: as the reference itself (Settings.rays)
+    motion: Tensor | None = None
 
 
 class ContextText(NamedTuple):
@@ -207,7 +206,6 @@ class ContextText(NamedTuple):
 
     ids: Tensor  # (R, L), right-padded
     lengths: Tensor  # (R,), on the CPU
-
     # (R, 5) what it commands: dx, dy, dz, dangle, dphi (Settings.rays)
     motion: Tensor | None = None
 
@@ -749,8 +747,8 @@ class Bagel(nn.Module):
         return self.run_layers(markers, gen, rope, TargetAttention(branches))[1]
 
 
-HARMONICS = 8
-RAY_FEATURES = 2 * HARMONICS + 24
+HARMONICS = 8  # of a ray's azimuth
+RAY_FEATURES = 2 * HARMONICS + 24  # numbers in all
 
 
 def ray_features(motion: Tensor, x: Tensor, y: Tensor) -> Tensor:

@@ -780,6 +780,9 @@ def test_command_line_says_what_is_missing_and_draws_a_view(tmp_path, monkeypatc
         world_model.main([*command[:4], "7", *command[5:]])
     with pytest.raises(SystemExit, match="jump"):
         world_model.main([*command[:-1], "jump twice"])
+    Image.new("RGB", (64, 48)).save("photograph.png")
+    world_model.main(["--images", "photograph.png", "--motion", "turn left 30"])
+    assert "a tiny model: it knows rooms of 32 x 32 pixels only" in capsys.readouterr().out
 
 
 def sampler_options_of(line):

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
+
 import rewards
 from extras.report import report
 from extras.report.diagnosis import tally
@@ -58,13 +60,16 @@ def folder_of_data(args: argparse.Namespace) -> Path:
 def write_simulators(out: Path, results: dict, rows: list[dict], views: dict) -> list[str]:
     """report.html and dose.png of --bench wm -> the names of what was written."""
     pictures = []
+    most = max(len(row["context"]) for row in rows)
+    blank = np.full((1, 1, 3), 255, np.uint8)  # where another context has one view more
     for index in range(0, len(rows), max(1, len(rows) // 8)):
         row = rows[index]
+        context = [blank] * (most - len(row["context"])) + row["context"]
         motion = f"Image-{row['reference']}:\n{phrase(Motion(**row['motion']))}"
         imagined = [own[index] for own in views.values()]
-        pictures.append([*row["context"], motion, *imagined, row["target"]])
+        pictures.append([*context, motion, *imagined, row["target"]])
     names = [Path(name).name for name in views]
-    head = ["context", *[""] * len(rows[0]["context"]), *names, "true"]
+    head = ["context", *[""] * most, *names, "true"]
     curves = figure_image(report.dose_curves(results["dose"])) if results["dose"] else None
     report.write(
         out / "report.html",
