@@ -156,6 +156,16 @@ def array_of(values, shape: tuple) -> ndarray:
         return np.full(shape, np.nan)
 
 
+def pose_of_quaternion(quaternion, place) -> ndarray:
+    """c2w (4, 4) of a unit quaternion (x, y, z, w) and a place (3,), as phones write them."""
+    x, y, z, w = quaternion
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    c2w = np.eye(4)
+    c2w[:3, :3] += 2 * (w * cross + cross @ cross)
+    c2w[:3, 3] = place
+    return c2w
+
+
 def size_of(paths):
     """(width, height) of most pictures or .npy arrays, of some that are evenly spread."""
     sizes = Counter()

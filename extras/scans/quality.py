@@ -33,6 +33,7 @@ WHITE = 245  # above, it is clipped
 SEEN_AT_LEAST = 0.1  # share of the target: a context that sees less cannot be compared with it
 JUMP = 0.07
 STEEP = 60  # levels per pixel: a steeper slope counts no more
+EXCUSED = 0.002  # share of points: no sensor is excused for more
 SOFT = (0.50, 0.8)  # the lowest limit of sharpness, and its share of a scan's sharpest frames'
 
 
@@ -81,7 +82,7 @@ def verify_triple(
         warped, mask = warp(small[0].depth, small[0].c2w, [view], small[0].intrinsics)
         scores.append(agreement(small[0].rgb, warped, mask))
         weights.append(mask.mean() if scores[-1] > 0 else 0.0)
-    stray = np.mean([stray_points(view.depth) for view in small])
+    stray = min(np.mean([stray_points(view.depth) for view in small]), EXCUSED)
     measures = {
         "registration": registration([reduced(view, FINE) for view in views]),
         "contradiction": float(contradictions(small).max() - stray),

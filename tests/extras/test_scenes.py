@@ -6,12 +6,17 @@ is beside their middle: an exchange of width and height, or of cx and cy, shows 
 """
 
 import json
+import os
+import re
 import struct
+import subprocess
 import sys
 import zlib
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +24,7 @@ from PIL import Image
 from room_scan import Y_DOWN, read_room, room_scene, write_scan_folder
 
 from extras.scans.depth import depth_network, disagreement, estimate_depth, scale_of
-from extras.scans.frames import collect, frames_of, scaled, up_of, y_down
+from extras.scans.frames import collect, frames_of, pose_of_quaternion, scaled, up_of, y_down
 from extras.scans.readers import OPENGL
 from extras.scans.scene import READERS, read_scene, scene_ids
 from lib.geometry import angles_of, coverage, decompose, dominant_motion, pinhole, warp
@@ -1064,6 +1069,89 @@ def test_cameras_of_nerfstudio_are_obeyed_or_refused(tmp_path, truth):
         read(**turned)
     with pytest.raises(ValueError, match="3 x intrinsics of a picture of another shape"):
         read(cx=info["cy"], cy=info["cx"])
+
+
+def recipe(word, folder):
+    """Run the block of docs/scans.md that holds a word, in a folder; then read what it wrote."""
+    page = (Path(__file__).parents[2] / "docs/scans.md").read_text()
+    (code,) = [block for block in re.findall("~~~python\n(.*?)~~~", page, re.S) if word in block]
+    paths = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code], cwd=folder, env=os.environ | paths, check=True)
+    return read_scene("folder", folder.parent, folder.name).frames
+
+
+def test_the_recipes_of_phones_give_the_cameras_of_a_room(tmp_path, truth):
+    folder = tmp_path / "capture"
+    # half a turn about y, and 90 degrees about x: quaternions x, y, z, w
+    poses = [[0, 1, 0, 0, 1, 2, 3], [0.5**0.5, 0, 0, 0.5**0.5, 4, 5, 6]]
+    about_y = [[-1, 0, 0], [0, 1, 0], [0, 0, -1]]
+    about_x = [[1, 0, 0], [0, 0, -1], [0, 1, 0]]
+    K = truth[0].K()
+    for i in range(2):
+        jpeg(folder / f"rgb/{i:06d}.jpg", truth[i].image())
+        png(folder / f"depth/{i:06d}.png", units(truth[i].depth()))
+    lines = [
+        f"{i}, {i:06d}, " + ", ".join(map(str, pose[4:] + pose[:4])) for i, pose in enumerate(poses)
+    ]
+    text(folder / "odometry.csv", "\n".join(["timestamp, frame, x, y, z, qx, qy, qz, qw", *lines]))
+    text(folder / "camera_matrix.csv", "\n".join(", ".join(map(str, row)) for row in K))
+    frames = recipe("odometry.csv", folder)
+    turn = y_down(up_of([SimpleNamespace(c2w=pose_of_quaternion(p[:4], p[4:])) for p in poses]))
+    for i, rotation in enumerate((about_y, about_x)):
+        c2w = np.linalg.inv(turn) @ frames[i].c2w
+        np.testing.assert_allclose(c2w[:3, :3], rotation, atol=1e-9)
+        np.testing.assert_allclose(c2w[:3, 3], poses[i][4:], atol=1e-9)
+        np.testing.assert_allclose(frames[i].K(), K, atol=1e-9)
+        assert np.abs(frames[i].depth() - truth[i].depth()).max() < 1e-3
+
+
+def test_the_recipe_of_record3d_gives_the_cameras_of_a_room(tmp_path, truth):
+    """Two frames, in ARKit's world (y up) with OpenGL's camera; K stands column by column."""
+    folder, K = tmp_path / "capture", truth[0].K()
+    poses = [[0, 0, 0, 1, 1, 2, 3], [0, 1, 0, 0, 4, 5, 6]]
+    for i in range(2):
+        jpeg(folder / f"rgb/{i}.jpg", truth[i].image())
+        (folder / "depth").mkdir(exist_ok=True)
+        np.save(folder / f"depth/{i}.npy", truth[i].depth())
+    text(folder / "metadata.json", {"poses": poses, "K": K.T.ravel().tolist()})
+    # stands in for the package: channels by name, each with its pixels
+    text(
+        folder / "OpenEXR.py",
+        "import numpy\nfrom types import SimpleNamespace as Channel\nclass File:\n"
+        "    def __init__(self, path): self.path = path.replace('.exr', '.npy')\n"
+        "    def channels(self): return {'R': Channel(pixels=numpy.load(self.path))}\n",
+    )
+    frames = recipe("metadata.json", folder)
+    for i, axes in enumerate(([1, -1, -1], [-1, -1, 1])):
+        c2w = np.linalg.inv(y_down(np.array([0.0, 1, 0]))) @ frames[i].c2w
+        np.testing.assert_allclose(c2w[:3, :3], np.diag(axes), atol=1e-9)
+        np.testing.assert_allclose(c2w[:3, 3], poses[i][4:], atol=1e-9)
+        np.testing.assert_allclose(frames[i].K(), K, atol=1e-9)
+        assert np.abs(frames[i].depth() - truth[i].depth()).max() < 1e-6
+
+
+def test_the_recipe_of_a_kinect_carries_depth_to_the_colour_camera(tmp_path):
+    """A wall at 2 m, square to the depth camera, with a point of 1 m in the middle: 25 mm beside, 13 pixels at 525.5 / 1 m."""
+    pytest.importorskip("cv2")
+    folder = tmp_path / "kitchen"
+    depth = np.full((480, 640), 2000, np.uint16)
+    depth[235:246, 315:326] = 1000
+    depth[:10] = 65535
+    png(folder / "frame-000000.depth.png", depth)
+    jpeg(folder / "frame-000000.color.jpg", np.full((480, 640, 3), 99, np.uint8))
+    text(folder / "frame-000000.pose.txt", table(np.eye(4)))
+    (frame,) = recipe("COLOUR", folder)
+    rows, columns = np.nonzero(np.abs(frame.depth() - 1) < 0.1)
+    shift = [columns.mean() + 0.5 - 320, rows.mean() + 0.5 - 240]
+    # the camera's place, then its turn about y and x (degrees to pixels)
+    pixel = 525.5 * np.pi / 180
+    expected = [525.5 * -0.0253 + 0.06 * pixel, 525.5 * 0.0052 - 0.45 * pixel]
+    np.testing.assert_allclose(shift, expected, atol=1.0)
+    known = frame.depth() > 0
+    assert (
+        0.7 < known.mean() < 0.85
+        and np.abs(frame.depth()[known & (frame.depth() > 1.5)] - 2).max() < 0.05
+    )
 
 
 def test_most_pictures_decide_which_size_is_odd(tmp_path, truth):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from room_scan import room_scene, write_scan_folder
+from room_scan import room_scene, write_kinect, write_scan_folder
 
 from extras.scans.frames import thousandths
 from extras.scans.heldout import make_heldout
@@ -26,6 +26,7 @@ from extras.scans.triples import (
     targets_in_turn,
     write_triples,
 )
+from lib.consistency import pose_errors
 from lib.geometry import (
     Motion,
     camera_pose,
@@ -257,6 +258,28 @@ def test_a_blurred_capture_gives_no_triples(tmp_path):
         read_scene("folder", tmp_path / "scans", "shaky"), tmp_path / "out", 0, SMALL
     )
     assert not rows and counts["blurred"] > 3
+
+
+@pytest.mark.slow
+def test_a_hand_held_kinect_gives_true_triples_and_depth_of_another_camera_none(tmp_path):
+    """Camera that pitches and rolls, smeared frames, quantised depth with holes: words stay true. The same walk with depth
+    2.5 cm beside the picture is refused, though its views agree with each other."""
+    rules = Rules(apart_meters=0.5, apart_degrees=20, targets=3, triples=6)
+    kept, refused = {}, {}
+    for name in ("registered", "raw"):
+        write_kinect(tmp_path / name / "room", 0, frames=40, registered=name == "registered")
+        scene = read_scene("folder", tmp_path / name, "room")
+        kept[name], refused[name] = write_triples(scene, tmp_path / "out" / name, 0, rules)
+    rows = kept["registered"]
+    assert len(rows) >= 4 and refused["registered"]["blurred"] >= 3
+    deltas = []
+    for row in rows:
+        reference = np.array(row["context_c2w"][row["reference"] - 1])
+        deltas.append(decompose(reference, np.array(row["target_c2w"]))[:5])
+        names = [Path(picture).stem for picture in (*row["context"], row["target"])]
+        assert not any(name.endswith("5") for name in names)  # every tenth frame is smeared
+    assert all(error["within"] for error in pose_errors(rows, deltas))
+    assert refused["raw"]["registration"] > 4 * len(kept["raw"])
 
 
 @pytest.mark.slow
