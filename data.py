@@ -400,9 +400,9 @@ def make_missing(out: str | Path, **options) -> None:
 
 
 def check_rooms(file: Path, rooms: int) -> None:
-    """Stop with a sentence where a file to train on is of another number of rooms."""
+    """Stop with a sentence where a file to train on is of another number of rooms; some have nothing clear to ask."""
     there = len({str(row["scene"]) for row in load_jsonl(file)})
-    if there != rooms:
+    if not 0.75 * rooms <= there <= rooms:
         fail(
             f"{file} is of {there} rooms, not of --rooms {rooms}. Remove it and the files beside it, or give another "
             f"--out."
