@@ -214,7 +214,7 @@ def test_simulators_are_trained_and_scored_once(untrained, capsys):
     assert content.warp_weight > 0 and made.layout == "ring"
     rows = cells((out / "table.md").read_text().splitlines())
     assert rows["ring-plain"][2] == "7"
-    assert rows["ring-content"][9] == "+0.000 [+0.000 +0.000]"  # the same untrained model
+    assert rows["ring-content"][11] == "+0.000 [+0.000 +0.000]"  # the same untrained model
     file = out / "ring-plain-s0/result.json"
     result = file.read_text()
     assert json.loads(result)["n"] == 16
