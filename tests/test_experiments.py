@@ -217,7 +217,7 @@ def test_simulators_are_trained_and_scored_once(untrained, capsys):
     assert rows["ring-content"][11] == "+0.000 [+0.000 +0.000]"  # the same untrained model
     file = out / "ring-plain-s0/result.json"
     result = file.read_text()
-    assert json.loads(result)["n"] == 16
+    assert json.loads(result)["n"] == 20  # the triples of two rooms
 
     simulator.main(call_list)
     assert len(commands) == 3 and file.read_text() == result
