@@ -58,11 +58,10 @@ from lib.distributed import (
     wait_for_all,
 )
 from lib.images import load_image, soften
-from lib.protocol import NEEDED, as_words, call_text, motion_in
+from lib.protocol import NEEDED, as_words, call_text
 from lib.questions import ASKS, RELATIONS, STEP
 from lib.records import MetricLog, Question, load_jsonl, whole_folder
 from lib.rooms import COLOURS
-from lib.simulators import phrase
 from lib.stage import (
     Flag,
     Interrupt,
@@ -434,8 +433,7 @@ def rings(rng: np.random.Generator) -> list[tuple[str, float]]:
 
 
 def finding_texts(lesson: Lesson) -> list[tuple[str, float]]:
-    """The thought that finds the image to turn from and names the step after the turn, if there is one; no thought
-    where the question names the image."""
+    """The thought that finds the image to turn from; none where the question names it."""
     question = lesson.question
     if question["named"] is None:
         return []
@@ -443,10 +441,7 @@ def finding_texts(lesson: Lesson) -> list[tuple[str, float]]:
     found = next(n for n, facts in enumerate(shows, 1) if question["named"] in facts["angle"])
     start = question["shown_by"] or question["ideal"][0]["reference_image"]
     texts = search_texts(question["named"], shows)
-    texts += ring_texts(question["relation"], found, start)
-    if question["category"] == "walking":
-        texts.append((f" and {phrase(motion_in(question['ideal'][-1]))}", 1))
-    return [*texts, (". ", 1)]
+    return [*texts, *ring_texts(question["relation"], found, start), (" ", 1)]
 
 
 def answer_texts(question: dict, view: str) -> list[tuple[str, float]]:
