@@ -21,7 +21,7 @@ as in the paper, and the language model learns from scripts by a plain supervise
 
 "Turn until the red object is behind you" names no image and no angle. The thought then scans the images for red, names
 the one that shows it, then the one to turn from. Each word of it is one look-up: a thought that jumps over one of these
-steps stayed at chance (docs/questions.md).
+steps is not learned in minutes.
 
 There are as many tool scripts (slips included) as direct ones, all about questions that need a view. But whether to
 call is a choice that reinforcement learning is to find: where both are open the first word of a tool script counts
