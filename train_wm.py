@@ -22,6 +22,7 @@ import functools
 import hashlib
 import itertools
 import math
+import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -441,7 +442,8 @@ def imagine_held_out(model, groups, read) -> tuple[dict, list]:
                 hits.append(distance.argmin() == k)
                 chances.append(1 / len(p.motions))
             errors.append(distance[k])
-            rows.append([*p.context, f"Image-{p.reference}:\n{phrase(motion)}", view, true[k]])
+            words = textwrap.fill(phrase(motion), 24)
+            rows.append([*p.context, f"Image-{p.reference}:\n{words}", view, true[k]])
     scores = {"mse": float(np.mean(errors))}
     if hits:
         scores |= {"nearest": float(np.mean(hits)), "nearest_chance": float(np.mean(chances))}
