@@ -162,6 +162,8 @@ def main(argv: list[str] | None = None) -> None:
     policy.vision.requires_grad_(False)
     for lesson in lessons:
         lesson.look(policy)
+    families = by_family(lessons)
+    moving_families = by_family([lesson for lesson in lessons if lesson.question["ideal"]])
 
     layers = policy.model.model.language_model.layers
     model = shard(policy.model, layers, world, ignored=policy.vision.parameters())
@@ -182,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     with Interrupt() as stop:
         for step in bar:
             lr = set_learning_rate(optimizer, step, args)
-            scripts = scripts_of_step(policy, lessons, args, step, world)
+            scripts = scripts_of_step(policy, families, moving_families, args, step, world)
             batches = []
             for start in range(0, len(scripts), args.micro_batch):
                 batches.append(collate(policy, scripts[start : start + args.micro_batch]))
@@ -511,19 +513,27 @@ def script(
     return dialogue
 
 
+def by_family(lessons: list[Lesson]) -> list[list[Lesson]]:
+    """The lessons of each family of questions, in the order in which the families appear."""
+    families = {}
+    for lesson in lessons:
+        families.setdefault(lesson.question["category"], []).append(lesson)
+    return list(families.values())
+
+
 def scripts_of_step(
-    policy: Policy, lessons: list[Lesson], args: Namespace, step: int, world: World
+    policy: Policy,
+    families: list[list[Lesson]],
+    moving_families: list[list[Lesson]],
+    args: Namespace,
+    step: int,
+    world: World,
 ) -> list[Trajectory]:
     """This rank's share of the scripts of one step, by length: neighbours are padded little.
 
+    families, moving_families   of all lessons, and of those that have calls to make
     A script depends on (seed, step, number in the batch) alone.
     """
-    families = {}
-    moving_families = {}
-    for lesson in lessons:
-        families.setdefault(lesson.question["category"], []).append(lesson)
-        if lesson.question["ideal"]:
-            moving_families.setdefault(lesson.question["category"], []).append(lesson)
     begin_mixing, end_mixing = MIXING
     mixed = (step / args.steps - begin_mixing) / (end_mixing - begin_mixing)
     mixed = min(1, max(0, mixed))
@@ -534,7 +544,7 @@ def scripts_of_step(
         rng = numpy_stream("script", args.seed, step, number)
         kind = str(rng.choice(kinds, p=np.array(shares) / sum(shares)))
         # whatever their numbers, every family counts the same
-        choice = list((moving_families if kind in ("tool", "slip") else families).values())
+        choice = moving_families if kind in ("tool", "slip") else families
         family = choice[rng.integers(len(choice))]
         lesson = family[rng.integers(len(family))]
         scripts.append(script(policy, lesson, kind, rng, calling="tool" in kinds))

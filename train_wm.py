@@ -571,6 +571,7 @@ def main(argv: list[str] | None = None) -> None:
     log = MetricLog(out / "log.jsonl", start)
 
     def make_batches(step):
+        """This rank's batches of one update, which depend on seed and step alone."""
         order = rows_of_step(len(train), args.contexts, step, args.seed)
         batches = []
         for i in range(0, share, args.micro_contexts):
@@ -585,10 +586,8 @@ def main(argv: list[str] | None = None) -> None:
 
     with stage.Interrupt() as stop:
         bar = distributed.progress(args.steps, start, "world model")
-        # a batch depends on seed and step alone
-        for step, batches in zip(
-            bar, prefetched(make_batches, range(start, args.steps)), strict=True
-        ):
+        batches_of_steps = prefetched(make_batches, range(start, args.steps))
+        for step, batches in zip(bar, batches_of_steps, strict=True):
             lr = set_learning_rate(optimizer, step, args)
             tokens = distributed.global_sum(sum(len(targets.x0) for _, targets in batches))
 
