@@ -65,12 +65,12 @@ from lib.scores import (
 )
 from lib.simulators import (
     NAMES,
-    NEEDS_ROOM,
     URLS,
     SimulatorError,
     find_weights,
     is_world_model,
     load_simulator,
+    needs_room,
 )
 from lib.stage import bounded, hold, need, newest, run_stage
 from lib.streams import numpy_stream, stable_hash
@@ -550,7 +550,8 @@ def worth_asking(args: argparse.Namespace, questions: list[dict]) -> None:
             f"Not one image of the {len(questions)} questions of --bench {args.bench} is there{example}. Unpack "
             f"the images beside the questions, or give the folder that holds both with --data."
         )
-    if set(args.simulator) & set(NEEDS_ROOM) and not all(q.get("scene") for q in questions):
+    in_rooms = any(map(needs_room, args.simulator))
+    if in_rooms and not all(question.get("scene") for question in questions):
         fail(
             f"--simulator {' '.join(args.simulator)} works in rooms only: --bench {args.bench} has no depth."
         )

@@ -655,7 +655,7 @@ def load_questions(folders: list[str], split: str, simulator: str) -> list[dict]
             fail(
                 f"{names}: questions lack {', '.join(sorted(missing))}; data.py says what a question holds."
             )
-        if simulator in simulators.NEEDS_ROOM and not question.get("scene"):
+        if simulators.needs_room(simulator) and not question.get("scene"):
             fail(
                 f"--simulator {simulator} works in rooms only; {names} has questions without a scene."
             )

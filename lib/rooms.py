@@ -286,12 +286,15 @@ class TrueRenderer:
                 raise ValueError(
                     "the true renderer works in rooms only: this question carries no scene"
                 )
-            _, motion = read_instruction(query.instruction)
-            room = random_room(query.scene["room"])
-            target = move_camera(np.array(query.scene["poses"][query.reference - 1]), motion)
-            half_x = room.width / 2 - 0.1
-            half_z = room.length / 2 - 0.1
+            room, target = self.scene_of(query)
+            half_x, half_z = room.width / 2 - 0.1, room.length / 2 - 0.1
             low = [-half_x, 0.1 - room.height, -half_z]
             target[:3, 3] = np.clip(target[:3, 3], low, [half_x, -0.1, half_z])
             views.append(render(room, target, size=len(query.images[0]))["rgb"][0])
         return views
+
+    def scene_of(self, query) -> tuple[Room, Array]:
+        """The room, and the camera (4, 4) that is asked for."""
+        _, motion = read_instruction(query.instruction)
+        start = np.array(query.scene["poses"][query.reference - 1])
+        return random_room(query.scene["room"]), move_camera(start, motion)

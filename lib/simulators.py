@@ -5,7 +5,7 @@ A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`
   tuned         the trained Astra-WM: out/wm, or out/demo/wm
   untuned       its twin, trained as long with motions exchanged, our stand-in for a generic generator: out/wm-untuned
   reprojection  the given views as a point cloud, looked at from the commanded pose (extras/reprojection.py; rooms only)
-  truth         the true renderer (rooms only)
+  truth         the true renderer (rooms only); truth:20:40 is made worse on purpose (extras/degraded.py)
   none          no simulator: a call is answered by a sentence
   http://…      a server of image edits (extras/remote)
   anything else is the folder or hub id of a world model
@@ -215,7 +215,7 @@ def find_weights(name: str | Path, wm: str | Path | None = None) -> str | None:
     wm   the folder of "tuned", if it is not the default
     Ends the program with a sentence that says which command makes what is missing.
     """
-    if name in NEEDS_ROOM or name == "none":
+    if needs_room(name) or name == "none":
         return None
     if name == "tuned" and wm:
         return str(wm)
@@ -229,7 +229,12 @@ def find_weights(name: str | Path, wm: str | Path | None = None) -> str | None:
 
 def is_world_model(name: str | Path) -> bool:
     """Whether a simulator's name stands for weights that are loaded here."""
-    return name not in (*NEEDS_ROOM, "none") and not str(name).startswith(URLS)
+    return not needs_room(name) and name != "none" and not str(name).startswith(URLS)
+
+
+def needs_room(name: str | Path) -> bool:
+    """Whether a simulator's name stands for one that must know the room."""
+    return str(name).split(":")[0] in NEEDS_ROOM
 
 
 def load_simulator(
@@ -243,10 +248,8 @@ def load_simulator(
         say(f"{name} is no world model of ours: {', '.join(options)} change nothing in it.")
     if name == "none":
         return None
-    if name == "truth":
-        from lib.rooms import TrueRenderer
-
-        return TrueRenderer()
+    if str(name).split(":")[0] == "truth":
+        return true_renderer(str(name))
     if name == "reprojection":
         from extras.reprojection import Reprojection
 
@@ -262,3 +265,18 @@ def load_simulator(
         return WorldModel.load(find_weights(name, wm), device, dtype, **options)
     except (OSError, ValueError) as error:
         fail(f"The simulator {find_weights(name, wm)} cannot be read: {error}")
+
+
+def true_renderer(name: str):
+    """The true renderer, "truth", or a worse one, "truth:20:40"."""
+    if name == "truth":
+        from lib.rooms import TrueRenderer
+
+        return TrueRenderer()
+    from extras.degraded import DegradedRenderer
+
+    try:
+        yaw_error, missing = map(float, name.split(":")[1:])
+        return DegradedRenderer(yaw_error, missing)
+    except ValueError:
+        fail(f"--simulator {name}: after truth come degrees and per cent, as in truth:20:40.")

@@ -34,6 +34,7 @@ STREAMS = {
     "questions of a room": "which questions, their options and their order",
     "clips of a room": "cameras and questions of a clip",
     "walk through a room": "the cameras of a room told as a scan",
+    "degraded view": "what the true renderer, made worse on purpose, leaves out",
     "soft view": "how blurred a true view is that stands for an imagined one",
     # scans: keys (seed, ...)
     "triples of a scan": "which frames become context and target",

@@ -8,7 +8,7 @@ import torch
 
 from extras.report import real_views
 from lib.distributed import fail, say
-from lib.simulators import NEEDS_ROOM, SimulatorError
+from lib.simulators import SimulatorError, needs_room
 
 
 class Instruments(NamedTuple):
@@ -27,7 +27,7 @@ def instruments(
 
     policy   a served one (--policy-url), or None
     """
-    names = [name for name in args.simulator if name in NEEDS_ROOM]
+    names = [name for name in args.simulator if needs_room(name)]
     if names:
         fail(f"--simulator {' '.join(names)} works in rooms only: these triples are of scans.")
     if not all("context_depth" in row for row in rows):
