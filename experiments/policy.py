@@ -1,21 +1,31 @@
 """
-What the policy's evidence rests on: training recipes and simulators swapped, as runs and a table (`make evidence`).
+What the policy's evidence rests on: training recipes and simulators swapped, as runs and tables (`make evidence`).
 
   python -m experiments policy --list                       every row, its commands, whether it is finished
   python -m experiments policy                              run what is missing, one after the other; stopped, it goes on
   python -m experiments policy --only "two-phase*" --seeds 0 1 2     some rows, three seeds of the training each
 
-Rows start from the demo's cold start and imagine with its simulator (`make demo` comes first: out/demo; `…-untuned`
-rows with a generic one), learn for the same number of steps, and answer the held-out questions: rooms that nothing was
-trained on. Recipes are those of the paper's Table 3; `phase1-only` is our reading of its "phase 1 only": the checkpoint
-between the phases, so fewer steps. Rows that forbid the tool or force it say so. Differences are on the same questions,
-seeds averaged.
+Rows begin with a cold start, of seed 0 the demo's (`make demo` comes first: out/demo), of others their own; they imagine
+with the demo's simulator and answer the held-out questions: rooms that nothing was trained on.
+
+  phase1-only …       the paper's Table 3: recipes of reinforcement learning, as many steps each but for phase1-only, our
+                      reading of its "phase 1 only": the checkpoint between the phases. -divided: advantages by the
+                      deviation of their group
+  direct-only         never imagines; goes on learning to answer for as long as reinforcement learning takes, -long for as
+                      long as that and the simulator take together
+  two-phase-…         the demo's recipe asked otherwise: in another mode; with another simulator; "swapped": with the
+                      pictures of another question of the family, whose gap between the calls that a view is needed for
+                      and the others must vanish, if the gap comes from looking
+  degraded-20-45      the true renderer, turned 20 degrees too far and without 45 % of the objects (extras/degraded.py);
+                      retrained-…: and learned with it
 
 Out, in out/evidence/policy/: <row>-s<seed>/{1, 2: the policy after each stage; asked/: its answers; result.json},
-table.md.
+table.md, imagining-pays.png.
 """
 
+import os
 from argparse import Namespace
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,32 +43,42 @@ from experiments.runner import (
     run_rows,
     words,
 )
+from lib.dialogue import call_poses
+from lib.geometry import decompose
+from lib.images import figure_image, save_image
+from lib.records import Question, load_jsonl, read_log, save_jsonl
 from lib.scores import STRATA
 from lib.stage import run_stage
 
+TEST = Path(DEMO, "data", "questions_test.jsonl")
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
 
 class PolicyRow(NamedTuple):
-    """Stages of learning (flags of train_rl.py), each from where the one before ended, and how the policy is asked."""
+    """Stages of learning (commands), each from where the one before ended, and how the policy is asked."""
 
     name: str
-    stages: tuple = ()  # none: the cold start, or the policy of the row `start`
+    stages: tuple = ()  # none: the policy of the row `start`
     mode: str = "agentic"
     simulator: str = "tuned"  # it learns and is asked with; "untuned" is ring-untuned of experiments/simulator.py
-    start: str = ""
+    start: str = "start"  # the row whose policy is asked, or goes on learning
+    flags: str = ""  # of evaluate.py
 
     @property
     def trains(self) -> bool:
-        return bool(self.stages or self.start)
+        """Whether seeds differ: all begin with a cold start of their own."""
+        return not self.name.startswith(("degraded", "retrained"))
 
 
-TWO = ("--phase 1 --steps 12", "--phase 2 --steps 60")
-RECIPES = {  # each is two rows: with the tuned simulator, and NAME-untuned
+ONE = "train_rl.py --phase 1 --steps 12"
+TWO = (ONE, "train_rl.py --phase 2 --steps 60")
+RECIPES = {
     # no bonus for use; exact match and format stay
-    "gain-only": ("--phase 2 --steps 72 --lambda-use 0",),
-    "usage-only": ("--phase 1 --steps 72",),  # no term of gain
-    "phase1-only": TWO[:1],
+    "gain-only": ("train_rl.py --phase 2 --steps 72 --lambda-use 0",),
+    "usage-only": ("train_rl.py --phase 1 --steps 72",),  # no term of gain
+    "phase1-only": (ONE,),
     "two-phase": TWO,
-    "two-phase-undivided": tuple(f"{stage} --no-divide-by-std" for stage in TWO),  # A = r - mean
 }
 # accuracy on all of MMSI-Bench, share of questions with a call, calls per question
 PAPER = {
@@ -67,20 +87,41 @@ PAPER = {
     "phase1-only": ".368, 98.0%, 1.12",
     "two-phase": ".388, 61.5%, 0.78",
 }
+YAW_ERRORS = (0, 10, 20, 30, 40)  # degrees
+MISSING = (0, 15, 30, 45, 60)  # per cent of the objects
+RETRAINED = (
+    (0, 60),
+    (20, 30),
+    (40, 0),
+    (40, 60),
+)  # where the policy learns with the degraded renderer, too
+CELL = "--limit 320"
+SWAPPED = "two-phase-swapped"
 
 
 def all_rows() -> list[PolicyRow]:
     """The rows in the order in which they run."""
     rows = [PolicyRow("start"), PolicyRow("start-direct", mode="direct")]
+    for name in ("two-phase", "phase1-only", "gain-only", "usage-only"):
+        rows.append(PolicyRow(name, RECIPES[name]))
+    direct = "train_sft.py --lessons direct --steps"
+    rows.append(PolicyRow("direct-only", (f"{direct} 800",), "direct"))
+    rows.append(PolicyRow("direct-only-long", (f"{direct} 3200",), "direct"))
+    for mode in ("direct", "forced"):
+        rows.append(PolicyRow(f"two-phase-{mode}", mode=mode, start="two-phase"))
+    rows.append(PolicyRow(SWAPPED, start="two-phase"))
+    for simulator in ("none", "reprojection", "truth", "untuned"):
+        rows.append(PolicyRow(f"two-phase-{simulator}", (), "agentic", simulator, "two-phase"))
     for name, stages in RECIPES.items():
-        rows.append(PolicyRow(name, stages))
-    for name, stages in RECIPES.items():  # calls do not help
-        rows.append(PolicyRow(f"{name}-untuned", stages, simulator="untuned"))
-    rows.append(PolicyRow("direct-only", ("--phase 1 --mode direct --steps 72",), "direct"))
-    rows.append(PolicyRow("two-phase-direct", mode="direct", start="two-phase"))
-    for name, start in (("start", ""), ("two-phase", "two-phase")):
-        for simulator in ("none", "untuned", "tuned", "reprojection", "truth"):
-            rows.append(PolicyRow(f"{name}-forced-{simulator}", (), "forced", simulator, start))
+        divided = tuple(f"{stage} --divide-by-std" for stage in stages)
+        rows.append(PolicyRow(f"{name}-divided", divided))
+    for prefix, stages, start in (("degraded", (), "two-phase"), ("retrained", TWO, "start")):
+        for yaw in YAW_ERRORS:
+            for missing in MISSING:
+                if stages and (yaw, missing) not in RETRAINED:
+                    continue
+                name, simulator = f"{prefix}-{yaw}-{missing}", f"truth:{yaw}:{missing}"
+                rows.append(PolicyRow(name, stages, "agentic", simulator, start, CELL))
     return rows
 
 
@@ -95,65 +136,199 @@ def job_of(row: PolicyRow, seed: int, out: Path) -> Job:
     if simulator == "untuned":
         simulator = out.parent / "ring-untuned-s0"
         needs[simulator] = "python -m experiments simulator --only ring-untuned"
+    stages = row.stages
     policy = Path(DEMO, "sft")
-    if row.start:
-        stages = next(other.stages for other in ROWS if other.name == row.start)
-        policy = out / f"{row.start}-s{seed}" / str(len(stages))
+    if row.name == "start" and seed:
+        stages = ("train_sft.py",)
+    elif row.name != "start" and (row.start != "start" or seed):
+        start = next(other for other in ROWS if other.name == row.start)
+        policy = out / f"{row.start}-s{seed}" / str(len(start.stages) or 1)
         needs[policy] = f"python -m experiments policy --only {row.start} --seeds {seed}"
-    shared = dict(simulator=simulator, wm=f"{DEMO}/wm", data=f"{DEMO}/data", threads=1)
+
+    inputs = {}
+    asked_data = f"{DEMO}/data"
+    if row.name == SWAPPED:
+        asked_data = out.parent / "swapped"
+        inputs[asked_data / TEST.name] = partial(swap_pictures, asked_data)
+    with_simulator = dict(simulator=simulator, wm=f"{DEMO}/wm")
     commands = []
-    for number, flags in enumerate(row.stages, 1):
+    for number, command in enumerate(stages, 1):
         stage = folder / str(number)
-        where = dict(policy=policy, out=stage, seed=seed, eval_every=0)
-        commands.append(words(f"train_rl.py {flags}", **where, **shared))
+        where = dict(out=stage, seed=seed, data=f"{DEMO}/data", threads=1)
+        if command.startswith("train_rl.py"):
+            where |= dict(policy=policy, eval_every=0, **with_simulator)
+        elif row.name != "start":
+            where |= dict(start=policy)
+        commands.append(words(command, **where))
         policy = stage
-    asked = dict(mode=row.mode, policy=policy, out=folder / "asked")
-    commands.append(words("evaluate.py --no-report", **asked, **shared))
-    return Job(folder.name, commands, needs=needs)
+    asked = dict(mode=row.mode, policy=policy, out=folder / "asked", data=asked_data, threads=1)
+    commands.append(words(f"evaluate.py --no-report {row.flags}", **asked, **with_simulator))
+    return Job(folder.name, commands, inputs, needs)
+
+
+def swap_pictures(folder: Path) -> None:
+    """Every question gets the pictures of another of its family, half of all further on."""
+    families = {}
+    for row in read_log(TEST):
+        families.setdefault(row["category"], []).append(row)
+    swapped = []
+    for rows in families.values():
+        for number, row in enumerate(rows):
+            other = rows[(number + len(rows) // 2) % len(rows)]
+            images = [os.path.relpath(TEST.parent / image, folder) for image in other["images"]]
+            swapped.append({**row, "images": images})
+    save_jsonl(folder / TEST.name, swapped)
+
+
+# ---- what is counted -------------------------------------------------------------------------------------------------
+
+LANDS = (15, 0.3)  # degrees, metres
+
+
+@cache
+def test_questions() -> dict[str, dict]:
+    """{id: question}."""
+    return {question["id"]: question for question in load_jsonl(TEST, Question)}
 
 
 def numbers(record: dict) -> dict[str, float]:
     """What is averaged of an answer over seeds."""
     calls = record["valid_calls"]
-    return {"correct": record["correct"], "called": calls > 0, "calls": calls}
+    landed = lands(record["calls"], test_questions()[record["key"]])
+    return {"correct": record["correct"], "called": calls > 0, "calls": calls, "lands": landed}
+
+
+def lands(calls: list[dict], question: dict) -> bool:
+    """Whether there are as many calls as ideal ones, and each ends within LANDS of where the ideal one does."""
+    ideal = question["ideal"]
+    if len(calls) != len(ideal):
+        return False
+    given = len(question["scene"]["poses"])
+    ends = call_poses(question["scene"], calls)[given:]
+    goals = call_poses(question["scene"], ideal)[given:]
+    degrees, meters = LANDS
+    for end, goal in zip(ends, goals, strict=True):
+        delta = decompose(goal, end)
+        if np.linalg.norm(delta[:3]) > meters or np.abs(delta[3:]).max() > degrees:
+            return False
+    return True
 
 
 def table(out: Path) -> list[str]:
-    """The lines of table.md: accuracy and calls of every finished row, and its difference from two-phase."""
-    head = ["row", "seeds"]
-    for part in ("all", "view needed", "view given"):
-        head += [part, "with a call", "calls"]
+    """The lines of table.md, and the picture of the degraded renderers."""
+    draw_degraded(out)
+    return recipe_table(out) + ["", "By family:", ""] + family_table(out)
+
+
+def recipe_table(out: Path) -> list[str]:
+    """Accuracy and calls of every finished row, and what it answers beyond two-phase and direct-only."""
+    head = ["row", "seeds", "all"]
+    for part in ("view needed", "view given"):
+        head += [part, "with a call", "calls", "over direct-only"]
     head += ["over two-phase", "train CPU-s", "the paper"]
     base = mean_answers("two-phase", out, numbers)
+    direct = mean_answers("direct-only", out, numbers)
     lines = []
     for row in ROWS:
         seeds = finished_seeds(row.name, out)
-        if not seeds:
+        if not seeds or not row.trains:
             continue
         records = mean_answers(row.name, out, numbers)
-        line = [row.name, " ".join(seeds)]
-        parts = [records]
+        line = [row.name, " ".join(seeds), f"{mean_of(records, 'correct'):.3f}"]
         for need in STRATA.values():
-            parts.append([record for record in records if record["needs_view"] is need])
-        for part in parts:
+            part = [record for record in records if record["needs_view"] is need]
             line += [f"{mean_of(part, 'correct'):.3f}", f"{mean_of(part, 'called'):.0%}"]
-            line.append(f"{mean_of(part, 'calls'):.2f}")
+            line += [f"{mean_of(part, 'calls'):.2f}", gain_cell(part, direct)]
         gap = gain_cell(records, base) if row.name != "two-phase" else ""
         spent = np.mean([result["cpu_seconds"] for result, _ in seeds.values()])
-        line += [gap, f"{spent:.0f}" if row.stages else "", PAPER.get(row.name, "")]
+        line += [gap, f"{spent:.0f}" if spent else "", PAPER.get(row.name, "")]
         lines.append(line)
     return markdown(head, lines)
 
 
+def family_table(out: Path) -> list[str]:
+    """Accuracy, share of questions with a call, and of calls that land, for every family and need."""
+    columns = {}
+    for row in ROWS:
+        records = mean_answers(row.name, out, numbers) if row.trains else []
+        for record in records:
+            columns.setdefault(record["groups"][0], {}).setdefault(row.name, []).append(record)
+    groups = sorted(columns)
+    lines = []
+    for row in ROWS:
+        cells = [row.name]
+        for group in groups:
+            part = columns[group].get(row.name)
+            if part:
+                shares = [f"{mean_of(part, key):.0%}" for key in ("called", "lands")]
+                cells.append(f"{mean_of(part, 'correct'):.3f}, {', '.join(shares)}")
+        if len(cells) > 1:
+            lines.append(cells)
+    return markdown(["row", *groups], lines)
+
+
+# ---- how good a simulator must be ------------------------------------------------------------------------------------
+
+
+def cell_means(prefix: str, yaw: int, missing: int, out: Path, direct: dict) -> tuple | None:
+    """(gain over `direct`, share with a call) of the questions of a cell; None where it is not finished."""
+    records = mean_answers(f"{prefix}-{yaw}-{missing}", out, numbers)
+    if not records:
+        return None
+    gains = [record["correct"] - direct[record["key"]] for record in records]
+    return float(np.mean(gains)), mean_of(records, "called")
+
+
+def draw_degraded(out: Path) -> None:
+    """imagining-pays.png: accuracy beyond direct-only and share of calls over the errors of a simulator."""
+    direct = {row["key"]: row["correct"] for row in mean_answers("direct-only", out, numbers)}
+    cells = {}
+    for yaw in YAW_ERRORS:
+        for missing in MISSING:
+            for prefix in ("degraded", "retrained"):
+                cells[prefix, yaw, missing] = cell_means(prefix, yaw, missing, out, direct)
+    grid = [[cells["degraded", yaw, missing] for yaw in YAW_ERRORS] for missing in MISSING]
+    if not direct or any(cell is None for line in grid for cell in line):
+        return
+    gains, calls = np.moveaxis(np.array(grid), 2, 0)  # (missing, yaw) each
+
+    def draw(pyplot):
+        figure, axis = pyplot.subplots(figsize=(6.4, 4.6), layout="constrained")
+        size = float(np.abs(gains).max())
+        picture = axis.contourf(YAW_ERRORS, MISSING, gains, 12, cmap="RdBu", vmin=-size, vmax=size)
+        figure.colorbar(picture, label="accuracy beyond direct-only")
+        axis.contour(YAW_ERRORS, MISSING, gains, [0], colors="black", linewidths=2)
+        for row, missing in enumerate(MISSING):
+            for column, yaw in enumerate(YAW_ERRORS):
+                text = f"{gains[row, column]:+.2f}\n{calls[row, column]:.0%}"
+                learned = cells["retrained", yaw, missing]
+                if learned:
+                    text += f"\n({learned[0]:+.2f}\n{learned[1]:.0%})"
+                axis.text(yaw, missing, text, ha="center", va="center", fontsize=7)
+        axis.set_xlim(-4, 44)
+        axis.set_ylim(-7, 67)
+        axis.set_xlabel("yaw error of the simulator, degrees")
+        axis.set_ylabel("objects that its views lack, %")
+        return figure
+
+    image = figure_image(draw)
+    if image:
+        save_image(out / "imagining-pays.png", image)
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line's flags."""
-    return rows_parser(__doc__, "*-forced-*", "out/evidence/policy").parse_args(argv)
+    return rows_parser(__doc__, "degraded-*", "out/evidence/policy").parse_args(argv)
 
 
 LEGEND = (
-    "All, view needed, view given: accuracy, then the share of questions with a valid call, and valid calls per "
-    "question. Over two-phase: on the same questions, [95 % interval over rooms]. The paper (Table 3, MMSI-Bench, "
-    "Qwen3-VL-8B): accuracy, share with a call, calls."
+    "View needed, view given: accuracy, the share of questions with a valid call, valid calls per question, accuracy "
+    "beyond direct-only on the same questions [95 % interval over rooms]. By family: accuracy, share with a call, share "
+    "whose calls are as many as the ideal ones and end within 15 degrees and 0.3 m of them. The paper (Table 3, "
+    "MMSI-Bench, Qwen3-VL-8B): accuracy, share with a call, calls."
 )
 
 

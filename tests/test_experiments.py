@@ -237,17 +237,33 @@ def test_simulators_are_trained_and_scored_once(untrained, capsys):
 # ---- the policy ------------------------------------------------------------------------------------------------------
 
 
-def answered(out, name, right, called, seed=0):
+SCENE = {"room": 1, "poses": [np.eye(4).tolist()] * 4}
+TURN = {"reference_image": 2, "motion_type": "dangle", "value": 30}
+STEP = {"reference_image": 5, "motion_type": "dx", "value": 1.0}
+
+
+def answered(out, name, right, calls=(), seed=0):
     """A finished row on disk: 20 rooms of two questions, the first in need of a view; `right` of 20 rooms are right."""
     folder = out / f"{name}-s{seed}"
     records = []
     for room in range(20):
         for need in (True, False):
             record = {"key": f"{room}/{need}", "scene": room, "needs_view": need}
-            record |= {"correct": float(room < right), "valid_calls": 2 * int(need and called)}
+            record |= {"correct": float(room < right), "calls": list(calls) if need else []}
+            record |= {"valid_calls": len(record["calls"]), "groups": [f"walking, {need}"]}
             records.append(record)
     save_jsonl(folder / "asked/predictions.jsonl", records)
     (folder / "result.json").write_text(json.dumps({"cpu_seconds": 100 + seed}))
+
+
+@pytest.fixture
+def questions(monkeypatch):
+    """The held-out questions of `answered`: those that need a view take a turn and a step."""
+    known = {}
+    for room in range(20):
+        known[f"{room}/True"] = {"scene": SCENE, "ideal": [TURN, STEP]}
+        known[f"{room}/False"] = {"scene": SCENE, "ideal": []}
+    monkeypatch.setattr(policy, "test_questions", lambda: known)
 
 
 def test_every_policy_row_is_one_the_stages_understand(tmp_path):
@@ -255,16 +271,20 @@ def test_every_policy_row_is_one_the_stages_understand(tmp_path):
     for row in policy.ROWS:
         *training, _ = [parsed(command) for command in policy.job_of(row, 3, tmp_path).commands]
         assert {args.seed for args in training} <= {3}
-        if row.stages:  # equal total steps, but for the checkpoint between the phases
+        if any("train_rl" in stage for stage in row.stages):
+            # equal total steps, but for the checkpoint between the phases
             assert sum(args.steps for args in training) == (12 if "phase1" in row.name else 72)
     assert policy.PAPER.keys() <= {row.name for row in policy.ROWS}
 
 
 def test_stages_start_where_the_one_before_ended(tmp_path):
-    two_phase = next(row for row in policy.ROWS if row.name == "two-phase")
-    first, second, asked = map(parsed, policy.job_of(two_phase, 1, tmp_path).commands)
+    rows = {row.name: row for row in policy.ROWS}
+    first, second, asked = map(parsed, policy.job_of(rows["two-phase"], 1, tmp_path).commands)
+    assert first.policy == str(tmp_path / "start-s1/1")
     assert second.policy == first.out == str(tmp_path / "two-phase-s1/1")
     assert asked.policy == second.out == str(tmp_path / "two-phase-s1/2")
+    training, asked = map(parsed, policy.job_of(rows["direct-only"], 1, tmp_path).commands)
+    assert training.start == str(tmp_path / "start-s1/1")
     row = PolicyRow("x", mode="forced", simulator="untuned", start="two-phase")
     job = policy.job_of(row, 1, tmp_path / "policy")
     (asked,) = map(parsed, job.commands)
@@ -273,15 +293,64 @@ def test_stages_start_where_the_one_before_ended(tmp_path):
     assert {Path(asked.policy), Path(asked.simulator[0])} <= job.needs.keys()
 
 
-def test_the_policys_table_says_what_the_answers_say(tmp_path):
-    answered(tmp_path, "two-phase", 10, True)
-    answered(tmp_path, "two-phase", 20, True, seed=1)
-    answered(tmp_path, "gain-only", 15, False)
-    answered(tmp_path, "two-phase-direct", 10, False)
-    rows = cells(policy.table(tmp_path))
-    parts = ["0.750", "50%", "1.00", "0.750", "100%", "2.00", "0.750", "0%", "0.00"]
-    assert rows["two-phase"] == ["0 1", *parts, "", "100", ".388, 61.5%, 0.78"]
-    assert rows["gain-only"][:4] == ["0", "0.750", "0%", "0.00"]
+def test_the_cold_start_of_seed_0_is_the_demos(tmp_path):
+    start = policy.ROWS[0]
+    (asked,) = map(parsed, policy.job_of(start, 0, tmp_path).commands)
+    assert asked.policy == "out/demo/sft"
+    training, asked = map(parsed, policy.job_of(start, 1, tmp_path).commands)
+    assert training.seed == 1 and asked.policy == training.out == str(tmp_path / "start-s1/1")
+
+
+def test_swapped_pictures_are_of_another_question_of_the_family(tmp_path, monkeypatch):
+    monkeypatch.setattr(policy, "TEST", tmp_path / "data/questions_test.jsonl")
+    rows = []
+    for number in range(6):
+        family = "turning" if number % 2 else "walking"
+        rows.append({"id": number, "category": family, "images": [f"{number}.png"]})
+    save_jsonl(policy.TEST, rows)
+    policy.swap_pictures(tmp_path / "swapped")
+    lines = (tmp_path / "swapped/questions_test.jsonl").read_text().splitlines()
+    images = {row["id"]: row["images"][0] for row in map(json.loads, lines)}
+    following = {0: 2, 2: 4, 4: 0, 1: 3, 3: 5, 5: 1}
+    assert images == {number: f"../data/{other}.png" for number, other in following.items()}
+
+
+def test_calls_land_where_the_ideal_ones_do():
+    question = {"scene": SCENE, "ideal": [TURN, STEP]}
+    near = [{**TURN, "value": 20}, {**STEP, "value": 0.8}]
+    assert policy.lands([TURN, STEP], question) and policy.lands(near, question)
+    assert not policy.lands([TURN], question)
+    assert not policy.lands([{**TURN, "value": 14}, STEP], question)
+    assert not policy.lands([TURN, {**STEP, "value": 0.6}], question)
+    assert not policy.lands([TURN, {**STEP, "reference_image": 1}], question)
+
+
+def test_the_policys_table_says_what_the_answers_say(tmp_path, questions):
+    answered(tmp_path, "two-phase", 10, [TURN, STEP])
+    answered(tmp_path, "two-phase", 20, [TURN], seed=1)
+    answered(tmp_path, "gain-only", 15)
+    answered(tmp_path, "direct-only", 10)
+    lines = policy.table(tmp_path)
+    middle = lines.index("By family:")
+    rows = cells(lines[: middle - 1])
+    gain = "+0.250 [+0."
+    assert rows["two-phase"][:6] == ["0 1", "0.750", "0.750", "100%", "1.50", rows["two-phase"][5]]
+    assert rows["two-phase"][5].startswith(gain) and rows["two-phase"][9].startswith(gain)
+    assert rows["two-phase"][6:9] == ["0.750", "0%", "0.00"]
+    assert rows["two-phase"][10:] == ["", "100", ".388, 61.5%, 0.78"]
+    assert rows["gain-only"][:5] == ["0", "0.750", "0.750", "0%", "0.00"]
     assert rows["gain-only"][10].startswith("+0.000 [-0.")
-    assert rows["two-phase-direct"][10].startswith("-0.250")
-    assert rows["two-phase-direct"][11:] == ["", ""]
+    assert rows["direct-only"][10].startswith("-0.250")
+    families = cells(lines[middle + 2 :])
+    assert families["two-phase"] == ["0.750, 0%, 100%", "0.750, 100%, 50%"]
+
+
+def test_the_picture_of_degraded_simulators_waits_for_every_cell(tmp_path, questions):
+    answered(tmp_path, "direct-only", 10)
+    for yaw in policy.YAW_ERRORS:
+        for missing in policy.MISSING:
+            policy.draw_degraded(tmp_path)
+            assert not (tmp_path / "imagining-pays.png").exists()
+            answered(tmp_path, f"degraded-{yaw}-{missing}", 20 - yaw // 5 - missing // 5, [TURN])
+    policy.draw_degraded(tmp_path)
+    assert (tmp_path / "imagining-pays.png").exists()

@@ -14,6 +14,8 @@ from lib.images import contact_sheet, figure_image, save_image
 from lib.scores import title_of
 from lib.simulators import phrase
 
+EXAMPLES = ("won by looking", "lost by a wrong view", "needless")
+
 
 def causes(records: dict[tuple, dict[str, Prediction]]) -> dict[str, dict]:
     """{mode: {simulator: how often which diagnosis was made}}.   records: {(mode, simulator): {key: prediction}}"""
@@ -88,8 +90,10 @@ def dialogue_rows(records: dict, questions: list[dict]) -> list[dict]:
     """What the report shows of every question in every mode: its prediction, in the order of the questions.
 
     records   {(mode, simulator): {key: prediction}}
-    returns   predictions with "question", "run", "hurt": wrong after a call, though right in mode direct; and "reward"
+    returns   predictions with "question", "run", "hurt": wrong after a call, though right in mode direct; "reward"; and
+              "example", of EXAMPLES, for the first of its kind in a family
     """
+    examples = set()
     direct = records.get(("direct", "none"), {})
     rows = []
     for key, question in with_keys(questions):
@@ -99,9 +103,26 @@ def dialogue_rows(records: dict, questions: list[dict]) -> list[dict]:
             called = row["valid_calls"] > 0
             hurt = alone is not None and called and row["correct"] < alone
             reward = reward_parts(row, alone)
+            example = example_of(row, alone)
+            if (row["category"], example) in examples:
+                example = None
+            examples.add((row["category"], example))
             more = {"question": question, "run": title_of(*run), "hurt": hurt, "reward": reward}
-            rows.append({**row, **more})
+            rows.append({**row, **more, "example": example})
     return rows
+
+
+def example_of(row: Prediction, alone: float | None) -> str | None:
+    """Which of EXAMPLES an agentic dialogue is, if any.   alone: as in `reward_parts`"""
+    if row["mode"] != "agentic" or not row["diagnosis"] or not row["valid_calls"]:
+        return None
+    won, lost, needless = EXAMPLES
+    case = row["diagnosis"]["case"]
+    if not row["needs_view"]:
+        return needless
+    if case in ("trusted", "deviates"):
+        return lost
+    return won if case == "resolved" and alone == 0 else None
 
 
 def reward_parts(row: Prediction, alone: float | None) -> dict[str, float]:

@@ -35,6 +35,7 @@ from lib.simulators import phrase
 
 FILTERS = {
     "wrong": "wrong only",
+    "example": "an example of its family",
     "tool": "used the tool",
     "hurt": "the tool hurt (right without)",
     "invalid": "invalid call",
@@ -332,16 +333,18 @@ def dialogue_data(record: dict, pictures: Pictures, folder: str | Path) -> dict:
     wrong = record.get("exact", record["correct"]) < 1
     flags = {
         "wrong": wrong,
+        "example": bool(record["example"]),
         "tool": record["valid_calls"] > 0,
         "hurt": record["hurt"],
         "invalid": record["invalid_calls"] > 0,
     }
     data = {name: int(flag) for name, flag in flags.items()}
+    example = f"{record['example']}: " if record["example"] else ""
     rewards = [f"{name} {value:.3g}" for name, value in record["reward"].items()]
     return {
         "wrong": wrong,
         "data": data | {"run": record["run"], "case": diagnosis.get("case", "")},
-        "line": f"{record['key']}, {record['run']}: {question['question'][:100]}",
+        "line": f"{example}{record['key']}, {record['run']}: {question['question'][:100]}",
         "images": images,
         "words": [line for line in words if line],
         "turns": turns_with_views(record, pictures, Path(folder)),

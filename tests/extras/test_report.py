@@ -103,7 +103,26 @@ def test_every_question_is_there_in_every_mode_and_filters_know_it(page):
         if line["run"] == "direct"
     )
     names = set(re.findall(r'<(?:input type="checkbox"|select) name="([a-z]+)"', html))
-    assert names == set(told[0]) == {"wrong", "tool", "hurt", "invalid", "run", "case"}
+    assert names == set(told[0]) == {"wrong", "example", "tool", "hurt", "invalid", "run", "case"}
+
+
+def test_every_family_has_one_example_of_each_kind():
+    question = {"id": "q", "question": "", "options": [], "answer": "A"}
+    kinds = [(True, "resolved", 0.0), (True, "resolved", 1.0), (True, "trusted", 1.0)]
+    kinds += [(False, "unaided", 1.0), (False, "unaided", 1.0), (True, "under_use", 0.0)]
+    records = {("direct", "none"): {}, ("agentic", "truth"): {}}
+    questions = []
+    for number, (need, case, alone) in enumerate(kinds):
+        name = str(number)
+        row = {"category": "turning", "needs_view": need, "well_formed": True, "correct": alone}
+        direct = {**row, "mode": "direct", "valid_calls": 0, "diagnosis": None}
+        called = int(case != "under_use")
+        asked = {**row, "mode": "agentic", "valid_calls": called, "diagnosis": {"case": case}}
+        records["direct", "none"][name] = direct
+        records["agentic", "truth"][name] = asked
+        questions.append({**question, "id": name})
+    examples = [row["example"] for row in dialogue_rows(records, questions)[1::2]]
+    assert examples == ["won by looking", None, "lost by a wrong view", "needless", None, None]
 
 
 def test_a_dialogue_shows_what_was_imagined_beside_the_truth_and_what_it_earned(page):
