@@ -370,7 +370,7 @@ def make_triples(
 def make_questions(
     out: str | Path,
     rooms: int = 1500,
-    held_out: tuple[int, int] = (100, 320),
+    held_out: tuple[int, int] = (100, 400),
     threads: int = 2,
     layout: str = "ring",
     families: Iterable[str] = tuple(FAMILIES),

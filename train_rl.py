@@ -3,7 +3,7 @@ Reinforcement learning of the policy with the simulator in the loop: GRPO in two
 
   sample, imagine   G rollouts per question: think -> imagine -> look -> ... -> answer; phase 2: also K without the tool
   score             the reward r of the phase, rewards.py
-  advantage         A_i = (r_i - mean of the group) / (deviation of the group + 1e-6)
+  advantage         A_i = r_i - mean of the group, in astra divided by the group's deviation + 1e-6
   logprob           of the tokens under the start policy, where --kl-weight holds the policy near it
   update            L = - sum over tokens of min(ratio A, clip(ratio, 1 - 0.2, 1 + 0.28) A) / number of tokens;
                     a question's prompt is computed once for its group, as in the rollout (policy.collate)
@@ -14,18 +14,19 @@ Reinforcement learning of the policy with the simulator in the loop: GRPO in two
                                                      # out/wm-astra, out/mined -> out/phase1-astra
   resume       the same command
 
-Recipes of the paper's Table 3 (experiments/policy.py), as long as the 12 + 60 steps of both phases, each with its own
+Recipes of the paper's Table 3 (experiments/policy.py), as long as the 6 + 100 steps of both phases, each with its own
 --out. Its "phase 1 only" is, as we read it, what phase 1 leaves.
-  tool gain only      --phase 2 --steps 72 --policy out/sft --lambda-use 0       exact match and format stay
-  usage bonus only    --phase 1 --steps 72
-  direct answers      --phase 1 --steps 72 --mode direct                         ours: no tool
+  tool gain only      --phase 2 --steps 106 --policy out/sft --lambda-use 0       exact match and format stay
+  usage bonus only    --phase 1 --steps 106
+  direct answers      --phase 1 --steps 106 --mode direct                         ours: no tool
 
 Out: the policy, log.jsonl (its keys: LOG, below), dialogues/ (words and pictures of each evaluation), curves.png.
 
-Ours, where the paper is silent: advantages are divided by the group's deviation, which makes small bonuses loud
-(--no-divide-by-std; docs/results.md says what follows); the loss is a mean over all tokens of an optimiser step
+Ours, where the paper is silent: astra divides advantages by the group's deviation, as GRPO is usually written; tiny does
+not, since that makes the bonus of a needless call as loud as a wrong answer, and holds the policy near its start a
+little, so that it goes on trying both (docs/results.md); the loss is a mean over all tokens of an optimiser step
 (a minibatch, all ranks), those of the policy only; groups whose rewards are all equal have no signal
-and are left out, of the mean too; no KL term unless asked for (--kl-weight).
+and are left out, of the mean too.
 """
 
 import contextlib
@@ -120,19 +121,19 @@ FLAGS = [
     Flag("--out", None, None, "default: out/phase1 or out/phase2, with -astra behind it"),
     # these change the numbers
     Flag("--seed", 0, 0, "of sampling and of the order of questions"),
-    Flag("--steps", None, 200, "batches of rollouts; default: phase 1 12, phase 2 60", 1),
+    Flag("--steps", None, 200, "batches of rollouts; default: phase 1 6, phase 2 100", 1),
     Flag("--questions", 16, 128, "per step, all ranks together", 1),
     Flag("--group", 8, 8, "G, rollouts per question", 2),
     Flag("--direct-rollouts", 4, 4, "K, phase 2: no-tool rollouts per question", 1),
     Flag("--max-new-tokens", 64, 4096, "per turn", 1),
     Flag("--lambda-use", rewards.LAMBDA_USE, rewards.LAMBDA_USE, "bonus for a call (paper: 0.02)"),
-    Flag("--divide-by-std", True, True, "advantages by the deviation of their group"),
+    Flag("--divide-by-std", False, True, "advantages by the deviation of their group"),
     Flag("--minibatches", 2, 2, "optimiser steps per batch; the clip acts from the second on", 1),
     Flag("--lr", 6e-5, 1e-6, "AdamW, peak", 0),
     Flag("--warmup", 2, 10, "steps to the peak", 0),
-    Flag("--lr-floor", 0.1, 1.0, "share of the peak where the cosine ends; 1: constant", 0, 1),
-    Flag("--kl-weight", 0.0, 0.0, "weight of the KL to the start policy (a second model)", 0),
-    Flag("--eval-every", None, 10, "steps; 0: never; default: phase 1 4, phase 2 12", 0),
+    Flag("--lr-floor", 0.3, 1.0, "share of the peak where the cosine ends; 1: constant", 0, 1),
+    Flag("--kl-weight", 0.02, 0.0, "weight of the KL to the start policy (a second model)", 0),
+    Flag("--eval-every", None, 10, "steps; 0: never; default: phase 1 3, phase 2 20", 0),
     Flag("--eval-questions", 200, 256, "held-out questions, the same for every --seed", 1),
     Flag("--lora", 0, 0, "train adapters of this rank (alpha twice that) beside --policy", 0),
     # views inside RL: cheaper than the simulator's config.json has them (docs/speed.md: their price)
@@ -167,8 +168,8 @@ FLAGS = [
     Flag("--save-every", 6, 2, "steps between checkpoints", 1, neutral=True),
     Flag("--threads", None, None, "CPU threads per process", 1, kind=int, neutral=True),
 ]
-TINY_STEPS = {1: 12, 2: 60}  # calling is learned in a few steps
-TINY_EVAL_EVERY = {1: 4, 2: 12}
+TINY_STEPS = {1: 6, 2: 100}  # calling is learned in a few steps
+TINY_EVAL_EVERY = {1: 3, 2: 20}
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:

@@ -71,12 +71,12 @@ class PolicyRow(NamedTuple):
         return not self.name.startswith(("degraded", "retrained"))
 
 
-ONE = "train_rl.py --phase 1 --steps 12"
-TWO = (ONE, "train_rl.py --phase 2 --steps 60")
+ONE = "train_rl.py --phase 1 --steps 6"
+TWO = (ONE, "train_rl.py --phase 2 --steps 100")
 RECIPES = {
     # no bonus for use; exact match and format stay
-    "gain-only": ("train_rl.py --phase 2 --steps 72 --lambda-use 0",),
-    "usage-only": ("train_rl.py --phase 1 --steps 72",),  # no term of gain
+    "gain-only": ("train_rl.py --phase 2 --steps 106 --lambda-use 0",),
+    "usage-only": ("train_rl.py --phase 1 --steps 106",),  # no term of gain
     "phase1-only": (ONE,),
     "two-phase": TWO,
 }

@@ -201,8 +201,10 @@ def _places(visit):
     return places
 
 
-def turning(rng: np.random.Generator, visit: Visit, steps: tuple = (None,)) -> list[dict]:
-    """Up to two questions with a turn to be found, and up to two where the named object already is where it should be.
+def turning(
+    rng: np.random.Generator, visit: Visit, steps: tuple = (None,), most: int = 2
+) -> list[dict]:
+    """Up to `most` questions with a turn to be found, and as many where the named object is where it should be already.
 
     steps   moves, one of which follows the turn
     """
@@ -210,7 +212,7 @@ def turning(rng: np.random.Generator, visit: Visit, steps: tuple = (None,)) -> l
     drafts = {True: [], False: []}
     for i in rng.permutation(len(ways)):
         group = drafts[ways[i][0].angle != 0]
-        draft = _turned_question(rng, visit, *ways[i]) if len(group) < 2 else None
+        draft = _turned_question(rng, visit, *ways[i]) if len(group) < most else None
         if draft:
             group.append(draft)
     return drafts[True] + drafts[False]
@@ -264,4 +266,9 @@ def _look(visit, k, ways):
     return [facts(view, len(visit.room.things)) for view in ids]
 
 
-FAMILIES = {"commanded": commanded, "turning": turning, "walking": partial(turning, steps=STEPS)}
+# walking always needs a view: with half as many questions of it, some four in ten of all need none
+FAMILIES = {
+    "commanded": commanded,
+    "turning": turning,
+    "walking": partial(turning, steps=STEPS, most=1),
+}

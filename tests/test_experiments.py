@@ -273,7 +273,7 @@ def test_every_policy_row_is_one_the_stages_understand(tmp_path):
         assert {args.seed for args in training} <= {3}
         if any("train_rl" in stage for stage in row.stages):
             # equal total steps, but for the checkpoint between the phases
-            assert sum(args.steps for args in training) == (12 if "phase1" in row.name else 72)
+            assert sum(args.steps for args in training) == (6 if "phase1" in row.name else 106)
     assert policy.PAPER.keys() <= {row.name for row in policy.ROWS}
 
 
