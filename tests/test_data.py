@@ -277,11 +277,11 @@ def test_answers_are_true_and_an_unseen_view_is_needed(layout, made, tmp_path):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Questions whose view must be found, of 60 rooms, before and after the balance."""
+    """Questions whose view must be found, of 100 rooms, before and after the balance."""
     out = tmp_path_factory.mktemp("found")
     families = ("turning", "walking")
     rows = []
-    for seed in range(1_000_000, 1_000_060):
+    for seed in range(1_000_000, 1_000_100):
         rows += data.room_questions(seed, out, families)
     data.save_jsonl(out / "questions_train.jsonl", rows)
     rows = load_jsonl(out / "questions_train.jsonl")
