@@ -10,7 +10,7 @@ from docs import one_step
 from lib.protocol import parse_turn
 
 # what score_by_hand, surrogate_by_hand and the page itself spell out
-FLAGS = train_rl.parse_args(["--phase", "2"])
+FLAGS = train_rl.parse_args(["--phase", "2", "--divide-by-std"])
 
 
 @pytest.fixture(scope="module")
