@@ -1,11 +1,11 @@
 """
-Depth and a scale for scenes that have pictures and poses alone (DL3DV), by a network that guesses metres.
+Depth and a scale for scans that have pictures and poses alone (DL3DV, COLMAP), by a network that guesses metres.
 
   python -m extras.scans.depth --root DL3DV-ALL-960P
 
 Every picture gets its depth map; then the one number is sought that the poses must be multiplied by for depth maps of
 different views to agree. Where they agree nowhere the scene is refused: a motion in metres would be made up.
-In: scenes as readers.dl3dv says.  Out: depth/*.png and depth.json beside each transforms.json.
+In: scenes as readers.nerfstudio says.  Out: depth/*.png and depth.json beside each transforms.json.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from extras.scans.frames import Camera, Frame, collect, thousandths
 from extras.scans.readers import (
-    dl3dv_folder,
-    dl3dv_frames,
-    dl3dv_rows,
     load_json,
+    nerfstudio_frames,
+    nerfstudio_rows,
     rescaled,
+    transforms_folder,
 )
 from extras.scans.scene import scene_folders, scene_ids
 from lib.distributed import default_device, fail, say
@@ -39,7 +39,7 @@ OVERLAP = 0.2  # share of a view's points that another must see to be compared w
 
 
 def make_depth(root: str | Path, model: str) -> None:
-    """Depth maps and a scale for every DL3DV scene below `root`; a broken scene is named, and the rest goes on."""
+    """Depth maps and a scale for every transforms.json below `root`; a broken scene is named, and the rest goes on."""
     try:
         ids = scene_ids("dl3dv", root)
     except ValueError as error:
@@ -65,7 +65,7 @@ def make_depth(root: str | Path, model: str) -> None:
 def estimate_depth(
     root: str | Path, id: str, model: str, predict: Callable[[ndarray], ndarray]
 ) -> dict:
-    """Write depth/ and depth.json of a DL3DV scene (see readers.dl3dv) -> what depth.json holds.
+    """Write depth/ and depth.json of a scene (see readers.nerfstudio) -> what depth.json holds.
 
     model     the network's name, which depth.json keeps
     predict   (H, W, 3) uint8 -> (H, W) metres: what `depth_network` gives
@@ -73,7 +73,7 @@ def estimate_depth(
     (`scale_of`); if they agree nowhere, depth.json says so and the reader refuses the scene. The metres are the
     network's, so only roughly metres. Raises ValueError if the scene has depth from elsewhere.
     """
-    folder = dl3dv_folder(scene_folders("dl3dv", root, id)[0])
+    folder = transforms_folder(scene_folders("dl3dv", root, id)[0])
     file = folder / "depth.json"
     how = f"depth of single pictures by {model}"
     info = load_json(file) if file.is_file() else {}
@@ -85,7 +85,7 @@ def estimate_depth(
     if info and info["refused"] != UNFINISHED:
         return info
     write_json(file, {"scale": None, "how": how, "refused": UNFINISHED})
-    rows, _, load = dl3dv_rows(folder)
+    rows, _, load = nerfstudio_rows(folder)
     for row in rows:
         if row.image is None or row.depth.exists():
             continue
@@ -94,7 +94,7 @@ def estimate_depth(
         except ValueError:  # missing or broken; the reader will count it among those without depth
             continue
         save_image(row.depth, thousandths(np.float64(predict(pixels))))
-    scale, off = scale_of(collect(dl3dv_frames(folder, 1)).frames)
+    scale, off = scale_of(collect(nerfstudio_frames(folder, 1)).frames)
     refused = ""
     if scale is None:
         refused = (
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--root", required=True, help="folder of DL3DV")
+    parser.add_argument("--root", required=True, help="folder of DL3DV, or of your own")
     parser.add_argument(
         "--model",
         default=DEPTH_MODEL,

@@ -247,8 +247,45 @@ def collect(frames: list[Frame | str], up=Z_UP, metric: bool = True, note: str =
         gravity = "the mean up of the cameras, levelled by their x axes"
         up = up_of(frames)
     turn = y_down(array_of(up, (3,)))
-    frames = [replace(frame, c2w=turn @ frame.c2w) for frame in frames]
+    frames = upright([replace(frame, c2w=turn @ frame.c2w) for frame in frames])
     return Scene("", "", frames, gravity, metric, dict(skipped), note)
+
+
+def upright(frames: list[Frame]) -> list[Frame]:
+    """The frames of a camera that was held sideways or upside down, turned so that most are upright; all alike, or their
+    sizes would mix. Their world's y points down."""
+    # where each camera has the sky; the rows: after 0, 1, 2 or 3 quarter turns clockwise it is above
+    skies = np.array([-frame.c2w[1, :3] for frame in frames])
+    above_after = np.array([[0, -1, 0], [-1, 0, 0], [0, 1, 0], [1, 0, 0]])
+    turns = np.bincount((skies @ above_after.T).argmax(1)).argmax()
+    for _ in range(turns):
+        frames = [quarter_turn(frame) for frame in frames]
+    return frames
+
+
+def quarter_turn(frame):
+    """The frame after a quarter turn clockwise of its image, depth, K and camera; the camera's place stays."""
+    old_axes = np.array([[0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])  # x is -y
+    return replace(
+        frame,
+        c2w=frame.c2w @ old_axes,
+        intrinsics=quarter_turn_of_K(frame.intrinsics, frame.size),
+        size=frame.size[::-1],
+        load=partial(read_turned, frame.load),
+        depth_intrinsics=quarter_turn_of_K(frame.depth_intrinsics, frame.depth_size),
+        depth_size=frame.depth_size[::-1],
+        load_depth=partial(read_turned, frame.load_depth),
+    )
+
+
+def quarter_turn_of_K(K, size):
+    """Intrinsics of a picture of `size` after a quarter turn clockwise."""
+    return np.array([[K[1, 1], 0, size[1] - K[1, 2]], [0, K[0, 0], K[0, 2]], [0, 0, 1]])
+
+
+def read_turned(load):
+    """What `load` returns, after a quarter turn clockwise."""
+    return np.rot90(load(), -1).copy()
 
 
 def up_of(frames: list[Frame]) -> ndarray:

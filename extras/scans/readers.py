@@ -10,7 +10,6 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -238,24 +237,13 @@ def matterport(folder: Path) -> Scene:
 
 
 def arkitscenes(folder: Path) -> Scene:
-    """lowres_wide/, lowres_depth/ (mm), lowres_wide_intrinsics/, lowres_wide.traj (world to *camera*, 10 a second).
-
-    Captures held sideways or upside down are turned upright, all frames alike, or their sizes would mix.
-    """
+    """lowres_wide/, lowres_depth/ (mm), lowres_wide_intrinsics/, lowres_wide.traj (world to *camera*, 10 a second)."""
     folder = next(folder.glob("*_frames"), folder)  # 3dod has one folder more than raw
     lines = (folder / "lowres_wide.traj").read_text().splitlines()
     poses = np.reshape([array_of(line.split(), (7,)) for line in lines], (-1, 7))
     poses = poses[np.isfinite(poses[:, 0])]
     rows = [arkit_row(folder, image, poses) for image in folder.glob("lowres_wide/*.png")]
-    scene = collect(frames_of(rows, load_depth=read_sure_depth))
-    # the world's up in each camera's axes says how many quarter turns clockwise make it upright: 0, 1, 2 or 3
-    skies = np.array([-frame.c2w[1, :3] for frame in scene.frames])
-    upright_after = np.array([[0, -1, 0], [-1, 0, 0], [0, 1, 0], [1, 0, 0]])
-    turns = np.bincount((skies @ upright_after.T).argmax(1)).argmax()
-    frames = scene.frames
-    for _ in range(turns):
-        frames = [quarter_turn(frame) for frame in frames]
-    return scene._replace(frames=frames)
+    return collect(frames_of(rows, load_depth=read_arkit_depth))
 
 
 def arkit_row(folder, image, poses):
@@ -283,55 +271,39 @@ def arkit_row(folder, image, poses):
     return FrameFiles(f"{ms / 1000:012.3f}", image, depth, np.linalg.inv(w2c), K)
 
 
-def read_sure_depth(path):
-    """(H, W) float32 metres; 0 where confidence/, if the capture has it, is not 2, the highest."""
-    metres = read_depth(path)
+def read_arkit_depth(path):
+    """(H, W) float32 metres; with confidence/, if the capture has it."""
     confidence = path.parents[1] / "confidence" / path.name
-    if not confidence.parent.is_dir():
+    return read_sure_depth(path, confidence if confidence.parent.is_dir() else None)
+
+
+def read_sure_depth(path, confidence, per_metre=1000):
+    """(H, W) float32 metres; 0 where the picture `confidence`, if there is one, is not 2, ARKit's highest.
+
+    At edges ARKit's depth bridges what is near and far, and says so: of a phone's scan without it, nothing is verified.
+    """
+    metres = read_depth(path, per_metre)
+    if confidence is None:
         return metres
     return np.where(read(confidence)[..., 0] == 2, metres, np.float32(0))
 
 
-def quarter_turn(frame):
-    """The frame after a quarter turn clockwise of its image, depth, K and camera; the camera's place stays."""
-    old_axes = np.array([[0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])  # x is -y
-    return replace(
-        frame,
-        c2w=frame.c2w @ old_axes,
-        intrinsics=quarter_turn_of_K(frame.intrinsics, frame.size),
-        size=frame.size[::-1],
-        load=partial(read_turned, frame.load),
-        depth_intrinsics=quarter_turn_of_K(frame.depth_intrinsics, frame.depth_size),
-        depth_size=frame.depth_size[::-1],
-        load_depth=partial(read_turned, frame.load_depth),
-    )
+# ---- nerfstudio, COLMAP, DL3DV -------------------------------------------------------------------------------------------
 
 
-def quarter_turn_of_K(K, size):
-    """Intrinsics of a picture of `size` after a quarter turn clockwise."""
-    return camera_matrix(K[1, 1], K[0, 0], size[1] - K[1, 2], K[0, 2])
+def nerfstudio(folder: Path) -> Scene:
+    """Pictures with COLMAP's poses, without depth and metres. They come from beside transforms.json:
 
-
-def read_turned(load):
-    """What `load` returns, after a quarter turn clockwise."""
-    return np.rot90(load(), -1).copy()
-
-
-# ---- DL3DV ---------------------------------------------------------------------------------------------------------------
-
-
-def dl3dv(folder: Path) -> Scene:
-    """Pictures with COLMAP's poses: the dataset has no depth and no metres. They come from beside transforms.json:
-
-      depth/<stem of the image>.png   of the undistorted image: uint16, thousandths of a length; or .npy, float lengths
+      depth/<stem of the image>.png   of the undistorted image: uint16, thousandths of a length; or .npy, float lengths;
+                                      or what a frame's depth_file_path names
       depth.json                      {"scale": metres per unit of the poses or null, "how": "where depth comes from"}
     With a scale, depth is in metres and the poses are multiplied by it. With null, both are in the unit of the poses,
     and the scene is not metric. extras/scans/depth.py writes these files with a depth network.
     """
-    folder = dl3dv_folder(folder)
+    folder = transforms_folder(folder)
     if not (folder / "depth.json").is_file():
         raise ValueError(
-            "DL3DV has no depth. Put depth/<image>.png or .npy and depth.json beside transforms.json, or "
+            "it has no depth. Put depth/<image>.png or .npy and depth.json beside transforms.json, or "
             "let `python -m extras.scans.depth --root DIR` estimate them."
         )
     info = load_json(folder / "depth.json")
@@ -345,17 +317,17 @@ def dl3dv(folder: Path) -> Scene:
                 f"depth.json has the scale {scale}; that is a positive number of metres, or null."
             )
         unit = f"a unit of its poses is {scale:.4g} m"
-    frames = dl3dv_frames(folder, scale or 1)
+    frames = nerfstudio_frames(folder, scale or 1)
     return collect(frames, None, scale is not None, f"{info['how']}; {unit}")
 
 
-def dl3dv_folder(folder: Path) -> Path:
-    """Where transforms.json is: in colmap/ in the sample, in nerfstudio/ in the benchmark."""
+def transforms_folder(folder: Path) -> Path:
+    """Where transforms.json is: in DL3DV's sample in colmap/, in its benchmark in nerfstudio/."""
     files = [folder / name for name in TRANSFORMS]
     return next(file.parent for file in files if file.is_file())
 
 
-def dl3dv_rows(folder: Path) -> tuple[list[FrameFiles], Size, Callable]:
+def nerfstudio_rows(folder: Path) -> tuple[list[FrameFiles], Size, Callable]:
     """Rows with poses in COLMAP's unit, the size that their K belongs to, and how to load a picture."""
     info = load_json(folder / "transforms.json")
     frames = frames_in(info)
@@ -365,10 +337,7 @@ def dl3dv_rows(folder: Path) -> tuple[list[FrameFiles], Size, Callable]:
     if wide or model not in ("OPENCV", "PINHOLE"):
         raise ValueError(f"its camera_model {model} is another than OPENCV's k1, k2, p1, p2.")
     rows = []
-    sizes = ("images_4", "images_8", "images_2", "images")
-    pictures = next((name for name in sizes if (folder / name).is_dir()), None)
-    if pictures is None:
-        raise ValueError("there is no images_4/ (960P) or images_8/ (480P) beside transforms.json.")
+    smaller = [name for name in ("images_4", "images_8", "images_2") if (folder / name).is_dir()]
     K = nerfstudio_camera(info)
     size = (info["w"], info["h"])
     distortion = np.array([info.get(key, 0.0) for key in ("k1", "k2", "p1", "p2")])
@@ -378,18 +347,18 @@ def dl3dv_rows(folder: Path) -> tuple[list[FrameFiles], Size, Callable]:
                 f"{frame['file_path']} has a camera of its own; this reads one for all."
             )
         name = Path(frame["file_path"])  # images/frame_00001.png
-        image = inside(folder, Path(pictures, *name.parts[1:]))
-        depth = folder / f"depth/{name.stem}.npy"
-        if not depth.is_file():
-            depth = depth.with_suffix(".png")
+        image = Path(smaller[0], *name.parts[1:]) if smaller else name
+        depth = frame.get("depth_file_path", f"depth/{name.stem}.npy")
+        if not (folder / depth).is_file():
+            depth = f"depth/{name.stem}.png"
         c2w = array_of(frame["transform_matrix"], (4, 4)) @ OPENGL
-        rows.append(FrameFiles(name.stem, image, depth, c2w, K))
+        rows.append(FrameFiles(name.stem, inside(folder, image), inside(folder, depth), c2w, K))
     return rows, size, partial(read_undistorted, K=K, size=size, distortion=distortion)
 
 
-def dl3dv_frames(folder: Path, scale: float) -> list[Frame | str]:
+def nerfstudio_frames(folder: Path, scale: float) -> list[Frame | str]:
     """Frames whose poses are multiplied by `scale`, their pictures without distortion."""
-    rows, size, load = dl3dv_rows(folder)
+    rows, size, load = nerfstudio_rows(folder)
     rows = [row._replace(c2w=rescaled(row.c2w, scale)) for row in rows]
     frames = frames_of(rows, at=size, load=load)
     for frame in frames:
@@ -432,9 +401,12 @@ def plain_folder(folder: Path) -> Scene:
     """Your own scans: <id>/scene.json and the files it names, all below its folder; docs/scans.md has the layout."""
     info = load_json(folder / "scene.json")
     frames, images = [], set()
-    load_depth = partial(read_depth, per_metre=info.get("depth_scale", 1000))
     for i, frame in enumerate(frames_in(info)):
         image, depth = inside(folder, frame["image"]), inside(folder, frame["depth"])
+        confidence = inside(folder, frame["confidence"]) if "confidence" in frame else None
+        if confidence is None and "confidence" in frame:
+            frames.append("path leaves the scene")
+            continue
         if image is not None and image in images:
             frames.append("name given twice")
             continue
@@ -446,6 +418,8 @@ def plain_folder(folder: Path) -> Scene:
         K = array_of(intrinsics, (3, 3))
         name = f"{i:06d}_{Path(frame['image']).stem}"
         row = FrameFiles(name, image, depth, array_of(frame["c2w"], (4, 4)), K)
+        per_metre = info.get("depth_scale", 1000)
+        load_depth = partial(read_sure_depth, confidence=confidence, per_metre=per_metre)
         try:
             frames += frames_of([row], load_depth=load_depth)
         except ValueError as reason:  # a picture that does not open, or of another shape

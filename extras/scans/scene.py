@@ -1,5 +1,5 @@
 """
-Scenes from disk: five scan datasets and a plain folder, all as extras/scans/frames.py says what a scene is.
+Scenes from disk: five scan datasets and your own, all as extras/scans/frames.py says what a scene is.
 
 Nothing is downloaded: --root is a folder that its user filled, after signing the dataset's terms. Below it
 
@@ -8,8 +8,9 @@ Nothing is downloaded: --root is a folder that its user filled, after signing th
   scannetpp_dslr  data/<id>/dslr/: undistorted pictures, and the depth rendered for them
   matterport      v1/scans/<house>/undistorted_{camera_parameters,color_images,depth_images}/
   arkitscenes     3dod/{Training,Validation}/<id>/<id>_frames/, or raw/{Training,Validation}/<id>/
-  dl3dv           <batch>/<hash>/{transforms.json, images_4/}, and depth that is not in the dataset: see readers.dl3dv
-  folder          <id>/scene.json: your own scans, see docs/scans.md
+  dl3dv           <batch>/<hash>/{transforms.json, images_4/}, and depth that is not in the dataset: readers.nerfstudio
+  nerfstudio      <id>/{transforms.json, images/, depth/, depth.json}: your own, posed by COLMAP; the same reader
+  folder          <id>/scene.json: your own, see docs/scans.md
 """
 
 import struct
@@ -43,7 +44,8 @@ READERS = {
         ("3dod/*/{}", "raw/*/{}", "Training/{}", "Validation/{}", "{}"),
         ("*_frames/lowres_wide.traj", "lowres_wide.traj"),
     ),
-    "dl3dv": Reader(readers.dl3dv, ("{}", "*K/{}"), readers.TRANSFORMS),
+    "dl3dv": Reader(readers.nerfstudio, ("{}", "*K/{}"), readers.TRANSFORMS),
+    "nerfstudio": Reader(readers.nerfstudio, ("{}",), readers.TRANSFORMS),
     "folder": Reader(readers.plain_folder, ("{}",), ("scene.json",)),
 }
 

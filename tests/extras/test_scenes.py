@@ -320,6 +320,20 @@ def write_dl3dv(root, frames, scale=SCALE, depth=True, inner="", **distortion):
     return "dl3dv", "0b3f9a"
 
 
+def write_nerfstudio(root, frames):
+    """As `ns-process-data` writes it: no smaller pictures, and depth where every frame says."""
+    folder = write_dl3dv(root, frames, inner="nerfstudio") and root / "1K/0b3f9a/nerfstudio"
+    folder.rename(root / "my_scan")
+    folder = root / "my_scan"
+    (folder / "images_4").rename(folder / "images")
+    (folder / "depth").rename(folder / "depths")
+    info = json.loads((folder / "transforms.json").read_text())
+    for frame in info["frames"]:
+        frame["depth_file_path"] = frame["file_path"].replace("images", "depths")
+    text(folder / "transforms.json", info)
+    return "nerfstudio", "my_scan"
+
+
 def write_plain(root, frames):
     """One depth map as .npy, with intrinsics of its own."""
     folder = root / "my_scan"
@@ -341,6 +355,7 @@ WRITERS = {
     "arkitscenes raw": partial(write_arkit, layout="raw"),
     "dl3dv": write_dl3dv,
     "dl3dv sample": partial(write_dl3dv, inner="colmap"),
+    "nerfstudio": write_nerfstudio,
     "folder": write_plain,
     **{f"arkitscenes held {k}": partial(write_arkit, held=k) for k in (1, 2, 3)},
 }
@@ -364,12 +379,12 @@ def test_every_layout_gives_the_rooms_cameras_in_capture_order(read, truth):
     assert [frame.name for frame in scene.frames] == sorted({frame.name for frame in scene.frames})
     for frame, true in zip(scene.frames, truth, strict=True):
         assert frame.c2w.dtype == np.float64
-        # level cameras: y points down in every world; elsewhere than in DL3DV's the whole pose is known
+        # level cameras: y points down in every world; elsewhere than in COLMAP's the whole pose is known
         assert np.abs(frame.c2w[:3, 1] - [0, 1, 0]).max() < 1e-5
-        if "dl3dv" not in layout:
+        if layout.split()[0] not in ("dl3dv", "nerfstudio"):
             assert np.abs(frame.c2w - in_room(true)).max() < 1e-5
         assert frame.size == (WIDTH, HEIGHT) and np.abs(frame.K() - true.K()).max() < 1e-4
-    how = {"dl3dv": ESTIMATE, "folder": "up as scene.json gives it"}
+    how = {"dl3dv": ESTIMATE, "nerfstudio": ESTIMATE, "folder": "up as scene.json gives it"}
     assert scene.gravity == how.get(layout.split()[0], "z up, as the dataset has it")
 
 
@@ -671,7 +686,7 @@ def test_dl3dv_fixture(tmp_path):
         },
     )
     with pytest.raises(
-        ValueError, match=r"DL3DV has no depth. Put .* or let `python -m extras.scans.depth"
+        ValueError, match=r"it has no depth. Put .* or let `python -m extras.scans.depth"
     ):
         read_scene("dl3dv", tmp_path, "abc")
     (folder / "depth").mkdir()
@@ -978,6 +993,39 @@ def test_paths_that_leave_the_scene_are_not_followed(tmp_path, scan, truth):
     assert read_scene(dataset, tmp_path, id).skipped == {"path leaves the scene": 1}
 
 
+def test_depth_of_a_plain_folder_is_kept_where_its_confidence_is_highest(scan, truth):
+    folder, info, again = scan
+    confidence = np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH) % 3
+    png(folder / "confidence/1.png", confidence)
+    info["frames"][1]["confidence"] = "confidence/1.png"
+    info["frames"][2]["confidence"] = "../outside.png"
+    info["frames"][3]["confidence"] = "confidence/3.png"
+    scene = again()
+    assert scene.skipped == {"path leaves the scene": 1}
+    sure = np.where(confidence == 2, truth[1].depth(), 0)
+    np.testing.assert_allclose(scene.frames[1].depth(), sure, atol=1e-3)
+    with pytest.raises(ValueError, match="confidence/3.png"):
+        scene.frames[2].depth()
+
+
+def test_a_camera_held_sideways_is_turned_upright_in_a_plain_folder(scan, truth):
+    """Pictures that lie on their left side: their x axis points down, as a phone in portrait stores them."""
+    folder, info, again = scan
+    turned = np.array([[0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    K = truth[0].K()
+    sideways = [[K[1, 1], 0, K[1, 2]], [0, K[0, 0], WIDTH - K[0, 2]], [0, 0, 1]]
+    for i, frame in enumerate(info["frames"]):
+        jpeg(folder / frame["image"], np.rot90(truth[i].image()).copy())
+        np.save(folder / f"depth/{i}.npy", np.rot90(truth[i].depth()))
+        c2w = (np.array(frame["c2w"]) @ np.linalg.inv(turned)).tolist()
+        frame |= {"depth": f"depth/{i}.npy", "c2w": c2w, "intrinsics": sideways}
+    for frame, true in zip(again().frames, truth, strict=False):
+        np.testing.assert_allclose(frame.c2w, in_room(true), atol=1e-5)
+        np.testing.assert_allclose(frame.K(), true.K())
+        np.testing.assert_allclose(frame.depth(), true.depth())
+        assert np.abs(frame.image().astype(int) - true.image()).mean() < 2
+
+
 def test_missing_files_of_a_frame_are_counted(tmp_path, truth):
     dataset, id = write_scannet(tmp_path, truth)
     for file in ("color/0.jpg", "depth/2.png", "pose/4.txt"):
@@ -1082,27 +1130,54 @@ def recipe(word, folder):
 
 def test_the_recipes_of_phones_give_the_cameras_of_a_room(tmp_path, truth):
     folder = tmp_path / "capture"
-    # half a turn about y, and 90 degrees about x: quaternions x, y, z, w
-    poses = [[0, 1, 0, 0, 1, 2, 3], [0.5**0.5, 0, 0, 0.5**0.5, 4, 5, 6]]
-    about_y = [[-1, 0, 0], [0, 1, 0], [0, 0, -1]]
-    about_x = [[1, 0, 0], [0, 0, -1], [0, 1, 0]]
+    # upright cameras in a world whose y points up, half a turn about x and about z: quaternions x, y, z, w
+    poses = [[1, 0, 0, 0, 1, 2, 3], [0, 0, 1, 0, 4, 5, 6]]
+    about_x, about_z = np.diag([1, -1, -1]), np.diag([-1, -1, 1])
     K = truth[0].K()
     for i in range(2):
         jpeg(folder / f"rgb/{i:06d}.jpg", truth[i].image())
         png(folder / f"depth/{i:06d}.png", units(truth[i].depth()))
-    lines = [
-        f"{i}, {i:06d}, " + ", ".join(map(str, pose[4:] + pose[:4])) for i, pose in enumerate(poses)
-    ]
-    text(folder / "odometry.csv", "\n".join(["timestamp, frame, x, y, z, qx, qy, qz, qw", *lines]))
+        png(folder / f"confidence/{i:06d}.png", np.full((HEIGHT, WIDTH), 2, np.uint8))
+    lines = ["timestamp, frame, x, y, z, qx, qy, qz, qw, fx, fy, cx, cy, distortion_center_x, ..."]
+    for i, pose in enumerate(poses):
+        numbers = [*pose[4:], *pose[:4], 1600.0, 1600.0, 960.0, 720.0]
+        lines.append(f"{i}, {i:06d}, " + ", ".join(map(str, numbers)) + ", , ")
+    text(folder / "odometry.csv", "\n".join(lines))
     text(folder / "camera_matrix.csv", "\n".join(", ".join(map(str, row)) for row in K))
     frames = recipe("odometry.csv", folder)
-    turn = y_down(up_of([SimpleNamespace(c2w=pose_of_quaternion(p[:4], p[4:])) for p in poses]))
-    for i, rotation in enumerate((about_y, about_x)):
+    turn = y_down(np.array([0.0, 1, 0]))
+    for i, rotation in enumerate((about_x, about_z)):
         c2w = np.linalg.inv(turn) @ frames[i].c2w
         np.testing.assert_allclose(c2w[:3, :3], rotation, atol=1e-9)
         np.testing.assert_allclose(c2w[:3, 3], poses[i][4:], atol=1e-9)
         np.testing.assert_allclose(frames[i].K(), K, atol=1e-9)
         assert np.abs(frames[i].depth() - truth[i].depth()).max() < 1e-3
+
+
+def test_the_recipe_of_3d_scanner_app_gives_the_cameras_of_a_room(tmp_path, truth):
+    """Two frames, in ARKit's world (y up) with OpenGL's camera, and one that has no picture."""
+    folder, K = tmp_path / "capture", truth[0].K()
+    poses = np.stack([np.diag([1.0, 1, 1, 1]), np.diag([-1.0, 1, -1, 1])])
+    poses[:, :3, 3] = [[1, 2, 3], [4, 5, 6]]
+    for i in range(3):
+        info = {
+            "cameraPoseARFrame": poses[i % 2].ravel().tolist(),
+            "intrinsics": K.ravel().tolist(),
+        }
+        text(folder / f"frame_0000{i}.json", info)
+        png(folder / f"depth_0000{i}.png", units(truth[i].depth()))
+        png(folder / f"conf_0000{i}.png", np.full((HEIGHT, WIDTH), i + 1, np.uint8))
+    for i in range(2):
+        jpeg(folder / f"frame_0000{i}.jpg", truth[i].image())
+    frames = recipe("cameraPoseARFrame", folder)
+    assert len(frames) == 2
+    for i, axes in enumerate(([1, -1, -1], [-1, -1, 1])):
+        c2w = np.linalg.inv(y_down(np.array([0.0, 1, 0]))) @ frames[i].c2w
+        np.testing.assert_allclose(c2w[:3, :3], np.diag(axes), atol=1e-9)
+        np.testing.assert_allclose(c2w[:3, 3], poses[i, :3, 3], atol=1e-9)
+        np.testing.assert_allclose(frames[i].K(), K, atol=1e-9)
+    assert (frames[0].depth() == 0).all()  # of confidence 1
+    assert np.abs(frames[1].depth() - truth[1].depth()).max() < 1e-3
 
 
 def test_the_recipe_of_record3d_gives_the_cameras_of_a_room(tmp_path, truth):
