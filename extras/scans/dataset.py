@@ -57,7 +57,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         nargs=2,
         default=RULES[1:3],
         metavar=("M", "DEG"),
-        help="between the cameras of a context, at least (paper: 1 m and 30 degrees)",
+        help="between the cameras of a context, at least one of the two (paper: 1 m, 30 degrees)",
     )
     add(
         "--slack",

@@ -3,8 +3,8 @@ Which frames of a scanned scene make triples: poses first, then what the context
 
 A triple is (context views, one motion in words, target view). The paper's rules (of its view consistency
 tuning): the context covers at least 85 % of the target; its cameras are at least 1 m apart, horizontally or vertically,
-and at least 30 degrees, in yaw or pitch; one of them is the reference, and the dominant component of the way from
-there to the target becomes the words. Ours: no other component may be large, or the words would not be true
+or 30 degrees, in yaw or pitch (`may_stand_together`); one of them is the reference, and the dominant component of the way
+from there to the target becomes the words. Ours: no other component may be large, or the words would not be true
 (lib/geometry.dominant_component), and every triple is verified in colour (extras/scans/quality.py).
 
 All pairs of a scene are compared by pose alone, in a few matrix operations. Depth is then looked at for one reference
@@ -52,15 +52,11 @@ class Rules(NamedTuple):
 
     coverage: float = 0.85  # share of the target's known pixels that the context sees, at least
     apart_meters: float = 1.0  # between any two cameras of a context, horizontally or vertically
-    apart_degrees: float = 30.0  # … and in yaw or pitch
+    apart_degrees: float = 30.0  # … or in yaw or pitch
     least_meters: float = 0.2  # shorter moves and smaller turns are not worth a view
     least_degrees: float = 10.0
-    slack: float = (
-        SLACK  # metres of other motions that the words may leave unsaid; inf: the paper's rule
-    )
-    known: float = (
-        0.5  # share of a frame whose depth is known, at least: coverage says nothing of the rest
-    )
+    slack: float = SLACK  # metres that the words may leave unsaid; inf: the paper's rule
+    known: float = 0.5  # share of a frame's pixels with depth, at least: no rule sees the rest
     context: int = 4  # views of a context at most (lib/bagel.Settings.max_context)
     targets: int = 8  # of a context
     triples: int = 48  # of a scene, the paper's average
@@ -123,16 +119,18 @@ def motions_between(c2w: ndarray, metric: bool, rules: Rules) -> tuple[ndarray, 
     return delta, np.where(allowed, main, -1), counts
 
 
-def may_stand_together(c2w: ndarray, metric: bool, rules: Rules) -> ndarray:
-    """(N, N) bool: two cameras far enough from each other to stand in one context (the paper's rule).
+def may_stand_together(delta: ndarray, metric: bool, rules: Rules) -> ndarray:
+    """(N, N) bool: two cameras differ enough to stand in one context; delta (N, N, 6), `decompose` from row to column.
 
-    Of a scene without a metric scale the angle alone decides.
+    The paper prints "Delta Distance > 1.0, Angle > 30". Read as: either will do. Both would forbid the turn of 44 degrees
+    that it prints as a sample, for its target is among the pictures that the rule compares. Of a scene without a metric
+    scale the angle alone decides.
     """
-    angles = np.abs(decompose(c2w[:, None], c2w[None])[..., 3:5]).max(-1)  # yaw or pitch
-    x, y, z = np.moveaxis(c2w[:, None, :3, 3] - c2w[None, :, :3, 3], -1, 0)
-    length = np.maximum(np.hypot(x, z), np.abs(y))
-    is_far = (length >= rules.apart_meters - 1e-6) | (not metric)
-    return (angles >= rules.apart_degrees - 1e-6) & is_far
+    level = np.linalg.norm(delta[..., :2], axis=-1)
+    moved = np.maximum(level, np.abs(delta[..., 2]))
+    turned = np.abs(delta[..., 3:5]).max(-1)  # yaw or pitch
+    is_far = metric & (moved >= rules.apart_meters - 1e-6)
+    return is_far | (turned >= rules.apart_degrees - 1e-6)
 
 
 def in_turn(groups: dict[Any, list]) -> list:
@@ -174,9 +172,8 @@ def find_triples(
     c2w = np.stack([frame.c2w for frame in frames])
     delta, main, by_pose = motions_between(c2w, metric, rules)
     counts.update(by_pose)
-    distance = np.linalg.norm(c2w[:, None, :3, 3] - c2w[None, :, :3, 3], axis=-1)
-    together = may_stand_together(c2w, metric, rules)
-    beside = together & ((distance <= REACH) | (not metric))
+    together = may_stand_together(delta, metric, rules)
+    beside = together & ((np.linalg.norm(delta[..., :3], axis=-1) <= REACH) | (not metric))
     is_reference = (main >= 0).any(1) & beside.any(1)
     counts["reference without targets or neighbours"] += int((~is_reference).sum())
     for reference in rng.permutation(np.flatnonzero(is_reference)).tolist():

@@ -16,7 +16,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from PIL import Image
 from room_scan import Y_DOWN, read_room, room_scene, write_scan_folder
 
 from extras.scans.depth import depth_network, disagreement, estimate_depth, scale_of
-from extras.scans.frames import collect, frames_of, pose_of_quaternion, scaled, up_of, y_down
+from extras.scans.frames import collect, frames_of, scaled, up_of, y_down
 from extras.scans.readers import OPENGL
 from extras.scans.scene import READERS, read_scene, scene_ids
 from lib.geometry import angles_of, coverage, decompose, dominant_motion, pinhole, warp

@@ -76,6 +76,11 @@ def groups_of(scene, rules):
     return groups, frames, counts
 
 
+def differences(c2w):
+    """(N, N, 6): how cameras (N, 4, 4) differ."""
+    return decompose(c2w[:, None], c2w[None])
+
+
 # ---- by pose --------------------------------------------------------------------------------------------------------
 
 
@@ -128,34 +133,22 @@ def test_a_scan_that_looks_down_gives_as_many_triples():
     assert targets[0] > 100 and targets[-20] > 0.95 * targets[0]
 
 
-def test_context_cameras_are_apart_by_the_papers_rule():
-    cameras = np.stack(
-        [
-            camera_pose(0, -1.3, 0),
-            camera_pose(1.0, -1.3, 0, 30),
-            camera_pose(0.9, -1.3, 0, 30),
-            camera_pose(1.0, -1.3, 0, 29),
-            camera_pose(0, -2.3, 0, 0, 30),
-            camera_pose(0.8, -2.1, 0, 30),
-        ]
-    )
-    # far and turned; 10 cm short; one degree short; a metre higher and looking up; neither way far enough
-    assert may_stand_together(cameras, True, Rules())[0].tolist() == [
-        False,
-        True,
-        False,
-        False,
-        True,
-        False,
-    ]
-    assert may_stand_together(cameras, False, Rules())[0].tolist() == [
-        False,
-        True,
-        True,
-        False,
-        True,
-        True,
-    ]
+def test_context_cameras_are_apart_by_a_metre_or_by_thirty_degrees():
+    cameras = {
+        "itself": camera_pose(0, -1.3, 0),
+        "a metre aside": camera_pose(1.0, -1.3, 0),
+        "turned": camera_pose(0, -1.3, 0, 30),
+        "a metre higher": camera_pose(0, -2.3, 0),
+        "looks up": camera_pose(0, -1.3, 0, 0, 30),
+        "ten centimetres and a degree short": camera_pose(0.9, -1.3, 0, 29),
+        "each axis short": camera_pose(0.8, -2.1, 0, 20, 20),
+    }
+    delta = differences(np.stack(list(cameras.values())))
+    stand = dict(zip(cameras, may_stand_together(delta, True, Rules())[0].tolist(), strict=True))
+    short = ("itself", "ten centimetres and a degree short", "each axis short")
+    assert stand == {name: name not in short for name in cameras}
+    # without a scale the angle alone decides
+    assert may_stand_together(delta, False, Rules())[0].nonzero()[0].tolist() == [2, 4]
 
 
 def test_kinds_of_motion_take_turns():
@@ -191,7 +184,7 @@ def test_found_targets_keep_every_rule():
     found, frames, counts = groups_of(scene, Rules(size=64))
     assert found and counts["candidates"] > 0
     c2w = np.stack([frame.c2w for frame in frames])
-    stands = may_stand_together(c2w, True, Rules())
+    stands = may_stand_together(differences(c2w), True, Rules())
     for group in found:
         context, reference = group.context, group.context[group.reference]
         assert 2 <= len(context) <= 4
