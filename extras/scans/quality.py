@@ -20,7 +20,7 @@ from numpy import ndarray
 from numpy.lib.stride_tricks import sliding_window_view
 
 from extras.scans.frames import PosedView
-from lib.geometry import project, unproject, warp
+from lib.geometry import CORNERS, project, unproject, warp
 
 LUMA = np.array([0.299, 0.587, 0.114])
 SIDE = 64  # pixels: colours and depth are compared at this size, where 0.3 degrees are subpixel
@@ -216,11 +216,9 @@ def stray_points(depth: ndarray, tolerance: float = 0.05) -> float:
     sensor's noise, which other views see through."""
     padded = np.pad(depth, 1)
     stray = np.zeros(depth.shape, bool)
-    for one, other in (
-        (padded[1:-1, :-2], padded[1:-1, 2:]),
-        (padded[:-2, 1:-1], padded[2:, 1:-1]),
-    ):
-        stray |= np.minimum(one, other) - depth > tolerance * (1 + depth)
+    for axis in (0, 1):
+        nearer = np.minimum(np.roll(padded, 1, axis), np.roll(padded, -1, axis))[1:-1, 1:-1]
+        stray |= nearer - depth > tolerance * (1 + depth)
     known = depth > 0
     return float(stray[known].mean()) if known.any() else 0.0
 
@@ -238,11 +236,9 @@ def see_through(view, other, tolerance=0.05):
     compared = (view.depth > 0) & (z > 1e-6) & within
     if not compared.any():
         return 0.0
-    column, row = corner[compared].astype(int).T
+    column, row = np.floor(pixel[compared][:, None] + CORNERS).astype(int).T  # (4, n)
+    nearest = other.depth[row, column].min(0)  # 0: one is invalid
     z = z[compared]
-    upper = np.minimum(other.depth[row, column], other.depth[row, column + 1])
-    lower = np.minimum(other.depth[row + 1, column], other.depth[row + 1, column + 1])
-    nearest = np.minimum(upper, lower)  # 0: one is invalid
     return float((nearest - z > tolerance * (1 + z)).mean())
 
 

@@ -1,8 +1,8 @@
 """
 One reader for each dataset of scans: the folder of a scan -> Scene (its name comes later, extras/scans/scene.py).
 
-ScanNet, ScanNet++ (iphone), Matterport3D and ARKitScenes count pixel centres in whole numbers: HALF is added to their K.
-Poses of ScanNet++ (dslr), Matterport3D and DL3DV have OpenGL's axes.
+ScanNet, ScanNet++, Matterport3D and ARKitScenes count pixel centres in whole numbers: HALF is added to their K.
+Poses of Matterport3D and of transforms.json have OpenGL's axes.
 """
 
 import json
@@ -180,30 +180,6 @@ def scannetpp(folder: Path) -> Scene:
         K = array_of(info["intrinsic"], (3, 3)) + HALF
         rows.append(FrameFiles(name, image, depth, c2w, K))
     return collect(frames_of(rows, at=(1920, 1440)))
-
-
-def scannetpp_dslr(folder: Path) -> Scene:
-    """dslr/nerfstudio/transforms_undistorted.json (c2w, OpenGL), dslr/resized_undistorted_images/<file>, and what the
-    toolkit renders from the mesh for these cameras: dslr/render_depth/<stem>.png (uint16 mm)."""
-    folder = folder / "dslr"
-    info = load_json(folder / "nerfstudio/transforms_undistorted.json")
-    if info["camera_model"] != "PINHOLE":
-        raise ValueError(
-            f"its pictures are {info['camera_model']}; undistort them with the ScanNet++ toolkit."
-        )
-    # nerfstudio's world is the mesh's with x and y exchanged and z turned over; the matrix is its own inverse
-    to_mesh = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1.0]])
-    K = nerfstudio_camera(info)
-    rows = []
-    for frame in info["frames"] + info.get("test_frames", []):
-        if frame.get("is_bad"):
-            rows.append("marked as bad")
-            continue
-        stem = Path(frame["file_path"]).stem
-        image = inside(folder / "resized_undistorted_images", frame["file_path"])
-        c2w = to_mesh @ array_of(frame["transform_matrix"], (4, 4)) @ OPENGL
-        rows.append(FrameFiles(stem, image, folder / f"render_depth/{stem}.png", c2w, K))
-    return collect(frames_of(rows, at=(info["w"], info["h"])))
 
 
 # ---- Matterport3D --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Nothing is downloaded: --root is a folder that its user filled, after signing th
 
   scannet         scans/<id>/{color,depth,pose,intrinsic}/ as the official exporter writes them, or <id>.sens itself
   scannetpp       data/<id>/iphone/{pose_intrinsic_imu.json, rgb/, depth/}; the toolkit extracts the last two
-  scannetpp_dslr  data/<id>/dslr/: undistorted pictures, and the depth rendered for them
   matterport      v1/scans/<house>/undistorted_{camera_parameters,color_images,depth_images}/
   arkitscenes     3dod/{Training,Validation}/<id>/<id>_frames/, or raw/{Training,Validation}/<id>/
   dl3dv           <batch>/<hash>/{transforms.json, images_4/}, and depth that is not in the dataset: readers.nerfstudio
@@ -33,9 +32,6 @@ class Reader(NamedTuple):
 READERS = {
     "scannet": Reader(readers.scannet, ("{}", "scans/{}", "scans_test/{}"), ("color", "*.sens")),
     "scannetpp": Reader(readers.scannetpp, ("{}", "data/{}"), ("iphone/pose_intrinsic_imu.json",)),
-    "scannetpp_dslr": Reader(
-        readers.scannetpp_dslr, ("{}", "data/{}"), ("dslr/nerfstudio/transforms_undistorted.json",)
-    ),
     "matterport": Reader(
         readers.matterport, ("{}", "v1/scans/{}"), ("undistorted_camera_parameters/*.conf",)
     ),

@@ -183,18 +183,6 @@ def nerfstudio(frames, names, world, **more):
 P = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1.0]])
 
 
-def write_dslr(root, frames):
-    folder = root / "data" / "0a7cc12c0e" / "dslr"
-    names = [f"DSC{i:05d}.JPG" for i in INDICES]
-    for name, frame in zip(names, frames, strict=False):
-        jpeg(folder / "resized_undistorted_images" / name, frame.image())
-        png(folder / "render_depth" / f"{name[:-4]}.png", units(frame.depth()))
-    info = nerfstudio(frames, names, P, camera_model="PINHOLE")
-    info["test_frames"] = [info["frames"].pop(3)]
-    text(folder / "nerfstudio" / "transforms_undistorted.json", info)
-    return "scannetpp_dslr", "0a7cc12c0e"
-
-
 def write_matterport(root, frames):
     folder, house = root / "v1" / "scans" / "17DRP5sb8fy", "17DRP5sb8fy"
     K = scaled(frames[0].K(), (WIDTH, HEIGHT), (1280, 1024)) - HALF
@@ -348,7 +336,6 @@ WRITERS = {
     "scannet": write_scannet,
     "scannet .sens": write_sens,
     "scannetpp": write_scannetpp,
-    "scannetpp_dslr": write_dslr,
     "matterport": write_matterport,
     "arkitscenes": write_arkit,
     "arkitscenes raw": partial(write_arkit, layout="raw"),
@@ -565,25 +552,6 @@ def test_scannetpp_fixture(tmp_path):
     assert np.allclose(frame.depth_intrinsics, flat(192, 192, 128, 96)) and frame.K()[0, 0] == 1440
     assert np.allclose(frame.K((256, 192)), frame.depth_intrinsics)
     assert (frame.depth((256, 192)) == 1.5).all()
-
-
-def test_scannetpp_dslr_fixture(tmp_path, truth):
-    dataset, id = write_dslr(tmp_path, truth[:4])
-    path = tmp_path / "data" / id / "dslr/nerfstudio/transforms_undistorted.json"
-    info = json.loads(path.read_text())
-    matrix = np.eye(4)
-    matrix[:3, 3] = 1, 2, 3
-    info["frames"], info["test_frames"] = (
-        [
-            {"file_path": "DSC00000.JPG", "transform_matrix": matrix.tolist()},
-            {**info["frames"][0], "file_path": "DSC00002.JPG", "is_bad": True},
-        ],
-        [],
-    )
-    text(path, info)
-    scene = read_scene(dataset, tmp_path, id)
-    assert rows_of(scene.frames[0].c2w) == [[0, -1, 0, 2], [1, 0, 0, 1], [0, 0, 1, -3]]
-    assert scene.skipped == {"marked as bad": 1}
 
 
 def test_matterport_fixture(tmp_path):
@@ -986,10 +954,10 @@ def test_paths_that_leave_the_scene_are_not_followed(tmp_path, scan, truth):
     info["frames"][1]["image"] = str(tmp_path / "outside.jpg")
     info["frames"][2]["image"] = "rgb/link.jpg"
     assert again().skipped == {"path leaves the scene": 3}
-    dataset, id = write_dslr(tmp_path, truth)
-    path = tmp_path / "data" / id / "dslr/nerfstudio/transforms_undistorted.json"
-    path.write_text(path.read_text().replace("DSC00002.JPG", "../../../../outside.jpg"))
-    assert read_scene(dataset, tmp_path, id).skipped == {"path leaves the scene": 1}
+    dataset, id = write_nerfstudio(tmp_path / "other", truth)
+    path = tmp_path / "other" / id / "transforms.json"
+    path.write_text(path.read_text().replace("images/frame_00002.png", "../../outside.jpg"))
+    assert read_scene(dataset, path.parents[1], id).skipped == {"path leaves the scene": 1}
 
 
 def test_depth_of_a_plain_folder_is_kept_where_its_confidence_is_highest(scan, truth):
@@ -1074,15 +1042,11 @@ def test_what_is_not_unpacked_or_not_there_is_said(tmp_path, truth):
     (tmp_path / "away").rename(tmp_path / "data" / id / "iphone/rgb")
     with pytest.raises(ValueError, match="is not JSON"):
         read_scene(dataset, tmp_path, id)
-    dataset, id = write_dslr(tmp_path, truth[:4])
-    path = tmp_path / "data" / id / "dslr/nerfstudio/transforms_undistorted.json"
-    whole = path.read_text()
-    path.write_text(whole.replace("PINHOLE", "OPENCV_FISHEYE"))
-    with pytest.raises(ValueError, match="OPENCV_FISHEYE; undistort"):
-        read_scene(dataset, tmp_path, id)
-    path.write_text(whole.replace("fl_x", "focal"))
+    dataset, id = write_nerfstudio(tmp_path / "other", truth[:4])
+    path = tmp_path / "other" / id / "transforms.json"
+    path.write_text(path.read_text().replace("fl_x", "focal"))
     with pytest.raises(ValueError, match="a file has no 'fl_x'"):
-        read_scene(dataset, tmp_path, id)
+        read_scene(dataset, path.parents[1], id)
 
 
 def test_cameras_of_nerfstudio_are_obeyed_or_refused(tmp_path, truth):
