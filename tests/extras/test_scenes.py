@@ -1144,12 +1144,13 @@ def test_the_recipe_of_3d_scanner_app_gives_the_cameras_of_a_room(tmp_path, trut
 
 
 def test_the_recipe_of_record3d_gives_the_cameras_of_a_room(tmp_path, truth):
-    """Two frames, in ARKit's world (y up) with OpenGL's camera; K stands column by column."""
+    """Two frames and one without files, in ARKit's world (y up) with OpenGL's camera; K stands column by column."""
     folder, K = tmp_path / "capture", truth[0].K()
-    poses = [[0, 0, 0, 1, 1, 2, 3], [0, 1, 0, 0, 4, 5, 6]]
+    poses = [[0, 0, 0, 1, 1, 2, 3], [0, 1, 0, 0, 4, 5, 6], [0, 0, 0, 1, 7, 8, 9]]
     for i in range(2):
         jpeg(folder / f"rgb/{i}.jpg", truth[i].image())
         (folder / "depth").mkdir(exist_ok=True)
+        (folder / f"depth/{i}.exr").touch()
         np.save(folder / f"depth/{i}.npy", truth[i].depth())
     text(folder / "metadata.json", {"poses": poses, "K": K.T.ravel().tolist()})
     # stands in for the package: channels by name, each with its pixels
