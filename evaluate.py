@@ -32,7 +32,6 @@ import gc
 import importlib.util
 import re
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -73,7 +72,7 @@ from lib.simulators import (
     needs_room,
 )
 from lib.stage import bounded, hold, need, newest, run_stage
-from lib.streams import numpy_stream, stable_hash
+from lib.streams import stable_hash
 from policy import Policy, rollout
 from rewards import exact_match, name_gold, option_letter
 from world_model import add_sampler_flags, sampler_options
@@ -110,8 +109,8 @@ class Condition(NamedTuple):
 class Rooms:
     """What this file asks of a bench. The published ones have the same methods: extras/benches/common.py."""
 
-    def load(self, args: argparse.Namespace) -> tuple[list[dict], list[dict] | None]:
-        """-> (questions, training questions, from which a blind guesser learns, or None); sets args.data."""
+    def load(self, args: argparse.Namespace) -> list[dict]:
+        """The questions; sets args.data."""
         folder = Path(args.data or default_data("questions"))
         args.data = str(folder)
         test = whole_rows(folder / "questions_test.jsonl")
@@ -120,8 +119,7 @@ class Rooms:
                 f"{folder}/questions_test.jsonl holds mined questions: they were chosen by what a model gets wrong "
                 f"and are for training only."
             )
-        train = folder / "questions_train.jsonl"
-        return test, whole_rows(train) if train.exists() else None
+        return test
 
     def images(self, question: dict) -> list[np.ndarray]:
         """Its images, (H, W, 3) uint8 each. Raises PictureError if one is missing or broken."""
@@ -139,8 +137,10 @@ class Rooms:
 
     def judge(self, question: dict, dialogue: Trajectory, mode: str) -> dict:
         """-> {"answer": what was read, "correct", "lenient": by a forgiving rule}."""
-        letter, correct = score("rooms", question, dialogue.answer)
-        return {"answer": letter, "correct": correct, "lenient": correct}
+        text, options = dialogue.answer, question.get("options")
+        answer = option_letter(text or "", options) if options else text
+        correct = exact_match(text, question)
+        return {"answer": answer, "correct": correct, "lenient": correct}
 
     def diagnose(self, question: dict, dialogue: Trajectory) -> dict | None:
         """Why an answer is right or wrong."""
@@ -158,20 +158,6 @@ def open_bench(name: str):
     from extras.benches.common import Published
 
     return Published(name)
-
-
-def score(bench: str, record: dict, text: str | None) -> tuple[str | float | None, float]:
-    """The official verdict of a bench on a reply -> (what was read or None, 1.0 if right, else 0.0 or a share).
-
-    record   a question;  text: of rooms the answer, of a published bench what its rule reads (extras/benches)
-    """
-    if bench == "rooms":
-        options = record.get("options")
-        read = option_letter(text or "", options) if options else text
-        return read, exact_match(text, record)
-    from extras.benches import common
-
-    return common.official_score(bench, record, text)
 
 
 # ---- asking ---------------------------------------------------------------------------------------------------------
@@ -321,83 +307,11 @@ def prediction_of(
     }
 
 
-# ---- what a question's text gives away -------------------------------------------------------------------------------
-
-
-def text_features(question):
-    """Features of each option: letter, words, rank, likeness; the same given the question without its numbers, or whole."""
-    template = re.sub(r"\d+(\.\d+)?", "#", question["question"])
-    texts = [option.split(". ", 1)[1] for option in question["options"]]
-    ends = [(text.split()[0], text.split()[-1]) for text in texts]
-    features = []
-    for letter, text, words in zip("ABCDEF", texts, ends, strict=False):
-        alike = [sum(word in other for other in ends) for word in words]
-        alone = [letter, text, *words, f"alike {alike}", f"rank {sorted(texts).index(text)}"]
-        features.append(list(alone))
-        for condition in (template, question["question"]):
-            features[-1] += [f"{condition} | {feature}" for feature in alone]
-    return features
-
-
-def text_only_chance(train: list[dict], test: list[dict], epochs: int = 12) -> float:
-    """The best accuracy that the text alone allows, of several blind rules fitted on the training questions.
-
-    The rules: the commonest letter; the commonest letter given the question; the option that was the answer most often
-    when offered, given the question or its template; a linear model. Near 1 / options if nothing gives itself away.
-    """
-    train_rows = [text_features(question) for question in train]
-    test_rows = [text_features(question) for question in test]
-    train_gold = ["ABCDEF".index(question["answer"]) for question in train]
-    test_gold = ["ABCDEF".index(question["answer"]) for question in test]
-
-    offered = Counter()
-    right = Counter()
-    for options, gold in zip(train_rows, train_gold, strict=True):
-        for option in options:
-            offered.update(option)
-        right.update(options[gold])
-
-    # how often an option with a feature was the answer; 1/4 for one that was never offered
-    share = {feature: (right[feature] + 1) / (offered[feature] + 4) for feature in offered}
-    guesses = []
-    width = len(train_rows[0][0]) // 3
-    for position in (0, 1):  # the letter, the whole text
-        for i in (position, position + width, position + 2 * width):  # alone, given the template,
-            guesses.append(
-                [np.argmax([share.get(row[i], 1 / 4) for row in rows]) for rows in test_rows]
-            )
-    guesses.append(linear_guesses(train_rows, train_gold, test_rows, list(offered), epochs))
-    return max(float(np.mean(np.array(guess) == test_gold)) for guess in guesses)
-
-
-def linear_guesses(train_rows, train_gold, test_rows, known, epochs):
-    """Conditional logit over `known` features by stochastic gradient descent -> the option it takes, per test question."""
-    index = {feature: i for i, feature in enumerate(known)}
-    weights = np.zeros(len(index) + 1)  # the last one is every unknown feature: never learned
-
-    def coded(options):
-        return np.array([[index.get(feature, -1) for feature in option] for option in options])
-
-    train_codes = [coded(options) for options in train_rows]  # (options, features) each
-    for epoch in range(epochs):
-        for q in numpy_stream("text guess", epoch).permutation(len(train_codes)):
-            codes = train_codes[q]
-            scores = weights[codes].sum(1)
-            odds = np.exp(scores - scores.max())
-            slope = (np.arange(len(codes)) == train_gold[q]) - odds / odds.sum()
-            np.add.at(weights, codes, 0.05 / (1 + epoch) * slope[:, None])
-            weights[-1] = 0
-    return [int(weights[coded(options)].sum(1).argmax()) for options in test_rows]
-
-
 # ---- the results ----------------------------------------------------------------------------------------------------
 
 
-def conclude(args, policy: str, questions: list[dict], training, records: dict) -> dict:
-    """Print the table -> what results.json holds.
-
-    records   {(mode, simulator): {key: prediction}};  training: questions that a blind guesser may learn from, or None
-    """
+def conclude(args, policy: str, questions: list[dict], records: dict) -> dict:
+    """Print the table -> what results.json holds.   records   {(mode, simulator): {key: prediction}}"""
     rows = {pair: list(predictions.values()) for pair, predictions in records.items()}
     direct = rows.get(("direct", "none"))
     truth = rows.get(("forced", "truth"))
@@ -408,17 +322,9 @@ def conclude(args, policy: str, questions: list[dict], training, records: dict) 
         modes.setdefault(mode, summary)  # that of the first simulator
         simulators.setdefault(simulator, {})[mode] = summary
     guessing = chance(questions)
-    lettered = [list(filter(has_letter, rows)) for rows in (training or (), questions)]
-    text_only = text_only_chance(*lettered) if all(lettered) else None
-    print_answers(summaries, {"guessing": guessing, "text_only": text_only})
+    print_answers(summaries, guessing)
     results = {"bench": args.bench, "policy": policy, "sampler": args.sampler, "n": len(questions)}
-    results |= {"chance": guessing, "text_only_chance": text_only}
-    return results | {"modes": modes, "simulators": simulators}
-
-
-def has_letter(question: dict) -> bool:
-    """Is the gold answer a letter of one of the options?"""
-    return question["answer"] in tuple("ABCDEF"[: len(question.get("options") or ())])
+    return results | {"chance": guessing, "modes": modes, "simulators": simulators}
 
 
 def find_extras() -> bool:
@@ -718,8 +624,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     out = Path(args.out)
     bench = open_bench(args.bench)
-    questions, training = bench.load(args)
-    questions = questions[: args.limit]
+    questions = bench.load(args)[: args.limit]
     worth_asking(args, questions)
     policy, name = open_policy(args, world.device)
     if args.mode in BASELINES:
@@ -746,7 +651,7 @@ def main(argv: list[str] | None = None) -> None:
     for condition in conditions:
         rows = answers.load_predictions(out, condition.settings, questions)
         records[condition.mode, condition.simulator] = rows
-    results = conclude(args, name, questions, training, records)
+    results = conclude(args, name, questions, records)
     names = ["results.json", "predictions.jsonl"]
     if find_extras():
         from extras.report import pages

@@ -26,6 +26,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from experiments.runner import DEMO, start
+from experiments.text_guess import text_only_chance
 from lib.distributed import fail, say
 from lib.records import Question, load_jsonl, read_log, write_json
 from lib.scores import (
@@ -229,10 +230,13 @@ def collect(out: Path, seconds: dict[str, float]) -> dict:
         return [row for row in rows if row["mode"] == mode and row["needs_view"]]
 
     agentic = unseen("rooms", "agentic")
+    train, test = (
+        load_jsonl(out / "data" / f"questions_{split}.jsonl") for split in ("train", "test")
+    )
     return {
         "modes": {**rooms["modes"], "direct_only": direct["modes"]["direct"]},
         "chance": rooms["chance"],
-        "text_only_chance": rooms["text_only_chance"],
+        "text_only_chance": text_only_chance(train, test[: rooms["n"]]),
         "agentic_gain_on_needs_view": {
             "over direct": paired_bootstrap(agentic, unseen("rooms", "direct")),
             "over direct_only": paired_bootstrap(agentic, unseen("direct", "direct")),

@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 
 import data
-from evaluate import text_only_chance
 from experiments.runner import markdown
 from experiments.solvers import (
     area_under_curve,
@@ -42,6 +41,7 @@ from experiments.solvers import (
     start_of,
     told_by_words,
 )
+from experiments.text_guess import text_only_chance
 from lib.consistency import STRONG, WEAK, describe
 from lib.dialogue import call_poses
 from lib.distributed import say, setup

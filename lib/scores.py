@@ -238,10 +238,10 @@ def title_of(mode: str, simulator: str) -> str:
     return mode if mode in TOOLLESS else f"{mode}, {simulator}"
 
 
-def print_answers(runs: dict[tuple, dict], blind: dict[str, float | None]) -> None:
+def print_answers(runs: dict[tuple, dict], guessing: float | None) -> None:
     """The table: a row per part of the questions, a column per mode and simulator; then the gain over mode direct.
 
-    runs   {(mode, simulator): of `summarise`, with "cost"};  blind: {what guesses without looking: accuracy}
+    runs   {(mode, simulator): of `summarise`, with "cost"};  guessing: of `chance`
     """
     summaries = list(runs.values())
     head = ["", "n", *(title_of(*run) for run in runs)]
@@ -258,8 +258,7 @@ def print_answers(runs: dict[tuple, dict], blind: dict[str, float | None]) -> No
         if any(value is not None for value in values):
             rows.append([key, "", *values])
     print("\n" + text_table(head, rows), end="")
-    guesses = [f"chance, {name} {share:.3f}" for name, share in blind.items() if share is not None]
-    print("; ".join([CELL, *guesses]))
+    print(CELL if guessing is None else f"{CELL}; chance, guessing {guessing:.3f}")
     if any("gain" in summary for summary in summaries):
         print("\naccuracy beyond direct on the same questions [95 % interval]")
         print(text_table(head, gains), end="")

@@ -21,7 +21,6 @@ from evaluate import (
     evaluate_policy,
     main,
     parse_args,
-    score,
 )
 from lib import answers
 from lib.answers import load_predictions, with_keys
@@ -134,8 +133,9 @@ def test_what_is_scored_in_rooms_is_an_accepted_answer():
     assert Rooms().judge(row, dialogue, "direct")["correct"] == 1
     cut = Trajectory(row, "direct", truncated=True, turns=["<answer>B</answer> and on"])
     assert Rooms().judge(row, cut, "direct")["correct"] == 0
-    assert score("rooms", row, "blue ball") == ("B", 1.0)
-    assert score("rooms", row, None) == (None, 0.0) and score("rooms", row, "C") == ("C", 0.0)
+    for text, answer in (("blue ball", "B"), (None, None), ("C", "C")):
+        verdict = Rooms().judge(row, Trajectory(row, "direct", answer=text), "direct")
+        assert verdict["answer"] == answer and verdict["correct"] == (answer == "B")
 
 
 def test_every_batch_is_on_disk_before_the_next_is_asked_and_answers_are_not_asked_again(

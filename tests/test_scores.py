@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_evaluate import question
 
-from evaluate import text_only_chance
+from experiments.text_guess import text_only_chance
 from lib.scores import (
     accuracy_text,
     brief,

@@ -163,7 +163,7 @@ class Published:
     def __init__(self, name: str):
         self.bench = find_bench(name)
 
-    def load(self, args: argparse.Namespace) -> tuple[list[dict], None]:
+    def load(self, args: argparse.Namespace) -> list[dict]:
         """The questions of --data, of data/<bench>, or of rooms in its layout; sets args.data and args.frames."""
         name = self.bench.name
         args.frames = (args.frames or self.bench.frames) if self.bench.frames else None
@@ -178,7 +178,7 @@ class Published:
         if is_main():
             wait_for_all()
         say(f"{name}: {len(questions)} questions of {args.data}")
-        return questions, None
+        return questions
 
     def images(self, question: dict) -> list[np.ndarray]:
         """Its images, (H, W, 3) uint8 each. Raises PictureError if one is missing or broken."""

@@ -11,6 +11,7 @@ import pytest
 
 import data
 import evaluate
+from experiments.text_guess import text_only_chance
 from extras.benches import common as benchmarks
 from extras.benches import mmsi_video
 from lib.geometry import (
@@ -338,9 +339,9 @@ def test_the_words_alone_stay_at_chance(made, tmp_path, monkeypatch):
             ]
         )
     train, test = parts
-    blind = evaluate.text_only_chance(train, test)
+    blind = text_only_chance(train, test)
     assert len(test) > 300 and blind < 0.25 + 3 * (0.25 * 0.75 / len(test)) ** 0.5, blind
     leaking = [
         [{**q, "question": f"{q['question']} {q['answer']}"} for q in part] for part in parts
     ]
-    assert evaluate.text_only_chance(*leaking) > 0.9  # the rules would find a leak
+    assert text_only_chance(*leaking) > 0.9  # the rules would find a leak

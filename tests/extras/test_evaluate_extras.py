@@ -12,7 +12,7 @@ from test_real_views import Matcher, detect, triples
 
 import data
 import evaluate
-from evaluate import conditions_of, evaluate_policy, main, open_bench, parse_args, score
+from evaluate import conditions_of, evaluate_policy, main, open_bench, parse_args
 from extras.benches import common
 from extras.benches.mindcube import make_mindcube
 from extras.remote import client
@@ -46,7 +46,7 @@ def test_what_is_scored_of_a_published_bench_is_the_whole_turn():
     turn = "<think>not A. at all</think><answer>B</answer>"
     dialogue = Trajectory(row, "direct", answer="B", turns=[turn])
     assert open_bench("mindcube").judge(row, dialogue, "direct")["correct"] == 0
-    assert score("mindcube", row, "<answer>B</answer>") == ("B", 1.0)
+    assert common.official_score("mindcube", row, "<answer>B</answer>") == ("B", 1.0)
 
 
 def sat(number, **more):
