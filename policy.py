@@ -27,6 +27,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoImageProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.utils import logging
 
 from lib.bagel_files import (
@@ -199,20 +200,12 @@ class Policy:
         Raises PictureError for an image that is more than 200 times as long as it is wide.
         """
         check_shape(image)
-        height, width = image.shape[:2]
-        # of a token's side, in pixels
+        # a token's side in pixels; the limits are areas, whatever they are called
         unit = self.image_config["patch_size"] * self.image_config["merge_size"]
-        # areas in pixels, whatever they are called
-        smallest = self.image_config["size"]["shortest_edge"]
-        largest = self.image_config["size"]["longest_edge"]
-        rows, columns = round(height / unit), round(width / unit)
-        if rows * columns * unit**2 > largest:
-            shrink = math.sqrt(height * width / largest)
-            rows, columns = math.floor(height / shrink / unit), math.floor(width / shrink / unit)
-        elif rows * columns * unit**2 < smallest:
-            grow = math.sqrt(smallest / (height * width))
-            rows, columns = math.ceil(height * grow / unit), math.ceil(width * grow / unit)
-        return max(1, rows), max(1, columns)
+        limits = self.image_config["size"]
+        smallest, largest = limits["shortest_edge"], limits["longest_edge"]
+        height, width = smart_resize(*image.shape[:2], unit, smallest, largest)
+        return height // unit, width // unit
 
     def pixels(self, numbered: list[tuple[int, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Cut images into patches as Qwen does: those of one merged token are neighbours, a still lasts two frames.

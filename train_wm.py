@@ -19,7 +19,6 @@ to the true view of their own motion, among the true views of their group (the t
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import math
 import textwrap
@@ -30,7 +29,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lib import distributed, stage
@@ -41,7 +39,7 @@ from lib.geometry import Motion, Query, delta_of
 from lib.images import PictureError, contact_sheet, decode, on_white, save_image
 from lib.packing import Pack, Text, VaeImage, VitImage, pack
 from lib.protocol import check_triple
-from lib.records import MetricLog, Triple, load_jsonl, whole_file, whole_folder
+from lib.records import MetricLog, Triple, load_jsonl, whole_folder
 from lib.simulators import instruction, phrase, random_instruction, read_instruction
 from lib.stage import Flag
 from lib.streams import (
@@ -93,7 +91,6 @@ FLAGS = [
         "the untuned control: in each group motions change places",
     ),
     Flag("--lora", 0, 0, "train adapters of this rank (alpha twice that) beside --init", low=0),
-    Flag("--latents", None, "data/latents", "folder for the autoencoder's moments of each picture"),
     Flag("--micro-contexts", 4, 1, "contexts per forward pass and rank", low=1, neutral=True),
     Flag(
         "--gradient-checkpointing", False, True, "recompute activations in backward", neutral=True
@@ -243,40 +240,10 @@ def mirrored(p: TriplePictures) -> TriplePictures:
 # ---- batches -------------------------------------------------------------------------------------------------------------
 
 
-class Encoder:
-    """The frozen autoencoder, picture by picture.
-
-    folder   keeps its moments of each picture (posterior mean and log-variance) on disk as fp16; None: no folder.
-    Without it every epoch would encode every picture again; the draw from the posterior stays fresh. A picture is known
-    by its contents, so one that was made anew or mirrored is another; each autoencoder has a folder of its own. What is
-    not drawn, the warp of a single target, is not kept: 0.8 MB each would spare one encoding in two epochs.
-    """
-
-    def __init__(self, model: WorldModel, folder: str | None = None):
-        self.autoencoder = model.autoencoder
-        self.device = model.device
-        self.folder = None if model.settings.latent == "pixels" else folder
-
-    def latent(self, image: np.ndarray, stream: torch.Generator | None = None) -> Tensor:
-        """(H, W, 3) uint8 -> (1, c, 2 h, 2 w) on the CPU, drawn from the posterior by `stream`; without one, its mean."""
-        if not self.folder or stream is None:
-            pixels = to_pixels(image[None]).to(self.device)
-            return self.autoencoder.encode(pixels, stream and [stream]).cpu()
-        mean, log_variance = self.stored_moments(image)
-        noise = torch.randn(mean.shape, generator=stream)
-        return self.autoencoder.draw(mean, log_variance, noise)
-
-    def stored_moments(self, image):
-        """Mean and log-variance (1, c, 2 h, 2 w) from the folder, computed where they are not there yet."""
-        name = hashlib.sha256(image.tobytes() + str(image.shape).encode()).hexdigest()[:24]
-        path = Path(self.folder, self.autoencoder.fingerprint, name[:2], f"{name}.safetensors")
-        if not path.exists():
-            mean, log_variance = self.autoencoder.moments(to_pixels(image[None]).to(self.device))
-            moments = {"mean": mean, "log_variance": log_variance}
-            with whole_file(path) as beside:  # two ranks may meet here
-                save_file({key: x.half().contiguous() for key, x in moments.items()}, beside)
-        tensors = load_file(path)
-        return tensors["mean"].float(), tensors["log_variance"].float()
+def latent_of(model: WorldModel, image: np.ndarray, stream=None) -> Tensor:
+    """(H, W, 3) uint8 -> (1, c, 2 h, 2 w) on the CPU, drawn from the posterior by `stream`; without one, its mean."""
+    pixels = to_pixels(image[None]).to(model.device)
+    return model.autoencoder.encode(pixels, stream and [stream]).cpu()
 
 
 class LossTargets(NamedTuple):
@@ -288,7 +255,7 @@ class LossTargets(NamedTuple):
     seen_share: Tensor  # (N,) share of a token's pixels that some context view sees
 
 
-def make_sample(rows, model, encoder, read, args, key) -> tuple[list, LossTargets]:
+def make_sample(rows, model, read, args, key) -> tuple[list, LossTargets]:
     """One context with its T targets -> (segments of a pack, what the loss compares with).
 
     Every draw depends on `key` alone: (seed, step, number of the context). Each target is a branch of its own, with its sentence (lib/packing.py).
@@ -319,11 +286,11 @@ def make_sample(rows, model, encoder, read, args, key) -> tuple[list, LossTarget
     for i, image in enumerate(context):
         image = resize(image, model.settings.vae_limits)
         number = len(context) - 1 - i  # counted from the reference, which is the last one
-        vae_image, vit_image = context_segments(image, number, model, encoder, stream)
+        vae_image, vit_image = context_segments(image, number, model, stream)
         motion = (0.0, 0.0, 0.0, turns[i], 0.0)
         segments.append(vae_image._replace(keep=keep_vae[i], motion=motion))
         segments.append(vit_image._replace(keep=keep_vit[i]))
-    x0, warp, seen_share, grid = encode_targets(p, model, encoder, stream)
+    x0, warp, seen_share, grid = encode_targets(p, model, stream)
     noise = torch.randn(x0.shape, generator=stream)
     # x_t is computed here and nowhere else: network and loss find it in the pack
     x_t = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise
@@ -337,9 +304,9 @@ def make_sample(rows, model, encoder, read, args, key) -> tuple[list, LossTarget
     return segments, LossTargets(*(x.flatten(0, 1) for x in (x0, noise, warp, seen_share)))
 
 
-def context_segments(image, index, model, encoder, stream) -> tuple[VaeImage, VitImage]:
+def context_segments(image, index, model, stream) -> tuple[VaeImage, VitImage]:
     """A context image (H, W, 3) uint8 as it stands in a sequence: once for the VAE, once for the ViT."""
-    latent = encoder.latent(image, stream)
+    latent = latent_of(model, image, stream)
     patch = model.network.config.vit_patch
     pixels = to_pixels(resize(image, model.settings.vit_limits)[None])
     grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
@@ -349,15 +316,15 @@ def context_segments(image, index, model, encoder, stream) -> tuple[VaeImage, Vi
     )
 
 
-def encode_targets(p, model, encoder, stream) -> tuple[Tensor, Tensor, Tensor, tuple]:
+def encode_targets(p, model, stream) -> tuple[Tensor, Tensor, Tensor, tuple]:
     """The T targets as latent tokens -> (x0 (T, n, C), warp (T, n, C), seen_share (T, n), grid (h, w))."""
     fit = functools.partial(resize, limits=model.settings.vae_limits)
-    latents = torch.cat([encoder.latent(fit(image), stream) for image in p.targets])
+    latents = torch.cat([latent_of(model, fit(image), stream) for image in p.targets])
     x0 = warp = patchify(latents, LATENT_PATCH)
     is_seen = p.warps[..., 3] > 127  # (T, H, W)
     if is_seen.any():
         pictures = np.where(is_seen[..., None], p.warps[..., :3], p.targets)
-        warps = torch.cat([encoder.latent(fit(image)) for image in pictures])
+        warps = torch.cat([latent_of(model, fit(image)) for image in pictures])
         warp = patchify(warps, LATENT_PATCH)
     masks = np.stack([fit(np.uint8(255) * mask) for mask in is_seen])
     masks = torch.from_numpy(masks[:, None] / np.float32(255))  # (T, 1, H', W')
@@ -366,11 +333,11 @@ def encode_targets(p, model, encoder, stream) -> tuple[Tensor, Tensor, Tensor, t
 
 
 @torch.no_grad()
-def make_batch(groups, keys, model, encoder, read, args) -> tuple[Pack, LossTargets]:
+def make_batch(groups, keys, model, read, args) -> tuple[Pack, LossTargets]:
     """Groups of triples as the network reads them; group i draws by keys[i]."""
     samples, targets = [], []
     for group, key in zip(groups, keys, strict=True):
-        segments, loss_targets = make_sample(group, model, encoder, read, args, key)
+        segments, loss_targets = make_sample(group, model, read, args, key)
         samples.append(segments)
         targets.append(loss_targets)
     # Flex attention skips what sees nothing, so on a GPU all samples stand in one sequence, without padding.
@@ -556,7 +523,6 @@ def main(argv: list[str] | None = None) -> None:
 
     model = load_model(args, world, most=max(len(group[0]["context"]) for group in train))
     network = model.network
-    encoder = Encoder(model, args.latents)
     read = functools.lru_cache(args.images_in_memory)(read_image)
     parameters = [p for p in network.parameters() if p.requires_grad]
     ema = [p.detach().clone() for p in parameters]
@@ -578,7 +544,7 @@ def main(argv: list[str] | None = None) -> None:
             micro = mine[i : i + args.micro_contexts]
             groups = [train[order[k]] for k in micro]
             keys = [(args.seed, step, k) for k in micro]
-            batches.append(make_batch(groups, keys, model, encoder, read, args))
+            batches.append(make_batch(groups, keys, model, read, args))
         return batches
 
     def save(done):

@@ -331,8 +331,7 @@ def train_wm(args: Namespace) -> None:
     args.layers = network.config.layers
     groups, read = noise_triples(flags.micro_contexts, views, wm_stage.TARGETS, side)
     keys = [(0, 0, number) for number in range(len(groups))]
-    encoder = wm_stage.Encoder(model)
-    pack, targets = wm_stage.make_batch(groups, keys, model, encoder, read, flags)
+    pack, targets = wm_stage.make_batch(groups, keys, model, read, flags)
     options = {"lr": 0.0, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     optimizer = torch.optim.AdamW(network.parameters(), **options)
 

@@ -8,8 +8,6 @@ Files of models: where they are and whether they fit; the files of a BAGEL check
   tokenizer files      Qwen2's
 """
 
-import functools
-import hashlib
 import json
 import re
 import shutil
@@ -199,12 +197,6 @@ class FluxLatents:
         """latent (B, C, h, w) -> pixels (B, 3, 8 h, 8 w), about [-1, 1]."""
         latent = latent.float() / self.scale + self.shift
         return torch.cat([self.vae.decoder(pair) for pair in latent.split(2)])
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """What tells this autoencoder from others: 16 digits of its file's SHA-256, 335 MB in half a second."""
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
     def to(self, device):
         self.vae.to(device)

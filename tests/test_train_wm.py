@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ import data
 import train_wm
 from lib.records import read_log
 from lib.stage import Interrupt
-from lib.streams import torch_stream
 from world_model import WorldModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,8 +48,7 @@ def batch_of(rooms, *more, groups=None, first=0, model=None):
     groups = groups_of(rooms) if groups is None else groups
     keys = [(0, 3, first + i) for i in range(len(groups))]
     model = model or WorldModel.tiny(0)
-    encoder = train_wm.Encoder(model)
-    return train_wm.make_batch(groups, keys, model, encoder, train_wm.read_image, args)
+    return train_wm.make_batch(groups, keys, model, train_wm.read_image, args)
 
 
 # ---- losses
@@ -89,40 +86,6 @@ def test_a_velocity_is_drawn_to_the_warp_less_and_less_as_noise_goes():
         loss = loss + 0.1 * train_wm.content(x_t - t * velocity, warp, torch.ones(1))
         loss.sum().backward()
         assert velocity.grad.abs().max() < 1e-6
-
-
-def test_moments_of_pictures_are_kept_and_those_of_warps_are_not(tmp_path):
-    class Coder:
-        """An autoencoder that counts what it encodes."""
-
-        count = 0
-        fingerprint = "0123"
-
-        def moments(self, pixels):
-            self.count += 1
-            return pixels, torch.zeros_like(pixels)
-
-        def draw(self, mean, log_variance, noise):
-            return mean + torch.exp(0.5 * log_variance) * noise
-
-        def encode(self, pixels, streams):
-            mean, log_variance = self.moments(pixels)
-            noise = torch.randn(mean.shape, generator=streams[0]) if streams else torch.zeros(())
-            return self.draw(mean, log_variance, noise)
-
-    settings = SimpleNamespace(latent="flux")
-    model = SimpleNamespace(autoencoder=Coder(), device="cpu", settings=settings)
-    image = np.full((2, 2, 3), 51, np.uint8)
-    latents = []
-    for folder in (tmp_path, None):
-        encoder = train_wm.Encoder(model, folder)
-        latents.append([encoder.latent(image, torch_stream("batch", 0, k, 0)) for k in range(2)])
-        assert torch.equal(encoder.latent(image), torch.full((1, 3, 2, 2), -0.6))  # the mean
-    for kept, fresh in zip(*latents, strict=True):
-        torch.testing.assert_close(kept, fresh, rtol=0, atol=1e-3)  # fp16
-    assert not torch.equal(*latents[0])
-    # with a folder the picture once and the mean once, without one each time
-    assert model.autoencoder.count == 2 + 3 and len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
 def test_mirrored_rooms_keep_their_ring():

@@ -350,8 +350,7 @@ def test_what_the_demo_trains_on_is_what_it_samples_with(keep_text):
     motion = {"kind": "dx", "amount": -1.5}
     row |= {"target": "target", "warp": "warp", "motion": motion}
     args = train_wm.parse_args(["--no-augment", "--drop-text", str(int(not keep_text))])
-    encoder = train_wm.Encoder(model)
-    segments, _ = train_wm.make_sample([row], model, encoder, files.get, args, (0, 0, 0))
+    segments, _ = train_wm.make_sample([row], model, files.get, args, (0, 0, 0))
     x_t, t = segments[-1].x_t[None], segments[-1].t
     p = pack([[segments]], network.markers, network.config)
     turns = model.shown_headings(query.images, query.reference)
