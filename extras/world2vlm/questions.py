@@ -11,7 +11,6 @@ The words of both are in words.py. Boxes stand in the text as integers 0..1000 a
   rooms      python -m extras.world2vlm.questions                          # the true renderer -> out/world2vlm
              python -m extras.world2vlm.questions --teacher out/wm         # a world model shows what is trained on
   scans      python -m extras.world2vlm.questions --anchors DIR --teacher out/wm-astra       # scans.py -> out/taught
-  rendered   python -m extras.world2vlm.questions --rendered DIR           # by another program, frames.py -> out/rendered
 
 Out: questions_{train,val,test}.jsonl, rows as lib.records.Question with "weight", the confidence of detections;
 "negative", how a false one was made; and "scene" (rooms) or "cluster": what it is about. The same again for the same rooms.
@@ -42,7 +41,6 @@ from extras.world2vlm.objects import (
     most_confident,
     room_detections,
 )
-from extras.world2vlm.rewards import FULL, world2vlm
 from extras.world2vlm.transitions import (
     ROOMS,
     SEEN,
@@ -53,7 +51,6 @@ from extras.world2vlm.transitions import (
     transitions,
 )
 from extras.world2vlm.words import (
-    BOX,
     COUNTS,
     PROMPTS,
     action_of,
@@ -62,7 +59,6 @@ from extras.world2vlm.words import (
     is_on_grid,
     program_text,
     read_actions,
-    read_truth,
 )
 from lib.distributed import default_device, fail, say
 from lib.geometry import Motion, as_lists
@@ -73,7 +69,7 @@ from lib.simulators import URLS, SimulatorError, find_weights, load_simulator
 from lib.stage import bounded, hold, need, run_stage
 from lib.streams import numpy_stream
 
-PRIVATE = ("program", "label")  # of a record, for `validate` and `balanced`
+PRIVATE = ("program", "label")  # of a record, for `has_grid_amounts` and `balanced`
 
 
 # ---- false claims ---------------------------------------------------------------------------------------------------
@@ -240,45 +236,12 @@ def records_with_pictures(transition, out, folder, rng, space, detect) -> list[d
     return rows
 
 
-# ---- validation and balance -----------------------------------------------------------------------------------------
+# ---- balance ---------------------------------------------------------------------------------------------------------
 
 
-def validate(record: dict) -> str | None:
-    """What is wrong with a record, in words; None if nothing is."""
-    task, question, answer = record["category"], record["question"], record["answer"]
-    program = read_actions(record["program"])
-    if not 0 < record["weight"] <= 1:
-        return "the weight is not in (0, 1]"
-    if not program or not all(is_on_grid(*action) for action in program):
-        return "an amount is not on the grid"
-    if not all(map(is_box, BOX.findall(question) + BOX.findall(answer))):
-        return "a box is not four integers in order in 0..1000"
-    if task in COUNTS and (answer != record["program"] or len(program) not in COUNTS[task]):
-        return "the answer is not what the camera did"
-    if task == "A4" and (read_actions(question) == program) != read_truth(answer):
-        return "the claim contradicts the answer"
-    if world2vlm(task, answer, answer)["total"] < FULL:
-        return "the answer does not earn its own reward"
-    return None
-
-
-def is_box(numbers) -> bool:
-    """Whether four numbers as text are whole, in order, and within 0..1000."""
-    x1, y1, x2, y2 = map(float, numbers)
-    is_whole = all(float(number).is_integer() for number in numbers)
-    return is_whole and 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000
-
-
-def validated(rows: list[dict]) -> tuple[list[dict], Counter]:
-    """(records that pass, Counter of the reasons why others did not)."""
-    valid, faults = [], Counter()
-    for row in rows:
-        fault = validate(row)
-        if fault:
-            faults[fault] += 1
-        else:
-            valid.append(row)
-    return valid, faults
+def has_grid_amounts(row: dict) -> bool:
+    """Whether all amounts are on the grid; not where a chain of views ended early, within a motion."""
+    return all(is_on_grid(*action) for action in read_actions(row["program"]))
 
 
 def balanced(rows: list[dict], rng) -> list[dict]:
@@ -308,14 +271,15 @@ def balanced(rows: list[dict], rng) -> list[dict]:
 
 
 def write_motion_questions(out, split, rows, about, seed, failures=0) -> None:
-    """out/questions_<split>.jsonl: what is valid of World2VLM's records, balanced.
+    """out/questions_<split>.jsonl: World2VLM's records, balanced, without those off the grid.
 
     rows    of `records`, with paths below `out` for pictures, and "scene" or "cluster": what they are about
     about   in words, for the line that says how many there are
     failures    programs of which the teacher gave no usable view
     Says so of each task of which less than a tenth stays, and what was left out for which reason.
     """
-    rows, faults = validated(rows)
+    all_rows = rows
+    rows = list(filter(has_grid_amounts, all_rows))
     chosen = balanced(rows, numpy_stream("balance", seed))
     public = [{key: row[key] for key in row if key not in PRIVATE} for row in chosen]
     save_jsonl(Path(out) / f"questions_{split}.jsonl", public)
@@ -332,9 +296,12 @@ def write_motion_questions(out, split, rows, about, seed, failures=0) -> None:
                 f"  {task}: less than a tenth stays, since every label is cut to the rarest. There were "
                 f"{numbers}."
             )
-    faults["the teacher gave no usable view"] += failures
-    for reason, count in (+faults).most_common():
-        say(f"  {count:6}  left out: {reason}")
+    off_grid = len(all_rows) - len(rows)
+    if off_grid or failures:
+        say(
+            f"  left out: {off_grid} questions off the grid of amounts, {failures} programs of which the teacher gave "
+            f"no usable view"
+        )
 
 
 def motion_questions(seeds, out, teacher, space=ROOMS) -> list[tuple[list[dict], int]]:
@@ -357,7 +324,7 @@ def motion_questions(seeds, out, teacher, space=ROOMS) -> list[tuple[list[dict],
 
 
 def make_room_questions(out, simulator=None, rooms=1000, held_out=(60, 240), threads=2) -> None:
-    """out/questions_{train,val,test}.jsonl: the eight tasks about rooms, validated and balanced in each split.
+    """out/questions_{train,val,test}.jsonl: the eight tasks about rooms, balanced in each split.
 
     simulator   the teacher, which is told only motions that small world models have seen; None: the true renderer.
                 Validation and test are of the true renderer whoever teaches, and the same for all teachers
@@ -387,7 +354,7 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     number = bounded(int, 1)
-    p.add_argument("--out", help="default: out/world2vlm, out/taught, out/rendered")
+    p.add_argument("--out", help="default: out/world2vlm, of scans out/taught")
     p.add_argument(
         "--teacher",
         default="truth",
@@ -395,20 +362,16 @@ def parse_args(argv=None):
         "one is never asked to step backward",
     )
     p.add_argument("--rooms", type=number, default=1000, help="to train on")
-    source = p.add_mutually_exclusive_group()
-    source.add_argument(
+    p.add_argument(
         "--anchors",
         metavar="DIR",
         help="triples of scans, from whose contexts --teacher moves over the paper's ranges",
-    )
-    source.add_argument(
-        "--rendered", metavar="DIR", help="folders of frames with their actions (frames.py)"
     )
     p.add_argument("--limit", type=number, help="--anchors: contexts of a split at most")
     p.add_argument(
         "--detector",
         help="folder or hub id of a GroundingDINO, such as IDEA-Research/grounding-dino-tiny, that finds the boxes of "
-        "D1 to D4 (default: only folders that bring boxes are asked about objects, and no scans)",
+        "D1 to D4 in scans (default: these are not asked)",
     )
     p.add_argument("--threads", type=number, default=2, help="processes")
     args = p.parse_args(argv)
@@ -416,19 +379,15 @@ def parse_args(argv=None):
         p.error(f"--teacher {args.teacher} imagines nothing that could be taught")
     if args.anchors and args.teacher == "truth":
         p.error("--anchors DIR goes with --teacher: nobody can render scans truly")
-    if args.rendered and args.teacher != "truth":
-        p.error("--rendered DIR goes without --teacher: the frames are there")
-    if args.detector and not (args.rendered or args.anchors):
-        p.error("--detector goes with --rendered DIR or --anchors DIR: boxes of rooms are known")
-    default = "out/taught" if args.anchors else "out/rendered" if args.rendered else "out/world2vlm"
-    args.out = args.out or default
+    if args.detector and not args.anchors:
+        p.error("--detector goes with --anchors DIR: boxes of rooms are known")
+    args.out = args.out or ("out/taught" if args.anchors else "out/world2vlm")
     return args
 
 
 def main(argv=None):
-    """Make questions of rooms, of scans, or of frames rendered elsewhere."""
-    # here, since both import this file
-    from extras.world2vlm.frames import make_rendered
+    """Make questions of rooms or of scans."""
+    # here, since it imports this file
     from extras.world2vlm.scans import make_scan_questions
 
     args = parse_args(argv)
@@ -442,8 +401,6 @@ def main(argv=None):
         detect = args.detector and load_detector(args.detector, default_device())
     except ValueError as error:
         fail(f"{error}")
-    if args.rendered:
-        return make_rendered(args.out, args.rendered, detect, args.threads)
     try:
         if args.anchors:
             names = (args.teacher, args.detector)

@@ -8,7 +8,7 @@ programs of several motions, and motions longer than it can do, are chained: eac
     results, failures = transitions([room_anchor(seed)], TrueRenderer(), np.random.default_rng(seed))
 
 A program is a list of Motions, six actions in the paper's words ("move left" is its SHIFT LEFT); it has none for up,
-down and looking. Frames that another program rendered become the same Transitions in frames.py.
+down and looking.
 """
 
 from collections import Counter
@@ -257,10 +257,6 @@ class Transition(NamedTuple):
     program: Program
     room: int | None = None  # rooms only: the seed, and the poses of source and target
     poses: tuple | None = None
-    # frames rendered elsewhere only (frames.py)
-    files: tuple | None = None  # where the two pictures lie
-    place: str = ""  # what no two splits may share
-    detections: tuple | None = None  # objects of the source, of the target
 
 
 def transitions(
