@@ -45,7 +45,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3VLForConditionalGeneration
 
 import rewards
-from lib import checkpoints, simulators
+from lib import simulators
+from lib.checkpoints import TrainingState, training_tensors
 from lib.dialogue import Trajectory
 from lib.distributed import (
     Means,
@@ -63,7 +64,7 @@ from lib.distributed import (
     unsharded,
 )
 from lib.images import figure_image, save_image, with_pictures
-from lib.records import MetricLog, Question, disk, load_jsonl, read_log, whole_folder
+from lib.records import Question, disk, load_jsonl, read_log, whole_folder
 from lib.rollout import cell_count
 from lib.stage import (
     Flag,
@@ -73,7 +74,7 @@ from lib.stage import (
     parse_flags,
     run_stage,
 )
-from lib.streams import Clock, rows_of_step, set_learning_rate, stream_seed
+from lib.streams import rows_of_step, set_learning_rate, stream_seed
 from policy import Policy, collate, rollout, token_logprobs
 
 CLIP_LOW = 0.2  # paper: Clip-Higher
@@ -228,17 +229,11 @@ def main(argv: list[str] | None = None) -> None:
 
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=BETAS, weight_decay=0.0, fused=True)
-    tensors = checkpoints.training_tensors(policy.model, optimizer)
-    start_step, state = checkpoints.load_state(out / "training", tensors) or (0, {})
-    if start_step:
-        say(f"going on after step {start_step} of {args.steps}")
-    log = MetricLog(out / "log.jsonl", start_step)
-    clock = Clock(state.get("clock"))
+    training = TrainingState(out, training_tensors(policy.model, optimizer))
+    if training.start:
+        say(f"going on after step {training.start} of {args.steps}")
 
-    def save(done: int):
-        checkpoints.save_state(out / "training", done, tensors, {"clock": clock.read()})
-
-    bar = progress(args.steps, start_step, f"phase {args.phase}")
+    bar = progress(args.steps, training.start, f"phase {args.phase}")
     with Interrupt() as stop:
         for step in bar:
             metrics = {"lr": set_learning_rate(optimizer, step, args)}
@@ -292,19 +287,19 @@ def main(argv: list[str] | None = None) -> None:
                 )
 
             metrics |= rollout_means(groups) | group_means(groups)
-            log.write(step, **metrics, seconds=seconds)
+            training.log.write(step, **metrics, seconds=seconds)
             bar.set_postfix(reward=f"{metrics['reward']:.2f}", match=f"{metrics['match']:.2f}")
             # frees the image features on the GPU before save and the next step
             del rollouts, direct_rollouts, groups, minibatches
-            stop.save_or_leave(step + 1, args, save)
+            stop.save_or_leave(step + 1, args, training.save)
 
     if args.eval_every:
         table = evaluate(policy, held_out, simulator, args, world, out / "dialogues" / "end")
-        log.write(args.steps, eval=table)
+        training.log.write(args.steps, eval=table)
     save_policy(policy, out, args)
     if is_main():
         draw_curves(out)
-    finish(out, args.steps, clock)
+    finish(out, args.steps, training.clock)
 
 
 # ---- sample, imagine -------------------------------------------------------------------------------------------------
@@ -685,14 +680,7 @@ def prepare(model: Qwen3VLForConditionalGeneration, args: Namespace, world: Worl
     if args.lora:
         from extras.lora import QWEN_LAYERS, add_lora
 
-        adapters = add_lora(
-            model,
-            rank=args.lora,
-            alpha=2 * args.lora,
-            names=QWEN_LAYERS,
-            seed=args.seed,
-            device=world.device,
-        )
+        adapters = add_lora(model, QWEN_LAYERS, args.lora, args.seed, world.device)
     if world.device.type == "cuda":
         tower.to(torch.bfloat16)
     if args.gradient_checkpointing:

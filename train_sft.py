@@ -43,7 +43,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from lib import checkpoints
+from lib.checkpoints import TrainingState, training_tensors
 from lib.dialogue import Trajectory
 from lib.distributed import (
     Means,
@@ -60,7 +60,7 @@ from lib.distributed import (
 from lib.images import load_image, soften
 from lib.protocol import NEEDED, as_words, call_text
 from lib.questions import ASKS, RELATIONS, STEP
-from lib.records import MetricLog, Question, load_jsonl, whole_folder
+from lib.records import Question, load_jsonl, whole_folder
 from lib.rooms import COLOURS
 from lib.stage import (
     Flag,
@@ -70,7 +70,7 @@ from lib.stage import (
     parse_flags,
     run_stage,
 )
-from lib.streams import Clock, cosine, numpy_stream, set_learning_rate, stream_seed
+from lib.streams import cosine, numpy_stream, set_learning_rate, stream_seed
 from policy import DialogueBatch, Policy, collate
 from rewards import name_gold
 
@@ -171,16 +171,10 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(
         trainable, lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
     )
-    tensors = checkpoints.training_tensors(model, optimizer)
-    start_step, state = checkpoints.load_state(out / "training", tensors) or (0, {})
-    log = MetricLog(out / "log.jsonl", start_step)
-    clock = Clock(state.get("clock"))
+    training = TrainingState(out, training_tensors(model, optimizer))
     model.train()
 
-    def save(done: int):
-        checkpoints.save_state(out / "training", done, tensors, {"clock": clock.read()})
-
-    bar = progress(args.steps, start_step, f"sft, {args.lessons}")
+    bar = progress(args.steps, training.start, f"sft, {args.lessons}")
     with Interrupt() as stop:
         for step in bar:
             lr = set_learning_rate(optimizer, step, args)
@@ -202,13 +196,13 @@ def main(argv: list[str] | None = None) -> None:
             optimizer.zero_grad(set_to_none=True)
 
             metrics = means.read()
-            log.write(step, **metrics, grad_norm=grad_norm, lr=lr)
+            training.log.write(step, **metrics, grad_norm=grad_norm, lr=lr)
             bar.set_postfix({key: f"{value:.2f}" for key, value in metrics.items()})
-            stop.save_or_leave(step + 1, args, save)
+            stop.save_or_leave(step + 1, args, training.save)
 
     with whole_folder(out) as part:
         policy.save(part)
-    finish(out, args.steps, clock)
+    finish(out, args.steps, training.clock)
 
 
 class SupervisedLoss(NamedTuple):

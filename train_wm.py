@@ -33,17 +33,16 @@ from torch import Tensor
 
 from lib import distributed, stage
 from lib.bagel import LATENT_PATCH, MAX_IMAGES, patchify, resize, to_pixels, token_grid
-from lib.checkpoints import load_state, save_state, training_tensors
+from lib.checkpoints import TrainingState, training_tensors
 from lib.distributed import fail, is_main
 from lib.geometry import Motion, Query, delta_of
 from lib.images import PictureError, contact_sheet, decode, on_white, save_image
 from lib.packing import Pack, Text, VaeImage, VitImage, pack
 from lib.protocol import check_triple
-from lib.records import MetricLog, Triple, load_jsonl, whole_folder
+from lib.records import Triple, load_jsonl, whole_folder
 from lib.simulators import instruction, phrase, random_instruction, read_instruction
 from lib.stage import Flag
 from lib.streams import (
-    Clock,
     numpy_stream,
     prefetched,
     rows_of_step,
@@ -440,14 +439,7 @@ def load_model(args: Namespace, world: distributed.World, most: int) -> WorldMod
         if args.lora:
             from extras.lora import LANGUAGE_LAYERS, add_lora
 
-            adapters = add_lora(
-                network,
-                rank=args.lora,
-                alpha=2 * args.lora,
-                names=LANGUAGE_LAYERS,
-                seed=args.seed,
-                device=world.device,
-            )
+            adapters = add_lora(network, LANGUAGE_LAYERS, args.lora, args.seed, world.device)
         # the head that nothing calls is a block too: it is never gathered
         blocks = [*network.blocks, network.language_model["lm_head"]]
         distributed.shard(network, blocks, world, ignored=adapters)
@@ -532,9 +524,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     tensors = training_tensors(network, optimizer)
     tensors |= {f"ema.{i}": e for i, e in enumerate(ema)}
-    start, state = load_state(out / "training", tensors) or (0, {})
-    clock = Clock(state.get("clock"))
-    log = MetricLog(out / "log.jsonl", start)
+    training = TrainingState(out, tensors)
 
     def make_batches(step):
         """This rank's batches of one update, which depend on seed and step alone."""
@@ -547,12 +537,9 @@ def main(argv: list[str] | None = None) -> None:
             batches.append(make_batch(groups, keys, model, read, args))
         return batches
 
-    def save(done):
-        save_state(out / "training", done, tensors, {"clock": clock.read()})
-
     with stage.Interrupt() as stop:
-        bar = distributed.progress(args.steps, start, "world model")
-        batches_of_steps = prefetched(make_batches, range(start, args.steps))
+        bar = distributed.progress(args.steps, training.start, "world model")
+        batches_of_steps = prefetched(make_batches, range(training.start, args.steps))
         for step, batches in zip(bar, batches_of_steps, strict=True):
             lr = set_learning_rate(optimizer, step, args)
             tokens = distributed.global_sum(sum(len(targets.x0) for _, targets in batches))
@@ -577,18 +564,18 @@ def main(argv: list[str] | None = None) -> None:
                     scores, rows = imagine_held_out(model, held_out, read)
                 draw_views(rows[:: max(1, len(rows) // 12)], out / "views.png")
                 metrics |= scores
-                seconds = clock.read()["cpu_seconds"]  # a collective
+                seconds = training.clock.read()["cpu_seconds"]  # a collective
                 distributed.say(
                     f"step {done}: flow {metrics['loss_flow']:.4f}, held-out views: nearest "
                     f"{scores.get('nearest', math.nan):.2f}, mse {scores['mse']:.4f}, {seconds:.0f} CPU-s"
                 )
-            log.write(step, **metrics)
+            training.log.write(step, **metrics)
             bar.set_postfix(flow=f"{metrics['loss_flow']:.4f}")
-            stop.save_or_leave(done, args, save)
+            stop.save_or_leave(done, args, training.save)
 
     with ema_weights(parameters, ema), whole_folder(out) as part:
         save_model(model, part, args)
-    stage.finish(out, args.steps, clock)
+    stage.finish(out, args.steps, training.clock)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 LoRA by hand (arXiv 2106.09685): the weights stay as they are, and small matrices beside them learn a correction.
 
   y = W x + b + (alpha / r) B A x        A (r, in) random, B (out, r) zero at first; W (out, in), b frozen, of any type
-                                         in training x of the last term may go through dropout
+                                         alpha = 2 r; in training x of the last term may go through dropout
 
 For one or two GPUs: gradients, AdamW's moments and the EMA then exist for about one weight in a hundred. The names
 of W and b stay those of the checkpoint, and `merged` gives the weights back in that layout.
 
-  adapters = add_lora(network, rank=16, alpha=32, names=LANGUAGE_LAYERS, seed=0, device=world.device)
+  adapters = add_lora(network, LANGUAGE_LAYERS, rank=16, seed=0, device=world.device)
   shard(network, network.blocks, world, ignored=adapters)      # A and B are whole on every rank
   loss.backward(); sum_gradients(adapters)                            # so their gradients are summed by hand
 """
@@ -28,14 +28,16 @@ LANGUAGE_LAYERS = r"language_model\.model\.layers\..*\.(q|k|v|o|gate|up|down)_pr
 QWEN_LAYERS = r"model\.language_model\.layers\..*\.(q|k|v|o|gate|up|down)_proj"
 
 
+SCALE = 2  # alpha / r
+
+
 class LoraLinear(nn.Linear):
     """A frozen nn.Linear with a low-rank correction that is trained in fp32 and computed in the type of x."""
 
-    def __init__(self, linear, rank, alpha, stream, device, dropout):
+    def __init__(self, linear, rank, stream, device, dropout):
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.scale = alpha / rank
         self.dropout = dropout
         a = (2 * torch.rand(rank, self.in_features, generator=stream) - 1) * self.in_features**-0.5
         self.lora_a = nn.Parameter(a.to(device))
@@ -44,18 +46,17 @@ class LoraLinear(nn.Linear):
     def forward(self, x):
         dropped = F.dropout(x, self.dropout, self.training)  # (..., in)
         low = F.linear(dropped, self.lora_a.to(x.dtype))  # (..., r)
-        return super().forward(x) + self.scale * F.linear(low, self.lora_b.to(x.dtype))
+        return super().forward(x) + SCALE * F.linear(low, self.lora_b.to(x.dtype))
 
     def merged_weight(self, weight):
         """W + (alpha / r) B A of the whole W: added in fp32, in W's type."""
-        return (weight.float() + self.scale * self.lora_b @ self.lora_a).to(weight.dtype)
+        return (weight.float() + SCALE * self.lora_b @ self.lora_a).to(weight.dtype)
 
 
 def add_lora(
     network: nn.Module,
-    rank: int,
-    alpha: float,
     names: str,
+    rank: int,
     seed: int,
     device: torch.device,
     dropout: float = 0.0,
@@ -71,7 +72,7 @@ def add_lora(
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear) and re.fullmatch(names, name):
             stream = torch_stream("adapters", seed, name)
-            adapted = LoraLinear(module, rank, alpha, stream, device, dropout)
+            adapted = LoraLinear(module, rank, stream, device, dropout)
             network.set_submodule(name, adapted)
     adapters = [p for p in network.parameters() if p.requires_grad]
     if not adapters:

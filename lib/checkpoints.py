@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lib.distributed import fail, full, global_sum, is_main, wait_for_all
-from lib.records import disk, sync, whole_file, write_json
+from lib.records import MetricLog, disk, sync, whole_file, write_json
+from lib.streams import Clock
 
 # in the order in which safetensors sorts the tensors of a file: wide types first, so that all lie aligned
 TYPES = {
@@ -174,6 +175,25 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         tensors[f"model.{name}"] = p
         tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
     return tensors
+
+
+class TrainingState:
+    """What a run goes on from: tensors and clock in `out`/training, and its metric log.
+
+    start   the step to begin with
+    """
+
+    def __init__(self, out: str | Path, tensors: dict[str, Tensor]):
+        """tensors   those of `training_tensors`, and maybe more: what was saved is copied into them."""
+        self.folder = Path(out) / "training"
+        self.tensors = tensors
+        self.start, state = load_state(self.folder, tensors) or (0, {})
+        self.clock = Clock(state.get("clock"))
+        self.log = MetricLog(Path(out) / "log.jsonl", self.start)
+
+    def save(self, done: int) -> None:
+        """Save what there is after `done` steps."""
+        save_state(self.folder, done, self.tensors, {"clock": self.clock.read()})
 
 
 def save_state(folder: str | Path, step: int, tensors: dict[str, Tensor], state: dict) -> None:

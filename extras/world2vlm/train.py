@@ -33,7 +33,7 @@ import torch
 from extras.lora import QWEN_LAYERS, add_lora, merged
 from extras.world2vlm.evaluate import held_out_means
 from extras.world2vlm.words import INVERSE, TASKS
-from lib import checkpoints
+from lib.checkpoints import TrainingState, training_tensors
 from lib.dialogue import Trajectory
 from lib.distributed import (
     Means,
@@ -47,7 +47,7 @@ from lib.distributed import (
 )
 from lib.images import load_image, with_pictures
 from lib.protocol import as_words
-from lib.records import MetricLog, Question, load_jsonl, whole_folder
+from lib.records import Question, load_jsonl, whole_folder
 from lib.stage import (
     Flag,
     Interrupt,
@@ -56,7 +56,7 @@ from lib.stage import (
     parse_flags,
     run_stage,
 )
-from lib.streams import Clock, rows_of_step, set_learning_rate, stream_seed
+from lib.streams import rows_of_step, set_learning_rate, stream_seed
 from policy import Policy, collate
 from train_sft import BETAS, supervised_loss
 
@@ -119,13 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     adapters = []
     if args.lora:
         adapters = add_lora(
-            policy.model,
-            rank=args.lora,
-            alpha=2 * args.lora,
-            names=QWEN_LAYERS,
-            seed=args.seed,
-            device=world.device,
-            dropout=args.dropout,
+            policy.model, QWEN_LAYERS, args.lora, args.seed, world.device, args.dropout
         )
     if args.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable()
@@ -135,16 +129,11 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(
         weights, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay, fused=True
     )
-    tensors = checkpoints.training_tensors(model, optimizer)
-    first, state = checkpoints.load_state(out / "training", tensors) or (0, {})
-    log, clock = MetricLog(out / "log.jsonl", first), Clock(state.get("clock"))
+    training = TrainingState(out, training_tensors(model, optimizer))
     model.train()
 
-    def save(done):
-        checkpoints.save_state(out / "training", done, tensors, {"clock": clock.read()})
-
     with Interrupt() as stop:
-        for step in (bar := progress(args.steps, first, "world2vlm")):
+        for step in (bar := progress(args.steps, training.start, "world2vlm")):
             metrics = {"lr": set_learning_rate(optimizer, step, args)}
             if step == 0 and held_out:
                 metrics["eval"] = held_out_means(policy, held_out, args, world)
@@ -156,15 +145,15 @@ def main(argv: list[str] | None = None) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            log.write(step, **losses, **metrics)
+            training.log.write(step, **losses, **metrics)
             bar.set_postfix({key: f"{value:.2f}" for key, value in losses.items()})
-            stop.save_or_leave(step + 1, args, save)
+            stop.save_or_leave(step + 1, args, training.save)
 
     if held_out:
-        log.write(args.steps, eval=held_out_means(policy, held_out, args, world))
+        training.log.write(args.steps, eval=held_out_means(policy, held_out, args, world))
     with whole_folder(out) as part:
         policy.save(part, merged(model))
-    finish(out, args.steps, clock)
+    finish(out, args.steps, training.clock)
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------

@@ -21,10 +21,9 @@ from pathlib import Path
 import torch
 
 from extras.world2vlm.evaluate import answer_record, held_out_means, task_means
-from lib import checkpoints
+from lib.checkpoints import TrainingState, training_tensors
 from lib.dialogue import Trajectory
 from lib.distributed import progress, setup
-from lib.records import MetricLog
 from lib.stage import (
     Flag,
     Interrupt,
@@ -33,7 +32,7 @@ from lib.stage import (
     parse_flags,
     run_stage,
 )
-from lib.streams import Clock, rows_of_step, set_learning_rate
+from lib.streams import rows_of_step, set_learning_rate
 from train_rl import (
     BETAS,
     FLAGS,
@@ -117,16 +116,10 @@ def main(argv: list[str] | None = None) -> None:
 
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=BETAS, weight_decay=0.0, fused=True)
-    tensors = checkpoints.training_tensors(policy.model, optimizer)
-    start_step, state = checkpoints.load_state(out / "training", tensors) or (0, {})
-    log = MetricLog(out / "log.jsonl", start_step)
-    clock = Clock(state.get("clock"))
-
-    def save(done):
-        checkpoints.save_state(out / "training", done, tensors, {"clock": clock.read()})
+    training = TrainingState(out, training_tensors(policy.model, optimizer))
 
     with Interrupt() as stop:
-        bar = progress(args.steps, start_step, "world2vlm, GRPO")
+        bar = progress(args.steps, training.start, "world2vlm, GRPO")
         for step in bar:
             metrics = {}
             if args.eval_every and step % args.eval_every == 0:
@@ -167,14 +160,14 @@ def main(argv: list[str] | None = None) -> None:
             )
 
             metrics |= rollout_means(groups) | group_means(groups) | task_means(records)
-            log.write(step, **metrics)
+            training.log.write(step, **metrics)
             bar.set_postfix(reward=f"{metrics['reward']:.2f}")
-            stop.save_or_leave(step + 1, args, save)
+            stop.save_or_leave(step + 1, args, training.save)
 
     if args.eval_every:
-        log.write(args.steps, eval=held_out_means(policy, held_out, args, world))
+        training.log.write(args.steps, eval=held_out_means(policy, held_out, args, world))
     save_policy(policy, out, args)
-    finish(out, args.steps, clock)
+    finish(out, args.steps, training.clock)
 
 
 if __name__ == "__main__":

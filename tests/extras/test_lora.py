@@ -45,7 +45,7 @@ def small(dtype=torch.float32, device=CPU):
     torch.manual_seed(0)
     network = Small().to(dtype)
     before = copy.deepcopy(network.state_dict())
-    return network, add_lora(network, rank=2, alpha=8, names=NAMES, seed=0, device=device), before
+    return network, add_lora(network, names=NAMES, rank=2, seed=0, device=device), before
 
 
 def drawn(*shape):
@@ -115,17 +115,17 @@ def test_names_of_bagel_s_language_layers():
     """q, k, v, o, gate, up and down, of two experts; nothing in the ViT, whose layers have a q_proj too."""
     network = WorldModel.tiny(0).network
     layers, before = len(network.language_model["model"]["layers"]), set(network.state_dict())
-    add_lora(network, rank=1, alpha=1, names=LANGUAGE_LAYERS, seed=0, device=CPU)
+    add_lora(network, names=LANGUAGE_LAYERS, rank=1, seed=0, device=CPU)
     changed = [name for name, module in network.named_modules() if isinstance(module, LoraLinear)]
     assert len(changed) == 14 * layers and not any("vit" in name for name in changed)
     assert {name for name, _ in merged(network)} == before
     with pytest.raises(ValueError, match="nothing to learn.*no_such_proj"):
-        add_lora(network, 1, 1, "no_such_proj", 0, CPU)
+        add_lora(network, "no_such_proj", 1, 0, CPU)
 
 
 def test_names_of_qwen_s_language_layers():
     model = Policy.tiny().model
-    add_lora(model, rank=1, alpha=1, names=QWEN_LAYERS, seed=0, device=CPU)
+    add_lora(model, names=QWEN_LAYERS, rank=1, seed=0, device=CPU)
     changed = [name for name, module in model.named_modules() if isinstance(module, LoraLinear)]
     assert len(changed) == 7 * 4 and not any("visual" in name for name in changed)
 
@@ -135,7 +135,7 @@ def test_dropout_acts_on_the_correction_in_training_alone():
     module, x = nn.Linear(6, 9), drawn(4, 6)
     plain = module(x)
     box = nn.ModuleDict({"q_proj": module})
-    (a, b) = add_lora(box, rank=2, alpha=4, names="q_proj", seed=0, device=CPU, dropout=0.25)
+    (a, b) = add_lora(box, names="q_proj", rank=2, seed=0, device=CPU, dropout=0.25)
     b.data = drawn(9, 2)
     correction = 2 * x @ a.T @ b.T
     torch.testing.assert_close(box.eval()["q_proj"](x), plain + correction)
@@ -154,7 +154,7 @@ def train_sharded(folder):
     world, folder = setup(threads=1), Path(folder)
     with torch.device("meta"):
         network = Small().bfloat16()
-    adapters = add_lora(network, 2, 8, NAMES, 0, CPU)
+    adapters = add_lora(network, NAMES, 2, 0, CPU)
     shard(network, network.blocks, world, ignored=adapters)
     load_network(network, folder / "base", "cpu")
     optimizer, x = (
