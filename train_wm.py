@@ -263,8 +263,7 @@ def make_sample(rows, model, read, args, key) -> tuple[list, LossTargets]:
     p = read_pictures(rows, read, with_warps=args.warp_weight > 0)
     if args.augment:
         p = augmented(p, stream)
-    context = model.arrange(p.context, p.reference)
-    turns = model.shown_headings(p.context, p.reference)
+    context, turns = model.arrange(p.context, p.reference)
     sentences = [instruction(motion) for motion in p.motions]
     if args.paraphrase:
         rng = numpy_stream("wording", *key)
@@ -283,7 +282,6 @@ def make_sample(rows, model, read, args, key) -> tuple[list, LossTargets]:
 
     segments = []
     for i, image in enumerate(context):
-        image = resize(image, model.settings.vae_limits)
         number = len(context) - 1 - i  # counted from the reference, which is the last one
         vae_image, vit_image = context_segments(image, number, model, stream)
         motion = (0.0, 0.0, 0.0, turns[i], 0.0)

@@ -330,7 +330,7 @@ class WorldModel:
     def see(self, images: list, streams: list | None, turns: Sequence[float] = ()) -> ContextImage:
         """R images of one size, as the VAE takes them -> what `Bagel.read_images` reads.
 
-        streams   R generators, see `encode`;  turns: (R,) of `shown_headings`, nothing: as the reference looks
+        streams   R generators, see `encode`;  turns: (R,) of `arrange`, nothing: as the reference looks
         """
         motion = torch.zeros(len(images), 5)
         if len(turns):
@@ -340,20 +340,16 @@ class WorldModel:
         latent = self.autoencoder.encode(pixels, streams)
         return ContextImage(latent, to_pixels(small).to(self.device), motion.to(self.device))
 
-    def arrange(self, images: list, reference: int, settings=None) -> list:
-        """The images of a query that the network is shown, in its order, the reference last: `select_context`."""
-        most = (settings or self.settings).max_context
-        return [images[i] for i in select_context(len(images), reference, most)]
+    def arrange(self, images: list, reference: int, settings=None) -> tuple[list, list[float]]:
+        """The images of a query as the network is shown them, in the order of `select_context` and of the VAE's size.
 
-    def shown_headings(self, images: list, reference: int, settings=None) -> list[float]:
-        """Where the images of `arrange` look, degrees right of the reference; all 0 without Settings.rays."""
+        returns   these, and where each looks: degrees right of the reference; all 0 without Settings.rays
+        """
         settings = settings or self.settings
         order = select_context(len(images), reference, settings.max_context)
-        if not settings.rays:
-            return [0.0] * len(order)
-        small = [resize(np.asarray(image), settings.vae_limits) for image in images]
-        turns = headings(small)
-        return [turns[i] - turns[reference - 1] for i in order]
+        images = [resize(np.asarray(image), settings.vae_limits) for image in images]
+        turns = headings(images) if settings.rays else [0.0] * len(images)
+        return [images[i] for i in order], [turns[i] - turns[reference - 1] for i in order]
 
     # ---- imagining
 
@@ -374,9 +370,7 @@ class WorldModel:
             self.warned = True
         alike = {}  # arranged queries by the shapes of their images
         for index, query in enumerate(queries):
-            images = self.arrange(query.images, query.reference, settings)
-            images = [resize(np.asarray(image), settings.vae_limits) for image in images]
-            turns = self.shown_headings(query.images, query.reference, settings)
+            images, turns = self.arrange(query.images, query.reference, settings)
             sentence = renumbered(query.instruction, len(images))
             if settings.form:
                 _, motion = read_instruction(sentence)

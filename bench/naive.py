@@ -19,12 +19,11 @@ import copy
 import itertools
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import LogitsProcessorList
 
-from lib.bagel import GEN, LATENT_PATCH, patchify, ray_features, resize, to_images, unpatchify
+from lib.bagel import GEN, LATENT_PATCH, patchify, ray_features, to_images, unpatchify
 from lib.geometry import delta_of
 from lib.simulators import read_instruction, renumbered
 from lib.streams import sample_tokens
@@ -48,12 +47,11 @@ def latent(model, query, **changes):
     """
     network, s = model.network, replace(model.settings, **changes)
     stream = torch.Generator().manual_seed(query.seed)
-    images = model.arrange(query.images, query.reference, s)
-    encoded = [model.see([resize(np.asarray(image), s.vae_limits)], [stream]) for image in images]
+    images, turns = model.arrange(query.images, query.reference, s)
+    encoded = [model.see([image], [stream]) for image in images]
     ids = model.texts([renumbered(query.instruction, len(images))])[0][0]
 
     full = nothing(network)
-    turns = model.shown_headings(query.images, query.reference, s)
     for i, (clean, pixels, _) in enumerate(encoded):
         number = len(encoded) - 1 - i
         read_vae(network, full, clean, number, turns[i])

@@ -31,7 +31,7 @@ from lib.geometry import (
     move_camera,
 )
 from lib.images import PictureError, read, read_warp, save_image
-from lib.protocol import check_kinds, check_triple
+from lib.protocol import check_triple
 from lib.records import Triple, disk, load_jsonl, read_log, write_text
 from lib.rooms import random_room, render
 from lib.simulators import SimulatorError, instruction
@@ -52,7 +52,6 @@ class Prediction(TypedDict):
     kind: str  # "mca" multiple choice, "na" numeric
     category: str
     groups: list[str]  # of the bench's tables
-    error_group: str | None  # MMSI-Video: which kind of failure a wrong answer is
     needs_view: bool | None
     scene: str | int  # room, video or question: what an interval draws as a whole
     gold: str | None
@@ -112,23 +111,6 @@ def failure(row: dict) -> tuple[bool, int]:
 # ---- predictions.jsonl ----------------------------------------------------------------------------------------------
 
 
-def rows_of_file(file: Path) -> list[dict]:
-    """The rows of a file; a line that was cut off by a kill, or is no object, is left out.
-
-    Exits at one of this version whose values are of other kinds.
-    """
-    rows = read_log(file)
-    for row in rows:
-        try:
-            if row.get("version") == VERSION:
-                check_kinds(row, Prediction)
-        except ValueError as error:
-            fail(
-                f"{file}: the line of question {row.get('key')} {error}; take it out, it is asked again"
-            )
-    return rows
-
-
 def append_predictions(out: Path, world: World, rows: list[Prediction]) -> None:
     """Add lines to this process's file."""
     name = "predictions.jsonl" if world.size == 1 else f"predictions_rank{world.rank}.jsonl"
@@ -145,7 +127,7 @@ def gather_predictions(out: Path) -> None:
     files_of_ranks = sorted(out.glob("predictions_rank*.jsonl"))
     lines = {}
     for file in [out / "predictions.jsonl", *files_of_ranks]:
-        for row in rows_of_file(file):
+        for row in read_log(file):
             identity = json.dumps([row.get(key) for key in (*SETTINGS, "key", "digest")])
             before = failure(lines.setdefault(identity, row))
             if before > NO_FAILURE and failure(row) <= before:
@@ -160,7 +142,7 @@ def load_predictions(out: Path, settings: dict, questions: list[dict]) -> dict[s
     """{key: prediction} of the questions that were asked with these SETTINGS, failures among them."""
     digests = {key: digest(question) for key, question in with_keys(questions)}
     predictions = {}
-    for row in rows_of_file(out / "predictions.jsonl"):
+    for row in read_log(out / "predictions.jsonl"):
         if settings.items() <= row.items() and digests.get(row.get("key")) == row.get("digest"):
             predictions[row["key"]] = row
     return predictions

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -35,11 +34,10 @@ PICTURES = ("context", "context_depth", "images", "target", "warp", "views")  # 
 def whole_file(path: str | Path) -> Iterator[Path]:
     """`with whole_file(path) as beside:` write `beside`, and it is renamed to `path`; of a failure nothing is left.
 
-    Folders above it are made. Its name beside says who writes, for `remove_leftovers`.
+    Folders above it are made.
     """
     path = Path(path)
-    writer = f"{os.getpid()}@{socket.gethostname()}"
-    beside = path.with_name(f".{uuid.uuid4().hex[:8]}-{writer}.partial")
+    beside = path.with_name(f".{uuid.uuid4().hex[:8]}.partial")
     try:
         with disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,18 +57,6 @@ def sync(path: str | Path) -> None:
         if error.errno != errno.EINVAL:  # some file systems cannot do it for folders
             raise
     os.close(number)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what dead processes of this machine left half written by `whole_file`, anywhere below a folder.
-
-    What another machine that shares the disk wrote is its own to judge.
-    """
-    for file in folder.rglob(".*@*.partial"):
-        pid, host = file.name.removesuffix(".partial").split("-", 1)[1].split("@", 1)
-        alive = Path("/proc", pid).exists() and int(pid) != os.getpid()  # we have only begun
-        if host == socket.gethostname() and not alive:
-            file.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

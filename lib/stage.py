@@ -29,7 +29,7 @@ from lib.distributed import (
     wait_for_all,
     without_keys,
 )
-from lib.records import disk, remove_leftovers, write_card, write_json
+from lib.records import disk, write_card, write_json
 from lib.streams import Clock, compare_with_earlier_run, fingerprints
 
 # ---- flags ---------------------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ HOLD_PATIENCE = 15.0  # seconds for a run before this one, which may be saving
 def hold(folder: str | Path) -> None:
     """Keep a folder to this run from now on, or stop with a sentence: rank 0 locks a file in it (a collective).
 
-    Every command that writes a folder calls it, no reader does. What dead runs left half written goes.
+    Every command that writes a folder calls it, no reader does.
     """
     path = Path(os.path.abspath(folder), ".lock")
     is_held = False
@@ -175,7 +175,6 @@ def hold(folder: str | Path) -> None:
                 file.write(f"process {os.getpid()} on {socket.gethostname()}: {command}")
                 file.flush()
             HELD[path] = file
-            remove_leftovers(path.parent)
         is_held = True
     finally:  # the other ranks must hear of a failure
         failures = global_sum(float(not is_held))

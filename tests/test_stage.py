@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -201,18 +200,6 @@ def test_where_nothing_can_be_locked_a_run_is_warned_and_goes_on(tmp_path, monke
     monkeypatch.setattr(fcntl, "flock", flock)
     hold(tmp_path)
     assert "No locks available. Let no other run write to" in capsys.readouterr().out
-
-
-def test_what_dead_processes_left_half_written_goes(tmp_path):
-    here = socket.gethostname()
-    names = {f".0a1b2c3d-{2**22 + 1}@{here}.partial": False, ".0a1b2c3d-9@elsewhere.partial": True}
-    with Child(lambda: None) as writing:
-        names |= {f".0a1b2c3d-{writing.pid}@{here}.partial": True, "views.partial": True}
-        for name in names:
-            (tmp_path / "views" / name).parent.mkdir(exist_ok=True)
-            (tmp_path / "views" / name).write_text("half")
-        hold(tmp_path)
-        assert {name: (tmp_path / "views" / name).exists() for name in names} == names
 
 
 def test_a_rank_ends_with_its_parent():

@@ -343,7 +343,7 @@ def test_what_the_demo_trains_on_is_what_it_samples_with(keep_text):
     model, query = tiny(), queries(2)[1]
     network = random_network(model.network.config)
     network.markers, model.network = model.network.markers, network
-    images = model.arrange(query.images, query.reference)
+    images, turns = model.arrange(query.images, query.reference)
     alpha = np.full((32, 32, 4), 255, np.uint8)
     files = dict(enumerate(query.images)) | {"target": query.images[0], "warp": alpha}
     row = {"context": list(range(len(query.images))), "reference": query.reference}
@@ -353,7 +353,6 @@ def test_what_the_demo_trains_on_is_what_it_samples_with(keep_text):
     segments, _ = train_wm.make_sample([row], model, files.get, args, (0, 0, 0))
     x_t, t = segments[-1].x_t[None], segments[-1].t
     p = pack([[segments]], network.markers, network.config)
-    turns = model.shown_headings(query.images, query.reference)
     assert turns[-1] == 0 and len(set(turns)) == len(images)
     context = [model.see([image], None, [turns[k]]) for k, image in enumerate(images)]
     text = model.texts([instruction(Motion(**motion))])
@@ -571,10 +570,10 @@ def test_a_query_gives_the_same_view_alone_and_in_a_mixed_batch():
 
 
 def test_the_reference_is_shown_last_after_the_latest_others():
-    images = ["a", "b", "c", "d", "e"]
-    assert tiny(max_context=4).arrange(images, 5) == ["b", "c", "d", "e"]
-    assert tiny(max_context=4).arrange(images, 2) == ["c", "d", "e", "b"]
-    assert tiny(max_context=2).arrange(images, 4) == ["e", "d"]
+    images = [np.full((32, 32, 3), level, np.uint8) for level in range(5)]
+    for most, reference, order in ((4, 5, [1, 2, 3, 4]), (4, 2, [2, 3, 4, 1]), (2, 4, [4, 3])):
+        shown, _ = tiny(max_context=most).arrange(images, reference)
+        assert [image[0, 0, 0] for image in shown] == order
 
 
 @pytest.mark.parametrize("pitch", [0, -20])
@@ -591,10 +590,10 @@ def test_a_view_from_the_middle_of_a_ring_says_where_it_looks(pitch):
 def test_headings_are_told_from_the_reference_in_the_order_shown():
     ring = [np.full((32, 32, 3), level, np.uint8) for level in (0, 60, 120, 180)]
     model = tiny()
-    assert np.mod(model.shown_headings(ring, 2), 360).tolist() == [270, 180, 90, 0]
-    turns = model.shown_headings([*ring, ring[2]], 5)  # it looks where Image-3 does
+    assert np.mod(model.arrange(ring, 2)[1], 360).tolist() == [270, 180, 90, 0]
+    _, turns = model.arrange([*ring, ring[2]], 5)  # it looks where Image-3 does
     assert np.mod(turns, 360).tolist() == [180, 90, 0, 270, 0]
-    assert tiny(rays=False).shown_headings(ring, 2) == [0, 0, 0, 0]
+    assert tiny(rays=False).arrange(ring, 2)[1] == [0, 0, 0, 0]
 
 
 def test_rays_after_a_motion_are_those_of_the_camera_that_moved():

@@ -85,7 +85,7 @@ class Walk:
         imagined = self.model.imagine([query])[0]
         true = render(self.room, pose, self.size)["rgb"][0]
 
-        shown = self.model.arrange(self.images, self.reference)
+        shown, _ = self.model.arrange(self.images, self.reference)
         small = np.asarray(Image.fromarray(imagined).resize((SIZE, SIZE), Image.BOX))
         recovered, _ = recover(self.room, start, small[None], size=SIZE)
         error = pose_error(delta_of(motion), recovered[0])

@@ -67,7 +67,7 @@ def test_the_sentence_is_the_one_that_the_simulator_reads(walk):
     look.obey(walk, "q")
     sight, sentence = walk.words[0].split(": ")
     assert read_instruction(sentence) == (None, Motion("dangle", -45.0))
-    assert f"{len(walk.model.arrange(walk.images[:4], 2))} images, Image-2 last" in sight
+    assert f"{len(walk.model.arrange(walk.images[:4], 2)[0])} images, Image-2 last" in sight
 
 
 def test_a_given_view_begins_again_and_n_is_another_room(walk):
