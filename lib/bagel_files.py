@@ -9,7 +9,6 @@ Files of models: where they are and whether they fit; the files of a BAGEL check
 """
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,15 +27,6 @@ NETWORK, AUTOENCODER = "ema.safetensors", "ae.safetensors"
 PUBLISHED = "*.safetensors *.json *.txt *.jinja README.md".split()  # taken of a hub id
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 REMEDY = "Fetch it again, or name another."
-# names in diffusers' autoencoder and in FLUX's: of its attention, of the rest
-FLUX_ATTN = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-FLUX_NAMES = {
-    "encoder.down_blocks.": "encoder.down.",
-    "resnets": "block",
-    "samplers.0.conv": "sample.conv",
-    "conv_shortcut": "nin_shortcut",
-    "conv_norm_out": "norm_out",
-}
 
 
 # ---- any model: is it there, does it fit ----------------------------------------------------------------------------------
@@ -138,6 +128,7 @@ class FluxLatents:
         fp32 tensors are used as they are, not copied. Raises ValueError naming what is missing, unknown or misshapen.
         """
         from diffusers import AutoencoderKL
+        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
         self.path = path
         contents(path)  # says what is wrong with a broken file
@@ -151,28 +142,25 @@ class FluxLatents:
         complain(unfit, [f"{key} (missing)" for key in sizes if key not in tensors])
         *widths, moments = (len(tensors[key]) for key in sizes)
         self.channels = moments // 2
+        blocks_of = {"down_block_types": ["DownEncoderBlock2D"] * levels}
+        blocks_of["up_block_types"] = ["UpDecoderBlock2D"] * levels
         with torch.device("meta"):
             self.vae = AutoencoderKL(
                 block_out_channels=widths,
                 layers_per_block=blocks,
                 latent_channels=self.channels,
                 norm_num_groups=32,
-                down_block_types=["DownEncoderBlock2D"] * levels,
-                up_block_types=["UpDecoderBlock2D"] * levels,
+                **blocks_of,
                 use_quant_conv=False,
                 use_post_quant_conv=False,
             )
-        state = self.vae.state_dict()
-        expected = {}
-        for key, value in state.items():
-            # FLUX's attention is made of 1 x 1 convolutions, (out, in, 1, 1), diffusers' of linear layers, (out, in).
-            ones = (1, 1) if ".attentions." in key and value.dim() == 2 else ()
-            expected[to_flux(key, levels)] = (*value.shape, *ones)
-        complain(unfit, misfits(expected, tensors))
-        check_finite(path, tensors.items())
-        for key, value in state.items():
-            state[key] = tensors[to_flux(key, levels)].float().view(value.shape)
-        self.vae.load_state_dict(state, assign=True)
+        shapes = {key: value.shape for key, value in self.vae.state_dict().items()}
+        state = convert_ldm_vae_checkpoint(tensors, blocks_of)  # in the names of diffusers
+        complain(unfit, misfits(shapes, state))
+        others = len(tensors) - len(state)  # which the conversion does not know
+        complain(unfit, [f"{others} of its tensors are no part of one"] * (others > 0))
+        check_finite(path, state.items())
+        self.vae.load_state_dict({key: x.float() for key, x in state.items()}, assign=True)
         self.vae.requires_grad_(False).eval()
 
     def moments(self, pixels):
@@ -206,19 +194,6 @@ class FluxLatents:
         """Write ae.safetensors as it came: it is frozen."""
         if not Path(folder).samefile(self.path.parent):
             shutil.copyfile(self.path, Path(folder) / AUTOENCODER)
-
-
-def to_flux(key: str, levels: int) -> str:
-    """A key of diffusers' AutoencoderKL -> its name in ae.safetensors, FLUX's own (of 4 levels 3 is decoded first)."""
-    if match := re.match(r"decoder\.up_blocks\.(\d+)", key):
-        key = key.replace(match[0], f"decoder.up.{levels - 1 - int(match[1])}")
-    if match := re.search(r"mid_block\.resnets\.(\d)", key):
-        key = key.replace(match[0], f"mid.block_{int(match[1]) + 1}")
-    for diffusers, flux in FLUX_ATTN.items():
-        key = key.replace(f"mid_block.attentions.0.{diffusers}.", f"mid.attn_1.{flux}.")
-    for diffusers, flux in FLUX_NAMES.items():
-        key = key.replace(diffusers, flux)
-    return key
 
 
 # ---- folders -------------------------------------------------------------------------------------------------------------

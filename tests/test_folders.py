@@ -11,12 +11,13 @@ import pytest
 import torch
 import transformers
 from diffusers import AutoencoderKL
+from flux import to_flux
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import world_model
 from lib.bagel import Bagel, Config
-from lib.bagel_files import AUTOENCODER, MARKERS, NETWORK, check_finite, to_flux
+from lib.bagel_files import AUTOENCODER, MARKERS, NETWORK, check_finite
 from lib.packing import table_ids
 from lib.protocol import prompt_text
 from policy import Policy

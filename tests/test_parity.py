@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from bagel_parity import TO_DRAW, Case, Recording, checked, generation, main, opened, word_logits
+from flux import to_flux
 from safetensors.torch import load_file, save_file
 
-from lib.bagel_files import AUTOENCODER, NETWORK, to_flux
+from lib.bagel_files import AUTOENCODER, NETWORK
 from lib.packing import Text, VaeImage, pack
 from world_model import guided
 
