@@ -32,7 +32,6 @@ import gc
 import importlib.util
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -172,10 +171,8 @@ def ask_missing(
     args        with `out`, the folder, and `batch`, dialogues at once: memory and speed only
     """
     out = Path(args.out)
-    final = set()
-    for key, row in answers.load_predictions(out, condition.settings, questions).items():
-        if answers.failure(row) == answers.NO_FAILURE:
-            final.add(key)
+    rows = answers.load_predictions(out, condition.settings, questions)
+    final = {key for key, row in rows.items() if answers.failure(row) == answers.NO_FAILURE}
     if hasattr(policy, "endpoint"):  # a server may give one mode and refuse the tools of another
         policy.endpoint.served = bool(final)
     source = f"{condition.settings['policy']} with {condition.simulator}"
@@ -186,15 +183,15 @@ def ask_missing(
         )
     missing = [pair for pair in with_keys(questions) if pair[0] not in final]
     own = missing[world.rank :: world.size]
+    title = f"{condition.mode}, {condition.simulator}"
+    silent = not own or not is_main()
     try:
-        for predictions, dialogues in evaluate_policy(
-            policy, bench, own, condition, simulator, args.batch
-        ):
-            for prediction, dialogue in zip(predictions, dialogues, strict=True):
-                images = dialogue.images if dialogue else []
-                views = images[len(images) - len(prediction["calls"]) :]
-                prediction["views"] = answers.save_views(out, views)
+        for start in tqdm(range(0, len(own), args.batch), title, unit="batch", disable=silent):
+            pairs = own[start : start + args.batch]
+            predictions, stop = ask_batch(policy, bench, pairs, condition, simulator, args)
             answers.append_predictions(out, world, predictions)
+            if stop:
+                raise stop
     except KeyboardInterrupt:
         say(f"Stopped. The answers so far are in {out}; the same command goes on from there.")
         raise SystemExit(130) from None
@@ -202,55 +199,40 @@ def ask_missing(
         fail(f"{error} The answers so far are in {out}; the same command goes on from there.")
 
 
-def evaluate_policy(
-    policy, bench, pairs: list[tuple], condition: Condition, simulator=None, batch: int = 64
-) -> Iterator[tuple[list[Prediction], list[Trajectory | None]]]:
-    """Ask every question once, greedily -> the predictions and dialogues of one batch after the other.
+def ask_batch(
+    policy, bench, pairs: list[tuple], condition: Condition, simulator, args
+) -> tuple[list[Prediction], SimulatorError | None]:
+    """Ask some questions once, greedily -> what was answered, and the error by which a server stopped, or None.
 
     pairs   of `with_keys`;  the others as in `ask_missing`
-    A question that could not be asked has None for its dialogue. Where a server goes down, what it has answered is
-    yielded, then SimulatorError raised.
+    A question that a stopped server did not answer is left to the next run.
     """
-    title = f"{condition.mode}, {condition.simulator}"
-    silent = not pairs or not is_main()
-    for start in tqdm(range(0, len(pairs), batch), desc=title, unit="batch", disable=silent):
-        clock = time.time()
-        batch_pairs = pairs[start : start + batch]
-        outcomes, stop = ask_batch(policy, bench, batch_pairs, condition, simulator, batch)
-        seconds = round((time.time() - clock) / len(batch_pairs), 4)
-        predictions, dialogues = [], []
-        for key, question in batch_pairs:
-            outcome = outcomes[key]
-            if isinstance(outcome, SimulatorError) and outcome.down:
-                continue  # the next run asks it
-            row = prediction_of(bench, key, question, outcome, condition, seconds)
-            predictions.append(row)
-            dialogues.append(outcome if isinstance(outcome, Trajectory) else None)
-        yield predictions, dialogues
-        if stop:
-            raise stop
-
-
-def ask_batch(
-    policy, bench, pairs: list[tuple], condition: Condition, simulator, batch: int
-) -> tuple[dict[str, Trajectory | SimulatorError], SimulatorError | None]:
-    """-> {key: its dialogue, or why there is none}, and the error by which a server stopped, or None."""
-    failures, prompts = {}, {}
+    clock = time.time()
+    outcomes, prompts = {}, {}  # by key: the dialogue, or why there is none; what is asked
     for key, question in pairs:
         try:
             images = bench.images(question)
             for number, image in enumerate(images, 1):
                 check_shape(image, f"Image-{number}")
         except PictureError as error:
-            failures[key] = SimulatorError(f"image: {error}")
+            outcomes[key] = SimulatorError(f"image: {error}")
             continue
         words = bench.prompt(question, condition.mode)
         prompts[key] = {**question, "images": images, "prompt": words}
-    if not prompts:
-        return failures, None
-    questions = list(prompts.values())
-    dialogues, stop = hold_dialogues(policy, questions, condition, simulator, batch)
-    return failures | dict(zip(prompts, dialogues, strict=True)), stop
+    stop = None
+    if prompts:
+        asked = list(prompts.values())
+        dialogues, stop = hold_dialogues(policy, asked, condition, simulator, args.batch)
+        outcomes |= zip(prompts, dialogues, strict=True)
+    seconds = round((time.time() - clock) / len(pairs), 4)
+    predictions = []
+    for key, question in pairs:
+        outcome = outcomes[key]
+        if isinstance(outcome, SimulatorError) and outcome.down:
+            continue
+        row = prediction_of(bench, key, question, outcome, condition, seconds, Path(args.out))
+        predictions.append(row)
+    return predictions, stop
 
 
 def hold_dialogues(
@@ -276,14 +258,16 @@ def hold_dialogues(
 
 
 def prediction_of(
-    bench, key: str, question: dict, outcome, condition: Condition, seconds: float
+    bench, key: str, question: dict, outcome, condition: Condition, seconds: float, out: Path
 ) -> Prediction:
-    """One line of predictions.jsonl, but for its views; a question that could not be asked is a wrong answer.
+    """One line of predictions.jsonl; a question that could not be asked is a wrong answer.
 
-    outcome   its Trajectory, or the SimulatorError that stands in its place
+    outcome   its Trajectory, or the SimulatorError that stands in its place;  out: where its views are saved
     """
     has_dialogue = isinstance(outcome, Trajectory)
     dialogue = outcome if has_dialogue else Trajectory(question, condition.mode)
+    calls = [call for call in dialogue.provenance if call]
+    views = dialogue.images[len(dialogue.images) - len(calls) :]
     scene = question.get("scene") or {}
     return {
         "key": key,
@@ -297,7 +281,8 @@ def prediction_of(
         "simulator": condition.simulator,
         "said": dialogue.answer,
         **{name: getattr(dialogue, name) for name in COPIED},
-        "calls": [call for call in dialogue.provenance if call],
+        "calls": calls,
+        "views": answers.save_views(out, views),
         "seconds": seconds,
         "cost": cost_of(dialogue),
         **bench.judge(question, dialogue, condition.mode),

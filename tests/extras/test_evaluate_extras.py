@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from test_real_views import Matcher, detect, triples
 
 import data
 import evaluate
-from evaluate import conditions_of, evaluate_policy, main, open_bench, parse_args
+from evaluate import ask_batch, conditions_of, main, open_bench, parse_args
 from extras.benches import common
 from extras.benches.mindcube import make_mindcube
 from extras.remote import client
@@ -393,7 +394,8 @@ def test_published_records_are_scored_grouped_and_weighted_by_their_own_rules(mo
     monkeypatch.setattr(bench, "images", lambda question: question["images"])
     for mode in ("direct", "official"):
         column = condition(mode)
-        (rows, _), *_ = evaluate_policy(None, bench, with_keys(questions), column)
+        args = SimpleNamespace(out="nowhere", batch=64)
+        rows, _ = ask_batch(None, bench, with_keys(questions), column, None, args)
         assert [row["correct"] for row in rows] == [1.0, 1.0, 0.0, 0.0]
     assert prompts[:4] == [None] * 4 and "How many?" in prompts[4][-1]
     summary = summarise(rows)

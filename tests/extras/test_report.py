@@ -13,7 +13,6 @@ from data import room_questions
 from evaluate import Condition, Rooms, prediction_of
 from extras.report import report
 from extras.report.pages import dialogue_rows
-from lib.answers import save_views
 from lib.dialogue import Trajectory
 from lib.geometry import Motion
 from lib.images import save_image
@@ -62,8 +61,7 @@ def page(tmp_path_factory):
             records, (held(arrays, "direct", row["answer"], [], []), asked), strict=True
         ):
             column = Condition(mode, name, {"mode": mode})
-            record = prediction_of(Rooms(), row["id"], arrays, t, column, 0.1)
-            record["views"] = save_views(out, t.images[len(row["images"]) :])
+            record = prediction_of(Rooms(), row["id"], arrays, t, column, 0.1, out)
             records[mode, name][row["id"]] = json.loads(json.dumps(record))
     summaries = {mode: summarise(list(told.values())) for (mode, _), told in records.items()}
     shown = dialogue_rows(records, rows)
