@@ -249,7 +249,7 @@ def hold_dialogues(
         if mode in BASELINES:
             from extras.report.search import METHODS
 
-            return METHODS[mode](policy, questions, simulator, seed, limit, batch), None
+            return METHODS[mode](policy, questions, simulator, seed), None
         from extras.remote.client import converse
 
         return converse(policy, questions, simulator, mode, seed), None
@@ -552,7 +552,7 @@ FLAGS = {  # type, default, help
         COUNT,
         None,
         "questions at once: memory and speed only (default: of a tiny policy 64, of a published one 8, of --policy-url "
-        "--concurrency; search, gate: 4 or so for an 8B policy that reads sheets of many views)",
+        "--concurrency)",
     ),
     "--threads": (COUNT, None, "CPU threads"),
 }

@@ -9,8 +9,8 @@ neighbouring motions of one kind are one. Every view is imagined from the origin
 simulator takes one motion per call, so longer paths are chained; seeds belong to paths, so the views on the way are the
 same every time and are not imagined again. A node is the dialogue in which the policy calls for exactly this path.
 
-The policy judges in words: it writes scores and plans, so it has to follow instructions, which a tiny one cannot
-(`check_policy`). The prompts are our own words.
+The policy is a served one (extras/remote/client.py): it writes scores and plans, so it has to follow instructions. The
+prompts are our own words.
 
 Departures. No question is skipped: with more than two images too, it is searched from the image that its words name
 first ("Start from Image-2 ..."), else from Image-1. Images keep their size (there: short side 512). Scores that cannot
@@ -36,7 +36,6 @@ from lib.images import load_image
 from lib.protocol import LIMITS, call_of, call_text, motion_in
 from lib.simulators import SimulatorError, imagine_each, phrase
 from lib.streams import numpy_stream, stream_seed
-from policy import encode_images, rollout, write_turns
 
 # MindJourney's code with Stable Virtual Camera
 STEPS = 3
@@ -56,7 +55,6 @@ RETRIES = 5  # of scores that cannot be read; then random 0 to 5, so that nothin
 SAMPLES = 5  # votes
 PLANS = 5  # distinct ones
 ATOMS = 6  # views of a plan
-TURNS = 10  # until an answer, as in policy.rollout
 
 Path = tuple  # (image number, Motion, Motion, ...)
 
@@ -138,11 +136,9 @@ class Imagined(Trajectory):
 class Run(NamedTuple):
     """What all questions have in common: the arguments of `search` and `gate`."""
 
-    policy: object
+    policy: RemotePolicy
     simulator: object
     seed: int
-    limit: int
-    rows: int
 
 
 class Tree:
@@ -157,10 +153,6 @@ class Tree:
         self.cost = self.root.cost
         self.start = (first_image_named(question, len(images)),)
         self.nodes = {(number,): self.root for number in range(1, len(images) + 1)}
-
-    def charge(self, dialogue: Trajectory) -> None:
-        """Book what the policy wrote and read in a dialogue of its own."""
-        self.cost.update(policy_calls=len(dialogue.turns), tokens=len(dialogue.ids))
 
     def view(self, path: Path) -> np.ndarray:
         """(H, W, 3) uint8 at the end of a path."""
@@ -223,11 +215,10 @@ def imagine_level(run: Run, level: list[tuple[Tree, Path]]) -> None:
 
 
 def check_policy(policy) -> None:
-    """End with a sentence where a policy cannot judge in words."""
-    if policy.turn_limit < RemotePolicy.turn_limit:
+    """End with a sentence where a policy is not a served one."""
+    if not isinstance(policy, RemotePolicy):
         fail(
-            "Modes search and gate ask the policy for scores and plans in words, which a tiny one cannot write: give "
-            "--policy-url and --model, or a published policy with --policy."
+            "Modes search and gate ask a served policy for scores and plans in words: give --policy-url and --model."
         )
 
 
@@ -269,36 +260,30 @@ def sheet(tree: Tree, paths: list[Path], name: str, task: str) -> Sheet:
     return Sheet(tree, name, [*texts[: len(images)], f"\n\n{words}\n\n{task}"], images)
 
 
-def ask(run: Run, sheets: list[Sheet], temperature=0.0, seed=0) -> list[str | None]:
+def ask(run: Run, sheets: list[Sheet], temperature: float = 0.0) -> list[str | None]:
     """A reply to each sheet, None where there is none: its tree then holds the error."""
     rows = []
     for one in sheets:
         name = f"{one.tree.name}, {one.name}"
         rows.append({"id": name, "question": one.name, "prompt": one.texts, "images": one.images})
-    if isinstance(run.policy, RemotePolicy):
-        policy = copy.copy(run.policy)
-        policy.temperature = temperature
-        replies = converse_or_errors(policy, rows, seed)
-    else:
-        options = {"max_turns": 1, "max_new_tokens": run.limit, "rows": run.rows}
-        replies = rollout(
-            run.policy, rows, None, "direct", temperature=temperature, seed=seed, **options
-        )
+    policy = copy.copy(run.policy)
+    policy.temperature = temperature
+    replies = converse_or_errors(policy, rows)
     texts = []
     for one, reply in zip(sheets, replies, strict=True):
         if isinstance(reply, SimulatorError):
             one.tree.error = reply
             texts.append(None)
         else:
-            one.tree.charge(reply)
+            one.tree.cost["policy_calls"] += len(reply.turns)
             texts.append(reply.turns[-1])
     return texts
 
 
-def converse_or_errors(policy: RemotePolicy, rows: list[dict], seed: int) -> list:
+def converse_or_errors(policy: RemotePolicy, rows: list[dict]) -> list:
     """`converse` without a tool; if the server is down, its errors stand in the list."""
     try:
-        return converse(policy, rows, None, "direct", seed)
+        return converse(policy, rows, mode="direct")
     except SimulatorError as error:
         return error.results
 
@@ -318,8 +303,7 @@ def rate(run: Run, sheets: list[Sheet], counts: list[int]) -> list[list[int]]:
         left = [k for k, one in enumerate(sheets) if scores[k] is None and not one.tree.error]
         if not left:
             break
-        seed = stream_seed("scores", run.seed, attempt)
-        texts = ask(run, [sheets[k] for k in left], float(attempt > 0), seed)
+        texts = ask(run, [sheets[k] for k in left], float(attempt > 0))
         for k, text in zip(left, texts, strict=True):
             scores[k] = read_scores(text, counts[k])
     for k, one in enumerate(sheets):
@@ -347,60 +331,31 @@ def rate_views(run: Run, views: dict[Tree, list[Path]], name: str, step: int) ->
 
 
 def answer_all(run: Run, evidence: dict[Tree, list[Path]], mode: str) -> list:
-    """Answer every question from its images and the views of its paths -> the result of `search`."""
+    """Answer every question from its images and the views of its paths, all in one message -> the result of `search`."""
     dialogues = {}
-    remote = isinstance(run.policy, RemotePolicy)
     for tree, paths in evidence.items():
-        if tree.error:
-            continue
-        dialogue = tree.dialogue(run.policy, paths)
-        tree.cost["shown"] += dialogue.valid_calls
-        dialogue.max_rounds = dialogue.valid_calls  # a further call is refused
-        if not dialogue.valid_calls and not remote:  # nothing to say about a tool
-            dialogue = Imagined.start(run.policy, tree.question, tree.root.images, "direct")
-            dialogue.cost = tree.cost
-        dialogues[tree] = dialogue
-    if remote:
-        answer_remotely(run, dialogues)
-    else:
-        answer_locally(run, list(dialogues.values()))
-    for dialogue in dialogues.values():
-        dialogue.mode = mode
-    results = [tree.error or dialogues[tree] for tree in evidence]
-    for tree in evidence:
-        if tree.error and tree.error.down:
-            raise SimulatorError(str(tree.error), True, results)
-    return results
-
-
-def answer_locally(run: Run, dialogues: list[Imagined]) -> None:
-    """Let a local policy go on with its dialogues, greedily; nothing more is imagined."""
-    for start in range(0, len(dialogues), run.rows):
-        batch = dialogues[start : start + run.rows]
-        encode_images(run.policy, batch)
-        turns_before = [len(dialogue.turns) for dialogue in batch]
-        write_turns(run.policy, batch, TURNS, run.limit)
-        for dialogue, before in zip(batch, turns_before, strict=True):
-            dialogue.cost.update(
-                policy_calls=len(dialogue.turns) - before, tokens=len(dialogue.ids)
-            )
-
-
-def answer_remotely(run: Run, dialogues: dict[Tree, Imagined]) -> None:
-    """Ask a remote policy, which sees all views in one message; its turns join the dialogue."""
+        if not tree.error:
+            dialogues[tree] = tree.dialogue(run.policy, paths)
+            tree.cost["shown"] += dialogues[tree].valid_calls
     rows = [with_views(tree, dialogue) for tree, dialogue in dialogues.items()]
-    replies = converse_or_errors(run.policy, rows, run.seed)
+    replies = converse_or_errors(run.policy, rows)
     for (tree, dialogue), reply in zip(dialogues.items(), replies, strict=True):
         if isinstance(reply, SimulatorError):
             tree.error = reply
             continue
-        tree.charge(reply)
+        tree.cost["policy_calls"] += len(reply.turns)
+        dialogue.mode = mode
         dialogue.turns += reply.turns
         dialogue.replies += reply.replies
         dialogue.invalid_calls += reply.invalid_calls
         dialogue.unreadable += reply.unreadable
         dialogue.answer = reply.answer
         dialogue.truncated = reply.truncated
+    results = [tree.error or dialogues[tree] for tree in evidence]
+    for tree in evidence:
+        if tree.error and tree.error.down:
+            raise SimulatorError(str(tree.error), True, results)
+    return results
 
 
 def with_views(tree: Tree, dialogue: Imagined) -> dict:
@@ -430,16 +385,15 @@ def path_of(dialogue: Imagined, number: int) -> Path:
 # ---- the two methods -----------------------------------------------------------------------------------------------
 
 
-def search(policy, questions: list[dict], simulator, seed=0, max_new_tokens=256, rows=64) -> list:
+def search(policy: RemotePolicy, questions: list[dict], simulator, seed: int = 0) -> list:
     """MindJourney: imagine around the current view in STEPS steps, show what helps, answer.
 
     questions   rows with "images" as paths or arrays;  simulator: anything with imagine(queries), or None
-    rows        dialogues written together, memory and speed only
     returns     an Imagined per question, of mode "search": its calls are the views that were shown
     raises      SimulatorError if a server is down, its `results` the list so far. What one request alone was refused
                 for stands in the list as a SimulatorError
     """
-    run = Run(policy, simulator, seed, max_new_tokens, rows)
+    run = Run(policy, simulator, seed)
     helps = {Tree(policy, question): {} for question in questions}  # {tree: {path: score}}
     beams = {tree: [tree.start] for tree in helps}
     for step in range(1, 1 + STEPS):
@@ -463,9 +417,9 @@ def search(policy, questions: list[dict], simulator, seed=0, max_new_tokens=256,
     return answer_all(run, evidence, "search")
 
 
-def gate(policy, questions: list[dict], simulator, seed=0, max_new_tokens=256, rows=64) -> list:
+def gate(policy: RemotePolicy, questions: list[dict], simulator, seed: int = 0) -> list:
     """AVIC without training: vote on whether to imagine, and along which plan. As `search`; the mode is "gate"."""
-    run = Run(policy, simulator, seed, max_new_tokens, rows)
+    run = Run(policy, simulator, seed)
     trees = [Tree(policy, question) for question in questions]
     plans = {}  # {tree: plans, each the paths of its views}
     for tree, votes in zip(trees, sampled_plans(run, trees), strict=True):
@@ -488,7 +442,7 @@ def sampled_plans(run: Run, trees: list[Tree]) -> list[list[Path | None]]:
     for tree in trees:
         task = TASKS["gate"].format(image=tree.start[0], types=types)
         sheets += [sheet(tree, [], f"vote {k}", task) for k in range(SAMPLES)]
-    texts = ask(run, sheets, 1.0, run.seed)
+    texts = ask(run, sheets, 1.0)
     plans = [read_plan(text, one.tree.start) for text, one in zip(texts, sheets, strict=True)]
     return [plans[k : k + SAMPLES] for k in range(0, len(plans), SAMPLES)]
 

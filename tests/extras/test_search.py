@@ -25,16 +25,15 @@ from extras.report.search import (
     waypoints,
 )
 from extras.world2vlm.transitions import end_pose
-from lib.dialogue import Trajectory
 from lib.geometry import Motion
 from lib.images import load_image
-from lib.protocol import ENOUGH, call_of
+from lib.protocol import call_of
 from lib.records import read_log
 from lib.rooms import TrueRenderer, random_room, render
 from lib.simulators import SimulatorError, read_instruction
 from policy import Policy
-from train_sft import call_texts
 
+REMOTE = RemotePolicy("http://127.0.0.1:1", "vlm")  # for dialogues that nobody answers
 F, L, R = ("dy", 1), ("dangle", -1), ("dangle", 1)  # kind and sign
 
 
@@ -80,12 +79,6 @@ class Noise:
         if any(isinstance(view, SimulatorError) for view in views):
             raise SimulatorError("some views are refused", False, views)
         return views
-
-
-@pytest.fixture(scope="module")
-def policy():
-    """A tiny policy: nothing that it writes can be read as scores, so these are random, from 0 to 5."""
-    return Policy.tiny(width=64)
 
 
 # ---- paths ----------------------------------------------------------------------------------------------------------
@@ -221,22 +214,22 @@ def test_plans_are_cut_into_atoms():
 def test_every_view_is_the_one_at_the_end_of_its_whole_path_from_the_original_image(tmp_path):
     row = data.room_questions(5_000_000, tmp_path)[0]
     row["images"] = [tmp_path / name for name in row["images"]]
-    tree, spy = Tree(Policy.tiny(), row), Noise()
+    tree, spy = Tree(REMOTE, row), Noise()
     ways = [
         path(2, (L, 45)),
         path(2, (L, 90)),
         path(2, (L, 45), (F, 0.5)),
         path(2, (L, 45), (F, 1.0)),
     ]
-    search.imagine(Run(Policy.tiny(), TrueRenderer(), 0, 8, 8), {tree: ways})
+    search.imagine(Run(REMOTE, TrueRenderer(), 0), {tree: ways})
     start, room = np.array(row["scene"]["poses"][1]), random_room(row["scene"]["room"])
     for way in ways:
         true = render(room, end_pose(start, way[1:]), 32)["rgb"][0]
         assert (tree.nodes[way].images[-1] == true).all()
     assert tree.cost["rendered"] == 4
 
-    again = Tree(Policy.tiny(), row)
-    search.imagine(Run(Policy.tiny(), spy, 0, 8, 8), {again: ways})
+    again = Tree(REMOTE, row)
+    search.imagine(Run(REMOTE, spy, 0), {again: ways})
     orders = []
     for query in spy.queries:
         _, motion_told = read_instruction(query.instruction)
@@ -248,22 +241,13 @@ def test_every_view_is_the_one_at_the_end_of_its_whole_path_from_the_original_im
     )
 
 
-def test_the_calls_are_the_turns_that_the_cold_start_teaches():
-    policy = Policy.tiny()
-    for step in (motion(L, 45), motion(F, 0.5), Motion("dx", 1.0)):
-        taught = [("<think>", 1), *call_texts(call_of(2, step))]
-        ids = [token for text, _ in taught for token in policy.encode_text(text)]
-        assert policy.encode_text(search.call_turn(2, step) + "<|im_end|>") == ids
-
-
 def test_an_answer_shows_views_by_kind_and_magnitude_and_what_leads_to_them():
-    policy = Policy.tiny()
     tree, ways = (
-        Tree(policy, question(0)),
+        Tree(REMOTE, question(0)),
         [path(2, (L, 45), (F, 0.5)), path(2, (L, 90)), path(2, (F, 1.0))],
     )
-    search.imagine(Run(policy, Noise(), 0, 8, 8), {tree: [path(2, (L, 45)), *ways]})
-    dialogue = tree.dialogue(policy, ways)
+    search.imagine(Run(REMOTE, Noise(), 0), {tree: [path(2, (L, 45)), *ways]})
+    dialogue = tree.dialogue(REMOTE, ways)
     calls = [tuple(call.values()) for call in dialogue.provenance if call]
     assert calls == [
         (2, "dy", 1.0),
@@ -281,55 +265,25 @@ def test_an_answer_shows_views_by_kind_and_magnitude_and_what_leads_to_them():
         "Image-5 is imagined from Image-2: turn 45 degrees to the left, and then move forward by 0.5 meters parallel to "
         "the ground.\n" in words
     )
-    own = search.with_views(Tree(policy, question(0, prompt=["a", "b", "c"])), dialogue)
+    own = search.with_views(Tree(REMOTE, question(0, prompt=["a", "b", "c"])), dialogue)
     assert len(own["prompt"]) == 1 + len(own["images"]) and own["prompt"][-1] == "c"
 
 
-def test_search_gives_the_same_whatever_the_batch(policy, monkeypatch):
-    monkeypatch.setattr(search, "THRESHOLD", 2)
-    asked = [question(k) for k in range(2)]
-    for method in (search.search, gate):
-        together = method(policy, asked, Noise(), 5, 24)
-        alone = [method(policy, [row], Noise(), 5, 24, 2)[0] for row in asked]
-        for a, b in zip(together, alone, strict=True):
-            assert (a.turns, a.provenance, a.cost) == (b.turns, b.provenance, b.cost)
-            assert all((x == y).all() for x, y in zip(a.images, b.images, strict=True))
-        if method is search.search:
-            assert any(t.valid_calls for t in together) and together[0].mode == "search"
-            assert {t.cost["shown"] for t in together} == {t.valid_calls for t in together}
-            assert all(
-                t.cost["rendered"] >= 12 and t.cost["policy_calls"] > t.cost["rendered"]
-                for t in together
-            )
+def test_a_view_has_noise_of_its_own_by_the_seed():
     seeds = []
     for seed in (5, 6, 5):
         noise = Noise()
-        search.imagine(Run(policy, noise, seed, 8, 8), {Tree(policy, asked[0]): [path(1, (L, 45))]})
+        search.imagine(Run(REMOTE, noise, seed), {Tree(REMOTE, question(0)): [path(1, (L, 45))]})
         seeds.append(noise.queries[0].seed)
     assert seeds[0] == seeds[2] != seeds[1]
 
 
-def test_nothing_helps_then_the_images_alone_answer(policy, monkeypatch):
-    (found,) = search.search(policy, [question(0)], Noise(), 0, 24)
-    plain = Trajectory.start(policy, question(0), question(0)["images"], "direct")
-    assert (
-        found.valid_calls == 0
-        and found.ids[: len(plain.ids)] == plain.ids
-        and found.mode == "search"
-    )
-    (nothing,) = search.search(policy, [question(0)], None, 0, 24)
-    assert (
-        nothing.turns == found.turns
-        and nothing.cost["rendered"] == 0
-        and nothing.cost["policy_calls"] == 1
-    )
-
-
-def test_a_view_that_is_refused_costs_no_answer_and_a_simulator_that_is_down_does(
-    policy, monkeypatch
-):
-    (found,) = search.search(policy, [question(0)], Noise(fails=("to the left",)), 0, 24)
-    assert found.turns and not any(call["value"] < 0 for call in found.provenance if call)
+def test_a_view_that_is_refused_costs_no_answer_and_a_simulator_that_is_down_does(monkeypatch):
+    with Fake(judging) as fake:
+        policy = RemotePolicy(fake.url, "vlm", **QUICK)
+        (found,) = search.search(policy, [question(0)], Noise(fails=("to the left",)), 0)
+    assert found.answer == "B" and found.cost["rendered"] == 6
+    assert not any(call["value"] < 0 for call in found.provenance if call)
 
     class Down:
         def imagine(self, queries):
@@ -338,31 +292,8 @@ def test_a_view_that_is_refused_costs_no_answer_and_a_simulator_that_is_down_doe
     voting(monkeypatch, *[motion(L, 45)] * 5)
     for method in (search.search, gate):
         with pytest.raises(SimulatorError, match="nobody there") as error:
-            method(policy, [question(0)], Down(), 0, 24)
+            method(REMOTE, [question(0)], Down(), 0)
         assert [result.down for result in error.value.results] == [True]
-
-
-def test_a_local_model_that_follows_instructions_is_asked_in_words(policy, monkeypatch):
-    """The tiny one does not, so nothing that it says can be read: no view passes, and the gate stays shut."""
-    asked, real = [], search.rollout
-    monkeypatch.setattr(
-        search,
-        "rollout",
-        lambda policy, sheets, *a, **flags: (
-            asked.extend(
-                (sheet["prompt"][-1].split()[-1], len(sheet["images"]), flags["temperature"])
-                for sheet in sheets
-            )
-            or real(policy, sheets, *a, **flags)
-        ),
-    )
-    (found,) = search.search(policy, [question(0)], Noise(), 0, 4)
-    assert found.valid_calls == 0 and found.cost["rendered"] == 9 and found.turns
-    assert asked == ([("commas.", 11, 0.0)] + [("commas.", 11, 1.0)] * search.RETRIES) * 2
-    asked.clear()
-    (found,) = gate(policy, [question(0)], Noise(), 0, 4)
-    assert found.valid_calls == 0 and found.cost["rendered"] == 0 and len(asked) == 5
-    assert search.search(policy, [], Noise()) == [] == gate(policy, [], Noise())
 
 
 # ---- the gate -------------------------------------------------------------------------------------------------------
@@ -374,24 +305,16 @@ def voting(monkeypatch, *plans):
     monkeypatch.setattr(search, "sampled_plans", lambda run, trees: [plans for _ in trees])
 
 
-def test_of_several_plans_the_one_that_scores_best_is_shown(policy, monkeypatch):
+def test_of_several_plans_the_one_that_scores_best_is_shown(monkeypatch):
     voting(monkeypatch, motion(L, 45), motion(F, 1), motion(R, 90), (), ())
     rated = []
     monkeypatch.setattr(
         search, "rate", lambda run, sheets, counts: rated.append(counts) or [[0, 9, 0]]
     )
-    (found,) = gate(policy, [question(0)], Noise(), 0, 24)
+    with Fake(judging) as fake:
+        (found,) = gate(RemotePolicy(fake.url, "vlm", **QUICK), [question(0)], Noise(), 0)
     assert {call["motion_type"] for call in found.provenance if call} == {"dy"} and rated == [[3]]
     assert found.cost["rendered"] == 5 + 4 + 6  # every 9 degrees or 0.25 m, six at most
-
-
-def test_a_further_call_is_refused_once_the_search_has_chosen(policy):
-    tree = Tree(policy, question(0))
-    search.imagine(Run(policy, Noise(), 0, 8, 8), {tree: [path(2, (L, 45))]})
-    dialogue = tree.dialogue(policy, [path(2, (L, 45))])
-    dialogue.max_rounds = dialogue.valid_calls
-    dialogue.say(policy, search.call_turn(1, motion(F, 1)))
-    assert dialogue.reply == ENOUGH
 
 
 # ---- a policy behind a URL ------------------------------------------------------------------------------------------
@@ -455,7 +378,12 @@ def test_scores_that_cannot_be_read_are_asked_for_again_and_then_nothing_passes(
         return says("All are nice." if scoring else "<think>x</think><answer>B</answer>")
 
     with Fake(babbles) as fake:
-        (found,) = search.search(RemotePolicy(fake.url, "vlm", **QUICK), [question(0)], Noise(), 0)
+        policy = RemotePolicy(fake.url, "vlm", **QUICK)
+        (found,) = search.search(policy, [question(0)], Noise(), 0)
+        sent_in_all = len(fake.requests)
+        (nothing,) = search.search(policy, [question(0)], None, 0)
+    assert nothing.answer == "B" and nothing.cost == {"policy_calls": 1, "shown": 0}
+    del fake.requests[sent_in_all:]
     sent = [json.loads(request["body"])["temperature"] for request in fake.requests]
     assert (
         sent == ([0] + [1] * search.RETRIES) * 2 + [0]
@@ -541,12 +469,12 @@ def test_one_refusal_costs_one_question_and_a_server_that_is_down_costs_no_finis
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, policy):
+def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("search")
     data.save_jsonl(
         root / "data" / "questions_test.jsonl", data.room_questions(5_000_000, root / "data")
     )
-    policy.save(root / "policy")
+    Policy.tiny().save(root / "policy")
     return root
 
 
@@ -572,7 +500,7 @@ def command(root, mode, *more):
 
 @pytest.mark.parametrize("mode", ["search", "gate"])
 def test_a_tiny_policy_is_refused_in_a_sentence(place, mode):
-    with pytest.raises(SystemExit, match="a tiny one cannot write"):
+    with pytest.raises(SystemExit, match="ask a served policy"):
         evaluate.main(command(place, mode, "--policy", str(place / "policy")))
 
 
