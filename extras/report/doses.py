@@ -59,10 +59,9 @@ def measure_doses(rows: list[dict], folders: dict) -> dict[str, dict]:
             for point in dose["points"]:
                 star = "" if point["trained"] else "*"
                 points.append(f"{point['amount']:g}{star}->{point['median']:.3g}")
-            slopes = [dose[key] for key in ("slope", "slope_trained", "slope_new", "correlation")]
-            table.append([f"{Path(name).name[:16]}, {kind}", *slopes, " ".join(points)])
+            table.append([f"{Path(name).name[:16]}, {kind}", dose["slope"], " ".join(points)])
     if table:
-        head = ["", "slope", "trained", "new", "correlation", "commanded -> recovered"]
+        head = ["", "slope", "commanded -> recovered"]
         print("\nmedian over rooms (turns: degrees, moves: meters; * = an amount never trained on)")
         print(text_table(head, table), end="")
     return doses
@@ -123,21 +122,17 @@ def along(motion: Motion, recovered: Array) -> float:
     return float((amount + 90) % 360 - 90 if motion.unit == "degrees" else amount)
 
 
-def slope_of(commanded: Array, got: Array) -> tuple[float, float]:
-    """Least-squares slope and correlation of recovered amounts (n,) on commanded ones; 0 where either never varies."""
+def slope_of(commanded: Array, got: Array) -> float:
+    """Least-squares slope of recovered amounts (n,) on commanded ones; 0 where these never vary."""
     x = commanded - commanded.mean()
-    y = got - got.mean()
-    slope = float(x @ y / (x @ x)) if x.any() else 0.0
-    correlation = float(x @ y / np.sqrt((x @ x) * (y @ y))) if x.any() and y.any() else 0.0
-    return slope, correlation
+    return float(x @ (got - got.mean()) / (x @ x)) if x.any() else 0.0
 
 
 def dose_response(rows: list[dict], recovered: Array, trained: list[Motion]) -> dict[str, dict]:
     """Commanded against recovered displacement, way by way (`Motion.way`), by their size.
 
     rows       with "motion", recovered (n, 5) of `recover_all`;  trained: the Motions that training showed
-    returns    {way: {"slope", "correlation": over all views, "slope_trained", "slope_new": over the amounts that
-                       training showed, over the others,
+    returns    {way: {"slope": over all views,
                        "points": [{"amount", "trained", "median", "low", "high": quartiles, "within", "n"}]}}
     """
     motions = [Motion(**row["motion"]) for row in rows]
@@ -152,17 +147,12 @@ def dose_response(rows: list[dict], recovered: Array, trained: list[Motion]) -> 
     for way in dict.fromkeys(ways.tolist()):
         own = ways == way
         amounts = [abs(motion.amount) for motion in trained if motion.way == way]
-        known = np.isin(commanded, amounts)
         points = []
         for amount in np.unique(commanded[own]).tolist():
             here = own & (commanded == amount)
             low, median, high = np.quantile(got[here], [0.25, 0.5, 0.75]).tolist()
-            point = {"amount": amount, "trained": bool(known[here].all()), "median": median}
+            point = {"amount": amount, "trained": amount in amounts, "median": median}
             point |= {"low": low, "high": high, "within": float(within[here].mean())}
             points.append({**point, "n": int(here.sum())})
-        slope, correlation = slope_of(commanded[own], got[own])
-        result[way] = {"slope": slope, "correlation": correlation}
-        for key, some in (("slope_trained", own & known), ("slope_new", own & ~known)):
-            result[way][key] = slope_of(commanded[some], got[some])[0] if some.any() else None
-        result[way]["points"] = points
+        result[way] = {"slope": slope_of(commanded[own], got[own]), "points": points}
     return result

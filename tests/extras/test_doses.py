@@ -46,7 +46,7 @@ def test_the_true_renderer_goes_as_far_as_it_is_told():
     for way, told in dose_response(
         rows, recover_all(rows, views)[0], [Motion("dangle", -45.0)]
     ).items():
-        assert told["slope"] == pytest.approx(1, abs=0.04) and told["correlation"] > 0.995, way
+        assert told["slope"] == pytest.approx(1, abs=0.04), way
         for point in told["points"]:
             assert point["within"] == 1 and point["n"] == 1
             assert point["median"] == pytest.approx(
@@ -62,7 +62,7 @@ def test_a_camera_that_goes_half_the_way_or_not_at_all(share):
     )
     for kind, dose in dose_response(rows, recover_all(rows, views)[0], DOSES).items():
         assert dose["slope"] == pytest.approx(share, abs=0.06), kind
-        assert dose["slope_trained"] == dose["slope"] and dose["slope_new"] is None
+        assert all(point["trained"] for point in dose["points"])
 
 
 def test_turning_at_random_is_no_following():
@@ -74,7 +74,7 @@ def test_turning_at_random_is_no_following():
     random = np.zeros((len(rows), 5))
     random[:, 3] = rng.uniform(-180, 180, len(rows))
     told = dose_response(rows, random, [])["-dangle"]
-    assert abs(told["slope"]) < 0.25 and abs(told["correlation"]) < 0.15
+    assert abs(told["slope"]) < 0.25
     assert along(Motion("dangle", -180.0), np.array([0, 0, 0, 175.0, 0])) == pytest.approx(185)
     assert along(Motion("dangle", 15.0), np.array([0, 0, 0, -30.0, 0])) == pytest.approx(-30)
     assert along(Motion("dx", -1.0), np.array([-0.8, 0.3, 0, 0, 0])) == pytest.approx(0.8)
