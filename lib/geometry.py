@@ -205,15 +205,14 @@ def project(points: Array, intrinsics: Array, c2w: Array) -> tuple[Array, Array]
     return camera[..., :2] / safe_z * intrinsics[[0, 1], [0, 1]] + intrinsics[:2, 2], z
 
 
+SURFACE = 0.05  # how far apart in depth two points may be and still count as one
 # (column, row): what leads from a point to the four pixels around it
 CORNERS = np.array([(-0.5, -0.5), (-0.5, 0.5), (0.5, -0.5), (0.5, 0.5)])
 
 
-def visible(
-    points: Array, depth: Array, intrinsics: Array, c2w: Array, tolerance: float = 0.05
-) -> tuple[Array, Array]:
+def visible(points: Array, depth: Array, intrinsics: Array, c2w: Array) -> tuple[Array, Array]:
     """Does a view see these points? It does if a point falls inside the image, in front of the camera, and one of the
-    four pixels around it has its depth, within `tolerance` (metres, and the same share of the depth).
+    four pixels around it has its depth, within SURFACE (metres, and the same share of the depth).
 
     points (..., 3) world;  depth (h, w) metres, 0 = invalid
     returns error (...): how far the depth is off, inf where unseen; and (row, column) (2, ...) of that pixel.
@@ -230,13 +229,13 @@ def visible(
     best = np.arange(len(off)), off.argmin(-1)
     error = np.full(inside.shape, np.inf)
     index = np.zeros((2, *inside.shape), int)
-    error[inside] = np.where(off[best] < tolerance, off[best], np.inf)
+    error[inside] = np.where(off[best] < SURFACE, off[best], np.inf)
     index[:, inside] = row[best], column[best]
     return error, index
 
 
 def warp(
-    target_depth: Array, target_c2w: Array, context: list, intrinsics: Array, tolerance=0.05
+    target_depth: Array, target_c2w: Array, context: list, intrinsics: Array
 ) -> tuple[Array, Array]:
     """What the context views know of the target view: the inverse warp by the target's depth.
 
@@ -248,7 +247,7 @@ def warp(
     best_error = np.full(target_depth.shape, np.inf)
     colour = np.zeros((*target_depth.shape, 3), np.uint8)
     for rgb, depth, c2w, *own in context:
-        error, (row, column) = visible(points, depth, *(own or [intrinsics]), c2w, tolerance)
+        error, (row, column) = visible(points, depth, *(own or [intrinsics]), c2w)
         better = error < best_error
         best_error = np.where(better, error, best_error)
         colour = np.where(better[..., None], rgb[row, column], colour)
