@@ -57,20 +57,10 @@ logging.set_verbosity_error()  # what does not fit is said in our own sentences
 TOWER_TOKENS = 16_384  # of the vision tower at a time: 64 images of 512 x 512
 HEAD_TOKENS = 512  # of the language head at a time: 0.3 GB of logits with the published vocabulary
 WEIGHTS = "model.safetensors"
-VIDEOS = "video_preprocessor_config.json"
 # what servers read and we do not: kept as it came
-SERVED = (VIDEOS, "processor_config.json", "chat_template.json")
+SERVED = ("video_preprocessor_config.json", "processor_config.json", "chat_template.json")
 # buffers in files of old versions: every model computes them
 COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
-
-# `lib.protocol.prompt_text`'s layout for servers, which write prompts from messages
-CHAT_TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
-{% if message.content is string %}{{ message.content }}{% else %}
-{%- for part in message.content %}
-{%- if part.text is defined %}{{ part.text }}{% else %}<|vision_start|><|image_pad|><|vision_end|>
-{%- endif %}{% endfor %}{% endif %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
 
 # ---- weights, tokens, pixels ----------------------------------------------------------------------------------------
 
@@ -120,7 +110,6 @@ class Policy:
     def tiny(cls, seed: int = 0, device="cpu", **sizes: int) -> "Policy":
         """Random weights, 1.9 M of them. sizes: those of `lib.tiny.tiny_policy_config` to depart from."""
         tokenizer = tiny_tokenizer(PHRASES + MOTION_PHRASES)
-        tokenizer.chat_template = CHAT_TEMPLATE
         config, images = tiny_policy_config(tokenizer, **sizes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed("weights", seed, "policy"))
@@ -184,9 +173,7 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
         images = self.image_config | {"processor_class": "Qwen3VLProcessor"}
         write_json(folder / "preprocessor_config.json", images)
-        videos = {key: value for key, value in images.items() if key != "image_processor_type"}
-        served = {VIDEOS: videos | {"video_processor_type": "Qwen3VLVideoProcessor"}}
-        for name, content in (served | self.served).items():
+        for name, content in self.served.items():
             write_json(folder / name, content)
 
     @property
