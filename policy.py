@@ -587,13 +587,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="agentic",
         help="direct: no tool; forced: must imagine first",
     )
-    add("--temperature", type=bounded(float, 0), default=0.0, help="0 = greedy")
     add(
         "--max-new-tokens",
         type=bounded(int, 1),
         help="per turn (default: 4096, of a tiny policy 256)",
     )
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the simulator's noise")
     add("--out", default="out/ask", help="imagined views and the dialogue are saved here")
     return parser.parse_args(argv)
 
@@ -624,7 +623,7 @@ def main(argv: list[str] | None = None) -> None:
             [question],
             simulator,
             args.mode,
-            temperature=args.temperature,
+            temperature=0.0,
             seed=args.seed,
             max_new_tokens=limit,
         )

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from lib.distributed import fail, is_main, without_keys
 from lib.protocol import parse_object
-from lib.streams import base_model, commit_of_code
+from lib.streams import commit_of_code
 
 SPLITS = ("train", "val", "test")
 PICTURES = ("context", "context_depth", "images", "target", "warp", "views")  # keys that hold paths
@@ -124,7 +124,7 @@ FLUX = "; `ae.safetensors` is the FLUX.1 autoencoder that came with BAGEL, under
 def write_card(folder: Path) -> None:
     """README.md beside a stage's model, as a hub reads it: what it is, from what, licence, how to load it.
 
-    Where `folder` holds no model nothing is written. base_model is a hub id: the start, or what its own card names.
+    Where `folder` holds no model nothing is written.
     """
     card = {"script": "policy.py", "origin": "Qwen3-VL", "flux": ""}
     card["what"] = "A policy: it thinks, may ask a world simulator for a view, and answers."
@@ -140,11 +140,10 @@ def write_card(folder: Path) -> None:
     data = card["data"] if isinstance(card["data"], list) else [card["data"]]
     card |= {"name": folder.name, "data": ", ".join(Path(path).name for path in data)}
     start = card.get("init") or card.get("start") or card.get("policy")
-    base, commit = base_model(start), commit_of_code()
-    card["base"] = f"base_model: {base}\n" if base else ""
-    card["start"] = (
-        f"`{start if base == start else Path(start).name}`" if start else "random weights"
-    )
+    if start and Path(start).exists():
+        start = Path(start).name
+    card["start"] = f"`{start}`" if start else "random weights"
+    commit = commit_of_code()
     card["commit"] = f", code at commit {commit}" if commit else ""
     write_text(folder / "README.md", TEMPLATE.read_text().format(**card))
 

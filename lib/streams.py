@@ -1,6 +1,6 @@
 """
 What makes a resumed run equal to an unbroken one: every random stream of the project by name, the rows and the
-learning rate of a step, seconds that are carried over, inputs that may have changed meanwhile; start and code for its card.
+learning rate of a step, seconds that are carried over, inputs that may have changed meanwhile; the commit for its card.
 
 A draw depends on the name of its stream and on the keys beside it (seed, step, index), never on what was drawn before.
 So no use of one stream moves another, any number of ranks draws the same, and the step is all that a resumed run has to
@@ -10,7 +10,6 @@ restore.
 import hashlib
 import json
 import math
-import re
 import shutil
 import subprocess
 import time
@@ -219,15 +218,6 @@ def compare_with_earlier_run(out: Path, settings: dict, inputs: dict, defaults: 
     other = [file for file in earlier if earlier[file] != inputs.get(file)]
     if other:
         say(f"CHANGED since {out} began: {', '.join(other)}. It goes on; remove it to begin anew.")
-
-
-def base_model(start: str | None) -> str | None:
-    """The hub id that a training goes back to, or None if there is none or nothing says it."""
-    if not start or not Path(start).exists():
-        return start
-    card = Path(start, "README.md")
-    named = re.search(r"^base_model: (\S+)$", card.read_text(), re.M) if card.exists() else None
-    return named and named[1]
 
 
 def commit_of_code() -> str | None:

@@ -126,7 +126,6 @@ def test_a_finished_model_has_a_card_that_a_hub_reads(tmp_path):
         finish(folder, 7, Clock())
     cards = [ModelCard((folder / "README.md").read_text()) for folder in (first, second)]
     assert [card.data.license for card in cards] == ["apache-2.0", "apache-2.0"]
-    assert [card.data.base_model for card in cards] == ["owner/base", "owner/base"]
     assert "7 steps, seed 3, data `rooms, scans`, started from `owner/base`" in cards[0].text
     assert "started from `wm`" in cards[1].text and "/home/me" not in cards[1].text
     assert "FLUX" not in cards[0].text
