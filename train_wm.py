@@ -67,41 +67,39 @@ FLAGS = [
     Flag(
         "--init", None, "ByteDance-Seed/BAGEL-7B-MoT", "model to start from; tiny: random weights"
     ),
-    Flag("--size", 32, 32, "side of the views without --init, pixels; a multiple of 16", low=1),
+    Flag("--size", 32, 32, "side of the views without --init, pixels; a multiple of 16", 1),
     Flag("--seed", 0, 0, "of every draw"),
-    Flag("--steps", 6000, 17_000, "updates", low=1),
-    Flag("--contexts", 2, 8, "contexts per update, all ranks together", low=1),
-    Flag("--lr", 2e-3, 2e-5, "AdamW peak learning rate", low=0),
-    Flag("--lr-floor", 0.03, 1.0, "share of the peak where the cosine ends", low=0, high=1),
-    Flag("--warmup", 100, 500, "steps of linear rise", low=0),
-    Flag("--weight-decay", 0.01, 0.0, "of AdamW", low=0),
-    Flag("--eps", 1e-8, 1e-15, "of AdamW; a gradient of norm 1 has entries of 1e-5 at 14 B", low=0),
-    Flag("--train-shift", 4.5, 4.0, "t = sigmoid(N(0, 1) + ln shift): above 1 to noise", low=1e-3),
-    Flag("--drop-text", 0.0, 0.1, "condition dropout: sentences, for guidance", low=0, high=1),
-    Flag("--drop-vit", 0.0, 0.3, "condition dropout: ViT segments of context", low=0, high=1),
-    Flag("--drop-vae", 0.0, 0.3, "condition dropout: VAE segments of context", low=0, high=1),
+    Flag("--steps", 6000, 17_000, "updates", 1),
+    Flag("--contexts", 2, 8, "contexts per update, all ranks together", 1),
+    Flag("--lr", 2e-3, 2e-5, "AdamW peak learning rate", 0),
+    Flag("--lr-floor", 0.03, 1.0, "share of the peak where the cosine ends", 0, 1),
+    Flag("--warmup", 100, 500, "steps of linear rise", 0),
+    Flag("--weight-decay", 0.01, 0.0, "of AdamW", 0),
+    Flag("--eps", 1e-8, 1e-15, "of AdamW; a gradient of norm 1 has entries of 1e-5 at 14 B", 0),
+    Flag("--train-shift", 4.5, 4.0, "t = sigmoid(N(0, 1) + ln shift): above 1 to noise", 1e-3),
+    Flag("--drop-text", 0.0, 0.1, "condition dropout: sentences, for guidance", 0, 1),
+    Flag("--drop-vit", 0.0, 0.3, "condition dropout: ViT segments of context", 0, 1),
+    Flag("--drop-vae", 0.0, 0.3, "condition dropout: VAE segments of context", 0, 1),
     Flag("--paraphrase", False, True, "draw among the printed wordings of a motion"),
     Flag("--augment", True, False, "mirrored rooms and permuted colours"),
-    Flag("--warp-weight", 0.5, 0.1, "view consistency: agreement with the warped context", low=0),
+    Flag("--warp-weight", 0.5, 0.1, "view consistency: agreement with the warped context", 0),
     Flag(
         "--shuffle-instructions",
         False,
         False,
         "the untuned control: in each group motions change places",
     ),
-    Flag("--lora", 0, 0, "train adapters of this rank (alpha twice that) beside --init", low=0),
-    Flag("--micro-contexts", 4, 1, "contexts per forward pass and rank", low=1, neutral=True),
+    Flag("--lora", 0, 0, "train adapters of this rank (alpha twice that) beside --init", 0),
+    Flag("--micro-contexts", 4, 1, "contexts per forward pass and rank", 1, neutral=True),
     Flag(
         "--gradient-checkpointing", False, True, "recompute activations in backward", neutral=True
     ),
-    Flag("--images-in-memory", None, 200, "decoded pictures; default: all", low=0, neutral=True),
-    Flag(
-        "--look-every", 1_000, 1_000, "steps between looks at held-out views", low=1, neutral=True
-    ),
-    Flag("--look-contexts", 16, 2, "held-out contexts to look at", low=1, neutral=True),
+    Flag("--images-in-memory", None, 200, "decoded pictures; default: all", 0, neutral=True),
+    Flag("--look-every", 1_000, 1_000, "steps between looks at held-out views", 1, neutral=True),
+    Flag("--look-contexts", 16, 2, "held-out contexts to look at", 1, neutral=True),
     # astra: every rank writes 28 GB while its GPU waits, half a minute or more
-    Flag("--save-every", 250, 1_000, "steps between checkpoints", low=1, neutral=True),
-    Flag("--threads", 1, 1, "CPU threads; small models gain little", low=1, neutral=True),
+    Flag("--save-every", 250, 1_000, "steps between checkpoints", 1, neutral=True),
+    Flag("--threads", 1, 1, "CPU threads; small models gain little", 1, neutral=True),
 ]
 TARGETS = 16  # that share one reading of their context, at most
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to it
