@@ -242,7 +242,7 @@ def hold_dialogues(
     mode = "direct" if condition.mode in TOOLLESS else condition.mode
     seed = condition.settings["seed"]
     limit = condition.settings["max_new_tokens"]
-    if mode not in BASELINES and not hasattr(policy, "endpoint"):
+    if not hasattr(policy, "endpoint"):
         options = {"temperature": 0, "seed": seed, "rows": batch, "max_new_tokens": limit}
         return rollout(policy, questions, simulator, mode, **options), None
     try:
