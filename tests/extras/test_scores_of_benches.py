@@ -152,7 +152,7 @@ def test_what_has_no_gold_answer_has_no_gain(modes):
 def test_the_table_prints_a_line_of_gains_per_level_and_type_with_its_whole_name(modes, capsys):
     direct, agentic = modes
     runs = {("direct", "none"): summarise(direct), ("agentic", "tuned"): summarise(agentic, direct)}
-    print_answers(runs, {"guessing": 0.25})
+    print_answers(runs, 0.25)
     before, after = capsys.readouterr().out.split("accuracy beyond direct on the same questions")
     gain = runs["agentic", "tuned"]["by_category"]["Prediction"]["gain"]
     cell = "{:+.3f} [{:+.2f} {:+.2f}]".format(gain["difference"], *gain["ci95"])
@@ -164,7 +164,7 @@ def test_the_table_prints_a_line_of_gains_per_level_and_type_with_its_whole_name
         (line,) = [line for line in before.splitlines() if row.match(line)]
         assert ("100%" in line) == (name in ("Planning", "Prediction"))
     assert "agentic, tuned" in after.splitlines()[1]
-    print_answers({("direct", "none"): summarise(direct)}, {"guessing": 0.25})
+    print_answers({("direct", "none"): summarise(direct)}, 0.25)
     assert "beyond direct" not in capsys.readouterr().out
 
 
