@@ -18,7 +18,6 @@ by Euler steps from t = 1 to t = 0, the context read once into a memory, guided 
 import argparse
 import dataclasses
 import itertools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -503,8 +502,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--reference", type=int, help="image that the motion starts from; default: last")
     p.add_argument(
         "--motion",
-        help='such as "turn left 30" or "move forward 1 m"; a sentence such as "Based on the last image, pitch up by 10 '
-        'degrees." is passed on as it is',
+        help='such as "turn left 30", "move forward 1 m" or "pitch up by 10 degrees"',
     )
     p.add_argument("--out", default="view.png", help="the picture to write")
     p.add_argument("--model", help="folder or Hugging Face id; default: out/wm or out/demo/wm")
@@ -515,19 +513,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if len(of_a_picture) != (0 if args.interactive else 2):
         p.error("give --images and --motion, or --interactive alone")
     return args
-
-
-def motion_flag(args: argparse.Namespace) -> tuple[str, int]:
-    """What --motion tells the simulator, and the number of the reference. Raises ValueError if it cannot be read."""
-    number = args.reference or len(args.images)
-    if re.match(r"\s*based? on", args.motion, re.IGNORECASE):
-        own, motion = read_instruction(args.motion)
-        number = own or number
-        if not args.form:
-            return args.motion.strip(), number
-    else:
-        motion = read_phrase(args.motion)
-    return instruction(motion, number, args.form or "last"), number
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -548,7 +533,8 @@ def main(argv: list[str] | None = None) -> None:
             look_around(WorldModel.load(path, device, dtype, **options))
             return
         # the motion first: its error should not wait for the weights
-        sentence, number = motion_flag(args)
+        number = args.reference or len(args.images)
+        sentence = instruction(read_phrase(args.motion), number, args.form or "last")
         images = [load_image(image) for image in args.images]
         query = Query(images, number, sentence, args.seed)
         model = WorldModel.load(path, device, dtype, **options)
