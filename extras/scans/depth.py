@@ -17,7 +17,7 @@ from numpy import ndarray
 from PIL import Image
 from tqdm import tqdm
 
-from extras.scans.frames import Camera, Frame, collect, thousandths
+from extras.scans.frames import Camera, Frame, collect, evenly, thousandths
 from extras.scans.readers import (
     load_json,
     nerfstudio_frames,
@@ -136,9 +136,9 @@ def scale_of(frames: list[Frame], views: int = 24, width: int = 40) -> tuple[flo
     spread above 60 % of what cameras that only turn would give: then no parallax shows a scale.
     """
     cameras = []
-    for i in np.unique(np.linspace(0, len(frames) - 1, views).astype(int)):
-        height = max(1, round(width * frames[i].size[1] / frames[i].size[0]))
-        cameras.append(frames[i].camera((width, height)))
+    for frame in evenly(frames, views):
+        height = max(1, round(width * frame.size[1] / frame.size[0]))
+        cameras.append(frame.camera((width, height)))
     poses = np.array([camera.c2w for camera in cameras])
     pairs = pairs_with_parallax(poses)
     baseline = np.median([np.linalg.norm(poses[i, :3, 3] - poses[j, :3, 3]) for i, j in pairs] or 0)

@@ -29,9 +29,7 @@ from lib.images import PictureError, read, read_depth, size_in_header
 Size = tuple[int, int]  # (width, height)
 Z_UP = (0, 0, 1)  # of most datasets' worlds
 SAMPLE = 25  # pictures whose headers tell the size of all
-CENTRED = (
-    0.15  # of the width and height: an optical axis further from the middle is another picture's
-)
+CENTRED = 0.15  # of the sides: an optical axis further from the middle is another picture's
 PULL = 0.01  # of the mean up, against the x axes
 
 
@@ -166,12 +164,18 @@ def pose_of_quaternion(quaternion, place) -> ndarray:
     return c2w
 
 
+def evenly(items: list, count: int) -> list:
+    """At most `count` of some items, in their order, evenly spread from the first to the last."""
+    chosen = np.unique(np.linspace(0, len(items) - 1, count).astype(int))
+    return [items[k] for k in chosen]
+
+
 def size_of(paths):
     """(width, height) of most pictures or .npy arrays, of some that are evenly spread."""
     sizes = Counter()
-    for k in np.unique(np.linspace(0, len(paths) - 1, SAMPLE).astype(int)):
+    for path in evenly(paths, SAMPLE):
         with contextlib.suppress(PictureError):
-            sizes[size_in_header(paths[k])] += 1
+            sizes[size_in_header(path)] += 1
     if not sizes:
         raise ValueError("no picture can be opened")
     return sizes.most_common(1)[0][0]

@@ -16,10 +16,10 @@ from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from data import worker
+from extras.scans.frames import evenly
 from extras.scans.scene import read_scene, scene_ids
 from extras.scans.summary import SHEET_LINES, Summary, sheet_of
 from extras.scans.triples import RULES, Rules, write_triples
@@ -64,8 +64,7 @@ def make_scans(
     places, by_list = places_and_lists(dataset, root, ids, lists)
     splits = {id: split_of(dataset, place, by_list, lists) for id, place in places.items()}
     ids = [id for id in ids if id in places]
-    if limit and limit < len(ids):
-        ids = [ids[i] for i in np.linspace(0, len(ids) - 1, limit).astype(int)]
+    ids = evenly(ids, limit or len(ids))
     job = partial(
         scan_triples, dataset=dataset, root=str(root), out=str(out), seed=seed, rules=rules
     )

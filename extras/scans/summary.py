@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from extras.scans.frames import evenly
 from lib.geometry import Motion
 from lib.images import contact_sheet, load_image, read_warp
 from lib.simulators import phrase
@@ -66,7 +67,7 @@ class Summary:
 
 def sheet_of(out: Path, rows: list[dict]) -> Image.Image:
     """A page to judge by eye, of SHEET_LINES rows at most: context, words, target, warp, target and warp in squares."""
-    rows = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, SHEET_LINES).astype(int))]
+    rows = evenly(rows, SHEET_LINES)
     columns = max(len(row["context"]) for row in rows)
     lines = []
     for row in rows:

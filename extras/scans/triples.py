@@ -23,7 +23,7 @@ import numpy as np
 from numpy import ndarray
 
 from extras.scans import quality
-from extras.scans.frames import Camera, Frame, PosedView, Scene, Size, thousandths
+from extras.scans.frames import Camera, Frame, PosedView, Scene, Size, evenly, thousandths
 from lib.geometry import (
     SLACK,
     Motion,
@@ -198,9 +198,7 @@ def find_triples(
 def open_cameras(scene, rules):
     """The frames that are looked at and are fit to stand in a triple, their cameras, and why others fell out."""
     looked_at, pictures, counts = [], [], Counter()
-    count = min(rules.frames, len(scene.frames))
-    for k in np.unique(np.linspace(0, len(scene.frames) - 1, count).astype(int)):
-        frame = scene.frames[k]
+    for frame in evenly(scene.frames, rules.frames):
         try:
             camera = frame.camera(fit(frame.size, GRID))
             rgb = frame.image(fit(frame.size, quality.FINE, min))
