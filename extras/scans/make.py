@@ -29,7 +29,7 @@ from lib.records import PICTURES, SPLITS, disk, read_log, write_json, write_text
 from lib.stage import hold
 from lib.streams import stable_hash, stream_seed
 
-VERSION = 5  # of a scan's report: another one is made again
+VERSION = 6  # of a scan's report: another one is made again
 
 
 def make_scans(
