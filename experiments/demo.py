@@ -84,7 +84,7 @@ STAGES = (
         "direct",
         ("sft",),
         "direct",
-        "train_sft.py --lessons direct --steps 800 --data {out}/data --start {out}/sft --threads 1",
+        "train_sft.py --lessons direct --steps 1300 --data {out}/data --start {out}/sft --threads 1",
         "--steps 10",
     ),
     Stage(

@@ -105,8 +105,8 @@ def all_rows() -> list[PolicyRow]:
     for name in ("two-phase", "phase1-only", "gain-only", "usage-only"):
         rows.append(PolicyRow(name, RECIPES[name]))
     direct = "train_sft.py --lessons direct --steps"
-    rows.append(PolicyRow("direct-only", (f"{direct} 800",), "direct"))
-    rows.append(PolicyRow("direct-only-long", (f"{direct} 3200",), "direct"))
+    rows.append(PolicyRow("direct-only", (f"{direct} 1300",), "direct"))
+    rows.append(PolicyRow("direct-only-long", (f"{direct} 3800",), "direct"))
     for mode in ("direct", "forced"):
         rows.append(PolicyRow(f"two-phase-{mode}", mode=mode, start="two-phase"))
     rows.append(PolicyRow(SWAPPED, start="two-phase"))
