@@ -101,7 +101,9 @@ SWAPPED = "two-phase-swapped"
 
 def all_rows() -> list[PolicyRow]:
     """The rows in the order in which they run."""
-    rows = [PolicyRow("start"), PolicyRow("start-direct", mode="direct")]
+    rows = [PolicyRow("start")]
+    for mode in ("direct", "forced"):
+        rows.append(PolicyRow(f"start-{mode}", mode=mode))
     for name in ("two-phase", "phase1-only", "gain-only", "usage-only"):
         rows.append(PolicyRow(name, RECIPES[name]))
     direct = "train_sft.py --lessons direct --steps"
