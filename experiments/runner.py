@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -177,10 +177,17 @@ def finished_seeds(name: str, out: Path) -> dict[str, tuple[dict, Path]]:
     return seeds
 
 
-def mean_answers(name: str, out: Path, numbers: Callable[[dict], dict]) -> list[dict]:
-    """The answers of a row, its finished seeds as one: of every question a prediction, with the mean of `numbers` of it."""
+def mean_answers(
+    name: str, out: Path, numbers: Callable[[dict], dict], seeds: Container[str] | None = None
+) -> list[dict]:
+    """The answers of a row, its finished seeds as one: of every question a prediction, with the mean of `numbers` of it.
+
+    seeds   only these; None: all
+    """
     same_question = {}
-    for _, folder in finished_seeds(name, out).values():
+    for seed, (_, folder) in finished_seeds(name, out).items():
+        if seeds is not None and seed not in seeds:
+            continue
         for record in read_log(folder / "asked" / "predictions.jsonl"):
             same_question.setdefault(record["key"], []).append(record)
     merged = []
