@@ -19,7 +19,7 @@ stand in one of these layouts:
   ring       four views at one spot, each one left turn of 90 degrees further: what a small simulator learns in minutes.
              In some rooms all four look up or down, by 10 to 25 degrees; in some there is a fifth view, where a first
              motion has led, softened as if it were imagined, and the targets start from there: the second step of a chain
-  apart      the paper's rule: four cameras at least 1 m and 30 degrees apart; they look across the room, in no order
+  apart      four cameras at least 1 m and 30 degrees apart; they look across the room, in no order
 
 Motions are turns of every 5 degrees, moves of every 0.1 m up to 1.2 m, and pitch up to 30 degrees. Some amounts, those of
 NEVER_TRAINED, are in val and test alone.

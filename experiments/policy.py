@@ -292,7 +292,10 @@ def cell_means(prefix: str, yaw: int, missing: int, out: Path, direct: dict) -> 
 
 
 def draw_degraded(out: Path) -> None:
-    """imagining-pays.png: accuracy beyond direct-only and share of calls over the errors of a simulator."""
+    """imagining-pays.png: accuracy beyond direct-only and share of calls over the errors of a simulator.
+
+    In brackets the same of a policy that learned with that simulator.
+    """
     direct = {row["key"]: row["correct"] for row in mean_answers("direct-only", out, numbers)}
     cells = {}
     for yaw in YAW_ERRORS:
@@ -305,20 +308,23 @@ def draw_degraded(out: Path) -> None:
     gains, calls = np.moveaxis(np.array(grid), 2, 0)  # (missing, yaw) each
 
     def draw(pyplot):
-        figure, axis = pyplot.subplots(figsize=(6.4, 4.6), layout="constrained")
+        figure, axis = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
         size = float(np.abs(gains).max())
-        picture = axis.contourf(YAW_ERRORS, MISSING, gains, 12, cmap="RdBu", vmin=-size, vmax=size)
+        around = (-5, 45, -7.5, 67.5)  # half a cell beyond the grid
+        style = {"cmap": "RdBu", "vmin": -size, "vmax": size, "aspect": "auto"}
+        picture = axis.imshow(gains, origin="lower", extent=around, **style)
         figure.colorbar(picture, label="accuracy beyond direct-only")
-        axis.contour(YAW_ERRORS, MISSING, gains, [0], colors="black", linewidths=2)
+        axis.contour(YAW_ERRORS, MISSING, gains, [0], colors="black", linewidths=1.5)
         for row, missing in enumerate(MISSING):
             for column, yaw in enumerate(YAW_ERRORS):
                 text = f"{gains[row, column]:+.2f}\n{calls[row, column]:.0%}"
                 learned = cells["retrained", yaw, missing]
                 if learned:
-                    text += f"\n({learned[0]:+.2f}\n{learned[1]:.0%})"
-                axis.text(yaw, missing, text, ha="center", va="center", fontsize=7)
-        axis.set_xlim(-4, 44)
-        axis.set_ylim(-7, 67)
+                    text += f"\n({learned[0]:+.2f}, {learned[1]:.0%})"
+                colour = "white" if abs(gains[row, column]) > 0.6 * size else "black"
+                axis.text(yaw, missing, text, color=colour, ha="center", va="center", fontsize=8)
+        axis.set_xticks(YAW_ERRORS)
+        axis.set_yticks(MISSING)
         axis.set_xlabel("yaw error of the simulator, degrees")
         axis.set_ylabel("objects that its views lack, %")
         return figure
