@@ -23,7 +23,7 @@ SLACK = (
     0.15  # metres (4.5 degrees): how much of other motions the words of one motion may leave unsaid
 )
 BEND = 20.0  # degrees between a move and its words; the same as `consistency.DIRECTION`
-DEGREES_PER_METER = 30.0  # compares components: the paper asks the cameras of a context to differ by 1 m or 30 degrees
+DEGREES_PER_METER = 30.0  # compares components: the paper asks the cameras of a context to differ by 1 m and 30 degrees
 
 
 @dataclass(frozen=True)

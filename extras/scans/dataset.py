@@ -59,6 +59,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         metavar=("M", "DEG"),
         help="between the cameras of a context, at least one of the two (paper: 1 m, 30 degrees)",
     )
+    add("--both-apart", action="store_true", help="both of the two, as the paper's text asks")
     add(
         "--slack",
         type=bounded(float, 0),
@@ -78,6 +79,7 @@ def make_triples_of_scans(args: argparse.Namespace) -> None:
     if not Path(args.root).is_dir():
         fail(f"--root {args.root} is no folder: give the one that holds the dataset.")
     counts = {name: getattr(args, name) for name in COUNTS}
-    rules = Rules(args.coverage, *args.apart, slack=args.slack, **counts)
+    chosen = dict(slack=args.slack, both_apart=args.both_apart)
+    rules = Rules(args.coverage, *args.apart, **chosen, **counts)
     lists = {split: file for split, file in (("val", args.val), ("test", args.test)) if file}
     make_scans(args.dataset, args.root, args.out, args.threads, args.seed, rules, lists, args.limit)

@@ -3,7 +3,7 @@ Which frames of a scanned scene make triples: poses first, then what the context
 
 A triple is (context views, one motion in words, target view). The paper's rules (of its view consistency
 tuning): the context covers at least 85 % of the target; its cameras are at least 1 m apart, horizontally or vertically,
-or 30 degrees, in yaw or pitch (`may_stand_together`); one of them is the reference, and the dominant component of the way
+and 30 degrees, in yaw or pitch (ours: or, `may_stand_together`); one of them is the reference, and the dominant component of the way
 from there to the target becomes the words. Ours: no other component may be large, or the words would not be true
 (lib/geometry.dominant_component), and every triple is verified in colour (extras/scans/quality.py).
 
@@ -48,11 +48,12 @@ COARSE = 0.05  # the coarse grid may underestimate a coverage by so much
 
 
 class Rules(NamedTuple):
-    """What makes a triple; the first three are the paper's."""
+    """What makes a triple; the first three are the paper's, and `both_apart` and an infinite `slack` make it the paper's rule."""
 
     coverage: float = 0.85  # share of the target's known pixels that the context sees, at least
     apart_meters: float = 1.0  # between any two cameras of a context, horizontally or vertically
     apart_degrees: float = 30.0  # … or in yaw or pitch
+    both_apart: bool = False  # True: not or, but and: the paper's text
     least_meters: float = 0.2  # shorter moves and smaller turns are not worth a view
     least_degrees: float = 10.0
     slack: float = SLACK  # metres that the words may leave unsaid; inf: the paper's rule
@@ -122,15 +123,18 @@ def motions_between(c2w: ndarray, metric: bool, rules: Rules) -> tuple[ndarray, 
 def may_stand_together(delta: ndarray, metric: bool, rules: Rules) -> ndarray:
     """(N, N) bool: two cameras differ enough to stand in one context; delta (N, N, 6), `decompose` from row to column.
 
-    The paper prints "Delta Distance > 1.0, Angle > 30". Read as: either will do. Both would forbid the turn of 44 degrees
-    that it prints as a sample, for its target is among the pictures that the rule compares. Of a scene without a metric
-    scale the angle alone decides.
+    The paper's text asks for a metre and 30 degrees (`both_apart`). Its figure prints "Delta Distance > 1.0, Angle > 30" below
+    a sample that is a turn of 44 degrees. Ours: either will do, or who turns on the spot gives no context. Of a scene
+    without a metric scale the angle alone decides.
     """
     level = np.linalg.norm(delta[..., :2], axis=-1)
     moved = np.maximum(level, np.abs(delta[..., 2]))
     turned = np.abs(delta[..., 3:5]).max(-1)  # yaw or pitch
-    is_far = metric & (moved >= rules.apart_meters - 1e-6)
-    return is_far | (turned >= rules.apart_degrees - 1e-6)
+    is_far = moved >= rules.apart_meters - 1e-6
+    is_turned = turned >= rules.apart_degrees - 1e-6
+    if not metric:
+        return is_turned
+    return is_far & is_turned if rules.both_apart else is_far | is_turned
 
 
 def in_turn(groups: dict[Any, list]) -> list:

@@ -147,6 +147,9 @@ def test_context_cameras_are_apart_by_a_metre_or_by_thirty_degrees():
     stand = dict(zip(cameras, may_stand_together(delta, True, Rules())[0].tolist(), strict=True))
     short = ("itself", "ten centimetres and a degree short", "each axis short")
     assert stand == {name: name not in short for name in cameras}
+    cameras = [camera_pose(*spot) for spot in ((0, -1.3, 0), (1.0, -1.3, 0, 30), (1.0, -1.3, 0))]
+    both = may_stand_together(differences(np.stack(cameras)), True, Rules(both_apart=True))
+    assert both[0].tolist() == [False, True, False]  # the paper's text
     # without a scale the angle alone decides
     assert may_stand_together(delta, False, Rules())[0].nonzero()[0].tolist() == [2, 4]
 
