@@ -296,7 +296,8 @@ def draw_degraded(out: Path) -> None:
 
     In brackets the same of a policy that learned with that simulator.
     """
-    direct = {row["key"]: row["correct"] for row in mean_answers("direct-only", out, numbers)}
+    answers = mean_answers("direct-only", out, numbers, {"0"})  # no cell has another seed
+    direct = {row["key"]: row["correct"] for row in answers}
     cells = {}
     for yaw in YAW_ERRORS:
         for missing in MISSING:
