@@ -185,6 +185,8 @@ def test_a_terminal_is_left_as_it_was(tmp_path, last):
 def controlling_terminal():
     """Make stdin the terminal of a new session, so that Ctrl-C reaches it."""
     import fcntl
+    import signal
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background ignore it
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
