@@ -19,12 +19,12 @@ Modes: direct has no tool; forced must imagine before it answers; agentic is fre
 (but for MMSI-Video-Bench, whose own are complete), and a dialogue whose answer the protocol never accepted is wrong.
 official is direct in the words of MindCube (raw_qa), MMSI-Bench, SAT or VSI-Bench, which want a bare answer: a letter,
 of MindCube a letter and its words, of SAT an option's words alone. Published numbers stand beside that one, the gain of
-imagining beside direct. search and gate are baselines that need no training, of a served policy (extras/report/search.py):
-a beam search over imagined views, a vote on whether to imagine. Decoding is greedy. A question whose images cannot be read is counted as
-wrong and reported, and asked again by the next run; a duplicate id is asked again and reported: nothing leaves the
-denominator but a question without a gold answer. Beside the accuracy stands what a question took: views, turns of the
-policy, tokens, seconds. lib/scores.py makes the numbers, extras/report/diagnosis.py says in rooms why an answer is right
-or wrong.
+imagining beside direct. search and gate are baselines of a served policy that need no training (extras/report/search.py):
+a beam search over imagined views, a vote on whether to imagine. Decoding is greedy. A question whose images cannot be
+read is counted as wrong and reported, and asked again by the next run; a duplicate id is asked again and reported:
+nothing leaves the denominator but a question without a gold answer. Beside the accuracy stands what a question took:
+views, turns of the policy, tokens, seconds. lib/scores.py makes the numbers, extras/report/diagnosis.py says in rooms
+why an answer is right or wrong.
 """
 
 import argparse

@@ -109,10 +109,8 @@ STAGES = (
         "--limit 16",
     ),
 )
-IMAGINING = (
-    "phase1",
-    "phase2",
-)  # what each side trains after the same cold start, the simulator aside
+# what each side trains after the same cold start, the simulator aside
+IMAGINING = ("phase1", "phase2")
 ANSWERING = ("direct",)
 WATCHED = ("loss_flow", "nearest", "loss", "facts", "match", "call_rate")  # beside a bar
 

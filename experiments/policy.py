@@ -26,6 +26,7 @@ table.md, imagining-pays.png.
 import os
 from argparse import Namespace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,12 +90,8 @@ PAPER = {
 }
 YAW_ERRORS = (0, 10, 20, 30, 40)  # degrees
 MISSING = (0, 15, 30, 45, 60)  # per cent of the objects
-RETRAINED = (
-    (0, 60),
-    (20, 30),
-    (40, 0),
-    (40, 60),
-)  # where the policy learns with the degraded renderer, too
+# where the policy learns with the degraded renderer, too
+RETRAINED = ((0, 60), (20, 30), (40, 0), (40, 60))
 CELL = "--limit 320"
 SWAPPED = "two-phase-swapped"
 
@@ -117,13 +114,12 @@ def all_rows() -> list[PolicyRow]:
     for name, stages in RECIPES.items():
         divided = tuple(f"{stage} --divide-by-std" for stage in stages)
         rows.append(PolicyRow(f"{name}-divided", divided))
-    for prefix, stages, start in (("degraded", (), "two-phase"), ("retrained", TWO, "start")):
-        for yaw in YAW_ERRORS:
-            for missing in MISSING:
-                if stages and (yaw, missing) not in RETRAINED:
-                    continue
-                name, simulator = f"{prefix}-{yaw}-{missing}", f"truth:{yaw}:{missing}"
-                rows.append(PolicyRow(name, stages, "agentic", simulator, start, CELL))
+    for yaw, missing in product(YAW_ERRORS, MISSING):
+        name, simulator = f"degraded-{yaw}-{missing}", f"truth:{yaw}:{missing}"
+        rows.append(PolicyRow(name, (), "agentic", simulator, "two-phase", CELL))
+    for yaw, missing in RETRAINED:
+        name, simulator = f"retrained-{yaw}-{missing}", f"truth:{yaw}:{missing}"
+        rows.append(PolicyRow(name, TWO, simulator=simulator, flags=CELL))
     return rows
 
 
@@ -200,6 +196,11 @@ def numbers(record: dict) -> dict[str, float]:
     return {"correct": record["correct"], "called": calls > 0, "calls": calls, "lands": landed}
 
 
+def correctness(record: dict) -> dict[str, float]:
+    """All that a comparison needs of an answer: where its calls end takes longer to find."""
+    return {"correct": record["correct"]}
+
+
 def lands(calls: list[dict], question: dict) -> bool:
     """Whether there are as many calls as ideal ones, and each ends within LANDS of where the ideal one does."""
     ideal = question["ideal"]
@@ -219,30 +220,36 @@ def lands(calls: list[dict], question: dict) -> bool:
 def table(out: Path) -> list[str]:
     """The lines of table.md, and the picture of the degraded renderers."""
     draw_degraded(out)
-    return recipe_table(out) + ["", "By family:", ""] + family_table(out)
+    answers = {}
+    for row in ROWS:
+        records = mean_answers(row.name, out, numbers) if row.trains else []
+        if records:
+            answers[row.name] = records
+    return recipe_table(answers, out) + ["", "By family:", ""] + family_table(answers)
 
 
-def recipe_table(out: Path) -> list[str]:
-    """Accuracy and calls of every finished row, and what it answers beyond two-phase and direct-only."""
+def recipe_table(answers: dict[str, list[dict]], out: Path) -> list[str]:
+    """Accuracy and calls of every finished row, and what it answers beyond two-phase and direct-only.
+
+    answers   {row: its answers, seeds averaged}
+    """
     head = ["row", "seeds", "all", "over two-phase"]
     for part in ("view needed", "view given"):
         head += [part, "with a call", "calls", "over direct-only"]
     head += ["train CPU-s", "the paper"]
     lines = []
-    for row in ROWS:
-        seeds = finished_seeds(row.name, out)
-        if not seeds or not row.trains:
-            continue
-        records = mean_answers(row.name, out, numbers)
-        line = [row.name, " ".join(seeds), f"{mean_of(records, 'correct'):.3f}"]
-        line.append(gain_cell_of(row.name, "two-phase", out))
+    stages = {row.name: row.stages for row in ROWS}
+    for name, records in answers.items():
+        seeds = finished_seeds(name, out)
+        line = [name, " ".join(seeds), f"{mean_of(records, 'correct'):.3f}"]
+        line.append(gain_cell_of(name, "two-phase", out))
         for need in STRATA.values():
             part = [record for record in records if record["needs_view"] is need]
             line += [f"{mean_of(part, 'correct'):.3f}", f"{mean_of(part, 'called'):.0%}"]
             line.append(f"{mean_of(part, 'calls'):.2f}")
-            line.append(gain_cell_of(row.name, "direct-only", out, need))
+            line.append(gain_cell_of(name, "direct-only", out, need))
         spent = np.mean([result["cpu_seconds"] for result, _ in seeds.values()])
-        line += [f"{spent:.0f}" if row.stages else "", PAPER.get(row.name, "")]
+        line += [f"{spent:.0f}" if stages[name] else "", PAPER.get(name, "")]
         lines.append(line)
     return markdown(head, lines)
 
@@ -252,30 +259,23 @@ def gain_cell_of(name: str, base: str, out: Path, need: bool | None = None) -> s
     seeds = finished_seeds(name, out).keys() & finished_seeds(base, out).keys()
     if name == base or not seeds:
         return ""
-    records = mean_answers(name, out, numbers, seeds)
+    records = mean_answers(name, out, correctness, seeds)
     if need is not None:
         records = [record for record in records if record["needs_view"] is need]
-    return gain_cell(records, mean_answers(base, out, numbers, seeds))
+    return gain_cell(records, mean_answers(base, out, correctness, seeds))
 
 
-def family_table(out: Path) -> list[str]:
+def family_table(answers: dict[str, list[dict]]) -> list[str]:
     """Accuracy, share of questions with a call, and of calls that land, for every family and need."""
-    columns = {}
-    for row in ROWS:
-        records = mean_answers(row.name, out, numbers) if row.trains else []
-        for record in records:
-            columns.setdefault(record["groups"][0], {}).setdefault(row.name, []).append(record)
-    groups = sorted(columns)
+    groups = sorted({record["groups"][0] for records in answers.values() for record in records})
     lines = []
-    for row in ROWS:
-        cells = [row.name]
+    for name, records in answers.items():
+        cells = [name]
         for group in groups:
-            part = columns[group].get(row.name)
-            if part:
-                shares = [f"{mean_of(part, key):.0%}" for key in ("called", "lands")]
-                cells.append(f"{mean_of(part, 'correct'):.3f}, {', '.join(shares)}")
-        if len(cells) > 1:
-            lines.append(cells)
+            part = [record for record in records if record["groups"][0] == group]
+            shares = [f"{mean_of(part, key):.0%}" for key in ("called", "lands")]
+            cells.append(f"{mean_of(part, 'correct'):.3f}, {', '.join(shares)}")
+        lines.append(cells)
     return markdown(["row", *groups], lines)
 
 
@@ -296,19 +296,19 @@ def draw_degraded(out: Path) -> None:
 
     In brackets the same of a policy that learned with that simulator.
     """
-    answers = mean_answers("direct-only", out, numbers, {"0"})  # no cell has another seed
+    answers = mean_answers("direct-only", out, correctness, {"0"})  # no cell has another seed
     direct = {row["key"]: row["correct"] for row in answers}
-    cells = {}
-    for yaw in YAW_ERRORS:
-        for missing in MISSING:
-            for prefix in ("degraded", "retrained"):
-                cells[prefix, yaw, missing] = cell_means(prefix, yaw, missing, out, direct)
-    grid = [[cells["degraded", yaw, missing] for yaw in YAW_ERRORS] for missing in MISSING]
-    if not direct or any(cell is None for line in grid for cell in line):
+    if not direct:
         return
-    gains, calls = np.moveaxis(np.array(grid), 2, 0)  # (missing, yaw) each
+    cells = [cell_means("degraded", *at, out, direct) for at in product(YAW_ERRORS, MISSING)]
+    if None in cells:
+        return
+    grid = np.array(cells).reshape(len(YAW_ERRORS), len(MISSING), 2)
+    gains, calls = grid.T  # (missing, yaw) each
+    retrained = {at: cell_means("retrained", *at, out, direct) for at in RETRAINED}
 
     def draw(pyplot):
+        """A cell for every pair of errors, and the line where nothing is gained."""
         figure, axis = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
         size = float(np.abs(gains).max())
         around = (-5, 45, -7.5, 67.5)  # half a cell beyond the grid
@@ -319,7 +319,7 @@ def draw_degraded(out: Path) -> None:
         for row, missing in enumerate(MISSING):
             for column, yaw in enumerate(YAW_ERRORS):
                 text = f"{gains[row, column]:+.2f}\n{calls[row, column]:.0%}"
-                learned = cells["retrained", yaw, missing]
+                learned = retrained.get((yaw, missing))
                 if learned:
                     text += f"\n({learned[0]:+.2f}, {learned[1]:.0%})"
                 colour = "white" if abs(gains[row, column]) > 0.6 * size else "black"

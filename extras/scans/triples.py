@@ -3,9 +3,9 @@ Which frames of a scanned scene make triples: poses first, then what the context
 
 A triple is (context views, one motion in words, target view). The paper's rules (of its view consistency
 tuning): the context covers at least 85 % of the target; its cameras are at least 1 m apart, horizontally or vertically,
-and 30 degrees, in yaw or pitch (ours: or, `may_stand_together`); one of them is the reference, and the dominant component of the way
-from there to the target becomes the words. Ours: no other component may be large, or the words would not be true
-(lib/geometry.dominant_component), and every triple is verified in colour (extras/scans/quality.py).
+and 30 degrees, in yaw or pitch (ours: or, `may_stand_together`); one of them is the reference, and the dominant
+component of the way from there to the target becomes the words. Ours: no other component may be large, or the words
+would not be true (lib/geometry.dominant_component), and every triple is verified in colour (extras/scans/quality.py).
 
 All pairs of a scene are compared by pose alone, in a few matrix operations. Depth is then looked at for one reference
 at a time, of those that have targets and neighbours, until the scene has its triples: which part of its targets each
@@ -48,7 +48,7 @@ COARSE = 0.05  # the coarse grid may underestimate a coverage by so much
 
 
 class Rules(NamedTuple):
-    """What makes a triple; the first three are the paper's, and `both_apart` and an infinite `slack` make it the paper's rule."""
+    """What makes a triple. The first three are the paper's; `both_apart` and an infinite `slack` make it the paper's rule."""
 
     coverage: float = 0.85  # share of the target's known pixels that the context sees, at least
     apart_meters: float = 1.0  # between any two cameras of a context, horizontally or vertically
