@@ -20,14 +20,14 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 import train_rl as rl_stage
 import train_wm as wm_stage
 from bench import naive
-from bench.policy import picture_question, timed_rollout
+from bench.policy import timed_rollout
 from bench.timing import Seconds, best_matmul_rate, clock, medians, print_json, timed
-from bench.wm import Squares, needed_flops, pair_queries, picture_tokens, work_of
+from bench.wm import Squares, pair_queries
 from data import MOTIONS
-from lib.bagel import Bagel, Config
+from lib.bagel import LATENT_PATCH, Bagel, Config, resized
 from lib.dialogue import Trajectory
 from lib.distributed import clip_gradients, fail, setup, shard
-from lib.geometry import Motion
+from lib.geometry import Motion, Query
 from lib.rollout import Writer
 from lib.simulators import instruction
 from lib.tiny import tiny_tokenizer
@@ -131,16 +131,74 @@ def layers_that_fit(model, blocks, device) -> int:
 
 
 def need_gpu(args: Namespace) -> None:
-    """End with a sentence where the published shapes have no weights, or no GPU to stand on."""
-    if args.what in ("wm", "rollout") and not (args.model or args.random_init):
-        fail(
-            "--preset astra needs weights: give --model FOLDER, or --random-init to build the shapes without "
-            "files."
-        )
+    """End with a sentence where the published shapes have no GPU to stand on."""
     if not torch.cuda.is_available():
         fail(
             f"--preset astra needs a GPU. `python -m bench {args.what} --preset tiny` runs on a CPU."
         )
+
+
+# ---- the arithmetic of a view ----------------------------------------------------------------------------------------
+
+
+def needed_flops(config, words: int, images: list, tokens: int, steps: int, branches: int) -> float:
+    """The arithmetic of linear layers and of attention that one view needs, whatever the program does; in FLOP.
+
+    words     tokens of the sentence;   images   (latent tokens, ViT tokens) of each context image
+    tokens    latent tokens of the view;   branches   1; 2 with "no text"; 3 with "no images" as well
+    A multiply-add is 2. Keys count where a query may see them; in the last layer only the tokens whose result is used
+    need more than keys and values. Left out: norms, softmax, activations, embeddings of time, place and words.
+    """
+    c = config
+    key_value = 4 * c.width * (c.width // c.heads) * c.kv_heads
+    rest = 4 * c.width**2 + 6 * c.width * c.mlp
+
+    def segment(count, keys, used):
+        """`count` tokens that see `keys` keys each, on average; `used` of them are read after the last layer."""
+        full = (
+            c.layers - 1
+        ) * count + used  # tokens times layers that need more than keys and values
+        return c.layers * count * key_value + full * (rest + 4 * c.width * keys)
+
+    def sentence(past):
+        return segment(words, past + (words + 1) / 2, 0)
+
+    flops, past = 0.0, 0
+    for latent, vit in images:
+        flops += 2 * latent * c.token_channels * c.width
+        flops += segment(latent + 2, past + latent + 2, 0)
+        patches = 3 * c.vit_patch**2 * c.vit_width
+        connector = c.vit_width * c.width + c.width**2
+        flops += vit * 2 * (patches + connector)
+        layer = 8 * c.vit_width**2 + 4 * c.vit_width * c.vit_mlp + 4 * c.vit_width * vit
+        flops += vit * c.vit_layers * layer
+        flops += segment(vit + 2, past + latent + 2 + vit + 2, 0)
+        past += latent + vit + 4
+    flops += sentence(past)
+    if branches == 3:
+        flops += sentence(0)
+    ends = 4 * tokens * c.token_channels * c.width  # vae2llm and llm2vae
+    for before in (past + words, past, words)[:branches]:
+        flops += steps * (segment(tokens + 2, before + tokens + 2, tokens) + ends)
+    return flops
+
+
+def work_of(model: WorldModel, query: Query, steps: int) -> float:
+    """`needed_flops` of a query with both guidances, all its pictures of one size."""
+    height, width = query.images[0].shape[:2]
+    latent, vit = picture_tokens(model, width, height)
+    words = len(model.token_ids(query.instruction))
+    images = [(latent, vit)] * len(query.images)
+    return needed_flops(model.network.config, words, images, latent, steps, branches=3)
+
+
+def picture_tokens(model: WorldModel, width: int, height: int) -> tuple[int, int]:
+    """Tokens of a picture: as latents, as ViT features."""
+    cell = model.autoencoder.cell * LATENT_PATCH
+    patch = model.network.config.vit_patch
+    columns, rows = resized(width, height, model.settings.vae_limits)
+    vit_columns, vit_rows = resized(width, height, model.settings.vit_limits)
+    return columns * rows // cell**2, vit_columns * vit_rows // patch**2
 
 
 # ---- a row of a table ------------------------------------------------------------------------------------------------
@@ -172,17 +230,13 @@ def speed_of(name: str, step: Callable, repeats: int, device, count, flops, rate
 def wm(args: Namespace) -> None:
     """Seconds per 512 x 512 view, peak memory and MFU of BAGEL in bf16: a table, and the JSON line."""
     need_gpu(args)
-    ways = ("eager", "compiled")
-    if args.model:
-        model, ways = WorldModel.load(args.model, "cuda", torch.bfloat16), ("loaded",)
-    else:
-        model = true_bagel("cuda", torch.bfloat16)
+    model = true_bagel("cuda", torch.bfloat16)
     model.network.requires_grad_(False).eval()
-    print_json(sampling(model, 512, args.steps, args.repeats, ways))
+    print_json(sampling(model, 512, args.steps, args.repeats))
 
 
-def sampling(model: WorldModel, pixels: int, steps: int, repeats: int, ways: tuple) -> dict:
-    """The measurement itself, on the model's own device; a model that was loaded is compiled already."""
+def sampling(model: WorldModel, pixels: int, steps: int, repeats: int) -> dict:
+    """The measurement itself, on the model's own device."""
     device, dtype = model.device, model.network.vae2llm.weight.dtype
     rate = best_matmul_rate(model.network.config, 8192, device.type, dtype)
     print(
@@ -191,7 +245,7 @@ def sampling(model: WorldModel, pixels: int, steps: int, repeats: int, ways: tup
     )
     print(HEAD.format("batch", "views/s"), flush=True)
     results = {"bench": "wm", "preset": "astra", "steps": steps}
-    for way in ways:
+    for way in ("eager", "compiled"):
         if way == "compiled":
             model.network.compile_blocks()
         for batch in (1, 8):
@@ -211,7 +265,7 @@ def sampling(model: WorldModel, pixels: int, steps: int, repeats: int, ways: tup
 def rollout(args: Namespace) -> None:
     """Prefill and decoding of Qwen3-VL-8B in bf16, beside the memory's bound and plain `generate`."""
     need_gpu(args)
-    policy = Policy.load(args.model, "cuda") if args.model else true_policy("cuda", torch.bfloat16)
+    policy = true_policy("cuda", torch.bfloat16)
     print_json(decoding(policy, 16, 8, 256, 512, args.repeats))
 
 
@@ -281,10 +335,20 @@ def bandwidth(device, megabytes: int) -> float:
 
 
 def noise_questions(count: int, side: int) -> list[dict]:
-    """Questions about two pictures of noise."""
+    """Questions about two pictures of noise, in words that fit any picture."""
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (count, 2, side, side, 3), dtype=np.uint8)
-    return [picture_question(number, list(pair)) for number, pair in enumerate(pictures)]
+    questions = []
+    for number, pair in enumerate(pictures):
+        question = {
+            "id": f"q{number}",
+            "question": f"Start from Image-1 and turn left {5 * number + 5} degrees. Then which object looks largest?",
+            "options": ["A. red", "B. green", "C. blue", "D. white"],
+            "answer": "A",
+            "images": list(pair),
+        }
+        questions.append(question)
+    return questions
 
 
 # ---- python -m bench train_wm, train_rl ------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ if ls wheels/*.whl > /dev/null 2>&1; then
 fi
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 if [ -n "${TINY:-}" ]; then
-  size=(--quick) weights=(--quick) steps=(--quick)
+  size=(--quick) steps=(--quick)
 else
-  size=(--preset astra --repeats 1) weights=("${size[@]}" --random-init) steps=("${weights[@]}" --steps 12)
+  size=(--preset astra --repeats 1) steps=("${size[@]}" --steps 12)
 fi
 
 part() { # seconds, command: a part that fails or takes too long does not take the others with it
@@ -32,6 +32,6 @@ $python -c "import torch, transformers, diffusers as d; g = torch.cuda
 print(g.get_device_name() if g.is_available() else 'CPU', torch.__version__, transformers.__version__, d.__version__)"
 part 110 $python -m pytest -q -m gpu tests/test_gpu.py
 part 140 $python -m bench wm "${steps[@]}"
-part 110 $python -m bench rollout "${weights[@]}"
+part 110 $python -m bench rollout "${size[@]}"
 part 60 $python -m bench train_wm "${size[@]}"
 part 60 $python -m bench train_rl "${size[@]}"

@@ -90,25 +90,6 @@ def best_matmul_rate(config, rows: int, device="cpu", dtype=torch.float32, secon
     return best
 
 
-def sustained_matmul_rate(config, rows: int, seconds=3.0) -> float:
-    """The same over runs of `seconds` on the CPU, without a pause, the best shape's mean: what the machine keeps up.
-
-    Servers shared with others give their full rate in bursts only; a run of minutes is compared with this one, measured
-    right behind it.
-    """
-    means = []
-    m = min(rows, 1024)
-    for inside, out in layer_matrices(config):
-        weight = torch.randn(out, inside).t()
-        x, y = torch.randn(m, inside), torch.empty(m, out)
-        count, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            torch.mm(x, weight, out=y)
-            count += 1
-        means.append(count * 2 * m * inside * out / (time.perf_counter() - start))
-    return max(means)
-
-
 def print_json(results: dict) -> None:
     """The last line, for a program: floats with four digits."""
     rounded = {}

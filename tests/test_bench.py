@@ -100,13 +100,7 @@ def test_attention_may_come_in_any_layout(monkeypatch):
 def test_bench_wm_ends_with_one_line_of_json(capsys):
     bench.main(["wm", "--quick", "--threads", "1"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {
-        "speedup_demo32",
-        "speedup_demo32_cpu",
-        "speedup_b1",
-        "speedup_b8",
-        "matmul_share",
-    } <= result.keys()
+    assert {"speedup_demo32", "speedup_b1", "speedup_b8"} <= result.keys()
     assert result["max_diff"] < 1e-4 and result["threads"] == 1
 
 
@@ -122,7 +116,7 @@ def test_counted_arithmetic_is_what_the_straightforward_way_does():
         custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention},
     ) as counter:
         naive.imagine(model, [query], steps=3, text_scale=4.0, image_scale=2.0)
-    assert 1.0 < counter.get_total_flops() / wm_bench.work_of(model, query, steps=3) < 1.2
+    assert 1.0 < counter.get_total_flops() / gpu.work_of(model, query, steps=3) < 1.2
 
 
 # ---------------------------------------------------------------- the policy
@@ -151,17 +145,6 @@ def test_bench_rollout_says_the_script_both_ways(capsys):
     assert result["same_tokens"] and result["speedup"] > 0
     shares = [result[f"{part}_share"] for part in ("prefill", "decode", "simulator", "rest")]
     assert sum(shares) == pytest.approx(1, abs=0.01)
-
-
-def test_bench_grpo_does_the_same_step_as_trl(capsys):
-    """Same prompts, and in tool mode the same tokens and gradient, but for the eps beside the group's deviation."""
-    pytest.importorskip("trl", reason="TRL is no requirement")
-    result = line_of(capsys, "grpo", "--quick")
-    assert (
-        result["same_prompts_text"] and result["same_prompts_image"] and result["same_tokens_tool"]
-    )
-    assert result["grad_norm_tool"] == pytest.approx(result["grad_norm_trl_tool"], rel=1e-3)
-    assert {"ratio_text", "ratio_image", "ratio_tool"} <= result.keys()
 
 
 # ---------------------------------------------------------------- the published shapes, here on tiny models
