@@ -19,9 +19,11 @@ stand in one of these layouts:
   ring       four views at one spot, each one left turn of 90 degrees further: what a small simulator learns in minutes.
              In some rooms all four look up or down, by 10 to 25 degrees; in some there is a fifth view, where a first
              motion has led, softened as if it were imagined, and the targets start from there: the second step of a chain
-  apart      four cameras at least 1 m and 30 degrees apart; they look across the room, in no order
+  apart      four cameras at least 1 m and 30 degrees apart; they look across the room, in no order. (What the tiny
+             simulator is told of headings, simulators.headings, holds of rings alone.)
 
-Motions are turns of every 5 degrees, moves of every 0.1 m up to 1.2 m, and pitch up to 30 degrees. Some amounts, those of
+Motions are turns of every 5 degrees, moves of every 0.1 m up to 1.2 m to the left, right and forward (back or up, no view
+of a ring saw what would be seen), and pitch up to 30 degrees. Some amounts, those of
 NEVER_TRAINED, are in val and test alone.
 
 Questions (lib/questions.py) have exact answers. Seeds of the rooms make four disjoint sets: the simulator's training, the
@@ -127,13 +129,14 @@ def any_ring(rng: Generator) -> list[Array]:
 
 LAYOUTS = {"ring": any_ring, "apart": across}  # of triples
 # of questions: a turn of 90 degrees leads to the next view
-RINGS = {"ring": ring, "pitched": pitched}
+RINGS = {"level": ring, "pitched": pitched}
+USUAL = ("ring", "level")  # what the demo is made of
 
 
 def folder_of(layout: str = "ring", size: int = SIZE) -> str:
-    """Where triples of a layout and size are kept: out/data, out/data-apart, out/data-64, out/data-apart-64."""
+    """Where rows of a layout and size are kept: out/data, out/data-apart, out/data-64, out/data-apart-64."""
     folder = "out/data"
-    if layout != "ring":
+    if layout not in USUAL:
         folder += f"-{layout}"
     if size != SIZE:
         folder += f"-{size}"
@@ -141,7 +144,7 @@ def folder_of(layout: str = "ring", size: int = SIZE) -> str:
 
 
 def stands_free(c2w: Array) -> bool:
-    """Whether a camera is in the middle of the room, where no furniture stands. From a ring every motion ends there."""
+    """Whether a camera is in the middle of the room, where no furniture stands."""
     return np.hypot(*c2w[[0, 2], 3]) <= FREE
 
 
@@ -159,8 +162,8 @@ def room_triples(
     encodes it once. Pictures go to `out`/triples.
 
     layout   of LAYOUTS: where the context cameras stand;  size: of the pictures, in pixels
-    A target is refused where no camera can stand, where the context covers too little of it, and where the words would
-    not be true.
+    A target is refused where no camera can stand, and by the paper's two rules: where the context covers too little of
+    it, and where no single motion leads there (of a room's exact motions, never).
     """
     rng = numpy_stream("triples of a room", seed)
     poses = LAYOUTS[layout](rng)
@@ -348,7 +351,7 @@ def make_triples(
     layout: str = "ring",
     size: int = SIZE,
 ) -> None:
-    """out/triples_{train,val,test}.jsonl, and a line that says how many targets the rule of the paper let through.
+    """out/triples_{train,val,test}.jsonl, and a line that says how many of the drawn targets were kept.
 
     rooms, held_out   how many rooms to train on, and for validation and test each;  threads   processes
     """
@@ -362,8 +365,8 @@ def make_triples(
         rows = build(f"triples, {split}", make, range(first, first + count), out, threads)
         save_jsonl(out / f"triples_{split}.jsonl", rows)
         say(
-            f"triples_{split}.jsonl ({layout}, {size} px): {len(rows)} of {count * TARGETS_PER_ROOM} targets accepted, "
-            f"{len(rows) / count:.1f} per room (the paper keeps 48 per scene)"
+            f"triples_{split}.jsonl ({layout}, {size} px): {len(rows)} of {count * TARGETS_PER_ROOM} targets kept, "
+            f"{len(rows) / count:.1f} per room (the paper: 48 per scene)"
         )
 
 
@@ -372,7 +375,7 @@ def make_questions(
     rooms: int = 1500,
     held_out: tuple[int, int] = (100, 400),
     threads: int = 2,
-    layout: str = "ring",
+    layout: str = "level",
     families: Iterable[str] = tuple(FAMILIES),
 ) -> None:
     """out/questions_{train,val,test}.jsonl; half of the questions need an unseen view, but of `walking` all."""
@@ -442,7 +445,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
         add("--threads", type=count, help="processes (default: 2)")
     for command, layouts in ((triples, tuple(LAYOUTS)), (questions, tuple(RINGS))):
-        command.add_argument("--layout", choices=layouts, default="ring", help="of the cameras")
+        command.add_argument("--layout", choices=layouts, default=layouts[0], help="of the cameras")
     questions.add_argument(
         "--families",
         nargs="+",

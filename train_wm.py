@@ -9,12 +9,13 @@ Train the world simulator: context views + a camera motion in words -> the view 
 In:  triples_{train,val}.jsonl in --data (data.py makes them).
 Out: the EMA of the model in BAGEL's layout, log.jsonl, args.json, done.json, views.png (context, motion, imagined, true).
 
-With x_t = (1 - t) x0 + t eps, t = 1 pure noise, and x0_hat = x_t - t v_hat, the loss per latent token is
+With x_t = (1 - t) x0 + t eps, t = 1 pure noise, and x0_hat = x_t - t v_hat, the loss per latent token is, as a mean
+over its channels,
   flow matching       |v_hat - (eps - x0)|^2, or |x0_hat - x0|^2 where the model predicts x0 (Settings.prediction)
   view consistency    ours, on top: `content` below (the paper's "view consistency tuning" is fine-tuning)
 The loss falls long before the model looks at its context. Watch `nearest`: the share of held-out views that lie nearest
 to the true view of their own motion, among the true views of their group (the targets that share context and reference).
-`nearest_chance` is what guessing reaches: 1 in 8 where all groups are full.
+`nearest_chance` is what guessing reaches: 1 in 16 where all groups are full.
 """
 
 import contextlib
@@ -53,8 +54,8 @@ from world_model import WorldModel, x0_from_output
 
 SCANS = [f"out/{name}" for name in ("scannet", "scannetpp", "matterport", "arkitscenes", "dl3dv")]
 # The paper gives model and data. Of astra, --lr is BAGEL's example for fine-tuning, --eps and the dropout are BAGEL's own;
-# --warmup, --train-shift and EMA are what others fine-tune it with. The rest is ours: 64 targets an update, if all groups
-# are full, so that 17,000 updates are two epochs of the paper's 544,197 triples.
+# --warmup, --train-shift and EMA are what others fine-tune it with. The rest is ours: 64 targets an update, eight of
+# each context of a scan, so that 17,000 updates are two epochs of the paper's 544,197 triples.
 # View consistency is on in both: in rooms it brings .03 of pose at 64 pixels and nothing at 32 (docs/view-consistency.md).
 # A scan's warp is rougher than a room's, so astra's weight is small: it draws x0_hat to the warp by 0.1 t^2 / (1 + 0.1 t^2),
 # 9 % of the way in pure noise, 2 % at t = 0.5. Its price, counted at 1024 x 768, four context views and full groups: one
@@ -95,8 +96,8 @@ FLAGS = [
         "--gradient-checkpointing", False, True, "recompute activations in backward", neutral=True
     ),
     Flag("--images-in-memory", None, 200, "decoded pictures; default: all", 0, neutral=True),
-    Flag("--look-every", 1_000, 1_000, "steps between looks at held-out views", 1, neutral=True),
-    Flag("--look-contexts", 16, 2, "held-out contexts to look at", 1, neutral=True),
+    Flag("--eval-every", 1_000, 1_000, "steps between looks at held-out views", 1, neutral=True),
+    Flag("--eval-contexts", 16, 2, "held-out contexts to look at", 1, neutral=True),
     # astra: every rank writes 28 GB while its GPU waits, half a minute or more
     Flag("--save-every", 250, 1_000, "steps between checkpoints", 1, neutral=True),
     Flag("--threads", 1, 1, "CPU threads; small models gain little", 1, neutral=True),
@@ -104,10 +105,13 @@ FLAGS = [
 TARGETS = 16  # that share one reading of their context, at most
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to it
 EMA_DECAY = 0.995  # of the weights that are saved; rises from 0.1
-LOSSES = ("loss_flow", "loss_content")  # keys of the log, beside grad_norm, lr, nearest and mse
+LOSSES = (
+    "loss_flow",
+    "loss_content",
+)  # keys of the log, weighted, beside grad_norm, lr, mse, nearest and nearest_chance
 REQUIRED = {"context", "reference", "motion", "target", "warp"}  # of a triple (lib.records.Triple)
 SIDEWAYS = ("dx", "dangle")  # what a mirror reverses
-COLOURS = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+CHANNEL_ORDERS = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -120,6 +124,114 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
             "--lora trains adapters beside a model's weights: give --init. A random model has none worth keeping"
         )
     return args
+
+
+def triple_files(folders: list[str]) -> list[tuple[Path, str]]:
+    """(path, the command that makes it) of every input."""
+    files = []
+    for folder in folders:
+        scans = f" --dataset {Path(folder).name} --root DIR" if folder in SCANS else ""
+        for split in ("train", "val"):
+            file = Path(folder, f"triples_{split}.jsonl")
+            files.append((file, f"python data.py triples{scans} --out {folder}"))
+    return files
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The stage: batch, forward, loss, backward, step, EMA, a look now and then, log, save."""
+    args = parse_args(argv)
+    world = distributed.setup(args.threads)
+    args.data = present_folders(args.data)
+    stage.begin("train_wm", args, FLAGS, triple_files(args.data))
+    train = load_groups(args.data, "train", TARGETS)
+    if args.shuffle_instructions:  # a lone motion has none to change places with
+        train = [group for group in train if len(group) > 1]
+    held_out = load_groups(args.data, "val", TARGETS)
+    # spread over all of them: neighbours share a room, folders a dataset
+    apart = max(1, len(held_out) // args.eval_contexts)
+    held_out = held_out[::apart][: args.eval_contexts]
+    if args.contexts % world.size:
+        fail(
+            f"--contexts {args.contexts} cannot be shared evenly by {world.size} processes: take a multiple."
+        )
+    if args.contexts > len(train):
+        fail(f"--contexts {args.contexts} are more than the {len(train)} in --data.")
+    distributed.say(
+        f"{sum(map(len, train)):,} triples in {len(train):,} contexts: {args.steps:,} updates are "
+        f"{args.steps * args.contexts / len(train):,.1f} passes over them."
+    )
+    pixels = max(read_image(train[0][0]["target"]).shape)
+    if not args.init and pixels != args.size:
+        distributed.say(f"Pictures of {pixels} pixels are seen at --size {args.size}.")
+    share = args.contexts // world.size
+    mine = range(world.rank * share, (world.rank + 1) * share)  # of the contexts of an update
+
+    model = load_model(args, world, most=max(len(group[0]["context"]) for group in train))
+    network = model.network
+    read = functools.lru_cache(args.images_in_memory)(read_image)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    ema = [p.detach().clone() for p in parameters]
+    adamw = {"betas": (0.9, 0.95), "eps": args.eps, "weight_decay": args.weight_decay}
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, **adamw, fused=True)
+
+    out = Path(args.out)
+    tensors = training_tensors(network, optimizer)
+    tensors |= {f"ema.{i}": e for i, e in enumerate(ema)}
+    training = TrainingState(out, tensors)
+
+    def make_batches(step):
+        """This rank's batches of one update, which depend on seed and step alone."""
+        order = rows_of_step(len(train), args.contexts, step, args.seed)
+        batches = []
+        for i in range(0, share, args.micro_contexts):
+            micro = mine[i : i + args.micro_contexts]
+            groups = [train[order[k]] for k in micro]
+            keys = [(args.seed, step, k) for k in micro]
+            batches.append(make_batch(groups, keys, model, read, args))
+        return batches
+
+    with stage.Interrupt() as stop:
+        bar = distributed.progress(args.steps, training.start, "world model")
+        batches_of_steps = prefetched(make_batches, range(training.start, args.steps))
+        for step, batches in zip(bar, batches_of_steps, strict=True):
+            lr = set_learning_rate(optimizer, step, args)
+            tokens = distributed.global_sum(sum(len(targets.x0) for _, targets in batches))
+
+            means = distributed.Means(LOSSES)
+            for inputs, targets in batches:
+                parts = losses(network, inputs, targets, args.warp_weight)
+                (sum(parts.values()) / tokens).backward()
+                for key, total in parts.items():
+                    means.add(key, total.detach(), len(targets.x0))
+            distributed.sum_gradients(parameters)
+            grad_norm = distributed.clip_gradients(parameters, MAX_GRAD_NORM)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            decay = min(EMA_DECAY, (1 + step) / (10 + step))
+            torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1 - decay)
+
+            metrics = means.read() | {"grad_norm": grad_norm, "lr": lr}
+            done = step + 1
+            if done % args.eval_every == 0 or done == args.steps:
+                with ema_weights(parameters, ema), distributed.unsharded(network):
+                    scores, rows = imagine_held_out(model, held_out, read)
+                draw_views(rows[:: max(1, len(rows) // 12)], out / "views.png")
+                metrics |= scores
+                seconds = training.clock.read()["cpu_seconds"]  # a collective
+                distributed.say(
+                    f"step {done}: flow {metrics['loss_flow']:.4f}, held-out views: nearest "
+                    f"{scores.get('nearest', math.nan):.2f}, mse {scores['mse']:.4f}, {seconds:.0f} CPU-s"
+                )
+            training.log.write(step, **metrics)
+            bar.set_postfix(flow=f"{metrics['loss_flow']:.4f}")
+            stop.save_or_leave(done, args, training.save)
+
+    with ema_weights(parameters, ema), whole_folder(out) as part:
+        save_model(model, part, args)
+    stage.finish(out, args.steps, training.clock)
 
 
 # ---- data: triples that share a context ----------------------------------------------------------------------------------
@@ -207,13 +319,13 @@ def read_pictures(rows: list[dict], read: Callable, with_warps: bool) -> TripleP
 def augmented(p: TriplePictures, stream: torch.Generator) -> TriplePictures:
     """One of a room's twelve rooms: mirrored or not, with permuted colours."""
     mirror = int(torch.randint(2, (), generator=stream))
-    colours = list(COLOURS[int(torch.randint(len(COLOURS), (), generator=stream))])
+    order = list(CHANNEL_ORDERS[int(torch.randint(len(CHANNEL_ORDERS), (), generator=stream))])
     if mirror:
         p = mirrored(p)
     return p._replace(
-        context=[image[..., colours] for image in p.context],
-        targets=p.targets[..., colours],
-        warps=p.warps[..., [*colours, 3]],
+        context=[image[..., order] for image in p.context],
+        targets=p.targets[..., order],
+        warps=p.warps[..., [*order, 3]],
     )
 
 
@@ -261,14 +373,14 @@ def make_sample(rows, model, read, args, key) -> tuple[list, LossTargets]:
     p = read_pictures(rows, read, with_warps=args.warp_weight > 0)
     if args.augment:
         p = augmented(p, stream)
-    context, turns = model.arrange(p.context, p.reference)
+    context, headings = model.arrange(p.context, p.reference)
     sentences = [instruction(motion) for motion in p.motions]
     if args.paraphrase:
         rng = numpy_stream("wording", *key)
         sentences = [random_instruction(motion, len(context), rng) for motion in p.motions]
     if args.shuffle_instructions:
-        turn = 1 + int(torch.randint(len(rows) - 1, (), generator=stream))  # none keeps its own
-        sentences = sentences[turn:] + sentences[:turn]
+        shift = 1 + int(torch.randint(len(rows) - 1, (), generator=stream))  # none keeps its own
+        sentences = sentences[shift:] + sentences[:shift]
 
     # condition dropout, and the targets' times
     dropout = torch.tensor([args.drop_vae, args.drop_vit])
@@ -282,7 +394,7 @@ def make_sample(rows, model, read, args, key) -> tuple[list, LossTargets]:
     for i, image in enumerate(context):
         number = len(context) - 1 - i  # counted from the reference, which is the last one
         vae_image, vit_image = context_segments(image, number, model, stream)
-        motion = (0.0, 0.0, 0.0, turns[i], 0.0)
+        motion = (0.0, 0.0, 0.0, headings[i], 0.0)
         segments.append(vae_image._replace(keep=keep_vae[i], motion=motion))
         segments.append(vit_image._replace(keep=keep_vit[i]))
     x0, warp, seen_share, grid = encode_targets(p, model, stream)
@@ -290,9 +402,8 @@ def make_sample(rows, model, read, args, key) -> tuple[list, LossTargets]:
     # x_t is computed here and nowhere else: network and loss find it in the pack
     x_t = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise
     for k, sentence in enumerate(sentences):
-        ids = model.token_ids(sentence)
         if model.network.config.settings.words:
-            segments.append(Text(ids, branch=k + 1, keep=keep_text[k]))
+            segments.append(Text(model.token_ids(sentence), branch=k + 1, keep=keep_text[k]))
         _, motion = read_instruction(sentence)
         motion = tuple(keep_text[k] * delta_of(motion))
         segments.append(VaeImage(x_t[k], grid, branch=k + 1, t=float(t[k]), motion=motion))
@@ -421,7 +532,7 @@ def draw_views(rows: list, path: Path) -> None:
         save_image(path, contact_sheet(head, [[blank] * (most - len(row)) + row for row in rows]))
 
 
-# ---- the run -------------------------------------------------------------------------------------------------------------
+# ---- model, EMA, files -----------------------------------------------------------------------------------------------
 
 
 def load_model(args: Namespace, world: distributed.World, most: int) -> WorldModel:
@@ -481,97 +592,6 @@ def save_model(model: WorldModel, folder: Path, args: Namespace) -> None:
     from extras.lora import merged
 
     model.save(folder, merged(model.network))
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The stage: batch, forward, loss, backward, step, EMA, a look now and then, log, save."""
-    args = parse_args(argv)
-    world = distributed.setup(args.threads)
-    args.data = present_folders(args.data)
-    stage.begin("train_wm", args, FLAGS)
-    train = load_groups(args.data, "train", TARGETS)
-    if args.shuffle_instructions:  # a lone motion has none to change places with
-        train = [group for group in train if len(group) > 1]
-    held_out = load_groups(args.data, "val", TARGETS)
-    # spread over all of them: neighbours share a room, folders a dataset
-    apart = max(1, len(held_out) // args.look_contexts)
-    held_out = held_out[::apart][: args.look_contexts]
-    if args.contexts % world.size:
-        fail(
-            f"--contexts {args.contexts} cannot be shared evenly by {world.size} processes: take a multiple."
-        )
-    if args.contexts > len(train):
-        fail(f"--contexts {args.contexts} are more than the {len(train)} in --data.")
-    distributed.say(
-        f"{sum(map(len, train)):,} triples in {len(train):,} contexts: {args.steps:,} updates are "
-        f"{args.steps * args.contexts / len(train):,.1f} passes over them."
-    )
-    share = args.contexts // world.size
-    mine = range(world.rank * share, (world.rank + 1) * share)  # of the contexts of an update
-
-    model = load_model(args, world, most=max(len(group[0]["context"]) for group in train))
-    network = model.network
-    read = functools.lru_cache(args.images_in_memory)(read_image)
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    ema = [p.detach().clone() for p in parameters]
-    adamw = {"betas": (0.9, 0.95), "eps": args.eps, "weight_decay": args.weight_decay}
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, **adamw, fused=True)
-
-    out = Path(args.out)
-    tensors = training_tensors(network, optimizer)
-    tensors |= {f"ema.{i}": e for i, e in enumerate(ema)}
-    training = TrainingState(out, tensors)
-
-    def make_batches(step):
-        """This rank's batches of one update, which depend on seed and step alone."""
-        order = rows_of_step(len(train), args.contexts, step, args.seed)
-        batches = []
-        for i in range(0, share, args.micro_contexts):
-            micro = mine[i : i + args.micro_contexts]
-            groups = [train[order[k]] for k in micro]
-            keys = [(args.seed, step, k) for k in micro]
-            batches.append(make_batch(groups, keys, model, read, args))
-        return batches
-
-    with stage.Interrupt() as stop:
-        bar = distributed.progress(args.steps, training.start, "world model")
-        batches_of_steps = prefetched(make_batches, range(training.start, args.steps))
-        for step, batches in zip(bar, batches_of_steps, strict=True):
-            lr = set_learning_rate(optimizer, step, args)
-            tokens = distributed.global_sum(sum(len(targets.x0) for _, targets in batches))
-
-            means = distributed.Means(LOSSES)
-            for inputs, targets in batches:
-                parts = losses(network, inputs, targets, args.warp_weight)
-                (sum(parts.values()) / tokens).backward()
-                for key, total in parts.items():
-                    means.add(key, total.detach(), len(targets.x0))
-            distributed.sum_gradients(parameters)
-            grad_norm = distributed.clip_gradients(parameters, MAX_GRAD_NORM)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            decay = min(EMA_DECAY, (1 + step) / (10 + step))
-            torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1 - decay)
-
-            metrics = means.read() | {"grad_norm": grad_norm, "lr": lr}
-            done = step + 1
-            if done % args.look_every == 0 or done == args.steps:
-                with ema_weights(parameters, ema), distributed.unsharded(network):
-                    scores, rows = imagine_held_out(model, held_out, read)
-                draw_views(rows[:: max(1, len(rows) // 12)], out / "views.png")
-                metrics |= scores
-                seconds = training.clock.read()["cpu_seconds"]  # a collective
-                distributed.say(
-                    f"step {done}: flow {metrics['loss_flow']:.4f}, held-out views: nearest "
-                    f"{scores.get('nearest', math.nan):.2f}, mse {scores['mse']:.4f}, {seconds:.0f} CPU-s"
-                )
-            training.log.write(step, **metrics)
-            bar.set_postfix(flow=f"{metrics['loss_flow']:.4f}")
-            stop.save_or_leave(done, args, training.save)
-
-    with ema_weights(parameters, ema), whole_folder(out) as part:
-        save_model(model, part, args)
-    stage.finish(out, args.steps, training.clock)
 
 
 if __name__ == "__main__":

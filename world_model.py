@@ -6,6 +6,8 @@ latents (what it looks like) and as ViT features (what it shows):
 
   [VAE 1][ViT 1][VAE 2][ViT 2] ... [Based on the last image, turn 30 degrees to the left.][noisy latents]
 
+(A tiny model is told the motion in numbers; the sentence stands in none of its tokens: `rays`, `words` of Settings.)
+
 It is trained by flow matching: x_t = (1 - t) x0 + t eps, v = eps - x0, t = 1 is pure noise (train_wm.py). It imagines
 by Euler steps from t = 1 to t = 0, the context read once into a memory, guided away from "no sentence" and "no images".
 
@@ -281,6 +283,8 @@ class WorldModel:
             raise ValueError(f"The autoencoder in {folder} is not the one that {file} reads.")
         model = cls(network, autoencoder, tokenizer, files, layout)
         model.settings = dataclasses.replace(model.settings, **changes)
+        if model.settings.learned_places and model.settings.max_context > MAX_IMAGES:
+            raise ValueError(f"It numbers {MAX_IMAGES} context images at most: lower --context.")
         if model.settings.form not in ("", *FORMS):
             raise ValueError(f"form {model.settings.form!r} is none of {', '.join(FORMS)}")
         return model
@@ -326,10 +330,12 @@ class WorldModel:
             motions = torch.tensor(np.stack(motions), dtype=torch.float32, device=self.device)
         return ContextText(ids.to(self.device), lengths, motions)
 
-    def see(self, images: list, streams: list | None, turns: Sequence[float] = ()) -> ContextImage:
+    def context_image(
+        self, images: list, streams: list | None, turns: Sequence[float] = ()
+    ) -> ContextImage:
         """R images of one size, as the VAE takes them -> what `Bagel.read_images` reads.
 
-        streams   R generators, see `encode`;  turns: (R,) of `arrange`, nothing: as the reference looks
+        streams   R generators, see `FluxLatents.encode`;  turns: (R,) of `arrange`, nothing: as the reference looks
         """
         motion = torch.zeros(len(images), 5)
         if len(turns):
@@ -394,7 +400,7 @@ class WorldModel:
         images = []
         for k in range(len(rows[0].images)):
             turns = [row.headings[k] for row in rows]
-            images.append(self.see([row.images[k] for row in rows], streams, turns))
+            images.append(self.context_image([row.images[k] for row in rows], streams, turns))
         text = self.texts([row.sentence for row in rows])
         grid = token_grid(images[-1].latent)
         shape = (grid[0] * grid[1], self.network.config.token_channels)
@@ -474,7 +480,7 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--context",
         dest="max_context",
-        type=bounded(int, 1, MAX_IMAGES),
+        type=bounded(int, 1),
         help=f"images shown at most, the reference last (ours: {Settings.max_context})",
     )
     group.add_argument(
@@ -499,7 +505,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument("--interactive", action="store_true", help="look around in a room, by keys")
     p.add_argument("--images", nargs="+", help="context views in order")
-    p.add_argument("--reference", type=int, help="image that the motion starts from; default: last")
+    p.add_argument(
+        "--reference", type=bounded(int, 1), help="image that the motion starts from; default: last"
+    )
     p.add_argument(
         "--motion",
         help='such as "turn left 30", "move forward 1 m" or "pitch up by 10 degrees"',

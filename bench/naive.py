@@ -48,7 +48,7 @@ def latent(model, query, **changes):
     network, s = model.network, replace(model.settings, **changes)
     stream = torch.Generator().manual_seed(query.seed)
     images, turns = model.arrange(query.images, query.reference, s)
-    encoded = [model.see([image], [stream]) for image in images]
+    encoded = [model.context_image([image], [stream]) for image in images]
     ids = model.texts([renumbered(query.instruction, len(images))])[0][0]
 
     full = nothing(network)

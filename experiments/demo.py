@@ -57,7 +57,7 @@ STAGES = (
         ("data",),
         "wm",
         "train_wm.py --data {out}/data --threads 1",
-        "--steps 20 --look-contexts 1",
+        "--steps 20 --eval-contexts 1",
     ),
     Stage(
         "sft",

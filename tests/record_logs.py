@@ -21,7 +21,7 @@ NOT_COMPARED = {"seconds"}  # a stopwatch
 STEPS = 20
 DATA = "--out {tmp}/data --rooms 64"
 STAGES = {  # each reads what those before it wrote; RL needs a policy that can say something
-    "train_wm": "train_wm.py --data {tmp}/data --out {tmp}/wm --steps 20 --look-every 10 --look-contexts 4",
+    "train_wm": "train_wm.py --data {tmp}/data --out {tmp}/wm --steps 20 --eval-every 10 --eval-contexts 4",
     "train_sft": "train_sft.py --data {tmp}/data --out {tmp}/sft --steps 200 --see-steps 150",
     "train_rl_phase1": "train_rl.py --phase 1 --policy {tmp}/sft --wm {tmp}/wm --data {tmp}/data --out {tmp}/phase1 "
     "--steps 20 --questions 4 --eval-every 10 --eval-questions 8",

@@ -111,7 +111,7 @@ def test_a_ring_closes_after_four_left_turns(layout):
         pitches.append(angles_of(views[0])[1])
     low, high = (10, 25) if layout == "pitched" else (0, 0)
     assert low - 1e-9 <= np.abs(pitches).min() and np.abs(pitches).max() <= high + 1e-9
-    assert layout == "ring" or min(pitches) < 0 < max(pitches)
+    assert layout == "level" or min(pitches) < 0 < max(pitches)
 
 
 def covered_by_hand(row, size=32, fine=256):
@@ -247,11 +247,11 @@ def true_facts(row, camera):
     return room, questions.facts(render(room, camera)["ids"][0], len(room.things))
 
 
-@pytest.mark.parametrize("layout", ["ring", pytest.param("pitched", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["level", pytest.param("pitched", marks=pytest.mark.slow)])
 def test_answers_are_true_and_an_unseen_view_is_needed(layout, made, tmp_path):
     """Look through the commanded camera: the answer is what stands there, and the reference image says otherwise."""
     folder = made
-    if layout != "ring":
+    if layout != "level":
         folder = tmp_path
         data.make_questions(folder, rooms=ROOMS, held_out=(1, 1), threads=1, layout=layout)
     rows, counts = load_jsonl(folder / "questions_train.jsonl"), Counter()

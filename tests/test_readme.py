@@ -13,7 +13,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # what makes a command of the README a matter of seconds
 SMALL = {
     "data": ["--rooms", "8"],
-    "train_wm": ["--steps", "2", "--look-contexts", "1"],
+    "train_wm": ["--steps", "2", "--eval-contexts", "1"],
     "train_sft": ["--see-steps", "1", "--steps", "1"],
     "train_rl": "--steps 1 --questions 2 --group 2 --direct-rollouts 1 --eval-questions 2".split(),
     "evaluate": ["--limit", "4"],

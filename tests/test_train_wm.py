@@ -32,7 +32,7 @@ def rooms(tmp_path_factory):
 
 def flags(rooms, out, *more):
     """A run of four small steps."""
-    words = f"--data {rooms} --out {out} --steps 4 --contexts 4 --micro-contexts 4 --warmup 1 --look-every 100"
+    words = f"--data {rooms} --out {out} --steps 4 --contexts 4 --micro-contexts 4 --warmup 1 --eval-every 100"
     return [*words.split(), "--warp-weight", "0.1", *more]
 
 
@@ -237,7 +237,7 @@ def test_astra_takes_the_datasets_that_are_there_and_names_the_others(
 
 
 def test_missing_data_is_a_sentence(rooms, tmp_path):
-    with pytest.raises(SystemExit, match="train.jsonl does not exist; `python data.py triples"):
+    with pytest.raises(SystemExit, match="train.jsonl is missing. `python data.py triples"):
         train_wm.main(flags(tmp_path / "nothing", tmp_path / "out"))
     with pytest.raises(SystemExit, match=r"1000 are more than the 5 in --data"):
         train_wm.main(flags(rooms, tmp_path / "out", "--contexts", "1000"))

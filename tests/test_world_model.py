@@ -354,7 +354,7 @@ def test_what_the_demo_trains_on_is_what_it_samples_with(keep_text):
     x_t, t = segments[-1].x_t[None], segments[-1].t
     p = pack([[segments]], network.markers, network.config)
     assert turns[-1] == 0 and len(set(turns)) == len(images)
-    context = [model.see([image], None, [turns[k]]) for k, image in enumerate(images)]
+    context = [model.context_image([image], None, [turns[k]]) for k, image in enumerate(images)]
     text = model.texts([instruction(Motion(**motion))])
     settings = dataclasses.replace(model.settings, text_scale=4.0)
     with torch.no_grad():
