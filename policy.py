@@ -36,10 +36,9 @@ from lib.bagel_files import (
     from_library,
     load_network,
     load_tokenizer,
-    misfits,
     read_json,
 )
-from lib.checkpoints import contents, write_gathered
+from lib.checkpoints import contents, misfits, write_gathered
 from lib.dialogue import Trajectory
 from lib.distributed import default_device, fail, is_main, say
 from lib.images import check_shape, load_image
@@ -156,7 +155,7 @@ class Policy:
         """Write weights, tokenizer and image preparation in the public layout, and what servers want beside them.
 
         tensors   (name, tensor) pairs that stand in for the model's own, such as extras.lora.merged's; maybe sharded
-        Called on every rank; rank 0 writes, one tensor after another. Tied weights have one name.
+        Called on every rank; rank 0 writes. Tied weights have one name.
         """
         folder, layout = Path(folder), {}
         for name, p in self.model.named_parameters():
@@ -344,7 +343,7 @@ def check_weights(folder: Path, files: list[Path], model) -> torch.dtype:
     for file in files:
         tensors |= contents(file)
     tensors = {name: x for name, x in tensors.items() if not name.endswith(COMPUTED)}
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    expected = model.state_dict()
     if model.config.tie_word_embeddings and "lm_head.weight" not in tensors:
         del expected["lm_head.weight"]  # the embedding is the head
     remedy = "Fetch it again, or save the whole model anew under transformers' own names."

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lib.checkpoints import contents, local_rows, write_gathered
+from lib.checkpoints import contents, local_rows, misfits, write_gathered
 from lib.distributed import is_main
 from lib.records import write_json
 
@@ -71,17 +71,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object. {REMEDY}")
     return content
-
-
-def misfits(expected: dict, tensors: dict) -> list[str]:
-    """What keeps a file from fitting a model, as phrases: {name: shape} of the model, {name: tensor} of the file."""
-    phrases = []
-    for name, shape in expected.items():
-        actual = tuple(tensors[name].shape) if name in tensors else "missing"
-        if actual != tuple(shape):
-            phrases.append(f"{name} {tuple(shape)} (file: {actual})")
-    foreign = [f"{name} (not a part of the model)" for name in tensors if name not in expected]
-    return phrases[:2] + foreign + phrases[2:]  # names spelt otherwise show early
 
 
 def complain(sentence: str, phrases: list[str], remedy: str = REMEDY) -> None:
@@ -154,9 +143,8 @@ class FluxLatents:
                 use_quant_conv=False,
                 use_post_quant_conv=False,
             )
-        shapes = {key: value.shape for key, value in self.vae.state_dict().items()}
         state = convert_ldm_vae_checkpoint(tensors, blocks_of)  # in the names of diffusers
-        complain(unfit, misfits(shapes, state))
+        complain(unfit, misfits(self.vae.state_dict(), state))
         others = len(tensors) - len(state)  # which the conversion does not know
         complain(unfit, [f"{others} of its tensors are no part of one"] * (others > 0))
         check_finite(path, state.items())
@@ -236,8 +224,7 @@ def load_network(network: nn.Module, path: Path, device, part: bool = False) -> 
     """
     state, layout = network.state_dict(), contents(path)
     empty = {k: v for k, v in state.items() if v.is_meta and (k in layout or not part)}
-    shapes = {key: value.shape for key, value in empty.items()}
-    complain(f"{path} does not fit its json files", [] if part else misfits(shapes, layout))
+    complain(f"{path} does not fit its json files", [] if part else misfits(empty, layout))
     tensors = {}
     with safe_open(path, "pt") as file:
         for key, value in empty.items():

@@ -1,12 +1,12 @@
 """
-Tensors on disk: safetensors files written and read tensor by tensor, and what resumes an interrupted run.
+Tensors on disk: safetensors files that are whole or not there, and what resumes an interrupted run.
 
   out/wm/training/step_000500/rank_00000.safetensors, rank_00001.safetensors, ...     each rank's rows of every tensor
                               state.json                                              the step, the clock
 
 FSDP2 shards a tensor by rows (DTensor), so the parts in the files of the ranks, one behind another, are the whole: any
 number of ranks can go on from it, each reading its own rows. The ranks see one file system. Nothing is gathered but the
-finished model (`write_gathered`), and that tensor by tensor.
+finished model (`write_gathered`).
 """
 
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -25,20 +26,6 @@ from lib.distributed import fail, full, global_sum, is_main, wait_for_all
 from lib.records import MetricLog, disk, sync, whole_file, write_json
 from lib.streams import Clock
 
-# in the order in which safetensors sorts the tensors of a file: wide types first, so that all lie aligned
-TYPES = {
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 BROKEN = (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError)  # of a file
 
 
@@ -47,75 +34,35 @@ BROKEN = (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorE
 
 def contents(path: Path) -> dict[str, Tensor]:
     """{name: tensor on the meta device}: the shapes and types in a safetensors file. Raises ValueError if broken."""
-    layout = {}
     try:
         with safe_open(path, "pt") as file:
-            for name in file.keys():
-                rows = file.get_slice(name)
-                dtype = TYPES[rows.get_dtype()]
-                layout[name] = torch.empty(rows.get_shape(), dtype=dtype, device="meta")
+            # on the CPU a tensor is a map of the file: no number is read
+            return {name: file.get_tensor(name).to("meta") for name in file.keys()}
     except BROKEN as error:
         if "allocate memory" in str(error):
             fail(f"{path} is too large for the memory that is free here ({error}). Free some.")
         sentence = f"The checkpoint file {path} cannot be read ({error}). Fetch or train it again."
         raise ValueError(sentence) from error
-    return layout
 
 
-def file_header(layout):
-    """The head of a safetensors file, as its own `save_file` writes it -> (bytes, {name: where its numbers begin})."""
-    header = {"__metadata__": {"format": "pt"}}
-    order = list(TYPE_NAMES)
-    ends = 0
-    for name in sorted(layout, key=lambda name: (order.index(layout[name].dtype), name)):
-        tensor = layout[name]
-        begins, ends = ends, ends + tensor.numel() * tensor.itemsize
-        header[name] = {
-            "dtype": TYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begins, ends],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8 bytes
-    text = len(text).to_bytes(8, "little") + text
-    return text, {name: len(text) + header[name]["data_offsets"][0] for name in layout}
+def misfits(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    """What keeps the tensors of a file from fitting those of a model, as phrases."""
+    phrases = []
+    for name, tensor in expected.items():
+        actual = tuple(found[name].shape) if name in found else "missing"
+        if actual != tuple(tensor.shape):
+            phrases.append(f"{name} {tuple(tensor.shape)} (file: {actual})")
+    foreign = [f"{name} (not a part of the model)" for name in found if name not in expected]
+    return phrases[:2] + foreign + phrases[2:]  # names spelt otherwise show early
 
 
-def write_file(path: Path, tensors: Iterable, layout: dict[str, Tensor]) -> None:
-    """Write a safetensors file, one tensor at a time, beside its place, then renamed.
-
-    tensors   (name, tensor) pairs in any order, on any device, maybe made one by one
-    layout    {name: tensor of the shape and type to write}, also on the meta device: all that the file will hold
-    Raises ValueError unless `tensors` brings exactly these names and shapes. What safetensors' own `save_file` would
-    write, byte for byte, but that one holds all tensors in host memory first.
-    """
+def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file beside its place, then renamed; tensors of a GPU take as much host memory meanwhile."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # A model that was read from this very file is a map of it: renaming leaves the old file to the map.
     with whole_file(path) as beside:
-        with open(beside, "wb") as file:
-            write_tensors(file, path, tensors, layout)
+        save_file(tensors, beside, {"format": "pt"})
         sync(beside)
-
-
-def write_tensors(file, path, tensors, layout):
-    """What `write_file` writes, into an open file that is to be called `path`."""
-    text, begins = file_header(layout)
-    file.write(text)
-    missing = set(layout)
-    for name, tensor in tensors:
-        if name not in missing or tensor.shape != layout[name].shape:
-            reason = "there is no such tensor in it"
-            if name in missing:
-                reason = f"its shape there is {tuple(layout[name].shape)}"
-            elif name in layout:
-                reason = "it is there already"
-            raise ValueError(f"{path} cannot hold {name} {tuple(tensor.shape)}: {reason}")
-        missing.remove(name)
-        file.seek(begins[name])
-        numbers = tensor.detach().to(layout[name].dtype).cpu().contiguous()
-        file.write(numbers.reshape(-1).view(torch.uint8).numpy())
-    if missing:
-        few = ", ".join(sorted(missing)[:4])
-        raise ValueError(f"{path} lacks {few}: {len(missing)} tensors not given")
 
 
 # ---- sharded tensors -----------------------------------------------------------------------------------------------------
@@ -145,13 +92,17 @@ def is_saved_here(tensor):
 
 
 def write_gathered(path: Path, tensors: Iterable, layout: dict[str, Tensor]) -> None:
-    """`write_file` for sharded tensors: called on every rank, gathered one tensor at a time, written by rank 0."""
-    gathered = ((name, full(tensor.detach())) for name, tensor in tensors)
+    """`write_file` for sharded tensors: called on every rank, gathered one tensor at a time, written by rank 0.
+
+    tensors   (name, tensor) pairs, maybe made one by one;   layout   {name: a tensor of the type to write}
+    """
+    gathered = {}
+    for name, tensor in tensors:
+        whole = full(tensor.detach())
+        if is_main():
+            gathered[name] = whole.to("cpu", layout[name].dtype)
     if is_main():
-        write_file(path, gathered, layout)
-    else:
-        for _ in gathered:  # only takes part in the collectives
-            pass
+        write_file(path, gathered)
 
 
 # ---- what resumes a run --------------------------------------------------------------------------------------------------
@@ -216,7 +167,7 @@ def save_state(folder: str | Path, step: int, tensors: dict[str, Tensor], state:
     is_written = False
     try:
         rows = {name: local_rows(x)[1] for name, x in tensors.items() if is_saved_here(x)}
-        write_file(beside / f"rank_{rank:05d}.safetensors", rows.items(), rows)
+        write_file(beside / f"rank_{rank:05d}.safetensors", rows)
         if is_main():
             write_json(beside / "state.json", {"step": step, **state})
             sync(beside / "state.json")
@@ -262,20 +213,12 @@ def load_state(folder: str | Path, tensors: dict[str, Tensor]) -> tuple[int, dic
 
 def compare_shapes(place, files, tensors):
     """Exit where the files of the checkpoint `place` hold other tensors than these."""
-    shapes = {}
+    saved = {}
     for path in files:
         for name, rows in contents(path).items():
-            before = shapes[name][0] if shapes.get(name) else 0
-            shapes[name] = (before + len(rows), *rows.shape[1:]) if rows.dim() else ()
-    wrong = []
-    for name in tensors | shapes:
-        shape = tuple(tensors[name].shape) if name in tensors else "(unknown)"
-        saved = shapes.get(name, "nothing")
-        if shape != saved:
-            wrong.append(f"{name} {shape}, saved {saved}")
-    if wrong:
-        wrong = wrong[0] + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
-        fail(f"The checkpoint {place} does not fit this model: {wrong}. Give another --out.")
+            saved[name] = torch.cat([saved[name], rows]) if name in saved else rows
+    for phrase in misfits(tensors, saved):
+        fail(f"The checkpoint {place} does not fit this model: {phrase}. Give another --out.")
 
 
 @torch.no_grad()
