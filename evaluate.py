@@ -29,7 +29,6 @@ why an answer is right or wrong.
 
 import argparse
 import gc
-import importlib.util
 import re
 import time
 from pathlib import Path
@@ -70,7 +69,7 @@ from lib.simulators import (
     load_simulator,
     needs_room,
 )
-from lib.stage import bounded, hold, need, newest, run_stage
+from lib.stage import bounded, has_extras, hold, need, newest, run_stage
 from lib.streams import stable_hash
 from policy import Policy, rollout
 from rewards import exact_match, name_gold, option_letter
@@ -143,7 +142,7 @@ class Rooms:
 
     def diagnose(self, question: dict, dialogue: Trajectory) -> dict | None:
         """Why an answer is right or wrong."""
-        if not find_extras():
+        if not has_extras():
             return None
         from extras.report import diagnosis
 
@@ -312,11 +311,6 @@ def conclude(args, policy: str, questions: list[dict], records: dict) -> dict:
     return results | {"chance": guessing, "modes": modes, "simulators": simulators}
 
 
-def find_extras() -> bool:
-    """Is the folder extras/ there? The core runs without: then there is no diagnosis, no report and no dose."""
-    return importlib.util.find_spec("extras") is not None
-
-
 # ---- the simulator itself -------------------------------------------------------------------------------------------
 
 
@@ -338,7 +332,7 @@ def measure_simulators(args: argparse.Namespace, world: World) -> None:
         policy = open_policy(args, world.device)[0] if args.policy_url else None
         if is_main():
             tools = scan_views.instruments(args, rows, policy, world.device)  # before the work
-    elif find_extras():
+    elif has_extras():
         from extras.report.doses import dose_rows, measure_chains, measure_doses
 
         doses = dose_rows(rows, args.dose_rooms)
@@ -363,7 +357,7 @@ def measure_simulators(args: argparse.Namespace, world: World) -> None:
         results = compare(rows, {"simulators": views, "baselines": trivial, "oracles": oracles})
     print_consistency(results)
     results |= {"dose": {}, "chains": {}}
-    if find_extras() and not scans:
+    if has_extras() and not scans:
         results["dose"] = measure_doses(doses, folders)
         results["chains"] = measure_chains(rows, folders)
     first = next(iter(results["simulators"].values()), {})
@@ -371,7 +365,7 @@ def measure_simulators(args: argparse.Namespace, world: World) -> None:
     results = readable(first | results)  # JSON has no nan
     write_json(out / "results.json", results)
     names = ["results.json"]
-    if find_extras():
+    if has_extras():
         from extras.report import pages
 
         names += pages.write_simulators(out, results, rows, views)
@@ -387,7 +381,7 @@ def imagine_share(args, name: str, rows: list[dict], folder: Path, device: torch
     try:
         simulator = load_simulator(name, device, args.wm, **args.sampler)
         imagine_targets(simulator, rows, folder, args.batch or 64, name)
-        if find_extras():
+        if has_extras():
             from extras.report.doses import chained_rows
 
             imagine_targets(simulator, chained_rows(simulator, rows, folder), folder)
@@ -638,7 +632,7 @@ def main(argv: list[str] | None = None) -> None:
         records[condition.mode, condition.simulator] = rows
     results = conclude(args, name, questions, records)
     names = ["results.json", "predictions.jsonl"]
-    if find_extras():
+    if has_extras():
         from extras.report import pages
 
         results["diagnosis"] = pages.causes(records)

@@ -30,7 +30,6 @@ and are left out, of the mean too.
 """
 
 import contextlib
-import math
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -38,7 +37,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -63,14 +61,15 @@ from lib.distributed import (
     sum_gradients,
     unsharded,
 )
-from lib.images import figure_image, save_image, with_pictures
-from lib.records import Question, disk, load_jsonl, read_log, whole_folder
+from lib.images import with_pictures
+from lib.records import Question, disk, load_jsonl, whole_folder
 from lib.rollout import cell_count
 from lib.stage import (
     Flag,
     Interrupt,
     begin,
     finish,
+    has_extras,
     parse_flags,
     run_stage,
 )
@@ -297,7 +296,9 @@ def main(argv: list[str] | None = None) -> None:
         table = evaluate(policy, held_out, simulator, args, world, out / "dialogues" / "end")
         training.log.write(args.steps, eval=table)
     save_policy(policy, out, args)
-    if is_main():
+    if is_main() and has_extras():
+        from extras.report.curves import draw_curves
+
         draw_curves(out)
     finish(out, args.steps, training.clock)
 
@@ -620,8 +621,8 @@ def stack_logprobs(vectors: list[Tensor], device: torch.device) -> Tensor:
 
 def open_questions(args: Namespace, world: World) -> tuple[list[dict], list[dict]]:
     """The questions to learn from, and the held-out ones of an evaluation; a sentence where there are too few."""
-    train = with_pictures(load_questions(args.data, "train", args.simulator), world)
-    held_out = with_pictures(load_questions(args.data, "val", args.simulator), world)
+    train = with_pictures(load_questions(args.data, "train", args.simulator))
+    held_out = with_pictures(load_questions(args.data, "val", args.simulator))
     count = min(args.eval_questions, len(held_out))
     chosen = rows_of_step(len(held_out), count, 0, 0)  # of one step and seed: always the same ones
     held_out = [held_out[row] for row in chosen]
@@ -818,46 +819,6 @@ def evaluate(
                     trajectory.save(folder / str(number))
                     trajectory.draw(folder / f"{number}.png")
     return table
-
-
-CURVES = (  # panels of curves.png; of `eval` the keys are "<mode> <key>"
-    "reward",
-    "match",
-    "call_rate",
-    "call_rate_needs_view",
-    "gain",
-    "entropy",
-    "agentic match",
-    "direct match",
-)
-
-
-def draw_curves(out: Path) -> None:
-    """curves.png from log.jsonl: a panel per key of CURVES that the log has, four in a row."""
-    rows = read_log(out / "log.jsonl")
-    for row in rows:
-        for mode, means in row.get("eval", {}).items():
-            row |= {f"{mode} {key}": value for key, value in means.items()}
-    curves = {}
-    for key in CURVES:
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        if points:
-            curves[key] = np.array(points)  # (points, 2)
-
-    def draw(pyplot):
-        lines = math.ceil(len(curves) / 4)
-        figure = pyplot.figure(figsize=(13, 3 * lines), layout="constrained")
-        for number, (key, points) in enumerate(curves.items(), 1):
-            axis = figure.add_subplot(lines, 4, number)
-            axis.plot(points[:, 0], points[:, 1], marker=".")
-            axis.set_title(key)
-        return figure
-
-    image = figure_image(draw)
-    if image is None:
-        say("No curves.png without matplotlib (pip install matplotlib); log.jsonl has the numbers.")
-    else:
-        save_image(out / "curves.png", image)
 
 
 if __name__ == "__main__":

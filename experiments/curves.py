@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.runner import DEMO, markdown
 from lib.distributed import fail, say
-from lib.images import figure_image, save_image
+from lib.images import save_image
 from lib.records import read_log
 
 STEPS = (1, 10, 50, 250, 1000)  # and the last
@@ -116,6 +116,8 @@ def main(argv: list[str] | None = None) -> None:
     for stage, rows in logs.items():
         print(f"{stage}\n\n" + "\n".join(table(rows, STAGES[stage])) + "\n")
     if args.picture:
+        from extras.report.curves import figure_image
+
         image = figure_image(lambda pyplot: draw(logs, pyplot))
         if image is None:
             fail("The picture takes matplotlib. Type: pip install matplotlib")

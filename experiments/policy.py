@@ -46,7 +46,7 @@ from experiments.runner import (
 )
 from lib.dialogue import call_poses
 from lib.geometry import decompose
-from lib.images import figure_image, save_image
+from lib.images import save_image
 from lib.records import Question, load_jsonl, read_log, save_jsonl
 from lib.scores import STRATA
 from lib.stage import run_stage
@@ -329,6 +329,8 @@ def draw_degraded(out: Path) -> None:
         axis.set_xlabel("yaw error of the simulator, degrees")
         axis.set_ylabel("objects that its views lack, %")
         return figure
+
+    from extras.report.curves import figure_image
 
     image = figure_image(draw)
     if image:

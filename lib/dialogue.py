@@ -6,7 +6,6 @@ The words of the protocol, and how a turn is read, stand in lib/protocol.py.
 
 import copy
 import json
-import math
 import textwrap
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lib.geometry import Query, move_camera
-from lib.images import load_image, save_image
+from lib.images import contact_sheet, load_image, save_image
 from lib.protocol import (
     CALL_FIRST,
     ENOUGH,
@@ -263,20 +262,18 @@ class Trajectory:
         return "\n".join(lines)
 
     def draw(self, path: str | Path) -> None:
-        """Save the dialogue as one picture, as high as it takes: its images, five in a row, then its words."""
+        """Save the dialogue as one picture, as wide and high as it takes: its images in a row, then its words."""
         lines = []
         for line in self.transcript().splitlines():
             lines += textwrap.wrap(line, 100) or [""]
-        top = math.ceil(len(self.images) / 5) * 152 + 4
-        page = Image.new("RGB", (720, top + 17 * len(lines)), "white")
+        titles = [f"Image-{n}" for n in range(1, len(self.images) + 1)]
+        images = contact_sheet(titles, [self.images], side=128)
+        size = (max(720, images.width), images.height + 17 * len(lines))
+        page = Image.new("RGB", size, "white")
+        page.paste(images)
         pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
-        for n, image in enumerate(self.images):
-            left, upper = 10 + n % 5 * 138, n // 5 * 152
-            pen.text((left, upper + 2), f"Image-{n + 1}", "gray", font)
-            tile = Image.fromarray(image).resize((128, 128), Image.Resampling.NEAREST)
-            page.paste(tile, (left, upper + 20))
         for n, line in enumerate(lines):
-            pen.text((10, top + 17 * n), line, "black", font)
+            pen.text((4, images.height + 17 * n), line, "black", font)
         save_image(path, page)
 
 

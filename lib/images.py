@@ -3,20 +3,18 @@
 import contextlib
 import functools
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from lib.distributed import World, fail, global_sum, say
+from lib.distributed import fail, say, share_work
 from lib.records import whole_file
 
 MAX_PIXELS = 2**26  # of a picture that is decoded: 8192 x 8192
 MAX_RATIO = 200  # of the sides of a picture that a policy is shown: Qwen's limit
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no decoder that starts programs
-ORIENTATION = 0x0112  # the EXIF tag; from 5 on it turns a picture by 90 degrees
 
 Source = str | Path | bytes  # a file, or its bytes
 
@@ -74,17 +72,13 @@ def decode(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def eight_bits(picture: Image.Image) -> Image.Image:
-    """Sixteen-bit grey divided by 257, "L" or, where the file names a transparent grey, "LA"; others as they are."""
+    """Sixteen-bit grey divided by 257; others as they are."""
     if picture.mode[0] not in "IF":
         return picture
     values = np.asarray(picture)  # (H, W)
     if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ValueError("its numbers are not those of 8 or 16 bits")
-    grey = Image.fromarray((values // 257).astype(np.uint8))
-    if "transparency" in picture.info:
-        alpha = np.where(values == picture.info["transparency"], 0, 255)
-        grey.putalpha(Image.fromarray(alpha.astype(np.uint8)))
-    return grey
+    return Image.fromarray((values // 257).astype(np.uint8))
 
 
 def read(source: Source, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -108,42 +102,6 @@ def read_warp(source: Source) -> np.ndarray:
     if picture.mode != "RGBA":
         raise PictureError(f"The warp {source} has no alpha channel.")
     return np.array(picture)
-
-
-def read_depth(path: str | Path, per_metre: float = 1000) -> np.ndarray:
-    """A 16-bit picture of units of 1 / per_metre, or a .npy of metres -> (H, W) float32 metres, 0 = invalid.
-
-    Raises PictureError.
-    """
-    with decoding(f"The depth {path}"):
-        check_file(path)
-        if Path(path).suffix == ".npy":
-            # mapped, since the header of a small file may claim any size
-            metres = np.load(path, mmap_mode="r")
-            kinds, units = "fiu", 1
-        else:
-            with opened(path) as picture:
-                metres = np.asarray(picture)
-            kinds, units = "iu", per_metre
-        if metres.ndim != 2 or metres.dtype.kind not in kinds or metres.dtype.itemsize < 2:
-            raise ValueError(
-                "it is no depth: a picture of one channel and 16 bits, or a .npy array"
-            )
-        metres = metres / units
-        return np.where(np.isfinite(metres) & (metres > 0), metres, 0).astype(np.float32)
-
-
-def size_in_header(path: str | Path) -> tuple[int, int]:
-    """(width, height) of a picture the right way up, or of a .npy array, which is not read. Raises PictureError."""
-    if Path(path).suffix == ".npy":
-        with decoding(f"The depth {path}"):
-            check_file(path)
-            height, width = np.load(path, mmap_mode="r").shape
-            return width, height
-    with opened(path) as picture:
-        is_turned = picture.getexif().get(ORIENTATION, 1) >= 5
-        # Pillow gives the size of a TIFF the right way up
-        return picture.size[::-1] if is_turned and picture.format != "TIFF" else picture.size
 
 
 def load_image(image: str | Path | np.ndarray) -> np.ndarray:
@@ -178,20 +136,23 @@ def fault_of_picture(path: str) -> str:
     return ""
 
 
-def with_pictures(questions: list[dict], world: World) -> list[dict]:
+def with_pictures(questions: list[dict]) -> list[dict]:
     """The questions whose pictures can all be shown (a collective); the rest is left out, counted and named."""
     fault_once = functools.cache(fault_of_picture)  # questions share pictures
-    is_broken = torch.zeros(len(questions), device=world.device)
-    for index in range(world.rank, len(questions), world.size):
-        is_broken[index] = any(map(fault_once, questions[index]["images"]))
-    is_broken = global_sum(is_broken).bool().tolist()
-    broken = [q for q, is_out in zip(questions, is_broken, strict=True) if is_out]
-    for question in broken:
-        faults = filter(None, map(fault_once, question["images"]))
-        say(f"Question {question.get('id')} is left out. {next(faults, '')}")
-    if broken:
-        say(f"{len(broken)} of {len(questions)} questions are left out: see above.")
-    return [q for q, is_out in zip(questions, is_broken, strict=True) if not is_out]
+
+    def first_faults(rows):
+        return [next(filter(None, map(fault_once, row["images"])), "") for row in rows]
+
+    whole = []
+    for question, fault in zip(questions, share_work(first_faults, questions), strict=True):
+        if fault:
+            say(f"Question {question.get('id')} is left out. {fault}")
+        else:
+            whole.append(question)
+    if len(whole) < len(questions):
+        missing = len(questions) - len(whole)
+        say(f"{missing} of {len(questions)} questions are left out: see above.")
+    return whole
 
 
 # ---- files that are written ------------------------------------------------------------------------------------------
@@ -231,22 +192,6 @@ def contact_sheet(head: list[str], rows: list[list], side: int = 96) -> Image.Im
                 tile = Image.fromarray(cell).resize((side, side), Image.Resampling.NEAREST)
                 page.paste(tile, (left, top))
     return page
-
-
-def figure_image(draw: Callable) -> Image.Image | None:
-    """`draw(pyplot)` -> the figure it returns, as a picture; None where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False  # a "$" in a name is no formula
-    from matplotlib import pyplot
-
-    figure, buffer = draw(pyplot), io.BytesIO()
-    figure.savefig(buffer, dpi=110, bbox_inches="tight")
-    pyplot.close(figure)
-    return decode(buffer.getvalue())
 
 
 def soften(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

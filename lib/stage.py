@@ -8,6 +8,7 @@ command continues an unfinished run; on a finished one it says so.
 
 import argparse
 import fcntl
+import importlib.util
 import math
 import os
 import shutil
@@ -214,6 +215,11 @@ def newest(stages: Iterable[str], file: str = "config.json") -> Path | None:
     files = [Path(root) / stage / file for root in ("out", "out/demo") for stage in stages]
     files = [path for path in files if path.exists()]
     return max(files, key=lambda path: path.stat().st_mtime).parent if files else None
+
+
+def has_extras() -> bool:
+    """Is the folder extras/ there? The core runs without: then there is no diagnosis, no report, no curve, no dose."""
+    return importlib.util.find_spec("extras") is not None
 
 
 def finish(folder: str | Path, steps: int, clock: Clock) -> None:

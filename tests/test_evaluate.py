@@ -489,7 +489,7 @@ def test_wm_from_end_to_end(place, capsys):
 
 
 def test_without_extras_there_is_a_table_and_a_sentence_but_no_report(place, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "find_extras", lambda: False)
+    monkeypatch.setattr(evaluate, "has_extras", lambda: False)
     for bench in ("rooms", "wm"):
         out = place / "alone" / bench
         main([*arguments(place, bench, "--limit", "2"), "--out", str(out)])

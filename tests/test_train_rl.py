@@ -368,25 +368,6 @@ def test_a_policy_that_learns_does_not_choose_the_noise_of_its_views(temperature
     assert seeds == [7, 7] if temperature == 0 else len({7, *seeds}) == 3
 
 
-def test_curves_are_of_what_was_logged(tmp_path, monkeypatch):
-    """A panel for each key that has values, however many there are."""
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    modes = [f"{mode} {key}" for mode in ("agentic", "direct") for key in train_rl.ROLLOUT_LOG]
-    assert set(train_rl.CURVES) <= set(train_rl.LOG) | set(modes)
-    numbers = {f"key{i}": i for i in range(9)}
-    rows = [{"step": 0, **numbers, "eval": {"direct": {"match": 0.25}}}, {"step": 1, "key0": 5}]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(train_rl, "CURVES", ("gain", *numbers, "direct match"))
-    figures = []
-    monkeypatch.setattr(train_rl, "figure_image", lambda draw: figures.append(draw(pyplot)))
-    train_rl.draw_curves(tmp_path)
-    panels = figures[0].axes
-    assert [axis.get_title() for axis in panels] == [*numbers, "direct match"]
-    assert panels[0].lines[0].get_xydata().tolist() == [[0, 0], [1, 5]]
-    assert panels[-1].lines[0].get_xydata().tolist() == [[0, 0.25]]
-    pyplot.close(figures[0])
-
-
 def even_tokens(t):
     """A random policy earns nothing, so the runs below reward something it can do: tokens with an even number."""
     wrote = [i for i, m in zip(t.ids, t.loss_mask, strict=True) if m]
@@ -455,7 +436,7 @@ def test_stage_leaves_what_it_promises(inputs, unbroken):
     assert 0 < rows[0]["kl"] < rows[2]["kl"]  # 0 <: the first minibatch has moved it already
     assert {key for row in rows for key in row} <= set(train_rl.LOG) | {"step"}
     assert json.loads((unbroken / "done.json").read_text())["steps"] == 3
-    files = ("curves.png", "args.json", "config.json", "dialogues/step_000002/0.png")
+    files = ("args.json", "config.json", "dialogues/step_000002/0.png")
     for file in (*files, "dialogues/end/0/dialogue.json"):
         assert (unbroken / file).exists(), file
     before, after = (
@@ -578,7 +559,7 @@ def scripted(inputs, tmp_path, monkeypatch):
         monkeypatch.setattr(train_rl, "rollout", script)
         monkeypatch.setattr(train_rl.simulators, "load_simulator", lambda *_: object())
         monkeypatch.setattr(train_rl, "split_minibatches", record)
-        monkeypatch.setattr(train_rl, "draw_curves", lambda out: None)
+        monkeypatch.setattr(train_rl, "has_extras", lambda: False)
         more = "--phase 2 --questions 2 --group 2 --minibatches 1 --seed 3 --eval-questions 2"
         train_rl.main(command(inputs, tmp_path / "run", *more.split(), *flags))
         return script.calls, steps

@@ -7,10 +7,11 @@ import numpy as np
 
 import rewards
 from extras.report import report
+from extras.report.curves import figure_image
 from extras.report.diagnosis import tally
 from lib.answers import Prediction, with_keys
 from lib.geometry import Motion
-from lib.images import contact_sheet, figure_image, save_image
+from lib.images import contact_sheet, save_image
 from lib.scores import title_of
 from lib.simulators import phrase
 

@@ -19,12 +19,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from extras.scans.depth_files import read_depth
 from extras.scans.frames import PosedView
 from lib.answers import trivial_views
 from lib.consistency import pose_errors, summary_of
 from lib.distributed import fail
 from lib.geometry import decompose, fill_holes
-from lib.images import read_depth
 
 MATCHER = "zju-community/efficientloftr"  # Apache; ETH-CVG/lightglue_superpoint fits as well
 DETECTOR = "IDEA-Research/grounding-dino-tiny"

@@ -25,9 +25,10 @@ import numpy as np
 from PIL import Image
 
 from extras.benches.common import open_image
+from extras.report.curves import figure_image
 from extras.report.diagnosis import CASES, true_views
 from lib.geometry import UNITS
-from lib.images import figure_image, load_image, read
+from lib.images import load_image, read
 from lib.protocol import motion_in
 from lib.records import write_text
 from lib.scores import COLUMNS, consistency_row

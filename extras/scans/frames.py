@@ -24,7 +24,8 @@ import numpy as np
 from numpy import ndarray
 from PIL import Image
 
-from lib.images import PictureError, read, read_depth, size_in_header
+from extras.scans.depth_files import read_depth, size_in_header
+from lib.images import PictureError, read
 
 Size = tuple[int, int]  # (width, height)
 Z_UP = (0, 0, 1)  # of most datasets' worlds

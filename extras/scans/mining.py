@@ -44,7 +44,8 @@ def mine(
     guesser would keep. Stops with a sentence if `out` holds questions of another corpus, which it would drop.
     """
     source, out = Path(source), Path(out)
-    questions = with_pictures(questions_to_mine(source, out), setup())
+    setup()
+    questions = with_pictures(questions_to_mine(source, out))
     settings = {"policy": str(policy), "samples": samples, "seed": seed}
     ask_often(questions, out, settings)
     if not is_main():

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
+from extras.scans.depth_files import read_depth
 from extras.scans.frames import (
     Frame,
     FrameFiles,
@@ -26,7 +27,7 @@ from extras.scans.frames import (
     frames_of,
     scaled,
 )
-from lib.images import PictureError, decoding, read, read_depth
+from lib.images import PictureError, decoding, read
 
 HALF = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])  # + K: centres from whole numbers to +0.5
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # on the right of a c2w: y up, z back -> y down, z forward

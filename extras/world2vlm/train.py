@@ -205,7 +205,7 @@ def questions_to_learn(args: Namespace, world: World) -> tuple[list[dict], list[
     """The questions of --tasks whose lambda is not 0, and the held-out ones; a sentence where there are too few."""
     file, lambdas = Path(args.data, "questions_train.jsonl"), lambdas_of(args)
     rows = [row for row in load_jsonl(file, Question) if row["category"] in args.tasks]
-    rows = with_pictures([row for row in rows if lambdas[direction_of(row)]], world)
+    rows = with_pictures([row for row in rows if lambdas[direction_of(row)]])
     if args.batch % world.size:
         fail(
             f"--batch {args.batch} cannot be shared evenly by {world.size} processes; take a multiple of it."
@@ -216,7 +216,7 @@ def questions_to_learn(args: Namespace, world: World) -> tuple[list[dict], list[
         fail(
             f"A step asks no question twice: {file} has {len(rows)} of these tasks, --batch asks for {args.batch}."
         )
-    held_out = with_pictures(load_jsonl(Path(args.data, "questions_val.jsonl"), Question), world)
+    held_out = with_pictures(load_jsonl(Path(args.data, "questions_val.jsonl"), Question))
     return rows, held_out[: args.eval_questions]
 
 

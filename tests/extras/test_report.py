@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import train_rl
 from data import room_questions
 from evaluate import Condition, Rooms, prediction_of
-from extras.report import report
+from extras.report import curves, report
 from extras.report.pages import dialogue_rows
 from lib.dialogue import Trajectory
 from lib.geometry import Motion
@@ -206,9 +207,30 @@ def test_large_pictures_become_thumbnails_and_videos_show_some_frames(page, tmp_
     assert len(pictures.uris) == 1 and len(pictures.uris[0]) < 20_000
 
 
+def test_curves_are_of_what_was_logged(tmp_path, monkeypatch):
+    """A panel for each key that has values, however many there are."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    modes = [f"{mode} {key}" for mode in ("agentic", "direct") for key in train_rl.ROLLOUT_LOG]
+    assert set(curves.CURVES) <= set(train_rl.LOG) | set(modes)
+    numbers = {f"key{i}": i for i in range(9)}
+    rows = [{"step": 0, **numbers, "eval": {"direct": {"match": 0.25}}}, {"step": 1, "key0": 5}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(curves, "CURVES", ("gain", *numbers, "direct match"))
+    figures = []
+    monkeypatch.setattr(curves, "figure_image", lambda draw: figures.append(draw(pyplot)))
+    curves.draw_curves(tmp_path)
+    panels = figures[0].axes
+    assert [axis.get_title() for axis in panels] == [*numbers, "direct match"]
+    assert panels[0].lines[0].get_xydata().tolist() == [[0, 0], [1, 5]]
+    assert panels[-1].lines[0].get_xydata().tolist() == [[0, 0.25]]
+    pyplot.close(figures[0])
+
+
 def test_a_long_dialogue_is_drawn_to_its_end(tmp_path):
+    black = np.zeros((8, 8, 3), np.uint8)
     short, long = (
-        Trajectory({"question": "?"}, "direct", turns=["a\n" * lines]) for lines in (1, 601)
+        Trajectory({"question": "?"}, "direct", turns=["a\n" * lines], images=[black])
+        for lines in (1, 601)
     )
     heights = []
     for dialogue in (short, long):
