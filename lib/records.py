@@ -1,5 +1,5 @@
 """
-Files: whole or not there, a model's card, the metric log, and rows of data, one JSON object a line (`Triple`, `Question`).
+Files: whole or not there, the metric log, and rows of data, one JSON object a line (`Triple`, `Question`).
 
 A file is written beside its place and renamed when complete, so a killed run never leaves half of one there.
 """
@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 
 from lib.distributed import fail, is_main, without_keys
 from lib.protocol import parse_object
-from lib.streams import commit_of_code
 
 SPLITS = ("train", "val", "test")
 PICTURES = ("context", "context_depth", "images", "target", "warp", "views")  # keys that hold paths
@@ -113,39 +112,6 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             sync(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-# ---- a model's card --------------------------------------------------------------------------------------------------------
-
-TEMPLATE = Path(__file__).with_name("model_card.md")
-FLUX = "; `ae.safetensors` is the FLUX.1 autoencoder that came with BAGEL, under the terms of its own card"
-
-
-def write_card(folder: Path) -> None:
-    """README.md beside a stage's model, as a hub reads it: what it is, from what, licence, how to load it.
-
-    Where `folder` holds no model nothing is written.
-    """
-    card = {"script": "policy.py", "origin": "Qwen3-VL", "flux": ""}
-    card["what"] = "A policy: it thinks, may ask a world simulator for a view, and answers."
-    if (folder / "llm_config.json").exists():
-        card = {"script": "world_model.py", "origin": "BAGEL"}
-        card["what"] = (
-            "A world simulator: views and a camera motion in words -> the view from there."
-        )
-        card["flux"] = FLUX if (folder / "ae.safetensors").exists() else ""
-    elif not (folder / "config.json").exists():
-        return
-    card |= json.loads((folder / "args.json").read_text())
-    data = card["data"] if isinstance(card["data"], list) else [card["data"]]
-    card |= {"name": folder.name, "data": ", ".join(Path(path).name for path in data)}
-    start = card.get("init") or card.get("start") or card.get("policy")
-    if start and Path(start).exists():
-        start = Path(start).name
-    card["start"] = f"`{start}`" if start else "random weights"
-    commit = commit_of_code()
-    card["commit"] = f", code at commit {commit}" if commit else ""
-    write_text(folder / "README.md", TEMPLATE.read_text().format(**card))
 
 
 # ---- the metric log --------------------------------------------------------------------------------------------------------

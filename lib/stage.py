@@ -1,9 +1,9 @@
 """
 What every stage does besides its work: flags with presets, its folder, its beginning and end, Ctrl-C.
 
-A stage's folder: the model at its top with its card (README.md), `training/` (what resumes an interrupted run),
-`log.jsonl`, `args.json`, pictures, `.lock` (one run at a time), and `done.json` as the last file written. The same
-command continues an unfinished run; on a finished one it says so.
+A stage's folder: the model at its top, `training/` (what resumes an interrupted run), `log.jsonl`, `args.json` (flags,
+inputs, commit), pictures, `.lock` (one run at a time), and `done.json` as the last file written. The same command
+continues an unfinished run; on a finished one it says so.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from lib.distributed import (
     wait_for_all,
     without_keys,
 )
-from lib.records import disk, write_card, write_json
-from lib.streams import Clock, compare_with_earlier_run, fingerprints
+from lib.records import disk, write_json
+from lib.streams import Clock, commit_of_code, compare_with_earlier_run, fingerprints
 
 # ---- flags ---------------------------------------------------------------------------------------------------------------
 
@@ -151,7 +151,8 @@ def begin(
         defaults = {key_of(flag): getattr(flag, args.preset) for flag in flags}
         compare_with_earlier_run(out, settings, inputs, defaults)
     if is_main():
-        write_json(out / "args.json", {"stage": title, **settings, "inputs": inputs})
+        record = {"stage": title, "commit": commit_of_code(), **settings, "inputs": inputs}
+        write_json(out / "args.json", record)
 
 
 HELD = {}  # {lock: its open file}: the system lets go of a lock when its process ends, whatever ends it
@@ -223,10 +224,9 @@ def has_extras() -> bool:
 
 
 def finish(folder: str | Path, steps: int, clock: Clock) -> None:
-    """Write the model's card and done.json, a stage's last file; drop the training state that only a resume needs."""
+    """Write done.json, a stage's last file; drop the training state that only a resume needs."""
     spent = clock.read()
     if is_main():
-        write_card(Path(folder))
         write_json(Path(folder) / "done.json", {**spent, "steps": steps})
         shutil.rmtree(Path(folder) / "training", ignore_errors=True)
     say(

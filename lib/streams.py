@@ -1,6 +1,6 @@
 """
 What makes a resumed run equal to an unbroken one: every random stream of the project by name, the rows and the
-learning rate of a step, seconds that are carried over, inputs that may have changed meanwhile; the commit for its card.
+learning rate of a step, seconds that are carried over, inputs that may have changed meanwhile; the commit.
 
 A draw depends on the name of its stream and on the keys beside it (seed, step, index), never on what was drawn before.
 So no use of one stream moves another, any number of ranks draws the same, and the step is all that a resumed run has to

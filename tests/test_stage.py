@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
 
 from lib import stage
 from lib.distributed import die_with_parent
@@ -114,27 +113,6 @@ def test_a_flag_that_is_new_since_a_run_began_had_its_default(tmp_path):
     file.write_text(json.dumps(before))
     with pytest.raises(SystemExit, match="--share 0.5 .now 1.0."):
         begin("stage", arguments(out, share=1.0), FLAGS)
-
-
-def test_a_finished_model_has_a_card_that_a_hub_reads(tmp_path):
-    values = {"steps": 7, "seed": 3, "data": ["/home/me/rooms", "scans"]}
-    first, second = tmp_path / "wm", tmp_path / "wm-2"
-    begin("train_wm", arguments(first, init="owner/base", **values), FLAGS)
-    begin("train_wm", arguments(second, init=str(first), **values), FLAGS)
-    for folder in (first, second):
-        (folder / "llm_config.json").write_text("{}")
-        finish(folder, 7, Clock())
-    cards = [ModelCard((folder / "README.md").read_text()) for folder in (first, second)]
-    assert [card.data.license for card in cards] == ["apache-2.0", "apache-2.0"]
-    assert "7 steps, seed 3, data `rooms, scans`, started from `owner/base`" in cards[0].text
-    assert "started from `wm`" in cards[1].text and "/home/me" not in cards[1].text
-    assert "FLUX" not in cards[0].text
-
-
-def test_a_folder_without_a_model_has_no_card(tmp_path):
-    begin("evaluate", arguments(tmp_path), FLAGS)
-    finish(tmp_path, 7, Clock())
-    assert not (tmp_path / "README.md").exists()
 
 
 def test_a_resumed_run_says_which_inputs_have_changed(tmp_path, capsys):
