@@ -37,7 +37,7 @@ def exact_match(answer: str | None, question: dict) -> float:
     question   {"answer": gold letter, "options": ["A. …", …]}; without options the whole answers are compared, case
                and outer spaces aside, or as numbers where "kind" is "na"
     """
-    if answer is None:
+    if answer is None or question["answer"] is None:
         return 0.0
     if question.get("options"):
         return float(option_letter(answer, question["options"]) == question["answer"])

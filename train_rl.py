@@ -5,8 +5,8 @@ Reinforcement learning of the policy with the simulator in the loop: GRPO in two
   score             the reward r of the phase, rewards.py
   advantage         A_i = r_i - mean of the group, in astra divided by the group's deviation + 1e-6
   logprob           of the tokens under the start policy, where --kl-weight holds the policy near it
-  update            L = - sum over tokens of min(ratio A, clip(ratio, 1 - 0.2, 1 + 0.28) A) / number of tokens;
-                    a question's prompt is computed once for its group, as in the rollout (policy.collate)
+  update            L = sum over tokens of (kl_weight KL - min(ratio A, clip(ratio, 1 - 0.2, 1 + 0.28) A)) / number of
+                    tokens; a question's prompt is computed once for its group, as in the rollout (policy.collate)
 
   CPU, 20 s    python train_rl.py --phase 1          # out/sft, out/wm, out/data -> out/phase1
   5 min        python train_rl.py --phase 2          # out/phase1, out/wm, out/data -> out/phase2
@@ -623,6 +623,8 @@ def open_questions(args: Namespace, world: World) -> tuple[list[dict], list[dict
     """The questions to learn from, and the held-out ones of an evaluation; a sentence where there are too few."""
     train = with_pictures(load_questions(args.data, "train", args.simulator))
     held_out = with_pictures(load_questions(args.data, "val", args.simulator))
+    if not held_out:
+        fail(f"No held-out question of {', '.join(args.data)} has pictures that can be read.")
     count = min(args.eval_questions, len(held_out))
     chosen = rows_of_step(len(held_out), count, 0, 0)  # of one step and seed: always the same ones
     held_out = [held_out[row] for row in chosen]

@@ -157,6 +157,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     out = Path(args.out)
     questions = load_jsonl(file, Question, check_lesson)
+    if not any(question["ideal"] for question in questions):
+        fail(f"{file} has no question that takes a call; `python data.py questions` makes some.")
     lessons = [Lesson.load(question) for question in questions]
     policy = policy_that_sees(args, lessons, world)
     policy.vision.requires_grad_(False)

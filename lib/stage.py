@@ -136,8 +136,7 @@ def begin(
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     several = f" x {processes}" if processes > 1 else ""
-    paper = "" if args.preset == "astra" else "; the paper's run is --preset astra"
-    say(f"{title}: {args.preset} preset on {default_device()}{several}{paper}")
+    say(f"{title}: {args.preset} preset on {default_device()}{several}")
     neutral = {"parser", *(key_of(flag) for flag in flags if flag.neutral)}
     settings = {key: value for key, value in vars(args).items() if key not in neutral}
     inputs = fingerprints(settings)
@@ -212,9 +211,11 @@ def need(path: str | Path, command: str) -> str | Path:
 
 
 def newest(stages: Iterable[str], file: str = "config.json") -> Path | None:
-    """The folder of out/<stage> or out/demo/<stage> whose `file` was written last, or None if there is none."""
-    files = [Path(root) / stage / file for root in ("out", "out/demo") for stage in stages]
-    files = [path for path in files if path.exists()]
+    """The folder of out/<stage>, its -astra, or out/demo/<stage> whose `file` was written last; None if there is none."""
+    folders = []
+    for stage in stages:
+        folders += [f"out/{stage}", f"out/{stage}-astra", f"out/demo/{stage}"]
+    files = [Path(folder, file) for folder in folders if Path(folder, file).exists()]
     return max(files, key=lambda path: path.stat().st_mtime).parent if files else None
 
 

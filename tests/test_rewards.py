@@ -135,3 +135,8 @@ def test_a_small_difference_of_rewards_is_a_signal():
 def test_incomplete_groups_are_refused():
     with pytest.raises(ValueError, match="do not fill groups of 4"):
         rewards.group_advantages([1.0] * 6, 4)
+
+
+def test_a_question_without_a_gold_answer_is_never_right():
+    for options in ([], ["A. red", "B. blue"]):
+        assert rewards.exact_match("A", {"options": options, "answer": None}) == 0

@@ -22,6 +22,7 @@ from lib.stage import (
     finish,
     hold,
     need,
+    newest,
     parse_flags,
 )
 from lib.streams import Clock, cosine
@@ -199,6 +200,17 @@ def test_a_missing_input_names_the_command_and_a_hub_id_passes():
     with pytest.raises(SystemExit, match="out/nothing is missing. `python train_sft.py` makes it"):
         need("out/nothing", "python train_sft.py")
     assert need("Qwen/Qwen3-VL-8B-Instruct", "…") == "Qwen/Qwen3-VL-8B-Instruct"
+
+
+def test_the_newest_model_may_be_of_either_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert newest(("phase2", "phase1")) is None
+    for age, folder in enumerate(["out/phase1-astra", "out/demo/phase2", "out/phase1"]):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "config.json").touch()
+        os.utime(Path(folder, "config.json"), (0, 1000 - age))
+    assert newest(("phase2", "phase1")) == Path("out/phase1-astra")
+    assert newest(("phase2",)) == Path("out/demo/phase2")
 
 
 def test_cosine_rises_then_falls():
