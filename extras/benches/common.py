@@ -14,7 +14,6 @@ rule of our own, to stand beside the official one and never for it.
 
 import argparse
 import re
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from PIL import Image
 from extras.benches.files import Bench, fetch, find_file, open_picture, read_questions
 from extras.benches.mindcube import LISTED_ONLY, MINDCUBE
 from extras.benches.mmsi import MMSI
-from extras.benches.mmsi_video import MMSI_VIDEO, error_group
+from extras.benches.mmsi_video import MMSI_VIDEO
 from extras.benches.sat import SAT
 from extras.benches.vsi import VSI, finite, group_weights, relative_accuracy
 from lib.dialogue import Trajectory
@@ -141,17 +140,11 @@ def weights(bench: str, categories: list[str]) -> np.ndarray:
 
 def more_numbers(predictions: list[dict]) -> dict:
     """What a bench's own tables show besides, of the lines of predictions.jsonl."""
-    numbers = {}
-    bench = predictions[0]["bench"]
-    if bench == "sat":  # some tables print this one beside the official one
-        shares = group_weights([row["category"] for row in predictions])
-        numbers["mean_of_groups"] = float(shares @ [row["correct"] for row in predictions])
-    if bench == "mmsi_video":
-        wrong = [error_group(row["category"]) for row in predictions if not row["correct"]]
-        failures = Counter(group for group in wrong if group)
-        if failures:
-            numbers["failures"] = dict(failures.most_common())
-    return numbers
+    if predictions[0]["bench"] != "sat":
+        return {}
+    # some tables print this one beside the official one
+    shares = group_weights([row["category"] for row in predictions])
+    return {"mean_of_groups": float(shares @ [row["correct"] for row in predictions])}
 
 
 # ---- what evaluate.py asks ------------------------------------------------------------------------------------------

@@ -30,12 +30,6 @@ VIDEO_TYPES = (
     "(Cross-Video) Memoery Update",  # their spelling
     "(Cross-Video) Multi-View Integration",
 )
-FAILURES = {  # of MMSI-Video's abstract
-    "Spatial Construction": "geometric reasoning",
-    "Motion Understanding": "motion grounding",
-    "Prediction": "long-horizon prediction",
-    "Cross-Video": "cross-video correspondence",
-}
 
 
 # ---- questions ------------------------------------------------------------------------------------------------------
@@ -151,23 +145,10 @@ def mmsi_video_groups(question: dict) -> list[str]:
     return groups
 
 
-def head_of(category: str) -> str:
-    """ "(Cross-Video) Memoery Update" -> "Cross-Video"; "Planning" stays."""
-    return category[1:].split(")")[0] if category.startswith("(") else category
-
-
 def level(category: str) -> str:
     """The level of a type: Perception, Planning, Prediction or Cross-Video."""
-    head = head_of(category)
+    head = category.removeprefix("(").split(")")[0]
     return "Perception" if head in ("Spatial Construction", "Motion Understanding") else head
-
-
-def error_group(category: str) -> str | None:
-    """Which of the four FAILURES a wrong answer counts to, told by the type of its question; None for planning.
-
-    Why an answer is wrong cannot be read off a letter.
-    """
-    return FAILURES.get(head_of(category))
 
 
 MMSI_VIDEO = Bench(

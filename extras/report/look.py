@@ -15,7 +15,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -23,7 +22,6 @@ from PIL import Image
 from data import FIRST_ROOM
 from lib.consistency import delta_of, pose_error, recover
 from lib.geometry import Array, Motion, Query, move_camera
-from lib.images import contact_sheet, save_image
 from lib.rooms import SIZE, random_room, render, ring
 from lib.simulators import instruction, read_phrase
 from lib.streams import numpy_stream
@@ -42,11 +40,10 @@ STEPS = {
 }
 HELP = (
     "w s a d  move 0.5 m    q e  turn 45 degrees    r f  up, down    i k  tilt",
-    "1-4  back to a given view    n  next room    p  picture    x  exit    :  type",
+    "1-4  back to a given view    n  next room    x  exit    :  type",
 )
 TAUGHT = "The demo's simulator was taught w a d q e, from given views; the rest is for curiosity."
 WALL = 0.1  # metres that a camera keeps from it
-OUT = Path("out/look")
 
 
 class Walk:
@@ -106,32 +103,18 @@ class Walk:
         beside = abs(x) <= self.room.width / 2 - WALL and abs(z) <= self.room.length / 2 - WALL
         return beside and WALL - self.room.height <= y <= -WALL
 
-    def save(self) -> Path:
-        """The screen as a picture."""
-        pictures = [*self.given_views(), *self.views]
-        head = [title for title, _ in pictures]
-        lines = [line for words in self.words for line in textwrap.wrap(words, 28)]
-        path = OUT / f"room_{self.seed}_image_{self.reference}.png"
-        row = [image for _, image in pictures] + ["\n".join(lines)]
-        save_image(path, np.array(contact_sheet([*head, ""], [row], side=160)))
-        return path
-
     def screen(self, message: str) -> str:
         """All of it as text for a terminal."""
         columns, lines = shutil.get_terminal_size((100, 33))
         # of a picture, in characters; half as many lines, and a quarter of the given views above it
         width = max(8, min(32, (columns - 4) // 3, (lines - 10) * 4 // 3) // 4 * 4)
         text = [f"Room {self.seed}, which no model was trained on"]
-        text += panels(self.given_views(), width // 2)
+        given = [(f"Image-{n}", view) for n, view in enumerate(self.images[: len(self.given)], 1)]
+        text += panels(given, width // 2)
         text += panels(self.views, width)
         for words in (*self.words, message, *HELP):
             text += textwrap.wrap(words, columns - 1) or [""]
         return "\n".join(text)
-
-    def given_views(self) -> list[tuple[str, Array]]:
-        """With their titles."""
-        views = self.images[: len(self.given)]
-        return [(f"Image-{number}", view) for number, view in enumerate(views, 1)]
 
 
 def in_words(error: dict) -> str:
@@ -187,17 +170,15 @@ def read_motion(text: str) -> Motion:
         ) from None
 
 
-def obey(walk: Walk, command: str) -> tuple[Walk, str]:
-    """Do what a command says -> the walk, maybe of another room, and a message."""
+def obey(walk: Walk, command: str) -> Walk:
+    """Do what a command says -> the walk, maybe of another room."""
     if command == "n":
-        return Walk(walk.model, walk.number + 1), ""
-    if command == "p":
-        return walk, f"Saved {walk.save()}."
+        return Walk(walk.model, walk.number + 1)
     if command in ("1", "2", "3", "4"):
         walk.back_to(int(command))
     elif command:
         walk.step(read_motion(command))
-    return walk, ""
+    return walk
 
 
 @contextlib.contextmanager
@@ -238,8 +219,9 @@ def look_around(model) -> None:
         for command in commands:
             if command == "x":
                 break
+            message = ""
             try:
-                walk, message = obey(walk, command)
+                walk = obey(walk, command)
             except ValueError as error:
                 message = str(error)
             print(clear + walk.screen(message), flush=True)

@@ -18,7 +18,6 @@ import io
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import jinja2
 import numpy as np
@@ -31,7 +30,7 @@ from lib.geometry import UNITS
 from lib.images import load_image, read
 from lib.protocol import motion_in
 from lib.records import write_text
-from lib.scores import COLUMNS, consistency_row
+from lib.scores import CELL, COLUMNS, accuracy_text, consistency_row
 from lib.simulators import phrase
 
 FILTERS = {
@@ -110,48 +109,23 @@ def data_uri(image: Image.Image | str | Path | None) -> str | None:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-# ---- tables: (head, rows of Cell) --------------------------------------------------------------------------------------
-
-
-class Cell(NamedTuple):
-    """What stands in a table, and in small type behind it."""
-
-    text: str
-    small: str = ""
-
-
-def number_cell(value) -> Cell:
-    """A number with three digits, a count or a name as it is, None as a dash."""
-    if value is None:
-        return Cell("–")
-    return Cell(f"{value:.3f}" if isinstance(value, float) else str(value))
-
-
-def accuracy_cell(summary: dict | None) -> Cell:
-    """Accuracy, interval, share of questions with a call and calls per question."""
-    if not summary:
-        return Cell("–")
-    low, high = summary["ci95"]
-    calls = f"calls {summary['call_rate']:.0%}, {summary['valid_calls']:.2f}"
-    return Cell(f"{summary['accuracy']:.3f}", f"[{low:.2f} {high:.2f}] {calls}")
+# ---- tables: (head, rows of words and numbers) ---------------------------------------------------------------------------
 
 
 def results_table(results: dict) -> tuple:
     """The final table of results.json: all, the strata of need, the categories; one column per mode."""
     modes = results["modes"]
-    rows = [[Cell("all"), *map(accuracy_cell, modes.values())]]
+    rows = [["all", *map(accuracy_text, modes.values())]]
     for group in ("by_need", "by_category"):
         for name in names_in(modes, group):
-            parts = [summary.get(group, {}).get(name) for summary in modes.values()]
-            rows.append([Cell(name), *map(accuracy_cell, parts)])
+            parts = [summary[group].get(name) for summary in modes.values()]
+            rows.append([name, *map(accuracy_text, parts)])
     return ["", *modes], rows
 
 
 def names_in(modes: dict, group: str) -> list[str]:
-    """The names of a group of questions, "by_need" or "by_category", in all modes."""
-    return list(
-        dict.fromkeys(name for summary in modes.values() for name in summary.get(group, {}))
-    )
+    """The names of a group of questions, "by_need" or "by_category": all modes have the same questions."""
+    return list(next(iter(modes.values())).get(group, ()))
 
 
 def results_note(results: dict) -> str:
@@ -161,10 +135,7 @@ def results_note(results: dict) -> str:
         "from the text alone": results.get("text_only_chance"),
     }
     known = [f"{name} {value:.3f}" for name, value in chances.items() if value is not None]
-    return (
-        f"Accuracy, 95 % bootstrap interval over rooms, share of questions with a call, calls per question. "
-        f"Chance: {', '.join(known)}."
-    )
+    return f"{CELL}. Chance: {', '.join(known)}."
 
 
 def consistency_table(wm: dict) -> tuple:
@@ -177,7 +148,7 @@ def consistency_table(wm: dict) -> tuple:
     rows = []
     for title, group in groups.items():
         for name, scores in group.items():
-            rows.append([number_cell(cell) for cell in (name, *consistency_row(scores), title)])
+            rows.append([name, *consistency_row(scores), title])
     return ["", *COLUMNS, ""], rows
 
 
@@ -190,11 +161,11 @@ def diagnosis_table(diagnosis: dict) -> tuple:
     rows = []
     for case, meaning in CASES.items():
         counts = [run["cases"][case] for run in runs.values()]
-        rows.append([Cell(case, meaning), *map(number_cell, counts)])
+        rows.append([f"{case}, {meaning}", *counts])
     for key, title in (("uses", ""), ("deviations", "wrong view: ")):
         for name in sorted({name for run in runs.values() for name in run[key]}):
             counts = [run[key].get(name, 0) for run in runs.values()]
-            rows.append([Cell(title + name), *map(number_cell, counts)])
+            rows.append([title + name, *counts])
     return ["questions", *runs], rows
 
 

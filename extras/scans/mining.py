@@ -5,19 +5,20 @@ Hard questions for RL: those of a corpus that a policy hardly ever answers right
   torchrun --standalone --nproc_per_node 8 -m extras.scans.mining ...      the processes share the questions
 
 As readers report of the paper, it kept what its base policy answers right at most once in five samples.
-In: questions_train.jsonl.  Out: out/mined/questions_{train,val}.jsonl, and answers*.jsonl, from which an interrupted
+In: questions_train.jsonl.  Out: out/mined/questions_{train,val}.jsonl, and answers.jsonl, from which an interrupted
 run goes on. Such a set is for training alone: the answers of a model chose it, and a guesser would pass for hard too.
 """
 
 import argparse
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from extras.scans.make import holds_others, with_relative_paths
-from lib.distributed import fail, global_sum, is_main, progress, say, setup, wait_for_all
+from lib.distributed import fail, is_main, progress, say, setup, share_work, wait_for_all
 from lib.images import with_pictures
 from lib.records import SPLITS, Question, disk, load_jsonl, read_log, save_jsonl
 from lib.stage import bounded, hold, run_stage
@@ -25,7 +26,7 @@ from lib.streams import stream_seed
 from policy import Policy, rollout
 from rewards import exact_match, name_gold
 
-BATCH = 16  # questions that are logged together
+BATCH = 16  # questions of a process that are logged together
 ROWS = 16  # dialogues written together: of an 8B policy at most 13 GB of keys and values
 
 
@@ -47,10 +48,9 @@ def mine(
     setup()
     questions = with_pictures(questions_to_mine(source, out))
     settings = {"policy": str(policy), "samples": samples, "seed": seed}
-    ask_often(questions, out, settings)
+    right = ask_often(questions, out, settings)
     if not is_main():
         return
-    right = answers_in(out, settings)
     splits = {"train": [], "val": []}
     for question in questions:
         if right[question["id"]] > at_most:
@@ -90,53 +90,57 @@ def questions_to_mine(source, out):
     return questions
 
 
-def ask_often(questions: list[dict], out: Path, settings: dict) -> None:
-    """Let a policy answer what it has not yet answered; the processes share the questions.
+def ask_often(questions: list[dict], out: Path, settings: dict) -> dict[str, int]:
+    """Let a policy answer what it has not yet answered -> {id of a question: how many of its answers are right}.
 
-    settings   {"policy", "samples", "seed"}: answers in out/answers*.jsonl that were given under others do not count
+    settings   {"policy", "samples", "seed"}: answers in out/answers.jsonl that were given under others do not count
+    The processes share the questions; the first one writes.
     """
     world = setup()
-    samples = settings["samples"]
-    log = out / ("answers.jsonl" if is_main() else f"answers_{world.rank}.jsonl")
-    save_jsonl(log, read_log(log))  # without a line that a kill tore
+    log = out / "answers.jsonl"
+    if is_main():
+        save_jsonl(log, read_log(log))  # without a line that a kill tore
     wait_for_all()
-    answers = answers_in(out, settings)
-    own = questions[world.rank :: world.size]
-    open_questions = [question for question in own if question["id"] not in answers]
+    right = {row["id"]: row["right"] for row in read_log(log) if settings.items() <= row.items()}
+    open_questions = [question for question in questions if question["id"] not in right]
     policy = Policy.load(settings["policy"], world.device) if open_questions else None
+    ask = partial(answer_records, policy, settings=settings)
+    at_once = BATCH * world.size
     truncated = 0
-    for step in progress(math.ceil(len(open_questions) / BATCH), title="ask"):
-        batch = open_questions[step * BATCH : (step + 1) * BATCH]
-        trajectories = rollout(
-            policy,
-            batch,
-            None,
-            "direct",
-            group_size=samples,
-            temperature=1.0,
-            seed=settings["seed"],
-            max_new_tokens=policy.turn_limit,
-            rows=ROWS,
-        )
-        truncated += sum(trajectory.truncated for trajectory in trajectories)
-        with disk(log), log.open("a") as file:
-            for k, question in enumerate(batch):
-                group = trajectories[k * samples : (k + 1) * samples]
-                right = sum(exact_match(trajectory.answer, question) for trajectory in group)
-                row = {"id": question["id"], "right": int(right), **settings}
-                file.write(json.dumps(row) + "\n")
-    if truncated := global_sum(float(truncated)):
-        say(f"{truncated:.0f} of these answers were cut off, and count as wrong.")
-
-
-def answers_in(out: Path, settings: dict) -> dict[str, int]:
-    """{id of a question: how many of its answers were right}, by all processes so far."""
-    right = {}
-    for file in out.glob("answers*.jsonl"):
-        for row in read_log(file):
-            if settings.items() <= row.items():
-                right[row["id"]] = row["right"]
+    for step in progress(math.ceil(len(open_questions) / at_once), title="ask"):
+        rows = share_work(ask, open_questions[step * at_once : (step + 1) * at_once])
+        right |= {row["id"]: row["right"] for row in rows}
+        truncated += sum(row["truncated"] for row in rows)
+        if is_main():
+            with disk(log), log.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+    if truncated:
+        say(f"{truncated} of these answers were cut off, and count as wrong.")
     return right
+
+
+def answer_records(policy: Policy, questions: list[dict], settings: dict) -> list[dict]:
+    """Ask some questions at temperature 1 -> lines of answers.jsonl."""
+    samples = settings["samples"]
+    trajectories = rollout(
+        policy,
+        questions,
+        None,
+        "direct",
+        group_size=samples,
+        temperature=1.0,
+        seed=settings["seed"],
+        max_new_tokens=policy.turn_limit,
+        rows=ROWS,
+    )
+    rows = []
+    for k, question in enumerate(questions):
+        group = trajectories[k * samples : (k + 1) * samples]
+        right = sum(exact_match(trajectory.answer, question) for trajectory in group)
+        truncated = sum(trajectory.truncated for trajectory in group)
+        row = {"id": question["id"], "right": int(right), "truncated": truncated}
+        rows.append(row | settings)
+    return rows
 
 
 def guessers_share(options: int, samples: int, at_most: int) -> float:

@@ -11,13 +11,24 @@ full rewards ("A1_exact") and the means of the reward's parts (rewards.py).
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from extras.world2vlm.rewards import BOX_PARTS, FULL, world2vlm
 from extras.world2vlm.words import TASKS
-from lib.distributed import Means, World, fail, is_main, say, setup, unsharded, wait_for_all
+from lib.distributed import (
+    Means,
+    World,
+    fail,
+    is_main,
+    say,
+    setup,
+    share_work,
+    unsharded,
+    wait_for_all,
+)
 from lib.records import Question, disk, load_jsonl, read_log, save_jsonl, write_json
 from lib.stage import Flag, begin, finish, parse_flags, run_stage
 from lib.streams import Clock
@@ -91,12 +102,6 @@ def held_out_means(policy: Policy, questions: list[dict], args, world: World) ->
     return means
 
 
-def read_records(out: Path) -> dict[str, dict]:
-    """{id of a question: its record}, by all ranks so far."""
-    rows = [row for file in (out / "training").glob("*.jsonl") for row in read_log(file)]
-    return {row["key"]: row for row in rows}
-
-
 def main(argv=None):
     """Ask (or go on asking) every question, then summarise."""
     args = parse_flags(__doc__, FLAGS, argv)
@@ -112,19 +117,20 @@ def main(argv=None):
         fail(f"{file} has no question.")
     policy = Policy.load(args.policy, world.device)
 
-    log = out / "training" / f"{world.rank}.jsonl"
-    save_jsonl(log, read_log(log))  # without a line that a kill tore
+    log = out / "training" / "records.jsonl"
+    if is_main():
+        save_jsonl(log, read_log(log))  # without a line that a kill tore
     wait_for_all()
-    answered = read_records(out)
-    wait_for_all()  # all ranks know what is left before one goes on
-    mine = [question for question in questions if question["id"] not in answered]
-    mine = mine[world.rank :: world.size]
-    for start in tqdm(range(0, len(mine), args.rows), desc="ask", disable=not is_main()):
-        records = greedy_records(policy, mine[start : start + args.rows], args)
-        with disk(log), log.open("a") as lines:
-            lines.writelines(json.dumps(record) + "\n" for record in records)
-    wait_for_all()
-    answered = read_records(out)
+    answered = {row["key"]: row for row in read_log(log)}
+    missing = [question for question in questions if question["id"] not in answered]
+    ask = partial(greedy_records, policy, args=args)
+    at_once = args.rows * world.size
+    for start in tqdm(range(0, len(missing), at_once), desc="ask", disable=not is_main()):
+        rows = share_work(ask, missing[start : start + at_once])
+        answered |= {row["key"]: row for row in rows}
+        if is_main():
+            with disk(log), log.open("a") as lines:
+                lines.writelines(json.dumps(row) + "\n" for row in rows)
     records = [answered[question["id"]] for question in questions]
     means = task_means(records)
     say_means(means)

@@ -26,7 +26,7 @@ from extras.benches.files import sample_frames, split_options
 from extras.benches.mindcube import main as write_rooms
 from extras.benches.mindcube import mindcube_image, mindcube_setting
 from extras.benches.mmsi import MMSI_TYPES
-from extras.benches.mmsi_video import VIDEO_TYPES, error_group, level
+from extras.benches.mmsi_video import VIDEO_TYPES, level
 from extras.benches.sat import SAT_GROUPS
 from extras.benches.vsi import VSI_LETTER, VSI_NUMBER, task
 from lib.dialogue import Trajectory
@@ -616,15 +616,9 @@ def test_video_prompt_is_the_record_word_for_word(tmp_path):
         open_image(question["images"][0], "mmsi_video")
 
 
-def test_video_types_have_levels_and_error_groups():
-    pairs = [(level(t), error_group(t)) for t in VIDEO_TYPES]
-    assert pairs == [
-        *6 * [("Perception", "geometric reasoning")],
-        *3 * [("Perception", "motion grounding")],
-        ("Planning", None),
-        ("Prediction", "long-horizon prediction"),
-        *2 * [("Cross-Video", "cross-video correspondence")],
-    ]
+def test_video_types_have_levels():
+    levels = [*9 * ["Perception"], "Planning", "Prediction", *2 * ["Cross-Video"]]
+    assert [level(t) for t in VIDEO_TYPES] == levels
 
 
 def test_video_groups_are_level_type_and_sub_benches(tmp_path):

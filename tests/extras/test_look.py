@@ -15,7 +15,6 @@ import pytest
 import world_model
 from extras.report import look
 from lib.geometry import Motion, move_camera
-from lib.images import read
 from lib.rooms import TrueRenderer
 from lib.simulators import read_instruction
 from world_model import WorldModel
@@ -50,8 +49,8 @@ def walk(model):
 def test_a_step_moves_the_camera_and_the_imagined_view_is_the_next_reference(walk):
     start = walk.poses[1]
     walk.back_to(2)
-    walk, _ = look.obey(walk, "turn left 30")
-    walk, _ = look.obey(walk, "w")
+    walk = look.obey(walk, "turn left 30")
+    walk = look.obey(walk, "w")
     turned = move_camera(start, Motion("dangle", -30.0))
     np.testing.assert_allclose(walk.poses[4], turned)
     np.testing.assert_allclose(walk.poses[5], move_camera(turned, Motion("dy", 0.5)))
@@ -74,7 +73,7 @@ def test_a_given_view_begins_again_and_n_is_another_room(walk):
     look.obey(walk, "q")
     look.obey(walk, "3")
     assert walk.reference == 3 and len(walk.images) == 4
-    other, _ = look.obey(walk, "n")
+    other = look.obey(walk, "n")
     assert other.seed == walk.seed + 1 and not np.array_equal(other.images[0], walk.images[0])
 
 
@@ -131,13 +130,12 @@ def test_lines_of_stdin_drive_it(tmp_path, monkeypatch, capsys):
     """The command itself, with a model in a folder; a bad line goes on, the end of stdin ends it."""
     monkeypatch.chdir(tmp_path)
     WorldModel.tiny().save(tmp_path / "out" / "wm")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("q\nnonsense\n\np\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("q\nnonsense\n\n"))
     world_model.main(["--interactive", "--steps", "1"])
     output = capsys.readouterr().out
-    assert output.count("Room 3000000") == 5
+    assert output.count("Room 3000000") == 4
     assert "'nonsense' is no command" in output and "turn 45 degrees to the left" in output
-    picture = read(next((tmp_path / "out" / "look").glob("*.png")))
-    assert picture.shape[1] > 7 * 160 and "\x1b[?1049h" not in output
+    assert "\x1b[?1049h" not in output
 
 
 @pytest.mark.parametrize("flags", ["", "--motion x", "--images a.png", "--interactive --motion x"])
