@@ -56,9 +56,7 @@ from extras.world2vlm.words import (
     action_of,
     box_text,
     claim_text,
-    is_on_grid,
     program_text,
-    read_actions,
 )
 from lib.distributed import default_device, fail, say
 from lib.geometry import Motion, as_lists
@@ -68,9 +66,6 @@ from lib.rooms import TrueRenderer
 from lib.simulators import URLS, SimulatorError, find_weights, load_simulator
 from lib.stage import bounded, hold, need, run_stage
 from lib.streams import numpy_stream
-
-PRIVATE = ("program", "label")  # of a record, for `has_grid_amounts` and `balanced`
-
 
 # ---- false claims ---------------------------------------------------------------------------------------------------
 
@@ -140,13 +135,11 @@ def record(transition, task, answer, label="", detections=(), negative=None, cla
     label         for `balanced`
     detections    those that the question is about, and whose confidence counts
     returns       a lib.records.Question with one or two arrays as images, and "weight": confidence of the detections;
-                  "negative": how a false one was made, else None; and what is not written (PRIVATE): "program", the
-                  true actions as text, "label"
+                  "negative": how a false one was made, else None; and "label", which is not written
     """
     height, width = transition.source.shape[:2]
     images = [transition.source, transition.target]
-    program = program_text(transition.program)
-    words = {"sequence": program, "claim": claim and claim_text(claim)}
+    words = {"sequence": program_text(transition.program), "claim": claim and claim_text(claim)}
     if detections:
         words["object"] = detections[0].label
         words["box1"] = box_text(detections[0].box, width, height)
@@ -162,7 +155,6 @@ def record(transition, task, answer, label="", detections=(), negative=None, cla
         "needs_view": None,
         "weight": math.prod(d.confidence for d in detections),
         "negative": negative,
-        "program": program,
         "label": label,
     }
 
@@ -239,11 +231,6 @@ def records_with_pictures(transition, out, folder, rng, space, detect) -> list[d
 # ---- balance ---------------------------------------------------------------------------------------------------------
 
 
-def has_grid_amounts(row: dict) -> bool:
-    """Whether all amounts are on the grid; not where a chain of views ended early, within a motion."""
-    return all(is_on_grid(*action) for action in read_actions(row["program"]))
-
-
 def balanced(rows: list[dict], rng) -> list[dict]:
     """As many records of every label of each task; in random order.
 
@@ -271,17 +258,15 @@ def balanced(rows: list[dict], rng) -> list[dict]:
 
 
 def write_motion_questions(out, split, rows, about, seed, failures=0) -> None:
-    """out/questions_<split>.jsonl: World2VLM's records, balanced, without those off the grid.
+    """out/questions_<split>.jsonl: World2VLM's records, balanced.
 
     rows    of `records`, with paths below `out` for pictures, and "scene" or "cluster": what they are about
     about   in words, for the line that says how many there are
     failures    programs of which the teacher gave no usable view
-    Says so of each task of which less than a tenth stays, and what was left out for which reason.
+    Says so of each task of which less than a tenth stays, and how many programs were left out.
     """
-    all_rows = rows
-    rows = list(filter(has_grid_amounts, all_rows))
     chosen = balanced(rows, numpy_stream("balance", seed))
-    public = [{key: row[key] for key in row if key not in PRIVATE} for row in chosen]
+    public = [{key: row[key] for key in row if key != "label"} for row in chosen]
     save_jsonl(Path(out) / f"questions_{split}.jsonl", public)
     counts, all_counts = (Counter(row["category"] for row in each) for each in (chosen, rows))
     tasks = [f"{task} {counts[task]} of {count}" for task, count in sorted(all_counts.items())]
@@ -296,12 +281,8 @@ def write_motion_questions(out, split, rows, about, seed, failures=0) -> None:
                 f"  {task}: less than a tenth stays, since every label is cut to the rarest. There were "
                 f"{numbers}."
             )
-    off_grid = len(all_rows) - len(rows)
-    if off_grid or failures:
-        say(
-            f"  left out: {off_grid} questions off the grid of amounts, {failures} programs of which the teacher gave "
-            f"no usable view"
-        )
+    if failures:
+        say(f"  left out: {failures} programs of which the teacher gave no usable view")
 
 
 def motion_questions(seeds, out, teacher, space=ROOMS) -> list[tuple[list[dict], int]]:

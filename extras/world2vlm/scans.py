@@ -46,7 +46,8 @@ def make_scan_questions(
             entry = earlier.get(key)
             if entry is None:
                 entry = {"key": key, **context_records(triple, seed, split, simulator, detect, out)}
-                append_line(log, entry)
+                with disk(log), log.open("a") as lines:
+                    lines.write(json.dumps(entry) + "\n")
             entries.append(entry)
         rows = [row for entry in entries for row in entry["records"]]
         failures = sum(entry["failures"] for entry in entries)
@@ -57,12 +58,6 @@ def make_scan_questions(
             f"No question was made: --anchors {source} must hold triples of scans with a metric scale, as of data.py "
             f"triples --dataset NAME, from which the teacher shows usable views."
         )
-
-
-def append_line(log: Path, entry: dict) -> None:
-    """Add a JSON line to a log."""
-    with disk(log), log.open("a") as lines:
-        lines.write(json.dumps(entry) + "\n")
 
 
 def metric_contexts(file: Path, limit=None) -> dict[int, dict]:

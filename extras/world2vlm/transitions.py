@@ -11,15 +11,13 @@ A program is a list of Motions, six actions in the paper's words ("move left" is
 down and looking.
 """
 
-from collections import Counter
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from extras.world2vlm.words import ACTIONS, action_of, motion_of
-from lib.geometry import KINDS, Motion, Query, as_lists, move_camera
+from lib.geometry import Motion, Query, as_lists, move_camera
 from lib.rooms import SIZE, random_room, render, ring
 from lib.simulators import imagine_each, instruction
 from lib.streams import numpy_stream
@@ -122,36 +120,18 @@ def end_pose(c2w: np.ndarray, program: Program) -> np.ndarray:
     return c2w
 
 
-def cut(program: Program, longest: dict | None) -> Program:
-    """A program in pieces, for a simulator that takes one motion per call.
+def cut(motion: Motion, longest: dict | None) -> Program:
+    """A motion in pieces, for a simulator that cannot do all of it in one call.
 
-    longest   {"meters": 1.0, "degrees": 90}: no piece is longer; None: one piece per motion. The rest comes last, so
-              that a simulator is mostly given an amount that it knows.
+    longest   {"meters": 1.0, "degrees": 90}: no piece is longer; None: one piece. The rest comes last, so that a
+              simulator is mostly given an amount that it knows.
     """
-    pieces = []
-    for motion in program:
-        whole = abs(motion.amount)
-        most = longest[motion.unit] if longest else whole
-        count = int(whole / most + 1e-9)
-        rest = round(whole - count * most, 6)
-        amounts = [most] * count + [rest] * (rest > 0)
-        pieces += [motion_of(action_of(motion), amount) for amount in amounts]
-    return pieces
-
-
-def summed(program: list[Motion]) -> list[Motion]:
-    """A program with the same end: moves in a row are summed along each axis, sideways first (as in the paper's third
-    preset), and turns in a row; opposites cancel. No order is left that a picture cannot show. `cut` is undone."""
-    motions = []
-    for _, run in groupby(program, key=lambda motion: motion.unit):
-        sums = Counter()
-        for motion in run:
-            sums[motion.kind] += motion.amount
-        for kind in KINDS:
-            total = round(sums[kind], 6)
-            if total:
-                motions.append(Motion(kind, total))
-    return motions
+    whole = abs(motion.amount)
+    most = longest[motion.unit] if longest else whole
+    count = int(whole / most + 1e-9)
+    rest = round(whole - count * most, 6)
+    amounts = [most] * count + [rest] * (rest > 0)
+    return [motion_of(action_of(motion), amount) for amount in amounts]
 
 
 # ---- anchors --------------------------------------------------------------------------------------------------------
@@ -187,16 +167,21 @@ def room_anchor(seed: int) -> Anchor:
 
 
 class Chain:
-    """Motions from an anchor, imagined step by step, each view from the one before."""
+    """A program from an anchor, imagined step by step, each view from the one before; `longest` as in `cut`."""
 
-    def __init__(self, anchor: Anchor, motions: list[Motion]):
+    def __init__(self, anchor: Anchor, program: Program, longest: dict | None):
         self.anchor = anchor
-        self.motions = motions
+        self.program = program
+        self.steps = []  # one motion per call
+        self.ends = []  # after how many steps each motion of the program is done
+        for motion in program:
+            self.steps += cut(motion, longest)
+            self.ends.append(len(self.steps))
         self.views = []  # so far
 
     def pose(self, steps: int) -> np.ndarray:
         """Rooms only: the commanded pose after some steps."""
-        return end_pose(self.anchor.pose, self.motions[:steps])
+        return end_pose(self.anchor.pose, self.steps[:steps])
 
     def query(self, seed: int) -> Query:
         """What the teacher is asked for next."""
@@ -207,7 +192,7 @@ class Chain:
         if anchor.scene:
             poses = [self.pose(k + 1).tolist() for k in range(steps)]
             scene = anchor.scene | {"poses": anchor.scene["poses"] + poses}
-        sentence = instruction(self.motions[steps])
+        sentence = instruction(self.steps[steps])
         return Query(images, reference, sentence, seed, scene)
 
     def add(self, view: np.ndarray | None) -> bool:
@@ -216,7 +201,7 @@ class Chain:
         if not is_view(view, self.anchor.image):
             return False
         self.views.append(view)
-        return len(self.views) < len(self.motions)
+        return len(self.views) < len(self.steps)
 
 
 def imagine_chains(simulator, chains, rng) -> None:
@@ -269,22 +254,27 @@ def transitions(
     chains = {}
     for anchor in anchors:
         for number, program in enumerate(programs(rng, space)):
-            chains[f"{anchor.name}_{number}"] = Chain(anchor, cut(program, longest))
+            chains[f"{anchor.name}_{number}"] = Chain(anchor, program, longest)
     imagine_chains(simulator, list(chains.values()), rng)
-    results = [transition_of(name, chain) for name, chain in chains.items() if chain.views]
+    results = []
+    for name, chain in chains.items():
+        if len(chain.views) >= chain.ends[0]:
+            results.append(transition_of(name, chain))
     return results, len(chains) - len(results)
 
 
 def transition_of(name: str, chain: Chain) -> Transition:
-    """What a chain shows: from its anchor to its last view (maximal displacement).
+    """What a chain shows: from its anchor to the last view that ends a motion (maximal displacement).
 
     Where it ended early the program is what was done till then, as it was commanded: summed from small steps it would
     be rounded, and the paper's smallest moves were lost that way.
     """
-    anchor, steps = chain.anchor, len(chain.views)
+    anchor = chain.anchor
+    done = sum(end <= len(chain.views) for end in chain.ends)  # motions
+    steps = chain.ends[done - 1]
     room = poses = None
     if anchor.scene:
         room = anchor.scene["room"]
         poses = (anchor.pose, chain.pose(steps))
-    program = summed(chain.motions[:steps])
-    return Transition(name, anchor.image, chain.views[-1], program, room, poses)
+    target = chain.views[steps - 1]
+    return Transition(name, anchor.image, target, chain.program[:done], room, poses)

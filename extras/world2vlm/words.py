@@ -7,11 +7,10 @@ What World2VLM (arXiv 2604.26934) asks and answers, word by word: prompts, actio
 
 import re
 
-from lib.geometry import UNITS, Motion
+from lib.geometry import Motion
 
 TASKS = ("A1", "A2", "A3", "A4", "D1", "D2", "D3", "D4")
 INVERSE = ("A1", "A2", "A3", "D3")  # the others are forward
-GRID = {"meters": 0.1, "degrees": 10}  # of every amount
 
 
 # ---- actions and boxes -----------------------------------------------------------------------------------------------
@@ -58,12 +57,6 @@ def claim_text(program: list[Motion]) -> str:
 def tidy(text: str) -> str:
     """Lower case, one space for each run of white space, and none of it, nor . , ; : ! ? " at the end."""
     return " ".join(text.lower().split()).rstrip('.,;:!?" ')
-
-
-def is_on_grid(action: str, amount: float) -> bool:
-    """Whether an amount is a positive multiple of 0.1 m or 10 degrees."""
-    steps = amount / GRID[UNITS[ACTIONS[action][0]]]
-    return amount > 0 and abs(steps - round(steps)) < 1e-6
 
 
 NUMBER = r"(-?[0-9]+(?:\.[0-9]+)?)"
