@@ -142,11 +142,6 @@ def amount_of(row: dict) -> float | None:
     return None if turn is None else abs(turn)
 
 
-def auc(scores: Array, true: Array) -> float:
-    """`area_under_curve` of values 0 and 1."""
-    return area_under_curve(scores, true > 0.5)
-
-
 def loaded(path: Path) -> tuple[list[dict], Array]:
     """The questions of a file that ask about objects, and their pictures (n, 4, H, W, 3)."""
     rows = [row for row in load_jsonl(path) if row["ask"]]
@@ -169,13 +164,17 @@ def measure_family(folder: Path, split: str, simulator, imagine: int) -> dict:
     some = fit[:300]
     motion = max(CONSTANT, key=lambda one: read_right(some, moved_views(some, one)).mean())
     most = max(len(row["ideal"]) for row in rows)
+
+    def calls_most(row):
+        return len(row["ideal"]) == most
+
     result = {
         "n": len(rows),
         "fitted": len(fit),
         "need": float(needs.mean()),
         "text": text_only_chance(fit, rows),
-        "AUC calls": told_by_words(fit, rows, lambda row: len(row["ideal"]) == most, auc),
-        "AUC way": told_by_words(fit, rows, way_of, auc),
+        "AUC calls": told_by_words(fit, rows, calls_most, area_under_curve),
+        "AUC way": told_by_words(fit, rows, way_of, area_under_curve),
         "R2 amount": max(
             told_by_words(fit, rows, value, explained) for value in (turn_of, amount_of)
         ),

@@ -78,8 +78,9 @@ def template_means(fit: list[dict], fit_y: Array, test: list[dict]) -> Array:
     return np.array([np.mean(groups.get(wording(row), [every])) for row in test])
 
 
-def area_under_curve(scores: Array, positive: Array) -> float:
-    """AUC: how often a positive one has the higher score than a negative one, ties counted half."""
+def area_under_curve(scores: Array, true: Array) -> float:
+    """AUC: how often a positive one (1) has the higher score than a negative one (0), ties counted half."""
+    positive = true > 0.5
     high = scores[positive][:, None]
     low = scores[~positive][None]
     if high.size == 0 or low.size == 0:

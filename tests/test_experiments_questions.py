@@ -49,7 +49,7 @@ def test_words_that_tell_are_found_and_others_are_not():
 
     def found(rows):
         need = solvers.told_by_words
-        return need(rows[:200], rows[200:], lambda one: one["needs_view"], questions.auc)
+        return need(rows[:200], rows[200:], lambda one: one["needs_view"], solvers.area_under_curve)
 
     assert found(leaking) == 1 and 0.4 < found(blind) < 0.6
 

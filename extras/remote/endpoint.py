@@ -2,7 +2,7 @@
 Requests to a server that may be slow, busy, broken or gone: time-outs, retries, rate limits, and one kind of error.
 
 A deadline is that of a whole answer, headers included: a Watchdog cuts the connection, since the time-out of every
-HTTP library starts anew with each byte.
+HTTP library starts anew with each byte. Proxies and redirects are not followed.
 
 Tried again, after waits that double: time-outs, lost connections, 429, 5xx, and answers that cannot be read. What else
 a server refuses is final and reported in its own words. One failure never costs what the rest of a batch has given:
@@ -20,8 +20,6 @@ import re
 import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -49,13 +47,6 @@ class Failure(Exception):
     retry_after: float | None = None  # seconds that the server asks for
     final: bool = False  # another try would fail alike
     down: bool = True  # other requests would fail alike
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host: it is an answer like any other, and final."""
-
-    def redirect_request(self, *args):
-        return None
 
 
 # ---- one request, and its deadline --------------------------------------------------------------------------------
@@ -96,7 +87,7 @@ class Watchdog:
 
 
 class WatchedConnection(http.client.HTTPConnection):
-    """A connection that its request's `watchdog` knows."""
+    """A connection that its `watchdog` knows."""
 
     def connect(self):
         super().connect()
@@ -105,22 +96,6 @@ class WatchedConnection(http.client.HTTPConnection):
 
 class WatchedTLS(http.client.HTTPSConnection, WatchedConnection):
     """The same with TLS, whose handshake comes after `WatchedConnection.connect`."""
-
-
-class WatchedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
-    """How urllib opens a request that carries a `watchdog`."""
-
-    def do_open(self, http_class, request, **options):
-        kind = WatchedConnection
-        if http_class is http.client.HTTPSConnection:
-            kind = WatchedTLS
-
-        def watched(*args, **more):
-            connection = kind(*args, **more)
-            connection.watchdog = request.watchdog
-            return connection
-
-        return super().do_open(watched, request, **options)
 
 
 # ---- one server ---------------------------------------------------------------------------------------------------
@@ -149,10 +124,8 @@ class Endpoint:
             )
         base = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
         self.url = base.removesuffix(self.path) + self.path
-        near = parts.hostname in LOOPBACK
-        no_proxy = [urllib.request.ProxyHandler({})] if near else []
-        self.opener = urllib.request.build_opener(WatchedHandler, NoRedirect, *no_proxy)
-        self.private = near or parts.scheme == "https"
+        self.kind = WatchedTLS if parts.scheme == "https" else WatchedConnection
+        self.private = parts.hostname in LOOPBACK or parts.scheme == "https"
         if self._key() and not self.private:
             say(
                 f"The key in {self.key_from_env} is not sent to {self.url}: it would travel unencrypted."
@@ -223,7 +196,7 @@ class Endpoint:
         try:
             status, headers, answer = self._send(body, content_type)
         except (OSError, http.client.HTTPException) as error:
-            reason = str(getattr(error, "reason", error)) or type(error).__name__
+            reason = str(error) or type(error).__name__
             raise Failure(f"could not be reached ({reason})") from None
         if not 200 <= status < 300:
             # an empty purse is told as a rate limit too, but no wait will fill it
@@ -244,7 +217,10 @@ class Endpoint:
         return result
 
     def _send(self, body, content_type):
-        """-> (status, headers, body), whatever the status; OSError if there is no whole answer in time."""
+        """-> (status, headers, body), whatever the status; OSError if there is no whole answer in time.
+
+        A redirect, which would carry the key to another host, is an answer like any other.
+        """
         headers = {"Content-Type": content_type, "User-Agent": "astra"}
         key = self._key() if self.private else ""
         if not re.fullmatch(r"[!-~]*", key):  # http.client's own error would print it
@@ -253,14 +229,12 @@ class Endpoint:
             )
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, body, headers)
-        with Watchdog(self.timeout) as request.watchdog:
-            try:
-                response = self.opener.open(request, timeout=self.timeout)
-            except urllib.error.HTTPError as error:  # any status but 2xx: an answer too
-                response = error
-            with response:
-                answer = response.read(MAX_ANSWER + 1)
+        parts = urlsplit(self.url)
+        connection = self.kind(parts.netloc, timeout=self.timeout)
+        with Watchdog(self.timeout) as connection.watchdog, contextlib.closing(connection):
+            connection.request("POST", parts.path, body, headers)
+            response = connection.getresponse()
+            answer = response.read(MAX_ANSWER + 1)
         if len(answer) > MAX_ANSWER:
             raise OSError(f"its answer is longer than {MAX_ANSWER:,} bytes")
         return response.status, response.headers, answer

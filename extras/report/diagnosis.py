@@ -38,10 +38,10 @@ from PIL import Image
 
 from lib.consistency import MOVE_BARS, STRONG, TURN_BARS, delta_of, describe, pose_error, recover
 from lib.dialogue import Trajectory, call_poses
-from lib.geometry import Query, decompose
+from lib.geometry import Motion, Query, decompose
 from lib.protocol import motion_in
 from lib.records import Question
-from lib.rooms import COLOURS, SIZE, TrueRenderer, random_room
+from lib.rooms import COLOURS, SIZE, Room, TrueRenderer, random_room
 from lib.simulators import instruction
 from rewards import option_letter
 
@@ -110,12 +110,11 @@ def near(a: np.ndarray, b: np.ndarray) -> bool:
     return bool(np.linalg.norm(delta[:3]) <= meters and np.abs(delta[3:]).max() <= degrees)
 
 
-def deviation(question: Question, start: np.ndarray, call: dict, view: np.ndarray) -> str:
-    """Why the view of a call from the camera `start` is wrong: "pose" or "content"."""
+def error_of_view(room: Room, start: np.ndarray, motion: Motion, view: np.ndarray) -> dict:
+    """`consistency.pose_error` of a view (H, H, 3) of a room after a motion of the camera from `start`."""
     small = np.asarray(Image.fromarray(view).resize((SIZE, SIZE), Image.BOX))
-    motions, _ = recover(random_room(question["scene"]["room"]), start, small[None])
-    commanded = delta_of(motion_in(call))
-    return "content" if pose_error(commanded, motions[0])["within"] else "pose"
+    motions, _ = recover(room, start, small[None])
+    return pose_error(delta_of(motion), motions[0])
 
 
 def diagnose(question: Question, trajectory: Trajectory) -> dict | None:
@@ -142,7 +141,8 @@ def diagnose(question: Question, trajectory: Trajectory) -> dict | None:
     if useful and not answer_was_shown:
         last = useful[-1]
         start = call_poses(question["scene"], calls)[last.call["reference_image"] - 1]
-        result["deviation"] = deviation(question, start, last.call, last.view)
+        error = error_of_view(random_room(scene["room"]), start, motion_in(last.call), last.view)
+        result["deviation"] = "content" if error["within"] else "pose"
     return result | {"case": case_of_unseen(question, calls, useful, words, right)}
 
 

@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image
 
 from data import FIRST_ROOM
-from lib.consistency import delta_of, pose_error, recover
+from extras.report.diagnosis import error_of_view
 from lib.geometry import Array, Motion, Query, move_camera
-from lib.rooms import SIZE, random_room, render, ring
+from lib.rooms import random_room, render, ring
 from lib.simulators import instruction, read_phrase
 from lib.streams import numpy_stream
 
@@ -83,9 +83,7 @@ class Walk:
         true = render(self.room, pose, self.size)["rgb"][0]
 
         shown, _ = self.model.arrange(self.images, self.reference)
-        small = np.asarray(Image.fromarray(imagined).resize((SIZE, SIZE), Image.BOX))
-        recovered, _ = recover(self.room, start, small[None], size=SIZE)
-        error = pose_error(delta_of(motion), recovered[0])
+        error = error_of_view(self.room, start, motion, imagined)
         sight = f"It sees {len(shown)} images, Image-{self.reference} last: "
         self.words = [sight + sentence, in_words(error)]
         self.images.append(imagined)

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from extras.scans.depth_files import read_depth
 from extras.scans.frames import PosedView
+from extras.scans.readers import opencv
 from lib.answers import trivial_views
 from lib.consistency import pose_errors, summary_of
-from lib.distributed import fail
 from lib.geometry import decompose, fill_holes
 
 MATCHER = "zju-community/efficientloftr"  # Apache; ETH-CVG/lightglue_superpoint fits as well
@@ -80,10 +80,7 @@ def pose_from_matches(points: np.ndarray, pixels: np.ndarray, intrinsics: np.nda
 
     None if fewer than LEAST or than SHARE of the matches agree. The same matches give the same camera.
     """
-    try:
-        import cv2
-    except ImportError:
-        fail("Poses in scans are found by OpenCV: pip install opencv-python-headless")
+    cv2 = opencv()
     least = max(LEAST, SHARE * len(points))
     if len(points) < least:
         return None
@@ -137,10 +134,11 @@ def recover_pose(
 
 
 def matcher(model: str = MATCHER, device="cpu") -> Callable:
-    """`match` of `recover_pose` by a transformers keypoint matcher. Raises ValueError if it cannot be had."""
+    """`match` of `recover_pose` by a transformers keypoint matcher. Raises ValueError if it, or OpenCV, cannot be had."""
     import torch
     from transformers import AutoImageProcessor, AutoModelForKeypointMatching
 
+    opencv()  # if it is missing: before the work
     processor, network = pretrained(
         "--matcher", model, AutoImageProcessor, AutoModelForKeypointMatching
     )

@@ -27,7 +27,7 @@ from extras.benches.common import open_image
 from extras.report.curves import figure_image
 from extras.report.diagnosis import CASES, true_views
 from lib.geometry import UNITS
-from lib.images import load_image, read
+from lib.images import PictureError, load_image
 from lib.protocol import motion_in
 from lib.records import write_text
 from lib.scores import CELL, COLUMNS, accuracy_text, consistency_row
@@ -261,28 +261,30 @@ class Pictures:
         self.uris = []
         self.numbers = {}
 
-    def add(self, caption: str, key, read: Callable) -> dict:
-        """{"number" of the picture called `key`, "caption"}; read() is asked once per key.
+    def add(self, caption: str, source: str | np.ndarray, bench: str = "rooms") -> dict:
+        """{"number" of a picture, "caption"}; the number is None for what is unreadable or not to be shown.
 
-        key   the path of a file, or anything else;  the number is None for what is unreadable or not to be shown
+        source   (H, W, 3) uint8, or a file, opened as the bench has it
         """
+        key = source if isinstance(source, str) else source.tobytes()
         if key not in self.numbers:
-            hidden = isinstance(key, str) and not self.may_show(Path(key))
-            self.numbers[key] = None if hidden else self.store(read)
+            self.numbers[key] = self.store(source, bench)
         return {"number": self.numbers[key], "caption": caption}
 
     def may_show(self, path: Path) -> bool:
         """Does a file lie in the folders, links followed?"""
         return any(path.resolve().is_relative_to(folder) for folder in self.folders)
 
-    def store(self, read: Callable) -> int | None:
-        """A thumbnail of read(), an array or a PIL image -> its number."""
+    def store(self, source: str | np.ndarray, bench: str) -> int | None:
+        """A thumbnail of a picture -> its number."""
         try:
-            image = read()
-            image = (
-                image.convert("RGB") if isinstance(image, Image.Image) else Image.fromarray(image)
-            )
-        except (OSError, SyntaxError, ValueError):
+            if isinstance(source, np.ndarray):
+                image = Image.fromarray(source)
+            elif self.may_show(Path(source)):
+                image = open_image(source, bench)
+            else:
+                return None
+        except PictureError:
             return None
         kind = "png" if max(image.size) <= 64 else "jpeg"  # in the tiny world every pixel counts
         image.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -333,15 +335,10 @@ def given_images(question: dict, pictures: Pictures) -> tuple[list[dict], str]:
     numbers = np.unique(np.linspace(1, len(paths), count).round().astype(int)).tolist()
     images = []
     for number in numbers:
-        path = paths[number - 1]
-        read = _reader(path, question["bench"])
-        images.append(pictures.add(f"Image-{number}", str(path), read))
+        path = str(paths[number - 1])
+        images.append(pictures.add(f"Image-{number}", path, question["bench"]))
     few = len(numbers) < len(paths)
     return images, f"{len(numbers)} of {len(paths)} images are shown." if few else ""
-
-
-def _reader(path, bench: str) -> Callable:
-    return lambda: open_image(path, bench)
 
 
 def turns_with_views(record: dict, pictures: Pictures, folder: Path) -> list[dict]:
@@ -357,10 +354,9 @@ def turns_with_views(record: dict, pictures: Pictures, folder: Path) -> list[dic
             call, file = record["calls"][k], folder / record["views"][k]
             motion = phrase(motion_in(call))
             caption = f"Image-{number}: imagined from Image-{call['reference_image']}, {motion}"
-            views.append(pictures.add(caption, str(file), lambda file=file: read(file)))
+            views.append(pictures.add(caption, str(file)))
             if true:
-                view = true[k]
-                views.append(pictures.add("the true view", view.tobytes(), lambda view=view: view))
+                views.append(pictures.add("the true view", true[k]))
         turns.append({"text": text, "reply": reply, "views": views})
     return turns
 

@@ -222,15 +222,6 @@ def check_policy(policy) -> None:
         )
 
 
-class Sheet(NamedTuple):
-    """A question with some views and a task."""
-
-    tree: Tree
-    name: str  # of the task
-    texts: list[str]  # before each image, and at the end
-    images: list[np.ndarray]
-
-
 SCORE = (
     "Give each {thing} a whole number from 0 (not at all) to 9 (very much), in this order. End with one line: "
     "Output: and the {count} numbers, separated by commas."
@@ -250,32 +241,30 @@ TASKS = {
 }
 
 
-def sheet(tree: Tree, paths: list[Path], name: str, task: str) -> Sheet:
-    """The question of a tree with the views of some paths, and a task."""
+def sheet(tree: Tree, paths: list[Path], name: str, task: str) -> dict:
+    """A row for `converse`: the question of a tree with the views of some paths, and a task of this name."""
     images = [*tree.root.images, *(tree.view(path) for path in paths)]
     texts = ["A question about a scene. Its images:\n"]
     texts += ["\n"] * (len(tree.root.images) - 1)
     texts += [f"\nImagined {path_words(path)}\n" for path in paths]
     words = "\n".join([tree.question["question"], *(tree.question.get("options") or ())])
-    return Sheet(tree, name, [*texts[: len(images)], f"\n\n{words}\n\n{task}"], images)
+    prompt = [*texts[: len(images)], f"\n\n{words}\n\n{task}"]  # before each image, and at the end
+    id = f"{tree.name}, {name}"
+    return {"id": id, "tree": tree, "question": name, "prompt": prompt, "images": images}
 
 
-def ask(run: Run, sheets: list[Sheet], temperature: float = 0.0) -> list[str | None]:
+def ask(run: Run, sheets: list[dict], temperature: float = 0.0) -> list[str | None]:
     """A reply to each sheet, None where there is none: its tree then holds the error."""
-    rows = []
-    for one in sheets:
-        name = f"{one.tree.name}, {one.name}"
-        rows.append({"id": name, "question": one.name, "prompt": one.texts, "images": one.images})
     policy = copy.copy(run.policy)
     policy.temperature = temperature
-    replies = converse_or_errors(policy, rows)
+    replies = converse_or_errors(policy, sheets)
     texts = []
     for one, reply in zip(sheets, replies, strict=True):
         if isinstance(reply, SimulatorError):
-            one.tree.error = reply
+            one["tree"].error = reply
             texts.append(None)
         else:
-            one.tree.cost["policy_calls"] += len(reply.turns)
+            one["tree"].cost["policy_calls"] += len(reply.turns)
             texts.append(reply.turns[-1])
     return texts
 
@@ -296,11 +285,11 @@ def read_scores(text: str | None, count: int) -> list[int] | None:
     return scores if len(scores) == len(numbers) == count else None
 
 
-def rate(run: Run, sheets: list[Sheet], counts: list[int]) -> list[list[int]]:
+def rate(run: Run, sheets: list[dict], counts: list[int]) -> list[list[int]]:
     """Ask for counts[k] scores on each sheet until they can be read; random ones from 0 to 5 in the end."""
     scores = [None] * len(sheets)
     for attempt in range(1 + RETRIES):
-        left = [k for k, one in enumerate(sheets) if scores[k] is None and not one.tree.error]
+        left = [k for k, one in enumerate(sheets) if scores[k] is None and not one["tree"].error]
         if not left:
             break
         texts = ask(run, [sheets[k] for k in left], float(attempt > 0))
@@ -308,7 +297,7 @@ def rate(run: Run, sheets: list[Sheet], counts: list[int]) -> list[list[int]]:
             scores[k] = read_scores(text, counts[k])
     for k, one in enumerate(sheets):
         if scores[k] is None:
-            rng = numpy_stream("scores", run.seed, one.tree.name, one.name)
+            rng = numpy_stream("scores", run.seed, one["id"])
             scores[k] = rng.integers(0, 6, counts[k]).tolist()
     return scores
 
@@ -443,7 +432,7 @@ def sampled_plans(run: Run, trees: list[Tree]) -> list[list[Path | None]]:
         task = TASKS["gate"].format(image=tree.start[0], types=types)
         sheets += [sheet(tree, [], f"vote {k}", task) for k in range(SAMPLES)]
     texts = ask(run, sheets, 1.0)
-    plans = [read_plan(text, one.tree.start) for text, one in zip(texts, sheets, strict=True)]
+    plans = [read_plan(text, one["tree"].start) for text, one in zip(texts, sheets, strict=True)]
     return [plans[k : k + SAMPLES] for k in range(0, len(plans), SAMPLES)]
 
 

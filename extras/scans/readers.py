@@ -64,17 +64,12 @@ def camera_of(frame):
     return {key: frame[key] for key in CAMERA_KEYS if key in frame}
 
 
-def nerfstudio_camera(info):
-    """K (3, 3) of a transforms.json."""
-    return camera_matrix(info["fl_x"], info["fl_y"], info["cx"], info["cy"])
-
-
 def opencv():
     """The module cv2. Raises ValueError where it is missing: it is an extra."""
     try:
         import cv2
     except ImportError:
-        raise ValueError("this takes OpenCV. Type: pip install opencv-python-headless") from None
+        raise ValueError("OpenCV is missing. Type: pip install opencv-python-headless") from None
     return cv2
 
 
@@ -255,7 +250,7 @@ def nerfstudio_rows(folder: Path) -> tuple[list[FrameFiles], Size, Callable]:
         raise ValueError(f"its camera_model {model} is another than OPENCV's k1, k2, p1, p2.")
     rows = []
     smaller = [name for name in ("images_4", "images_8", "images_2") if (folder / name).is_dir()]
-    K = nerfstudio_camera(info)
+    K = camera_matrix(info["fl_x"], info["fl_y"], info["cx"], info["cy"])
     size = (info["w"], info["h"])
     distortion = np.array([info.get(key, 0.0) for key in ("k1", "k2", "p1", "p2")])
     for frame in frames:

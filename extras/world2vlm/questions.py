@@ -12,8 +12,8 @@ The words of both are in words.py. Boxes stand in the text as integers 0..1000 a
              python -m extras.world2vlm.questions --teacher out/wm         # a world model shows what is trained on
   scans      python -m extras.world2vlm.questions --anchors DIR --teacher out/wm-astra       # scans.py -> out/taught
 
-Out: questions_{train,val,test}.jsonl, rows as lib.records.Question with "weight", the confidence of detections;
-"negative", how a false one was made; and "scene" (rooms) or "cluster": what it is about. The same again for the same rooms.
+Out: questions_{train,val,test}.jsonl, rows as lib.records.Question with "weight", the confidence of detections, and
+"scene" (rooms) or "cluster": what it is about. The same again for the same rooms.
 
 Departures. The released templates give the direction away in A1 and A2; the paper says that it is to be found, and so
 it is here. Released claims of A4 can be told from their words alone: see `false_claim`. D1 to D4 say boxes and actions
@@ -71,7 +71,7 @@ from lib.streams import numpy_stream
 
 
 def false_claim(program, rng, space):
-    """A program that was not the one, and how it differs: (program, "amount" | "order" | "direction" | "other").
+    """A program that was not the one; how it differs:
 
     amount      hard: the same actions with other amounts (released: one step of 0.1 m or 5 degrees off, unseeable)
     order       hard: the two actions in the other order
@@ -86,22 +86,23 @@ def false_claim(program, rng, space):
     actions = actions_of(program)
     if actions not in patterns:
         return None
-    claims = {"amount": [random_program(patterns[actions], rng)], "direction": [], "other": []}
+    other_amounts = [random_program(patterns[actions], rng)]
+    directions, others = [], []
     for i, motion in enumerate(program):
         opposite = Motion(motion.kind, -motion.amount)
-        claims["direction"].append([*program[:i], opposite, *program[i + 1 :]])
-    claims["order"] = [program[::-1]] if len(program) == 2 else []
+        directions.append([*program[:i], opposite, *program[i + 1 :]])
     for other, pattern in patterns.items():
         if len(other) == len(actions) and other != actions:
-            claims["other"].append(random_program(pattern, rng))
+            others.append(random_program(pattern, rng))
+    orders = [program[::-1]] if len(program) == 2 else []
     possible = []
-    for how, programs in claims.items():
-        programs = [claim for claim in programs if actions_of(claim) in patterns]
-        if programs:
-            possible.append((programs, how))
-    programs, how = possible[rng.integers(len(possible))]
-    claim = programs[rng.integers(len(programs))]
-    return (claim, how) if differ(program, claim, space.margin) else None
+    for claims in (other_amounts, directions, others, orders):
+        claims = [claim for claim in claims if actions_of(claim) in patterns]
+        if claims:
+            possible.append(claims)
+    claims = possible[rng.integers(len(possible))]
+    claim = claims[rng.integers(len(claims))]
+    return claim if differ(program, claim, space.margin) else None
 
 
 def differ(one, other, margin) -> bool:
@@ -129,13 +130,13 @@ def records(transition, rng, claim=None, detect=None) -> list[dict]:
     return rows
 
 
-def record(transition, task, answer, label="", detections=(), negative=None, claim=()) -> dict:
+def record(transition, task, answer, label="", detections=(), claim=()) -> dict:
     """One question.
 
     label         for `balanced`
     detections    those that the question is about, and whose confidence counts
     returns       a lib.records.Question with one or two arrays as images, and "weight": confidence of the detections;
-                  "negative": how a false one was made, else None; and "label", which is not written
+                  and "label", which is not written
     """
     height, width = transition.source.shape[:2]
     images = [transition.source, transition.target]
@@ -154,7 +155,6 @@ def record(transition, task, answer, label="", detections=(), negative=None, cla
         "kind": "na",
         "needs_view": None,
         "weight": math.prod(d.confidence for d in detections),
-        "negative": negative,
         "label": label,
     }
 
@@ -167,10 +167,9 @@ def motion_records(transition, rng, claim) -> list[dict]:
         return [record(transition, "A1" if program[0].unit == "meters" else "A2", text, label)]
     rows = [record(transition, "A3", text, label)]
     if claim:
-        false_program, how = claim
         answer = "true" if rng.random() < 0.5 else "false"
-        program, how = (program, None) if answer == "true" else (false_program, how)
-        rows.append(record(transition, "A4", answer, answer, negative=how, claim=program))
+        said = program if answer == "true" else claim
+        rows.append(record(transition, "A4", answer, answer, claim=said))
     return rows
 
 
@@ -211,8 +210,7 @@ def object_records(transition, rng, first, last) -> list[dict]:
     for answer, candidates in (("yes", pairs), ("no", others)):
         if candidates:
             pair = most_confident(candidates, rng)
-            how = "label" if answer == "no" else None
-            rows.append(record(transition, "D4", answer, answer, pair, how))
+            rows.append(record(transition, "D4", answer, answer, pair))
     return rows
 
 
@@ -263,7 +261,7 @@ def write_motion_questions(out, split, rows, about, seed, failures=0) -> None:
     rows    of `records`, with paths below `out` for pictures, and "scene" or "cluster": what they are about
     about   in words, for the line that says how many there are
     failures    programs of which the teacher gave no usable view
-    Says so of each task of which less than a tenth stays, and how many programs were left out.
+    Says how many of each task stay where every label is cut to the rarest.
     """
     chosen = balanced(rows, numpy_stream("balance", seed))
     public = [{key: row[key] for key in row if key != "label"} for row in chosen]
@@ -273,14 +271,6 @@ def write_motion_questions(out, split, rows, about, seed, failures=0) -> None:
     say(
         f"questions_{split}.jsonl: {len(chosen)} questions about {about}, balanced: {', '.join(tasks)}"
     )
-    for task, count in sorted(all_counts.items()):
-        if counts[task] < count / 10:
-            labels = Counter(row["label"] for row in rows if row["category"] == task)
-            numbers = ", ".join(f"{n} {label}" for label, n in labels.most_common())
-            say(
-                f"  {task}: less than a tenth stays, since every label is cut to the rarest. There were "
-                f"{numbers}."
-            )
     if failures:
         say(f"  left out: {failures} programs of which the teacher gave no usable view")
 

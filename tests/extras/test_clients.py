@@ -2,6 +2,7 @@
 
 import base64
 import email.utils
+import http.client
 import json
 import socket
 import struct
@@ -346,14 +347,6 @@ def test_a_key_that_no_header_can_carry_is_not_printed_by_http(monkeypatch):
     assert KEY not in str(error.value) and not fake.requests
 
 
-class Opener:
-    """Takes a request and sends nothing."""
-
-    def open(self, request, timeout):
-        self.request = request
-        raise ConnectionError
-
-
 def test_the_key_travels_neither_unencrypted_nor_to_where_a_redirect_points(monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     answer = says("<answer>A</answer>")
@@ -361,15 +354,22 @@ def test_the_key_travels_neither_unencrypted_nor_to_where_a_redirect_points(monk
         with pytest.raises(SimulatorError, match="answered 307"):
             converse(policy_at(fake), [question(1)], mode="direct")
     assert len(fake.requests) == 1 and not other.requests
+    sent = []
+
+    def request(connection, method, path, body, headers):
+        sent.append((type(connection), headers.get("Authorization")))
+        raise ConnectionError
+
+    monkeypatch.setattr("http.client.HTTPConnection.request", request)
     for endpoint, header in (
         (RemotePolicy("https://example.org/v1", "gpt").endpoint, f"Bearer {KEY}"),
         (RemotePolicy("http://example.org/v1", "gpt").endpoint, None),
         (RemoteSimulator("https://example.org/v1").endpoint, None),  # its key is another
     ):
-        endpoint.opener = Opener()
         with pytest.raises(ConnectionError):
             endpoint._send(b"", "text/plain")
-        assert endpoint.opener.request.get_header("Authorization") == header
+        is_safe = issubclass(sent[-1][0], http.client.HTTPSConnection)
+        assert sent[-1][1] == header and is_safe == endpoint.url.startswith("https")
     assert capsys.readouterr().out.count("unencrypted") == 1
 
 

@@ -1186,5 +1186,7 @@ def test_only_lenses_and_rotation_vectors_take_opencv(tmp_path, scan, truth, mon
     frame = read_scene(dataset, tmp_path, id).frames[0]
     assert np.abs(frame.image().astype(int) - truth[0].image()).mean() < 2
     dataset, id = write_arkit(tmp_path, truth[:2])
-    with pytest.raises(ValueError, match="takes OpenCV. Type: pip install opencv-python-headless"):
+    with pytest.raises(
+        ValueError, match="OpenCV is missing. Type: pip install opencv-python-headless"
+    ):
         read_scene(dataset, tmp_path, id)

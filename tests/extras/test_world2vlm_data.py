@@ -42,7 +42,6 @@ def test_the_questions_are_complete_and_true(motions):
                 "kind",
                 "needs_view",
                 "weight",
-                "negative",
                 "scene",
             }
             assert (row["bench"], row["kind"], row["options"], row["weight"]) == (
