@@ -14,12 +14,13 @@ import torch
 import policy as policy_file
 from bench import naive
 from bench.timing import Seconds, medians, print_json
+from bench.wm import ring_views
 from data import MOTIONS
 from lib.dialogue import Trajectory
 from lib.distributed import keep_freed_memory
 from lib.protocol import call_of, call_text
 from lib.rollout import Writer
-from lib.rooms import TrueRenderer, random_room, render, ring
+from lib.rooms import TrueRenderer
 from lib.scores import text_table
 from policy import Policy, collate
 
@@ -100,12 +101,12 @@ def room_questions(rooms: int) -> list[dict]:
     """One question in each of some rooms, as the demo asks them: four views of 32 x 32 pixels, four options."""
     questions = []
     for seed in range(rooms):
-        poses = np.stack(ring(np.random.default_rng(seed)))
+        images, poses = ring_views(seed)
         question = {
             "id": f"room_{seed}",
             "question": "Start from Image-2 and turn left 45 degrees. Then which object looks largest?",
             "options": ["A. red", "B. green", "C. blue", "D. white"],
-            "images": list(render(random_room(seed), poses, size=32)["rgb"]),
+            "images": images,
             "scene": {"room": seed, "poses": poses.tolist()},
         }
         questions.append(question)

@@ -89,12 +89,17 @@ def stirred(network: Bagel) -> Bagel:
     return network.requires_grad_(False).eval()
 
 
+def ring_views(seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """The four given views of a room, as the demo shows them, and their poses (4, 4, 4)."""
+    poses = np.stack(ring(np.random.default_rng(seed)))
+    return list(render(random_room(seed), poses, size=32)["rgb"]), poses
+
+
 def rollout_queries(rooms: int = 8) -> list[Query]:
     """What a rollout asks at once: four questions in each room, each from another view of its ring of four."""
     queries = []
     for seed in range(rooms):
-        poses = np.stack(ring(np.random.default_rng(seed)))
-        images = list(render(random_room(seed), poses, size=32)["rgb"])
+        images, _ = ring_views(seed)
         for reference in range(1, 5):
             number = len(queries)
             sentence = instruction(MOTIONS[number % len(MOTIONS)], reference)

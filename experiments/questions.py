@@ -143,8 +143,8 @@ def amount_of(row: dict) -> float | None:
 
 
 def loaded(path: Path) -> tuple[list[dict], Array]:
-    """The questions of a file that ask about objects, and their pictures (n, 4, H, W, 3)."""
-    rows = [row for row in load_jsonl(path) if row["ask"]]
+    """The questions of a file, and their pictures (n, 4, H, W, 3)."""
+    rows = load_jsonl(path)
     return rows, np.stack([[load_image(image) for image in row["images"]] for row in rows])
 
 

@@ -134,12 +134,6 @@ def start_of(row: dict) -> int:
     return (row["ideal"][0]["reference_image"] if row["ideal"] else row["shown_by"]) - 1
 
 
-def named_colour(row: dict) -> int | None:
-    """The colour that the words name, as an index into COLOURS."""
-    named = [word for word in row["question"].split() if word in COLOURS]
-    return NAMES.index(named[0]) if named else None
-
-
 def caption(row: dict, given: Given, colour: int | None) -> list[float]:
     """Where a colour stands in a perfect caption of each view, the one that the turn starts from first, then what
     lies to its right: absent, or its place from the left and from the right."""
@@ -159,13 +153,14 @@ def caption(row: dict, given: Given, colour: int | None) -> list[float]:
 
 def captions(row: dict, given: Given) -> list[list[float]]:
     """Per option: the captions' places of its colour and of the one that the words name."""
-    named = caption(row, given, named_colour(row))
+    colour = NAMES.index(row["named"]) if row["named"] else None
+    named = caption(row, given, colour)
     return [caption(row, given, colour) + named for colour in colours_of(row)]
 
 
 def columns(row: dict, given: Given) -> list[list[float]]:
     """Per option: its angle around the viewer from where the asked view looks, its size, and those of all others."""
-    colour = named_colour(row)
+    colour = NAMES.index(row["named"]) if row["named"] else None
     best = given.count.argmax(0)  # (8,) the view that shows most of a colour
     every = np.arange(8)
     angles = given.degrees[best, every] - 90 * (best - start_of(row))

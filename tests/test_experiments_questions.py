@@ -10,8 +10,9 @@ from lib.consistency import describe
 from lib.rooms import COLOURS
 
 
-def row(words, answer="A", needs=False, ask="leftmost", ideal=(), shown_by=1):
+def row(words, answer="A", needs=False, ask="leftmost", ideal=(), shown_by=1, named=None):
     return {
+        "named": named,
         "question": words,
         "options": ["A. red", "B. blue", "C. green", "D. pink"],
         "answer": answer,
@@ -67,7 +68,7 @@ def test_columns_tell_angles_around_the_viewer_from_where_the_asked_view_looks()
     images = np.stack([blank, painted(("blue", 14, 18)), painted(("red", 14, 18)), blank])[None]
     given = solvers.given_views(images)[0]
     red, blue, green, _ = solvers.columns(
-        row("Turn until the red object is ahead", shown_by=3), given
+        row("Turn until the red object is ahead", shown_by=3, named="red"), given
     )
     assert red[0] == pytest.approx(0, abs=0.01) and blue[0] == pytest.approx(2) and green[0] == 4
     places = solvers.caption(row("", shown_by=3), given, list(COLOURS).index("blue"))

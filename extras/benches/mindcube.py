@@ -133,21 +133,20 @@ MINDCUBE = Bench(
 def make_mindcube(out: str | Path, source: str | Path) -> None:
     """Questions of rooms in the files that MindCube publishes: raw/MindCube_tinybench.jsonl and other_all_image/.
 
-    The setting is part of the id (MindCube's own rule): one spot is `rotation`, two places are `around`.
+    The setting is part of the id (MindCube's own rule): views of one spot are `rotation`.
     """
     out, records = Path(out), []
     for question in load_jsonl(source, Question):
-        setting = "around" if question["category"] == "camera-camera" else "rotation"
         images = []
         for number, image in enumerate(question["images"], 1):
-            path = f"other_all_image/{setting}/{question['id']}/{number}.png"
+            path = f"other_all_image/rotation/{question['id']}/{number}.png"
             save_image(out / path, load_image(image))
             images.append(path)
         records.append(
             {
-                "id": f"{setting}_{question['id']}",
+                "id": f"rotation_{question['id']}",
                 "category": [question["category"]],
-                "type": setting,
+                "type": "rotation",
                 "meta_info": [],
                 "question": " ".join([question["question"], *question["options"]]),
                 "images": images,

@@ -23,7 +23,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from multiprocessing.pool import ThreadPool
 from typing import Any
 from urllib.parse import urlsplit
@@ -299,14 +298,11 @@ def sentence_of(body: bytes) -> str:
 
 
 def seconds_of(retry_after: str | None) -> float | None:
-    """The header Retry-After, a number of seconds or a date -> seconds from now; None if there is none to read."""
+    """The header Retry-After as a number of seconds; None if there is none to read."""
     try:
         seconds = float(retry_after)
     except (TypeError, ValueError):
-        try:
-            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except (TypeError, ValueError, OverflowError):
-            return None
+        return None
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 

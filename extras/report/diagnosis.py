@@ -122,11 +122,9 @@ def diagnose(question: Question, trajectory: Trajectory) -> dict | None:
 
     None for direct mode and for questions that do not tell what their views show.
     """
-    scene = question.get("scene") or {}
-    is_known = {"shows", "ideal"} <= question.keys() and {"room", "poses"} <= scene.keys()
-    is_known = is_known and question["answer"] in tuple("ABCD"[: len(question["options"])])
-    if trajectory.mode == "direct" or not is_known:
+    if trajectory.mode == "direct" or "shows" not in question:
         return None
+    scene = question["scene"]
     calls = [call for call in trajectory.provenance if call]
     views = trajectory.images[len(trajectory.images) - len(calls) :]
     letter = option_letter(trajectory.answer or "", question["options"])
@@ -140,7 +138,7 @@ def diagnose(question: Question, trajectory: Trajectory) -> dict | None:
     answer_was_shown = any(one.shows for one in useful)
     if useful and not answer_was_shown:
         last = useful[-1]
-        start = call_poses(question["scene"], calls)[last.call["reference_image"] - 1]
+        start = call_poses(scene, calls)[last.call["reference_image"] - 1]
         error = error_of_view(random_room(scene["room"]), start, motion_in(last.call), last.view)
         result["deviation"] = "content" if error["within"] else "pose"
     return result | {"case": case_of_unseen(question, calls, useful, words, right)}
