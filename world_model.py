@@ -136,12 +136,15 @@ class Denoiser:
     def __init__(self, network: Bagel, branches: list[Branch], times: Tensor, grid: tuple):
         self.network = network
         self.branches = branches
-        self.ropes = [network.rope(branch.next[:, None]) for branch in branches]
         self.time_vectors = network.time_embedder(times.to(network.device))  # (steps + 1, H)
         self.places = network.latent_places(grid)  # (n, H)
         ids = table_ids(grid, network.config.latent_grid).to(network.device)
-        motions = [branch.motion[:, None] for branch in branches]  # (R, 1, 5)
-        self.motions = [network.motion_vectors(motion, ids) for motion in motions]  # (R, n, H)
+        self.ropes, self.ray_vectors = [], []
+        for branch in branches:
+            rays = network.rays(branch.motion[:, None], ids)  # (R, n, RAY)
+            positions = branch.next[:, None].expand(-1, 2 + len(ids))
+            self.ropes.append(network.rope(positions, rays))
+            self.ray_vectors.append(network.ray_vectors(rays))  # (R, n or 1, H)
         self.markers = network.embed_markers(len(branches[0].motion))  # (R, 2, H)
 
     def last_layer(self, x: Tensor, step: int, indices: list[int]) -> list[Tensor]:
@@ -149,10 +152,10 @@ class Denoiser:
         count = len(indices)
         branches = [self.branches[k] for k in indices]
         cosines, sines = zip(*(self.ropes[k] for k in indices), strict=True)
-        motion = torch.cat([self.motions[k] for k in indices])  # (R * branches, n or 1, H)
+        rays = torch.cat([self.ray_vectors[k] for k in indices])  # (R * branches, n or 1, H)
         hidden = self.network.denoise(
             x.repeat(count, 1, 1),
-            self.time_vectors[step] + self.places + motion,
+            self.time_vectors[step] + self.places + rays,
             self.markers.repeat(count, 1, 1),
             (torch.cat(cosines), torch.cat(sines)),
             branches,

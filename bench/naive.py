@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LogitsProcessorList
 
-from lib.bagel import GEN, LATENT_PATCH, patchify, ray_features, to_images, unpatchify
+from lib.bagel import GEN, LATENT_PATCH, patchify, pixel_rays, ray_angles, to_images, unpatchify
 from lib.geometry import delta_of
 from lib.simulators import read_instruction, renumbered
 from lib.streams import sample_tokens
@@ -71,12 +71,12 @@ def latent(model, query, **changes):
     low, high = torch.tensor(s.interval, dtype=torch.float32).tolist()
     for t, t_next in itertools.pairwise(times):
         tokens = embed_latent(network, x, t, grid)
-        v = velocity(network, full, tokens + motion, x, t)
+        v = velocity(network, full, tokens, x, t, motion)
         if s.text_scale > 1 and low < t <= high:
-            v_no_text = velocity(network, no_text, tokens + silence, x, t)
+            v_no_text = velocity(network, no_text, tokens, x, t, silence)
             v_no_image = None
             if s.image_scale > 1:
-                v_no_image = velocity(network, no_image, tokens + motion, x, t)
+                v_no_image = velocity(network, no_image, tokens, x, t, motion)
             v = guided(v, v_no_text, v_no_image, s)
         x = x - (t - t_next) * v
     return unpatchify(x[None], LATENT_PATCH, *grid)
@@ -85,10 +85,11 @@ def latent(model, query, **changes):
 # ---------------------------------------------------------------- one step
 
 
-def velocity(network, context, tokens, x, t):
+def velocity(network, context, tokens, x, t, latent_rays):
     """The velocity (n, C) at time t of the noisy latents x (n, C), embedded as tokens (n, H), behind a context."""
     markers = embed_text(network, network.markers)
-    h = run(network, context, torch.cat([markers[:1], tokens, markers[1:]]), image=len(tokens))
+    tokens = tokens + ray_vectors(network, latent_rays)
+    h = run(network, context, torch.cat([markers[:1], tokens, markers[1:]]), latent_rays)
     output = network.llm2vae(h)[1:-1]
     return output if network.config.settings.prediction == "velocity" else (x - output) / t
 
@@ -142,10 +143,10 @@ def read_vae(network, context, clean, number, turn):
     tokens = patchify(clean, LATENT_PATCH)[0]
     grid = [side // LATENT_PATCH for side in clean.shape[-2:]]
     tokens = embed_latent(network, tokens, 0.0, grid) + image_number(network, number)
-    tokens = tokens + rays(network, [0, 0, 0, turn, 0], grid)
+    motion = rays(network, [0, 0, 0, turn, 0], grid)
+    tokens = tokens + ray_vectors(network, motion)
     markers = embed_text(network, network.markers)
-    x = torch.cat([markers[:1], tokens, markers[1:]])
-    run(network, context, x, image=len(tokens), append=True)
+    run(network, context, torch.cat([markers[:1], tokens, markers[1:]]), motion, append=True)
 
 
 def read_vit(network, context, pixels, number):
@@ -160,10 +161,11 @@ def read_vit(network, context, pixels, number):
 # ---------------------------------------------------------------- the language model with two experts
 
 
-def run(network, context, x, image=0, causal=False, append=False):
+def run(network, context, x, latent_rays=(), causal=False, append=False):
     """One segment x (N, H) through all layers, behind a context -> (N, H) after the last norm.
 
-    image    how many latent tokens stand between the two markers of x: they go to the generation expert. 0: none
+    latent_rays   (n, RAY) of the latent tokens that stand between the two markers of x, if there are any: they go to the
+             generation expert
     causal   a text: one RoPE position per token, and no token sees a later one. Else all share one, and all see all
     append   put the segment's keys and values into the context and advance its position
     """
@@ -171,11 +173,11 @@ def run(network, context, x, image=0, causal=False, append=False):
     count = len(x)
     past = len(context.keys[0])
     split = None
-    if image:
+    if len(latent_rays):
         order = torch.arange(count, device=x.device)
         split = order[[0, -1]], order[1:-1]
     steps = torch.arange(count) if causal else torch.zeros(count)
-    rope = rotation((context.next + steps).to(x.device), c.width // c.heads, c.rope_base)
+    rope = rotation(network, (context.next + steps).to(x.device), latent_rays)
     mask = None
     if causal:
         mask = torch.ones(count, past + count, dtype=torch.bool, device=x.device).tril(past)
@@ -231,9 +233,19 @@ def attend(q, k, v, **options):
     return y[0].transpose(0, 1).flatten(1)
 
 
-def rotation(positions, head, base):
-    """RoPE's (cos, sin), each (N, 1, d): d / 2 frequencies, twice ("rotate half" layout)."""
-    angle = positions[:, None] * base ** (-torch.arange(0, head, 2, device=positions.device) / head)
+def rotation(network, positions, latent_rays):
+    """RoPE's (cos, sin), each (N, 1, d): d / 2 angles, twice ("rotate half" layout).
+
+    With Settings.rays only a quarter of them are of positions, and the others of the rays of latent tokens.
+    """
+    c = network.config
+    head = c.width // c.heads
+    exponent = -torch.arange(0, head, 2, device=positions.device) / head
+    angle = positions[:, None] * c.rope_base**exponent
+    if c.settings.rays:
+        angle[:, head // 8 :] = 0
+        if len(latent_rays):
+            angle[1:-1, head // 8 :] = ray_angles(latent_rays, head // 8)
     angle = torch.cat([angle, angle], -1)[:, None]
     return angle.cos(), angle.sin()
 
@@ -283,16 +295,20 @@ def places(table, grid):
 
 
 def rays(network, motion, grid):
-    """With Settings.rays where each latent token's ray goes after a motion (5,), through one layer: (h w, H). Else 0."""
-    if not network.config.settings.rays:
+    """Where each latent token's ray goes after a motion (5,): (h w, RAY)."""
+    rows, columns = (torch.arange(side) + 0.5 for side in grid)
+    x = columns.repeat(grid[0]) * 2 / network.config.latent_grid - 1
+    y = rows.repeat_interleave(grid[1]) * 2 / network.config.latent_grid - 1
+    return pixel_rays(torch.tensor(motion, dtype=torch.float32), x, y)
+
+
+def ray_vectors(network, latent_rays):
+    """With Settings.rays what latent tokens are told of their rays (n, RAY), through one layer: (n, H). Else 0."""
+    c = network.config
+    if not c.settings.rays:
         return 0
-    motion = torch.tensor(motion, dtype=torch.float32)
-    side = network.config.latent_grid
-    vectors = []
-    for row, column in itertools.product(range(grid[0]), range(grid[1])):
-        x, y = (torch.tensor(2 * (place + 0.5) / side - 1) for place in (column, row))
-        vectors.append(network.motion2llm(ray_features(motion, x, y)))
-    return torch.stack(vectors)
+    angles = ray_angles(latent_rays, c.width // c.heads // 8)
+    return network.ray2llm(torch.cat([latent_rays, angles.sin(), angles.cos()], -1))
 
 
 def image_number(network, number):

@@ -362,7 +362,7 @@ def cached_velocities(network, samples):
         branch, markers = branch_of(network, memory), network.embed_markers(1)
         place = network.latent_pos_embed(table_ids(target.grid, c.latent_grid))
         extra = network.time_embedder(torch.tensor([target.t])) + place
-        rope = network.rope(branch.next[:, None])
+        rope = network.rope(branch.next[:, None].expand(-1, 2 + len(place)))
         hidden = network.denoise(target.x_t[None], extra[None], markers, rope, [branch])
         found.append(network.output(hidden)[0])
     return torch.cat(found)

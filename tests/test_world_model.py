@@ -18,7 +18,6 @@ from lib import packing
 from lib.bagel import (
     GEN,
     LATENT_PATCH,
-    RAY_FEATURES,
     Bagel,
     Config,
     ContextImage,
@@ -26,8 +25,10 @@ from lib.bagel import (
     PixelLatents,
     Settings,
     patchify,
-    ray_features,
+    pixel_rays,
+    ray_angles,
     resized,
+    rotate,
     unpatchify,
 )
 from lib.geometry import Motion, Query, camera_pose
@@ -296,16 +297,17 @@ def test_recomputed_layers_give_the_same_gradients():
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
-def velocity_behind(network, memory, x, t, grid, motion=0):
+def velocity_behind(network, memory, x, t, grid, motion=None):
     """The network's output for noisy latents x (R, n, C) that see all of a memory: one branch, one step.
 
-    motion   of `motion_vectors`, (R, n, H), where the network asks for it
+    motion   (R, 5) what is commanded
     """
-    branch = memory.branch()
+    branch = memory.branch(motion)
     markers = network.embed_markers(len(x))
     places = network.latent_pos_embed(table_ids(grid, network.config.latent_grid))
-    extra = network.time_embedder(torch.full((1,), float(t))) + places + motion
-    rope = network.rope(branch.next[:, None])
+    rays = network.rays(branch.motion[:, None], table_ids(grid, network.config.latent_grid))
+    extra = network.time_embedder(torch.full((1,), float(t))) + places + network.ray_vectors(rays)
+    rope = network.rope(branch.next[:, None].expand(-1, 2 + len(places)), rays)
     return network.output(network.denoise(x, extra, markers, rope, [branch]))
 
 
@@ -331,8 +333,7 @@ def test_cached_sampling_step_equals_training_forward(settings):
             text = ContextText(ids[row : row + 1, : lengths[row]], lengths[row : row + 1])
             memory = context_of(network, images, text.ids)
             assert memory.branch().mask is None, "one query needs no mask"
-            places = table_ids(grid, network.config.latent_grid)
-            motion = network.motion_vectors(motion_of(row)[None, None], places)
+            motion = motion_of(row)[None]
             got = velocity_behind(network, memory, x[row : row + 1], t[row], grid, motion)
             torch.testing.assert_close(got[0], want[row], rtol=1e-5, atol=2e-5)
 
@@ -597,20 +598,36 @@ def test_headings_are_told_from_the_reference_in_the_order_shown():
 
 
 def test_rays_after_a_motion_are_those_of_the_camera_that_moved():
-    """Azimuth and elevation by hand: the direction of a pixel of the moved camera, in the reference's axes."""
+    """By hand: the direction of a pixel of the moved camera, in the reference's axes, and where it is after 2.5 m."""
     x, y = torch.tensor([-0.75, 0.25]), torch.tensor([0.5, -0.25])
-    for yaw, pitch in ((65.0, 0.0), (0.0, 20.0)):
-        motion = torch.tensor([0.0, 0.0, 0.0, yaw, pitch])
-        features = ray_features(motion, x, y)
-        rays = np.stack([x, y, np.ones(2)], 1) @ camera_pose(0, 0, 0, yaw, pitch)[:3, :3].T
-        azimuth = np.arctan2(rays[:, 0], rays[:, 2])
-        elevation = np.arctan2(-rays[:, 1], np.hypot(rays[:, 0], rays[:, 2]))
-        assert features.shape == (2, RAY_FEATURES)
-        np.testing.assert_allclose(features[:, 0], elevation, atol=1e-6)
-        np.testing.assert_allclose(features[:, 5], np.sin(azimuth), atol=1e-6)
-        np.testing.assert_allclose(features[:, 10], np.cos(3 * azimuth), atol=1e-6)
-    half = [ray_features(torch.tensor([0, 0, 0, sign * 180.0, 0]), x, y) for sign in (1, -1)]
-    torch.testing.assert_close(*half, rtol=0, atol=1e-5)
+    for yaw, pitch in ((65.0, 0.0), (0.0, 20.0), (-120.0, -10.0)):
+        rays = pixel_rays(torch.tensor([0.4, 1.1, 0.2, yaw, pitch]), x, y)
+        direction = np.stack([x, y, np.ones(2)], 1) @ camera_pose(0, 0, 0, yaw, pitch)[:3, :3].T
+        direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+        direction = direction[:, [0, 2, 1]] * [1, 1, -1]  # right, forward, up
+        np.testing.assert_allclose(rays[:, :3], direction, atol=1e-6)
+        np.testing.assert_allclose(rays[:, 3:6], np.cross([0.4, 1.1, 0.2], direction), atol=1e-6)
+        point = [0.4, 1.1, 0.2] + 2.5 * direction
+        azimuth = np.arctan2(point[:, 0], point[:, 1])
+        elevation = np.arctan2(point[:, 2], np.hypot(point[:, 0], point[:, 1]))
+        angles = ray_angles(rays, 2)
+        want = np.stack([*(k * azimuth for k in (1, 2, 3, 4)), elevation, 2 * elevation], 1)
+        np.testing.assert_allclose(angles, want, atol=1e-5)
+
+
+def test_a_turn_by_any_amount_moves_context_and_target_alike():
+    """Scores between a target's rays and the context's depend on the angle between them alone, as RoPE's do."""
+    network = random_network(dataclasses.replace(SMALL, settings=DEPARTURES))
+    ids = torch.arange(4)
+    q, k = torch.randn(2, 1, 1, 4, network.config.width // network.config.heads).unbind()
+    scores = []
+    for turn in (0.0, 37.0):
+        turned = []
+        for vector, yaw in ((q, 20.0 + turn), (k, -50.0 + turn)):
+            rays = network.rays(torch.tensor([[[0.0, 0.0, 0.0, yaw, 0.0]]]), ids)
+            turned.append(rotate(vector, network.rope(torch.zeros(1, 4), rays)))
+        scores.append(turned[0] @ turned[1].transpose(2, 3))
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
 
 
 def test_a_sentence_that_names_the_reference_otherwise_gives_the_same_view():
