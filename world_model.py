@@ -141,10 +141,10 @@ class Denoiser:
         ids = table_ids(grid, network.config.latent_grid).to(network.device)
         self.ropes, self.ray_vectors = [], []
         for branch in branches:
-            rays = network.rays(branch.motion[:, None], ids)  # (R, n, RAY)
+            vectors, angles = network.rays(branch.motion[:, None], ids)
             positions = branch.next[:, None].expand(-1, 2 + len(ids))
-            self.ropes.append(network.rope(positions, rays))
-            self.ray_vectors.append(network.ray_vectors(rays))  # (R, n or 1, H)
+            self.ropes.append(network.rope(positions, angles))
+            self.ray_vectors.append(vectors)  # (R, n or 1, H)
         self.markers = network.embed_markers(len(branches[0].motion))  # (R, 2, H)
 
     def last_layer(self, x: Tensor, step: int, indices: list[int]) -> list[Tensor]:

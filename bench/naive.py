@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LogitsProcessorList
 
-from lib.bagel import GEN, LATENT_PATCH, patchify, pixel_rays, ray_angles, to_images, unpatchify
+from lib.bagel import GEN, LATENT_PATCH, patchify, ray_angles, ray_features, to_images, unpatchify
 from lib.geometry import delta_of
 from lib.simulators import read_instruction, renumbered
 from lib.streams import sample_tokens
@@ -85,11 +85,12 @@ def latent(model, query, **changes):
 # ---------------------------------------------------------------- one step
 
 
-def velocity(network, context, tokens, x, t, latent_rays):
+def velocity(network, context, tokens, x, t, motion):
     """The velocity (n, C) at time t of the noisy latents x (n, C), embedded as tokens (n, H), behind a context."""
     markers = embed_text(network, network.markers)
-    tokens = tokens + ray_vectors(network, latent_rays)
-    h = run(network, context, torch.cat([markers[:1], tokens, markers[1:]]), latent_rays)
+    vectors, angles = motion
+    tokens = torch.cat([markers[:1], tokens + vectors, markers[1:]])
+    h = run(network, context, tokens, len(x), angles)
     output = network.llm2vae(h)[1:-1]
     return output if network.config.settings.prediction == "velocity" else (x - output) / t
 
@@ -143,10 +144,10 @@ def read_vae(network, context, clean, number, turn):
     tokens = patchify(clean, LATENT_PATCH)[0]
     grid = [side // LATENT_PATCH for side in clean.shape[-2:]]
     tokens = embed_latent(network, tokens, 0.0, grid) + image_number(network, number)
-    motion = rays(network, [0, 0, 0, turn, 0], grid)
-    tokens = tokens + ray_vectors(network, motion)
+    vectors, angles = rays(network, [0, 0, 0, turn, 0], grid)
     markers = embed_text(network, network.markers)
-    run(network, context, torch.cat([markers[:1], tokens, markers[1:]]), motion, append=True)
+    x = torch.cat([markers[:1], tokens + vectors, markers[1:]])
+    run(network, context, x, len(tokens), angles, append=True)
 
 
 def read_vit(network, context, pixels, number):
@@ -161,11 +162,11 @@ def read_vit(network, context, pixels, number):
 # ---------------------------------------------------------------- the language model with two experts
 
 
-def run(network, context, x, latent_rays=(), causal=False, append=False):
+def run(network, context, x, image=0, angles=(), causal=False, append=False):
     """One segment x (N, H) through all layers, behind a context -> (N, H) after the last norm.
 
-    latent_rays   (n, RAY) of the latent tokens that stand between the two markers of x, if there are any: they go to the
-             generation expert
+    image    how many latent tokens stand between the two markers of x: they go to the generation expert. 0: none
+    angles   of their rays, by `rays`
     causal   a text: one RoPE position per token, and no token sees a later one. Else all share one, and all see all
     append   put the segment's keys and values into the context and advance its position
     """
@@ -173,11 +174,11 @@ def run(network, context, x, latent_rays=(), causal=False, append=False):
     count = len(x)
     past = len(context.keys[0])
     split = None
-    if len(latent_rays):
+    if image:
         order = torch.arange(count, device=x.device)
         split = order[[0, -1]], order[1:-1]
     steps = torch.arange(count) if causal else torch.zeros(count)
-    rope = rotation(network, (context.next + steps).to(x.device), latent_rays)
+    rope = rotation(network, (context.next + steps).to(x.device), angles)
     mask = None
     if causal:
         mask = torch.ones(count, past + count, dtype=torch.bool, device=x.device).tril(past)
@@ -233,7 +234,7 @@ def attend(q, k, v, **options):
     return y[0].transpose(0, 1).flatten(1)
 
 
-def rotation(network, positions, latent_rays):
+def rotation(network, positions, ray_angles):
     """RoPE's (cos, sin), each (N, 1, d): d / 2 angles, twice ("rotate half" layout).
 
     With Settings.rays only a quarter of them are of positions, and the others of the rays of latent tokens.
@@ -244,8 +245,8 @@ def rotation(network, positions, latent_rays):
     angle = positions[:, None] * c.rope_base**exponent
     if c.settings.rays:
         angle[:, head // 8 :] = 0
-        if len(latent_rays):
-            angle[1:-1, head // 8 :] = ray_angles(latent_rays, head // 8)
+        if len(ray_angles):
+            angle[1:-1, head // 8 :] = ray_angles
     angle = torch.cat([angle, angle], -1)[:, None]
     return angle.cos(), angle.sin()
 
@@ -295,20 +296,19 @@ def places(table, grid):
 
 
 def rays(network, motion, grid):
-    """Where each latent token's ray goes after a motion (5,): (h w, RAY)."""
-    rows, columns = (torch.arange(side) + 0.5 for side in grid)
-    x = columns.repeat(grid[0]) * 2 / network.config.latent_grid - 1
-    y = rows.repeat_interleave(grid[1]) * 2 / network.config.latent_grid - 1
-    return pixel_rays(torch.tensor(motion, dtype=torch.float32), x, y)
-
-
-def ray_vectors(network, latent_rays):
-    """With Settings.rays what latent tokens are told of their rays (n, RAY), through one layer: (n, H). Else 0."""
+    """With Settings.rays what each latent token is told of its ray after a motion (5,), and the angles that its ray turns
+    heads by: (h w, H), (h w, 3 d / 8). Else nothing: 0, ().
+    """
     c = network.config
     if not c.settings.rays:
-        return 0
-    angles = ray_angles(latent_rays, c.width // c.heads // 8)
-    return network.ray2llm(torch.cat([latent_rays, angles.sin(), angles.cos()], -1))
+        return 0, ()
+    motion = torch.tensor(motion, dtype=torch.float32)
+    vectors, angles = [], []
+    for row, column in itertools.product(range(grid[0]), range(grid[1])):
+        x, y = (torch.tensor(2 * (place + 0.5) / c.latent_grid - 1) for place in (column, row))
+        vectors.append(network.motion2llm(ray_features(motion, x, y)))
+        angles.append(ray_angles(motion, x, y, c.width // c.heads // 8))
+    return torch.stack(vectors), torch.stack(angles)
 
 
 def image_number(network, number):

@@ -70,7 +70,7 @@ class Settings:
     # "velocity", or "x0": the network's output is the clean latent and v = (x_t - x0) / t. A velocity carries noise,
     # and width 128 cannot carry the 192 noisy numbers of a tiny token: without this nothing is learned in minutes.
     prediction: str = "velocity"
-    # Tell each latent token where its ray goes, in numbers (`pixel_rays`) and as RoPE angles (`ray_angles`): a target's
+    # Tell each latent token where its ray goes, in numbers (`ray_features`) and as RoPE angles (`ray_angles`): a target's
     # after the motion that the sentence commands, a context image's by the heading that simulators.headings reads off the
     # pictures. Attention finds words and neighbours too, but only after many more images than minutes allow; and amounts
     # that training never showed lie between those that it did.
@@ -555,7 +555,7 @@ class Bagel(nn.Module):
         self.vae2llm = nn.Linear(c.token_channels, c.width)
         self.llm2vae = nn.Linear(c.width, c.token_channels)
         if c.settings.rays:
-            self.ray2llm = nn.Linear(RAY + 6 * (c.width // c.heads // 8), c.width)
+            self.motion2llm = nn.Linear(RAY_FEATURES, c.width)
         if c.settings.learned_places:
             self.image_number = nn.Embedding(MAX_IMAGES, c.width)
         self.markers = (0, 1)  # <|vision_start|>, <|vision_end|>; WorldModel asks its tokenizer
@@ -583,11 +583,11 @@ class Bagel(nn.Module):
 
     # ---- the layers
 
-    def rope(self, positions, rays=None):
+    def rope(self, positions, ray_angles=None):
         """RoPE positions (B, N), on the CPU -> (cos, sin), each (B, 1, N, d); the angles are fp32.
 
-        rays   (B, n, RAY) of the last n tokens, latents. With Settings.rays a quarter of a head turns by positions, the
-               rest by where the ray goes; words and ViT features have none
+        ray_angles   with Settings.rays (B, n, 3 d / 8) of the last n tokens, the latents: positions keep a quarter of a
+                     head, the rest turns by these; by 0 for words and ViT features, which have no ray
         """
         head = self.config.width // self.config.heads
         exponent = -torch.arange(0, head, 2, device=self.device) / head
@@ -595,10 +595,9 @@ class Bagel(nn.Module):
             positions.to(self.device)[..., None] * self.config.rope_base**exponent
         )  # (B, N, d / 2)
         if self.config.settings.rays:
-            quarter = head // 8  # of the d / 2 angles
-            by_ray = ray_angles(rays, quarter)
-            by_ray = F.pad(by_ray, (0, 0, angle.shape[1] - by_ray.shape[1], 0))
-            angle = torch.cat([angle[..., :quarter], by_ray], -1)
+            by_ray = angle[..., head // 8 :].zero_()
+            if ray_angles is not None:
+                by_ray[:, by_ray.shape[1] - ray_angles.shape[1] :] = ray_angles
         angle = torch.cat([angle, angle], -1)[:, None]
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
@@ -629,17 +628,17 @@ class Bagel(nn.Module):
 
     def last_layer(self, pack):
         """What the last layer gives for the tokens of a pack: und (B, U, H), gen (B, G, H)."""
-        rays = self.rays(pack.motion[pack.picture], pack.latent_ids)
-        und, gen = self.embed(pack, rays)
+        vectors, angles = self.rays(pack.motion[pack.picture], pack.latent_ids)
+        und, gen = self.embed(pack)
         attention = PackAttention(pack.tokens, like=gen)
-        return self.run_layers(und, gen, self.rope(pack.tokens.position, rays), attention)
+        rope = self.rope(pack.tokens.position, angles)
+        return self.run_layers(und, gen + vectors, rope, attention)
 
-    def embed(self, pack, rays):
-        """The embeddings of a pack: und (B, U, H) and gen (B, G, H); rays (B, G, RAY)."""
+    def embed(self, pack):
+        """The embeddings of a pack, rays apart: und (B, U, H) and gen (B, G, H)."""
         per_picture = self.time_embedder(pack.t) + self.index_vector(pack.image_index)  # (I, H)
         places = self.latent_pos_embed(pack.latent_ids).to(self.dtype)
         gen = self.vae2llm(pack.x_t.to(self.dtype)) + per_picture[pack.picture] + places
-        gen = gen + self.ray_vectors(rays)
         padding = pack.patch_ids < 0
         vit = self.embed_vit(pack.patches, pack.patch_ids.clamp(min=0), padding)
         vit = vit + self.index_vector(pack.patch_image_index)[:, None]
@@ -679,22 +678,19 @@ class Bagel(nn.Module):
             return self.vae2llm.bias.new_zeros(len(image_index), self.config.width)
         return self.image_number(image_index.clamp(min=0)) * (image_index >= 0)[:, None]
 
-    def rays(self, motion: Tensor, ids: Tensor) -> Tensor:
-        """Where the rays of latent tokens go after a motion: motion (B, n or 1, 5), ids (n,) or (B, n) in the position
-        table -> (B, n, RAY).
-        """
-        grid = self.config.latent_grid
-        x = (ids % grid + 0.5) / grid * 2 - 1
-        y = (ids // grid + 0.5) / grid * 2 - 1
-        return pixel_rays(motion, x, y)
+    def rays(self, motion: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What latent tokens are told of their rays (B, n, H), and the angles for `rope` (B, n, 3 d / 8).
 
-    def ray_vectors(self, rays: Tensor) -> Tensor:
-        """What latent tokens are told of their rays: (B, n, RAY) -> (B, n, H); without Settings.rays zeros (B, 1, H)."""
+        motion   (B, n or 1, 5), ids (n,) or (B, n) in the position table. Without Settings.rays zeros and no angles
+        """
         c = self.config
         if not c.settings.rays:
-            return self.vae2llm.bias.new_zeros(len(rays), 1, c.width)
-        angles = ray_angles(rays, c.width // c.heads // 8)
-        return self.ray2llm(torch.cat([rays, angles.sin(), angles.cos()], -1).to(self.dtype))
+            nothing = self.vae2llm.bias.new_zeros(len(motion), 1, c.width)
+            return nothing, nothing[:, :0]
+        x = (ids % c.latent_grid + 0.5) / c.latent_grid * 2 - 1
+        y = (ids // c.latent_grid + 0.5) / c.latent_grid * 2 - 1
+        vectors = self.motion2llm(ray_features(motion, x, y).to(self.dtype))
+        return vectors, ray_angles(motion, x, y, c.width // c.heads // 8)
 
     # ---- inference: the context once into a memory, then the target step by step
 
@@ -710,7 +706,7 @@ class Bagel(nn.Module):
         markers = self.embed_markers(len(memory.next))
         time = self.time_embedder(torch.zeros(1, device=self.device))
         und, gen = [], [markers[:, :0]]  # embeddings (R, n, H); without a latent gen is (R, 0, H)
-        rays = [torch.zeros(len(markers), 0, RAY, device=self.device)]  # of gen
+        ray_angles = []  # of gen
         und_offset, gen_offset = [], []  # of each token's position behind memory.next
         offset = 0
         for i, (latent, pixels, motion) in enumerate(images):
@@ -723,8 +719,9 @@ class Bagel(nn.Module):
                 if motion is None:
                     motion = torch.zeros(len(latent), 5, device=self.device)
                 ids = table_ids(grid, self.config.latent_grid).to(self.device)
-                rays.append(self.rays(motion[:, None], ids))
-                gen.append(tokens + self.ray_vectors(rays[-1]))
+                vectors, angles = self.rays(motion[:, None], ids)
+                gen.append(tokens + vectors)
+                ray_angles.append(angles)
                 gen_offset += [offset] * tokens.shape[1]
                 und.append(markers)
                 und_offset += [offset] * 2
@@ -741,7 +738,7 @@ class Bagel(nn.Module):
             return
         positions = memory.next[:, None] + torch.tensor(und_offset + gen_offset)
         attention = MemoryAttention(memory, positions)
-        rope = self.rope(positions, torch.cat(rays, 1))
+        rope = self.rope(positions, torch.cat(ray_angles, 1) if ray_angles else None)
         self.run_layers(torch.cat(und, 1), torch.cat(gen, 1), rope, attention, keys_only=True)
         memory.next = memory.next + offset
 
@@ -752,8 +749,7 @@ class Bagel(nn.Module):
         positions = torch.where(index < text.lengths[:, None], positions, NEVER_SEEN)
         und = self.embed_text(text.ids)
         attention = MemoryAttention(memory, positions)
-        rope = self.rope(positions, torch.zeros(len(und), 0, RAY, device=self.device))
-        und, _ = self.run_layers(und, und[:, :0], rope, attention)
+        und, _ = self.run_layers(und, und[:, :0], self.rope(positions), attention)
         memory.next = memory.next + text.lengths
         return und
 
@@ -769,44 +765,64 @@ class Bagel(nn.Module):
 
 # ---- rays ----------------------------------------------------------------------------------------------------------------
 
-RAY = 9  # numbers of a ray: direction, moment, origin
+HARMONICS = 8  # of a ray's azimuth
+RAY_FEATURES = 2 * HARMONICS + 24  # numbers in all
 RAY_METERS = 2.5  # how far along a ray a room's walls and furniture stand, about
 
 
-def pixel_rays(motion: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """The rays of pixels after a motion, in Pluecker's coordinates and with their origin.
+def ray_direction(motion: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the rays of pixels go after a motion: (right, forward, up) of length 1, as a level reference has them.
 
-    motion   (..., 5) dx, dy, dz in metres, dangle, dphi in degrees, from a level reference;  x, y (...) where the ray
-             passes at depth 1, right and down: -1 to 1 over a field of view of 90 degrees
-    returns  (..., RAY): direction (of length 1), moment (origin x direction) and origin, each right, forward, up
+    motion   (..., 5) dx, dy, dz in metres, dangle, dphi in degrees;  x, y (...) where the ray passes at depth 1, right
+             and down: -1 to 1 over a field of view of 90 degrees
     """
-    dx, dy, dz, yaw, pitch = motion.unbind(-1)
-    yaw = torch.deg2rad(yaw)
-    pitch = torch.deg2rad(pitch)
+    yaw = torch.deg2rad(motion[..., 3])
+    pitch = torch.deg2rad(motion[..., 4])
     ahead = pitch.cos() + y * pitch.sin()
-    right = x * yaw.cos() + ahead * yaw.sin()
+    right = ahead * yaw.sin() + x * yaw.cos()
     forward = ahead * yaw.cos() - x * yaw.sin()
     up = pitch.sin() - y * pitch.cos()
-    direction = torch.stack(torch.broadcast_tensors(right, forward, up), -1)
-    direction = direction / direction.norm(dim=-1, keepdim=True)
-    origin = torch.stack([dx, dy, dz], -1).expand_as(direction)
-    return torch.cat([direction, torch.linalg.cross(origin, direction), origin], -1)
+    length = (x * x + y * y + 1).sqrt()
+    return right / length, forward / length, up / length
 
 
-def ray_angles(rays: Tensor, count: int) -> Tensor:
-    """By which angles rays turn a head (`Bagel.rope`): (B, n, RAY) -> (B, n, 3 * count).
+def ray_features(motion: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The same and where the rays begin, in smooth numbers: an amount lies between its neighbours, 180 degrees is -180.
 
-    Seen from the reference, where does the ray's point at RAY_METERS stand? A token finds the context tokens that look
-    there at once, after a turn exactly, after a move up to the parallax of nearer and farther things. 2 * count
-    harmonics of its azimuth (an amount lies between its neighbours, 180 degrees are -180), count octaves of its elevation.
+    returns  (..., RAY_FEATURES): harmonics of the ray's azimuth and elevation, its origin, and its moment (Pluecker's
+             coordinates of the ray)
     """
-    direction, _, origin = rays.split(3, -1)
-    right, forward, up = (origin + RAY_METERS * direction).unbind(-1)
+    dx, dy, dz = motion[..., :3].unbind(-1)
+    right, forward, up = ray_direction(motion, x, y)
     azimuth = torch.atan2(right, forward)
     elevation = torch.atan2(up, torch.hypot(right, forward))
-    harmonics = torch.arange(1, 2 * count + 1, device=rays.device)
-    octaves = 2 ** torch.arange(count, device=rays.device)
-    return torch.cat([azimuth[..., None] * harmonics, elevation[..., None] * octaves], -1)
+    moment = (dy * up - dz * forward, dz * right - dx * up, dx * forward - dy * right)
+    features = [elevation, *moment, dx * right + dy * forward + dz * up]
+    for k in range(1, HARMONICS + 1):
+        features += [(k * azimuth).sin(), (k * azimuth).cos()]
+    for k in (2, 4):
+        features += [(k * elevation).sin(), (k * elevation).cos()]
+    for move in (dx, dy, dz):
+        features += [move, *((torch.pi * k * move).sin() for k in (0.5, 1, 2, 3))]
+    return torch.stack(torch.broadcast_tensors(*features), -1)
+
+
+def ray_angles(motion: Tensor, x: Tensor, y: Tensor, count: int) -> Tensor:
+    """By which angles the rays of pixels turn a head (`Bagel.rope`): (..., 3 * count).
+
+    Where does a ray's point at RAY_METERS stand, seen from the reference? So a token finds those of the context that look
+    there: after a turn exactly, after a move but for what stands nearer or farther. Harmonics of its azimuth, 2 * count,
+    and octaves of its elevation.
+    """
+    dx, dy, dz = motion[..., :3].unbind(-1)
+    right, forward, up = ray_direction(motion, x, y)
+    right = dx + RAY_METERS * right
+    forward = dy + RAY_METERS * forward
+    azimuth = torch.atan2(right, forward)
+    elevation = torch.atan2(dz + RAY_METERS * up, torch.hypot(right, forward))
+    angles = [k * azimuth for k in range(1, 2 * count + 1)]
+    angles += [2**k * elevation for k in range(count)]
+    return torch.stack(torch.broadcast_tensors(*angles), -1)
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------------

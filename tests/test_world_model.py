@@ -18,6 +18,7 @@ from lib import packing
 from lib.bagel import (
     GEN,
     LATENT_PATCH,
+    RAY_FEATURES,
     Bagel,
     Config,
     ContextImage,
@@ -25,8 +26,8 @@ from lib.bagel import (
     PixelLatents,
     Settings,
     patchify,
-    pixel_rays,
     ray_angles,
+    ray_features,
     resized,
     rotate,
     unpatchify,
@@ -305,9 +306,10 @@ def velocity_behind(network, memory, x, t, grid, motion=None):
     branch = memory.branch(motion)
     markers = network.embed_markers(len(x))
     places = network.latent_pos_embed(table_ids(grid, network.config.latent_grid))
-    rays = network.rays(branch.motion[:, None], table_ids(grid, network.config.latent_grid))
-    extra = network.time_embedder(torch.full((1,), float(t))) + places + network.ray_vectors(rays)
-    rope = network.rope(branch.next[:, None].expand(-1, 2 + len(places)), rays)
+    ids = table_ids(grid, network.config.latent_grid)
+    vectors, angles = network.rays(branch.motion[:, None], ids)
+    extra = network.time_embedder(torch.full((1,), float(t))) + places + vectors
+    rope = network.rope(branch.next[:, None].expand(-1, 2 + len(ids)), angles)
     return network.output(network.denoise(x, extra, markers, rope, [branch]))
 
 
@@ -600,19 +602,26 @@ def test_headings_are_told_from_the_reference_in_the_order_shown():
 def test_rays_after_a_motion_are_those_of_the_camera_that_moved():
     """By hand: the direction of a pixel of the moved camera, in the reference's axes, and where it is after 2.5 m."""
     x, y = torch.tensor([-0.75, 0.25]), torch.tensor([0.5, -0.25])
+    start = [0.4, 1.1, 0.2]  # right, forward, up
     for yaw, pitch in ((65.0, 0.0), (0.0, 20.0), (-120.0, -10.0)):
-        rays = pixel_rays(torch.tensor([0.4, 1.1, 0.2, yaw, pitch]), x, y)
+        motion = torch.tensor([*start, yaw, pitch])
         direction = np.stack([x, y, np.ones(2)], 1) @ camera_pose(0, 0, 0, yaw, pitch)[:3, :3].T
         direction /= np.linalg.norm(direction, axis=1, keepdims=True)
         direction = direction[:, [0, 2, 1]] * [1, 1, -1]  # right, forward, up
-        np.testing.assert_allclose(rays[:, :3], direction, atol=1e-6)
-        np.testing.assert_allclose(rays[:, 3:6], np.cross([0.4, 1.1, 0.2], direction), atol=1e-6)
-        point = [0.4, 1.1, 0.2] + 2.5 * direction
+        features = ray_features(motion, x, y)
+        assert features.shape == (2, RAY_FEATURES)
+        azimuth = np.arctan2(direction[:, 0], direction[:, 1])
+        np.testing.assert_allclose(features[:, 0], np.arcsin(direction[:, 2]), atol=1e-6)
+        np.testing.assert_allclose(features[:, 1:4], np.cross(start, direction), atol=1e-6)
+        np.testing.assert_allclose(features[:, 5], np.sin(azimuth), atol=1e-6)
+        np.testing.assert_allclose(features[:, 10], np.cos(3 * azimuth), atol=1e-6)
+        point = start + 2.5 * direction
         azimuth = np.arctan2(point[:, 0], point[:, 1])
         elevation = np.arctan2(point[:, 2], np.hypot(point[:, 0], point[:, 1]))
-        angles = ray_angles(rays, 2)
         want = np.stack([*(k * azimuth for k in (1, 2, 3, 4)), elevation, 2 * elevation], 1)
-        np.testing.assert_allclose(angles, want, atol=1e-5)
+        np.testing.assert_allclose(ray_angles(motion, x, y, 2), want, atol=1e-5)
+    half = [ray_features(torch.tensor([0, 0, 0, sign * 180.0, 0]), x, y) for sign in (1, -1)]
+    torch.testing.assert_close(*half, rtol=0, atol=1e-5)
 
 
 def test_a_turn_by_any_amount_moves_context_and_target_alike():
@@ -624,8 +633,8 @@ def test_a_turn_by_any_amount_moves_context_and_target_alike():
     for turn in (0.0, 37.0):
         turned = []
         for vector, yaw in ((q, 20.0 + turn), (k, -50.0 + turn)):
-            rays = network.rays(torch.tensor([[[0.0, 0.0, 0.0, yaw, 0.0]]]), ids)
-            turned.append(rotate(vector, network.rope(torch.zeros(1, 4), rays)))
+            _, angles = network.rays(torch.tensor([[[0.0, 0.0, 0.0, yaw, 0.0]]]), ids)
+            turned.append(rotate(vector, network.rope(torch.zeros(1, 4), angles)))
         scores.append(turned[0] @ turned[1].transpose(2, 3))
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
 
