@@ -11,6 +11,7 @@ that it runs, and measures little.
 import dataclasses
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,16 +20,14 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import train_rl as rl_stage
 import train_wm as wm_stage
-from bench import naive
-from bench.policy import timed_rollout
-from bench.timing import Seconds, best_matmul_rate, clock, medians, print_json, timed
+from bench.policy import compare_writers
+from bench.timing import best_matmul_rate, clock, print_json, timed
 from bench.wm import Squares, pair_queries
 from data import MOTIONS
 from lib.bagel import LATENT_PATCH, Bagel, Config, resized
 from lib.dialogue import Trajectory
 from lib.distributed import clip_gradients, fail, setup, shard
 from lib.geometry import Motion, Query
-from lib.rollout import Writer
 from lib.simulators import instruction
 from lib.tiny import tiny_tokenizer
 from policy import Policy
@@ -277,15 +276,9 @@ def decoding(policy: Policy, count: int, group: int, length: int, side: int, rep
     generator = torch.Generator().manual_seed(0)
     uniforms = torch.rand(rows, 1, length, dtype=torch.float64, generator=generator)
     options = {"mode": "direct", "max_turns": 1, "max_new_tokens": length, "rows": rows}
-    spent = {}
-    for name, way in (("fast", Writer), ("generate", naive.Writer)):
-        runs = []
-        for _ in range(repeats + 1):  # the first warms up
-            seconds = Seconds(lambda: clock(device.type))
-            dialogues = timed_rollout(policy, questions, group, way, uniforms, seconds, **options)
-            runs.append(seconds)
-        spent[name] = medians(runs[1:])
-    prompt = dialogues[0].prompt_length
+    now = partial(clock, device.type)
+    spent, runs = compare_writers(policy, questions, group, uniforms, repeats, now, **options)
+    prompt = runs[0][0].prompt_length
     rate = bandwidth(device, 2048 if device.type == "cuda" else 64)
     bound = rows * rate / bytes_of_step(policy, rows, prompt + length / 2)
     prefill = count * prompt / spent["fast"]["prefill"]

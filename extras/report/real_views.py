@@ -54,6 +54,9 @@ class Detection(NamedTuple):
     label: str
     box: np.ndarray
     score: float
+    track: int | str | None = (
+        None  # two of one track are one object; None: nobody knows which it is
+    )
 
     @property
     def centre(self) -> np.ndarray:

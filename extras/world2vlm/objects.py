@@ -1,32 +1,23 @@
 """
 Objects in the two pictures of a transition: what World2VLM's questions D1 to D4 are about.
 
-A TrackedBox is a detection: a label and a box. In rooms all are known exactly; elsewhere a detector finds them, and only objects that
-cannot be confused are known to be the same in both pictures.
+A Detection is a label, a box and a track. In rooms all are known exactly; elsewhere a detector finds them, and only
+objects that cannot be confused are known to be the same in both pictures.
 """
 
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
 from extras.report import real_views
+from extras.report.real_views import Detection
 from extras.world2vlm.transitions import Transition
 from lib.rooms import random_room, render
 
-MIN_CONFIDENCE = 0.3  # paper: of a detection that is believed
+MIN_CONFIDENCE = 0.3  # paper: score of a detection that is believed
 MIN_AREA, MAX_AREA = 0.01, 0.6  # paper: share of the picture
 MIN_GAP = 0.01  # paper: from the edges, in sides of the picture
-
-
-class TrackedBox(NamedTuple):
-    """An object in a picture. Two detections of one `track` are one object; None: nobody knows which one it is."""
-
-    label: str
-    box: tuple  # x1, y1, x2, y2 in pixels
-    confidence: float
-    track: int | str | None
 
 
 def room_detections(transition: Transition) -> tuple[list, list]:
@@ -38,8 +29,8 @@ def room_detections(transition: Transition) -> tuple[list, list]:
         for track, thing in enumerate(room.things):
             rows, columns = np.nonzero(ids == track + 1)
             if len(rows):
-                box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-                detections.append(TrackedBox(thing.kind, tuple(map(int, box)), 1.0, track))
+                box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+                detections.append(Detection(thing.kind, np.array(box) / size, 1.0, track))
     return pair
 
 
@@ -51,15 +42,8 @@ def load_detector(model: str, device: str) -> Callable:
     find = real_views.detector(model, device)
 
     def detect(transition):
-        pair = []
-        for image in (transition.source, transition.target):
-            scale = np.tile(image.shape[1::-1], 2)  # its boxes are in shares of the picture
-            rows = find(image, real_views.INDOOR)
-            boxes = [
-                TrackedBox(label, tuple(box * scale), score, None) for label, box, score in rows
-            ]
-            pair.append(boxes)
-        return tracked_by_label(pair)
+        images = (transition.source, transition.target)
+        return tracked_by_label([find(image, real_views.INDOOR) for image in images])
 
     return detect
 
@@ -72,23 +56,22 @@ def tracked_by_label(pair) -> tuple[list, list]:
     return tuple([d._replace(track=tracks.get(d.label)) for d in detections] for detections in pair)
 
 
-def area(detection: TrackedBox, image: np.ndarray) -> float:
+def area(detection: Detection) -> float:
     """The share of the picture that a box fills."""
-    (height, width), (x1, y1, x2, y2) = image.shape[:2], detection.box
-    return max(x2 - x1, 0) * max(y2 - y1, 0) / (width * height)
+    x1, y1, x2, y2 = detection.box
+    return max(x2 - x1, 0) * max(y2 - y1, 0)
 
 
-def is_clear(detection: TrackedBox, image: np.ndarray) -> bool:
+def is_clear(detection: Detection) -> bool:
     """The paper's filter: sure enough, neither small nor large, and away from the picture's edges."""
-    (height, width), (x1, y1, x2, y2) = image.shape[:2], detection.box
-    if min(x1 / width, y1 / height) < MIN_GAP or max(x2 / width, y2 / height) > 1 - MIN_GAP:
+    x1, y1, x2, y2 = detection.box
+    if min(x1, y1) < MIN_GAP or max(x2, y2) > 1 - MIN_GAP:
         return False
-    is_sure = detection.confidence >= MIN_CONFIDENCE
-    return is_sure and MIN_AREA <= area(detection, image) <= MAX_AREA
+    return detection.score >= MIN_CONFIDENCE and MIN_AREA <= area(detection) <= MAX_AREA
 
 
 def most_confident(candidates: list[tuple], rng) -> tuple:
-    """The tuple of TrackedBoxes with the largest sum of confidences; drawn among equals."""
-    sums = [sum(detection.confidence for detection in each) for each in candidates]
+    """The tuple of Detections with the largest sum of scores; drawn among equals."""
+    sums = [sum(detection.score for detection in each) for each in candidates]
     equal = [each for each, total in zip(candidates, sums, strict=True) if total == max(sums)]
     return equal[rng.integers(len(equal))]

@@ -120,7 +120,7 @@ def records(transition, rng, claim=None, detect=None) -> list[dict]:
     """All questions about one transition, each a dict as of `record`.
 
     claim     of `false_claim`; None: A4 is not asked
-    detect    transition -> (TrackedBoxes of the source, of the target); None: motion alone, A1 to A4
+    detect    transition -> (Detections of the source, of the target); None: motion alone, A1 to A4
     """
     rows = motion_records(transition, rng, claim)
     if detect is not None:
@@ -138,13 +138,12 @@ def record(transition, task, answer, label="", detections=(), claim=()) -> dict:
     returns       a lib.records.Question with one or two arrays as images, and "weight": confidence of the detections;
                   and "label", which is not written
     """
-    height, width = transition.source.shape[:2]
     images = [transition.source, transition.target]
     words = {"sequence": program_text(transition.program), "claim": claim and claim_text(claim)}
     if detections:
         words["object"] = detections[0].label
-        words["box1"] = box_text(detections[0].box, width, height)
-        words["box2"] = box_text(detections[-1].box, width, height)
+        words["box1"] = box_text(detections[0].box)
+        words["box2"] = box_text(detections[-1].box)
     return {
         "bench": "world2vlm",
         "images": images[:1] if task == "D2" else images,
@@ -154,7 +153,7 @@ def record(transition, task, answer, label="", detections=(), claim=()) -> dict:
         "category": task,
         "kind": "na",
         "needs_view": None,
-        "weight": math.prod(d.confidence for d in detections),
+        "weight": math.prod(d.score for d in detections),
         "label": label,
     }
 
@@ -181,23 +180,20 @@ def object_records(transition, rng, first, last) -> list[dict]:
          less surely, is not asked about
     D4   no: another object of the same label
     """
-    (height, width), target = transition.source.shape[:2], transition.target
     program, rows = transition.program, []
-    starts = [a for a in first if a.track is not None and is_clear(a, transition.source)]
+    starts = [a for a in first if a.track is not None and is_clear(a)]
     tracks = {b.track for b in last}
     gone = [(a,) for a in starts if a.track not in tracks]
     both = list(product(starts, last))
     same = [(a, b) for a, b in both if a.track == b.track]
-    stay = [(a, b) for a, b in same if b.confidence >= MIN_CONFIDENCE]
-    stay = [(a, b) for a, b in stay if area(b, target) >= MIN_AREA]
-    pairs = [(a, b) for a, b in same if is_clear(b, target)]
+    stay = [(a, b) for a, b in same if b.score >= MIN_CONFIDENCE and area(b) >= MIN_AREA]
+    pairs = [(a, b) for a, b in same if is_clear(b)]
     others = [(a, b) for a, b in both if a.label == b.label and b.track not in (a.track, None)]
-    others = [(a, b) for a, b in others if is_clear(b, target)]
+    others = [(a, b) for a, b in others if is_clear(b)]
     if pairs:
         pair = most_confident(pairs, rng)
         if any(motion.unit == "meters" for motion in program):
-            box = box_text(pair[1].box, width, height)
-            rows.append(record(transition, "D1", box, detections=pair))
+            rows.append(record(transition, "D1", box_text(pair[1].box), detections=pair))
         if len(program) in COUNTS["D3"]:
             text, label = program_text(program), action_of(program[0])
             rows.append(record(transition, "D3", text, label, detections=pair))

@@ -79,10 +79,10 @@ def read_truth(text: str) -> bool | None:
     return {"yes": True, "true": True, "no": False, "false": False}.get(tidy(text))
 
 
-def box_text(box, width, height) -> str:
-    """Pixels (x1, y1, x2, y2) -> "[48, 558, 226, 681]", thousandths of the picture's sides."""
-    whole = (round(1000 * v / side) for v, side in zip(box, (width, height) * 2, strict=True))
-    return f"[{', '.join(str(min(max(v, 0), 1000)) for v in whole)}]"
+def box_text(box) -> str:
+    """A box in shares of the picture (x1, y1, x2, y2) -> "[48, 558, 226, 681]", thousandths of its sides."""
+    whole = [min(max(round(1000 * share), 0), 1000) for share in box]
+    return f"[{', '.join(map(str, whole))}]"
 
 
 def read_box(text: str) -> tuple[list[float] | None, bool]:

@@ -11,8 +11,8 @@ import pytest
 
 from data import MOTIONS, stands_free
 from extras.report import real_views
+from extras.report.real_views import Detection
 from extras.world2vlm.objects import (
-    TrackedBox,
     is_clear,
     load_detector,
     room_detections,
@@ -272,8 +272,8 @@ def test_sequences_and_claims():
 
 
 def test_boxes_as_text():
-    assert box_text((48.2, 10, 226, 20), 1000, 20) == "[48, 500, 226, 1000]"
-    assert box_text((-3, 0, 40, 32), 32, 32) == "[0, 0, 1000, 1000]"
+    assert box_text((0.0482, 0.5, 0.226, 1)) == "[48, 500, 226, 1000]"
+    assert box_text((-0.1, 0, 1.25, 1)) == "[0, 0, 1000, 1000]"
     assert read_box(" [48, 558, 226, 681]\n") == ([48, 558, 226, 681], True)
     assert read_box("at [1, 2, 3, 4].") == ([1, 2, 3, 4], False) and read_box("[1, 2, 3]") == (
         None,
@@ -421,11 +421,14 @@ def test_the_way_is_free_wherever_a_program_leads():
 # ---- objects --------------------------------------------------------------------------------------------------------
 
 
+def chair(box, score=1.0, size=(200, 100)):
+    """A tracked chair, by its box in pixels of a picture of some size."""
+    return Detection("chair", np.array(box) / np.tile(size, 2), score, 1)
+
+
 def test_the_papers_filter_of_detections():
-    image, box = np.zeros((100, 200, 3), np.uint8), (20, 20, 60, 60)
-    assert is_clear(TrackedBox("chair", box, 0.3, 1), image) and not is_clear(
-        TrackedBox("chair", box, 0.29, 1), image
-    )
+    box = (20, 20, 60, 60)
+    assert is_clear(chair(box, 0.3)) and not is_clear(chair(box, 0.29))
     for bad in (
         (60, 20, 20, 60),
         (20, 20, 30, 39),
@@ -435,10 +438,8 @@ def test_the_papers_filter_of_detections():
         (20, 20, 199, 60),
         (20, 20, 60, 99.5),
     ):
-        assert not is_clear(TrackedBox("chair", bad, 1.0, 1), image)
-    assert is_clear(
-        TrackedBox("chair", (2, 1, 40, 40), 1.0, 1), image
-    )  # exactly 1 % inside is enough
+        assert not is_clear(chair(bad))
+    assert is_clear(chair((2, 1, 40, 40)))  # exactly 1 % inside is enough
 
 
 def test_a_plain_detector_tracks_only_what_it_cannot_confuse(monkeypatch):
@@ -460,7 +461,7 @@ def test_a_plain_detector_tracks_only_what_it_cannot_confuse(monkeypatch):
 
     def find(image, names):  # boxes in shares of a picture of 32 pixels
         rows = shown[int(image[0, 0, 0])]
-        return [(label, np.array(box) / 32, score) for label, box, score in rows]
+        return [Detection(label, np.array(box) / 32, score) for label, box, score in rows]
 
     monkeypatch.setattr(real_views, "detector", lambda model, device: find)
     detect = load_detector("dino", "cpu")
@@ -486,7 +487,7 @@ def test_what_is_seen_unsurely_afterwards_neither_stays_nor_is_gone():
     """The paper's threshold holds for the target too, and both detections weigh."""
 
     def asked(confidence):
-        found = [TrackedBox("chair", (8, 8, 16, 16), sure, 1) for sure in (0.8, confidence)]
+        found = [chair((8, 8, 16, 16), sure, (32, 32)) for sure in (0.8, confidence)]
         transition = Transition("t", NOISE, NOISE, [motion_of("turn left", 10.0)])
         rows = questions_about(
             transition, np.random.default_rng(0), detect=lambda _: (found[:1], found[1:])
@@ -502,11 +503,11 @@ def test_what_is_seen_unsurely_afterwards_neither_stays_nor_is_gone():
 def test_prompts_word_for_word():
     """In A1 and A2 the alternatives stand where the released code says the true direction."""
     transition = Transition("t", NOISE, NOISE, [motion_of("move forward", 0.5)])
-    chair = [TrackedBox("chair", (8, 8, 16, 16), 1.0, 1)]
+    chairs = [chair((8, 8, 16, 16), size=(32, 32))]
     rows = {
         row["category"]: row
         for row in questions_about(
-            transition, np.random.default_rng(0), detect=lambda _: (chair, chair)
+            transition, np.random.default_rng(0), detect=lambda _: (chairs, chairs)
         )
     }
     assert [row["id"] for row in rows.values()] == [
@@ -567,7 +568,7 @@ def test_answers_agree_with_geometry(true):
                 )
             if row["category"] in ("D1", "D2"):
                 start = BOX.search(row["question"])[0]
-                (track,) = [d.track for d in first if box_text(d.box, 32, 32) == start]
+                (track,) = [d.track for d in first if box_text(d.box) == start]
                 thing, ids = (
                     room.things[track],
                     render(room, transition.poses[1], supersample=1)["ids"][0],
