@@ -25,7 +25,7 @@ from extras.scans.summary import SHEET_LINES, Summary, sheet_of
 from extras.scans.triples import RULES, Rules, write_triples
 from lib.distributed import fail, say
 from lib.images import save_image
-from lib.records import PICTURES, SPLITS, disk, read_log, write_json, write_text
+from lib.records import PICTURES, SPLITS, disk, read_log, whole_file, write_json, write_text
 from lib.stage import hold
 from lib.streams import stable_hash, stream_seed
 
@@ -119,10 +119,11 @@ def write_splits(out, reports, places, splits):
     places, splits   {id of a scan: its place}, {id: its split}
     One report is in memory at a time: the paper's dataset has half a million rows.
     """
-    partials = {split: out / f"triples_{split}.jsonl.partial" for split in SPLITS}
-    total, samples = Summary(), []
-    with disk(out), contextlib.ExitStack() as stack:
-        files = {split: stack.enter_context(file.open("w")) for split, file in partials.items()}
+    total, samples, files = Summary(), [], {}
+    with contextlib.ExitStack() as stack:
+        for split in SPLITS:
+            beside = stack.enter_context(whole_file(out / f"triples_{split}.jsonl"))
+            files[split] = stack.enter_context(beside.open("w"))
         for path in reports:
             report = json.loads(path.read_text())
             place, split = places[report["id"]], splits[report["id"]]
@@ -130,8 +131,6 @@ def write_splits(out, reports, places, splits):
                 files[split].write(json.dumps(row | {"place": place}) + "\n")
             total.add(report, split)
             samples += report["rows"][: 1 + SHEET_LINES // len(reports)]
-    for file in partials.values():
-        file.replace(file.with_suffix(""))
     write_json(out / "summary.json", total.facts)
     say(total.text())
     for split in ("val", "test"):
