@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from extras.benches.files import Bench, fetch, find_file, open_picture, read_questions
+from extras.benches.files import fetch, find_file, open_picture, read_questions
 from extras.benches.mindcube import LISTED_ONLY, MINDCUBE
 from extras.benches.mmsi import MMSI
 from extras.benches.mmsi_video import MMSI_VIDEO
@@ -35,21 +35,14 @@ BARE = ("sat", "vsi")  # read a reply without tags
 NUMERAL = r"[-+]?(?:\d*\.\d+|\d+)(?:[eE][-+]?\d+)?"
 
 
-def find_bench(name: str) -> Bench:
-    """The bench of a name. Raises ValueError if no published bench is called so."""
-    if name not in BENCHES:
-        raise ValueError(f"no published bench is called {name!r}; there are: {', '.join(BENCHES)}")
-    return BENCHES[name]
-
-
 def load(bench: str, folder: str | Path | None = None, frames: int | None = None) -> list[dict]:
     """The questions of a published bench, in the order of its file.
 
     folder   its folder, or the file itself; None: data/<bench>, fetched from the hub if it is not there
     frames   the most frames a question shows, all its clips together (default the bench's; video benches only)
-    Stops with a sentence where nothing can be read; raises ValueError for a bench that is not published.
+    Stops with a sentence where nothing can be read.
     """
-    source = find_bench(bench)
+    source = BENCHES[bench]
     place = fetch(source) if folder is None else Path(folder)
     return read_questions(source, find_file(source, place), frames or source.frames)
 
@@ -70,9 +63,8 @@ def official_score(bench: str, record: dict, text: str | None) -> tuple[str | fl
     record    a question; its "answer" is the gold letter, or the gold number as text where "kind" is "na"
     text      what `reply` takes from the policy's last turn
     returns   (what was read or None, 1.0 if right else 0.0; a number gets its `relative_accuracy`)
-    raises    ValueError for an unknown bench
     """
-    read = find_bench(bench).read(text or "", record)
+    read = BENCHES[bench].read(text or "", record)
     return read, credit(read, record)
 
 
@@ -154,7 +146,7 @@ class Published:
     """One of BENCHES, by its name: what evaluate.py asks of a bench (`evaluate.Rooms` has the same methods)."""
 
     def __init__(self, name: str):
-        self.bench = find_bench(name)
+        self.bench = BENCHES[name]
 
     def load(self, args: argparse.Namespace) -> list[dict]:
         """The questions of --data, of data/<bench>, or of rooms in its layout; sets args.data and args.frames."""

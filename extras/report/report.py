@@ -118,14 +118,14 @@ def results_table(results: dict) -> tuple:
     rows = [["all", *map(accuracy_text, modes.values())]]
     for group in ("by_need", "by_category"):
         for name in names_in(modes, group):
-            parts = [summary[group].get(name) for summary in modes.values()]
+            parts = [summary[group][name] for summary in modes.values()]
             rows.append([name, *map(accuracy_text, parts)])
     return ["", *modes], rows
 
 
 def names_in(modes: dict, group: str) -> list[str]:
     """The names of a group of questions, "by_need" or "by_category": all modes have the same questions."""
-    return list(next(iter(modes.values())).get(group, ()))
+    return list(next(iter(modes.values()))[group])
 
 
 def results_note(results: dict) -> str:
@@ -179,25 +179,22 @@ def workflow(results: dict) -> Callable:
     """
     modes = results["modes"]
     names = names_in(modes, "by_category")
-    many = len(names) >= 8
 
     def draw(pyplot):
         """One group of bars per category, and a last one for all questions."""
         figure, axes = pyplot.subplots(figsize=(max(9, 0.9 * len(names) + 2), 3))
         ticks, width = np.arange(len(names) + 1), 0.8 / len(modes)
         for m, (mode, summary) in enumerate(modes.items()):
-            parts = [summary.get("by_category", {}).get(name) for name in names] + [summary]
-            heights = np.array([part["accuracy"] if part else np.nan for part in parts])
-            bounds = np.array([part["ci95"] if part else (np.nan, np.nan) for part in parts])
+            parts = [*(summary["by_category"][name] for name in names), summary]
+            heights = np.array([part["accuracy"] for part in parts])
+            bounds = np.array([part["ci95"] for part in parts])
             spread = np.maximum(0, [heights - bounds[:, 0], bounds[:, 1] - heights])
             shift = (m - (len(modes) - 1) / 2) * width
-            style = {"error_kw": {"lw": 0.8}, "label": mode}
-            axes.bar(ticks + shift, heights, width, yerr=spread, **style)
+            axes.bar(ticks + shift, heights, width, yerr=spread, error_kw={"lw": 0.8}, label=mode)
         if results.get("chance") is not None:
             axes.axhline(results["chance"], color="gray", lw=0.8, ls=":")
         axes.axvline(len(names) - 0.5, color="gray", lw=0.8)
-        alignment = {"rotation": 30, "ha": "right"} if many else {"rotation": 0, "ha": "center"}
-        axes.set_xticks(ticks, [*names, "overall"], **alignment)
+        axes.set_xticks(ticks, [*names, "overall"], rotation=30, ha="right")
         axes.set_ylim(0, 1)
         axes.set_ylabel("accuracy")
         axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -305,19 +302,20 @@ def dialogue_data(record: dict, pictures: Pictures, folder: str | Path) -> dict:
     words = [question["question"], *(question.get("options") or ()), left_out]
     diagnosis = record["diagnosis"] or {}
     wrong = record.get("exact", record["correct"]) < 1
-    flags = {
-        "wrong": wrong,
-        "example": bool(record["example"]),
-        "tool": record["valid_calls"] > 0,
-        "hurt": record["hurt"],
-        "invalid": record["invalid_calls"] > 0,
+    data = {
+        "wrong": int(wrong),
+        "example": int(bool(record["example"])),
+        "tool": int(record["valid_calls"] > 0),
+        "hurt": int(record["hurt"]),
+        "invalid": int(record["invalid_calls"] > 0),
+        "run": record["run"],
+        "case": diagnosis.get("case", ""),
     }
-    data = {name: int(flag) for name, flag in flags.items()}
     example = f"{record['example']}: " if record["example"] else ""
     rewards = [f"{name} {value:.3g}" for name, value in record["reward"].items()]
     return {
         "wrong": wrong,
-        "data": data | {"run": record["run"], "case": diagnosis.get("case", "")},
+        "data": data,
         "line": f"{example}{record['key']}, {record['run']}: {question['question'][:100]}",
         "images": images,
         "words": [line for line in words if line],
