@@ -58,8 +58,6 @@ HEAD_TOKENS = 512  # of the language head at a time: 0.3 GB of logits with the p
 WEIGHTS = "model.safetensors"
 # what servers read and we do not: kept as it came
 SERVED = ("video_preprocessor_config.json", "processor_config.json", "chat_template.json")
-# buffers in files of old versions: every model computes them
-COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 
 # ---- weights, tokens, pixels ----------------------------------------------------------------------------------------
 
@@ -342,7 +340,6 @@ def check_weights(folder: Path, files: list[Path], model) -> torch.dtype:
     tensors = {}
     for file in files:
         tensors |= contents(file)
-    tensors = {name: x for name, x in tensors.items() if not name.endswith(COMPUTED)}
     expected = model.state_dict()
     if model.config.tie_word_embeddings and "lm_head.weight" not in tensors:
         del expected["lm_head.weight"]  # the embedding is the head

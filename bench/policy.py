@@ -18,7 +18,6 @@ from bench.timing import Seconds, medians, print_json
 from bench.wm import ring_views
 from data import MOTIONS
 from lib.dialogue import Trajectory
-from lib.distributed import keep_freed_memory
 from lib.protocol import call_of, call_text
 from lib.rollout import Writer
 from lib.rooms import TrueRenderer
@@ -131,7 +130,6 @@ def room_questions(rooms: int) -> list[dict]:
 def rollout_bench(args: Namespace) -> None:
     """The policy's rollouts: tokens per second of CPU against `generate` from scratch every turn, same tokens."""
     torch.set_num_threads(args.threads)
-    keep_freed_memory()
     rooms, group, repeats = (2, 2, 1) if args.quick else (8, 8, args.repeats)
     policy, questions = Policy.tiny(), room_questions(rooms)
     script = []

@@ -19,7 +19,6 @@ from bench import naive
 from bench.timing import print_json
 from data import MOTIONS
 from lib.bagel import Bagel, Config, Settings
-from lib.distributed import keep_freed_memory
 from lib.geometry import Query
 from lib.rooms import random_room, render, ring
 from lib.scores import text_table
@@ -182,7 +181,6 @@ def compare_ways(
 def wm(args) -> None:
     """The demo's model with a rollout's queries, then the middle size alone and in a batch of eight: a table, JSON."""
     torch.set_num_threads(args.threads)
-    keep_freed_memory()
     torch.manual_seed(0)
     rooms, pixels, layers, repeats = (2, 64, 2, 1) if args.quick else (8, 256, 8, args.repeats)
     demo = WorldModel.tiny()

@@ -109,10 +109,20 @@ class FluxLatents:
     """The FLUX.1 autoencoder, frozen: every 8 x 8 pixels become one latent cell of 16 numbers. Runs in fp32."""
 
     cell = 8
+    channels = 16
     scale, shift = 0.3611, 0.1159
+    sizes = {
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "latent_channels": channels,
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
 
     def __init__(self, path: Path):
-        """path: ae.safetensors, in FLUX's names; the sizes are read from the shapes.
+        """path: ae.safetensors, in FLUX's names.
 
         fp32 tensors are used as they are, not copied. Raises ValueError naming what is missing, unknown or misshapen.
         """
@@ -122,28 +132,10 @@ class FluxLatents:
         self.path = path
         contents(path)  # says what is wrong with a broken file
         tensors = load_file(path)
-        encoder = [key.split(".") for key in tensors if key.startswith("encoder.down.")]
-        levels = len({key[2] for key in encoder})
-        blocks = len({key[4] for key in encoder if key[2:4] == ["0", "block"]})
-        sizes = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(max(1, levels))]
-        sizes.append("encoder.conv_out.weight")
         unfit = f"{path} is not a FLUX autoencoder"
-        complain(unfit, [f"{key} (missing)" for key in sizes if key not in tensors])
-        *widths, moments = (len(tensors[key]) for key in sizes)
-        self.channels = moments // 2
-        blocks_of = {"down_block_types": ["DownEncoderBlock2D"] * levels}
-        blocks_of["up_block_types"] = ["UpDecoderBlock2D"] * levels
         with torch.device("meta"):
-            self.vae = AutoencoderKL(
-                block_out_channels=widths,
-                layers_per_block=blocks,
-                latent_channels=self.channels,
-                norm_num_groups=32,
-                **blocks_of,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            )
-        state = convert_ldm_vae_checkpoint(tensors, blocks_of)  # in the names of diffusers
+            self.vae = AutoencoderKL(**self.sizes)
+        state = convert_ldm_vae_checkpoint(tensors, self.sizes)  # in the names of diffusers
         complain(unfit, misfits(self.vae.state_dict(), state))
         others = len(tensors) - len(state)  # which the conversion does not know
         complain(unfit, [f"{others} of its tensors are no part of one"] * (others > 0))

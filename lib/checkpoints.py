@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lib.distributed import fail, full, global_sum, is_main, wait_for_all
 from lib.records import MetricLog, disk, sync, whole_file, write_json
@@ -72,15 +73,10 @@ def local_rows(tensor: Tensor) -> tuple[int, Tensor]:
     """This rank's rows of a tensor -> (number of the first, the rows themselves). A plain tensor is whole."""
     if not isinstance(tensor, DTensor):
         return 0, tensor
-    first, mesh = 0, tensor.device_mesh
-    axes = zip(mesh.shape, mesh.get_coordinate(), tensor.placements, strict=True)
-    for ranks, rank, placement in axes:
-        if placement.is_shard():
-            assert placement.is_shard(0), f"{placement} divides something else than rows"
-            # as torch.chunk: every rank ceil(rows / ranks), the last ones fewer
-            first = min(rank * -(-len(tensor) // ranks), len(tensor))
+    mesh, placements = tensor.device_mesh, tensor.placements
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     with torch.no_grad():
-        return first, tensor.to_local()
+        return offset[0], tensor.to_local()
 
 
 def is_saved_here(tensor):

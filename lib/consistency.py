@@ -224,16 +224,13 @@ def recover_all(rows: list[dict], *lists: list[Array]) -> list[Array]:
     recovered = [np.zeros((len(rows), 5)) for _ in lists]
     for (room, reference, _), members in members_of.items():
         reference_c2w = np.array(rows[members[0]]["context_c2w"][reference - 1])
-        distinct = {}
+        stack = []
         for views in lists:
-            for index in members:
-                distinct[views[index].tobytes()] = views[index]
-        stack = np.stack(list(distinct.values()))
-        poses, _ = recover(random_room(room), reference_c2w, stack, size=stack.shape[1])
-        pose_of = dict(zip(distinct, poses, strict=True))
-        for views, result in zip(lists, recovered, strict=True):
-            for index in members:
-                result[index] = pose_of[views[index].tobytes()]
+            stack += [views[index] for index in members]
+        distinct, number = np.unique(np.stack(stack), axis=0, return_inverse=True)
+        poses, _ = recover(random_room(room), reference_c2w, distinct, size=distinct.shape[1])
+        for result, own in zip(recovered, np.split(poses[number], len(lists)), strict=True):
+            result[members] = own
     return recovered
 
 

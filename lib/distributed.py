@@ -67,7 +67,6 @@ def setup(threads: int | None = None) -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        keep_freed_memory()
     if not dist.is_initialized():
         options = {"backend": "nccl", "device_id": device} if cuda else {"backend": "gloo"}
         if "WORLD_SIZE" in os.environ:
@@ -75,20 +74,6 @@ def setup(threads: int | None = None) -> World:
         elif cuda:
             dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
     return World(rank, size, device)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep large blocks that torch frees, for the next tensor of that size; no effect elsewhere.
-
-    By itself it gives them back to the system, which hands them out again page by page, each one filled with zeros.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(-1, 2**31 - 1)  # malloc.h: M_TRIM_THRESHOLD
-        mallopt(-2, 2**26)  # M_TOP_PAD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def die_with_parent() -> None:

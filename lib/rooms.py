@@ -156,19 +156,6 @@ def _own_axes(thing, x, z):
     return c * x - s * z, s * x + c * z
 
 
-def _near(solid, thing, eye, direction):
-    """Indices (m,) of the rays that pass through the ball around a solid: most rays miss most furniture."""
-    corners = 2 if solid.shape == "box" else 1
-    radius2 = corners * solid.half**2 + (solid.top - solid.bottom) ** 2 / 4
-    middle = np.array([thing.x, -(solid.top + solid.bottom) / 2, thing.z], np.float32)
-    centre = middle[:, None] - eye
-    along = (centre * direction).sum(0)
-    length2 = (direction**2).sum(0)
-    gap2 = (centre**2).sum(0)
-    ahead = (along > 0) | (gap2 <= radius2)
-    return np.flatnonzero(ahead & ((gap2 - radius2) * length2 <= along**2))
-
-
 def _hit(solid, thing, eye, direction):
     """Entry distance (n,) of one convex solid, inf where the ray misses it or starts inside."""
     half = solid.half
@@ -235,15 +222,13 @@ def _cast(room, c2w, size):
     for i, thing in enumerate(room.things, 1):
         paint = np.array(COLOURS[thing.colour], np.float32)
         for solid in thing.solids():
-            near = _near(solid, thing, eye, direction)
-            t = _hit(solid, thing, eye[:, near], direction[:, near])
-            first = t < distance[near]
-            near = near[first]
+            t = _hit(solid, thing, eye, direction)
+            first = np.flatnonzero(t < distance)
             t = t[first]
-            point = eye[:, near] + t * direction[:, near]
-            distance[near] = t
-            ids[near] = i
-            colour[near] = paint * _shade(solid, thing, point)[:, None]
+            point = eye[:, first] + t * direction[:, first]
+            distance[first] = t
+            ids[first] = i
+            colour[first] = paint * _shade(solid, thing, point)[:, None]
     shape = (len(c2w), size, size)
     return distance.reshape(shape), ids.reshape(shape), colour.reshape(*shape, 3)
 

@@ -141,12 +141,12 @@ def begin(
     settings = {key: value for key, value in vars(args).items() if key not in neutral}
     inputs = fingerprints(settings)
     out = Path(args.out)
-    saved = (out / "done.json", out / "training")
-    if not any(path.exists() for path in saved):  # what cannot begin makes no folder
+    has_begun = (out / "done.json").exists() or (out / "training").exists()
+    if not has_begun:  # what cannot begin makes no folder
         for path, command in needs:
             need(path, command)
     hold(out)
-    if any(path.exists() for path in saved):
+    if has_begun:
         defaults = {key_of(flag): getattr(flag, args.preset) for flag in flags}
         compare_with_earlier_run(out, settings, inputs, defaults)
     if is_main():

@@ -1,6 +1,13 @@
-"""The names of FLUX's autoencoder, so that tests can write ae.safetensors of a random one."""
+"""FLUX's autoencoder, narrow and with random weights: what tests write as ae.safetensors."""
 
 import re
+
+from diffusers import AutoencoderKL
+
+from lib.bagel_files import FluxLatents
+
+# conftest.py gives them to `FluxLatents` in every test
+NARROW = FluxLatents.sizes | {"block_out_channels": [32, 32, 64, 64]}
 
 # names in diffusers' autoencoder and in FLUX's: of its attention, of the rest
 FLUX_ATTN = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
@@ -24,3 +31,13 @@ def to_flux(key: str, levels: int) -> str:
     for diffusers, flux in FLUX_NAMES.items():
         key = key.replace(diffusers, flux)
     return key
+
+
+def narrow_flux(**sizes):
+    """The tensors of its file, drawn from torch's own generator."""
+    vae = AutoencoderKL(**NARROW | sizes)
+    tensors = {}
+    for key, value in vae.state_dict().items():
+        ones = (1, 1) if ".attentions." in key and value.dim() == 2 else ()
+        tensors[to_flux(key, 4)] = value.reshape(*value.shape, *ones).contiguous()
+    return tensors

@@ -280,7 +280,10 @@ def test_flux_autoencoder_is_saved_as_it_came(tmp_path, flux_tensors, dtype):
             "encoder.mid.attn_1.q.weight",
             r"encoder.mid_block.attentions.0.to_q.weight \(64, 64\) \(file: missing\)",
         ),
-        ("encoder.conv_out.weight", r"encoder.conv_out.weight \(missing\)"),
+        (
+            "encoder.conv_out.weight",
+            r"encoder.conv_out.weight \(32, 64, 3, 3\) \(file: missing\)",
+        ),
         (
             "decoder.up.3.block.1.norm2.bias",
             r"decoder.up_blocks.0.resnets.1.norm2.bias \(64,\) \(file: missing\)",

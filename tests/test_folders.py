@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from diffusers import AutoencoderKL
-from flux import to_flux
+from flux import narrow_flux
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -250,9 +249,6 @@ WHOLE_POLICIES = {
     "the tied head is in the file too": tensors_of(
         POLICY_WEIGHTS, lambda t: t | {"lm_head.weight": t[EMBEDDING].clone()}
     ),
-    "a buffer of old versions": tensors_of(
-        POLICY_WEIGHTS, lambda t: t | {"model.visual.rotary_pos_emb.inv_freq": torch.ones(16)}
-    ),
 }
 
 
@@ -335,21 +331,7 @@ def flux_file(path, seed, channels=16):
     """A narrow FLUX autoencoder with random weights, in FLUX's names."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            block_out_channels=[32] * 4,
-            layers_per_block=1,
-            latent_channels=channels,
-            norm_num_groups=32,
-            down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
-    tensors = {}
-    for key, value in vae.state_dict().items():
-        ones = (1, 1) if ".attentions." in key and value.dim() == 2 else ()
-        tensors[to_flux(key, 4)] = value.reshape(*value.shape, *ones).contiguous()
-    save_file(tensors, path)
+        save_file(narrow_flux(latent_channels=channels), path)
 
 
 @pytest.fixture(scope="module")
@@ -459,7 +441,7 @@ BROKEN_WORLD_MODELS = {
     ),
     "an autoencoder of another width": (
         lambda folder: flux_file(folder / AUTOENCODER, seed=0, channels=4),
-        "The autoencoder in .* is not the one that .*ema.safetensors reads",
+        "ae.safetensors is not a FLUX autoencoder: encoder.conv_out.weight",
     ),
     "no llm_config": (text_of("llm_config.json", None), "llm_config.json cannot be read"),
     "no vit_config": (text_of("vit_config.json", None), "vit_config.json cannot be read"),

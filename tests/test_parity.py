@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from bagel_parity import TO_DRAW, Case, Recording, checked, generation, main, opened, word_logits
-from flux import to_flux
+from flux import narrow_flux
 from safetensors.torch import load_file, save_file
 
 from lib.bagel_files import AUTOENCODER, NETWORK
@@ -33,24 +33,7 @@ CASES = sorted(
 @pytest.fixture(scope="module")
 def autoencoder():
     """A small FLUX autoencoder with random weights, as the tensors of its file."""
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL(
-        block_out_channels=[32] * 4,
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=32,
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    return {
-        to_flux(key, 4): value[..., None, None]
-        if ".attentions." in key and value.dim() == 2
-        else value
-        for key, value in vae.state_dict().items()
-    }
+    return narrow_flux()
 
 
 def recordings(place, autoencoder):
