@@ -111,7 +111,7 @@ class Rooms:
         """The questions; sets args.data."""
         folder = Path(args.data or default_data("questions"))
         args.data = str(folder)
-        test = whole_rows(folder / "questions_test.jsonl")
+        test = load_jsonl(folder / "questions_test.jsonl", Question, name_gold, NEEDED)
         if any("mined" in question for question in test):
             fail(
                 f"{folder}/questions_test.jsonl holds mined questions: they were chosen by what a model gets wrong "
@@ -244,16 +244,9 @@ def hold_dialogues(
     if not hasattr(policy, "endpoint"):
         options = {"temperature": 0, "seed": seed, "rows": batch, "max_new_tokens": limit}
         return rollout(policy, questions, simulator, mode, **options), None
-    try:
-        if mode in BASELINES:
-            from extras.report.search import METHODS
+    from extras.report.search import hold_served_dialogues
 
-            return METHODS[mode](policy, questions, simulator, seed), None
-        from extras.remote.client import converse
-
-        return converse(policy, questions, simulator, mode, seed), None
-    except SimulatorError as error:
-        return error.results, error  # what is complete is kept
+    return hold_served_dialogues(policy, questions, simulator, mode, seed)
 
 
 def prediction_of(
@@ -409,16 +402,6 @@ def fingerprint(name: str, wm: str | None = None, options: dict | None = None) -
     newest_change = max((int(file.stat().st_mtime) for file in files), default=0)
     changed = f" {options}" if options and is_world_model(name) else ""
     return f"{folder}@{newest_change}{changed}"
-
-
-def whole_rows(file: Path) -> list[dict]:
-    """The question rows of a file; stops with a sentence at one that lacks what every question has."""
-    rows = load_jsonl(file, Question, name_gold)
-    for number, row in enumerate(rows, 1):
-        lacking = " and no ".join(key for key in NEEDED if key not in row)
-        if lacking:
-            fail(f"{file}, question {number} has no {lacking}; delete the file and make it again")
-    return rows
 
 
 def worth_asking(args: argparse.Namespace, questions: list[dict]) -> None:

@@ -155,13 +155,10 @@ class Policy:
         tensors   (name, tensor) pairs that stand in for the model's own, such as extras.lora.merged's; maybe sharded
         Called on every rank; rank 0 writes. Tied weights have one name.
         """
-        folder, layout = Path(folder), {}
-        for name, p in self.model.named_parameters():
-            if not name.endswith(("lora_a", "lora_b")):
-                layout[name] = torch.empty(p.shape, dtype=p.dtype, device="meta")
+        folder = Path(folder)
+        names = dict(self.model.named_parameters())
         pairs = self.model.state_dict().items() if tensors is None else tensors
-        pairs = ((name, tensor) for name, tensor in pairs if name in layout)
-        write_gathered(folder / WEIGHTS, pairs, layout)
+        write_gathered(folder / WEIGHTS, ((name, x) for name, x in pairs if name in names))
         if not is_main():
             return
         self.model.config.architectures = [type(self.model).__name__]

@@ -81,6 +81,7 @@ CLIP_HIGH = 0.28
 TEMPERATURE = 1.0  # of sampling, and so of the log-probs that are trained; evaluation is greedy
 BETAS = (0.9, 0.99)  # of AdamW; no weight decay
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to it
+NEEDED = ("question", "images", "options", "answer")  # of a question
 SAVED_DIALOGUES = 4  # per evaluation
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -138,7 +139,6 @@ FLAGS = [
     Flag("--lora", 0, 0, "train adapters of this rank (alpha twice that) beside --policy", 0),
     # views inside RL: cheaper than the simulator's config.json has them (docs/speed.md: their price)
     Flag("--view-steps", None, None, "network evaluations of an imagined view", 1, kind=int),
-    Flag("--view-image-scale", None, None, "its guidance by images; 1: none", 1, kind=float),
     Flag("--view-taylor", False, False, "compute one of its steps in three (step caching)"),
     # memory, speed and safety only: these never change the numbers
     Flag(
@@ -644,16 +644,12 @@ def load_questions(folders: list[str], split: str, simulator: str) -> list[dict]
     names = " and ".join(map(str, files))
     questions = []
     for file in files:
-        questions += load_jsonl(file, Question, rewards.name_gold)
+        questions += load_jsonl(file, Question, rewards.name_gold, NEEDED)
     if not questions:
         fail(f"{names} has no question.")
     for question in questions:
-        missing = {"question", "images", "options", "answer"}
-        missing -= {key for key, value in question.items() if value is not None}
-        if missing:
-            fail(
-                f"{names}: questions lack {', '.join(sorted(missing))}; data.py says what a question holds."
-            )
+        if question["answer"] is None:
+            fail(f"{names}: question {question.get('id')} has no gold answer to learn from.")
         if simulators.needs_room(simulator) and not question.get("scene"):
             fail(
                 f"--simulator {simulator} works in rooms only; {names} has questions without a scene."
@@ -663,9 +659,8 @@ def load_questions(folders: list[str], split: str, simulator: str) -> list[dict]
 
 def view_options(args: Namespace) -> dict:
     """The flags about imagined views that were given, as fields of lib.bagel.Settings."""
-    options = {"steps": args.view_steps, "image_scale": args.view_image_scale}
-    options["taylor"] = args.view_taylor or None
-    return {key: value for key, value in options.items() if value is not None}
+    options = {"steps": args.view_steps, "taylor": args.view_taylor}
+    return {key: value for key, value in options.items() if value}
 
 
 def load_policy(args: Namespace, world: World) -> Policy:

@@ -99,6 +99,10 @@ LESSONS = {  # share of each kind of script: at first, and when it is mixed
     },
     "direct": {"look": (0.10, 0.10), "search": (0.15, 0.15), "direct": (0.75, 0.75)},
 }
+NEEDED = (  # of a question: lessons are about rooms
+    *("id", "images", "options", "answer", "needs_view", "scene"),
+    *("ask", "named", "relation", "shown_by", "ideal", "views", "shows"),
+)
 MIXING = (0.25, 0.4)  # the shares change between these points of the run
 BETAS = (0.9, 0.95)  # of AdamW, as its weight decay
 WEIGHT_DECAY = 0.01
@@ -156,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--batch {args.batch} cannot be shared evenly by {world.size} processes; take a multiple of it."
         )
     out = Path(args.out)
-    questions = load_jsonl(file, Question, check_lesson)
+    questions = load_jsonl(file, Question, name_gold, NEEDED)
     if not any(question["ideal"] for question in questions):
         fail(f"{file} has no question that takes a call; `python data.py questions` makes some.")
     lessons = [Lesson.load(question) for question in questions]
@@ -260,16 +264,6 @@ class Lesson:
     def look(self, policy: Policy) -> None:
         """Fill in `features`."""
         self.features = policy.encode(list(enumerate(self.images, 1)))
-
-
-def check_lesson(question: dict) -> None:
-    """Raises ValueError, the rest of a sentence, for a question that is not one of a room with letters A to D."""
-    name_gold(question)
-    lacking = {"id", "images", "options", "answer", "needs_view", "scene", "ask", "shown_by"}
-    lacking |= {"ideal", "views", "shows", "named", "relation"}
-    lacking -= question.keys()
-    if lacking:
-        raise ValueError(f"has no {', '.join(sorted(lacking))}: lessons are about rooms")
 
 
 # ---- first the tower learns to see -----------------------------------------------------------------------------------

@@ -137,8 +137,8 @@ class Denoiser:
         self.network = network
         self.branches = branches
         self.time_vectors = network.time_embedder(times.to(network.device))  # (steps + 1, H)
-        self.places = network.latent_places(grid)  # (n, H)
         ids = table_ids(grid, network.config.latent_grid).to(network.device)
+        self.places = network.latent_pos_embed(ids).to(network.dtype)  # (n, H)
         self.ropes, self.ray_vectors = [], []
         for branch in branches:
             vectors, angles = network.rays(branch.motion[:, None], ids)

@@ -10,6 +10,7 @@ turns every view 20 degrees too far, to the left or right by chance, and leaves 
 from dataclasses import replace
 from itertools import compress
 
+from lib.distributed import fail
 from lib.geometry import Array, Motion, Query, move_camera
 from lib.rooms import Room, TrueRenderer
 from lib.streams import numpy_stream
@@ -34,3 +35,12 @@ class DegradedRenderer(TrueRenderer):
         if self.yaw_error:
             camera = move_camera(camera, Motion("dangle", float(side * self.yaw_error)))
         return replace(room, things=tuple(compress(room.things, present))), camera
+
+
+def degraded_renderer(name: str) -> DegradedRenderer:
+    """The renderer called truth:YAW:MISSING; ends the program with a sentence where that is no name of one."""
+    try:
+        yaw_error, missing = map(float, name.split(":")[1:])
+        return DegradedRenderer(yaw_error, missing)
+    except ValueError:
+        fail(f"--simulator {name}: after truth come degrees and per cent, as in truth:20:40.")

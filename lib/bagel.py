@@ -667,11 +667,6 @@ class Bagel(nn.Module):
         features = self.vit_model["vision_model"](patches.to(self.dtype), ids, mask, self.recompute)
         return self.connector(features) + self.vit_pos_embed(ids).to(self.dtype)
 
-    def latent_places(self, grid):
-        """Where in the picture: (h w, H)."""
-        ids = table_ids(grid, self.config.latent_grid).to(self.device)
-        return self.latent_pos_embed(ids).to(self.dtype)
-
     def index_vector(self, image_index):
         """Which context image: image_index (I,), -1 for none -> (I, H); zeros without Settings.learned_places."""
         if not self.config.settings.learned_places:
@@ -714,11 +709,11 @@ class Bagel(nn.Module):
             index = self.index_vector(torch.tensor([number], device=self.device))
             if latent is not None:
                 tokens = self.vae2llm(patchify(latent, LATENT_PATCH).to(self.dtype))
-                grid = token_grid(latent)
-                tokens = tokens + (time + self.latent_places(grid) + index)
+                ids = table_ids(token_grid(latent), self.config.latent_grid).to(self.device)
+                places = self.latent_pos_embed(ids).to(self.dtype)
+                tokens = tokens + (time + places + index)
                 if motion is None:
                     motion = torch.zeros(len(latent), 5, device=self.device)
-                ids = table_ids(grid, self.config.latent_grid).to(self.device)
                 vectors, angles = self.rays(motion[:, None], ids)
                 gen.append(tokens + vectors)
                 ray_angles.append(angles)

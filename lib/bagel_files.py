@@ -238,7 +238,8 @@ def write_checkpoint(folder: str | Path, tensors, layout: dict, files: dict, tok
     files             the contents of {"llm_config", "vit_config", "config"}.json;   coder: the autoencoder
     """
     folder = Path(folder)
-    write_gathered(folder / NETWORK, tensors, layout)
+    typed = ((name, tensor.to(layout[name].dtype)) for name, tensor in tensors)
+    write_gathered(folder / NETWORK, typed)
     if is_main():
         for name, content in files.items():
             write_json(folder / f"{name}.json", content)

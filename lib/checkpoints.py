@@ -87,16 +87,13 @@ def is_saved_here(tensor):
     return all(rank == 0 or placement.is_shard() for rank, placement in ranks)
 
 
-def write_gathered(path: Path, tensors: Iterable, layout: dict[str, Tensor]) -> None:
-    """`write_file` for sharded tensors: called on every rank, gathered one tensor at a time, written by rank 0.
-
-    tensors   (name, tensor) pairs, maybe made one by one;   layout   {name: a tensor of the type to write}
-    """
+def write_gathered(path: Path, tensors: Iterable) -> None:
+    """`write_file` of (name, tensor) pairs, maybe sharded: called on every rank, gathered one by one, written by rank 0."""
     gathered = {}
     for name, tensor in tensors:
         whole = full(tensor.detach())
         if is_main():
-            gathered[name] = whole.to("cpu", layout[name].dtype)
+            gathered[name] = whole.cpu()
     if is_main():
         write_file(path, gathered)
 
@@ -134,7 +131,7 @@ class TrainingState:
         """tensors   those of `training_tensors`, and maybe more: what was saved is copied into them."""
         self.folder = Path(out) / "training"
         self.tensors = tensors
-        self.start, state = load_state(self.folder, tensors) or (0, {})
+        self.start, state = load_state(self.folder, tensors)
         self.clock = Clock(state.get("clock"))
         self.log = MetricLog(Path(out) / "log.jsonl", self.start)
 
@@ -184,15 +181,15 @@ def save_state(folder: str | Path, step: int, tensors: dict[str, Tensor], state:
         fail(f"Another rank could not write {place}. What was saved before is untouched.")
 
 
-def load_state(folder: str | Path, tensors: dict[str, Tensor]) -> tuple[int, dict] | None:
+def load_state(folder: str | Path, tensors: dict[str, Tensor]) -> tuple[int, dict]:
     """Copy the newest complete checkpoint of `folder` into `tensors`, in place, and return (step, state).
 
     tensors   as `save_state` took them; they may be sharded over another number of ranks
-    returns   None, and changes nothing, where there is no checkpoint
+    returns   (0, {}), and changes nothing, where there is no checkpoint
     """
     places = sorted(p for p in Path(folder).glob("step_*") if p.suffix != ".partial")
     if not places:
-        return None
+        return 0, {}
     try:
         state = json.loads((places[-1] / "state.json").read_text())
         files = sorted(places[-1].glob("rank_*.safetensors"))

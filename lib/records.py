@@ -212,10 +212,16 @@ OF_OTHERS = {  # {how a file's name begins: what makes it of others' data}
 }
 
 
-def load_jsonl(path: str | Path, kind: type | None = None, check: Callable | None = None) -> list:
+def load_jsonl(
+    path: str | Path,
+    kind: type | None = None,
+    check: Callable | None = None,
+    needed: Iterable[str] = (),
+) -> list:
     """Rows of a JSONL file, paths of pictures made absolute; blank lines are skipped. Exits on a missing file or bad line.
 
     kind    `Triple` or `Question`: values must be of its kinds;  check: raises ValueError for what else is wrong
+    needed  keys that every row must have
     """
     path = Path(path)
     if not path.exists():
@@ -233,6 +239,9 @@ def load_jsonl(path: str | Path, kind: type | None = None, check: Callable | Non
             continue
         try:
             row = parse_object(line, kind)
+            lacking = [key for key in needed if key not in row]
+            if lacking:
+                raise ValueError(f"has no {' and no '.join(lacking)}")
             if check:
                 check(row)
         except (ValueError, TypeError) as error:

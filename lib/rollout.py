@@ -11,7 +11,6 @@ dialogue: feeding it gives the distribution of the next one.
 While they are learned from, dialogues with the same prompt share a row: `Layout` alone knows where their tokens stand.
 """
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -79,10 +78,9 @@ class Writer:
         self.feed(len(self.order))  # every prompt once
         self.cache.repeat(group_size)
         self.order = list(range(len(dialogues)))
-        for d in self.order:
-            first = d - d % group_size  # of its group
-            self.filled[d] = self.filled[first]
-            self.n_images[d] = self.n_images[first]
+        firsts = [d - d % group_size for d in self.order]  # of the group of each
+        self.filled = [self.filled[first] for first in firsts]
+        self.n_images = [self.n_images[first] for first in firsts]
 
     def write(self, members: list[int], uniforms: torch.Tensor, temperature: float, limit: int):
         """Let some dialogues write one turn each, of `limit` tokens at most.
@@ -99,24 +97,24 @@ class Writer:
         position = {d: self.dialogues[d].positions[-1][0] for d in members}
         for k in range(limit):
             writing = self.order[:n]
-            rows = [[token[d], self.filled[d], position[d]] for d in writing]
+            rows = [[token[d], self.filled[d] + k, position[d] + k] for d in writing]
             logits = self.step(*torch.tensor(rows).T)  # tokens, slots, positions (n,)
             tokens, logprobs = sample_tokens(logits, uniforms[writing, k], temperature)
-            tokens, logprobs = tokens.tolist(), logprobs.tolist()
-            if any(map(math.isnan, logprobs)):
+            if logprobs.isnan().any():
                 fail("The policy's logits are no numbers. Take an earlier checkpoint.")
+            tokens, logprobs = tokens.tolist(), logprobs.tolist()
             for row in reversed(range(len(writing))):
                 d = writing[row]
                 turns[d][0].append(tokens[row])
                 turns[d][1].append(logprobs[row])
                 token[d] = tokens[row]
-                self.filled[d] += 1
-                position[d] += 1
                 if token[d] == eos:  # the row leaves the batch
                     n -= 1
                     self.swap(row, n)
             if n == 0:
                 break
+        for d in members:
+            self.filled[d] += len(turns[d][0])
         return [turns[d] for d in members]
 
     def feed(self, n: int) -> None:

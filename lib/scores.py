@@ -123,14 +123,11 @@ def cost_of(trajectory) -> dict[str, int | None]:
 
     A prompt that several dialogues read counts in each; tokens that only a server knows are None.
     """
-    views = sum(call is not None for call in trajectory.provenance)
-    cost = dict(rendered=views, shown=views)
-    cost |= dict(policy_calls=len(trajectory.turns), tokens=len(trajectory.ids))
-    if hasattr(trajectory, "cost"):  # of extras/report/search.py: several dialogues for one answer
-        cost = {key: trajectory.cost[key] for key in cost}
-    if not all(isinstance(token, int) for token in trajectory.ids):
-        cost["tokens"] = None
-    return cost
+    views = len(trajectory.provenance) - trajectory.provenance.count(None)
+    cost = {"rendered": views, "shown": views, "policy_calls": len(trajectory.turns)}
+    cost |= getattr(trajectory, "cost", {})  # of extras/report/search.py: several dialogues
+    is_counted = all(isinstance(token, int) for token in trajectory.ids)
+    return cost | {"tokens": len(trajectory.ids) if is_counted else None}
 
 
 def mean_cost(predictions: Rows) -> dict[str, float]:

@@ -248,8 +248,14 @@ def load_simulator(
         say(f"{name} is no world model of ours: {', '.join(options)} change nothing in it.")
     if name == "none":
         return None
-    if str(name).split(":")[0] == "truth":
-        return true_renderer(str(name))
+    if name == "truth":
+        from lib.rooms import TrueRenderer
+
+        return TrueRenderer()
+    if str(name).startswith("truth:"):
+        from extras.degraded import degraded_renderer
+
+        return degraded_renderer(name)
     if name == "reprojection":
         from extras.reprojection import Reprojection
 
@@ -265,18 +271,3 @@ def load_simulator(
         return WorldModel.load(find_weights(name, wm), device, dtype, **options)
     except (OSError, ValueError) as error:
         fail(f"The simulator {find_weights(name, wm)} cannot be read: {error}")
-
-
-def true_renderer(name: str):
-    """The true renderer, "truth", or a worse one, "truth:20:40"."""
-    if name == "truth":
-        from lib.rooms import TrueRenderer
-
-        return TrueRenderer()
-    from extras.degraded import DegradedRenderer
-
-    try:
-        yaw_error, missing = map(float, name.split(":")[1:])
-        return DegradedRenderer(yaw_error, missing)
-    except ValueError:
-        fail(f"--simulator {name}: after truth come degrees and per cent, as in truth:20:40.")

@@ -269,7 +269,7 @@ def test_a_question_whose_image_was_missing_is_asked_again_and_takes_the_place_o
         ("", "None of the 0 questions"),
         (b"\xff{}\n", "is not UTF-8"),
         ("\n[1, 2]\n", "line 2 is not a JSON object"),
-        ('{"id": "q"}\n', "question 1 has no bench and no images"),
+        ('{"id": "q"}\n', "line 1 has no bench and no images"),
         ("{", "line 1 is not JSON"),
     ],
 )

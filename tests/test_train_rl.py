@@ -493,8 +493,8 @@ def test_adapters_of_a_policy_learn_on_two_ranks_and_are_merged_when_saved(
 def test_views_inside_rl_are_as_cheap_as_asked_for():
     plain = train_rl.parse_args([])
     assert train_rl.view_options(plain) == {}
-    cheap = train_rl.parse_args("--view-steps 25 --view-image-scale 1 --view-taylor".split())
-    assert train_rl.view_options(cheap) == {"steps": 25, "image_scale": 1.0, "taylor": True}
+    cheap = train_rl.parse_args("--view-steps 25 --view-taylor".split())
+    assert train_rl.view_options(cheap) == {"steps": 25, "taylor": True}
 
 
 @pytest.mark.slow

@@ -479,3 +479,15 @@ def verify(run: Run, several: dict[Tree, list[list[Path]]]) -> list[list[int]]:
 
 
 METHODS = {"search": search, "gate": gate}
+
+
+def hold_served_dialogues(
+    policy: RemotePolicy, questions: list[dict], simulator, mode: str, seed: int
+) -> tuple[list, SimulatorError | None]:
+    """-> a Trajectory or a SimulatorError per question, and the error by which a server stopped, or None."""
+    try:
+        if mode in METHODS:
+            return METHODS[mode](policy, questions, simulator, seed), None
+        return converse(policy, questions, simulator, mode, seed), None
+    except SimulatorError as error:
+        return error.results, error  # what is complete is kept

@@ -167,9 +167,7 @@ def train_sharded(folder):
         sum_gradients(adapters)
         norm = clip_gradients(adapters, 1e9)
         optimizer.step()
-    checkpoints.write_gathered(
-        folder / f"by_{world.size}", merged(network), checkpoints.contents(folder / "base")
-    )
+    checkpoints.write_gathered(folder / f"by_{world.size}", merged(network))
     state = checkpoints.training_tensors(network, optimizer)
     checkpoints.save_state(folder / "training", 2, state, {"norm": norm})
 
