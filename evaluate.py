@@ -43,8 +43,8 @@ from lib.answers import (
     Prediction,
     imagine_targets,
     load_triples,
-    oracle_views,
     trivial_views,
+    true_renders,
     with_keys,
 )
 from lib.consistency import compare
@@ -71,7 +71,7 @@ from lib.simulators import (
 )
 from lib.stage import bounded, has_extras, hold, need, newest, run_stage
 from lib.streams import stable_hash
-from policy import Policy, rollout
+from policy import Policy, newest_policy, rollout
 from rewards import exact_match, name_gold, option_letter
 from world_model import add_sampler_flags, sampler_options
 
@@ -346,8 +346,13 @@ def measure_simulators(args: argparse.Namespace, world: World) -> None:
     if scans:
         results = scan_views.measure_scans(args, rows, views, tools)
     else:
-        trivial, oracles = trivial_views(rows), oracle_views(rows)
-        results = compare(rows, {"simulators": views, "baselines": trivial, "oracles": oracles})
+        oracles = {"true render": true_renders(rows)}
+        if has_extras():
+            from extras.reprojection import warped_views
+
+            oracles["warp with true depth and pose"] = warped_views(rows)
+        baselines = trivial_views(rows)
+        results = compare(rows, {"simulators": views, "baselines": baselines, "oracles": oracles})
     print_consistency(results)
     results |= {"dose": {}, "chains": {}}
     if has_extras() and not scans:
@@ -438,12 +443,7 @@ def open_policy(args: argparse.Namespace, device: torch.device) -> tuple:
         name = f"{args.model} at {args.policy_url}"
         args.batch = args.batch or args.concurrency
     else:
-        name = args.policy or newest(("phase2", "phase1", "sft"))
-        if name is None:
-            fail(
-                "There is no phase2 or phase1 or sft in out/ yet. Train one with: python train_sft.py   "
-                "(or name one with --policy)"
-            )
+        name = args.policy or newest_policy()
         policy = Policy.load(name, device)
         # 64 dialogues of an 8B policy take some 100 GB
         args.batch = args.batch or (8 if policy.turn_limit >= PUBLISHED else 64)

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoImageProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -42,6 +41,7 @@ from lib.checkpoints import contents, misfits, write_gathered
 from lib.dialogue import Trajectory
 from lib.distributed import default_device, fail, is_main, say
 from lib.images import check_shape, load_image
+from lib.packing import padded
 from lib.protocol import NO_SIMULATOR, NOTE, PHRASES, SEAM
 from lib.records import write_json
 from lib.rollout import Layout, Writer
@@ -269,6 +269,14 @@ class Policy:
         """The language head: hidden states (..., width) -> logits (..., vocabulary), float32."""
         logits = self.model.lm_head(hidden).float()
         return logits.masked_fill(self.banned, -1e9)  # exp gives exactly 0
+
+
+def newest_policy() -> Path:
+    """The folder in out/ or out/demo/ of the policy that was trained last; ends the program if there is none."""
+    folder = newest(("phase2", "phase1", "sft"))
+    if folder is None:
+        fail("There is no policy in out/ yet. `python train_sft.py` trains one; or name one.")
+    return folder
 
 
 # ---- a folder that somebody else may have written -------------------------------------------------------------------
@@ -507,8 +515,7 @@ def collate(policy: Policy, trajectories: list[Trajectory], share: bool = False)
             features += t.features if branch == 0 else t.features[t.provenance.count(None) :]
 
     def table(lists: list[list]) -> torch.Tensor:
-        rows = [torch.tensor(row) for row in lists]
-        return pad_sequence(rows, batch_first=True).to(policy.device)
+        return padded([torch.tensor(row) for row in lists]).to(policy.device)
 
     return DialogueBatch(
         ids=ids.to(policy.device),
@@ -599,11 +606,7 @@ def main(argv: list[str] | None = None) -> None:
         options.append(text if re.match(r"[A-Z]\. ", text) else f"{chr(65 + i)}. {text}")
     images = [load_image(path) for path in args.images]
     question = {"question": args.ask, "options": options, "images": images}
-    path = args.model or newest(("phase2", "phase1", "sft"))
-    if path is None:
-        fail(
-            "There is no policy in out/ yet. Train one with: python train_sft.py   (or name one with --model)"
-        )
+    path = args.model or newest_policy()
     simulator = None if args.mode == "direct" else load_simulator("tuned", device, args.wm)
     try:
         policy = Policy.load(path, device)

@@ -39,7 +39,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3VLForConditionalGeneration
 
 import rewards
@@ -62,6 +61,7 @@ from lib.distributed import (
     unsharded,
 )
 from lib.images import with_pictures
+from lib.packing import padded
 from lib.records import Question, disk, load_jsonl, whole_folder
 from lib.rollout import cell_count
 from lib.stage import (
@@ -574,7 +574,7 @@ def update(
         for micro_batch in micro_batches(minibatch, micro_batch_cells):
             batch = collate(policy, [episode.trajectory for episode in micro_batch], share=True)
             logprobs, entropy = token_logprobs(policy, batch, TEMPERATURE)  # (B, L - 1) each
-            old = stack_logprobs([episode.old_logprobs for episode in micro_batch], policy.device)
+            old = padded([episode.old_logprobs for episode in micro_batch]).to(policy.device)
             advantages = logprobs.new_tensor([episode.advantage for episode in micro_batch])  # (B,)
             active = logprobs.new_tensor([not episode.idle for episode in micro_batch])
             loss_mask = batch.loss_mask * active[:, None]
@@ -582,9 +582,8 @@ def update(
             loss = grpo_loss(logprobs, old, advantages, loss_mask, clip_high)
             means.add("loss", loss.detach().double(), count)
             if kl_weight:
-                start = stack_logprobs(
-                    [episode.start_logprobs for episode in micro_batch], policy.device
-                )
+                start = padded([episode.start_logprobs for episode in micro_batch])
+                start = start.to(policy.device)
                 kl = kl_to_start(logprobs, start, loss_mask)
                 means.add("kl", kl.detach().double(), count)
                 loss = loss + kl_weight * kl
@@ -609,11 +608,6 @@ def update(
         "mismatch": global_max(mismatch),
         "grad_norm": sum(grad_norms) / len(grad_norms),
     }
-
-
-def stack_logprobs(vectors: list[Tensor], device: torch.device) -> Tensor:
-    """The log-probs of a batch's dialogues as one tensor (B, L - 1), zeros behind."""
-    return pad_sequence(vectors, batch_first=True).to(device)
 
 
 # ---- inputs and outputs ----------------------------------------------------------------------------------------------

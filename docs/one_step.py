@@ -24,6 +24,7 @@ import numpy as np
 
 from lib.dialogue import Trajectory
 from lib.distributed import fail, say
+from lib.images import load_image
 from lib.records import write_text
 from lib.scores import text_table
 from lib.stage import run_stage
@@ -125,12 +126,21 @@ class Recording(NamedTuple):
         return [ratios_by_hand(t, new_logprobs) for t, new_logprobs in pairs]
 
 
+def load_dialogue(folder: Path) -> Trajectory:
+    """The dialogue that `Trajectory.save` wrote, ready for `policy.collate`."""
+    record = json.loads((folder / "dialogue.json").read_text())
+    record["stream"] = tuple(record["stream"])
+    record["positions"] = [tuple(position) for position in record["positions"]]
+    numbers = range(1, len(record["provenance"]) + 1)
+    return Trajectory(**record, images=[load_image(folder / f"image_{n}.png") for n in numbers])
+
+
 def load_recording(folder: Path = RECORDING) -> Recording:
     """What `record` wrote."""
     dialogues = {}
     for kind in ("rollout", "direct"):
         count = len(list(folder.glob(f"{kind}_*")))
-        dialogues[kind] = [Trajectory.load(folder / f"{kind}_{i + 1}") for i in range(count)]
+        dialogues[kind] = [load_dialogue(folder / f"{kind}_{i + 1}") for i in range(count)]
     more = json.loads((folder / "recording.json").read_text())
     return Recording(dialogues["rollout"], dialogues["direct"], **more)
 

@@ -92,7 +92,7 @@ def score_row(row: SimulatorRow, folder: Path, data: Path) -> dict:
     `consistency.per_view` (n, 10) of all stays in folder/views.npz, with ids and rooms.
     """
     triples = load_triples(data / "triples_test.jsonl")
-    views = imagine_targets(WorldModel.load(folder), triples, title=row.name)
+    views = imagine_targets(WorldModel.load(folder), triples, folder / "views", title=row.name)
     recovered = consistency.recover_all(triples, views)[0]
     values = consistency.per_view(triples, views, recovered)
     ids = [triple["id"] for triple in triples]

@@ -8,7 +8,7 @@ It is what geometry alone can do with exact depth: nothing is invented where no 
 
 import numpy as np
 
-from lib.geometry import Array, Query, fill_holes, move_camera, pinhole, project, unproject
+from lib.geometry import Array, Query, move_camera, pinhole, project, unproject
 from lib.rooms import random_room, render
 from lib.simulators import read_instruction
 
@@ -67,3 +67,28 @@ def splat(xyz: Array, colours: Array, c2w: Array, size: int) -> tuple[Array, Arr
     view[row[far_to_near], column[far_to_near]] = colours[far_to_near]
     covered[row[far_to_near], column[far_to_near]] = True
     return view, covered
+
+
+def fill_holes(view: Array, mask: Array) -> Array:
+    """Let pixels outside `mask` (H, W) take the colour of the nearest one inside (in steps up, down, left, right)."""
+    view = view.copy()
+    known = mask.copy()
+    while known.any() and not known.all():
+        view_before = view.copy()
+        known_before = known.copy()
+        for axis, step in ((1, 1), (1, -1), (0, 1), (0, -1)):
+            from_there = np.roll(known_before, step, axis)
+            edge = 0 if step == 1 else -1  # np.roll wraps round: undo
+            from_there[(slice(None),) * axis + (edge,)] = False
+            take = from_there & ~known
+            view[take] = np.roll(view_before, step, axis)[take]
+            known |= take
+    return view
+
+
+def warped_views(rows: list[dict]) -> list[Array]:
+    """Rows of `answers.load_triples` -> their context warped by the target's true depth and pose, holes filled.
+
+    No bar: a simulator need not beat what it is not told.
+    """
+    return [fill_holes(row["warp"][..., :3], row["warp"][..., 3] > 0) for row in rows]

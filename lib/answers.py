@@ -27,7 +27,6 @@ from lib.geometry import (
     Motion,
     Query,
     decompose,
-    fill_holes,
     move_camera,
 )
 from lib.images import PictureError, read, read_warp, save_image
@@ -200,37 +199,37 @@ def query_of(row: dict) -> Query:
 
 
 def imagine_targets(
-    simulator, rows: list[dict], folder=None, batch: int = 64, title: str = "imagine"
+    simulator, rows: list[dict], folder: str | Path, batch: int = 64, title: str = "imagine"
 ) -> list[Array]:
     """The view that the simulator gives for every triple; kept in `folder` so that a killed run continues.
 
+    simulator   None, if all views lie there
     Raises SimulatorError if a server fails, once the views that it gave are kept.
     """
     views = []
     for start in tqdm(range(0, len(rows), batch), desc=title, unit="batch", disable=not is_main()):
-        views += imagine_batch(simulator, rows[start : start + batch], folder and Path(folder))
+        views += imagine_batch(simulator, rows[start : start + batch], Path(folder))
     return views
 
 
-def imagine_batch(simulator, rows: list[dict], folder: Path | None) -> list[Array]:
+def imagine_batch(simulator, rows: list[dict], folder: Path) -> list[Array]:
     """`imagine_targets` of rows that are imagined together, but for those whose views lie in the folder."""
-    files = [folder and view_file(folder, row) for row in rows]
-    missing = [i for i, file in enumerate(files) if not (file and file.exists())]
+    files = [view_file(folder, row) for row in rows]
+    missing = [i for i, file in enumerate(files) if not file.exists()]
     failure = None
     try:
         fresh = simulator.imagine([query_of(rows[i]) for i in missing]) if missing else []
     except SimulatorError as error:
         failure = error
         fresh = error.results
-    new = dict(zip(missing, fresh, strict=failure is None))  # an error may bring no results
-    for i, view in new.items():
-        if files[i] and not isinstance(view, SimulatorError):
-            save_image(files[i], np.asarray(view))
+    for i, view in zip(missing, fresh, strict=failure is None):  # an error may bring no results
+        if not isinstance(view, SimulatorError):
+            save_image(files[i], view)
     if failure:
         raise failure
     views = []
-    for i, row in enumerate(rows):
-        view = np.asarray(new[i]) if i in new else read(files[i])
+    for row, file in zip(rows, files, strict=True):
+        view = read(file)
         shape = row["context"][row["reference"] - 1].shape  # the target's shape as well
         if view.shape != shape:
             view = np.asarray(Image.fromarray(view).resize(shape[1::-1], Image.BICUBIC))
@@ -252,14 +251,10 @@ def trivial_views(rows: list[dict]) -> dict[str, list[Array]]:
     return {"copy of the reference": copies, "mean image": means, "nearest context view": nearest}
 
 
-def oracle_views(rows: list[dict]) -> dict[str, list[Array]]:
-    """What only the room itself can give, {name: views}: context warped by the target's depth and pose; true render.
-
-    The warp's holes take the nearest colour. No bar: a simulator need not beat them.
-    """
-    warped, true = [], []
+def true_renders(rows: list[dict]) -> list[Array]:
+    """What only the room itself can give: its picture from the target's camera."""
+    views = []
     for row in rows:
         room = random_room(row["room"])
-        warped.append(fill_holes(row["warp"][..., :3], row["warp"][..., 3] > 0))
-        true.append(render(room, row["target_c2w"], len(row["target"]))["rgb"][0])
-    return {"warp with true depth and pose": warped, "true render": true}
+        views.append(render(room, row["target_c2w"], len(row["target"]))["rgb"][0])
+    return views

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lib.geometry import Query, move_camera
-from lib.images import contact_sheet, load_image, save_image
+from lib.images import contact_sheet, save_image
 from lib.protocol import (
     CALL_FIRST,
     ENOUGH,
@@ -227,21 +227,12 @@ class Trajectory:
         self.loss_weights += loss_weights or [float(mask)] * len(ids)
 
     def save(self, folder: str | Path) -> None:
-        """Write dialogue.json and image_1.png, image_2.png, ... `load` gives the dialogue back, ready for `collate`."""
+        """Write dialogue.json and image_1.png, image_2.png, ... (docs/one_step.py reads them back)."""
         record = {k: v for k, v in vars(self).items() if k not in ("images", "features")}
         record["question"] = {k: v for k, v in self.question.items() if k != "images"}
         for number, image in enumerate(self.images, 1):
             save_image(Path(folder) / f"image_{number}.png", image)
         write_text(Path(folder) / "dialogue.json", json.dumps(record) + "\n")
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Trajectory":
-        """The dialogue that `save` wrote."""
-        record = json.loads((Path(folder) / "dialogue.json").read_text())
-        record["stream"] = tuple(record["stream"])
-        record["positions"] = [tuple(position) for position in record["positions"]]
-        numbers = range(1, len(record["provenance"]) + 1)
-        return cls(**record, images=[load_image(Path(folder) / f"image_{n}.png") for n in numbers])
 
     def transcript(self) -> str:
         """The dialogue for people."""

@@ -259,20 +259,3 @@ def coverage(target_depth: Array, mask: Array) -> float:
     """Share of the valid target pixels that some context view sees (paper: accepted if >= 0.85)."""
     valid = target_depth > 0
     return float(mask[valid].mean()) if valid.any() else 0.0
-
-
-def fill_holes(view: Array, mask: Array) -> Array:
-    """Let pixels outside `mask` (H, W) take the colour of the nearest one inside (in steps up, down, left, right)."""
-    view = view.copy()
-    known = mask.copy()
-    while known.any() and not known.all():
-        view_before = view.copy()
-        known_before = known.copy()
-        for axis, step in ((1, 1), (1, -1), (0, 1), (0, -1)):
-            from_there = np.roll(known_before, step, axis)
-            edge = 0 if step == 1 else -1  # np.roll wraps round: undo
-            from_there[(slice(None),) * axis + (edge,)] = False
-            take = from_there & ~known
-            view[take] = np.roll(view_before, step, axis)[take]
-            known |= take
-    return view

@@ -32,7 +32,7 @@ NEVER_SEEN = 2**30  # the order, and in a context the position, of padding: late
 
 
 class Tokens(NamedTuple):
-    """What is known of each token of B sequences, (B, N) integers each; see the top of this file."""
+    """What is known of each token of B sequences, (B, N) integers each, or of one token, integers: see the top."""
 
     position: Tensor
     order: Tensor
@@ -166,16 +166,7 @@ class Pack(NamedTuple):
 # ---- packing -------------------------------------------------------------------------------------------------------------
 
 
-class TokenRow(NamedTuple):
-    """What `Tokens` knows of one token."""
-
-    position: int
-    order: int
-    sample: int
-    branch: int
-
-
-PADDING = TokenRow(0, NEVER_SEEN, sample=-1, branch=0)  # sees padding, and is seen by padding alone
+PADDING = Tokens(0, NEVER_SEEN, sample=-1, branch=0)  # sees padding, and is seen by padding alone
 
 
 class Sequence:
@@ -185,7 +176,7 @@ class Sequence:
         self.markers = markers
         self.samples = 0
         self.ids = []  # of the und tokens
-        self.und = []  # a TokenRow each
+        self.und = []  # Tokens of one each
         self.gen = []  # the same of the gen tokens
         self.vit_images = []  # (VitImage, where its features begin among the und tokens)
         self.vae_images = []
@@ -202,7 +193,7 @@ class Sequence:
             length = len(segment.ids) if is_text else 1
             next_position[segment.branch] = position + length
             if segment.keep:
-                self.add_segment(segment, TokenRow(position, order, self.samples, segment.branch))
+                self.add_segment(segment, Tokens(position, order, self.samples, segment.branch))
                 order += length
         self.samples += 1
 
@@ -292,6 +283,6 @@ def padded(tensors, fill=0):
 
 
 def token_rows(lists):
-    """The TokenRows of B sequences -> (B, longest, 4)."""
+    """The Tokens of B sequences, one by one -> (B, longest, 4)."""
     longest = max(map(len, lists))
     return torch.tensor([rows + [PADDING] * (longest - len(rows)) for rows in lists])

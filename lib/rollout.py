@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
 from lib.distributed import fail
-from lib.packing import compiled_once
+from lib.packing import compiled_once, padded
 from lib.streams import sample_tokens
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -119,23 +119,22 @@ class Writer:
 
     def feed(self, n: int) -> None:
         """Bring the cache of the first n rows up to date, to all tokens but the last."""
-        starts = torch.tensor([self.filled[d] for d in self.order[:n]])
-        longest = max(len(self.dialogues[d].ids) - 1 - self.filled[d] for d in self.order[:n])
-        if longest <= 0:
-            return
-        ids = torch.full((n, longest), self.policy.tokenizer.pad_token_id)
-        positions = torch.zeros(3, n, longest, dtype=torch.long)
-        features = []
-        for row, d in enumerate(self.order[:n]):
+        ids, positions, features, starts = [], [], [], []
+        for d in self.order[:n]:
             dialogue, start = self.dialogues[d], self.filled[d]
-            new = dialogue.ids[start:-1]
-            ids[row, : len(new)] = torch.tensor(new)
-            positions[:, row, : len(new)] = torch.tensor(dialogue.positions[start:-1]).T
+            ids.append(torch.tensor(dialogue.ids[start:-1], dtype=torch.long))
+            positions.append(torch.tensor(dialogue.positions[start:-1]))
             features += dialogue.features[self.n_images[d] :]
-            self.filled[d] += len(new)
+            starts.append(start)
+            self.filled[d] += len(ids[-1])
             self.n_images[d] = len(dialogue.features)
+        ids = padded(ids, self.policy.tokenizer.pad_token_id)  # (n, m)
+        if not ids.numel():
+            return
+        positions = padded(positions).movedim(-1, 0)  # (3, n, m)
         device = self.policy.device
-        mask = self.cache.aim(starts[:, None] + torch.arange(longest), device)
+        slots = torch.tensor(starts)[:, None] + torch.arange(ids.shape[1])
+        mask = self.cache.aim(slots, device)
         features = torch.cat(features, 1) if features else None
         self.policy.hidden(ids.to(device), positions.to(device), mask, features, self.cache)
 

@@ -147,8 +147,7 @@ def begin(
             need(path, command)
     hold(out)
     if has_begun:
-        defaults = {key_of(flag): getattr(flag, args.preset) for flag in flags}
-        compare_with_earlier_run(out, settings, inputs, defaults)
+        compare_with_earlier_run(out, settings, inputs)
     if is_main():
         record = {"stage": title, "commit": commit_of_code(), **settings, "inputs": inputs}
         write_json(out / "args.json", record)

@@ -191,22 +191,19 @@ def fingerprints(settings: dict) -> dict[str, str]:
     return found
 
 
-def compare_with_earlier_run(out: Path, settings: dict, inputs: dict, defaults: dict) -> None:
-    """Stop with a sentence where `out` holds a run with other flags, or one that is finished; say what else changed.
-
-    defaults   of the flags: a run that began before a flag was there went by its default
-    """
+def compare_with_earlier_run(out: Path, settings: dict, inputs: dict) -> None:
+    """Stop with a sentence where `out` holds a run with other flags, or one that is finished; say what else changed."""
     done = None
     try:
         if (out / "done.json").exists():
             done = parse_object((out / "done.json").read_text())
-        before = defaults | parse_object((out / "args.json").read_text())
+        before = parse_object((out / "args.json").read_text())
     except (OSError, ValueError):
         fail(f"args.json or done.json of {out} cannot be read. Remove it, or give another --out.")
     changed = []
     for key, value in settings.items():
-        if before[key] != value:
-            changed.append(f"--{key.replace('_', '-')} {before[key]} (now {value})")
+        if before.get(key) != value:
+            changed.append(f"--{key.replace('_', '-')} {before.get(key)} (now {value})")
     if changed:
         fail(f"{out} holds a run with {', '.join(changed)}. Give another --out, or remove {out}.")
     if done:

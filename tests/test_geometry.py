@@ -14,7 +14,6 @@ from lib.geometry import (
     decompose,
     dominant_component,
     dominant_motion,
-    fill_holes,
     move_camera,
     pinhole,
     project,
@@ -162,25 +161,6 @@ def test_what_may_stand_beside_the_dominant_component():
         start, end = camera_pose(0, 0, 0, 0, pitch), camera_pose(0, 0, 1, 0, pitch)
         assert dominant_motion(start, rolled(end, 26)) is None
         assert dominant_motion(start, rolled(end, 4)) == Motion("dy", 1.0)
-
-
-def test_holes_take_the_nearest_colour_and_none_from_across_the_edge():
-    view, seen = np.zeros((1, 5, 3), np.uint8), np.array([[True, False, True, False, False]])
-    view[0, 0], view[0, 2] = (255, 0, 0), (0, 255, 0)
-    want = np.array([[255, 0, 0], [255, 0, 0], [0, 255, 0], [0, 255, 0], [0, 255, 0]])
-    for turn in (
-        lambda x: x,
-        lambda x: x[:, ::-1],
-        lambda x: x.swapaxes(0, 1),
-        lambda x: x[:, ::-1].swapaxes(0, 1),
-    ):
-        filled = fill_holes(turn(view), turn(seen))
-        ours = turn(want[None])
-        assert (filled[turn(seen)] == turn(view)[turn(seen)]).all()
-        ends = turn(
-            np.array([[False, False, False, True, True]])
-        )  # the one between may take either
-        assert (filled[ends] == ours[ends]).all()
 
 
 def test_decompose_tells_translation_in_the_axes_of_the_source():

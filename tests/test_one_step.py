@@ -1,5 +1,7 @@
 """docs/one-step.md: the recorded step by hand, against the trainer and against the page. `pytest tests/test_one_step.py`"""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ import torch
 import rewards
 import train_rl
 from docs import one_step
+from lib.dialogue import Trajectory
+from lib.packing import padded
 from lib.protocol import parse_turn
 
 # what score_by_hand, surrogate_by_hand and the page itself spell out
@@ -26,14 +30,25 @@ def episodes(recording):
     return groups[0]
 
 
+def test_a_dialogue_is_saved_and_loaded(recording, tmp_path):
+    dialogue = recording.rollouts[0]
+    dialogue.save(tmp_path)
+    again = one_step.load_dialogue(tmp_path)
+    for field in fields(Trajectory):
+        if field.name != "images":
+            assert getattr(again, field.name) == getattr(dialogue, field.name), field.name
+    assert all(map(np.array_equal, again.images, dialogue.images))
+    assert again.transcript() == dialogue.transcript()
+
+
 def trainers_loss(recording, episodes, new_logprobs):
     """grpo_loss per token of the group. new_logprobs: per rollout (L,)"""
-    old = train_rl.stack_logprobs([episode.old_logprobs for episode in episodes], "cpu")
+    old = padded([episode.old_logprobs for episode in episodes])
     new = [torch.tensor(logprobs[1:]) for logprobs in new_logprobs]
     masks = [torch.tensor(t.loss_mask[1:]).float() for t in recording.rollouts]
     advantages = torch.tensor([episode.advantage for episode in episodes])
-    mask = train_rl.stack_logprobs(masks, "cpu")
-    loss = train_rl.grpo_loss(train_rl.stack_logprobs(new, "cpu"), old, advantages, mask)
+    mask = padded(masks)
+    loss = train_rl.grpo_loss(padded(new), old, advantages, mask)
     return float(loss / sum(episode.n_tokens for episode in episodes))
 
 

@@ -102,20 +102,6 @@ def test_the_same_command_continues_and_other_flags_are_refused(tmp_path, capsys
     assert left.value.code == 0 and "is finished (1 steps" in capsys.readouterr().out
 
 
-def test_a_flag_that_is_new_since_a_run_began_had_its_default(tmp_path):
-    """An old run goes on by the default of its preset, and is not taken over by another value."""
-    out = tmp_path / "stage"
-    begin("stage", arguments(out), FLAGS)
-    (out / "training").mkdir()
-    begin("stage", arguments(out, share=0.5), FLAGS)
-    file = out / "args.json"
-    before = json.loads(file.read_text())
-    del before["share"]
-    file.write_text(json.dumps(before))
-    with pytest.raises(SystemExit, match="--share 0.5 .now 1.0."):
-        begin("stage", arguments(out, share=1.0), FLAGS)
-
-
 def test_a_resumed_run_says_which_inputs_have_changed(tmp_path, capsys):
     rows = tmp_path / "data" / "rows.jsonl"
     rows.parent.mkdir()

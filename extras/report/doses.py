@@ -70,10 +70,10 @@ def measure_doses(rows: list[dict], folders: dict) -> dict[str, dict]:
 # ---- chains ----------------------------------------------------------------------------------------------------------
 
 
-def chained_rows(simulator, rows: list[dict], folder: Path | None = None) -> list[dict]:
+def chained_rows(simulator, rows: list[dict], folder: Path) -> list[dict]:
     """Triples with a `first_step`, but with the simulator's own view after it as the last of the context.
 
-    folder   of `imagine_targets`: with it a simulator of None stands for the views that lie there
+    folder   of `imagine_targets`: a simulator of None stands for the views that lie there
     """
     seconds = [row for row in rows if "first_step" in row]
     firsts = {}

@@ -19,12 +19,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from extras.reprojection import fill_holes
 from extras.scans.depth_files import read_depth
 from extras.scans.frames import PosedView
 from extras.scans.readers import opencv
 from lib.answers import trivial_views
 from lib.consistency import pose_errors, summary_of
-from lib.geometry import decompose, fill_holes
+from lib.geometry import decompose
 
 MATCHER = "zju-community/efficientloftr"  # Apache; ETH-CVG/lightglue_superpoint fits as well
 DETECTOR = "IDEA-Research/grounding-dino-tiny"

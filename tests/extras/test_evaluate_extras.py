@@ -18,7 +18,7 @@ from extras.benches import common
 from extras.benches.mindcube import make_mindcube
 from extras.remote import client
 from extras.remote.endpoint import raise_if_down
-from extras.report import pages, real_views, scan_views
+from extras.report import pages, real_views, scan_views, search
 from extras.report.doses import DOSES, dose_rows
 from lib.answers import load_triples, with_keys
 from lib.dialogue import Trajectory
@@ -125,7 +125,7 @@ def test_a_server_that_refuses_one_mode_stops_there_and_a_refused_rest_does_not(
     scripted(monkeypatch, lambda q, mode: "B")
     ask_into(tmp_path, questions[:1], "forced")
     policy.endpoint.served = True
-    monkeypatch.setattr(client, "converse", refuse)
+    monkeypatch.setattr(search, "converse", refuse)
     with pytest.raises(SystemExit, match="no tools The answers so far are in"):
         ask_into(tmp_path / "new", questions, "forced", policy)
     row = ask_into(tmp_path, questions, "forced", policy)["q1"]
@@ -164,7 +164,7 @@ def test_old_answers_of_a_url_are_told(place, tmp_path, monkeypatch, capsys):
     def served(policy, questions, simulator, mode, seed):
         return [Trajectory(q, mode, answer="B", turns=["<answer>B</answer>"]) for q in questions]
 
-    monkeypatch.setattr(client, "converse", served)
+    monkeypatch.setattr(search, "converse", served)
     own = [
         "--data",
         str(place / "data"),

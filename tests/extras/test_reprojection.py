@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from test_consistency import ROWS, query
 
-from extras.reprojection import Reprojection, points, splat
+from extras.reprojection import Reprojection, fill_holes, points, splat
 from lib.consistency import recover_all, score_views
-from lib.geometry import Motion, fill_holes, move_camera
+from lib.geometry import Motion, move_camera
 
 
 @pytest.mark.slow
@@ -43,3 +43,22 @@ def test_splat_keeps_the_nearest_and_holes_take_the_nearest_colour():
     assert (fill_holes(black, np.zeros((4, 4), bool)) == 0).all()
     where, rgb = points(view, np.array([[1.0, 0, 0, 0]] * 4), np.eye(4), fine=2)
     assert where.shape == (16, 3) and rgb.shape == (16, 3)
+
+
+def test_holes_take_the_nearest_colour_and_none_from_across_the_edge():
+    view, seen = np.zeros((1, 5, 3), np.uint8), np.array([[True, False, True, False, False]])
+    view[0, 0], view[0, 2] = (255, 0, 0), (0, 255, 0)
+    want = np.array([[255, 0, 0], [255, 0, 0], [0, 255, 0], [0, 255, 0], [0, 255, 0]])
+    for turn in (
+        lambda x: x,
+        lambda x: x[:, ::-1],
+        lambda x: x.swapaxes(0, 1),
+        lambda x: x[:, ::-1].swapaxes(0, 1),
+    ):
+        filled = fill_holes(turn(view), turn(seen))
+        ours = turn(want[None])
+        assert (filled[turn(seen)] == turn(view)[turn(seen)]).all()
+        ends = turn(
+            np.array([[False, False, False, True, True]])
+        )  # the one between may take either
+        assert (filled[ends] == ours[ends]).all()
