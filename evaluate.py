@@ -29,7 +29,6 @@ why an answer is right or wrong.
 
 import argparse
 import gc
-import re
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -98,7 +97,7 @@ class Condition(NamedTuple):
 
     mode: str
     simulator: str
-    settings: dict  # answers.SETTINGS
+    settings: dict  # "version" and what follows it in answers.Prediction
 
 
 # ---- the bench ------------------------------------------------------------------------------------------------------
@@ -166,6 +165,8 @@ def ask_missing(
 ) -> None:
     """Ask this process's share of what has no answer for good yet; every batch goes to predictions.jsonl at once.
 
+    Raises SimulatorError if a server stops.
+
     bench       `Rooms`, or what has its methods;  simulator: anything with imagine(queries), or None
     args        with `out`, the folder, and `batch`, dialogues at once: memory and speed only
     """
@@ -180,22 +181,16 @@ def ask_missing(
             f"Old answers of {source} in {out} count again, whatever serves there now; to ask anew, give "
             f"another --out."
         )
-    missing = [pair for pair in with_keys(questions) if pair[0] not in final]
-    own = missing[world.rank :: world.size]
+    share = with_keys(questions)[world.rank :: world.size]
+    own = [pair for pair in share if pair[0] not in final]
     title = f"{condition.mode}, {condition.simulator}"
     silent = not own or not is_main()
-    try:
-        for start in tqdm(range(0, len(own), args.batch), title, unit="batch", disable=silent):
-            pairs = own[start : start + args.batch]
-            predictions, stop = ask_batch(policy, bench, pairs, condition, simulator, args)
-            answers.append_predictions(out, world, predictions)
-            if stop:
-                raise stop
-    except KeyboardInterrupt:
-        say(f"Stopped. The answers so far are in {out}; the same command goes on from there.")
-        raise SystemExit(130) from None
-    except SimulatorError as error:
-        fail(f"{error} The answers so far are in {out}; the same command goes on from there.")
+    for start in tqdm(range(0, len(own), args.batch), title, unit="batch", disable=silent):
+        pairs = own[start : start + args.batch]
+        predictions, stop = ask_batch(policy, bench, pairs, condition, simulator, args)
+        answers.append_predictions(out, predictions)
+        if stop:
+            raise stop
 
 
 def ask_batch(
@@ -376,15 +371,12 @@ def imagine_share(args, name: str, rows: list[dict], folder: Path, device: torch
     """The views of one simulator for these rows, into its folder; it is gone from memory afterwards."""
     if name.startswith(URLS) and folder.exists():
         say(f"Views of {name} that lie in {folder} are not imagined again; remove it to ask anew.")
-    try:
-        simulator = load_simulator(name, device, args.wm, **args.sampler)
-        imagine_targets(simulator, rows, folder, args.batch or 64, name)
-        if has_extras():
-            from extras.report.doses import chained_rows
+    simulator = load_simulator(name, device, args.wm, **args.sampler)
+    imagine_targets(simulator, rows, folder, args.batch or 64, name)
+    if has_extras():
+        from extras.report.doses import chained_rows
 
-            imagine_targets(simulator, chained_rows(simulator, rows, folder), folder)
-    except SimulatorError as error:
-        fail(f"{error} The views so far are in {folder}; the same command goes on from there.")
+        imagine_targets(simulator, chained_rows(simulator, rows, folder), folder)
 
 
 # ---- the questions, the policy and the conditions -------------------------------------------------------------------
@@ -417,7 +409,8 @@ def worth_asking(args: argparse.Namespace, questions: list[dict]) -> None:
             f"there is nothing to measure. Give the published file with --data, or a larger --limit."
         )
     images = [str(image) for question in questions for image in question["images"]]
-    if not any(Path(re.sub(r"\.mp4#\d+/\d+$", ".mp4", image)).exists() for image in images):
+    # a frame of a video is called video.mp4#3/32
+    if not any(Path(image.partition("#")[0]).exists() for image in images):
         example = f" (the first would be {images[0]})" if images else ""
         fail(
             f"Not one image of the {len(questions)} questions of --bench {args.bench} is there{example}. Unpack "
@@ -458,7 +451,8 @@ def conditions_of(args: argparse.Namespace, policy: str) -> list[Condition]:
         modes = (*MODES, "official") if args.bench in OWN_WORDS else MODES
     conditions = []
     for mode in modes:
-        for name in ("none",) if mode in TOOLLESS else args.simulator:
+        has_tool = mode not in TOOLLESS
+        for name in args.simulator if has_tool else ("none",):
             settings = {
                 "version": answers.VERSION,
                 "policy": fingerprint(policy),
@@ -466,10 +460,8 @@ def conditions_of(args: argparse.Namespace, policy: str) -> list[Condition]:
                 "max_new_tokens": args.max_new_tokens,
                 "frames": args.frames,
                 "mode": mode,
-                "weights": "none",
+                "weights": fingerprint(name, args.wm, args.sampler) if has_tool else "none",
             }
-            if mode not in TOOLLESS:
-                settings["weights"] = fingerprint(name, args.wm, args.sampler)
             conditions.append(Condition(mode, name, settings))
     return conditions
 
@@ -595,9 +587,6 @@ def main(argv: list[str] | None = None) -> None:
         check_policy(policy)
     say(f"{args.bench}: {len(questions)} questions, policy {name} on {world.device}")
     conditions = conditions_of(args, name)
-    if is_main():
-        answers.gather_predictions(out)
-    wait_for_all()
     for name_of_simulator in dict.fromkeys(condition.simulator for condition in conditions):
         simulator = load_simulator(name_of_simulator, world.device, args.wm, **args.sampler)
         for condition in conditions:
@@ -608,7 +597,6 @@ def main(argv: list[str] | None = None) -> None:
     wait_for_all()
     if not is_main():
         return
-    answers.gather_predictions(out)
     records = {}
     for condition in conditions:
         rows = answers.load_predictions(out, condition.settings, questions)

@@ -20,7 +20,7 @@ Recipes of the paper's Table 3 (experiments/policy.py), as long as the 6 + 100 s
   usage bonus only    --phase 1 --steps 106
   direct answers      --phase 1 --steps 106 --mode direct                         ours: no tool
 
-Out: the policy, log.jsonl (its keys: LOG, below), dialogues/ (words and pictures of each evaluation), curves.png.
+Out: the policy, log.jsonl (its keys: LOG, below), dialogues/ (words and pictures of each evaluation), curves.png (extras/).
 
 Ours, where the paper is silent: astra divides advantages by the group's deviation, as GRPO is usually written; tiny does
 not, since that makes the bonus of a needless call as loud as a wrong answer, and holds the policy near its start a
@@ -344,21 +344,18 @@ def sample_groups(
     args   seed, max_new_tokens and rows count
     """
     seed = stream_seed("run", args.seed, mode, step)
-    try:
-        with unsharded(policy.model):
-            trajectories = rollout(
-                policy,
-                questions,
-                simulator,
-                mode,
-                size,
-                temperature,
-                seed,
-                max_new_tokens=args.max_new_tokens,
-                rows=args.rows,
-            )
-    except simulators.SimulatorError as error:
-        fail(f"{error} The same command goes on from the last checkpoint.")
+    with unsharded(policy.model):
+        trajectories = rollout(
+            policy,
+            questions,
+            simulator,
+            mode,
+            size,
+            temperature,
+            seed,
+            max_new_tokens=args.max_new_tokens,
+            rows=args.rows,
+        )
     starts = range(0, len(trajectories), size)
     return [trajectories[start : start + size] for start in starts]
 
@@ -563,8 +560,7 @@ def update(
     if not minibatches:
         return {"tokens": 0.0}
     means = Means(("loss", "entropy", "clipped_low", "clipped_high", "kl"))
-    ratio_max = torch.zeros((), device=policy.device)
-    mismatch = torch.zeros((), device=policy.device)
+    largest_ratios, mismatches = [], []  # of the passes
     tokens_learned = 0.0
     grad_norms = []
     for minibatch in minibatches:
@@ -594,18 +590,18 @@ def update(
             stats = clip_stats(ratio, advantages, clip_high) | {"entropy": entropy}
             for key, values in stats.items():
                 means.add(key, (values * loss_mask).sum().double(), count)
-            ratio_max = torch.maximum(ratio_max, (ratio * loss_mask).max())
+            largest_ratios.append((ratio * loss_mask).max())
             if first_step:
                 difference = (logprobs.detach() - batch.logprobs).abs() * loss_mask
-                mismatch = torch.maximum(mismatch, difference.max())
+                mismatches.append(difference.max())
         sum_gradients(policy.model.parameters())  # of adapters, if any
         grad_norms.append(clip_gradients(policy.model.parameters(), MAX_GRAD_NORM))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return means.read() | {
         "tokens": tokens_learned,
-        "ratio_max": global_max(ratio_max),
-        "mismatch": global_max(mismatch),
+        "ratio_max": global_max(max(largest_ratios)),
+        "mismatch": global_max(max(mismatches)),
         "grad_norm": sum(grad_norms) / len(grad_norms),
     }
 

@@ -352,11 +352,8 @@ def fact_labels(facts: dict) -> list[int]:
 
 def angle_labels(facts: dict) -> list[int]:
     """Where an image shows each of COLOURS: the index into ANGLES, the number of them where it does not."""
-    absent = len(ANGLES)
-    return [
-        ANGLES.index(facts["angle"][colour]) if colour in facts["angle"] else absent
-        for colour in COLOURS
-    ]
+    present = {colour: ANGLES.index(angle) for colour, angle in facts["angle"].items()}
+    return [present.get(colour, len(ANGLES)) for colour in COLOURS]
 
 
 # ---- scripts: turns as (text, weight of its tokens in the loss) ------------------------------------------------------

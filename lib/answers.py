@@ -1,12 +1,11 @@
 """
 The answers of an evaluation on disk: a policy's in predictions.jsonl, a simulator's as views of triples.
 
-Every answer of a policy is a line, written batch by batch, so that a killed run loses one batch and goes on. Alone, a
-process writes the file itself; of several (torchrun), each writes predictions_rank<k>.jsonl beside it, and
-`gather_predictions` brings them together, at the end and at the beginning of the next run, with however many processes.
-A line says which policy, settings and simulator it is of (SETTINGS): those of others stay and are not counted. A
-question that could not be asked, or not with all its images, has a line too and counts; the next run asks it again
-(`failure`). Imagined views are files in views/, named after what they show, and a line names its own.
+Every answer of a policy is a line, written batch by batch, so that a killed run loses one batch and goes on, with however
+many processes (torchrun): all of them add to the one file. A line says which policy, settings and simulator it is of
+(`evaluate.Condition`): those of others stay and are not counted. A question that could not be asked, or not with all its
+images, has a line too and counts; the next run asks it again (`failure`). Imagined views are files in views/, named
+after what they show, and a line names its own.
 """
 
 import functools
@@ -20,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from lib.distributed import World, fail, is_main
+from lib.distributed import fail, is_main
 from lib.geometry import (
     DEGREES_PER_METER,
     Array,
@@ -31,13 +30,12 @@ from lib.geometry import (
 )
 from lib.images import PictureError, read, read_warp, save_image
 from lib.protocol import check_triple
-from lib.records import Triple, disk, load_jsonl, read_log, write_text
+from lib.records import Triple, disk, load_jsonl, read_log
 from lib.rooms import random_room, render
 from lib.simulators import SimulatorError, instruction
 from lib.streams import stable_hash, stream_seed
 
 VERSION = 5  # of what a line holds; lines of another one stay as well
-SETTINGS = ("version", "policy", "seed", "max_new_tokens", "frames", "mode", "weights")
 NO_FAILURE = (False, 0)  # the `failure` of an answer for good
 LARGE = 128  # pixels: from here on a view is a JPEG
 
@@ -76,7 +74,7 @@ class Prediction(TypedDict):
     error: str | None  # why it could not be asked
     missing_images: int
     diagnosis: dict | None  # of extras/report/diagnosis.py
-    # the run (SETTINGS)
+    # the settings of its `evaluate.Condition`
     version: int
     policy: str
     seed: int
@@ -110,40 +108,27 @@ def failure(row: dict) -> tuple[bool, int]:
 # ---- predictions.jsonl ----------------------------------------------------------------------------------------------
 
 
-def append_predictions(out: Path, world: World, rows: list[Prediction]) -> None:
-    """Add lines to this process's file."""
-    name = "predictions.jsonl" if world.size == 1 else f"predictions_rank{world.rank}.jsonl"
+def append_predictions(out: Path, rows: list[Prediction]) -> None:
+    """Add lines, behind an empty one: a kill may have cut off the last."""
     out.mkdir(parents=True, exist_ok=True)
-    with disk(out / name), open(out / name, "a") as lines:
-        lines.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def gather_predictions(out: Path) -> None:
-    """Bring all lines into predictions.jsonl, on one rank while no other writes: the first answer to a question counts.
-
-    A failure gives way to an answer, and to a later failure that is no worse.
-    """
-    files_of_ranks = sorted(out.glob("predictions_rank*.jsonl"))
-    lines = {}
-    for file in [out / "predictions.jsonl", *files_of_ranks]:
-        for row in read_log(file):
-            identity = json.dumps([row.get(key) for key in (*SETTINGS, "key", "digest")])
-            before = failure(lines.setdefault(identity, row))
-            if before > NO_FAILURE and failure(row) <= before:
-                lines[identity] = row
-    text = "".join(json.dumps(row) + "\n" for row in lines.values())
-    write_text(out / "predictions.jsonl", text)
-    for file in files_of_ranks:
-        file.unlink()
+    text = "\n" + "".join(json.dumps(row) + "\n" for row in rows)
+    file = out / "predictions.jsonl"
+    with disk(file), open(file, "ab") as lines:  # in one piece, whatever other processes add
+        lines.write(text.encode())
 
 
 def load_predictions(out: Path, settings: dict, questions: list[dict]) -> dict[str, Prediction]:
-    """{key: prediction} of the questions that were asked with these SETTINGS, failures among them."""
+    """{key: prediction} of the questions that were asked with these settings, failures among them.
+
+    The first answer to a question counts. A failure gives way to an answer, and to a later failure that is no worse.
+    """
     digests = {key: digest(question) for key, question in with_keys(questions)}
     predictions = {}
     for row in read_log(out / "predictions.jsonl"):
         if settings.items() <= row.items() and digests.get(row.get("key")) == row.get("digest"):
-            predictions[row["key"]] = row
+            before = failure(predictions.setdefault(row["key"], row))
+            if before > NO_FAILURE and failure(row) <= before:
+                predictions[row["key"]] = row
     return predictions
 
 

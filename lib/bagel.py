@@ -23,7 +23,6 @@ are decided without waiting for the device.
 """
 
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -105,24 +104,23 @@ class Settings:
                 raise ValueError(
                     f"config.json asks for {key}, which this version of the code does not know."
                 )
-            if not cls.takes(key, value, defaults[key]):
+            is_choice = value in CHOICES.get(key, (value,))
+            if not is_choice or not is_like(value, defaults[key]):
                 raise ValueError(
                     f"config.json: {key} is {value!r}, which is nothing like {defaults[key]!r}."
                 )
             settings[key] = value
         return cls(**settings)
 
-    @classmethod
-    def takes(cls, key, value, default) -> bool:
-        """Whether a value is of its default's kind; whole numbers begin at 1, words are those of CHOICES."""
-        if isinstance(default, tuple):
-            fits = isinstance(value, tuple) and len(value) == len(default)
-            return fits and all(map(partial(cls.takes, key), value, default))
-        if isinstance(default, float):
-            return type(value) in (int, float)
-        if type(default) is int:
-            return type(value) is int and value > 0
-        return type(value) is type(default) and value in CHOICES.get(key, (value,))
+
+def is_like(value, default) -> bool:
+    """Whether a value of config.json is of its default's kind; whole numbers begin at 1."""
+    if isinstance(default, tuple):
+        is_as_long = isinstance(value, tuple) and len(value) == len(default)
+        return is_as_long and all(map(is_like, value, default))
+    if isinstance(default, float):
+        return type(value) in (int, float)
+    return type(value) is type(default) and (type(default) is not int or value > 0)
 
 
 @dataclass(frozen=True)

@@ -267,10 +267,6 @@ class TrueRenderer:
         """list of Query with `scene` -> list of (H, W, 3) uint8. A camera sent through a wall stops before it."""
         views = []
         for query in queries:
-            if query.scene is None:
-                raise ValueError(
-                    "the true renderer works in rooms only: this question carries no scene"
-                )
             room, target = self.scene_of(query)
             half_x, half_z = room.width / 2 - 0.1, room.length / 2 - 0.1
             low = [-half_x, 0.1 - room.height, -half_z]

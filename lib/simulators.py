@@ -117,7 +117,7 @@ def renumbered(sentence: str, number: int) -> str:
 
 
 VERBS = {"move": KINDS[:3], "turn": ("dangle",), "rotate": ("dangle",), "pitch": ("dphi",)}
-VERBS["look"] = VERBS["pitch"]  # no wording of ours, but of people
+VERBS |= {"look": ("dphi",)}  # no wording of ours, but of people
 UNIT_WORDS = dict.fromkeys(("meters", "meter", "metres", "metre", "m"), "meters")
 UNIT_WORDS |= dict.fromkeys(("degrees", "degree", "deg", "°"), "degrees")
 WORD = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|[a-z]+|\S")
@@ -132,12 +132,12 @@ def read_phrase(text: str) -> Motion:
     verb, *rest = WORD.findall(text.strip().lower().removesuffix(".")) or [""]
     rest = [word for word in rest if word not in FILLERS]
     numbers = [word for word in rest if word[0] in "0123456789"]
-    units = [word for word in rest if word in UNIT_WORDS]
-    ways = [word for word in rest if word not in (*numbers, *units)]
+    units = [UNIT_WORDS[word] for word in rest if word in UNIT_WORDS]
+    ways = [word for word in rest if word not in numbers and word not in UNIT_WORDS]
     for kind in VERBS.get(verb, ()):
         positive, negative, _ = WORDINGS[kind]
-        fits = not units or (len(units) == 1 and UNIT_WORDS[units[0]] == UNITS[kind])
-        if ways in ([positive], [negative]) and len(numbers) == 1 and fits:
+        fits = len(numbers) == 1 and units in ([], [UNITS[kind]])
+        if ways in ([positive], [negative]) and fits:
             return Motion(kind, float(numbers[0]) * (1 if ways == [positive] else -1))
     known = []
     for positive, negative, (form, *_) in WORDINGS.values():

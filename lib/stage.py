@@ -236,10 +236,12 @@ def finish(folder: str | Path, steps: int, clock: Clock) -> None:
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's `main`; an interrupt or a full disk outside its loop ends in a sentence, not in a traceback.
+    """Run a stage's `main`; an interrupt, a full disk or a server that is down ends in a sentence, not in a traceback.
 
     SIGTERM is an interrupt too: Ctrl-C itself is ignored by what a script has started with `&`.
     """
+    from lib.simulators import SimulatorError  # that module imports this one
+
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # for letters that the terminal has not
     try:
@@ -249,6 +251,8 @@ def run_stage(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         say("Stopped. The same command goes on from what was saved.")
         raise SystemExit(130) from None
+    except SimulatorError as error:
+        fail(f"{error} The same command goes on from what was saved.")
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "extras":
             raise

@@ -61,7 +61,6 @@ STREAMS = {
     # measuring: keys (seed, ...)
     "bootstrap": "which rooms an interval draws",
     "text guess": "the order in which the text-only guesser learns",
-    "pose of a match": "which matches RANSAC tries",
 }
 
 

@@ -96,5 +96,3 @@ def test_the_true_renderer_obeys_the_instruction(pitch):
     (view,) = TrueRenderer().imagine([query])
     there = camera_pose(0, -EYE, 0, 55, pitch)
     assert np.abs(view.astype(int) - render(room, there)["rgb"][0]).max() <= 1
-    with pytest.raises(ValueError, match="rooms only"):
-        TrueRenderer().imagine([query._replace(scene=None)])

@@ -15,6 +15,7 @@ import pytest
 
 from lib import stage
 from lib.distributed import die_with_parent
+from lib.simulators import SimulatorError
 from lib.stage import (
     Flag,
     Interrupt,
@@ -236,3 +237,12 @@ def test_what_a_script_started_in_the_background_stops_on_sigterm(tmp_path):
     output, _ = child.communicate(timeout=30)
     assert child.returncode == 130
     assert output == "Stopped. The same command goes on from what was saved.\n"
+
+
+def test_a_server_that_is_down_ends_in_a_sentence(monkeypatch):
+    def main():
+        raise SimulatorError("The server is down.", down=True)
+
+    monkeypatch.setattr(stage.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="The server is down. The same command goes on from what"):
+        stage.run_stage(main)

@@ -659,9 +659,7 @@ def test_simulators_by_name(inputs, tmp_path, monkeypatch):
         raise SimulatorError("http://127.0.0.1:9 could not be reached.", down=True)
 
     monkeypatch.setattr(train_rl, "rollout", down)
-    with pytest.raises(
-        SystemExit, match="could not be reached. The same command goes on from the last checkpoint."
-    ):
+    with pytest.raises(SimulatorError, match="could not be reached."):
         train_rl.main(command(inputs, tmp_path / "down", "--eval-every", "0"))
 
 

@@ -126,7 +126,7 @@ def test_a_server_that_refuses_one_mode_stops_there_and_a_refused_rest_does_not(
     ask_into(tmp_path, questions[:1], "forced")
     policy.endpoint.served = True
     monkeypatch.setattr(search, "converse", refuse)
-    with pytest.raises(SystemExit, match="no tools The answers so far are in"):
+    with pytest.raises(SimulatorError, match="no tools"):
         ask_into(tmp_path / "new", questions, "forced", policy)
     row = ask_into(tmp_path, questions, "forced", policy)["q1"]
     assert row["error"] == "400: no tools" and row["correct"] == 0

@@ -525,6 +525,6 @@ def test_a_remote_policy_from_end_to_end_and_a_server_that_goes_down(place, monk
     own[own.index("--out") + 1] = str(place / "down")
     with Fake((401, {"error": {"message": "who are you?"}})) as fake:
         own[own.index("--policy-url") + 1] = fake.url
-        with pytest.raises(SystemExit, match="who are you"):
+        with pytest.raises(SimulatorError, match="who are you"):
             evaluate.main([*own, "--no-report"])
     assert not read_log(place / "down" / "predictions.jsonl")
