@@ -347,6 +347,7 @@ def test_the_policys_table_says_what_the_answers_say(tmp_path, questions):
 
 
 def test_the_picture_of_degraded_simulators_waits_for_every_cell(tmp_path, questions):
+    pytest.importorskip("extras.report.curves")
     answered(tmp_path, "direct-only", 10)
     for yaw in policy.YAW_ERRORS:
         for missing in policy.MISSING:
