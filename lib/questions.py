@@ -173,7 +173,7 @@ RELATIONS = {
     "on your right": (1, ("largest", "leftmost")),
 }
 STEPS = (Motion("dx", -1.0), Motion("dx", 1.0))
-SLACK = 7.5  # degrees to either side that may change nothing
+TURN_SLACK = 7.5  # degrees to either side that may change nothing
 FURTHEST = 30  # degrees: an object at 45 stands between two images
 
 
@@ -232,7 +232,7 @@ def _turned_question(rng, visit, place, relation, step):
         otherwise = all(view[ask] not in (None, there[ask]) for view in one_less)
         if _usable(there, ask) and there[ask] != place.named and otherwise:
             clear.append(ask)
-    around = [(turn, step) for turn in (angle - SLACK, angle + SLACK, place.exact)]
+    around = [(turn, step) for turn in (angle - TURN_SLACK, angle + TURN_SLACK, place.exact)]
     around = _look(visit, k, around) if clear else []
     clear = [ask for ask in clear if all(view[ask] == there[ask] for view in around)]
     if not clear:
