@@ -152,10 +152,10 @@ class Denoiser:
         count = len(indices)
         branches = [self.branches[k] for k in indices]
         cosines, sines = zip(*(self.ropes[k] for k in indices), strict=True)
-        rays = torch.cat([self.ray_vectors[k] for k in indices])  # (R * branches, n or 1, H)
+        vectors = torch.cat([self.ray_vectors[k] for k in indices])  # (R * branches, n or 1, H)
         hidden = self.network.denoise(
             x.repeat(count, 1, 1),
-            self.time_vectors[step] + self.places + rays,
+            self.time_vectors[step] + self.places + vectors,
             self.markers.repeat(count, 1, 1),
             (torch.cat(cosines), torch.cat(sines)),
             branches,

@@ -589,13 +589,13 @@ class Bagel(nn.Module):
         """
         head = self.config.width // self.config.heads
         exponent = -torch.arange(0, head, 2, device=self.device) / head
-        angle = (
-            positions.to(self.device)[..., None] * self.config.rope_base**exponent
-        )  # (B, N, d / 2)
+        frequency = self.config.rope_base**exponent
+        angle = positions.to(self.device)[..., None] * frequency  # (B, N, d / 2)
         if self.config.settings.rays:
-            by_ray = angle[..., head // 8 :].zero_()
+            angle[..., head // 8 :] = 0
             if ray_angles is not None:
-                by_ray[:, by_ray.shape[1] - ray_angles.shape[1] :] = ray_angles
+                first = angle.shape[1] - ray_angles.shape[1]
+                angle[:, first:, head // 8 :] = ray_angles
         angle = torch.cat([angle, angle], -1)[:, None]
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
