@@ -6,6 +6,9 @@ Poses of Matterport3D and of transforms.json have OpenGL's axes.
 """
 
 import json
+import os
+import struct
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +27,7 @@ from extras.scans.frames import (
     frames_of,
     scaled,
 )
-from lib.images import decoding, read
+from lib.images import PictureError, decoding, read
 
 HALF = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])  # + K: centres from whole numbers to +0.5
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # on the right of a c2w: y up, z back -> y down, z forward
@@ -77,11 +80,9 @@ def opencv():
 
 
 def scannet(folder: Path) -> Scene:
-    """color/<i>.jpg, depth/<i>.png (mm), pose/<i>.txt (c2w; -inf where tracking was lost), intrinsic/."""
+    """color/<i>.jpg, depth/<i>.png (mm), pose/<i>.txt (c2w; -inf where tracking was lost), intrinsic/; or the .sens."""
     if not (folder / "color").is_dir():
-        raise ValueError(
-            "it is packed. Extract color, depth, pose and intrinsic of its .sens with ScanNet's SensReader."
-        )
+        return scannet_sens(next(folder.glob("*.sens")))
     K = np.loadtxt(folder / "intrinsic/intrinsic_color.txt")[:3, :3] + HALF
     depth_K = np.loadtxt(folder / "intrinsic/intrinsic_depth.txt")[:3, :3] + HALF
     rows = []
@@ -96,6 +97,65 @@ def scannet(folder: Path) -> Scene:
         depth = folder / f"depth/{image.stem}.png"
         rows.append(FrameFiles(f"{int(image.stem):06d}", image, depth, c2w, K))
     return collect(frames_of(rows, depth_K=depth_K))
+
+
+def scannet_sens(path: Path) -> Scene:
+    """The published stream, version 4: a header, then of each frame the pose, JPEG colour and deflated uint16 depth."""
+    frames, end = [], path.stat().st_size
+    with open(path, "rb") as file:
+        version, letters = unpack(file, "IQ")
+        if version != 4:
+            raise ValueError(f"{path.name} has version {version}; this reads version 4.")
+        file.seek(letters, os.SEEK_CUR)  # the sensor's name
+        K, _, depth_K, _ = np.reshape(unpack(file, "64f"), (4, 4, 4))[:, :3, :3] + HALF
+        kinds = unpack(file, "ii")
+        if kinds != (2, 1):
+            raise ValueError(
+                f"{path.name} has compressions {list(kinds)}; this reads 2 (JPEG colour) and 1 (zlib depth)."
+            )
+        size, depth_size = unpack(file, "II"), unpack(file, "II")
+        per_metre, count = unpack(file, "fQ")
+        for i in range(count):
+            *numbers, _, _, colour_bytes, depth_bytes = unpack(file, "16fQQQQ")  # _: time stamps
+            start = file.tell()
+            if file.seek(colour_bytes + depth_bytes, os.SEEK_CUR) > end:
+                raise ValueError(f"{path.name} ends within frame {i} of {count}; copy it again.")
+            load = partial(read_sens_colour, path, start, colour_bytes)
+            load_depth = partial(
+                read_sens_depth, path, start + colour_bytes, depth_bytes, depth_size, per_metre
+            )
+            c2w = np.reshape(numbers, (4, 4))
+            frames.append(Frame(f"{i:06d}", c2w, K, size, load, depth_K, depth_size, load_depth))
+    return collect(frames)
+
+
+def unpack(file, form):
+    """The next numbers of a file, as `struct` names their kinds; little-endian, without gaps."""
+    return struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))
+
+
+def file_bytes(path, start, count):
+    """`count` bytes of a file, from byte `start`."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(count)
+
+
+def read_sens_colour(path, start, count):
+    """(H, W, 3) uint8."""
+    try:
+        return read(file_bytes(path, start, count))
+    except PictureError as error:
+        raise PictureError(f"The image at byte {start} of {path}: {error}") from None
+
+
+def read_sens_depth(path, start, count, size, per_metre):
+    """(H, W) float32 metres."""
+    with decoding(f"The depth at byte {start} of {path}"):
+        whole = 2 * size[0] * size[1]  # bytes: more is not unpacked
+        units = zlib.decompressobj().decompress(file_bytes(path, start, count), whole + 1)
+        units = np.frombuffer(units, "<u2").reshape(size[1], size[0])
+        return (units / per_metre).astype(np.float32)
 
 
 # ---- ScanNet++ -----------------------------------------------------------------------------------------------------------

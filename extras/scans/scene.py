@@ -3,7 +3,7 @@ Scenes from disk: five scan datasets and your own, all as extras/scans/frames.py
 
 Nothing is downloaded: --root is a folder that its user filled, after signing the dataset's terms. Below it
 
-  scannet         scans/<id>/{color,depth,pose,intrinsic}/ as the official SensReader extracts them
+  scannet         scans/<id>/{color,depth,pose,intrinsic}/ as the official exporter writes them, or <id>.sens itself
   scannetpp       data/<id>/iphone/{pose_intrinsic_imu.json, rgb/, depth/}; the toolkit extracts the last two
   matterport      v1/scans/<house>/undistorted_{camera_parameters,color_images,depth_images}/
   arkitscenes     3dod/{Training,Validation}/<id>/<id>_frames/, or raw/{Training,Validation}/<id>/
@@ -12,6 +12,7 @@ Nothing is downloaded: --root is a folder that its user filled, after signing th
   folder          <id>/scene.json: your own, see docs/scans.md
 """
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -55,7 +56,7 @@ def read_scene(dataset: str, root: str | Path, id: str) -> Scene:
     folder = scene_folders(dataset, root, id)[0]
     try:
         return READERS[dataset].read(folder)._replace(dataset=dataset, id=id)
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, struct.error) as error:
         reason = f"a file has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"The {dataset} scene {folder} cannot be used: {reason}") from error
 

@@ -8,8 +8,10 @@ is beside their middle: an exchange of width and height, or of cx and cy, shows 
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -116,6 +118,29 @@ def write_scannet(root, frames):
         text(folder / f"pose/{i}.txt", table(frame.c2w))
     text(folder / "intrinsic/intrinsic_color.txt", table(four(frame.K() - HALF)))
     text(folder / "intrinsic/intrinsic_depth.txt", table(four(D - HALF)))
+    return "scannet", "scene0000_00"
+
+
+def write_sens(root, frames):
+    path, (_, D) = root / "scene0000_00" / "scene0000_00.sens", fine_depth(frames[0])
+    parts = [struct.pack("<IQ", 4, 9), b"Structure"]
+    for M in (four(frames[0].K() - HALF), np.eye(4), four(D - HALF), np.eye(4)):
+        parts.append(struct.pack("<16f", *M.ravel()))
+    parts.append(struct.pack("<iiIIIIfQ", 2, 1, WIDTH, HEIGHT, 222, 180, 1000.0, len(frames)))
+    for i, frame in enumerate(frames):
+        jpeg(root / "tmp.jpg", frame.image())
+        colour, depth = (
+            (root / "tmp.jpg").read_bytes(),
+            zlib.compress(units(fine_depth(frame)[0]).tobytes()),
+        )
+        parts += [
+            struct.pack("<16f", *frame.c2w.ravel()),
+            struct.pack("<QQQQ", i, i, len(colour), len(depth)),
+            colour,
+            depth,
+        ]
+    path.parent.mkdir()
+    path.write_bytes(b"".join(parts))
     return "scannet", "scene0000_00"
 
 
@@ -309,6 +334,7 @@ def write_plain(root, frames):
 
 WRITERS = {
     "scannet": write_scannet,
+    "scannet .sens": write_sens,
     "scannetpp": write_scannetpp,
     "matterport": write_matterport,
     "arkitscenes": write_arkit,
@@ -977,6 +1003,25 @@ def test_missing_files_of_a_frame_are_counted(tmp_path, truth):
     assert len(scene.frames) == len(truth) - 4
 
 
+def test_a_broken_sens_file_is_refused(tmp_path, truth):
+    dataset, id = write_sens(tmp_path, truth[:2])
+    path = tmp_path / id / f"{id}.sens"
+    whole = path.read_bytes()
+    for content, sentence in (
+        (whole[:-40], "ends within frame 1 of 2"),
+        (b"\3" + whole[1:], "version 3"),
+        (whole[:50], "cannot be used"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=sentence):
+            read_scene(dataset, tmp_path, id)
+    path.write_bytes(whole[:-40] + bytes(40))
+    frame = read_scene(dataset, tmp_path, id).frames[1]
+    assert frame.image().shape == (HEIGHT, WIDTH, 3)
+    with pytest.raises(ValueError, match="The depth at byte .* cannot be read"):
+        frame.depth()
+
+
 def test_what_is_not_unpacked_or_not_there_is_said(tmp_path, truth):
     for dataset in READERS:
         with pytest.raises(
@@ -985,10 +1030,6 @@ def test_what_is_not_unpacked_or_not_there_is_said(tmp_path, truth):
             scene_ids(dataset, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no reader for 'kitti'; there are: scannet, "):
         scene_ids("kitti", tmp_path)
-    (tmp_path / "scans/scene0000_01").mkdir(parents=True)
-    (tmp_path / "scans/scene0000_01/scene0000_01.sens").touch()
-    with pytest.raises(ValueError, match="cannot be used: it is packed. Extract color, "):
-        read_scene("scannet", tmp_path, "scene0000_01")
     dataset, id = write_scannetpp(tmp_path, truth[:2])
     with pytest.raises(ValueError, match="holds no scene other of scannetpp"):
         read_scene(dataset, tmp_path, "other")
