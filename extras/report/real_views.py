@@ -55,9 +55,8 @@ class Detection(NamedTuple):
     label: str
     box: np.ndarray
     score: float
-    track: int | str | None = (
-        None  # two of one track are one object; None: nobody knows which it is
-    )
+    # two of one track are one object; None: nobody knows which it is
+    track: int | str | None = None
 
     @property
     def centre(self) -> np.ndarray:

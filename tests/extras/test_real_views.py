@@ -361,12 +361,11 @@ def test_grounding_dino_is_asked_in_its_own_format(tmp_path, monkeypatch):
     found = detector(str(tmp_path))(
         render(ROOM, CONTEXT[0], SIZE)["rgb"][0][:64], ("chair", "trash can")
     )
-    assert len(found) == 20 and {name for name, *_ in found} <= {"chair", "trash can"}
-    assert all(
-        box.shape == (4,) and (box[:2] < box[2:]).all() and np.abs(box).max() < 1.5
-        for _, box, _ in found
-    )
-    scores = [score for *_, score in found]
+    assert len(found) == 20 and {one.label for one in found} <= {"chair", "trash can"}
+    boxes = np.stack([one.box for one in found])
+    assert boxes.shape == (20, 4) and np.abs(boxes).max() < 1.5
+    assert (boxes[:, :2] < boxes[:, 2:]).all()
+    scores = [one.score for one in found]
     assert (
         all(isinstance(score, float) and 0 <= score <= 1 for score in scores)
         and len(set(scores)) > 1
