@@ -42,7 +42,7 @@ from lib.dialogue import Trajectory
 from lib.distributed import default_device, fail, is_main, say
 from lib.images import check_shape, load_image
 from lib.packing import padded
-from lib.protocol import NO_SIMULATOR, NOTE, PHRASES, SEAM
+from lib.protocol import MAX_TURNS, NO_SIMULATOR, NOTE, PHRASES, SEAM
 from lib.records import write_json
 from lib.rollout import Layout, Writer
 from lib.simulators import NO_VIEW, imagine_each, load_simulator
@@ -376,7 +376,7 @@ def rollout(
     group_size: int = 1,
     temperature: float = 1.0,
     seed: int = 0,
-    max_turns: int = 10,
+    max_turns: int = MAX_TURNS,
     max_new_tokens: int = 64,
     rows: int = 64,
 ) -> list[Trajectory]:

@@ -1,5 +1,5 @@
 """
-Every reward, as pure functions of what a rollout did.
+Every reward, as pure functions of what a rollout did; and how an answer is read.
 
 Astra rewards rollout i of question g in two phases (the weights are the paper's):
 

@@ -20,6 +20,7 @@ from lib.protocol import (
     CALL_FIRST,
     ENOUGH,
     IMAGE_TOKEN,
+    MAX_ROUNDS,
     NO_SUCH_IMAGE,
     NO_SUCH_INDEX,
     NO_TOOL,
@@ -42,7 +43,7 @@ class Trajectory:
 
     question: dict
     mode: str
-    max_rounds: int = 3
+    max_rounds: int = MAX_ROUNDS
     stream: tuple = ()  # keys of its random streams: (seed, question id, number in the group)
     # per token
     ids: list = field(default_factory=list)  # exactly as sampled
@@ -96,7 +97,12 @@ class Trajectory:
 
     @classmethod
     def start(
-        cls, policy, question: dict, images: list[np.ndarray], mode: str, max_rounds: int = 3
+        cls,
+        policy,
+        question: dict,
+        images: list[np.ndarray],
+        mode: str,
+        max_rounds: int = MAX_ROUNDS,
     ) -> "Trajectory":
         """The prompt of a question with its images, (H, W, 3) uint8 arrays."""
         pieces = prompt_text(question, mode, len(images)).split(IMAGE_TOKEN)

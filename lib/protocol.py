@@ -27,6 +27,8 @@ from lib.geometry import KINDS, UNITS, Motion
 
 # ---- the prompt: one template for training and inference ----------------------------------------------------------
 
+MAX_ROUNDS = 3  # of the tool in a dialogue (paper)
+MAX_TURNS = 10  # of the policy in a dialogue (paper)
 IMAGE_TOKEN = "<|image_pad|>"
 TOOL_NAME = "world_simulator_tool"
 NEEDED = ("reference_image", "motion_type", "value")  # and img_indices and seed if need be
@@ -88,7 +90,7 @@ NO_SUCH_TOOL = "There is no such tool. The only tool is world_simulator_tool."
 ARGUMENTS = "world_simulator_tool takes reference_image, motion_type and value, and may take img_indices and seed."
 IMAGE_NUMBER = "reference_image must be the number of an image, such as 1."
 NO_SUCH_IMAGE = "There is no such image. The images so far are Image-1 to"
-MOTIONS = f"There is no such motion. The motions are: {', '.join(KINDS)}."
+NO_SUCH_MOTION = f"There is no such motion. The motions are: {', '.join(KINDS)}."
 AMOUNT = (
     f"value must be a number, not 0: from -{LIMITS['meters']} to {LIMITS['meters']} (meters) for dx, dy and dz, from "
     f"-{LIMITS['degrees']} to {LIMITS['degrees']} (degrees) for dangle and dphi."
@@ -101,7 +103,15 @@ NO_TOOL = "There is no tool here. Answer from the images."
 NO_SIMULATOR = "No simulator is available. Answer from the images."
 # Each is one token of the tiny tokenizer.
 PHRASES = (TOOLS, NOTE["direct"], NOTE["agentic"], CALL_FIRST, CALL_FIRST.strip(), "Imagined from")
-PHRASES += (UNREADABLE, NOT_JSON, NO_SUCH_TOOL, ARGUMENTS, IMAGE_NUMBER, NO_SUCH_IMAGE, MOTIONS)
+PHRASES += (
+    UNREADABLE,
+    NOT_JSON,
+    NO_SUCH_TOOL,
+    ARGUMENTS,
+    IMAGE_NUMBER,
+    NO_SUCH_IMAGE,
+    NO_SUCH_MOTION,
+)
 PHRASES += (AMOUNT, INDICES, NO_SUCH_INDEX, SEED, ENOUGH, NO_TOOL, NO_SIMULATOR)
 
 
@@ -200,7 +210,7 @@ def read_call(text: str) -> Turn:
     if not is_whole(arguments["reference_image"]):
         return Turn(error=IMAGE_NUMBER)
     if kind not in KINDS:
-        return Turn(error=MOTIONS)
+        return Turn(error=NO_SUCH_MOTION)
     if type(amount) not in (int, float) or not 0 < abs(amount) <= LIMITS[UNITS[kind]]:  # NaN fails
         return Turn(error=AMOUNT)
     result = call_of(int(arguments["reference_image"]), Motion(kind, float(amount)))

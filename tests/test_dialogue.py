@@ -15,8 +15,8 @@ from lib.protocol import (
     IMAGE_NUMBER,
     INDICES,
     LIMITS,
-    MOTIONS,
     NO_SUCH_INDEX,
+    NO_SUCH_MOTION,
     NO_SUCH_TOOL,
     NOT_JSON,
     SEED,
@@ -147,8 +147,8 @@ def test_a_call_may_choose_images_and_a_seed():
         (CALL % '{"reference_image": "2", "motion_type": "dangle", "value": -45}', IMAGE_NUMBER),
         (CALL % '{"reference_image": true, "motion_type": "dangle", "value": -45}', IMAGE_NUMBER),
         (CALL % '{"reference_image": 2.5, "motion_type": "dangle", "value": -45}', IMAGE_NUMBER),
-        (CALL % '{"reference_image": 2, "motion_type": "turn left", "value": 45}', MOTIONS),
-        (CALL % '{"reference_image": 2, "motion_type": ["dx"], "value": 45}', MOTIONS),
+        (CALL % '{"reference_image": 2, "motion_type": "turn left", "value": 45}', NO_SUCH_MOTION),
+        (CALL % '{"reference_image": 2, "motion_type": ["dx"], "value": 45}', NO_SUCH_MOTION),
         *[
             (CALL % f'{{"reference_image": 2, "motion_type": "dx", "value": {bad}}}', AMOUNT)
             for bad in (

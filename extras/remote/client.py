@@ -25,6 +25,8 @@ from lib.geometry import Query, select_context
 from lib.images import load_image, read
 from lib.protocol import (
     IMAGE_TOKEN,
+    MAX_ROUNDS,
+    MAX_TURNS,
     NO_SIMULATOR,
     SEAM,
     TOOL,
@@ -299,8 +301,8 @@ def converse(
     simulator=None,
     mode: str = "agentic",
     seed: int = 0,
-    max_rounds: int = 3,
-    max_turns: int = 10,
+    max_rounds: int = MAX_ROUNDS,
+    max_turns: int = MAX_TURNS,
 ) -> list[Trajectory | SimulatorError]:
     """Let a RemotePolicy hold one dialogue per question -> [Trajectory], in order, with words for tokens.
 
