@@ -103,16 +103,8 @@ NO_TOOL = "There is no tool here. Answer from the images."
 NO_SIMULATOR = "No simulator is available. Answer from the images."
 # Each is one token of the tiny tokenizer.
 PHRASES = (TOOLS, NOTE["direct"], NOTE["agentic"], CALL_FIRST, CALL_FIRST.strip(), "Imagined from")
-PHRASES += (
-    UNREADABLE,
-    NOT_JSON,
-    NO_SUCH_TOOL,
-    ARGUMENTS,
-    IMAGE_NUMBER,
-    NO_SUCH_IMAGE,
-    NO_SUCH_MOTION,
-)
-PHRASES += (AMOUNT, INDICES, NO_SUCH_INDEX, SEED, ENOUGH, NO_TOOL, NO_SIMULATOR)
+PHRASES += (UNREADABLE, NOT_JSON, NO_SUCH_TOOL, ARGUMENTS, IMAGE_NUMBER, NO_SUCH_IMAGE)
+PHRASES += (NO_SUCH_MOTION, AMOUNT, INDICES, NO_SUCH_INDEX, SEED, ENOUGH, NO_TOOL, NO_SIMULATOR)
 
 
 def numbered_image(number: int) -> str:
