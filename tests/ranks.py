@@ -21,6 +21,11 @@ def on_ranks(ranks, function, *arguments):
     If one rank fails the others are killed, and what it said is the assertion's. The ranks see what is patched here.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # any free port
+    # The store's thread asks the resolver who connects. A child that is forked meanwhile inherits the resolver's lock and
+    # waits for it for ever: so the store has answered before the first fork, and no rank connects before the last.
+    store.set("forked", "")
+    store.get("forked")
+    start, go = os.pipe()
     told = [tempfile.TemporaryFile("w+", buffering=1) for _ in range(ranks)]
     sys.stdout.flush()  # or each child would write it once more
     sys.stderr.flush()
@@ -29,14 +34,19 @@ def on_ranks(ranks, function, *arguments):
         for rank in range(ranks):
             child = os.fork()
             if child == 0:
+                os.close(go)
+                os.read(start, 1)
                 be_rank(rank, ranks, store.port, told[rank], function, map(str, arguments))
             children.append(child)
+        os.write(go, b"." * ranks)
         while len(codes) < ranks and not any(codes.values()) and time.monotonic() < end:
             time.sleep(0.02)
             for rank in set(range(ranks)) - codes.keys():
                 done, status = os.waitpid(children[rank], os.WNOHANG)
                 codes |= {rank: os.waitstatus_to_exitcode(status)} if done else {}
     finally:
+        os.close(start)
+        os.close(go)
         for rank, child in enumerate(children):
             if rank not in codes:
                 os.kill(child, signal.SIGKILL)
