@@ -163,9 +163,10 @@ def main(argv: list[str] | None = None) -> None:
         f"{sum(map(len, train)):,} triples in {len(train):,} contexts: {args.steps:,} updates are "
         f"{args.steps * args.contexts / len(train):,.1f} passes over them."
     )
-    pixels = max(read_image(train[0][0]["target"]).shape)
-    if not args.init and pixels != args.size:
-        distributed.say(f"Pictures of {pixels} pixels are seen at --size {args.size}.")
+    if not args.init:
+        pixels = max(read_image(train[0][0]["target"]).shape)
+        if pixels != args.size:
+            distributed.say(f"Pictures of {pixels} pixels are seen at --size {args.size}.")
     share = args.contexts // world.size
     mine = range(world.rank * share, (world.rank + 1) * share)  # of the contexts of an update
 
