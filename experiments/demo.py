@@ -8,7 +8,7 @@ The whole loop on a laptop: `make demo`, or python -m experiments demo.
 
 Every stage is a command that one could type; its output goes to out/demo/logs/. Ctrl-C stops all of them with their
 work saved, and the same command goes on from there. At the end: one table, results.json, report.html, pictures.
-With --quick every stage takes a step or two: that all of it runs is seen in two minutes, and its numbers mean nothing.
+With --quick every stage takes a step or two: that all of it runs is seen in a minute, and its numbers mean nothing.
 
 `direct` is the baseline that never imagines. It starts from the same cold start and goes on learning to answer
 directly for about as long as both phases of reinforcement learning take; the CPU seconds of both stand below the table.
