@@ -600,8 +600,8 @@ def update(
         optimizer.zero_grad(set_to_none=True)
     return means.read() | {
         "tokens": tokens_learned,
-        "ratio_max": global_max(max(largest_ratios)),
-        "mismatch": global_max(max(mismatches)),
+        "ratio_max": global_max(torch.stack(largest_ratios).max()),
+        "mismatch": global_max(torch.stack(mismatches).max()),
         "grad_norm": sum(grad_norms) / len(grad_norms),
     }
 

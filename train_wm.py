@@ -109,7 +109,7 @@ LOSSES = (
     "loss_flow",
     "loss_content",
 )  # keys of the log, weighted, beside grad_norm, lr, mse, nearest and nearest_chance
-REQUIRED = {"context", "reference", "motion", "target", "warp"}  # of a triple (lib.records.Triple)
+REQUIRED = ("context", "reference", "motion", "target", "warp")  # of a triple (lib.records.Triple)
 SIDEWAYS = ("dx", "dangle")  # what a mirror reverses
 CHANNEL_ORDERS = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
 
@@ -254,20 +254,15 @@ def load_groups(folders: list[str], split: str, most: int) -> list[list]:
     """
     rows = []
     for folder in folders:
-        rows += load_jsonl(Path(folder) / f"triples_{split}.jsonl", Triple, check_triple)
-    files = f"triples_{split}.jsonl in {', '.join(folders)}"
+        rows += load_jsonl(Path(folder) / f"triples_{split}.jsonl", Triple, check_triple, REQUIRED)
     if not rows:
+        files = f"triples_{split}.jsonl in {', '.join(folders)}"
         remedy = "Read more scans."
         if split == "val":
             remedy = (
                 "List scans for it: `python data.py triples --dataset NAME --root DIR --val FILE`."
             )
         fail(f"{files}: no triples. Of a few scans none may fall to {split}. {remedy}")
-    lacking = REQUIRED - set.intersection(*map(set, rows))
-    if lacking:
-        fail(
-            f"Rows of {files} lack {', '.join(sorted(lacking))}; data.py says what a triple holds."
-        )
     groups = []
     for _, group in itertools.groupby(rows, lambda row: (row["context"], row["reference"])):
         group = list(group)

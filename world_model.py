@@ -32,7 +32,6 @@ from lib import bagel_files
 from lib.bagel import (
     GEN,
     LATENT_PATCH,
-    MAX_IMAGES,
     Bagel,
     Branch,
     Config,
@@ -286,8 +285,6 @@ class WorldModel:
             raise ValueError(f"The autoencoder in {folder} is not the one that {file} reads.")
         model = cls(network, autoencoder, tokenizer, files, layout)
         model.settings = dataclasses.replace(model.settings, **changes)
-        if model.settings.learned_places and model.settings.max_context > MAX_IMAGES:
-            raise ValueError(f"It numbers {MAX_IMAGES} context images at most: lower --context.")
         if model.settings.form not in ("", *FORMS):
             raise ValueError(f"form {model.settings.form!r} is none of {', '.join(FORMS)}")
         return model

@@ -93,6 +93,13 @@ class Settings:
     interval: tuple = (0.0, 1.0)  # guide only while low < t <= high
     taylor: bool = False  # approximate: compute one step in three (extras/taylor.py)
 
+    def __post_init__(self):
+        """Raises ValueError where more images may be shown than can be told apart."""
+        if self.learned_places and self.max_context > MAX_IMAGES:
+            raise ValueError(
+                f"max_context is {self.max_context}, over {MAX_IMAGES}: this model has no numbers for more images."
+            )
+
     @classmethod
     def read(cls, astra: dict) -> "Settings":
         """From config.json. Raises ValueError for names that are no fields, and values of another kind."""
@@ -162,10 +169,6 @@ class Config:
                         f"{name}.json: {key} is {files[name][key]!r}; BAGEL's is {value!r}."
                     )
         settings = Settings.read(astra)
-        if settings.learned_places and settings.max_context > MAX_IMAGES:
-            raise ValueError(
-                f"config.json: max_context is {settings.max_context}, over {MAX_IMAGES}."
-            )
         return cls(
             width=llm["hidden_size"],
             layers=llm["num_hidden_layers"],
