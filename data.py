@@ -62,7 +62,7 @@ from lib.questions import ASKS, FAMILIES, Visit, facts
 from lib.records import disk, load_jsonl, save_jsonl
 from lib.rooms import COLOURS, EYE, SIZE, Room, pitched, random_room, render, ring
 from lib.simulators import instruction
-from lib.stage import bounded, hold, run_stage
+from lib.stage import bounded, lock_folder, run_stage
 from lib.streams import numpy_stream
 
 FIRST_ROOM = {"triples_train": 0, "questions_train": 1_000_000, "val": 2_000_000, "test": 3_000_000}
@@ -470,7 +470,7 @@ def main(argv: list[str] | None = None) -> None:
         from extras.scans.dataset import make_triples_of_scans
 
         return make_triples_of_scans(args)
-    hold(args.out)
+    lock_folder(args.out)
     options = {"threads": args.threads or 2}
     if args.rooms:
         options["rooms"] = args.rooms

@@ -6,7 +6,7 @@ How well a policy answers, in which mode, with which simulator; and how true the
   python evaluate.py --bench mindcube --data path/to/data         MindCube (extras/benches/mindcube.py says what to fetch)
   python evaluate.py --bench wm                                   the simulator itself: is the view the commanded one?
   python evaluate.py --bench wm --data out/heldout                the same in scans (extras/report/real_views.py)
-  torchrun --standalone --nproc_per_node 8 evaluate.py …          the same numbers; every process asks its share
+  torchrun --standalone --nproc_per_node 8 evaluate.py …          the same numbers; every process asks its part
 
 World2VLM's questions are asked by `python -m extras.world2vlm.evaluate`.
 
@@ -60,7 +60,7 @@ from lib.scores import (
     summarise,
 )
 from lib.simulators import (
-    NAMES,
+    SIMULATORS,
     URLS,
     SimulatorError,
     find_weights,
@@ -68,7 +68,7 @@ from lib.simulators import (
     load_simulator,
     needs_room,
 )
-from lib.stage import bounded, has_extras, hold, need, newest, run_stage
+from lib.stage import bounded, has_extras, lock_folder, need, newest, run_stage
 from lib.streams import stable_hash
 from policy import Policy, newest_policy, rollout
 from rewards import exact_match, name_gold, option_letter
@@ -79,8 +79,8 @@ OWN_WORDS = ("mindcube", "mmsi", "sat", "vsi")  # benches with mode official
 MODES = ("direct", "forced", "agentic")
 BASELINES = ("search", "gate")  # of extras/report/search.py
 NO_REPORT = "No report, no pictures, no diagnosis: extras/, which makes them, is not here."
-NEEDED = ("id", "bench", "images", "question", "answer", "category", "kind")  # of a question row
-PUBLISHED = 4096  # `turn_limit` of a policy that is not tiny
+# of a question row
+ASKED_KEYS = ("id", "bench", "images", "question", "answer", "category", "kind")
 COPIED = (  # of a dialogue
     "well_formed",
     "valid_calls",
@@ -96,7 +96,7 @@ class Condition(NamedTuple):
     """One column of the table: a mode with a simulator, and all that its predictions depend on."""
 
     mode: str
-    simulator: str
+    simulator_name: str
     settings: dict  # "version" and what follows it in answers.Prediction
 
 
@@ -110,7 +110,7 @@ class Rooms:
         """The questions; sets args.data."""
         folder = Path(args.data or default_data("questions"))
         args.data = str(folder)
-        test = load_jsonl(folder / "questions_test.jsonl", Question, name_gold, NEEDED)
+        test = load_jsonl(folder / "questions_test.jsonl", Question, name_gold, ASKED_KEYS)
         if any("mined" in question for question in test):
             fail(
                 f"{folder}/questions_test.jsonl holds mined questions: they were chosen by what a model gets wrong "
@@ -163,7 +163,7 @@ def open_bench(name: str):
 def ask_missing(
     policy, bench, questions: list[dict], condition: Condition, simulator, args, world: World
 ) -> None:
-    """Ask this process's share of what has no answer for good yet; every batch goes to predictions.jsonl at once.
+    """Ask this process's part of what has no answer for good yet; every batch goes to predictions.jsonl at once.
 
     Raises SimulatorError if a server stops.
 
@@ -175,15 +175,15 @@ def ask_missing(
     final = {key for key, row in rows.items() if answers.failure(row) == answers.NO_FAILURE}
     if hasattr(policy, "endpoint"):  # a server may give one mode and refuse the tools of another
         policy.endpoint.served = bool(final)
-    source = f"{condition.settings['policy']} with {condition.simulator}"
+    source = f"{condition.settings['policy']} with {condition.simulator_name}"
     if final and any(url in source for url in URLS):
         say(
             f"Old answers of {source} in {out} count again, whatever serves there now; to ask anew, give "
             f"another --out."
         )
-    share = with_keys(questions)[world.rank :: world.size]
-    own = [pair for pair in share if pair[0] not in final]
-    title = f"{condition.mode}, {condition.simulator}"
+    own = with_keys(questions)[world.rank :: world.size]
+    own = [pair for pair in own if pair[0] not in final]
+    title = f"{condition.mode}, {condition.simulator_name}"
     silent = not own or not is_main()
     for start in tqdm(range(0, len(own), args.batch), title, unit="batch", disable=silent):
         pairs = own[start : start + args.batch]
@@ -265,7 +265,7 @@ def prediction_of(
         "scene": scene.get("room", question.get("cluster", key)),
         "gold": question["answer"],
         **condition.settings,
-        "simulator": condition.simulator,
+        "simulator": condition.simulator_name,
         "said": dialogue.answer,
         **{name: getattr(dialogue, name) for name in COPIED},
         "calls": calls,
@@ -303,7 +303,7 @@ def conclude(args, policy: str, questions: list[dict], records: dict) -> dict:
 
 
 def measure_simulators(args: argparse.Namespace, world: World) -> None:
-    """--bench wm: every process imagines its share, the first one measures."""
+    """--bench wm: every process imagines its part, the first one measures."""
     out = Path(args.out)
     folder = Path(args.data or default_data("triples"))
     rows = load_triples(folder / "triples_test.jsonl", args.limit)
@@ -330,7 +330,7 @@ def measure_simulators(args: argparse.Namespace, world: World) -> None:
             key = stable_hash(fingerprint(name, args.wm, args.sampler))
             folders[name] = out / "views" / f"{key:016x}"
             own = [*rows, *doses][world.rank :: world.size]
-            imagine_share(args, name, own, folders[name], world.device)
+            imagine_part(args, name, own, folders[name], world.device)
             gc.collect()  # a simulator is in a cycle, and two at once may not fit
     wait_for_all()  # all views are in their folders
     if not is_main():
@@ -367,7 +367,7 @@ def measure_simulators(args: argparse.Namespace, world: World) -> None:
     say(f"\n{len(rows)} triples; " + ", ".join(f"{out}/{name}" for name in names))
 
 
-def imagine_share(args, name: str, rows: list[dict], folder: Path, device: torch.device) -> None:
+def imagine_part(args, name: str, rows: list[dict], folder: Path, device: torch.device) -> None:
     """The views of one simulator for these rows, into its folder; it is gone from memory afterwards."""
     if name.startswith(URLS) and folder.exists():
         say(f"Views of {name} that lie in {folder} are not imagined again; remove it to ask anew.")
@@ -439,7 +439,7 @@ def open_policy(args: argparse.Namespace, device: torch.device) -> tuple:
         name = args.policy or newest_policy()
         policy = Policy.load(name, device)
         # 64 dialogues of an 8B policy take some 100 GB
-        args.batch = args.batch or (8 if policy.turn_limit >= PUBLISHED else 64)
+        args.batch = args.batch or (64 if policy.is_tiny else 8)
     args.max_new_tokens = args.max_new_tokens or policy.turn_limit
     return policy, str(name)
 
@@ -544,7 +544,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--simulator",
         nargs="+",
-        help=f"one or more of {', '.join(NAMES)}, or the folder or hub id of a world model "
+        help=f"one or more of {', '.join(SIMULATORS)}, or the folder or hub id of a world model "
         "(default: tuned; for --bench wm also untuned, if it has been trained)",
     )
     p.add_argument(
@@ -572,7 +572,7 @@ def main(argv: list[str] | None = None) -> None:
     """Ask (or go on asking) every question in every mode, then summarise."""
     args = parse_args(argv)
     world = setup(args.threads)
-    hold(args.out)
+    lock_folder(args.out)
     if args.bench == "wm":
         measure_simulators(args, world)
         return
@@ -587,10 +587,10 @@ def main(argv: list[str] | None = None) -> None:
         check_policy(policy)
     say(f"{args.bench}: {len(questions)} questions, policy {name} on {world.device}")
     conditions = conditions_of(args, name)
-    for name_of_simulator in dict.fromkeys(condition.simulator for condition in conditions):
-        simulator = load_simulator(name_of_simulator, world.device, args.wm, **args.sampler)
+    for simulator_name in dict.fromkeys(condition.simulator_name for condition in conditions):
+        simulator = load_simulator(simulator_name, world.device, args.wm, **args.sampler)
         for condition in conditions:
-            if condition.simulator == name_of_simulator:
+            if condition.simulator_name == simulator_name:
                 ask_missing(policy, bench, questions, condition, simulator, args, world)
         del simulator
         gc.collect()  # a simulator is in a cycle, and two at once may not fit
@@ -600,7 +600,7 @@ def main(argv: list[str] | None = None) -> None:
     records = {}
     for condition in conditions:
         rows = answers.load_predictions(out, condition.settings, questions)
-        records[condition.mode, condition.simulator] = rows
+        records[condition.mode, condition.simulator_name] = rows
     results = conclude(args, name, questions, records)
     names = ["results.json", "predictions.jsonl"]
     if has_extras():

@@ -76,7 +76,7 @@ class Policy:
     model         transformers' Qwen3VLForConditionalGeneration; its vision tower is `vision`
     encode_text   text -> token ids, that of data by way of `lib.protocol.as_words`
     image_config  preprocessor_config.json: patch_size, merge_size, size (limits of the area in pixels); "stamped" is
-                  true of a tiny policy alone: its images carry their number (lib.tiny.stamp), its turns are short
+                  true of a tiny policy alone
     served        {name: content} of json files that only servers read (SERVED)
     banned        (vocabulary,) bool: special tokens a policy must not write, so that it cannot promise an image
     """
@@ -171,9 +171,14 @@ class Policy:
             write_json(folder / name, content)
 
     @property
+    def is_tiny(self) -> bool:
+        """True of a policy whose images carry their number (lib.tiny.stamp)."""
+        return self.image_config.get("stamped", False)
+
+    @property
     def turn_limit(self) -> int:
         """Tokens of a turn if the caller gives no limit: tiny policies think in few words, published ones at length."""
-        return 256 if self.image_config.get("stamped") else 4096
+        return 256 if self.is_tiny else 4096
 
     def grid(self, image: np.ndarray) -> tuple[int, int]:
         """Rows and columns of language tokens an image (H, W, 3) becomes: Qwen's rounding, area within the limits.
@@ -201,7 +206,7 @@ class Policy:
             size = (columns * merge * patch, rows * merge * patch)
             if image.shape[1::-1] != size:
                 image = np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC))
-            if self.image_config.get("stamped"):
+            if self.is_tiny:
                 image = stamp(image, number)
             x = image.reshape(rows, merge, patch, columns, merge, patch, 3)
             x = x.transpose(0, 3, 1, 4, 6, 2, 5)  # row, column, merge, merge, 3, patch, patch
@@ -400,14 +405,16 @@ def rollout(
             prompts.append(Trajectory.start(policy, question, images, mode))
         encode_images(policy, prompts)
 
-        group = []
+        dialogues = []
         for prompt in prompts:
             name = prompt.question.get("id", prompt.question["question"])
             for member in range(group_size):
-                group.append(prompt.fork())
-                group[-1].stream = (seed, name, member)
-        write_turns(policy, group, max_turns, max_new_tokens, temperature, simulator, group_size)
-        trajectories += group
+                dialogues.append(prompt.fork())
+                dialogues[-1].stream = (seed, name, member)
+        write_turns(
+            policy, dialogues, max_turns, max_new_tokens, temperature, simulator, group_size
+        )
+        trajectories += dialogues
     policy.model.train(was_training)
     return trajectories
 
@@ -437,7 +444,7 @@ def write_turns(
             break
         turns = writer.write(members, uniforms[:, turn], temperature, max_new_tokens)
         for d, (ids, logprobs) in zip(members, turns, strict=True):
-            dialogues[d].say(policy, ids, logprobs)
+            dialogues[d].add_turn(policy, ids, logprobs)
             if turn + 1 == max_turns and dialogues[d].answer is None:
                 dialogues[d].truncated = True
 
@@ -493,14 +500,16 @@ class DialogueBatch(NamedTuple):
     logprobs: torch.Tensor  # the rollout's
 
 
-def collate(policy: Policy, trajectories: list[Trajectory], share: bool = False) -> DialogueBatch:
+def collate(
+    policy: Policy, trajectories: list[Trajectory], share_prompts: bool = False
+) -> DialogueBatch:
     """Trajectories -> one batch for `token_logprobs`.
 
-    share   dialogues with the same prompt share a row: the prompt with its images is computed once, as in `rollout`.
-            Each sees the prompt and itself, at its own positions, so the numbers are the same
+    share_prompts   dialogues with the same prompt share a row: the prompt with its images is computed once, as in
+                    `rollout`. Each sees the prompt and itself, at its own positions, so the numbers are the same
     """
     encode_images(policy, trajectories)
-    layout = Layout.of(trajectories, share)
+    layout = Layout.of(trajectories, share_prompts)
     ids = torch.full((len(layout.rows), layout.width), policy.tokenizer.pad_token_id)
     positions = torch.zeros(3, *ids.shape, dtype=torch.long)
     predecessors = [[] for _ in trajectories]
@@ -611,7 +620,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         policy = Policy.load(path, device)
         sizes = {image.shape[:2] for image in images}
-        if policy.image_config.get("stamped") and sizes != {(32, 32)}:
+        if policy.is_tiny and sizes != {(32, 32)}:
             say("A tiny policy knows rooms of 32 x 32 pixels only: the rest it can but guess.")
         limit = args.max_new_tokens or policy.turn_limit
         (trajectory,) = rollout(

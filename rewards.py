@@ -41,11 +41,11 @@ def exact_match(answer: str | None, question: dict) -> float:
         return 0.0
     if question.get("options"):
         return float(option_letter(answer, question["options"]) == question["answer"])
-    said, gold = answer.strip().lower(), question["answer"].strip().lower()
+    text, gold = answer.strip().lower(), question["answer"].strip().lower()
     if question.get("kind") == "na":
         with contextlib.suppress(ValueError):  # what is no number is compared as text
-            return float(float(said) == float(gold))
-    return float(said == gold)
+            return float(float(text) == float(gold))
+    return float(text == gold)
 
 
 def option_letter(text: str, options: list[str]) -> str | None:
@@ -54,16 +54,16 @@ def option_letter(text: str, options: list[str]) -> str | None:
     options   each "B. red box"; one without ". " has no letter: it is named by all its text, which is what comes back
     """
     text = text.strip()
-    for form in (str, str.lower):  # as it is written, then in any case
+    for cased in (str, str.lower):  # as it is written, then in any case
         names = {}
         for option in options:  # the letter "A", or all of "A. red box"
             letter = option.partition(". ")[0]
-            names |= {form(letter): letter, form(option): letter}
+            names |= {cased(letter): letter, cased(option): letter}
         for option in options:
             letter, _, words = option.partition(". ")
-            names.setdefault(form(words or option), letter)
-        if form(text) in names:
-            return names[form(text)]
+            names.setdefault(cased(words or option), letter)
+        if cased(text) in names:
+            return names[cased(text)]
     match = re.fullmatch(r"\**\(?([A-Za-z])\**(?:[.):].*)?", text, re.DOTALL)  # "**B**" too
     return match[1].upper() if match else None
 
@@ -105,9 +105,11 @@ def format_reward(trajectory) -> float:
     return float(trajectory.well_formed)
 
 
-def phase1_reward(match: float, form: float, n_tool: int, lambda_use: float = LAMBDA_USE) -> float:
+def phase1_reward(
+    match: float, well_formed: float, n_tool: int, lambda_use: float = LAMBDA_USE
+) -> float:
     """r = e + lambda_fmt f + lambda_use min(n_tool, c): learn the protocol and try the simulator."""
-    return match + LAMBDA_FMT * form + lambda_use * min(n_tool, CALL_CAP)
+    return match + LAMBDA_FMT * well_formed + lambda_use * min(n_tool, CALL_CAP)
 
 
 def tool_gain(match: float, n_tool: int, match_direct: float) -> float:
@@ -117,7 +119,7 @@ def tool_gain(match: float, n_tool: int, match_direct: float) -> float:
 
 def phase2_reward(
     match: float,
-    form: float,
+    well_formed: float,
     n_tool: int,
     match_direct: float,
     lambda_use: float = LAMBDA_USE,
@@ -128,7 +130,7 @@ def phase2_reward(
     """
     gain = tool_gain(match, n_tool, match_direct)
     return (
-        phase1_reward(match, form, n_tool, lambda_use)
+        phase1_reward(match, well_formed, n_tool, lambda_use)
         + ALPHA * max(0.0, gain)
         - BETA * max(0.0, -gain)
     )

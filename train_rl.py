@@ -81,7 +81,7 @@ CLIP_HIGH = 0.28
 TEMPERATURE = 1.0  # of sampling, and so of the log-probs that are trained; evaluation is greedy
 BETAS = (0.9, 0.99)  # of AdamW; no weight decay
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to it
-NEEDED = ("question", "images", "options", "answer")  # of a question
+QUESTION_KEYS = ("question", "images", "options", "answer")  # of a question
 SAVED_DIALOGUES = 4  # per evaluation
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ FLAGS = [
         "--simulator",
         "tuned",
         "tuned",
-        f"{', '.join(simulators.NAMES)}, the folder or hub id of a world model, or a URL (lib/simulators.py); "
+        f"{', '.join(simulators.SIMULATORS)}, the folder or hub id of a world model, or a URL (lib/simulators.py); "
         "none: a call is answered by a sentence",
     ),
     Flag(
@@ -409,17 +409,17 @@ def episode_of(
 ) -> Episode:
     """The reward of phase 1, and with `match_direct` that of phase 2, with the weights of the flags."""
     match = rewards.exact_match(trajectory.answer, trajectory.question)
-    form = rewards.format_reward(trajectory)
+    well_formed = rewards.format_reward(trajectory)
     n_tool = trajectory.valid_calls
     if match_direct is None:
-        reward = rewards.phase1_reward(match, form, n_tool, args.lambda_use)
+        reward = rewards.phase1_reward(match, well_formed, n_tool, args.lambda_use)
     else:
-        reward = rewards.phase2_reward(match, form, n_tool, match_direct, args.lambda_use)
+        reward = rewards.phase2_reward(match, well_formed, n_tool, match_direct, args.lambda_use)
     return Episode(
         trajectory,
         reward=reward,
         match=match,
-        format=form,
+        format=well_formed,
         old_logprobs=torch.tensor(trajectory.logprobs[1:]),
         match_direct=match_direct,
     )
@@ -467,7 +467,7 @@ def split_minibatches(
 def micro_batches(episodes: list[Episode], max_cells: int) -> list[list[Episode]]:
     """Episodes by forward pass, of at most `max_cells` cells each; as many passes on every rank.
 
-    Neighbours with one prompt make a row, as collate(share=True) lays them out; rows of like length share a pass.
+    Neighbours with one prompt make a row, as collate(share_prompts=True) lays them out; rows of like length share a pass.
     Each pass through a sharded model is a set of collectives: a rank with fewer of them adds idle ones.
     """
     rows = []
@@ -507,7 +507,9 @@ def set_logprobs(
     """
     for minibatch in minibatches:
         for micro_batch in micro_batches(minibatch, micro_batch_cells):
-            batch = collate(policy, [episode.trajectory for episode in micro_batch], share=True)
+            batch = collate(
+                policy, [episode.trajectory for episode in micro_batch], share_prompts=True
+            )
             logprobs, _ = token_logprobs(policy, batch, TEMPERATURE)  # (B, L - 1)
             for episode, row in zip(micro_batch, logprobs.cpu(), strict=True):
                 setattr(episode, field, row[: len(episode.trajectory.ids) - 1].clone())
@@ -568,7 +570,9 @@ def update(
         tokens = global_sum(sum(episode.n_tokens for episode in minibatch))
         tokens_learned += tokens
         for micro_batch in micro_batches(minibatch, micro_batch_cells):
-            batch = collate(policy, [episode.trajectory for episode in micro_batch], share=True)
+            batch = collate(
+                policy, [episode.trajectory for episode in micro_batch], share_prompts=True
+            )
             logprobs, entropy = token_logprobs(policy, batch, TEMPERATURE)  # (B, L - 1) each
             old = padded([episode.old_logprobs for episode in micro_batch]).to(policy.device)
             advantages = logprobs.new_tensor([episode.advantage for episode in micro_batch])  # (B,)
@@ -634,7 +638,7 @@ def load_questions(folders: list[str], split: str, simulator: str) -> list[dict]
     names = " and ".join(map(str, files))
     questions = []
     for file in files:
-        questions += load_jsonl(file, Question, rewards.name_gold, NEEDED)
+        questions += load_jsonl(file, Question, rewards.name_gold, QUESTION_KEYS)
     if not questions:
         fail(f"{names} has no question.")
     for question in questions:

@@ -86,7 +86,7 @@ ASK_WORDS = {
     "centre": "centre third of",
     "right": "right third of",
 }
-NAMES = [*COLOURS, "none"]  # what a fact can say
+FACT_WORDS = [*COLOURS, "none"]  # what a fact can say
 ANGLES = range(-45, 46, STEP)  # of an object from the middle of an image, degrees
 LESSONS = {  # share of each kind of script: at first, and when it is mixed
     "all": {
@@ -99,7 +99,7 @@ LESSONS = {  # share of each kind of script: at first, and when it is mixed
     },
     "direct": {"look": (0.10, 0.10), "search": (0.15, 0.15), "direct": (0.75, 0.75)},
 }
-NEEDED = (  # of a question: lessons are about rooms
+LESSON_KEYS = (  # of a question: lessons are about rooms
     *("id", "images", "options", "answer", "needs_view", "scene"),
     *("ask", "named", "relation", "shown_by", "ideal", "views", "shows"),
 )
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--batch {args.batch} cannot be shared evenly by {world.size} processes; take a multiple of it."
         )
     out = Path(args.out)
-    questions = load_jsonl(file, Question, name_gold, NEEDED)
+    questions = load_jsonl(file, Question, name_gold, LESSON_KEYS)
     if not any(question["ideal"] for question in questions):
         fail(f"{file} has no question that takes a call; `python data.py questions` makes some.")
     lessons = [Lesson.load(question) for question in questions]
@@ -195,8 +195,8 @@ def main(argv: list[str] | None = None) -> None:
                 result = supervised_loss(policy, batch)
                 (result.loss / total).backward()  # a local sum over a global count
                 means.add("loss", result.loss.item(), batch.loss_weights.sum().item())
-                facts = batch.loss_weights == FACT
-                means.add("facts", (result.correct & facts).sum().item(), facts.sum().item())
+                is_fact = batch.loss_weights == FACT
+                means.add("facts", (result.correct & is_fact).sum().item(), is_fact.sum().item())
             grad_norm = clip_gradients(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -303,7 +303,7 @@ def teach_to_see(policy: Policy, lessons: list[Lesson], steps: int, seed: int) -
     angle_weights[-1] = 0.25  # absent: five of eight colours
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed("weights", seed, "probes"))
-        fact_probe = nn.Linear(width, len(ASKS) * len(NAMES)).to(policy.device)
+        fact_probe = nn.Linear(width, len(ASKS) * len(FACT_WORDS)).to(policy.device)
         number_probe = nn.Linear(width, 9).to(policy.device)
         angle_probe = nn.Linear(width, len(COLOURS) * len(angle_weights)).to(policy.device)
     trainable = [*tower.parameters()]
@@ -322,23 +322,25 @@ def teach_to_see(policy: Policy, lessons: list[Lesson], steps: int, seed: int) -
         patches, grids = policy.pixels(stamped)
         tokens = tower(patches, grid_thw=grids).pooler_output.view(batch, -1, width)
 
-        facts = fact_probe(tokens.mean(1)).view(batch, len(ASKS), len(NAMES))
+        fact_logits = fact_probe(tokens.mean(1)).view(batch, len(ASKS), len(FACT_WORDS))
         true_facts = fact_table[chosen]  # (batch, asks)
-        angles = angle_probe(tokens.mean(1)).view(batch, len(COLOURS), -1)
+        angle_logits = angle_probe(tokens.mean(1)).view(batch, len(COLOURS), -1)
         true_angles = angle_table[chosen]  # (batch, colours)
         true_numbers = torch.from_numpy(numbers - 1).to(policy.device)
         true_numbers = true_numbers.repeat_interleave(tokens.shape[1])  # (batch * tokens,)
-        loss = F.cross_entropy(facts.flatten(0, 1), true_facts.flatten())
+        loss = F.cross_entropy(fact_logits.flatten(0, 1), true_facts.flatten())
         loss += F.cross_entropy(number_probe(tokens).flatten(0, 1), true_numbers)
-        loss += 2 * F.cross_entropy(angles.flatten(0, 1), true_angles.flatten(), angle_weights)
+        loss += 2 * F.cross_entropy(
+            angle_logits.flatten(0, 1), true_angles.flatten(), angle_weights
+        )
         loss.backward()
         nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 10 == 0:
-            right = (facts.argmax(-1) == true_facts)[true_facts >= 0].float().mean()
+            right = (fact_logits.argmax(-1) == true_facts)[true_facts >= 0].float().mean()
             present = true_angles < len(ANGLES)
-            found = (angles.argmax(-1) == true_angles)[present].float().mean()
+            found = (angle_logits.argmax(-1) == true_angles)[present].float().mean()
             bar.set_postfix(facts=f"{right:.2f}", angles=f"{found:.2f}")
     size = tokens.norm(dim=-1).mean().item()
     for parameter in tower.merger.linear_fc2.parameters():
@@ -346,8 +348,8 @@ def teach_to_see(policy: Policy, lessons: list[Lesson], steps: int, seed: int) -
 
 
 def fact_labels(facts: dict) -> list[int]:
-    """The facts of an image as indices into NAMES, per key of ASKS; -100, which the loss ignores, where there is none."""
-    return [-100 if facts[ask] is None else NAMES.index(facts[ask]) for ask in ASKS]
+    """The facts of an image as indices into FACT_WORDS, per key of ASKS; -100, which the loss ignores, where there is none."""
+    return [-100 if facts[ask] is None else FACT_WORDS.index(facts[ask]) for ask in ASKS]
 
 
 def angle_labels(facts: dict) -> list[int]:
@@ -446,40 +448,40 @@ def script(
     decision = 1.0 if mode == "forced" else DECISION
     dialogue = Trajectory.start(policy, question, lesson.images[:given], mode)
 
-    def say(turn):
+    def write(turn):
         ids, weights = [], []
         for text, weight in turn:
             tokens = policy.encode_text(text)
             ids += tokens
             weights += [float(weight)] * len(tokens)
-        dialogue.say(policy, ids, loss_weights=weights)
+        dialogue.add_turn(policy, ids, loss_weights=weights)
 
     thought = [("<think>", 1), *finding_texts(lesson)]
     if kind == "direct":
         name = "the new view" if question["needs_view"] else f"Image-{question['shown_by']}"
-        say([*thought, *answer_texts(question, name)])
+        write([*thought, *answer_texts(question, name)])
     elif kind == "look":
         if calling and mode == "agentic" and views:
-            say([("<think>", 0), *call_texts(question["ideal"][0], decision=0.0)])
+            write([("<think>", 0), *call_texts(question["ideal"][0], decision=0.0)])
             dialogue.observe(policy, image=views[0])
-        say(look_texts(rng, lesson.shows[: len(dialogue.images)]))
+        write(look_texts(rng, lesson.shows[: len(dialogue.images)]))
     elif kind == "search":
-        say(searches(rng, lesson.shows[:given]))
+        write(searches(rng, lesson.shows[:given]))
     elif kind == "ring":
-        say(rings(rng))
+        write(rings(rng))
     else:
         if kind == "slip":
             wrong = int(rng.integers(given + 1, 10))
             impossible = question["ideal"][0] | {"reference_image": wrong}
-            say([*thought, *call_texts(impossible, decision)])
+            write([*thought, *call_texts(impossible, decision)])
             dialogue.observe(policy)
             decision = 1.0  # it is made: what follows repairs it
             thought = [("<think>", 1)]
         for call, view in zip(question["ideal"], views, strict=True):
-            say([*thought, *call_texts(call, decision)])
+            write([*thought, *call_texts(call, decision)])
             dialogue.observe(policy, image=view)
             thought = [("<think>", 1)]
-        say([*thought, *answer_texts(question, f"Image-{len(dialogue.images)}")])
+        write([*thought, *answer_texts(question, f"Image-{len(dialogue.images)}")])
     dialogue.features = lesson.features[: len(dialogue.images)]
     return dialogue
 

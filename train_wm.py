@@ -167,8 +167,8 @@ def main(argv: list[str] | None = None) -> None:
         pixels = max(read_image(train[0][0]["target"]).shape)
         if pixels != args.size:
             distributed.say(f"Pictures of {pixels} pixels are seen at --size {args.size}.")
-    share = args.contexts // world.size
-    mine = range(world.rank * share, (world.rank + 1) * share)  # of the contexts of an update
+    per_rank = args.contexts // world.size
+    mine = range(world.rank * per_rank, (world.rank + 1) * per_rank)  # of the contexts of an update
 
     model = load_model(args, world, most=max(len(group[0]["context"]) for group in train))
     network = model.network
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         """This rank's batches of one update, which depend on seed and step alone."""
         order = rows_of_step(len(train), args.contexts, step, args.seed)
         batches = []
-        for i in range(0, share, args.micro_contexts):
+        for i in range(0, per_rank, args.micro_contexts):
             micro = mine[i : i + args.micro_contexts]
             groups = [train[order[k]] for k in micro]
             keys = [(args.seed, step, k) for k in micro]
@@ -500,7 +500,7 @@ def imagine_held_out(model, groups, read) -> tuple[dict, list]:
         for motion in p.motions:
             sentence = instruction(motion)
             queries.append(Query(p.context, p.reference, sentence, seed=len(queries)))
-    views = iter(distributed.share_work(model.imagine, queries))
+    views = iter(distributed.split_work(model.imagine, queries))
     hits, chances, errors, rows = [], [], [], []
     for p in pictures:
         true = np.stack([resize(target, model.settings.vae_limits) for target in p.targets])

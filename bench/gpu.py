@@ -499,7 +499,7 @@ def written_episodes(policy: Policy, questions: int, group: int, length: int, si
         prompt = Trajectory.start(policy, question, question["images"], "direct")
         for member in range(group):
             dialogue = prompt.fork()
-            dialogue.say(policy, rng.integers(0, 100, length).tolist(), [0.0] * length)
+            dialogue.add_turn(policy, rng.integers(0, 100, length).tolist(), [0.0] * length)
             right = float(member % 2)
             old = torch.zeros(len(dialogue.ids) - 1)
             episode = rl_stage.Episode(dialogue, right, right, 1.0, old, advantage=2 * right - 1)

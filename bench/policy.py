@@ -33,10 +33,10 @@ def scripted_dialogue(policy: Policy, question: dict, seed: int) -> Trajectory:
     dialogue = Trajectory.start(policy, question, question["images"], "agentic")
     for image in (int(rng.integers(1, 5)), 5):
         call = call_of(image, MOTIONS[rng.integers(len(MOTIONS))])
-        dialogue.say(policy, f"<think>I need to see it.</think>{call_text(call)}")
+        dialogue.add_turn(policy, f"<think>I need to see it.</think>{call_text(call)}")
         (view,) = TrueRenderer().imagine([dialogue.query(seed=0)])
         dialogue.observe(policy, image=view)
-    dialogue.say(policy, "<think>largest in the new view: red</think><answer> A</answer>")
+    dialogue.add_turn(policy, "<think>largest in the new view: red</think><answer> A</answer>")
     return dialogue
 
 

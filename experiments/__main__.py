@@ -7,10 +7,10 @@ import sys
 
 from lib.stage import run_stage
 
-NAMES = ("demo", "curves", "simulator", "policy", "questions", "world2vlm")
+EXPERIMENTS = ("demo", "curves", "simulator", "policy", "questions", "world2vlm")
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
+    if len(sys.argv) < 2 or sys.argv[1] not in EXPERIMENTS:
         raise SystemExit(__doc__)
     name = sys.argv.pop(1)
     module = importlib.import_module(f"experiments.{name}")

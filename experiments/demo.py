@@ -35,7 +35,7 @@ from lib.scores import (
     print_consistency,
     text_table,
 )
-from lib.stage import hold, run_stage
+from lib.stage import lock_folder, run_stage
 
 
 class Stage(NamedTuple):
@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if args.quick:
         say("--quick: a step or two of each stage. The numbers mean nothing.")
-    hold(out)
+    lock_folder(out)
     results = collect(out, run_stages(out, args.quick))
     write_json(out / "results.json", results)
     print_results(results)

@@ -52,7 +52,7 @@ from lib.questions import REGIONS
 from lib.records import load_jsonl, write_json, write_text
 from lib.rooms import random_room, render
 from lib.simulators import instruction, load_simulator
-from lib.stage import bounded, hold, run_stage
+from lib.stage import bounded, lock_folder, run_stage
 from lib.streams import stream_seed
 
 ROOMS = {  # to fit on, and to ask: 5,000 and 4,000 questions at least
@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     """Make the questions that are missing, measure every family, write table.md and results.json."""
     args = parse_args(argv)
     setup(1)
-    hold(args.out)
+    lock_folder(args.out)
     simulator = load_simulator(args.simulator) if args.simulator else None
     results = {}
     for family in args.families:

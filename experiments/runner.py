@@ -20,7 +20,7 @@ import numpy as np
 from lib.distributed import die_with_parent, fail, say, setup
 from lib.records import read_log, write_json, write_text
 from lib.scores import gain_over
-from lib.stage import hold, need
+from lib.stage import lock_folder, need
 
 DEMO = "out/demo"  # where the rows of a policy begin
 
@@ -150,7 +150,7 @@ def run_rows(
         print_jobs(jobs, args.out)
         return
     setup(1)
-    hold(args.out)
+    lock_folder(args.out)
     run_jobs(jobs, args.out)
     text = "\n".join(table(args.out)) + "\n"
     write_text(args.out / "table.md", text)

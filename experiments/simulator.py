@@ -172,7 +172,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 LEGEND = (
-    f"Means over seeds. Pose: share of views {consistency.THRESHOLDS}, content: the mean of precision, recall and "
+    f"Means over seeds. Pose: share of views {consistency.POSE_THRESHOLDS}, content: the mean of precision, recall and "
     f"topology. Over plain: on the same views, [95 % interval over rooms]."
 )
 

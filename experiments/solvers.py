@@ -18,7 +18,7 @@ from lib.geometry import Array
 from lib.rooms import COLOURS
 from lib.streams import stream_seed
 
-NAMES = list(COLOURS)
+COLOUR_NAMES = list(COLOURS)
 
 
 def gold_of(rows: list[dict]) -> Array:
@@ -28,7 +28,7 @@ def gold_of(rows: list[dict]) -> Array:
 
 def colours_of(row: dict) -> list[int]:
     """The options of a question as indices into COLOURS."""
-    return [NAMES.index(option[3:]) for option in row["options"]]
+    return [COLOUR_NAMES.index(option[3:]) for option in row["options"]]
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
@@ -153,14 +153,14 @@ def caption(row: dict, given: Given, colour: int | None) -> list[float]:
 
 def captions(row: dict, given: Given) -> list[list[float]]:
     """Per option: the captions' places of its colour and of the one that the words name."""
-    colour = NAMES.index(row["named"]) if row["named"] else None
+    colour = COLOUR_NAMES.index(row["named"]) if row["named"] else None
     named = caption(row, given, colour)
     return [caption(row, given, colour) + named for colour in colours_of(row)]
 
 
 def columns(row: dict, given: Given) -> list[list[float]]:
     """Per option: its angle around the viewer from where the asked view looks, its size, and those of all others."""
-    colour = NAMES.index(row["named"]) if row["named"] else None
+    colour = COLOUR_NAMES.index(row["named"]) if row["named"] else None
     best = given.count.argmax(0)  # (8,) the view that shows most of a colour
     every = np.arange(8)
     angles = given.degrees[best, every] - 90 * (best - start_of(row))

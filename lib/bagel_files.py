@@ -24,7 +24,7 @@ from lib.distributed import is_main
 from lib.records import write_json
 
 NETWORK, AUTOENCODER = "ema.safetensors", "ae.safetensors"
-PUBLISHED = "*.safetensors *.json *.txt *.jinja README.md".split()  # taken of a hub id
+HUB_FILES = "*.safetensors *.json *.txt *.jinja README.md".split()  # taken of a hub id
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 REMEDY = "Fetch it again, or name another."
 
@@ -41,7 +41,7 @@ def find_folder(path: str | Path, maker: str = "") -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=PUBLISHED))
+        return Path(snapshot_download(str(path), allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:
         sentence = f"{path} is no folder here, and the hub does not give it ({in_a_line(error)})."
         fetch = f"`hf download {path} --local-dir {Path(path).name}`"

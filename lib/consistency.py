@@ -29,7 +29,7 @@ MOVE_BARS = {"within": (0.25, 0.30), "tight": (0.08, 0.20)}  # metres
 TURN_BARS = {"within": (10.0, 0.0), "tight": (3.0, 0.10)}  # degrees
 DIRECTION = 20.0  # degrees that the direction of a move may be off, in both
 SCALE = np.array([1, 1, 1, DEGREES_PER_METER, DEGREES_PER_METER])  # makes relative poses comparable
-THRESHOLDS = "within 0.25 m or 30% and 20° of direction (moves), 10° (turns); tight: 0.08 m or 20%, 3° or 10%"
+POSE_THRESHOLDS = "within 0.25 m or 30% and 20° of direction (moves), 10° (turns); tight: 0.08 m or 20%, 3° or 10%"
 
 
 # ---- pose -----------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from lib.simulators import instruction, phrase
 
 @dataclass
 class Trajectory:
-    """One rollout, that is one dialogue, as tokens: `start`, `say` and `observe` build it.
+    """One rollout, that is one dialogue, as tokens: `start`, `add_turn` and `observe` build it.
 
     Sampled, scripted and replayed dialogues are alike.
     """
@@ -70,7 +70,7 @@ class Trajectory:
     unreadable: int = 0  # turns that were neither a call nor an answer
     answer: str | None = None
     truncated: bool = False  # out of tokens or turns before an answer
-    # after `say`
+    # after `add_turn`
     call: dict | None = None  # the valid call that waits for its view
     reply: str | None = None  # what the protocol answers to this turn
 
@@ -113,7 +113,7 @@ class Trajectory:
                 trajectory._image(policy, image, None)
         return trajectory
 
-    def say(
+    def add_turn(
         self,
         policy,
         turn: str | list[int],

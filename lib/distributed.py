@@ -163,7 +163,7 @@ def global_max(x: float) -> float:
     return value.item()
 
 
-def share_work(function: Callable, items: list) -> list:
+def split_work(function: Callable, items: list) -> list:
     """function(items), a list as long, on every rank, of which each computes every size-th (a collective)."""
     if not dist.is_initialized():
         return function(items)

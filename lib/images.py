@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from lib.distributed import fail, say, share_work
+from lib.distributed import fail, say, split_work
 from lib.records import whole_file
 
 MAX_PIXELS = 2**26  # of a picture that is decoded: 8192 x 8192
@@ -144,7 +144,7 @@ def with_pictures(questions: list[dict]) -> list[dict]:
         return [next(filter(None, map(fault_once, row["images"])), "") for row in rows]
 
     whole = []
-    for question, fault in zip(questions, share_work(first_faults, questions), strict=True):
+    for question, fault in zip(questions, split_work(first_faults, questions), strict=True):
         if fault:
             say(f"Question {question.get('id')} is left out. {fault}")
         else:

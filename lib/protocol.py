@@ -31,7 +31,7 @@ MAX_ROUNDS = 3  # of the tool in a dialogue (paper)
 MAX_TURNS = 10  # of the policy in a dialogue (paper)
 IMAGE_TOKEN = "<|image_pad|>"
 TOOL_NAME = "world_simulator_tool"
-NEEDED = ("reference_image", "motion_type", "value")  # and img_indices and seed if need be
+CALL_KEYS = ("reference_image", "motion_type", "value")  # and img_indices and seed if need be
 TOOL = {
     "type": "function",
     "function": {
@@ -53,7 +53,7 @@ TOOL = {
                 },
                 "seed": {"type": "integer", "description": "of the simulator's noise"},
             },
-            "required": list(NEEDED),
+            "required": list(CALL_KEYS),
         },
     },
 }
@@ -196,7 +196,7 @@ def read_call(text: str) -> Turn:
         return Turn(error=NOT_JSON)
     if call["name"] != TOOL_NAME:
         return Turn(error=NO_SUCH_TOOL)
-    if not set(NEEDED) <= set(arguments) <= {*NEEDED, "img_indices", "seed"}:
+    if not set(CALL_KEYS) <= set(arguments) <= {*CALL_KEYS, "img_indices", "seed"}:
         return Turn(error=ARGUMENTS)
     kind, amount = arguments["motion_type"], arguments["value"]
     if not is_whole(arguments["reference_image"]):

@@ -210,11 +210,11 @@ class Layout(NamedTuple):
     branch_width: int  # columns of each branch: the longest rest; 0 where no row is shared
 
     @classmethod
-    def of(cls, trajectories: list, share: bool) -> "Layout":
-        """The rows of a batch. share: dialogues with the same prompt make one row, neighbours or not."""
+    def of(cls, trajectories: list, share_prompts: bool) -> "Layout":
+        """The rows of a batch. share_prompts: dialogues with the same prompt make one row, neighbours or not."""
         by_prompt = {}
         for number, trajectory in enumerate(trajectories):
-            key = trajectory.prompt_key if share else number
+            key = trajectory.prompt_key if share_prompts else number
             by_prompt.setdefault(key, []).append(number)
         rows = list(by_prompt.values())
         lengths = [len(trajectory.ids) - 1 for trajectory in trajectories]
@@ -249,7 +249,7 @@ class Layout(NamedTuple):
 
 def cell_count(trajectories: list) -> int:
     """How many cells `policy.collate` takes for these dialogues where they may share rows."""
-    layout = Layout.of(trajectories, share=True)
+    layout = Layout.of(trajectories, share_prompts=True)
     return len(layout.rows) * layout.width
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 
 from lib.answers import Prediction
-from lib.consistency import THRESHOLDS
+from lib.consistency import POSE_THRESHOLDS
 from lib.streams import numpy_stream
 
 STRATA = {"needs_view": True, "answerable": False}
@@ -265,8 +265,8 @@ def print_answers(runs: dict[tuple, dict], guessing: float | None) -> None:
 
 def accuracy_text(summary: dict | None) -> str | None:
     """ "0.812 [0.75 0.87]  40% 0.52" of a group's `brief`: see CELL."""
-    form = "{accuracy:.3f} [{ci95[0]:.2f} {ci95[1]:.2f}] {call_rate:4.0%} {valid_calls:.2f}"
-    return summary and form.format(**summary)
+    text = "{accuracy:.3f} [{ci95[0]:.2f} {ci95[1]:.2f}] {call_rate:4.0%} {valid_calls:.2f}"
+    return summary and text.format(**summary)
 
 
 def gain_text(summary: dict | None) -> str | None:
@@ -291,4 +291,4 @@ def print_consistency(results: dict) -> None:
             *shares, mse = consistency_row(scores)
             rows.append([name, *shares, f"{mse:.4f}"])
     print("\n" + text_table(["", *COLUMNS], rows), end="")
-    print(f"pose: share of views {THRESHOLDS}")
+    print(f"pose: share of views {POSE_THRESHOLDS}")

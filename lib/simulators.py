@@ -23,7 +23,7 @@ from lib.distributed import fail, say
 from lib.geometry import KINDS, UNITS, Array, Motion, Query
 from lib.stage import newest
 
-NAMES = ("tuned", "untuned", "reprojection", "truth", "none")
+SIMULATORS = ("tuned", "untuned", "reprojection", "truth", "none")
 NEEDS_ROOM = ("reprojection", "truth")
 URLS = ("http://", "https://")  # how the name of a server begins
 FOLDERS = {"tuned": "wm", "untuned": "wm-untuned"}
@@ -62,7 +62,7 @@ def imagine_each(simulator, queries: list[Query]) -> list[Array | None]:
 
 # ---- motions in words ------------------------------------------------------------------------------------------------
 
-TURNS = (
+TURN_WORDINGS = (
     "turn {n} degrees to the {way}",
     "rotate {n} degrees to the {way}",
     "rotate to the {way} by {n} degrees",
@@ -74,7 +74,7 @@ WORDINGS = {
     "dx": ("right", "left", ("move {n} meters to the {way}",)),
     "dy": ("forward", "backward", ("move {way} by {n} meters parallel to the ground",)),
     "dz": ("up", "down", ("move {way} by {n} meters",)),
-    "dangle": ("right", "left", TURNS),
+    "dangle": ("right", "left", TURN_WORDINGS),
     "dphi": ("up", "down", ("pitch {way} by {n} degrees",)),
 }
 # How a sentence names its reference. Which one the published simulator knows best is not known.

@@ -145,7 +145,7 @@ def begin(
     if not has_begun:  # what cannot begin makes no folder
         for path, command in needs:
             need(path, command)
-    hold(out)
+    lock_folder(out)
     if has_begun:
         compare_with_earlier_run(out, settings, inputs)
     if is_main():
@@ -153,19 +153,19 @@ def begin(
         write_json(out / "args.json", record)
 
 
-HELD = {}  # {lock: its open file}: the system lets go of a lock when its process ends, whatever ends it
-HOLD_PATIENCE = 15.0  # seconds for a run before this one, which may be saving
+LOCKS = {}  # {lock: its open file}: the system lets go of a lock when its process ends, whatever ends it
+LOCK_PATIENCE = 15.0  # seconds for a run before this one, which may be saving
 
 
-def hold(folder: str | Path) -> None:
+def lock_folder(folder: str | Path) -> None:
     """Keep a folder to this run from now on, or stop with a sentence: rank 0 locks a file in it (a collective).
 
     Every command that writes a folder calls it, no reader does.
     """
     path = Path(os.path.abspath(folder), ".lock")
-    is_held = False
+    is_locked = False
     try:
-        if is_main() and path not in HELD:
+        if is_main() and path not in LOCKS:
             with disk(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 file = open(path, "a+", errors="backslashreplace")
@@ -174,17 +174,17 @@ def hold(folder: str | Path) -> None:
                 command = without_keys(" ".join(sys.argv))  # the words are for people
                 file.write(f"process {os.getpid()} on {socket.gethostname()}: {command}")
                 file.flush()
-            HELD[path] = file
-        is_held = True
+            LOCKS[path] = file
+        is_locked = True
     finally:  # the other ranks must hear of a failure
-        failures = global_sum(float(not is_held))
+        failures = global_sum(float(not is_locked))
     if failures:
         raise SystemExit(1)
 
 
 def wait_for_lock(file: TextIO, folder: str | Path) -> None:
-    """Lock an open file; a sentence about who holds it after HOLD_PATIENCE, a warning where nothing can be locked."""
-    end = time.monotonic() + HOLD_PATIENCE
+    """Lock an open file; a sentence about who holds it after LOCK_PATIENCE, a warning where nothing can be locked."""
+    end = time.monotonic() + LOCK_PATIENCE
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -60,7 +60,7 @@ def play(policy, mode, *turns):
     question = {"question": "Which?", "options": ["A. red", "B. blue"]}
     trajectory = Trajectory.start(policy, question, [view], mode)
     for text in turns:
-        trajectory.say(policy, text)
+        trajectory.add_turn(policy, text)
         if not trajectory.done:
             trajectory.observe(policy, image=view if trajectory.call else None)
     return [reply for reply, _ in trajectory.replies], trajectory

@@ -91,7 +91,7 @@ def squares_of_two_ranks(out):
         done.extend(items)
         return [item**2 for item in items]
 
-    results = distributed.share_work(square, list(range(5)))
+    results = distributed.split_work(square, list(range(5)))
     torch.save({"done": done, "results": results}, f"{out}.{world.rank}")
 
 

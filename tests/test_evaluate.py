@@ -178,7 +178,7 @@ def test_several_processes_ask_every_question_once_between_them(monkeypatch, tmp
 
 def test_direct_mode_gets_no_simulator():
     args = parse_args(["--simulator", "truth", "reprojection"])
-    columns = [(one.mode, one.simulator) for one in conditions_of(args, "policy")]
+    columns = [(one.mode, one.simulator_name) for one in conditions_of(args, "policy")]
     tools = [(mode, name) for mode in ("forced", "agentic") for name in args.simulator]
     assert columns == [("direct", "none"), *tools]
 
@@ -349,7 +349,7 @@ def test_a_simulator_with_other_knobs_is_another_one_and_answers_say_which(tmp_p
     for args in (plain, turned):
         found = {}
         for condition in evaluate.conditions_of(args, "policy"):
-            found[condition.mode, condition.simulator] = condition.settings["weights"]
+            found[condition.mode, condition.simulator_name] = condition.settings["weights"]
         weights.append(found)
     before, after = weights
     assert after["agentic", "tuned"] == before["agentic", "tuned"] + " {'steps': 2}"
@@ -573,14 +573,14 @@ def test_a_bench_asked_in_its_own_words_takes_any_reply_and_still_knows_the_tool
     assert text.endswith(" Which? Reply with a letter.<|im_end|>\n<|im_start|>assistant\n")
     assert TOOLS not in prompt_text(asked, "direct", 2)
     told = Trajectory.start(policy, asked, clip, "agentic")
-    told.say(
+    told.add_turn(
         policy,
         '<tool_call>{"name": "world_simulator_tool", "arguments": {"reference_image": 3, "motion_type": "dangle", "value": -45}}'
         "</tool_call>",
     )
     assert told.invalid_calls == 1 and "no such image" in told.reply
     told.observe(policy)
-    told.say(policy, "B")
+    told.add_turn(policy, "B")
     assert told.done and told.answer == "B"
     with pytest.raises(ValueError):
         prompt_text(asked, "agentic", 3)

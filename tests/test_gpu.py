@@ -106,14 +106,16 @@ def test_a_policy_in_bf16_writes_and_learns_near_fp32_on_the_cpu():
     }
     policy = Policy.tiny()
     dialogues = rollout(policy, [question], group_size=4, mode="direct", max_new_tokens=16)
-    expected = token_logprobs(policy, collate(policy, dialogues, share=True))[0]
+    expected = token_logprobs(policy, collate(policy, dialogues, share_prompts=True))[0]
     fast = Policy(
         Policy.tiny().model.to("cuda", torch.bfloat16), policy.tokenizer, policy.image_config
     )
     near(
         token_logprobs(
             fast,
-            collate(fast, [dataclasses.replace(t, features=[]) for t in dialogues], share=True),
+            collate(
+                fast, [dataclasses.replace(t, features=[]) for t in dialogues], share_prompts=True
+            ),
         )[0],
         expected,
         0.1,

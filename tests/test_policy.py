@@ -223,7 +223,7 @@ def test_words_of_data_stay_words(policy, words):
 def test_an_answer_of_data_ends_no_turn(policy):
     answer = as_words("</answer><|im_end|><think>")
     dialogue = Trajectory.start(policy, question(0), question(0)["images"], "direct")
-    dialogue.say(policy, f"<think></think><answer>{answer}</answer>")
+    dialogue.add_turn(policy, f"<think></think><answer>{answer}</answer>")
     assert of_policy(dialogue).count(policy.tokenizer.eos_token_id) == 1 and dialogue.unreadable
 
 
@@ -259,18 +259,20 @@ def of_policy(trajectory, mask=1):
 
 
 def say(policy, trajectory, text):
-    trajectory.say(policy, text)
+    trajectory.add_turn(policy, text)
     return trajectory
 
 
 def full_dialogue(policy, images=None):
     """Two given images, a bad call, a good call, a view, an answer."""
     trajectory = Trajectory.start(policy, question(1), images or question(1)["images"], "agentic")
-    trajectory.say(policy, CALL % '{"reference_image": 9, "motion_type": "dangle", "value": -45}')
+    trajectory.add_turn(
+        policy, CALL % '{"reference_image": 9, "motion_type": "dangle", "value": -45}'
+    )
     trajectory.observe(policy)
-    trajectory.say(policy, LOOK)
+    trajectory.add_turn(policy, LOOK)
     trajectory.observe(policy, image=picture(99))
-    trajectory.say(policy, ANSWER)
+    trajectory.add_turn(policy, ANSWER)
     return trajectory
 
 
@@ -395,9 +397,9 @@ def test_rooms_are_told_where_every_image_was_taken(policy):
     poses = [np.eye(4).tolist(), move_camera(np.eye(4), Motion("dangle", 90.0)).tolist()]
     asked = question(1) | {"scene": {"room": 7, "poses": poses}}
     trajectory = Trajectory.start(policy, asked, asked["images"], "agentic")
-    trajectory.say(policy, LOOK)
+    trajectory.add_turn(policy, LOOK)
     trajectory.observe(policy, image=picture(5))
-    trajectory.say(policy, CALL % '{"reference_image": 3, "motion_type": "dy", "value": 2}')
+    trajectory.add_turn(policy, CALL % '{"reference_image": 3, "motion_type": "dy", "value": 2}')
     scene = trajectory.query(seed=0).scene
     middle = move_camera(np.array(poses[1]), Motion("dangle", -45.0))
     assert scene["room"] == 7 and scene["poses"][:2] == poses and len(poses) == 2
@@ -424,9 +426,9 @@ def test_sampling_inverts_the_distribution():
 @torch.no_grad()
 def chatter(policy, questions, views=2, tokens=14, **options):
     """Rollouts whose every turn is answered by an image: random policies never call, but all caches must grow."""
-    original = Trajectory.say
+    original = Trajectory.add_turn
 
-    def say_and_look(self, policy, turn, logprobs):
+    def add_and_look(self, policy, turn, logprobs):
         turn, logprobs = list(turn), list(logprobs)
         if turn[-1] != policy.tokenizer.eos_token_id:  # a random policy seldom ends a turn itself
             turn[-1] = policy.tokenizer.eos_token_id
@@ -438,7 +440,7 @@ def chatter(policy, questions, views=2, tokens=14, **options):
             )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trajectory, "say", say_and_look)
+        patch.setattr(Trajectory, "add_turn", add_and_look)
         return rollout(
             policy, questions, Mirror(), max_turns=views + 1, max_new_tokens=tokens, **options
         )
@@ -627,7 +629,7 @@ def test_a_shared_prompt_changes_no_logprob_and_no_gradient(policy, checkpointin
     assert words.ids[:start] == together[0].ids[:start]  # but it sees other images
     trajectories = [alone, *together[::2], words, *together[1::2]]  # neighbours or not
     assert len({len(t.images) for t in together}) > 2 and len({len(t.ids) for t in together}) > 3
-    shared, apart = (collate(policy, trajectories, share) for share in (True, False))
+    shared, apart = (collate(policy, trajectories, shared) for shared in (True, False))
     assert shared.ids.shape[0] == 4 and apart.ids.shape[0] == 10
     assert cell_count(trajectories) == shared.ids.numel()
     assert shared.features.shape[1] == apart.features.shape[1] - 3 * 4 * (

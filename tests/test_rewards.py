@@ -67,7 +67,7 @@ def test_format_needs_well_formed_turns_and_an_answer():
 
 
 @pytest.mark.parametrize(
-    "match, form, n_tool, want",
+    "match, well_formed, n_tool, want",
     [
         (1, 1, 0, 1.50),
         (1, 1, 1, 1.52),
@@ -77,13 +77,13 @@ def test_format_needs_well_formed_turns_and_an_answer():
         (0, 0, 1, 0.02),
     ],
 )
-def test_phase1_reward(match, form, n_tool, want):
+def test_phase1_reward(match, well_formed, n_tool, want):
     """r = e + 0.5 f + 0.02 min(n, 1)"""
-    assert rewards.phase1_reward(match, form, n_tool) == pytest.approx(want)
+    assert rewards.phase1_reward(match, well_formed, n_tool) == pytest.approx(want)
 
 
 @pytest.mark.parametrize(
-    "match, form, n_tool, direct, want",
+    "match, well_formed, n_tool, direct, want",
     [
         (1, 1, 1, 0.25, 1.52 + 0.1 * 0.75),  # imagining helped
         (0, 1, 1, 0.75, 0.52 - 0.03 * 0.75),  # answering directly was right more often
@@ -92,8 +92,8 @@ def test_phase1_reward(match, form, n_tool, want):
         (0, 1, 0, 1.00, 0.50),
     ],
 )  # no call: no gain and no price
-def test_phase2_reward(match, form, n_tool, direct, want):
-    assert rewards.phase2_reward(match, form, n_tool, direct) == pytest.approx(want)
+def test_phase2_reward(match, well_formed, n_tool, direct, want):
+    assert rewards.phase2_reward(match, well_formed, n_tool, direct) == pytest.approx(want)
 
 
 def test_advantages_against_numpy():

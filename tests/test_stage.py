@@ -21,7 +21,7 @@ from lib.stage import (
     Interrupt,
     begin,
     finish,
-    hold,
+    lock_folder,
     need,
     newest,
     parse_flags,
@@ -148,13 +148,13 @@ class Child:
 
 
 def test_a_folder_is_written_by_one_run_at_a_time_and_a_killed_one_lets_go(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "HOLD_PATIENCE", 0.3)
-    with Child(lambda: hold(tmp_path / "out")) as other:
+    monkeypatch.setattr(stage, "LOCK_PATIENCE", 0.3)
+    with Child(lambda: lock_folder(tmp_path / "out")) as other:
         with pytest.raises(SystemExit, match=f"out is written by process {other.pid} on .*pytest"):
-            hold(tmp_path / "out")
-        hold(tmp_path / "elsewhere")
-    hold(tmp_path / "out")
-    hold(tmp_path / "out")  # what a run holds already
+            lock_folder(tmp_path / "out")
+        lock_folder(tmp_path / "elsewhere")
+    lock_folder(tmp_path / "out")
+    lock_folder(tmp_path / "out")  # what a run holds already
     assert f"process {os.getpid()} on" in (tmp_path / "out" / ".lock").read_text()
 
 
@@ -163,7 +163,7 @@ def test_where_nothing_can_be_locked_a_run_is_warned_and_goes_on(tmp_path, monke
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    hold(tmp_path)
+    lock_folder(tmp_path)
     assert "No locks available. Let no other run write to" in capsys.readouterr().out
 
 

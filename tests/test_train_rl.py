@@ -152,7 +152,7 @@ def episodes_of(policy, turns=(3, 9, 1, 5, 7)):
     episodes = []
     for i, words in enumerate(turns):
         dialogue = Trajectory.start(policy, question, [image] * (1 + i % 2), "direct")
-        dialogue.say(policy, " red ball" * words)
+        dialogue.add_turn(policy, " red ball" * words)
         episode = train_rl.episode_of(dialogue, train_rl.parse_args([]))
         episode.advantage = (-1) ** i * (1.0 + i)
         episode.start_logprobs = episode.old_logprobs - 5.0
@@ -273,9 +273,13 @@ def test_micro_batches_keep_within_their_tokens():
         assert len(micro_batches) == passes
         assert sorted(map(id, sum(micro_batches, []))) == sorted(map(id, episodes))
         for own in micro_batches:
-            batch = train_rl.collate(policy, [episode.trajectory for episode in own], share=True)
+            batch = train_rl.collate(
+                policy, [episode.trajectory for episode in own], share_prompts=True
+            )
             assert batch.ids.numel() <= tokens or len(own) == 1
-    batch = train_rl.collate(policy, [episode.trajectory for episode in episodes], share=True)
+    batch = train_rl.collate(
+        policy, [episode.trajectory for episode in episodes], share_prompts=True
+    )
     assert batch.ids.shape[0] == 2
 
 
@@ -538,10 +542,10 @@ class Script:
         dialogue = Trajectory.start(policy, question, [self.IMAGE] * 2, mode)
         right = self.DIRECT[int(question["id"][-1]) % 3][k] if mode == "direct" else k % 2 == 0
         if mode == "agentic":
-            dialogue.say(policy, f"<think></think><tool_call>{self.CALL}</tool_call>")
+            dialogue.add_turn(policy, f"<think></think><tool_call>{self.CALL}</tool_call>")
             dialogue.observe(policy, image=self.IMAGE)
         answer = question["answer"] if right else "AB"[question["answer"] == "A"]
-        dialogue.say(policy, f"<think></think><answer>{answer}</answer>")
+        dialogue.add_turn(policy, f"<think></think><answer>{answer}</answer>")
         return dialogue
 
 

@@ -17,7 +17,7 @@ from extras.benches.files import Bench, Source, after_images, split_options
 from lib.distributed import say
 from lib.images import load_image, save_image
 from lib.records import Question, load_jsonl, save_jsonl
-from lib.stage import hold, run_stage
+from lib.stage import lock_folder, run_stage
 
 SETTINGS = ("around", "rotation", "translation", "among")  # looked for in the id in this order
 LISTED_ONLY = ("translation",)  # not in the official overall
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         "--questions", default="out/data/questions_test.jsonl", help="the rooms questions to read"
     )
     args = parser.parse_args(argv)
-    hold(args.out)
+    lock_folder(args.out)
     make_mindcube(args.out, args.questions)
 
 

@@ -340,7 +340,8 @@ def take_turns(policy: RemotePolicy, chats: list[Chat], last: bool) -> None:
         chat.message, cut_off = answer
         chat.view = None
         text = turn_text(chat.message)
-        chat.trajectory.say(policy, [text] if cut_off else text)  # a turn without end is truncated
+        # a turn without end is truncated
+        chat.trajectory.add_turn(policy, [text] if cut_off else text)
         chat.trajectory.truncated |= last and chat.trajectory.answer is None
 
 

@@ -132,11 +132,11 @@ def reward_parts(row: Prediction, alone: float | None) -> dict[str, float]:
     alone   exact match in mode direct, one greedy answer, or None if it is not known
     """
     match = row["correct"]
-    form = float(row["well_formed"])
+    well_formed = float(row["well_formed"])
     calls = row["valid_calls"]
-    parts = {"match": match, "format": form, "calls": calls}
-    parts["phase 1"] = rewards.phase1_reward(match, form, calls)
+    parts = {"match": match, "format": well_formed, "calls": calls}
+    parts["phase 1"] = rewards.phase1_reward(match, well_formed, calls)
     if alone is not None:
         parts["gain"] = rewards.tool_gain(match, calls, alone)
-        parts["phase 2"] = rewards.phase2_reward(match, form, calls, alone)
+        parts["phase 2"] = rewards.phase2_reward(match, well_formed, calls, alone)
     return parts

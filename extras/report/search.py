@@ -164,7 +164,7 @@ class Tree:
         dialogue = self.root.fork()
         numbers = {(number,): number for number in range(1, len(self.root.images) + 1)}
         for path in sorted(prefixes, key=display_order):
-            dialogue.say(policy, call_turn(numbers[path[:-1]], path[-1]))
+            dialogue.add_turn(policy, call_turn(numbers[path[:-1]], path[-1]))
             dialogue.observe(policy, image=self.view(path))
             numbers[path] = len(dialogue.images)
         return dialogue
@@ -194,7 +194,7 @@ def imagine_level(run: Run, level: list[tuple[Tree, Path]]) -> None:
     for tree, path in level:
         dialogue = tree.nodes[path[:-1]].fork()
         start = path[0] if len(path) == 2 else len(dialogue.images)
-        dialogue.say(run.policy, call_turn(start, path[-1]))
+        dialogue.add_turn(run.policy, call_turn(start, path[-1]))
         seed = stream_seed("imagine", run.seed, tree.name, path_words(path))
         queries.append(dialogue.query(seed))
         dialogues.append(dialogue)

@@ -26,7 +26,7 @@ from extras.scans.make import with_relative_paths
 from lib.distributed import fail, say
 from lib.protocol import between, fits
 from lib.records import save_jsonl
-from lib.stage import hold, run_stage
+from lib.stage import lock_folder, run_stage
 
 LETTER = re.compile(r"\s*\(?([A-E])(?:[).:]\s*.*)?\s*", re.DOTALL)
 IMAGE_MARK = re.compile(r"<image>|<\|image_pad\|>|^[ \t]*Image-?\d+:\s*", re.MULTILINE)
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", help="folder of the files (default: out/<corpus>)")
     args = parser.parse_args(argv)
     args.out = args.out or f"out/{args.corpus}"
-    hold(args.out)
+    lock_folder(args.out)
     make_corpus(args.corpus, args.root, args.out)
 
 

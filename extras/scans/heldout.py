@@ -23,7 +23,7 @@ from lib.consistency import pose_errors
 from lib.distributed import fail, say
 from lib.geometry import decompose
 from lib.records import Triple, load_jsonl, save_jsonl
-from lib.stage import bounded, hold, run_stage
+from lib.stage import bounded, lock_folder, run_stage
 from lib.streams import numpy_stream
 
 
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     args = parser.parse_args(argv)
-    hold(args.out)
+    lock_folder(args.out)
     finished = [f"out/{name}" for name in READERS if Path(f"out/{name}/summary.json").exists()]
     make_heldout(args.sources or finished, args.out, args.per_dataset, args.seed)
 

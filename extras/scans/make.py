@@ -26,7 +26,7 @@ from extras.scans.triples import RULES, Rules, write_triples
 from lib.distributed import fail, say
 from lib.images import save_image
 from lib.records import PICTURES, SPLITS, disk, read_log, whole_file, write_json, write_text
-from lib.stage import hold
+from lib.stage import lock_folder
 from lib.streams import stable_hash, stream_seed
 
 VERSION = 6  # of a scan's report: another one is made again
@@ -60,7 +60,7 @@ def make_scans(
             f"{out} holds triples of something else, and they would be lost. Give {dataset} of {root} an --out of its "
             f"own: train_wm.py --data takes several folders."
         )
-    hold(out)
+    lock_folder(out)
     places, by_list = places_and_lists(dataset, root, ids, lists)
     splits = {id: split_of(dataset, place, by_list, lists) for id, place in places.items()}
     ids = [id for id in ids if id in places]

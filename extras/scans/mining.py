@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from extras.scans.make import holds_others, with_relative_paths
-from lib.distributed import fail, is_main, progress, say, setup, share_work, wait_for_all
+from lib.distributed import fail, is_main, progress, say, setup, split_work, wait_for_all
 from lib.images import with_pictures
 from lib.records import SPLITS, Question, disk, load_jsonl, read_log, save_jsonl
-from lib.stage import bounded, hold, run_stage
+from lib.stage import bounded, lock_folder, run_stage
 from lib.streams import stream_seed
 from policy import Policy, rollout
 from rewards import exact_match, name_gold
@@ -108,7 +108,7 @@ def ask_often(questions: list[dict], out: Path, settings: dict) -> dict[str, int
     at_once = BATCH * world.size
     truncated = 0
     for step in progress(math.ceil(len(open_questions) / at_once), title="ask"):
-        rows = share_work(ask, open_questions[step * at_once : (step + 1) * at_once])
+        rows = split_work(ask, open_questions[step * at_once : (step + 1) * at_once])
         right |= {row["id"]: row["right"] for row in rows}
         truncated += sum(row["truncated"] for row in rows)
         if is_main():
@@ -172,7 +172,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Mine one corpus."""
     args = parse_args(argv)
-    hold(args.out)
+    lock_folder(args.out)
     mine(args.questions, args.out, args.policy, args.samples, args.at_most, args.seed)
 
 

@@ -25,7 +25,7 @@ from lib.distributed import (
     is_main,
     say,
     setup,
-    share_work,
+    split_work,
     unsharded,
     wait_for_all,
 )
@@ -126,7 +126,7 @@ def main(argv=None):
     ask = partial(greedy_records, policy, args=args)
     at_once = args.rows * world.size
     for start in tqdm(range(0, len(missing), at_once), desc="ask", disable=not is_main()):
-        rows = share_work(ask, missing[start : start + at_once])
+        rows = split_work(ask, missing[start : start + at_once])
         answered |= {row["key"]: row for row in rows}
         if is_main():
             with disk(log), log.open("a") as lines:

@@ -64,7 +64,7 @@ from lib.images import save_image
 from lib.records import SPLITS, save_jsonl
 from lib.rooms import TrueRenderer
 from lib.simulators import URLS, SimulatorError, find_weights, load_simulator
-from lib.stage import bounded, hold, need, run_stage
+from lib.stage import bounded, lock_folder, need, run_stage
 from lib.streams import numpy_stream
 
 # ---- false claims ---------------------------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ def main(argv=None):
     from extras.world2vlm.scans import make_scan_questions
 
     args = parse_args(argv)
-    hold(args.out)
+    lock_folder(args.out)
     simulator = None
     if args.teacher != "truth":
         if not args.teacher.startswith(URLS):

@@ -231,7 +231,7 @@ def true_answer(policy: Policy, row: dict, features: dict, share: float = 1.0) -
     """The dialogue in which the true answer is given at once; `share` is the loss weight of each of its tokens."""
     images = [load_image(path) for path in row["images"]]
     dialogue = Trajectory.start(policy, row, images, "direct")
-    dialogue.say(policy, f"<think></think><answer>{as_words(str(row['answer']))}</answer>")
+    dialogue.add_turn(policy, f"<think></think><answer>{as_words(str(row['answer']))}</answer>")
     dialogue.loss_weights = [share * weight for weight in dialogue.loss_weights]
     if features:
         dialogue.features = [features[pair] for pair in enumerate(row["images"], 1)]

@@ -24,7 +24,7 @@ ACTIONS = {  # the paper's words -> kind of motion and sign
     "turn left": ("dangle", -1),
     "turn right": ("dangle", 1),
 }
-NAMES = {way: action for action, way in ACTIONS.items()}
+ACTION_OF_WAY = {way: action for action, way in ACTIONS.items()}
 
 
 def motion_of(action: str, amount: float) -> Motion:
@@ -35,7 +35,7 @@ def motion_of(action: str, amount: float) -> Motion:
 
 def action_of(motion: Motion) -> str:
     """What the paper calls a motion: "move left"."""
-    return NAMES[motion.kind, 1 if motion.amount > 0 else -1]
+    return ACTION_OF_WAY[motion.kind, 1 if motion.amount > 0 else -1]
 
 
 def action_text(motion: Motion) -> str:

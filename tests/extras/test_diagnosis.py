@@ -49,9 +49,9 @@ def held(question, answer, *calls, views=None, mode="agentic"):
     """A dialogue that makes these calls, is shown the true views or `views`, and answers."""
     t = Trajectory.start(POLICY, question, question["images"], mode)
     for k, call in enumerate(calls):
-        t.say(POLICY, f"<think></think>{call_text(call)}")
+        t.add_turn(POLICY, f"<think></think>{call_text(call)}")
         t.observe(POLICY, image=views[k] if views else TrueRenderer().imagine([t.query(0)])[0])
-    t.say(POLICY, f"<think></think><answer>{answer}</answer>")
+    t.add_turn(POLICY, f"<think></think><answer>{answer}</answer>")
     return t
 
 

@@ -145,7 +145,7 @@ def test_batches_are_small_for_a_published_policy_and_of_the_width_of_a_server(
     monkeypatch.setattr(pages, "write_answers", lambda *_: [])
     for more in (local, [*local, "--batch", "3"], remote, [*remote, "--concurrency", "5"]):
         main([*own, *more])
-    monkeypatch.setattr(Policy, "turn_limit", 4096)
+    monkeypatch.setattr(Policy, "is_tiny", False)
     main([*own, *local])
     assert batches == [64, 3, 8, 5, 8]
 

@@ -30,9 +30,9 @@ def held(question, mode, answer, calls, views):
     """A scripted dialogue: its calls, and what it is shown."""
     t = Trajectory.start(POLICY, question, question["images"], mode)
     for call, view in zip(calls, views, strict=False):
-        t.say(POLICY, f"<think>What is there?</think>{call_text(call)}")
+        t.add_turn(POLICY, f"<think>What is there?</think>{call_text(call)}")
         t.observe(POLICY, image=view if t.call else None)
-    t.say(POLICY, f"<think>I see {EVIL}</think><answer>{answer}</answer>")
+    t.add_turn(POLICY, f"<think>I see {EVIL}</think><answer>{answer}</answer>")
     return t
 
 
