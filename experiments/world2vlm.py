@@ -39,6 +39,7 @@ from experiments.runner import (
 )
 from extras.world2vlm.questions import make_room_questions
 from extras.world2vlm.words import TASKS
+from lib.questions import FAMILIES
 from lib.records import Question, load_jsonl, read_log, save_jsonl, write_json
 from lib.scores import STRATA, interval
 from lib.simulators import load_simulator
@@ -255,9 +256,9 @@ def interval_text(values: list[float], part: list[dict]) -> str:
 
 
 def rooms_table(out: Path) -> list[str]:
-    """Questions about rooms: right answers by what they need and between two cameras, and over `direct-only` on the same
+    """Questions about rooms: right answers by what they need and by family, and over `direct-only` on the same
     questions; views imagined and CPU seconds per question."""
-    head = ["row", "seeds", "questions", "right", *STRATA, "camera-camera"]
+    head = ["row", "seeds", "questions", "right", *STRATA, *FAMILIES]
     head += ["over direct-only", "views", "seconds"]
     base = mean_answers("direct-only", out, numbers)
     lines = []
@@ -268,7 +269,7 @@ def rooms_table(out: Path) -> list[str]:
         parts = [records]
         for needs_view in STRATA.values():
             parts.append([record for record in records if record["needs_view"] is needs_view])
-        parts.append(by_task(records)["camera-camera"])
+        parts += [by_task(records)[family] for family in FAMILIES]
         right = [f"{mean_of(part, 'correct'):.3f}" if part else "" for part in parts]
         over = gain_cell(records, base) if row.name != "direct-only" else ""
         cost = [f"{mean_of(records, 'views'):.1f}", f"{mean_of(records, 'seconds'):.3f}"]
