@@ -40,7 +40,7 @@ from experiments.runner import (
 from extras.world2vlm.questions import make_room_questions
 from extras.world2vlm.words import TASKS
 from lib.questions import FAMILIES
-from lib.records import Question, load_jsonl, read_log, save_jsonl, write_json
+from lib.records import read_log, save_jsonl, write_json
 from lib.scores import STRATA, interval
 from lib.simulators import load_simulator
 from lib.stage import need, run_stage
@@ -169,7 +169,7 @@ def make_questions(name: str, out: Path) -> None:
         make_room_questions(folder, teacher, data.rooms, held_out=(0, 0), threads=1)
     else:
         make_room_questions(folder, None, data.rooms, threads=1)
-    rows = with_shares(load_jsonl(folder / "questions_train.jsonl", Question))
+    rows = with_shares(read_log(folder / "questions_train.jsonl"))  # paths as they are written
     save_jsonl(folder / "questions_train.jsonl", rows)
     write_json(folder / "shares.json", {task: len(by_task(rows)[task]) for task in TASKS})
 

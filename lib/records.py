@@ -218,7 +218,7 @@ def load_jsonl(
     check: Callable | None = None,
     needed: Iterable[str] = (),
 ) -> list:
-    """Rows of a JSONL file, paths of pictures made absolute; blank lines are skipped. Exits on a missing file or bad line.
+    """Rows of a JSONL file, paths of pictures seen from here; blank lines are skipped. Exits on a missing file or bad line.
 
     kind    `Triple` or `Question`: values must be of its kinds;  check: raises ValueError for what else is wrong
     needed  keys that every row must have
