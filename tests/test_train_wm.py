@@ -295,6 +295,45 @@ def test_resumed_run_equals_unbroken_run(rooms, tmp_path, monkeypatch):
     assert left.value.code == 0
 
 
+def test_orthogonal_keeps_directions_and_brings_singular_values_near_one():
+    x = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    s = s / s.norm()  # largest 1 at most
+    for _ in range(4):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    assert 0.65 < s.min() and s.max() < 1.25
+    torch.testing.assert_close(train_wm.orthogonal(x), u * s @ vh, rtol=0, atol=1e-4)
+    torch.testing.assert_close(train_wm.orthogonal(x.mT), (u * s @ vh).mT, rtol=0, atol=1e-4)
+
+
+def test_muon_moves_matrices_along_momentum_and_all_else_as_adamw_does():
+    """Two steps of one matrix inside a layer, beside a bias and a matrix outside, against both rules by hand."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(3, 4, 4, generator=generator) for _ in range(2)]
+    options = {"lr": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.01}
+    inside, *others = [torch.nn.Parameter(torch.ones(4, 4)) for _ in range(3)]
+    twins = [torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    muon = train_wm.Muon([inside], others, **options)
+    adamw = torch.optim.AdamW(twins, **options)
+    muon.state[inside]["exp_avg"] = torch.zeros(4, 4)  # lib/checkpoints.training_tensors makes it
+    for gradient in gradients:
+        for p, g in zip([inside, *others], gradient, strict=True):
+            p.grad = g.clone()
+        for p, g in zip(twins, gradient[1:], strict=True):
+            p.grad = g.clone()
+        muon.step()
+        adamw.step()
+    expected = torch.ones(4, 4)
+    momentum = torch.zeros(4, 4)
+    for gradient in gradients:
+        momentum = 0.95 * momentum + 0.05 * gradient[0]
+        direction = train_wm.orthogonal(0.05 * gradient[0] + 0.95 * momentum)
+        # 0.4 sqrt(4) lr
+        expected = expected * (1 - 0.1 * 0.01) - 0.1 * 0.8 * direction
+    torch.testing.assert_close(inside.detach(), expected)
+    torch.testing.assert_close(others, twins)
+
+
 @pytest.mark.slow
 def test_two_ranks_train_the_model_of_one(rooms, tmp_path):
     train_wm.main(flags(rooms, tmp_path / "one", "--steps", "2"))
