@@ -48,7 +48,7 @@ from lib.rollout import Layout, Writer
 from lib.simulators import NO_VIEW, imagine_each, load_simulator
 from lib.stage import bounded, newest, run_stage
 from lib.streams import stream_seed, torch_stream
-from lib.tiny import IMAGE_SETTINGS, MOTION_PHRASES, stamp, tiny_policy_config, tiny_tokenizer
+from lib.tiny import MOTION_PHRASES, stamp, tiny_policy_config, tiny_tokenizer
 
 logging.disable_progress_bar()  # of loading and saving: seconds at most, inside our own bars
 logging.set_verbosity_error()  # what does not fit is said in our own sentences
@@ -58,6 +58,17 @@ HEAD_TOKENS = 512  # of the language head at a time: 0.3 GB of logits with the p
 WEIGHTS = "model.safetensors"
 # what servers read and we do not: kept as it came
 SERVED = ("video_preprocessor_config.json", "processor_config.json", "chat_template.json")
+
+# of preprocessor_config.json, what `Policy.pixels` does: it could only ignore any other
+IMAGE_SETTINGS = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    **dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True),
+    "resample": 3,  # bicubic
+    "rescale_factor": 1 / 255,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+    "temporal_patch_size": 2,
+}
 
 # ---- weights, tokens, pixels ----------------------------------------------------------------------------------------
 
@@ -104,14 +115,14 @@ class Policy:
         self.banned = banned.to(self.device)
 
     @classmethod
-    def tiny(cls, seed: int = 0, device="cpu", **sizes: int) -> "Policy":
-        """Random weights, 1.9 M of them. sizes: those of `lib.tiny.tiny_policy_config` to depart from."""
+    def tiny(cls, seed: int = 0, device="cpu") -> "Policy":
+        """Random weights, 1.9 M of them."""
         tokenizer = tiny_tokenizer(PHRASES + MOTION_PHRASES)
-        config, images = tiny_policy_config(tokenizer, **sizes)
+        config, images = tiny_policy_config(tokenizer)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed("weights", seed, "policy"))
             model = Qwen3VLForConditionalGeneration(config).to(device).eval()
-        return cls(model, tokenizer, images)
+        return cls(model, tokenizer, IMAGE_SETTINGS | images)
 
     @classmethod
     def load(
@@ -218,23 +229,22 @@ class Policy:
 
     @torch.no_grad()
     def encode(self, numbered: list[tuple[int, np.ndarray]]) -> list:
-        """What the frozen tower makes of images, per image (1 + deepstack levels, tokens, width). Each array once.
+        """What the frozen tower makes of images, per image (1 + deepstack levels, tokens, width).
 
         numbered  (number in the dialogue, image) each
         Kept on a GPU until a step is over, so there in bf16, as the language model would take it anyhow.
         """
-        distinct = {(number, id(image)): (number, image) for number, image in numbered}
         chunks, room = [], 0
-        for key, (_, image) in distinct.items():
+        for number, image in numbered:
             tokens = math.prod(self.grid(image))
             if tokens > room:
                 chunks.append([])
                 room = TOWER_TOKENS
-            chunks[-1].append(key)
+            chunks[-1].append((number, image))
             room -= tokens
-        features = {}
-        for keys in chunks:
-            patches, grids = self.pixels([distinct[key] for key in keys])
+        features = []
+        for chunk in chunks:
+            patches, grids = self.pixels(chunk)
             # on the CPU: every layer of the tower asks for them, and would wait for a GPU
             lengths = grids.prod(1).cpu()
             options = {"grid_thw": grids, "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0))}
@@ -243,8 +253,8 @@ class Policy:
             if self.device.type == "cuda":
                 levels = levels.bfloat16()
             sizes = lengths // self.image_config["merge_size"] ** 2  # tokens of each image
-            features.update(zip(keys, levels.split(sizes.tolist(), 1), strict=True))
-        return [features[number, id(image)] for number, image in numbered]
+            features += levels.split(sizes.tolist(), 1)
+        return features
 
     def hidden(self, ids, positions, mask, features=None, cache=None) -> torch.Tensor:
         """One pass over ids (B, L) with M-RoPE positions (3, B, L) -> (B, L, width), which `logits` reads.

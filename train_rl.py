@@ -62,8 +62,8 @@ from lib.distributed import (
 )
 from lib.images import with_pictures
 from lib.packing import padded
-from lib.records import Question, disk, load_jsonl, whole_folder
-from lib.rollout import cell_count
+from lib.records import Question, load_jsonl, whole_folder
+from lib.rollout import Layout
 from lib.stage import (
     Flag,
     Interrupt,
@@ -491,7 +491,8 @@ def micro_batches(episodes: list[Episode], max_cells: int) -> list[list[Episode]
 
 def cells(episodes: list[Episode]) -> int:
     """How many cells, tokens and padding, a forward pass over these episodes takes."""
-    return cell_count([episode.trajectory for episode in episodes])
+    layout = Layout.of([episode.trajectory for episode in episodes], share_prompts=True)
+    return len(layout.rows) * layout.width
 
 
 # ---- logprob ---------------------------------------------------------------------------------------------------------
@@ -805,10 +806,9 @@ def evaluate(
         say(f"held out, {mode}: match {means['match']:.3f}, call rate {means['call_rate']:.2f}")
         table[mode] = means
         if mode == args.mode and is_main():
-            with disk(folder):
-                for number, (trajectory,) in enumerate(rollouts[:SAVED_DIALOGUES]):
-                    trajectory.save(folder / str(number))
-                    trajectory.draw(folder / f"{number}.png")
+            for number, (trajectory,) in enumerate(rollouts[:SAVED_DIALOGUES]):
+                trajectory.save(folder / str(number))
+                trajectory.draw(folder / f"{number}.png")
     return table
 
 

@@ -23,7 +23,16 @@ import torch
 import torch.nn.functional as F
 from transformers import LogitsProcessorList
 
-from lib.bagel import GEN, LATENT_PATCH, patchify, ray_angles, ray_features, to_images, unpatchify
+from lib.bagel import (
+    GEN,
+    LATENT_PATCH,
+    patchify,
+    ray_angles,
+    ray_direction,
+    ray_features,
+    to_images,
+    unpatchify,
+)
 from lib.geometry import delta_of
 from lib.simulators import read_instruction, renumbered
 from lib.streams import sample_tokens
@@ -306,8 +315,9 @@ def rays(network, motion, grid):
     vectors, angles = [], []
     for row, column in itertools.product(range(grid[0]), range(grid[1])):
         x, y = (torch.tensor(2 * (place + 0.5) / c.latent_grid - 1) for place in (column, row))
-        vectors.append(network.motion2llm(ray_features(motion, x, y)))
-        angles.append(ray_angles(motion, x, y, c.width // c.heads // 8))
+        direction = ray_direction(motion, x, y)
+        vectors.append(network.motion2llm(ray_features(motion, direction)))
+        angles.append(ray_angles(motion, direction, c.width // c.heads // 8))
     return torch.stack(vectors), torch.stack(angles)
 
 

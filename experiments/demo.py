@@ -30,8 +30,8 @@ from experiments.text_guess import text_only_chance
 from lib.distributed import fail, say
 from lib.records import Question, load_jsonl, read_log, write_json
 from lib.scores import (
+    gain_over,
     gain_text,
-    paired_bootstrap,
     print_consistency,
     text_table,
 )
@@ -209,6 +209,20 @@ def durations(out: Path, seconds: dict[str, float]) -> dict[str, float]:
         known[stage.name] = done.get("seconds", round(longest, 1))
     write_json(out / "seconds.json", known)
     return known
+
+
+def paired_bootstrap(ours: list, theirs: list) -> dict:
+    """Accuracy of ours minus theirs on the same questions, each counting the same -> {"difference", "ci95", "n"}.
+
+    Raises ValueError if the two were not asked the same questions.
+    """
+    other = {row["key"]: row["correct"] for row in theirs}
+    apart = other.keys() ^ {row["key"] for row in ours}
+    if apart or not ours:
+        raise ValueError(
+            f"a paired comparison needs the same questions: {len(apart)} stand in one list"
+        )
+    return {**gain_over(other, ours), "n": len(ours)}
 
 
 def collect(out: Path, seconds: dict[str, float]) -> dict:

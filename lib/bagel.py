@@ -23,6 +23,7 @@ are decided without waiting for the device.
 """
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -37,25 +38,8 @@ from lib.packing import NEVER_SEEN, Pack, Tokens, make_attention, table_ids
 GEN = "_moe_gen"  # what the generation expert's modules are called after the understanding expert's
 LATENT_PATCH = 2  # latent cells per token and side
 BAGEL_MAX_PIXELS = 14 * 14 * 9 * 1024  # of a picture that BAGEL is shown
-SIZES = {  # that the json files must tell, and what must not differ where they tell it
-    "llm_config": (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "intermediate_size",
-    ),
-    "vit_config": (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "patch_size",
-        "image_size",
-    ),
-}
 CHOICES = {"prediction": ("velocity", "x0"), "latent": ("flux", "pixels")}  # of Settings
-FIXED = {
+FIXED = {  # what must not differ where the json files tell it
     "llm_config": {"model_type": "qwen2", "hidden_act": "silu", "rope_scaling": None},
     "vit_config": {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"},
 }
@@ -158,36 +142,41 @@ class Config:
 
         Raises ValueError for sizes that are none, and for what this code could only ignore: it would compute another thing.
         """
-        llm, vit, astra = files["llm_config"], files["vit_config"], files["config"].get("astra", {})
-        for name, sizes in SIZES.items():
-            for key in sizes:
-                if type(files[name].get(key)) is not int or files[name][key] < 1:
-                    raise ValueError(f"{name}.json: {key} is {files[name].get(key)!r}, not a size.")
-            for key, value in FIXED[name].items():
+        for name, fixed in FIXED.items():
+            for key, value in fixed.items():
                 if files[name].get(key, value) != value:
                     raise ValueError(
                         f"{name}.json: {key} is {files[name][key]!r}; BAGEL's is {value!r}."
                     )
-        settings = Settings.read(astra)
+        llm = partial(size_in, files, "llm_config")
+        vit = partial(size_in, files, "vit_config")
         return cls(
-            width=llm["hidden_size"],
-            layers=llm["num_hidden_layers"],
-            heads=llm["num_attention_heads"],
-            kv_heads=llm["num_key_value_heads"],
-            mlp=llm["intermediate_size"],
+            width=llm("hidden_size"),
+            layers=llm("num_hidden_layers"),
+            heads=llm("num_attention_heads"),
+            kv_heads=llm("num_key_value_heads"),
+            mlp=llm("intermediate_size"),
             vocabulary=vocabulary,
-            eps=llm.get("rms_norm_eps", 1e-6),
-            rope_base=llm.get("rope_theta", 1e6),
-            vit_width=vit["hidden_size"],
-            vit_layers=vit["num_hidden_layers"] - 1,  # BAGEL drops the last one
-            vit_heads=vit["num_attention_heads"],
-            vit_mlp=vit["intermediate_size"],
-            vit_patch=vit["patch_size"],
-            vit_grid=vit["image_size"] // vit["patch_size"],
+            eps=files["llm_config"].get("rms_norm_eps", 1e-6),
+            rope_base=files["llm_config"].get("rope_theta", 1e6),
+            vit_width=vit("hidden_size"),
+            vit_layers=vit("num_hidden_layers") - 1,  # BAGEL drops the last one
+            vit_heads=vit("num_attention_heads"),
+            vit_mlp=vit("intermediate_size"),
+            vit_patch=vit("patch_size"),
+            vit_grid=vit("image_size") // vit("patch_size"),
             latent_grid=latent_grid,
             token_channels=token_channels,
-            settings=settings,
+            settings=Settings.read(files["config"].get("astra", {})),
         )
+
+
+def size_in(files: dict, name: str, key: str) -> int:
+    """A size that a json file must tell. Raises ValueError where it is none."""
+    size = files[name].get(key)
+    if type(size) is not int or size < 1:
+        raise ValueError(f"{name}.json: {key} is {size!r}, not a size.")
+    return size
 
 
 # ---- what stands before a target at inference ----------------------------------------------------------------------------
@@ -259,10 +248,11 @@ class GeluMLP(nn.Module):
 class TimeEmbedder(nn.Module):
     """t (R,) in [0, 1] -> (R, H). The frequencies fit t * 1000, but BAGEL feeds t itself; so it was trained."""
 
-    def __init__(self, width, frequencies=128):
+    frequencies = 128
+
+    def __init__(self, width):
         super().__init__()
-        self.frequencies = frequencies
-        first, second = nn.Linear(2 * frequencies, width), nn.Linear(width, width)
+        first, second = nn.Linear(2 * self.frequencies, width), nn.Linear(width, width)
         self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     def forward(self, t):
@@ -336,7 +326,7 @@ class VisionTransformer(nn.Module):
         self.encoder = nn.ModuleDict({"layers": layers})
         self.post_layernorm = nn.LayerNorm(c.vit_width, eps=1e-6)
 
-    def forward(self, patches, ids, mask=None, recompute=False):
+    def forward(self, patches, ids, mask, recompute):
         """patches (B, n, 3 * patch²), ids (n,) or (B, n) in the position table -> (B, n, width).
 
         mask   (B, 1, 1, n) added to the scores: a large negative number hides padding; None where there is none
@@ -685,8 +675,9 @@ class Bagel(nn.Module):
             return nothing, nothing[:, :0]
         x = (ids % c.latent_grid + 0.5) / c.latent_grid * 2 - 1
         y = (ids // c.latent_grid + 0.5) / c.latent_grid * 2 - 1
-        vectors = self.motion2llm(ray_features(motion, x, y).to(self.dtype))
-        return vectors, ray_angles(motion, x, y, c.width // c.heads // 8)
+        direction = ray_direction(motion, x, y)
+        vectors = self.motion2llm(ray_features(motion, direction).to(self.dtype))
+        return vectors, ray_angles(motion, direction, c.width // c.heads // 8)
 
     # ---- inference: the context once into a memory, then the target step by step
 
@@ -738,16 +729,15 @@ class Bagel(nn.Module):
         self.run_layers(torch.cat(und, 1), torch.cat(gen, 1), rope, attention, keys_only=True)
         memory.next = memory.next + offset
 
-    def read_text(self, memory: Memory, text: ContextText) -> Tensor:
-        """Texts into a memory; returns the last layer's tokens (R, L, H)."""
+    def read_text(self, memory: Memory, text: ContextText) -> None:
+        """Texts into a memory."""
         index = torch.arange(text.ids.shape[1])
         positions = memory.next[:, None] + index
         positions = torch.where(index < text.lengths[:, None], positions, NEVER_SEEN)
         und = self.embed_text(text.ids)
         attention = MemoryAttention(memory, positions)
-        und, _ = self.run_layers(und, und[:, :0], self.rope(positions), attention)
+        self.run_layers(und, und[:, :0], self.rope(positions), attention, keys_only=True)
         memory.next = memory.next + text.lengths
-        return und
 
     def denoise(self, x, extra, markers, rope, branches: list[Branch]) -> Tensor:
         """The last layer's latent tokens (R * branches, n, H) for noisy latents x (R * branches, n, C), by branch.
@@ -782,14 +772,14 @@ def ray_direction(motion: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor,
     return right / length, forward / length, up / length
 
 
-def ray_features(motion: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """The same and where the rays begin, in smooth numbers: an amount lies between its neighbours, 180 degrees is -180.
+def ray_features(motion: Tensor, direction: tuple) -> Tensor:
+    """Where rays begin and go (`ray_direction`), in smooth numbers: an amount lies between its neighbours, 180 degrees is -180.
 
     returns  (..., RAY_FEATURES): harmonics of the ray's azimuth and elevation, its origin, and its moment (Pluecker's
              coordinates of the ray)
     """
     dx, dy, dz = motion[..., :3].unbind(-1)
-    right, forward, up = ray_direction(motion, x, y)
+    right, forward, up = direction
     azimuth = torch.atan2(right, forward)
     elevation = torch.atan2(up, torch.hypot(right, forward))
     moment = (dy * up - dz * forward, dz * right - dx * up, dx * forward - dy * right)
@@ -803,15 +793,15 @@ def ray_features(motion: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*features), -1)
 
 
-def ray_angles(motion: Tensor, x: Tensor, y: Tensor, count: int) -> Tensor:
-    """By which angles the rays of pixels turn a head (`Bagel.rope`): (..., 3 * count).
+def ray_angles(motion: Tensor, direction: tuple, count: int) -> Tensor:
+    """By which angles rays (`ray_direction`) turn a head (`Bagel.rope`): (..., 3 * count).
 
     Where does a ray's point at RAY_METERS stand, seen from the reference? So a token finds those of the context that look
     there: after a turn exactly, after a move but for what stands nearer or farther. Harmonics of its azimuth, 2 * count,
     and octaves of its elevation.
     """
     dx, dy, dz = motion[..., :3].unbind(-1)
-    right, forward, up = ray_direction(motion, x, y)
+    right, forward, up = direction
     right = dx + RAY_METERS * right
     forward = dy + RAY_METERS * forward
     azimuth = torch.atan2(right, forward)

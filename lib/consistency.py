@@ -58,12 +58,10 @@ def render_at(room: Room, reference: Array, deltas: Array, size: int, supersampl
     return np.concatenate(renders).reshape(len(poses), -1).astype(np.float32) / 255
 
 
-def recover(
-    room: Room, reference: Array, views: Array, rounds: int = 4, size: int = 32
-) -> tuple[Array, Array]:
-    """Where views were taken from: (n, H, W, 3) uint8 -> relative poses (n, 5) to `reference`, and pixel errors (n,).
+def recover(room: Room, reference: Array, views: Array, size: int = 32) -> Array:
+    """Where views were taken from: (n, H, W, 3) uint8 -> relative poses (n, 5) to `reference`.
 
-    The nearest of the grid; then in each round a step of h to and fro in each of the five components, and the
+    The nearest of the grid; then in each of four rounds a step of h to and fro in each of the five components, and the
     Gauss-Newton step that these ten renders imply; the best of all stays, and h is halved.
     """
     n = len(views)
@@ -75,7 +73,7 @@ def recover(
     best_pose = grid[errors.argmin(1)]  # (n, 5)
     best_error = errors.min(1)  # (n,)
     to_and_fro = np.concatenate([np.eye(5), -np.eye(5)]) * SCALE  # (10, 5)
-    for turn in range(rounds):
+    for turn in range(4):
         h = 0.2 * 0.5**turn  # metres, or 30 times as many degrees
         supersample = 1 if turn < 2 else 2
         poses = best_pose[:, None] + h * to_and_fro  # (n, 10, 5)
@@ -96,7 +94,7 @@ def recover(
         better = errors.min(1) < best_error
         best_pose = np.where(better[:, None], nearest, best_pose)
         best_error = np.minimum(errors.min(1), best_error)
-    return best_pose, best_error
+    return best_pose
 
 
 def angle_of(cosine: float) -> float:
@@ -228,7 +226,7 @@ def recover_all(rows: list[dict], *lists: list[Array]) -> list[Array]:
         for views in lists:
             stack += [views[index] for index in members]
         distinct, number = np.unique(np.stack(stack), axis=0, return_inverse=True)
-        poses, _ = recover(random_room(room), reference_c2w, distinct, size=distinct.shape[1])
+        poses = recover(random_room(room), reference_c2w, distinct, size=distinct.shape[1])
         for result, own in zip(recovered, np.split(poses[number], len(lists)), strict=True):
             result[members] = own
     return recovered

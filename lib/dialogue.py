@@ -102,11 +102,10 @@ class Trajectory:
         question: dict,
         images: list[np.ndarray],
         mode: str,
-        max_rounds: int = MAX_ROUNDS,
     ) -> "Trajectory":
         """The prompt of a question with its images, (H, W, 3) uint8 arrays."""
         pieces = prompt_text(question, mode, len(images)).split(IMAGE_TOKEN)
-        trajectory = cls(question, mode, max_rounds)
+        trajectory = cls(question, mode)
         for piece, image in zip(pieces, [*images, None], strict=True):
             trajectory._text(policy.encode_text(piece))
             if image is not None:

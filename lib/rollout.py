@@ -78,9 +78,8 @@ class Writer:
         self.feed(len(self.order))  # every prompt once
         self.cache.repeat(group_size)
         self.order = list(range(len(dialogues)))
-        firsts = [d - d % group_size for d in self.order]  # of the group of each
-        self.filled = [self.filled[first] for first in firsts]
-        self.n_images = [self.n_images[first] for first in firsts]
+        self.filled = [len(dialogue.ids) - 1 for dialogue in dialogues]
+        self.n_images = [len(dialogue.features) for dialogue in dialogues]
 
     def write(self, members: list[int], uniforms: torch.Tensor, temperature: float, limit: int):
         """Let some dialogues write one turn each, of `limit` tokens at most.
@@ -90,7 +89,8 @@ class Writer:
         """
         n = len(members)
         eos = self.policy.tokenizer.eos_token_id
-        self.bring_forward(members)
+        for row, d in enumerate(members):  # they stand first
+            self.swap(row, self.order.index(d))
         self.feed(n)
         turns = {d: ([], []) for d in members}  # ids, logprobs
         token = {d: self.dialogues[d].ids[-1] for d in members}  # to feed next
@@ -162,15 +162,8 @@ class Writer:
             x = after(layer, x, y.reshape(n, -1))
         return self.policy.logits(text.norm(x))
 
-    def bring_forward(self, members: list[int]) -> None:
-        """Let the rows of `members` stand first, in any order."""
-        n = len(members)
-        free = [row for row in range(n) if self.order[row] not in members]
-        for row in range(n, len(self.order)):
-            if self.order[row] in members:
-                self.swap(free.pop(), row)
-
     def swap(self, i: int, j: int) -> None:
+        """Let two rows change places."""
         if i != j:
             for store in self.cache.layers:
                 store[:, [i, j]] = store[:, [j, i]]
@@ -245,12 +238,6 @@ class Layout(NamedTuple):
         causal = torch.ones(self.branch_width, self.branch_width, dtype=torch.bool).tril()
         shape = len(self.rows), self.n_branches, self.branch_width, -1
         return torch.cat([own_prompt[:, None, None].expand(shape), causal.expand(shape)], -1)
-
-
-def cell_count(trajectories: list) -> int:
-    """How many cells `policy.collate` takes for these dialogues where they may share rows."""
-    layout = Layout.of(trajectories, share_prompts=True)
-    return len(layout.rows) * layout.width
 
 
 def shared_attention(module, query, key, value, mask, scaling=None, **options):

@@ -37,7 +37,7 @@ Rows = list[Prediction]
 # ---- accuracy -------------------------------------------------------------------------------------------------------
 
 
-def interval(values, clusters=None, weights=None, seed: int = 0) -> list[float]:
+def interval(values, clusters=None, weights=None) -> list[float]:
     """95 % bootstrap interval of a weighted mean, drawing whole clusters (rooms, videos) -> [low, high].
 
     values (n,);  clusters: (n,) names, None: each value on its own;  weights (n,), None: all the same
@@ -49,7 +49,7 @@ def interval(values, clusters=None, weights=None, seed: int = 0) -> list[float]:
     _, member = np.unique(names, return_inverse=True)
     sums = np.bincount(member, values * weights)  # per cluster
     totals = np.bincount(member, weights)
-    draws = numpy_stream("bootstrap", seed).integers(len(sums), size=(RESAMPLES, len(sums)))
+    draws = numpy_stream("bootstrap", 0).integers(len(sums), size=(RESAMPLES, len(sums)))
     means = sums[draws].sum(1) / totals[draws].sum(1)
     return np.quantile(means, [0.025, 0.975]).round(4).tolist()
 
@@ -90,20 +90,6 @@ def gain_over(alone: dict[str, float], predictions: Rows, weights=None) -> dict:
         "difference": float(np.average(gain, weights=weights)),
         "ci95": interval(gain, [row["scene"] for row in predictions], weights),
     }
-
-
-def paired_bootstrap(ours: Rows, theirs: Rows) -> dict:
-    """Accuracy of ours minus theirs on the same questions, each counting the same -> {"difference", "ci95", "n"}.
-
-    Raises ValueError if the two were not asked the same questions.
-    """
-    other = {row["key"]: row["correct"] for row in theirs}
-    apart = other.keys() ^ {row["key"] for row in ours}
-    if apart or not ours:
-        raise ValueError(
-            f"a paired comparison needs the same questions: {len(apart)} stand in one list"
-        )
-    return {**gain_over(other, ours), "n": len(ours)}
 
 
 def chance(questions: list[dict]) -> float | None:

@@ -260,6 +260,9 @@ def load_simulator(
         from extras.reprojection import Reprojection
 
         return Reprojection()
+    folder = find_weights(name, wm)
+    if name in FOLDERS and folder != str(wm):
+        say(f"simulator: {folder}")
     try:
         if str(name).startswith(URLS):
             from extras.remote.client import RemoteSimulator
@@ -268,6 +271,6 @@ def load_simulator(
         from world_model import WorldModel
 
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        return WorldModel.load(find_weights(name, wm), device, dtype, **options)
+        return WorldModel.load(folder, device, dtype, **options)
     except (OSError, ValueError) as error:
-        fail(f"The simulator {find_weights(name, wm)} cannot be read: {error}")
+        fail(f"The simulator {folder} cannot be read: {error}")

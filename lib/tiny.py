@@ -142,45 +142,20 @@ def tiny_tokenizer(phrases: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
 # ---- the tiny policy -------------------------------------------------------------------------------------------------
 
 
-# of preprocessor_config.json, what Policy.pixels does: it could only ignore any other
-IMAGE_SETTINGS = {
-    "image_processor_type": "Qwen2VLImageProcessor",
-    **dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True),
-    "resample": 3,  # bicubic
-    "rescale_factor": 1 / 255,
-    "image_mean": [0.5] * 3,
-    "image_std": [0.5] * 3,
-    "temporal_patch_size": 2,
-}
-
-
-def tiny_policy_config(
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    width: int = 128,
-    depth: int = 4,
-    heads: int = 4,
-    kv_heads: int = 2,
-    mlp: int = 384,
-    vision_width: int = 128,
-    vision_depth: int = 2,
-    patch: int = 8,
-    merge: int = 2,
-    side: int = 32,
-) -> tuple[Qwen3VLConfig, dict]:
+def tiny_policy_config(tokenizer: PreTrainedTokenizerFast) -> tuple[Qwen3VLConfig, dict]:
     """Sizes of a policy of 1.9 M parameters -> its network's, and its images' (preprocessor_config.json).
 
-    An image of side^2 pixels becomes (side / patch / merge)^2 = 4 tokens.
+    An image of 32 x 32 pixels becomes 2 x 2 tokens of 2 x 2 patches each.
     """
-    head = width // heads
+    width, patch, side = 128, 8, 32
     text = dict(
         vocab_size=len(tokenizer),
         hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
         tie_word_embeddings=True,
         max_position_embeddings=4096,
         pad_token_id=tokenizer.pad_token_id,
@@ -191,16 +166,16 @@ def tiny_policy_config(
             rope_type="default",
             rope_theta=5e6,
             mrope_interleaved=True,
-            mrope_section=[head // 2 - 2 * (head // 8), head // 8, head // 8],  # time, row, column
+            mrope_section=[8, 4, 4],  # time, row, column
         ),
     )
     vision = dict(
-        depth=vision_depth,
-        hidden_size=vision_width,
-        intermediate_size=3 * vision_width,
+        depth=2,
+        hidden_size=width,
+        intermediate_size=384,
         num_heads=4,
         patch_size=patch,
-        spatial_merge_size=merge,
+        spatial_merge_size=2,
         temporal_patch_size=2,
         out_hidden_size=width,
         num_position_embeddings=(side // patch) ** 2,
@@ -215,9 +190,9 @@ def tiny_policy_config(
         vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     )
-    images = {"patch_size": patch, "merge_size": merge, "stamped": True}
-    images["size"] = {"shortest_edge": side * side, "longest_edge": side * side}
-    return config, IMAGE_SETTINGS | images
+    area = side * side
+    size = {"shortest_edge": area, "longest_edge": area}
+    return config, {"patch_size": patch, "merge_size": 2, "stamped": True, "size": size}
 
 
 def stamp(image: np.ndarray, number: int) -> np.ndarray:

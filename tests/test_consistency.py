@@ -171,7 +171,7 @@ def test_refinement_finds_poses_between_the_grid_points(pitch):
     room, reference = random_room(5_000_001), camera_pose(0.1, -EYE, -0.1, 17.0, pitch)
     deltas = np.array([[0.83, 0.12, 0, 0, 0], [0, 0, 0, -62.3, 1.7], [0.04, -0.66, -0.03, 3, 0]])
     views = np.stack([render(room, compose(reference, delta))["rgb"][0] for delta in deltas])
-    found, _ = recover(room, reference, views)
+    found = recover(room, reference, views)
     assert np.abs(found - deltas)[:, :3].max() < 0.15 and np.abs(found - deltas)[:, 3:].max() < 3
 
 

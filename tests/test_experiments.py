@@ -16,6 +16,7 @@ from experiments.policy import PolicyRow
 from experiments.runner import Job, call, finish_job, run_jobs, words
 from experiments.simulator import SimulatorRow
 from lib.records import save_jsonl
+from lib.scores import interval
 from world_model import WorldModel
 
 PARSERS = {
@@ -356,3 +357,20 @@ def test_the_picture_of_degraded_simulators_waits_for_every_cell(tmp_path, quest
             answered(tmp_path, f"degraded-{yaw}-{missing}", 20 - yaw // 5 - missing // 5, [TURN])
     policy.draw_degraded(tmp_path)
     assert (tmp_path / "imagining-pays.png").exists()
+
+
+def test_paired_bootstrap_is_sharper_than_two_intervals_and_refuses_other_questions():
+    rng = np.random.default_rng(0)
+    hard = rng.random(400)
+    answers = []
+    for bar in (0.6, 0.5):
+        rows = [{"key": i, "scene": i, "correct": float(h < bar)} for i, h in enumerate(hard)]
+        answers.append(rows)
+    a, b = answers
+    result = demo.paired_bootstrap(a, list(reversed(b)))
+    right = [row["correct"] for row in a]
+    assert result["difference"] == pytest.approx(np.mean(right) - np.mean(hard < 0.5))
+    assert result["ci95"][0] > 0 and np.diff(result["ci95"])[0] < 0.7 * np.diff(interval(right))[0]
+    assert demo.paired_bootstrap(a, a)["ci95"] == [0, 0]
+    with pytest.raises(ValueError, match="same questions"):
+        demo.paired_bootstrap(a, b[1:])

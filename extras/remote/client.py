@@ -25,7 +25,6 @@ from lib.geometry import Query, select_context
 from lib.images import load_image, read
 from lib.protocol import (
     IMAGE_TOKEN,
-    MAX_ROUNDS,
     MAX_TURNS,
     NO_SIMULATOR,
     SEAM,
@@ -301,8 +300,6 @@ def converse(
     simulator=None,
     mode: str = "agentic",
     seed: int = 0,
-    max_rounds: int = MAX_ROUNDS,
-    max_turns: int = MAX_TURNS,
 ) -> list[Trajectory | SimulatorError]:
     """Let a RemotePolicy hold one dialogue per question -> [Trajectory], in order, with words for tokens.
 
@@ -314,10 +311,10 @@ def converse(
     chats = []
     for question in questions:
         images = [load_image(image) for image in question["images"]]
-        trajectory = Trajectory.start(policy, question, images, mode, max_rounds)
+        trajectory = Trajectory.start(policy, question, images, mode)
         chats.append(Chat(trajectory, prompt_messages(question, mode, images)))
-    for turn in range(max_turns):
-        take_turns(policy, [chat for chat in chats if chat.goes_on], turn + 1 == max_turns)
+    for turn in range(MAX_TURNS):
+        take_turns(policy, [chat for chat in chats if chat.goes_on], turn + 1 == MAX_TURNS)
         waiting = [chat for chat in chats if chat.goes_on]
         if simulator is not None:
             imagine_views(simulator, [c for c in waiting if c.trajectory.call], seed, turn)

@@ -113,7 +113,7 @@ def near(a: np.ndarray, b: np.ndarray) -> bool:
 def error_of_view(room: Room, start: np.ndarray, motion: Motion, view: np.ndarray) -> dict:
     """`consistency.pose_error` of a view (H, H, 3) of a room after a motion of the camera from `start`."""
     small = np.asarray(Image.fromarray(view).resize((SIZE, SIZE), Image.BOX))
-    motions, _ = recover(room, start, small[None])
+    motions = recover(room, start, small[None])
     return pose_error(delta_of(motion), motions[0])
 
 

@@ -149,7 +149,8 @@ class Tree:
         self.question = question
         self.name = question.get("id", question["question"])
         self.error = None
-        self.root = Imagined.start(policy, question, images, "agentic", max_rounds=10**6)
+        self.root = Imagined.start(policy, question, images, "agentic")
+        self.root.max_rounds = 10**6
         self.cost = self.root.cost
         self.start = (first_image_named(question, len(images)),)
         self.nodes = {(number,): self.root for number in range(1, len(images) + 1)}
