@@ -20,7 +20,7 @@ stand in one of these layouts:
              In some rooms all four look up or down, by 10 to 25 degrees; in some there is a fifth view, where a first
              motion has led, softened as if it were imagined, and the targets start from there: the second step of a chain
   apart      four cameras at least 1 m and 30 degrees apart; they look across the room, in no order. (What the tiny
-             simulator is told of headings, simulators.headings, holds of rings alone.)
+             simulator is told of headings, simulators.ring_headings, holds of rings alone.)
 
 Motions are turns of every 5 degrees, moves of every 0.1 m up to 1.2 m to the left, right and forward (back or up, no view
 of a ring saw what would be seen), and pitch up to 30 degrees. Some amounts, those of
@@ -177,15 +177,16 @@ def room_triples(
         reference = len(poses) - 1
     targets = draw_targets(rng, poses[reference], motions)
     views = render(random_room(seed), np.stack([*poses, *targets.values()]), size)
-    context = list(zip(views["rgb"], views["depth"], poses, strict=False))  # the first views
+    n = len(poses)
+    context = list(zip(views["rgb"][:n], views["depth"][:n], poses, strict=True))
 
     folder = Path("triples") / f"{seed:07d}"
-    paths = [f"{folder}/{k}.png" for k in range(1, len(poses) + 1)]
+    paths = [f"{folder}/{k}.png" for k in range(1, n + 1)]
     for k, path in enumerate(paths):
         rgb = views["rgb"][k]
-        save_image(out / path, rgb if k < 4 else soften(rgb, rng))
+        save_image(out / path, rgb if k < 4 else soften(rgb, rng))  # the warp is of the sharp one
     rows = []
-    for k, (motion, c2w) in enumerate(targets.items(), len(poses)):
+    for k, (motion, c2w) in enumerate(targets.items(), n):
         depth = views["depth"][k]
         warped, mask = warp(depth, c2w, context, pinhole(size))
         share = coverage(depth, mask)
@@ -257,17 +258,18 @@ def room_questions(
             ends = call_poses(scene, draft["ideal"])[len(poses) :]
             views = [f"{name}_view{k}.png" for k in range(1, len(ends) + 1)]
             shows = visit.facts + draw(room, ends, views, out)
+            options = choose(rng, letter, draft["answer"], draft.pop("others"))
             rows.append(
                 {
                     "id": f"room_{seed}_{family}_{number}",
                     "bench": "rooms",
                     "category": family,
                     "images": images,
-                    "options": choose(rng, letter, draft["answer"], draft.pop("others")),
+                    "options": options,
                     "named": None,
                     "relation": None,
                     **draft,
-                    "answer": "ABCD"[letter],
+                    "answer": "ABCD"[letter],  # in place of the draft's colour
                     "kind": "mca",
                     "scene": scene,
                     "views": views,
@@ -306,7 +308,7 @@ def in_colours(view_facts: dict, room: Room) -> dict:
 def balance_wordings(rows: list[dict]) -> list[dict]:
     """Drop questions that turn until their words tell neither whether nor which way: of each wording (colours aside) as
     many turn left as right, and as many turn as do not, since the named object stands there already."""
-    groups = defaultdict(lambda: {-1: [], 0: [], 1: []})  # {wording: {way of the turn: rows}}
+    groups = defaultdict(lambda: {-1: [], 0: [], 1: []})  # {wording: {sign of the turn: rows}}
     kept = set()
     for row in rows:
         if not row["question"].startswith("Turn until"):
@@ -315,11 +317,11 @@ def balance_wordings(rows: list[dict]) -> list[dict]:
         wording = " ".join(word for word in row["question"].split() if word not in COLOURS)
         turns = [call["value"] for call in row["ideal"] if call["motion_type"] == "dangle"]
         groups[wording][np.sign(sum(turns))].append(row["id"])
-    for wording, ways in groups.items():
-        each = min(len(ways[-1]), len(ways[1]), len(ways[0]) // 2)
+    for wording, ids in groups.items():
+        each = min(len(ids[-1]), len(ids[1]), len(ids[0]) // 2)
         rng = numpy_stream("balance", wording)
-        for way, count in ((-1, each), (0, 2 * each), (1, each)):
-            kept.update(rng.permutation(ways[way])[:count].tolist())
+        for sign, count in ((-1, each), (0, 2 * each), (1, each)):
+            kept.update(rng.permutation(ids[sign])[:count].tolist())
     return [row for row in rows if row["id"] in kept]
 
 

@@ -41,7 +41,7 @@ from lib.images import PictureError, contact_sheet, decode, on_white, save_image
 from lib.packing import Pack, Text, VaeImage, VitImage, pack
 from lib.protocol import check_triple
 from lib.records import Triple, load_jsonl, whole_folder
-from lib.simulators import instruction, phrase, random_instruction, read_instruction
+from lib.simulators import instruction, phrase, random_instruction
 from lib.stage import Flag
 from lib.streams import (
     numpy_stream,
@@ -371,13 +371,14 @@ def make_sample(rows, model, read, args, key) -> tuple[list, LossTargets]:
     if args.augment:
         p = augmented(p, stream)
     context, headings = model.arrange(p.context, p.reference)
-    sentences = [instruction(motion) for motion in p.motions]
-    if args.paraphrase:
-        rng = numpy_stream("wording", *key)
-        sentences = [random_instruction(motion, len(context), rng) for motion in p.motions]
+    motions = p.motions
     if args.shuffle_instructions:
         shift = 1 + int(torch.randint(len(rows) - 1, (), generator=stream))  # none keeps its own
-        sentences = sentences[shift:] + sentences[:shift]
+        motions = motions[shift:] + motions[:shift]
+    sentences = [instruction(motion) for motion in motions]
+    if args.paraphrase:
+        rng = numpy_stream("wording", *key)
+        sentences = [random_instruction(motion, len(context), rng) for motion in motions]
 
     # condition dropout, and the targets' times
     dropout = torch.tensor([args.drop_vae, args.drop_vit])
@@ -389,10 +390,10 @@ def make_sample(rows, model, read, args, key) -> tuple[list, LossTargets]:
 
     segments = []
     for i, image in enumerate(context):
-        number = len(context) - 1 - i  # counted from the reference, which is the last one
-        vae_image, vit_image = context_segments(image, number, model, stream)
-        motion = (0.0, 0.0, 0.0, headings[i], 0.0)
-        segments.append(vae_image._replace(keep=keep_vae[i], motion=motion))
+        image_index = len(context) - 1 - i  # counted from the reference, which is the last one
+        vae_image, vit_image = context_segments(image, image_index, model, stream)
+        turned = (0.0, 0.0, 0.0, headings[i], 0.0)
+        segments.append(vae_image._replace(keep=keep_vae[i], motion=turned))
         segments.append(vit_image._replace(keep=keep_vit[i]))
     x0, warp, seen_share, grid = encode_targets(p, model, stream)
     noise = torch.randn(x0.shape, generator=stream)
@@ -401,21 +402,20 @@ def make_sample(rows, model, read, args, key) -> tuple[list, LossTargets]:
     for k, sentence in enumerate(sentences):
         if model.network.config.settings.words:
             segments.append(Text(model.token_ids(sentence), branch=k + 1, keep=keep_text[k]))
-        _, motion = read_instruction(sentence)
-        motion = tuple(keep_text[k] * delta_of(motion))
-        segments.append(VaeImage(x_t[k], grid, branch=k + 1, t=float(t[k]), motion=motion))
+        command = tuple(keep_text[k] * delta_of(motions[k]))
+        segments.append(VaeImage(x_t[k], grid, branch=k + 1, t=float(t[k]), motion=command))
     return segments, LossTargets(*(x.flatten(0, 1) for x in (x0, noise, warp, seen_share)))
 
 
-def context_segments(image, index, model, stream) -> tuple[VaeImage, VitImage]:
+def context_segments(image, image_index, model, stream) -> tuple[VaeImage, VitImage]:
     """A context image (H, W, 3) uint8 as it stands in a sequence: once for the VAE, once for the ViT."""
     latent = latent_of(model, image, stream)
     patch = model.network.config.vit_patch
     pixels = to_pixels(resize(image, model.settings.vit_limits)[None])
     grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
     return (
-        VaeImage(patchify(latent, LATENT_PATCH)[0], token_grid(latent), index),
-        VitImage(patchify(pixels, patch)[0], grid, index),
+        VaeImage(patchify(latent, LATENT_PATCH)[0], token_grid(latent), image_index),
+        VitImage(patchify(pixels, patch)[0], grid, image_index),
     )
 
 

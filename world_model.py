@@ -51,7 +51,14 @@ from lib.distributed import default_device, fail, say
 from lib.geometry import Query, delta_of, select_context
 from lib.images import load_image, save_image
 from lib.packing import table_ids
-from lib.simulators import FORMS, headings, instruction, read_instruction, read_phrase, renumbered
+from lib.simulators import (
+    FORMS,
+    instruction,
+    read_instruction,
+    read_phrase,
+    renumbered,
+    ring_headings,
+)
 from lib.stage import bounded, newest, run_stage
 from lib.streams import stream_seed
 
@@ -167,9 +174,9 @@ def guided(v: list[Tensor], settings: Settings) -> Tensor:
 
     v   velocities (R, n, C) of the branches: everything; "no sentence"; "no images". With one alone there is none; with
         two, either the image scale is 1 or there is no image and the third equals the first.
-    u = v_T + a (v - v_T),  w = v_I + b (u - v_I);  what is longer than v is shrunk to its length, though by no more
-    than the factor renorm_min: u, token by token ("text_channel"), w, token by token ("channel"), or w as a whole
-    ("global").
+    u = no_text + text_scale (full - no_text),  w = no_image + image_scale (u - no_image);  what is longer than `full` is
+    shrunk to its length, though by no more than the factor renorm_min: u, token by token ("text_channel"), w, token by
+    token ("channel"), or w as a whole ("global").
     """
     if len(v) == 1:
         return v[0]
@@ -331,15 +338,15 @@ class WorldModel:
         return ContextText(ids.to(self.device), lengths, motions)
 
     def context_image(
-        self, images: list, streams: list | None, turns: Sequence[float] = ()
+        self, images: list, streams: list | None, headings: Sequence[float] = ()
     ) -> ContextImage:
         """R images of one size, as the VAE takes them -> what `Bagel.read_images` reads.
 
-        streams   R generators, see `FluxLatents.encode`;  turns: (R,) of `arrange`, nothing: as the reference looks
+        streams   R generators, see `FluxLatents.encode`;  headings: (R,) of `arrange`, nothing: as the reference looks
         """
         motion = torch.zeros(len(images), 5)
-        if len(turns):
-            motion[:, 3] = torch.tensor(turns)
+        if len(headings):
+            motion[:, 3] = torch.tensor(headings)
         small = np.stack([resize(image, self.settings.vit_limits) for image in images])
         pixels = to_pixels(np.stack(images)).to(self.device)
         latent = self.autoencoder.encode(pixels, streams)
@@ -353,7 +360,7 @@ class WorldModel:
         settings = settings or self.settings
         order = select_context(len(images), reference, settings.max_context)
         images = [resize(np.asarray(image), settings.vae_limits) for image in images]
-        turns = headings(images) if settings.rays else [0.0] * len(images)
+        turns = ring_headings(images) if settings.rays else [0.0] * len(images)
         return [images[i] for i in order], [turns[i] - turns[reference - 1] for i in order]
 
     # ---- imagining
@@ -375,13 +382,13 @@ class WorldModel:
             self.warned = True
         alike = {}  # arranged queries by the shapes of their images
         for index, query in enumerate(queries):
-            images, turns = self.arrange(query.images, query.reference, settings)
+            images, headings = self.arrange(query.images, query.reference, settings)
             sentence = renumbered(query.instruction, len(images))
             if settings.form:
                 _, motion = read_instruction(sentence)
                 sentence = instruction(motion, len(images), settings.form)
             shapes = tuple(image.shape for image in images)
-            arranged = ArrangedQuery(index, query.seed, images, turns, sentence)
+            arranged = ArrangedQuery(index, query.seed, images, headings, sentence)
             alike.setdefault(shapes, []).append(arranged)
         views = [None] * len(queries)
         for shapes, rows in alike.items():
@@ -399,8 +406,8 @@ class WorldModel:
         streams = [torch.Generator().manual_seed(row.seed) for row in rows]
         images = []
         for k in range(len(rows[0].images)):
-            turns = [row.headings[k] for row in rows]
-            images.append(self.context_image([row.images[k] for row in rows], streams, turns))
+            headings = [row.headings[k] for row in rows]
+            images.append(self.context_image([row.images[k] for row in rows], streams, headings))
         text = self.texts([row.sentence for row in rows])
         grid = token_grid(images[-1].latent)
         shape = (grid[0] * grid[1], self.network.config.token_channels)

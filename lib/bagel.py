@@ -54,7 +54,7 @@ class Settings:
     # and width 128 cannot carry the 192 noisy numbers of a tiny token: without this nothing is learned in minutes.
     prediction: str = "velocity"
     # Tell each latent token where its ray goes, in numbers (`ray_features`) and as RoPE angles (`ray_angles`): a target's
-    # after the motion that the sentence commands, a context image's by the heading that simulators.headings reads off the
+    # after the motion that the sentence commands, a context image's by the heading that simulators.ring_headings reads off the
     # pictures. Attention finds words and neighbours too, but only after many more images than minutes allow; and amounts
     # that training never showed lie between those that it did.
     rays: bool = False

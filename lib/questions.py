@@ -164,8 +164,8 @@ def _object_question(rng, visit, form):
 
 # ---- turning and walking: the view must be found ---------------------------------------------------------------------
 
-# Where the named object is to be: how many views further the turn starts, and what is asked then. On the left it is not
-# who is furthest left, which changes with turns to the left alone; on the right likewise.
+# Where the named object is to be: how many views further the turn starts, and what is asked then. With the object on
+# the left nobody asks who is furthest left: only a turn further to the left would change that. On the right likewise.
 RELATIONS = {
     "straight ahead": (0, ("largest",)),
     "behind you": (2, ("largest", "leftmost", "rightmost")),
@@ -208,11 +208,11 @@ def turning(
 
     steps   moves, one of which follows the turn
     """
-    ways = list(product(_places(visit), RELATIONS, steps))
+    variants = list(product(_places(visit), RELATIONS, steps))
     drafts = {True: [], False: []}
-    for i in rng.permutation(len(ways)):
-        group = drafts[ways[i][0].angle != 0]
-        draft = _turned_question(rng, visit, *ways[i]) if len(group) < most else None
+    for i in rng.permutation(len(variants)):
+        group = drafts[variants[i][0].angle != 0]
+        draft = _turned_question(rng, visit, *variants[i]) if len(group) < most else None
         if draft:
             group.append(draft)
     return drafts[True] + drafts[False]
@@ -256,10 +256,10 @@ def _turned_question(rng, visit, place, relation, step):
     }
 
 
-def _look(visit, k, ways):
+def _look(visit, k, turns_and_steps):
     """The facts of what is seen from view k after each of several turns (degrees) with a step, if any."""
     cameras = []
-    for turn, step in ways:
+    for turn, step in turns_and_steps:
         camera = compose(visit.poses[k], (0, 0, 0, turn, 0))
         cameras.append(move_camera(camera, step) if step else camera)
     ids = render(visit.room, np.stack(cameras), SIZE, supersample=1)["ids"]

@@ -169,7 +169,7 @@ class Triple(TypedDict):
     context: list[str]
     reference: int  # 1-based number of the context view that the motion starts from
     motion: dict  # {"kind", "amount"} of geometry.Motion
-    instruction: str  # the sentence that conditions the simulator
+    instruction: str  # the motion in words, for people: a simulator is told `motion`, worded anew
     target: str
     warp: str  # RGBA: the context warped into the target view, alpha 255 where some context view sees it
     coverage: float  # share of the target that the context sees

@@ -186,7 +186,7 @@ def turned_pixels(size: int) -> tuple[Array, Array]:
     return index.reshape(len(index), -1), inside.reshape(len(index), -1)
 
 
-def headings(images: list[Array]) -> list[float]:
+def ring_headings(images: list[Array]) -> list[float]:
     """Where images (H, W, 3) uint8 look, degrees right of the first.
 
     The first four are taken for a ring of views; any further one looks where most of its pixels agree with theirs. That

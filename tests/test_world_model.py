@@ -46,7 +46,7 @@ from lib.packing import (
     table_ids,
 )
 from lib.rooms import EYE, random_room, render
-from lib.simulators import headings, instruction
+from lib.simulators import instruction, ring_headings
 from world_model import (
     WorldModel,
     euler_sample,
@@ -585,7 +585,7 @@ def test_a_view_from_the_middle_of_a_ring_says_where_it_looks(pitch):
     poses = [camera_pose(0.1, -EYE, -0.1, 17 - 90 * k, pitch) for k in range(4)]
     for turn in (-130, -45, 20, 90, 155):
         poses.append(camera_pose(0.1, -EYE, -0.1, 17 + turn, pitch))
-    turns = headings(list(render(random_room(5_000_004), np.stack(poses))["rgb"]))
+    turns = ring_headings(list(render(random_room(5_000_004), np.stack(poses))["rgb"]))
     assert turns[:4] == [0, -90, -180, -270]
     off = (np.array(turns[4:]) - [-130, -45, 20, 90, 155] + 180) % 360 - 180
     assert np.abs(off).max() <= 4
