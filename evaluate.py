@@ -50,7 +50,7 @@ from lib.consistency import compare
 from lib.dialogue import Trajectory
 from lib.distributed import World, fail, is_main, say, setup, wait_for_all
 from lib.images import PictureError, check_shape, read
-from lib.records import Question, load_jsonl, readable, write_json
+from lib.records import ASKED_KEYS, Question, load_jsonl, readable, write_json
 from lib.scores import (
     TOOLLESS,
     chance,
@@ -79,8 +79,6 @@ OWN_WORDS = ("mindcube", "mmsi", "sat", "vsi")  # benches with mode official
 MODES = ("direct", "forced", "agentic")
 BASELINES = ("search", "gate")  # of extras/report/search.py
 NO_REPORT = "No report, no pictures, no diagnosis: extras/, which makes them, is not here."
-# of a question row
-ASKED_KEYS = ("id", "bench", "images", "question", "answer", "category", "kind")
 COPIED = (  # of a dialogue
     "well_formed",
     "valid_calls",
@@ -172,7 +170,7 @@ def ask_missing(
     """
     out = Path(args.out)
     rows = answers.load_predictions(out, condition.settings, questions)
-    final = {key for key, row in rows.items() if answers.failure(row) == answers.NO_FAILURE}
+    final = {key for key, row in rows.items() if not answers.failure(row)}
     if hasattr(policy, "endpoint"):  # a server may give one mode and refuse the tools of another
         policy.endpoint.served = bool(final)
     source = f"{condition.settings['policy']} with {condition.simulator_name}"
@@ -484,7 +482,7 @@ FLAGS = {  # type, default, help
     "--wm": (
         str,
         None,
-        "folder or hub id of the tuned simulator (default: out/wm, then out/demo/wm)",
+        "folder or hub id of the tuned simulator (default: the newest of out/wm, out/wm-astra, out/demo/wm)",
     ),
     "--data": (
         str,

@@ -33,7 +33,7 @@ def exact_match(answer: str | None, question: dict) -> float:
     """e: 1.0 if the answer names the right option, else 0.0. It is the reward's term and the accuracy of an evaluation.
 
     answer     what stood between <answer> and </answer>, or None: "B", "b", "B." and "B. red box" all name option B,
-               and so do its words alone ("red box")
+               and so do its words alone ("red box"); a letter in front wins, whatever words follow
     question   {"answer": gold letter, "options": ["A. …", …]}; without options the whole answers are compared, case
                and outer spaces aside, or as numbers where "kind" is "na"
     """

@@ -134,13 +134,27 @@ FLAGS = [
     Flag("--warmup", 2, 10, "steps to the peak", 0),
     Flag("--lr-floor", 0.3, 1.0, "share of the peak where the cosine ends; 1: constant", 0, 1),
     Flag("--kl-weight", 0.02, 0.0, "weight of the KL to the start policy (a second model)", 0),
-    Flag("--eval-every", None, 10, "steps; 0: never; default: phase 1 3, phase 2 20", 0),
-    Flag("--eval-questions", 200, 256, "held-out questions, the same for every --seed", 1),
     Flag("--lora", 0, 0, "train adapters of this rank (alpha twice that) beside --policy", 0),
     # views inside RL: cheaper than the simulator's config.json has them (docs/speed.md: their price)
     Flag("--view-steps", None, None, "network evaluations of an imagined view", 1, kind=int),
     Flag("--view-taylor", False, False, "compute one of its steps in three (step caching)"),
-    # memory, speed and safety only: these never change the numbers
+    # looks, memory, speed and safety only: these never change the numbers
+    Flag(
+        "--eval-every",
+        None,
+        10,
+        "steps; 0: never; default: phase 1 3, phase 2 20",
+        0,
+        neutral=True,
+    ),
+    Flag(
+        "--eval-questions",
+        200,
+        256,
+        "held-out questions, the same for every --seed",
+        1,
+        neutral=True,
+    ),
     Flag(
         "--rows",
         64,
@@ -653,7 +667,7 @@ def load_questions(folders: list[str], split: str, simulator: str) -> list[dict]
 
 
 def view_options(args: Namespace) -> dict:
-    """The flags about imagined views that were given, as fields of lib.bagel.Settings."""
+    """The flags that make imagined views cheaper than config.json has them, as fields of lib.bagel.Settings."""
     options = {"steps": args.view_steps, "taylor": args.view_taylor}
     return {key: value for key, value in options.items() if value}
 

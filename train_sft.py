@@ -23,7 +23,7 @@ as in the paper, and the language model learns from scripts by a plain supervise
 the one that shows it, then the one to turn from. Each word of it is one look-up: a thought that jumps over one of these
 steps is not learned in minutes.
 
-There are as many tool scripts (slips included) as direct ones, all about questions that need a view. But whether to
+There are as many tool scripts (slips included) as direct ones, all about questions with a motion. But whether to
 call is a choice that reinforcement learning is to find: where both are open the first word of a tool script counts
 less (DECISION), so that the cold start ends with few calls, and slips leave some of those invalid. Tokens that name
 what is looked for (NAMED) or carry a fact (FACT) count more. The answer is the option's words: to turn a word into its
@@ -100,7 +100,7 @@ LESSONS = {  # share of each kind of script: at first, and when it is mixed
     "direct": {"look": (0.10, 0.10), "search": (0.15, 0.15), "direct": (0.75, 0.75)},
 }
 LESSON_KEYS = (  # of a question: lessons are about rooms
-    *("id", "images", "options", "answer", "needs_view", "scene"),
+    *("id", "images", "question", "options", "answer", "category", "needs_view", "scene"),
     *("ask", "named", "relation", "shown_by", "ideal", "views", "shows"),
 )
 MIXING = (0.25, 0.4)  # the shares change between these points of the run

@@ -40,7 +40,7 @@ from lib.geometry import Motion, Query, delta_of
 from lib.images import PictureError, contact_sheet, decode, on_white, save_image
 from lib.packing import Pack, Text, VaeImage, VitImage, pack
 from lib.protocol import check_triple
-from lib.records import Triple, load_jsonl, whole_folder
+from lib.records import TRIPLE_KEYS, Triple, load_jsonl, whole_folder
 from lib.simulators import instruction, phrase, random_instruction
 from lib.stage import Flag
 from lib.streams import (
@@ -111,7 +111,6 @@ LOSSES = (
     "loss_flow",
     "loss_content",
 )  # keys of the log, weighted, beside grad_norm, lr, mse, nearest and nearest_chance
-REQUIRED = ("context", "reference", "motion", "target", "warp")  # of a triple (lib.records.Triple)
 SIDEWAYS = ("dx", "dangle")  # what a mirror reverses
 CHANNEL_ORDERS = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
 
@@ -255,7 +254,9 @@ def load_groups(folders: list[str], split: str, most: int) -> list[list]:
     """
     rows = []
     for folder in folders:
-        rows += load_jsonl(Path(folder) / f"triples_{split}.jsonl", Triple, check_triple, REQUIRED)
+        rows += load_jsonl(
+            Path(folder) / f"triples_{split}.jsonl", Triple, check_triple, TRIPLE_KEYS
+        )
     if not rows:
         files = f"triples_{split}.jsonl in {', '.join(folders)}"
         remedy = "Read more scans."

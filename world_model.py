@@ -520,7 +520,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='such as "turn left 30", "move forward 1 m" or "pitch up by 10 degrees"',
     )
     p.add_argument("--out", default="view.png", help="the picture to write")
-    p.add_argument("--model", help="folder or Hugging Face id; default: out/wm or out/demo/wm")
+    p.add_argument(
+        "--model",
+        help="folder or Hugging Face id; default: the newest of out/wm, out/wm-astra, out/demo/wm",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the noise")
     add_sampler_flags(p)
     args = p.parse_args(argv)

@@ -11,6 +11,7 @@ after what they show, and a line names its own.
 import functools
 import hashlib
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import TypedDict
@@ -30,13 +31,12 @@ from lib.geometry import (
 )
 from lib.images import PictureError, read, read_warp, save_image
 from lib.protocol import check_triple
-from lib.records import Triple, disk, load_jsonl, read_log
+from lib.records import TRIPLE_KEYS, Triple, disk, load_jsonl, read_log
 from lib.rooms import random_room, render
 from lib.simulators import SimulatorError, instruction
 from lib.streams import stable_hash, stream_seed
 
 VERSION = 5  # of what a line holds; lines of another one stay as well
-NO_FAILURE = (False, 0)  # the `failure` of an answer for good
 LARGE = 128  # pixels: from here on a view is a JPEG
 
 
@@ -100,9 +100,9 @@ def digest(question: dict) -> int:
     return stable_hash(question["question"], question.get("options"), question["answer"])
 
 
-def failure(row: dict) -> tuple[bool, int]:
-    """(could it not be asked?, how many images were missing); above NO_FAILURE it is not an answer for good."""
-    return bool(row.get("error")), row.get("missing_images") or 0
+def failure(row: dict) -> float:
+    """0 of an answer for good, else how bad: the number of images that were missing, infinite if it was not asked."""
+    return math.inf if row.get("error") else row.get("missing_images") or 0
 
 
 # ---- predictions.jsonl ----------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def load_predictions(out: Path, settings: dict, questions: list[dict]) -> dict[s
     for row in read_log(out / "predictions.jsonl"):
         if settings.items() <= row.items() and digests.get(row.get("key")) == row.get("digest"):
             before = failure(predictions.setdefault(row["key"], row))
-            if before > NO_FAILURE and failure(row) <= before:
+            if before and failure(row) <= before:
                 predictions[row["key"]] = row
     return predictions
 
@@ -152,7 +152,7 @@ def load_triples(path: str | Path, limit: int | None = None) -> list[dict]:
 
     The depth of the context, which rows of scans have, stays in its files.
     """
-    rows = load_jsonl(path, Triple, check_triple)[:limit]
+    rows = load_jsonl(path, Triple, check_triple, TRIPLE_KEYS)[:limit]
     read_once = functools.cache(read)
     try:
         for row in rows:

@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -116,7 +116,7 @@ def say(*words) -> None:
         tqdm.write(without_keys(" ".join(str(word) for word in words)))
 
 
-def fail(sentence: str):
+def fail(sentence: str) -> NoReturn:
     """Stop with a sentence: what came in, what was needed, what to type next."""
     raise SystemExit(without_keys(str(sentence)))
 

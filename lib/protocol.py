@@ -9,7 +9,7 @@ A dialogue is a chat in Qwen's layout. The policy's turn is a thought and then e
     <think>…</think><answer>B</answer>                     (<thinking> is read as well)
 
 A call names an image, a kind of motion (dx right, dy forward, dz up: metres; dangle right, dphi up: degrees) and how far,
-below zero the other way; `img_indices` may choose what the simulator is shown, `seed` its noise (not in training). It is
+below zero the other way (LIMITS, ours: 10 metres, 360 degrees); `img_indices` may choose what the simulator is shown, `seed` its noise (not in training). It is
 answered by a user turn that shows the imagined view as the next image (Image-5), one that is malformed or impossible by
 a sentence that says why. Modes: `direct` has no tool, `agentic` leaves the choice to the policy, `forced` refuses an
 answer before the first valid call.

@@ -204,6 +204,11 @@ class Question(TypedDict):
     shows: NotRequired[list[dict]]  # facts (lib/questions) of every image, then of these views
 
 
+TRIPLE_KEYS = ("id", "context", "reference", "motion", "target", "warp")  # whatever it is for
+ASKED_KEYS = (  # of a question, whoever asks it
+    *("id", "bench", "images", "question", "answer", "category", "kind", "needs_view"),
+)
+
 # ---- rows -----------------------------------------------------------------------------------------------------------------
 
 OF_OTHERS = {  # {how a file's name begins: what makes it of others' data}
@@ -220,7 +225,8 @@ def load_jsonl(
 ) -> list:
     """Rows of a JSONL file, paths of pictures seen from here; blank lines are skipped. Exits on a missing file or bad line.
 
-    kind    `Triple` or `Question`: values must be of its kinds;  check: raises ValueError for what else is wrong
+    kind    `Triple` or `Question`: values must be of its kinds
+    check   may mend a row; raises ValueError for what else is wrong
     needed  keys that every row must have
     """
     path = Path(path)

@@ -18,7 +18,7 @@ STRATA = {"needs_view": True, "answerable": False}
 TOOLLESS = ("direct", "official")  # modes that know no tool
 RESAMPLES = 2000
 MEANS = ("invalid_calls", "unreadable", "truncated", "seconds")
-# of views: the paper prints the first five; pose and content as one number each stand in results.json alone
+# of views: the paper prints all but tight and mse; pose and content as one number each stand in results.json alone
 COLUMNS = (
     "pose, moves",
     "turns",

@@ -2,7 +2,7 @@
 What a simulator is told, the one place where it is chosen by name, and how it fails.
 A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`. By name:
 
-  tuned         the trained Astra-WM: out/wm, or out/demo/wm
+  tuned         the trained Astra-WM: the newest of out/wm, out/wm-astra, out/demo/wm
   untuned       its twin, trained as long with motions exchanged, our stand-in for a generic generator: out/wm-untuned
   reprojection  the given views as a point cloud, looked at from the commanded pose (extras/reprojection.py; rooms only)
   truth         the true renderer (rooms only); truth:20:40 is made worse on purpose (extras/degraded.py)
@@ -234,7 +234,7 @@ def is_world_model(name: str | Path) -> bool:
 
 def needs_room(name: str | Path) -> bool:
     """Whether a simulator's name stands for one that must know the room."""
-    return str(name).split(":")[0] in NEEDS_ROOM
+    return str(name) in NEEDS_ROOM or str(name).startswith("truth:")
 
 
 def load_simulator(

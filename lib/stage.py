@@ -148,7 +148,7 @@ def begin(
     lock_folder(out)
     if has_begun:
         compare_with_earlier_run(out, settings, inputs)
-    if is_main():
+    elif is_main():  # what a run began with is what it is compared with, however often it goes on
         record = {"stage": title, "commit": commit_of_code(), **settings, "inputs": inputs}
         write_json(out / "args.json", record)
 

@@ -23,7 +23,7 @@ from evaluate import (
     parse_args,
 )
 from lib import answers
-from lib.answers import load_predictions, with_keys
+from lib.answers import load_predictions, load_triples, with_keys
 from lib.dialogue import Trajectory
 from lib.distributed import World
 from lib.protocol import NOTE, TOOLS, prompt_text
@@ -584,3 +584,17 @@ def test_a_bench_asked_in_its_own_words_takes_any_reply_and_still_knows_the_tool
     assert told.done and told.answer == "B"
     with pytest.raises(ValueError):
         prompt_text(asked, "agentic", 3)
+
+
+def test_rows_that_lack_what_is_asked_of_them_are_sentences(tmp_path):
+    """A triple without its context, a question that does not say what it needs; a simulator by half a name."""
+    save_jsonl(tmp_path / "triples_test.jsonl", [{"id": "1"}])
+    with pytest.raises(SystemExit, match="line 1 has no context and no reference"):
+        load_triples(tmp_path / "triples_test.jsonl")
+    row = {"id": "1", "bench": "rooms", "images": [], "question": "?", "answer": "A"}
+    row |= {"options": ["A. red"], "category": "turning", "kind": "mca"}
+    save_jsonl(tmp_path / "questions_test.jsonl", [row])
+    with pytest.raises(SystemExit, match="line 1 has no needs_view"):
+        main(["--data", str(tmp_path), "--out", str(tmp_path / "eval")])
+    with pytest.raises(SystemExit, match="reprojection:5"):
+        load_simulator("reprojection:5")

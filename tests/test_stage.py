@@ -115,8 +115,9 @@ def test_a_resumed_run_says_which_inputs_have_changed(tmp_path, capsys):
     begin("stage", flags, FLAGS)
     assert "CHANGED" not in capsys.readouterr().out
     rows.write_text("[]\n")
-    begin("stage", flags, FLAGS)
-    assert f"CHANGED since {tmp_path}/stage began: {rows}. It goes" in capsys.readouterr().out
+    for _ in range(2):  # it is compared with its beginning, however often it goes on
+        begin("stage", flags, FLAGS)
+        assert f"CHANGED since {tmp_path}/stage began: {rows}. It goes" in capsys.readouterr().out
 
 
 # ---- one run at a time -----------------------------------------------------------------------------------------------
