@@ -127,8 +127,8 @@ class Rooms:
 
     def groups(self, question: dict) -> list[str]:
         """Which rows of the table a question counts in: its family, split by whether a view is needed."""
-        need = {True: ", view needed", False: ", view given", None: ""}[question["needs_view"]]
-        return [question["category"] + need]
+        part = {True: ", view needed", False: ", view given", None: ""}[question["needs_view"]]
+        return [question["category"] + part]
 
     def judge(self, question: dict, dialogue: Trajectory, mode: str) -> dict:
         """-> {"answer": what was read, "correct", "lenient": by a forgiving rule}."""
@@ -185,10 +185,10 @@ def ask_missing(
     silent = not own or not is_main()
     for start in tqdm(range(0, len(own), args.batch), title, unit="batch", disable=silent):
         pairs = own[start : start + args.batch]
-        predictions, stop = ask_batch(policy, bench, pairs, condition, simulator, args)
+        predictions, outage = ask_batch(policy, bench, pairs, condition, simulator, args)
         answers.append_predictions(out, predictions)
-        if stop:
-            raise stop
+        if outage:
+            raise outage
 
 
 def ask_batch(
@@ -199,7 +199,7 @@ def ask_batch(
     pairs   of `with_keys`;  the others as in `ask_missing`
     A question that a stopped server did not answer is left to the next run.
     """
-    clock = time.time()
+    start = time.time()
     outcomes, prompts = {}, {}  # by key: the dialogue, or why there is none; what is asked
     for key, question in pairs:
         try:
@@ -211,12 +211,12 @@ def ask_batch(
             continue
         words = bench.prompt(question, condition.mode)
         prompts[key] = {**question, "images": images, "prompt": words}
-    stop = None
+    outage = None
     if prompts:
         asked = list(prompts.values())
-        dialogues, stop = hold_dialogues(policy, asked, condition, simulator, args.batch)
+        dialogues, outage = hold_dialogues(policy, asked, condition, simulator, args.batch)
         outcomes |= zip(prompts, dialogues, strict=True)
-    seconds = round((time.time() - clock) / len(pairs), 4)
+    seconds = round((time.time() - start) / len(pairs), 4)
     predictions = []
     for key, question in pairs:
         outcome = outcomes[key]
@@ -224,7 +224,7 @@ def ask_batch(
             continue
         row = prediction_of(bench, key, question, outcome, condition, seconds, Path(args.out))
         predictions.append(row)
-    return predictions, stop
+    return predictions, outage
 
 
 def hold_dialogues(
@@ -280,20 +280,25 @@ def prediction_of(
 # ---- the results ----------------------------------------------------------------------------------------------------
 
 
-def conclude(args, policy: str, questions: list[dict], records: dict) -> dict:
-    """Print the table -> what results.json holds.   records   {(mode, simulator): {key: prediction}}"""
+def conclude(args, policy_name: str, questions: list[dict], records: dict) -> dict:
+    """Print the table -> what results.json holds.   records   {(mode, simulator's name): {key: prediction}}"""
     rows = {pair: list(predictions.values()) for pair, predictions in records.items()}
     direct = rows.get(("direct", "none"))
     truth = rows.get(("forced", "truth"))
     modes, simulators, summaries = {}, {}, {}
-    for (mode, simulator), own in rows.items():
-        summary = summarise(own, None if mode == "direct" else direct, truth)
-        summaries[mode, simulator] = summary
+    for (mode, name), predictions in rows.items():
+        summary = summarise(predictions, None if mode == "direct" else direct, truth)
+        summaries[mode, name] = summary
         modes.setdefault(mode, summary)  # that of the first simulator
-        simulators.setdefault(simulator, {})[mode] = summary
+        simulators.setdefault(name, {})[mode] = summary
     guessing = chance(questions)
     print_answers(summaries, guessing)
-    results = {"bench": args.bench, "policy": policy, "sampler": args.sampler, "n": len(questions)}
+    results = {
+        "bench": args.bench,
+        "policy": policy_name,
+        "sampler": args.sampler,
+        "n": len(questions),
+    }
     return results | {"chance": guessing, "modes": modes, "simulators": simulators}
 
 
@@ -426,13 +431,13 @@ def open_policy(args: argparse.Namespace, device: torch.device) -> tuple:
     if args.policy_url:
         from extras.remote.client import RemotePolicy
 
-        limits = {"max_new_tokens": args.max_new_tokens, "at_once": args.concurrency}
+        args.batch = args.batch or 8
+        limits = {"max_new_tokens": args.max_new_tokens, "at_once": args.batch}
         try:
             policy = RemotePolicy(args.policy_url, args.model, **limits)
         except ValueError as error:
             fail(f"--policy-url: {error}")
         name = f"{args.model} at {args.policy_url}"
-        args.batch = args.batch or args.concurrency
     else:
         name = args.policy or newest_policy()
         policy = Policy.load(name, device)
@@ -442,7 +447,7 @@ def open_policy(args: argparse.Namespace, device: torch.device) -> tuple:
     return policy, str(name)
 
 
-def conditions_of(args: argparse.Namespace, policy: str) -> list[Condition]:
+def conditions_of(args: argparse.Namespace, policy_name: str) -> list[Condition]:
     """The columns of the table, mode by mode."""
     modes = (args.mode,)
     if args.mode == "all":
@@ -453,7 +458,7 @@ def conditions_of(args: argparse.Namespace, policy: str) -> list[Condition]:
         for name in args.simulator if has_tool else ("none",):
             settings = {
                 "version": answers.VERSION,
-                "policy": fingerprint(policy),
+                "policy": fingerprint(policy_name),
                 "seed": args.seed,
                 "max_new_tokens": args.max_new_tokens,
                 "frames": args.frames,
@@ -478,7 +483,6 @@ FLAGS = {  # type, default, help
         "from OPENAI_API_KEY",
     ),
     "--model": (str, None, "--policy-url: the model's name there"),
-    "--concurrency": (COUNT, 8, "--policy-url: requests on their way at a time"),
     "--wm": (
         str,
         None,
@@ -518,8 +522,7 @@ FLAGS = {  # type, default, help
     "--batch": (
         COUNT,
         None,
-        "questions at once: memory and speed only (default: of a tiny policy 64, of a published one 8, of --policy-url "
-        "--concurrency)",
+        "questions at once, of --policy-url requests on their way: memory and speed only (default: 8, of a tiny policy 64)",
     ),
     "--threads": (COUNT, None, "CPU threads"),
 }
@@ -578,13 +581,13 @@ def main(argv: list[str] | None = None) -> None:
     bench = open_bench(args.bench)
     questions = bench.load(args)[: args.limit]
     worth_asking(args, questions)
-    policy, name = open_policy(args, world.device)
+    policy, policy_name = open_policy(args, world.device)
     if args.mode in BASELINES:
         from extras.report.search import check_policy
 
         check_policy(policy)
-    say(f"{args.bench}: {len(questions)} questions, policy {name} on {world.device}")
-    conditions = conditions_of(args, name)
+    say(f"{args.bench}: {len(questions)} questions, policy {policy_name} on {world.device}")
+    conditions = conditions_of(args, policy_name)
     for simulator_name in dict.fromkeys(condition.simulator_name for condition in conditions):
         simulator = load_simulator(simulator_name, world.device, args.wm, **args.sampler)
         for condition in conditions:
@@ -599,7 +602,7 @@ def main(argv: list[str] | None = None) -> None:
     for condition in conditions:
         rows = answers.load_predictions(out, condition.settings, questions)
         records[condition.mode, condition.simulator_name] = rows
-    results = conclude(args, name, questions, records)
+    results = conclude(args, policy_name, questions, records)
     names = ["results.json", "predictions.jsonl"]
     if has_extras():
         from extras.report import pages

@@ -525,13 +525,13 @@ def collate(
     predecessors = [[] for _ in trajectories]
     features = []
     for row, numbers in enumerate(layout.rows):
-        for branch, number in enumerate(numbers):
+        for member, number in enumerate(numbers):
             t = trajectories[number]
-            columns = layout.columns(row, branch, len(t.ids) - 1)
+            columns = layout.columns(row, member, len(t.ids) - 1)
             ids[row, columns] = torch.tensor(t.ids[:-1])
             positions[:, row, columns] = torch.tensor(t.positions[:-1]).T
             predecessors[number] = [row * layout.width + column for column in columns]
-            features += t.features if branch == 0 else t.features[t.provenance.count(None) :]
+            features += t.features if member == 0 else t.features[t.provenance.count(None) :]
 
     def table(lists: list[list]) -> torch.Tensor:
         return padded([torch.tensor(row) for row in lists]).to(policy.device)

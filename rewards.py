@@ -82,13 +82,12 @@ def name_gold(question: dict) -> None:
     if not options:
         question["answer"] = text.removesuffix(".0") if not isinstance(answer, str) else answer
         return
-    bracketed = re.fullmatch(r"\(?(\w)[).:]\s*(.*)", text, re.DOTALL)
+    # "b)" and "(b) blue ball" as options are written
+    spelt = re.sub(r"^\(?(\w)[).:]\s*", r"\1. ", text).removesuffix(". ")
     named = set()
     for index, (letter, option) in enumerate(zip(letters, options, strict=True)):
         words = option.partition(". ")[2].lower()
-        if text in (letter.lower(), words, option.lower()):
-            named.add(letter)
-        elif bracketed and bracketed[1] == letter.lower() and bracketed[2] in ("", words):
+        if {text, spelt} & {letter.lower(), words, option.lower()}:
             named.add(letter)
         # 0 can only count from 0, the number of options only from 1
         if answer == index == 0 or answer == index + 1 == len(options):

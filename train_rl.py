@@ -36,6 +36,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -330,12 +331,11 @@ class Stopwatch(dict):
         self[part] = self.get(part, 0.0) + time.perf_counter() - start
 
 
-class TimedSimulator:
+class TimedSimulator(NamedTuple):
     """A simulator with a stopwatch, so that the log can tell `imagine` from the rest of `sample`."""
 
-    def __init__(self, simulator, seconds: Stopwatch):
-        self.simulator = simulator
-        self.seconds = seconds
+    simulator: Any
+    seconds: Stopwatch
 
     def imagine(self, queries: list) -> list:
         """The simulator's views, timed."""

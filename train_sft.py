@@ -33,7 +33,7 @@ Out: the policy, done.json, log.jsonl. Per step: loss; facts, the share of fact 
 """
 
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     policy = policy_that_sees(args, lessons, world)
     policy.vision.requires_grad_(False)
     for lesson in lessons:
-        lesson.look(policy)
+        lesson.features = policy.encode(list(enumerate(lesson.images, 1)))
     families = by_family(lessons)
     moving_families = by_family([lesson for lesson in lessons if lesson.question["ideal"]])
 
@@ -249,8 +249,7 @@ class Lesson:
     question: dict  # records.Question of a room
     images: list[np.ndarray]  # those of the question, then the views that its ideal calls lead to
     shows: list[dict]  # the facts of each
-    # what the frozen tower makes of each, once `look` has been called
-    features: list[torch.Tensor] = field(default_factory=list)
+    features: list[torch.Tensor] | None = None  # what the frozen tower makes of each
 
     @classmethod
     def load(cls, question: dict) -> "Lesson":
@@ -260,10 +259,6 @@ class Lesson:
         for path in question["views"]:
             images.append(soften(load_image(path), rng))
         return cls(question, images, question["shows"])
-
-    def look(self, policy: Policy) -> None:
-        """Fill in `features`."""
-        self.features = policy.encode(list(enumerate(self.images, 1)))
 
 
 # ---- first the tower learns to see -----------------------------------------------------------------------------------
@@ -338,10 +333,10 @@ def teach_to_see(policy: Policy, lessons: list[Lesson], steps: int, seed: int) -
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 10 == 0:
-            right = (fact_logits.argmax(-1) == true_facts)[true_facts >= 0].float().mean()
+            facts_right = (fact_logits.argmax(-1) == true_facts)[true_facts >= 0].float().mean()
             present = true_angles < len(ANGLES)
-            found = (angle_logits.argmax(-1) == true_angles)[present].float().mean()
-            bar.set_postfix(facts=f"{right:.2f}", angles=f"{found:.2f}")
+            angles_right = (angle_logits.argmax(-1) == true_angles)[present].float().mean()
+            bar.set_postfix(facts=f"{facts_right:.2f}", angles=f"{angles_right:.2f}")
     size = tokens.norm(dim=-1).mean().item()
     for parameter in tower.merger.linear_fc2.parameters():
         parameter.data.div_(size)

@@ -52,7 +52,6 @@ from lib.geometry import Query, delta_of, select_context
 from lib.images import load_image, save_image
 from lib.packing import table_ids
 from lib.simulators import (
-    FORMS,
     instruction,
     read_instruction,
     read_phrase,
@@ -255,13 +254,14 @@ class WorldModel:
         cls,
         path: str | Path,
         device="cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         prepare=None,
         int8: bool = False,
         **changes,
     ) -> "WorldModel":
         """From a folder in the public BAGEL layout, or a Hugging Face id. Raises ValueError or OSError, whose message says why it is none.
 
+        dtype     None: to imagine, that is bf16 on a GPU, else fp32
         prepare   called with the network while it is still on the meta device (adapters, sharding): each rank then
                   reads its own rows only
         int8      weights of 8 bits (extras/int8.py), to imagine with;  changes: fields of Settings, as for `imagine`
@@ -273,8 +273,9 @@ class WorldModel:
         with torch.device("meta"):
             network = Bagel(Config.read(files, *bagel_files.table_sizes(file, layout)))
         tokenizer = bagel_files.load_tokenizer(folder, network.config.vocabulary)
-        network.to(dtype)
-        if torch.device(device).type == "cuda" and not int8:
+        on_gpu = torch.device(device).type == "cuda"
+        network.to(dtype or (torch.bfloat16 if on_gpu else torch.float32))
+        if on_gpu and not int8:
             network.compile_blocks()
         if prepare:
             prepare(network)
@@ -292,8 +293,6 @@ class WorldModel:
             raise ValueError(f"The autoencoder in {folder} is not the one that {file} reads.")
         model = cls(network, autoencoder, tokenizer, files, layout)
         model.settings = dataclasses.replace(model.settings, **changes)
-        if model.settings.form not in ("", *FORMS):
-            raise ValueError(f"form {model.settings.form!r} is none of {', '.join(FORMS)}")
         return model
 
     def save(self, folder: str | Path, tensors=None) -> None:
@@ -384,9 +383,6 @@ class WorldModel:
         for index, query in enumerate(queries):
             images, headings = self.arrange(query.images, query.reference, settings)
             sentence = renumbered(query.instruction, len(images))
-            if settings.form:
-                _, motion = read_instruction(sentence)
-                sentence = instruction(motion, len(images), settings.form)
             shapes = tuple(image.shape for image in images)
             arranged = ArrangedQuery(index, query.seed, images, headings, sentence)
             alike.setdefault(shapes, []).append(arranged)
@@ -479,12 +475,6 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
         text = f"{options['help']} (BAGEL: {getattr(Settings, field)})"
         group.add_argument(f"--{field.replace('_', '-')}", **options | {"help": text})
     group.add_argument(
-        "--form",
-        choices=tuple(FORMS),
-        help="how the sentence names the reference: all are printed in the paper; which one a published checkpoint knows "
-        "best is not known (ours: last)",
-    )
-    group.add_argument(
         "--context",
         dest="max_context",
         type=bounded(int, 1),
@@ -497,7 +487,7 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
 
 def sampler_options(args: argparse.Namespace) -> dict:
     """The flags of `add_sampler_flags` that were given, for `WorldModel.load`."""
-    options = {field: getattr(args, field) for field in (*SAMPLER_FLAGS, "form", "max_context")}
+    options = {field: getattr(args, field) for field in (*SAMPLER_FLAGS, "max_context")}
     options = {field: value for field, value in options.items() if value is not None}
     if "interval" in options:
         low, high = options["interval"] = tuple(options["interval"])
@@ -542,20 +532,19 @@ def main(argv: list[str] | None = None) -> None:
             "There is no world model yet. `python train_wm.py` trains one in out/wm; or give --model."
         )
     device = default_device()
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     options = sampler_options(args)
     try:
         if args.interactive:
             from extras.report.look import look_around
 
-            look_around(WorldModel.load(path, device, dtype, **options))
+            look_around(WorldModel.load(path, device, **options))
             return
         # the motion first: its error should not wait for the weights
         number = args.reference or len(args.images)
-        sentence = instruction(read_phrase(args.motion), number, args.form or "last")
+        sentence = instruction(read_phrase(args.motion))
         images = [load_image(image) for image in args.images]
         query = Query(images, number, sentence, args.seed)
-        model = WorldModel.load(path, device, dtype, **options)
+        model = WorldModel.load(path, device, **options)
         side = model.settings.vae_limits[0]
         if model.settings.latent == "pixels" and any(max(image.shape) > side for image in images):
             say(f"{path} is a tiny model: it knows rooms of {side} x {side} pixels only.")

@@ -66,7 +66,6 @@ class Settings:
     latent: str = "flux"  # "flux", or "pixels": no autoencoder (PixelLatents)
     vae_limits: tuple = (1024, 512, 16)  # (max_side, min_side, stride) of the pictures, pixels
     vit_limits: tuple = (980, 224, 14)
-    form: str = ""  # how a sentence names its reference, of lib.simulators.FORMS; "": as it comes
     # the sampler; BAGEL's numbers for editing
     steps: int = 49  # network evaluations ("50 timesteps" in the original)
     shift: float = 3.0  # > 1 spends more of them near noise

@@ -19,9 +19,8 @@ Array = np.ndarray
 KINDS = ("dx", "dy", "dz", "dangle", "dphi")  # the paper's names, in the order of `decompose`
 UNITS = dict(zip(KINDS, ("meters",) * 3 + ("degrees",) * 2, strict=True))
 VERTICAL = 5.0  # degrees
-SLACK = (
-    0.15  # metres (4.5 degrees): how much of other motions the words of one motion may leave unsaid
-)
+# metres (4.5 degrees): how much of other motions the words of one motion may leave unsaid
+SLACK = 0.15
 BEND = 20.0  # degrees between a move and its words; the same as `consistency.DIRECTION`
 DEGREES_PER_METER = 30.0  # compares components: the paper asks the cameras of a context to differ by 1 m and 30 degrees
 

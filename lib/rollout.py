@@ -189,18 +189,18 @@ def after_attention(layer, x, y):
 
 
 class Layout(NamedTuple):
-    """Where the tokens of dialogues stand in the rows of one batch: [ prompt | branch | branch | ... ].
+    """Where the tokens of dialogues stand in the rows of one batch: [ prompt | rest | rest | ... ].
 
-    Each dialogue's rest is a branch: it sees the prompt, and of itself what came before. Three dialogues with a prompt
+    Each dialogue's rest sees the prompt, and of itself what came before. Three dialogues with a prompt
     of 4 tokens (the longest has 5) and rests of up to 3:    [ p p p p . | a a . | b b b | c . . ]
-    Rows hold all tokens of a dialogue but the last, which predicts nothing. Where none is shared, they have no branch.
+    Rows hold all tokens of a dialogue but the last, which predicts nothing. Where none is shared, they are all prompt.
     """
 
     rows: list[list[int]]  # per row, the numbers of its dialogues
     prompt_lengths: list[int]  # per row, the tokens of its own prompt
     prompt_width: int  # columns of the longest prompt
-    n_branches: int  # of the row with most dialogues
-    branch_width: int  # columns of each branch: the longest rest; 0 where no row is shared
+    n_rests: int  # of the row with most dialogues
+    rest_width: int  # columns of each: those of the longest; 0 where no row is shared
 
     @classmethod
     def of(cls, trajectories: list, share_prompts: bool) -> "Layout":
@@ -221,27 +221,27 @@ class Layout(NamedTuple):
     @property
     def width(self) -> int:
         """Cells of a row."""
-        return self.prompt_width + self.n_branches * self.branch_width
+        return self.prompt_width + self.n_rests * self.rest_width
 
-    def columns(self, row: int, branch: int, count: int) -> list[int]:
-        """Where the first `count` tokens of dialogue number `branch` of a row stand."""
+    def columns(self, row: int, member: int, count: int) -> list[int]:
+        """Where the first `count` tokens of dialogue number `member` of a row stand."""
         length = self.prompt_lengths[row]
-        first = self.prompt_width + branch * self.branch_width
+        first = self.prompt_width + member * self.rest_width
         return [*range(length), *range(first, first + count - length)]
 
     def mask(self) -> torch.Tensor:
-        """(R, width), 1 = token; of shared rows (R, branches, rest, prompt + rest) bool, for `shared_attention`."""
+        """(R, width), 1 = token; of shared rows (R, rests, width of a rest, prompt + that) bool, for `shared_attention`."""
         lengths = torch.tensor(self.prompt_lengths)[:, None]
         own_prompt = torch.arange(self.prompt_width) < lengths  # (R, prompt)
-        if not self.branch_width:
+        if not self.rest_width:
             return own_prompt.long()
-        causal = torch.ones(self.branch_width, self.branch_width, dtype=torch.bool).tril()
-        shape = len(self.rows), self.n_branches, self.branch_width, -1
+        causal = torch.ones(self.rest_width, self.rest_width, dtype=torch.bool).tril()
+        shape = len(self.rows), self.n_rests, self.rest_width, -1
         return torch.cat([own_prompt[:, None, None].expand(shape), causal.expand(shape)], -1)
 
 
 def shared_attention(module, query, key, value, mask, scaling=None, **options):
-    """What transformers' attention layers call: SDPA, of ordinary rows or of those of a Layout with branches.
+    """What transformers' attention layers call: SDPA, of ordinary rows or of those of a Layout that share a prompt.
 
     query (R, heads, C, head dim), key and value (R, kv heads, C, head dim)
     mask   of `Layout.mask`, or one as long as the query, or none: the ordinary case
@@ -251,23 +251,23 @@ def shared_attention(module, query, key, value, mask, scaling=None, **options):
     # a Layout's mask has `rest` rows, fewer than the query's cells (prompt and rests)
     if mask is None or mask.shape[2] == query.shape[2]:
         return attend(query, key, value, mask)  # (R, C, heads, head dim), None
-    rows, branches, rest, seen = mask.shape
-    prompt = seen - rest
+    rows, n_rests, width, seen = mask.shape
+    prompt = seen - width
 
-    def of_branches(x):  # (R, heads, C, head dim) -> (R, branches, heads, rest, head dim)
-        return x[:, :, prompt:].unflatten(2, (branches, rest)).transpose(1, 2)
+    def of_rests(x):  # (R, heads, C, head dim) -> (R, rests, heads, width, head dim)
+        return x[:, :, prompt:].unflatten(2, (n_rests, width)).transpose(1, 2)
 
-    def with_prompt(x):  # -> (R * branches, heads, prompt + rest, head dim)
-        again = x[:, None, :, :prompt].expand(-1, branches, -1, -1, -1)
-        return torch.cat([again, of_branches(x)], 3).flatten(0, 1)
+    def with_prompt(x):  # -> (R * rests, heads, prompt + width, head dim)
+        again = x[:, None, :, :prompt].expand(-1, n_rests, -1, -1, -1)
+        return torch.cat([again, of_rests(x)], 3).flatten(0, 1)
 
     # (R, prompt, heads, head dim); without a mask it is causal
     own = attend(query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], None)[0]
-    queries = of_branches(query).flatten(0, 1)  # (R * branches, heads, rest, head dim)
-    mask = mask.flatten(0, 1)[:, None]  # (R * branches, 1, rest, prompt + rest)
+    queries = of_rests(query).flatten(0, 1)  # (R * rests, heads, width, head dim)
+    mask = mask.flatten(0, 1)[:, None]  # (R * rests, 1, width, prompt + width)
     rests = attend(queries, with_prompt(key), with_prompt(value), mask)[0]
-    # (R, branches * rest, heads, head dim)
-    rests = rests.unflatten(0, (rows, branches)).flatten(1, 2)
+    # (R, rests * width, heads, head dim)
+    rests = rests.unflatten(0, (rows, n_rests)).flatten(1, 2)
     return torch.cat([own, rests], 1), None
 
 

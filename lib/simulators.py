@@ -77,13 +77,13 @@ WORDINGS = {
     "dangle": ("right", "left", TURN_WORDINGS),
     "dphi": ("up", "down", ("pitch {way} by {n} degrees",)),
 }
-# How a sentence names its reference. Which one the published simulator knows best is not known.
-FORMS = {
-    "last": "Based on the last image, {motion}.",
-    "viewpoint": "Base on the viewpoint of Image-{number}, {motion}.",
-    "viewpoint-of-the": "Based on the viewpoint of the image {number}, {Motion}.",
-    "image": "Based on Image {number}, {Motion}.",
-}
+# How the sentences that the paper prints name their reference.
+SENTENCES = (
+    "Based on the last image, {motion}.",
+    "Base on the viewpoint of Image-{number}, {motion}.",
+    "Based on the viewpoint of the image {number}, {Motion}.",
+    "Based on Image {number}, {Motion}.",
+)
 
 
 def phrase(motion: Motion, wording: int = 0) -> str:
@@ -94,21 +94,23 @@ def phrase(motion: Motion, wording: int = 0) -> str:
     return wordings[wording].format(n=size, way=way)
 
 
-def instruction(motion: Motion, number: int | None = None, form: str = "", wording: int = 0) -> str:
+def instruction(
+    motion: Motion, number: int | None = None, sentence: str = "", wording: int = 0
+) -> str:
     """The sentence u_t that tells a simulator what to do.
 
-    number   of the reference in the order shown, for forms that name one;  form: of FORMS, by default "last", with a
-             number "viewpoint";  wording: which of WORDINGS
+    number     of the reference in the order shown; without one it is the last image
+    sentence   of SENTENCES, by default one of the first two;  wording: which of WORDINGS
     """
     words = phrase(motion, wording)
-    form = FORMS[form or ("viewpoint" if number else "last")]
-    return form.format(number=number, motion=words, Motion=words[0].upper() + words[1:])
+    sentence = sentence or SENTENCES[1 if number else 0]
+    return sentence.format(number=number, motion=words, Motion=words[0].upper() + words[1:])
 
 
 def random_instruction(motion: Motion, number: int, rng: np.random.Generator) -> str:
     """One of all the sentences that say the same."""
-    form = list(FORMS)[rng.integers(len(FORMS))]
-    return instruction(motion, number, form, int(rng.integers(len(WORDINGS[motion.kind][2]))))
+    sentence = SENTENCES[rng.integers(len(SENTENCES))]
+    return instruction(motion, number, sentence, int(rng.integers(len(WORDINGS[motion.kind][2]))))
 
 
 def renumbered(sentence: str, number: int) -> str:
@@ -140,8 +142,8 @@ def read_phrase(text: str) -> Motion:
         if ways in ([positive], [negative]) and fits:
             return Motion(kind, float(numbers[0]) * (1 if ways == [positive] else -1))
     known = []
-    for positive, negative, (form, *_) in WORDINGS.values():
-        known.append(form.format(n="<number>", way=f"{positive}/{negative}"))
+    for positive, negative, (wording, *_) in WORDINGS.values():
+        known.append(wording.format(n="<number>", way=f"{positive}/{negative}"))
     raise ValueError(f"cannot read the motion {text!r}; write one of: {'; '.join(known)}")
 
 
@@ -155,8 +157,8 @@ def read_instruction(text: str) -> tuple[int | None, Motion]:
     """A sentence -> (number of the reference, None for the last image; Motion). Raises ValueError for any other."""
     match = SENTENCE.fullmatch(text.strip())
     if not match:
-        forms = "; ".join(FORMS.values()).format(number=2, motion="…", Motion="…")
-        raise ValueError(f"cannot read the instruction {text!r}; write one of: {forms}")
+        known = "; ".join(SENTENCES).format(number=2, motion="…", Motion="…")
+        raise ValueError(f"cannot read the instruction {text!r}; write one of: {known}")
     return match[1] and int(match[1]), read_phrase(match[2])
 
 
@@ -270,7 +272,6 @@ def load_simulator(
             return RemoteSimulator(name, context=options.get("max_context", 4))
         from world_model import WorldModel
 
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        return WorldModel.load(folder, device, dtype, **options)
+        return WorldModel.load(folder, device, **options)
     except (OSError, ValueError) as error:
         fail(f"The simulator {folder} cannot be read: {error}")

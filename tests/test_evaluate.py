@@ -546,7 +546,6 @@ def test_missing_stages_are_told_in_a_sentence(place, tmp_path, monkeypatch):
 
 def test_helpers_of_the_command_line():
     for flags in (
-        ["--concurrency", "0"],
         ["--dose-rooms", "-1"],
         ["--threads", "-1"],
         ["--batch", "0"],

@@ -34,7 +34,7 @@ def policy():
 def lessons(folder, policy):
     lessons = [Lesson.load(row) for row in load_jsonl(folder / "questions_train.jsonl")]
     for lesson in lessons:
-        lesson.look(policy)
+        lesson.features = policy.encode(list(enumerate(lesson.images, 1)))
     return lessons
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from lib.geometry import UNITS, Motion
 from lib.simulators import (
-    FORMS,
+    SENTENCES,
     WORDINGS,
     instruction,
     phrase,
@@ -37,7 +37,7 @@ PRINTED = {
 def all_sentences(motion: Motion, number: int) -> set[str]:
     """Everything that one motion can be told as."""
     wordings = range(len(WORDINGS[motion.kind][2]))
-    return {instruction(motion, number, form, k) for form in FORMS for k in wordings}
+    return {instruction(motion, number, name, k) for name in SENTENCES for k in wordings}
 
 
 @pytest.mark.parametrize("sentence", PRINTED)

@@ -651,19 +651,6 @@ def test_a_sentence_that_names_the_reference_otherwise_gives_the_same_view():
     assert np.array_equal(*views)
 
 
-def test_a_form_rewrites_every_sentence_with_the_number_in_the_order_shown(tmp_path):
-    images, model = queries(3)[2].images, tiny(words=True)
-    asked = Query(images, 2, "Based on the last image, turn 30 degrees to the left.", seed=5)
-    words = f"Based on Image {len(images)}, Turn 30 degrees to the left."
-    said = asked._replace(instruction=words)
-    [view] = model.imagine([asked], form="image")
-    same, other = model.imagine([said, asked])
-    assert np.array_equal(view, same) and not np.array_equal(view, other)
-    model.save(tmp_path)
-    with pytest.raises(ValueError, match="'word' is none of last, viewpoint"):
-        WorldModel.load(tmp_path, form="word")
-
-
 def test_a_view_has_the_size_of_its_reference():
     images = [np.zeros((32, 32, 3), np.uint8), np.zeros((16, 32, 3), np.uint8)]
     words = "Based on the last image, pitch up by 10 degrees."
@@ -798,8 +785,7 @@ def test_command_line_says_what_is_missing_and_draws_a_view(tmp_path, monkeypatc
         Image.open("view.png").size == (32, 32)
         and "Based on the last image, turn 30 degrees to the left. ->" in capsys.readouterr().out
     )
-    world_model.main([*command, "--form", "image", "--context", "1"])
-    assert "Based on Image 1, Turn 30 degrees to the left. ->" in capsys.readouterr().out
+    world_model.main([*command, "--context", "1"])
     with pytest.raises(SystemExit, match="no Image-7"):
         world_model.main([*command[:4], "7", *command[5:]])
     with pytest.raises(SystemExit, match="jump"):
@@ -818,9 +804,8 @@ def sampler_options_of(line):
 def test_only_the_knobs_that_are_given_turn(tmp_path, capsys):
     assert sampler_options_of("") == {}
     line = "--steps 2 --shift 5 --text-scale 4 --image-scale 1.5 --renorm global --renorm-min 0.2"
-    options = sampler_options_of(f"{line} --interval 0.4 1 --taylor --form image")
+    options = sampler_options_of(f"{line} --interval 0.4 1 --taylor")
     assert options == {
-        "form": "image",
         "steps": 2,
         "shift": 5.0,
         "text_scale": 4.0,

@@ -143,7 +143,7 @@ def test_batches_are_small_for_a_published_policy_and_of_the_width_of_a_server(
     local = ["--policy", str(place / "policy")]
     remote = ["--policy-url", "http://127.0.0.1:9/v1", "--model", "m"]
     monkeypatch.setattr(pages, "write_answers", lambda *_: [])
-    for more in (local, [*local, "--batch", "3"], remote, [*remote, "--concurrency", "5"]):
+    for more in (local, [*local, "--batch", "3"], remote, [*remote, "--batch", "5"]):
         main([*own, *more])
     monkeypatch.setattr(Policy, "is_tiny", False)
     main([*own, *local])
