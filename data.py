@@ -342,6 +342,9 @@ def build(title: str, make: Callable, seeds: Iterable, out: Path, threads: int) 
         made = pool.imap(partial(make, out=out), seeds, chunksize=8)
         for part in tqdm(made, total=len(seeds), desc=title):
             rows += part
+        # they end by themselves: a signal that meets a worker before `worker` has run is lost, and it stays for ever
+        pool.close()
+        pool.join()
     return rows
 
 

@@ -73,9 +73,9 @@ def recover(room: Room, reference: Array, views: Array, size: int = 32) -> Array
     best_pose = grid[errors.argmin(1)]  # (n, 5)
     best_error = errors.min(1)  # (n,)
     to_and_fro = np.concatenate([np.eye(5), -np.eye(5)]) * SCALE  # (10, 5)
-    for turn in range(4):
-        h = 0.2 * 0.5**turn  # metres, or 30 times as many degrees
-        supersample = 1 if turn < 2 else 2
+    for halvings in range(4):
+        h = 0.2 * 0.5**halvings  # metres, or 30 times as many degrees
+        supersample = 1 if halvings < 2 else 2
         poses = best_pose[:, None] + h * to_and_fro  # (n, 10, 5)
         renders = render_at(room, reference, poses.reshape(-1, 5), size, supersample)
         renders = renders.reshape(n, 10, -1)  # (n, 10, P)
@@ -103,14 +103,17 @@ def angle_of(cosine: float) -> float:
 
 
 def pose_error(commanded: Array, recovered: Array) -> dict:
-    """Compare two relative poses (5,) -> {"family", "within", "tight", and metres, direction (degrees) or degrees}."""
+    """Compare two relative poses (5,) -> {"family", "within", "tight", and metres, direction (degrees) or degrees}.
+
+    A move is judged by its translation alone: its length to within a bar, and its direction; a turn by its rotation alone.
+    """
     want, got = commanded[:3], recovered[:3]
     if np.abs(want).max() > 0:
-        size, way = np.linalg.norm(want), np.linalg.norm(got)
-        direction = angle_of(want @ got / (size * way)) if size * way > 1e-9 else 180.0
+        size, got_size = np.linalg.norm(want), np.linalg.norm(got)
+        direction = angle_of(want @ got / (size * got_size)) if size * got_size > 1e-9 else 180.0
         meters = float(np.linalg.norm(got - want))
         error = {"family": "moves", "meters": meters, "direction": direction}
-        off = abs(way - size) if direction <= DIRECTION else np.inf
+        off = abs(got_size - size) if direction <= DIRECTION else np.inf
     else:
         rotation = camera_pose(0, 0, 0, *commanded[3:])[:3, :3]
         rotation = rotation.T @ camera_pose(0, 0, 0, *recovered[3:])[:3, :3]

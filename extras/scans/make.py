@@ -71,6 +71,8 @@ def make_scans(
     with disk(out), Pool(workers, worker) as pool:
         jobs = pool.imap(job, ids)
         reports = list(tqdm(jobs, total=len(ids), desc=f"triples of {dataset}", unit="scan"))
+        pool.close()  # as in data.build
+        pool.join()
     write_splits(out, reports, places, splits)
 
 
