@@ -58,7 +58,7 @@ from lib.streams import stream_seed
 ROOMS = {  # to fit on, and to ask: 5,000 and 4,000 questions at least
     "commanded": (5200, 4200),
     "turning": (2900, 2400),
-    "walking": (4400, 3350),
+    "walking": (8800, 6700),
 }
 CONSTANT = [
     Motion("dangle", sign * angle) for sign in (-1, 1) for angle in (15.0, 30.0, 45.0, 135.0)
