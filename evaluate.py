@@ -50,7 +50,7 @@ from lib.consistency import compare
 from lib.dialogue import Trajectory
 from lib.distributed import World, fail, is_main, say, setup, wait_for_all
 from lib.images import PictureError, check_shape, read
-from lib.records import ASKED_KEYS, Question, load_jsonl, readable, write_json
+from lib.records import Question, load_jsonl, readable, write_json
 from lib.scores import (
     TOOLLESS,
     chance,
@@ -78,6 +78,8 @@ BENCHES = ("rooms", "mindcube", "mmsi", "mmsi_video", "sat", "vsi")
 OWN_WORDS = ("mindcube", "mmsi", "sat", "vsi")  # benches with mode official
 MODES = ("direct", "forced", "agentic")
 BASELINES = ("search", "gate")  # of extras/report/search.py
+# of a question row
+ASKED_KEYS = ("id", "bench", "images", "question", "answer", "category", "kind", "needs_view")
 NO_REPORT = "No report, no pictures, no diagnosis: extras/, which makes them, is not here."
 COPIED = (  # of a dialogue
     "well_formed",

@@ -70,6 +70,8 @@ def timed_rollout(policy, questions, group, way, uniforms, seconds: Seconds, **o
     """
 
     class Watched(way):
+        """The writer by the clock; its draws are `uniforms`."""
+
         turn = -1
 
         @seconds("prefill")

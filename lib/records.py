@@ -205,9 +205,6 @@ class Question(TypedDict):
 
 
 TRIPLE_KEYS = ("id", "context", "reference", "motion", "target", "warp")  # whatever it is for
-ASKED_KEYS = (  # of a question, whoever asks it
-    *("id", "bench", "images", "question", "answer", "category", "kind", "needs_view"),
-)
 
 # ---- rows -----------------------------------------------------------------------------------------------------------------
 

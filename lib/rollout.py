@@ -89,8 +89,11 @@ class Writer:
         """
         n = len(members)
         eos = self.policy.tokenizer.eos_token_id
-        for row, d in enumerate(members):  # they stand first
-            self.swap(row, self.order.index(d))
+        # they stand first, in any order: a row that is swapped is copied in every layer
+        others = [row for row in range(n) if self.order[row] not in members]
+        for row in range(n, len(self.order)):
+            if self.order[row] in members:
+                self.swap(others.pop(), row)
         self.feed(n)
         turns = {d: ([], []) for d in members}  # ids, logprobs
         token = {d: self.dialogues[d].ids[-1] for d in members}  # to feed next

@@ -317,6 +317,7 @@ def in_threads(function: Callable, items: list, threads: int) -> list:
     down = []
 
     def attempt(item):
+        """function(item), or the error that it ended with."""
         if down:
             return down[0]
         try:
