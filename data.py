@@ -20,7 +20,7 @@ stand in one of these layouts:
              In some rooms all four look up or down, by 10 to 25 degrees; in some there is a fifth view, where a first
              motion has led, softened as if it were imagined, and the targets start from there: the second step of a chain
   apart      four cameras at least 1 m and 30 degrees apart; they look across the room, in no order. (What the tiny
-             simulator is told of headings, simulators.ring_headings, holds of rings alone.)
+             simulator is told of the context, simulators.image_poses, holds of rings alone.)
 
 Motions are turns of every 5 degrees, moves of every 0.1 m up to 1.2 m to the left, right and forward (back or up, no view
 of a ring saw what would be seen), and pitch up to 30 degrees. Some amounts, those of
@@ -58,6 +58,7 @@ from lib.geometry import (
     warp,
 )
 from lib.images import save_image, soften
+from lib.protocol import call_of
 from lib.questions import ASKS, FAMILIES, Visit, facts
 from lib.records import disk, load_jsonl, save_jsonl
 from lib.rooms import COLOURS, EYE, SIZE, Room, pitched, random_room, render, ring
@@ -168,11 +169,11 @@ def room_triples(
     rng = numpy_stream("triples of a room", seed)
     poses = LAYOUTS[layout](rng)
     reference = int(rng.integers(len(poses)))
-    first_step = {}
+    calls = {}
     if layout == "ring" and rng.random() < CHAINED_SHARE:
         steps = [motion for motion in motions if motion.kind != "dphi"]
         first, pose = next(iter(draw_targets(rng, poses[reference], steps).items()))
-        first_step = {"first_step": {"reference": reference + 1, "motion": asdict(first)}}
+        calls = {"calls": [None] * len(poses) + [call_of(reference + 1, first)]}
         poses.append(pose)
         reference = len(poses) - 1
     targets = draw_targets(rng, poses[reference], motions)
@@ -210,7 +211,7 @@ def room_triples(
                 "room": seed,
                 "context_c2w": [as_lists(pose) for pose in poses],
                 "target_c2w": as_lists(c2w),
-                **first_step,
+                **calls,
             }
         )
     return rows

@@ -39,9 +39,9 @@ from lib.distributed import fail, is_main
 from lib.geometry import Motion, Query, delta_of
 from lib.images import PictureError, contact_sheet, decode, on_white, save_image
 from lib.packing import Pack, Text, VaeImage, VitImage, pack
-from lib.protocol import check_triple
+from lib.protocol import call_of, check_triple, motion_in
 from lib.records import TRIPLE_KEYS, Triple, load_jsonl, whole_folder
-from lib.simulators import instruction, phrase, random_instruction
+from lib.simulators import RING, instruction, phrase, random_instruction
 from lib.stage import Flag
 from lib.streams import (
     numpy_stream,
@@ -287,6 +287,7 @@ class TriplePictures(NamedTuple):
     """One context with its T targets, as the files hold them: uint8."""
 
     context: list  # (H, W, 3) each
+    calls: list  # of `Query`: which context image was imagined, and how
     reference: int  # 1-based number of the context view that the motions start from
     motions: list[Motion]
     targets: np.ndarray  # (T, H, W, 3)
@@ -307,6 +308,7 @@ def read_pictures(rows: list[dict], read: Callable, with_warps: bool) -> TripleP
         )
     return TriplePictures(
         context=[on_white(read(path)) for path in rows[0]["context"]],
+        calls=rows[0].get("calls", []),
         reference=rows[0]["reference"],
         motions=[Motion(**row["motion"]) for row in rows],
         targets=np.stack([on_white(target) for target in targets]),
@@ -330,15 +332,26 @@ def augmented(p: TriplePictures, stream: torch.Generator) -> TriplePictures:
 def mirrored(p: TriplePictures) -> TriplePictures:
     """The room in a mirror: left and right change places in the words, and the ring of views, the first four, is read
     backwards."""
-    motions = []
-    for motion in p.motions:
+    ring, others = p.context[:RING], p.context[RING:]
+
+    def mirror_number(number):
+        return number if number > len(ring) else len(ring) + 1 - number
+
+    def mirror_motion(motion):
         sign = -1 if motion.kind in SIDEWAYS else 1
-        motions.append(Motion(motion.kind, sign * motion.amount))
-    ring, others = p.context[:4], p.context[4:]
+        return Motion(motion.kind, sign * motion.amount)
+
+    calls = []
+    for call in p.calls:
+        if call:
+            number = mirror_number(call["reference_image"])
+            call = call_of(number, mirror_motion(motion_in(call)))
+        calls.append(call)
     return TriplePictures(
         context=[image[:, ::-1] for image in ring[::-1] + others],
-        reference=p.reference if p.reference > len(ring) else len(ring) + 1 - p.reference,
-        motions=motions,
+        calls=calls,
+        reference=mirror_number(p.reference),
+        motions=[mirror_motion(motion) for motion in p.motions],
         targets=p.targets[:, :, ::-1],
         warps=p.warps[:, :, ::-1],
     )
@@ -371,7 +384,7 @@ def make_sample(rows, model, read, args, key) -> tuple[list, LossTargets]:
     p = read_pictures(rows, read, with_warps=args.warp_weight > 0)
     if args.augment:
         p = augmented(p, stream)
-    context, headings = model.arrange(p.context, p.reference)
+    context, context_motions = model.arrange(p.context, p.reference, p.calls)
     motions = p.motions
     if args.shuffle_instructions:
         shift = 1 + int(torch.randint(len(rows) - 1, (), generator=stream))  # none keeps its own
@@ -393,8 +406,7 @@ def make_sample(rows, model, read, args, key) -> tuple[list, LossTargets]:
     for i, image in enumerate(context):
         image_index = len(context) - 1 - i  # counted from the reference, which is the last one
         vae_image, vit_image = context_segments(image, image_index, model, stream)
-        turned = (0.0, 0.0, 0.0, headings[i], 0.0)
-        segments.append(vae_image._replace(keep=keep_vae[i], motion=turned))
+        segments.append(vae_image._replace(keep=keep_vae[i], motion=context_motions[i]))
         segments.append(vit_image._replace(keep=keep_vit[i]))
     x0, warp, seen_share, grid = encode_targets(p, model, stream)
     noise = torch.randn(x0.shape, generator=stream)
@@ -403,7 +415,7 @@ def make_sample(rows, model, read, args, key) -> tuple[list, LossTargets]:
     for k, sentence in enumerate(sentences):
         if model.network.config.settings.words:
             segments.append(Text(model.token_ids(sentence), branch=k + 1, keep=keep_text[k]))
-        command = tuple(keep_text[k] * delta_of(motions[k]))
+        command = keep_text[k] * (delta_of(motions[k]) + context_motions[-1])
         segments.append(VaeImage(x_t[k], grid, branch=k + 1, t=float(t[k]), motion=command))
     return segments, LossTargets(*(x.flatten(0, 1) for x in (x0, noise, warp, seen_share)))
 
@@ -557,7 +569,8 @@ def imagine_held_out(model, groups, read) -> tuple[dict, list]:
     for p in pictures:
         for motion in p.motions:
             sentence = instruction(motion)
-            queries.append(Query(p.context, p.reference, sentence, seed=len(queries)))
+            query = Query(p.context, p.reference, sentence, seed=len(queries), calls=p.calls)
+            queries.append(query)
     views = iter(distributed.split_work(model.imagine, queries))
     hits, chances, errors, rows = [], [], [], []
     for p in pictures:

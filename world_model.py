@@ -48,16 +48,10 @@ from lib.bagel import (
 )
 from lib.checkpoints import contents
 from lib.distributed import default_device, fail, say
-from lib.geometry import Query, delta_of, select_context
+from lib.geometry import Array, Query, angles_of, camera_pose, decompose, delta_of, select_context
 from lib.images import load_image, save_image
 from lib.packing import table_ids
-from lib.simulators import (
-    instruction,
-    read_instruction,
-    read_phrase,
-    renumbered,
-    ring_headings,
-)
+from lib.simulators import image_poses, instruction, read_instruction, read_phrase, renumbered
 from lib.stage import bounded, newest, run_stage
 from lib.streams import stream_seed
 
@@ -204,7 +198,7 @@ class ArrangedQuery(NamedTuple):
     index: int  # of the query
     seed: int
     images: list  # (H, W, 3) uint8
-    headings: list  # of the images, degrees right of the reference (Settings.rays)
+    motions: Array  # (n, 5) how the images stand to the levelled reference (Settings.rays)
     sentence: str
 
 
@@ -324,8 +318,11 @@ class WorldModel:
         words = self.tokenizer(sentence, add_special_tokens=False)["input_ids"]
         return [self.bos, *words, self.eos]
 
-    def texts(self, sentences: list[str]) -> ContextText:
-        """Sentences of R rows. Raises ValueError where a model that is told motions in numbers cannot read one."""
+    def texts(self, sentences: list[str], starts: Array | float = 0.0) -> ContextText:
+        """Sentences of R rows. Raises ValueError where a model that is told motions in numbers cannot read one.
+
+        starts   (R, 5) how the references stand, as `arrange` says; 0: level
+        """
         rows = [self.token_ids(sentence) for sentence in sentences]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [self.eos] * (longest - len(row)) for row in rows])
@@ -333,34 +330,43 @@ class WorldModel:
         motions = None
         if self.network.config.settings.rays:
             motions = [delta_of(read_instruction(sentence)[1]) for sentence in sentences]
-            motions = torch.tensor(np.stack(motions), dtype=torch.float32, device=self.device)
+            motions = np.stack(motions) + starts
+            motions = torch.tensor(motions, dtype=torch.float32, device=self.device)
         return ContextText(ids.to(self.device), lengths, motions)
 
     def context_image(
-        self, images: list, streams: list | None, headings: Sequence[float] = ()
+        self, images: list, streams: list | None, motions: Array | None = None
     ) -> ContextImage:
         """R images of one size, as the VAE takes them -> what `Bagel.read_images` reads.
 
-        streams   R generators, see `FluxLatents.encode`;  headings: (R,) of `arrange`, nothing: as the reference looks
+        streams   R generators, see `FluxLatents.encode`;  motions: (R, 5) of `arrange`; None: as a level reference
         """
-        motion = torch.zeros(len(images), 5)
-        if len(headings):
-            motion[:, 3] = torch.tensor(headings)
+        if motions is None:
+            motions = np.zeros((len(images), 5))
+        motions = torch.tensor(motions, dtype=torch.float32, device=self.device)
         small = np.stack([resize(image, self.settings.vit_limits) for image in images])
         pixels = to_pixels(np.stack(images)).to(self.device)
         latent = self.autoencoder.encode(pixels, streams)
-        return ContextImage(latent, to_pixels(small).to(self.device), motion.to(self.device))
+        return ContextImage(latent, to_pixels(small).to(self.device), motions)
 
-    def arrange(self, images: list, reference: int, settings=None) -> tuple[list, list[float]]:
+    def arrange(
+        self, images: list, reference: int, calls: Sequence = (), settings=None
+    ) -> tuple[list, Array]:
         """The images of a query as the network is shown them, in the order of `select_context` and of the VAE's size.
 
-        returns   these, and where each looks: degrees right of the reference; all 0 without Settings.rays
+        returns   these, and how each stands to the reference, but level as that is not if it looks up or down:
+                  (n, 5) dx, dy, dz, dangle, dphi of `simulators.image_poses`; zeros without Settings.rays
         """
         settings = settings or self.settings
         order = select_context(len(images), reference, settings.max_context)
         images = [resize(np.asarray(image), settings.vae_limits) for image in images]
-        turns = ring_headings(images) if settings.rays else [0.0] * len(images)
-        return [images[i] for i in order], [turns[i] - turns[reference - 1] for i in order]
+        motions = np.zeros((len(images), 5))
+        if settings.rays:
+            poses = np.stack(image_poses(images, calls))
+            start = poses[reference - 1]
+            level = camera_pose(*start[:3, 3], angles_of(start)[0])
+            motions = decompose(level, poses)[:, :5]
+        return [images[i] for i in order], motions[order]
 
     # ---- imagining
 
@@ -381,10 +387,10 @@ class WorldModel:
             self.warned = True
         alike = {}  # arranged queries by the shapes of their images
         for index, query in enumerate(queries):
-            images, headings = self.arrange(query.images, query.reference, settings)
+            images, motions = self.arrange(query.images, query.reference, query.calls, settings)
             sentence = renumbered(query.instruction, len(images))
             shapes = tuple(image.shape for image in images)
-            arranged = ArrangedQuery(index, query.seed, images, headings, sentence)
+            arranged = ArrangedQuery(index, query.seed, images, motions, sentence)
             alike.setdefault(shapes, []).append(arranged)
         views = [None] * len(queries)
         for shapes, rows in alike.items():
@@ -402,9 +408,9 @@ class WorldModel:
         streams = [torch.Generator().manual_seed(row.seed) for row in rows]
         images = []
         for k in range(len(rows[0].images)):
-            headings = [row.headings[k] for row in rows]
-            images.append(self.context_image([row.images[k] for row in rows], streams, headings))
-        text = self.texts([row.sentence for row in rows])
+            motions = np.stack([row.motions[k] for row in rows])
+            images.append(self.context_image([row.images[k] for row in rows], streams, motions))
+        text = self.texts([row.sentence for row in rows], motions)  # of the last, the reference
         grid = token_grid(images[-1].latent)
         shape = (grid[0] * grid[1], self.network.config.token_channels)
         noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])

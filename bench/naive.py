@@ -56,14 +56,14 @@ def latent(model, query, **changes):
     """
     network, s = model.network, replace(model.settings, **changes)
     stream = torch.Generator().manual_seed(query.seed)
-    images, turns = model.arrange(query.images, query.reference, s)
+    images, motions = model.arrange(query.images, query.reference, query.calls, s)
     encoded = [model.context_image([image], [stream]) for image in images]
     ids = model.texts([renumbered(query.instruction, len(images))])[0][0]
 
     full = nothing(network)
     for i, (clean, pixels, _) in enumerate(encoded):
         number = len(encoded) - 1 - i
-        read_vae(network, full, clean, number, turns[i])
+        read_vae(network, full, clean, number, motions[i])
         read_vit(network, full, pixels, number)
     no_text, no_image = copy.deepcopy(full), nothing(network)
     if network.config.settings.words:
@@ -73,7 +73,8 @@ def latent(model, query, **changes):
     grid = [side // LATENT_PATCH for side in encoded[-1][0].shape[-2:]]
     x = torch.randn(grid[0] * grid[1], network.config.token_channels, generator=stream)
     x = x.to(model.device)
-    motion = rays(network, delta_of(read_instruction(query.instruction)[1]), grid)
+    command = delta_of(read_instruction(query.instruction)[1]) + motions[-1]
+    motion = rays(network, command, grid)
     silence = rays(network, [0, 0, 0, 0, 0], grid)
     tau = torch.linspace(1, 0, s.steps + 1)
     times = s.shift * tau / (1 + (s.shift - 1) * tau)
@@ -147,13 +148,13 @@ def read_text(network, context, ids):
     run(network, context, embed_text(network, ids), causal=True, append=True)
 
 
-def read_vae(network, context, clean, number, turn):
-    """Append a clean latent (1, c, 2 h, 2 w), the context image `number` (from 0), `turn` degrees right of the reference:
+def read_vae(network, context, clean, number, motion):
+    """Append a clean latent (1, c, 2 h, 2 w), the context image `number` (from 0), at `motion` (5,) from the reference:
     all its tokens on one position."""
     tokens = patchify(clean, LATENT_PATCH)[0]
     grid = [side // LATENT_PATCH for side in clean.shape[-2:]]
     tokens = embed_latent(network, tokens, 0.0, grid) + image_number(network, number)
-    vectors, angles = rays(network, [0, 0, 0, turn, 0], grid)
+    vectors, angles = rays(network, motion, grid)
     markers = embed_text(network, network.markers)
     x = torch.cat([markers[:1], tokens + vectors, markers[1:]])
     run(network, context, x, len(tokens), angles, append=True)

@@ -180,7 +180,8 @@ def query_of(row: dict) -> Query:
     if "room" in row:
         scene = {"room": row["room"], "poses": row["context_c2w"]}
     noise = stream_seed("imagine", row["id"])
-    return Query(row["context"], row["reference"], sentence, noise, scene)
+    calls = row.get("calls", ())
+    return Query(row["context"], row["reference"], sentence, noise, scene, calls)
 
 
 def imagine_targets(

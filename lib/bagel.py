@@ -54,9 +54,9 @@ class Settings:
     # and width 128 cannot carry the 192 noisy numbers of a tiny token: without this nothing is learned in minutes.
     prediction: str = "velocity"
     # Tell each latent token where its ray goes, in numbers (`ray_features`) and as RoPE angles (`ray_angles`): a target's
-    # after the motion that the sentence commands, a context image's by the heading that simulators.ring_headings reads off the
-    # pictures. Attention finds words and neighbours too, but only after many more images than minutes allow; and amounts
-    # that training never showed lie between those that it did.
+    # after the motion that the sentence commands, a context image's from where simulators.image_poses takes it to stand.
+    # Attention finds words and neighbours too, but only after many more images than minutes allow; and amounts that
+    # training never showed lie between those that it did.
     rays: bool = False
     words: bool = True  # the sentence stands in the sequence as well
     # Places inside a picture, and the number of a context image, as learned embeddings of scale 1. BAGEL has smooth

@@ -196,8 +196,11 @@ class Trajectory:
             poses = call_poses(scene, self.provenance[len(scene["poses"]) :])
             scene = {"room": scene["room"], "poses": poses[indices].tolist()}
         images = [self.images[index] for index in indices]
+        # of some of the images, or in another order, the numbers in earlier calls would not hold
+        calls = self.provenance if indices == list(range(len(self.images))) else ()
         noise = call.get("seed", seed) if obey_seed else seed
-        return Query(images, indices.index(own) + 1, instruction(motion_in(call)), noise, scene)
+        sentence = instruction(motion_in(call))
+        return Query(images, indices.index(own) + 1, sentence, noise, scene, calls)
 
     def fork(self) -> "Trajectory":
         """An independent copy that shares the images."""

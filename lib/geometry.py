@@ -8,6 +8,7 @@ Cameras, and the five motions that the policy may command.
   words     lib/simulators.py: "Based on the last image, turn 45 degrees to the left."
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,6 +63,8 @@ class Query(NamedTuple):
     instruction: str  # the sentence: `simulators.instruction`
     seed: int  # of the simulator's noise
     scene: dict | None = None  # rooms only: {"room": seed, "poses": one 4x4 list per image}
+    # per image the call (lib/protocol) that imagined it, None of a given one; empty where nobody knows
+    calls: Sequence = ()
 
 
 def select_context(count: int, reference: int, max_context: int) -> list[int]:

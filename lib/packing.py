@@ -20,6 +20,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -250,6 +251,8 @@ def pack(samples: list, markers: tuple, config) -> Pack:
     latent_ids = [table_ids(image.grid, config.latent_grid) for image in vae_images]
     context_index = torch.tensor([image.image_index for image in vae_images])
 
+    motions = np.stack([image.motion for image in vae_images])
+
     def by_sequence(values):  # (gen tokens of all, ...) -> (B, G, ...)
         return padded(values.split([len(sequence.gen) for sequence in sequences]))
 
@@ -273,7 +276,7 @@ def pack(samples: list, markers: tuple, config) -> Pack:
         target_mask=by_sequence(is_target.repeat_interleave(lengths)),
         t=torch.tensor([float(image.t) for image in vae_images]),
         image_index=torch.where(is_target, -1, context_index),
-        motion=torch.tensor([image.motion for image in vae_images], dtype=torch.float32),
+        motion=torch.tensor(motions, dtype=torch.float32),
     )
 
 

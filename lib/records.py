@@ -176,7 +176,7 @@ class Triple(TypedDict):
     context_c2w: list[list[list[float]]]  # a 4 x 4 list per view
     target_c2w: list[list[float]]
     room: NotRequired[int]  # seed of the room
-    first_step: NotRequired[dict]  # {"reference", "motion"}: what led to the last context view
+    calls: NotRequired[list]  # of `Query`: the call that led to the last context view
     metric: NotRequired[bool]  # scans: lengths are metres
     context_depth: NotRequired[list[str]]  # scans: 16-bit PNG, thousandths of the unit of the poses
     context_intrinsics: NotRequired[list[list[list[float]]]]  # scans: a 3 x 3 list per view

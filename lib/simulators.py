@@ -13,14 +13,16 @@ A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from lib.distributed import fail, say
-from lib.geometry import KINDS, UNITS, Array, Motion, Query
+from lib.geometry import KINDS, UNITS, Array, Motion, Query, camera_pose, move_camera
+from lib.protocol import motion_in
 from lib.stage import newest
 
 SIMULATORS = ("tuned", "untuned", "reprojection", "truth", "none")
@@ -162,11 +164,43 @@ def read_instruction(text: str) -> tuple[int | None, Motion]:
     return match[1] and int(match[1]), read_phrase(match[2])
 
 
-# ---- where images look -----------------------------------------------------------------------------------------------
+# ---- where images stand ----------------------------------------------------------------------------------------------
 
 RING = 4  # views, each one left turn of 90 degrees further
 HEADING_STEP = 2  # degrees
 AGREES = 20  # gray levels that two pictures of a point may differ by, about
+
+
+def image_poses(images: list[Array], calls: Sequence[dict | None] = ()) -> list[Array]:
+    """Where images (H, W, 3) uint8 were taken from, as far as it can be known: c2w (4, 4) each, the first at the origin.
+
+    calls   of `Query`. The first four images are taken for a level ring. An imagined one stands where its call led if
+            obeyed; where nobody knows, it looks from the middle of the ring (`ring_heading`)
+    """
+    poses = []
+    for k, (image, call) in enumerate(zip_longest(images, calls)):
+        if call:
+            pose = move_camera(poses[call["reference_image"] - 1], motion_in(call))
+        else:
+            heading = -90.0 * k if k < RING else ring_heading(image, images[:RING])
+            pose = camera_pose(0, 0, 0, heading)
+        poses.append(pose)
+    return poses
+
+
+def ring_heading(image: Array, ring: list[Array]) -> float:
+    """Where an image looks, degrees right of the first of a ring: where most of its pixels agree with the ring's.
+
+    That finds a turn to a degree or two; a view from another spot misses by more. Views that are no squares of one size
+    are taken for the first.
+    """
+    size = len(image)
+    if any(other.shape != (size, size, 3) for other in (image, *ring)):
+        return 0.0
+    index, inside = turned_pixels(size)
+    pixels = np.concatenate(ring).reshape(-1, 3).astype(np.float32)
+    distance = np.abs(pixels[index] - image.reshape(-1, 3)).clip(0, AGREES).sum(-1)
+    return float(HEADING_STEP * ((distance * inside).sum(1) / inside.sum(1)).argmin())
 
 
 @functools.cache
@@ -186,26 +220,6 @@ def turned_pixels(size: int) -> tuple[Array, Array]:
     index = (image % RING * size + row.clip(0, size - 1)) * size + column
     inside = (row >= 0) & (row < size)
     return index.reshape(len(index), -1), inside.reshape(len(index), -1)
-
-
-def ring_headings(images: list[Array]) -> list[float]:
-    """Where images (H, W, 3) uint8 look, degrees right of the first.
-
-    The first four are taken for a ring of views; any further one looks where most of its pixels agree with theirs. That
-    finds a turn to a degree or two; a view from another spot misses by more. Views that are no squares of one size, or
-    fewer, are taken as if the ring went on.
-    """
-    ring, others = images[:RING], images[RING:]
-    turns = [-90.0 * k for k in range(len(images))]
-    size = len(images[0])
-    if any(image.shape != (size, size, 3) for image in images):
-        return turns
-    pixels = np.concatenate([image.reshape(-1, 3) for image in ring]).astype(np.float32)
-    for k, image in enumerate(others, RING):
-        index, inside = turned_pixels(size)
-        distance = np.abs(pixels[index] - image.reshape(-1, 3)).clip(0, AGREES).sum(-1)
-        turns[k] = float(HEADING_STEP * ((distance * inside).sum(1) / inside.sum(1)).argmin())
-    return turns
 
 
 # ---- by name --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 
 import data
 import train_wm
+from lib.geometry import Motion
+from lib.protocol import call_of
 from lib.records import read_log
+from lib.simulators import image_poses
 from lib.stage import Interrupt
 from world_model import WorldModel
 
@@ -96,6 +99,8 @@ def test_mirrored_rooms_keep_their_ring():
     files["warp"] = np.dstack([files[3], np.full((2, 2), 255, np.uint8)])
     row = {"context": range(4), "reference": 3, "target": 3, "warp": "warp"}
     row["motion"] = {"kind": "dangle", "amount": -90.0}
+    calls = [None] * 4 + [call_of(2, Motion("dangle", -90.0))]  # ends at Image-3
+    chained = row | {"context": (0, 1, 2, 3, 2), "calls": calls}
     mirrored = 0
     for seed in range(8):
         stream = torch.Generator().manual_seed(seed)
@@ -106,6 +111,11 @@ def test_mirrored_rooms_keep_their_ring():
         assert np.array_equal(p.warps[0, ..., :3], p.targets[0])
         mirrored += step == -1
     assert 0 < mirrored < 8
+
+    p = train_wm.mirrored(train_wm.read_pictures([chained], files.get, with_warps=True))
+    *ring, imagined = image_poses(p.context, p.calls)
+    same = [np.array_equal(image, p.context[4]) for image in p.context[:4]].index(True)
+    np.testing.assert_allclose(imagined, ring[same], atol=1e-6)
 
 
 def test_warps_lie_on_the_target(rooms):

@@ -33,7 +33,7 @@ from lib.bagel import (
     rotate,
     unpatchify,
 )
-from lib.geometry import Motion, Query, camera_pose
+from lib.geometry import Motion, Query, camera_pose, decompose
 from lib.images import load_image
 from lib.packing import (
     Text,
@@ -45,8 +45,9 @@ from lib.packing import (
     sight,
     table_ids,
 )
+from lib.protocol import call_of
 from lib.rooms import EYE, random_room, render
-from lib.simulators import instruction, ring_headings
+from lib.simulators import image_poses, instruction
 from world_model import (
     WorldModel,
     euler_sample,
@@ -347,19 +348,23 @@ def test_what_the_demo_trains_on_is_what_it_samples_with(keep_text):
     model, query = tiny(), queries(2)[1]
     network = random_network(model.network.config)
     network.markers, model.network = model.network.markers, network
-    images, turns = model.arrange(query.images, query.reference)
+    calls = [None] * len(query.images)
+    calls[query.reference - 1] = call_of(1, Motion("dphi", 20.0))
+    images, motions = model.arrange(query.images, query.reference, calls)
     alpha = np.full((32, 32, 4), 255, np.uint8)
     files = dict(enumerate(query.images)) | {"target": query.images[0], "warp": alpha}
-    row = {"context": list(range(len(query.images))), "reference": query.reference}
+    row = {"context": list(range(len(query.images))), "reference": query.reference, "calls": calls}
     motion = {"kind": "dx", "amount": -1.5}
     row |= {"target": "target", "warp": "warp", "motion": motion}
     args = train_wm.parse_args(["--no-augment", "--drop-text", str(int(not keep_text))])
     segments, _ = train_wm.make_sample([row], model, files.get, args, (0, 0, 0))
     x_t, t = segments[-1].x_t[None], segments[-1].t
     p = pack([[segments]], network.markers, network.config)
-    assert turns[-1] == 0 and len(set(turns)) == len(images)
-    context = [model.context_image([image], None, [turns[k]]) for k, image in enumerate(images)]
-    text = model.texts([instruction(Motion(**motion))])
+    assert len(np.unique(motions, axis=0)) == len(images) and motions[-1, 4] == 20
+    context = []
+    for k, image in enumerate(images):
+        context.append(model.context_image([image], None, motions[k : k + 1]))
+    text = model.texts([instruction(Motion(**motion))], motions[-1:])
     settings = dataclasses.replace(model.settings, text_scale=4.0)
     with torch.no_grad():
         branches = guidance_branches(network, context, text, settings)
@@ -585,19 +590,36 @@ def test_a_view_from_the_middle_of_a_ring_says_where_it_looks(pitch):
     poses = [camera_pose(0.1, -EYE, -0.1, 17 - 90 * k, pitch) for k in range(4)]
     for turn in (-130, -45, 20, 90, 155):
         poses.append(camera_pose(0.1, -EYE, -0.1, 17 + turn, pitch))
-    turns = ring_headings(list(render(random_room(5_000_004), np.stack(poses))["rgb"]))
-    assert turns[:4] == [0, -90, -180, -270]
-    off = (np.array(turns[4:]) - [-130, -45, 20, 90, 155] + 180) % 360 - 180
+    found = image_poses(list(render(random_room(5_000_004), np.stack(poses))["rgb"]))
+    turns = decompose(found[0], np.stack(found))[:, 3]
+    np.testing.assert_allclose(np.mod(turns[:4], 360), [0, 270, 180, 90], atol=1e-6)
+    off = (turns[4:] - [-130, -45, 20, 90, 155] + 180) % 360 - 180
     assert np.abs(off).max() <= 4
 
 
-def test_headings_are_told_from_the_reference_in_the_order_shown():
+def test_the_network_is_told_how_images_stand_to_the_reference_in_the_order_shown():
     ring = [np.full((32, 32, 3), level, np.uint8) for level in (0, 60, 120, 180)]
     model = tiny()
-    assert np.mod(model.arrange(ring, 2)[1], 360).tolist() == [270, 180, 90, 0]
+    turns = model.arrange(ring, 2)[1]
+    np.testing.assert_allclose(np.mod(turns[:, 3], 360), [270, 180, 90, 0], atol=1e-6)
+    assert not turns[:, [0, 1, 2, 4]].any()
     _, turns = model.arrange([*ring, ring[2]], 5)  # it looks where Image-3 does
-    assert np.mod(turns, 360).tolist() == [180, 90, 0, 270, 0]
-    assert tiny(rays=False).arrange(ring, 2)[1] == [0, 0, 0, 0]
+    np.testing.assert_allclose(np.mod(turns[:, 3] + 1e-6, 360), [180, 90, 0, 270, 0], atol=1e-5)
+    assert not tiny(rays=False).arrange(ring, 2)[1].any()
+
+
+def test_an_imagined_view_stands_where_its_calls_led():
+    """By hand: a metre ahead of Image-2, which looks left, is a metre left of Image-1; from there a look up."""
+    images = [np.full((32, 32, 3), level, np.uint8) for level in (0, 60, 120, 180, 0, 60)]
+    ahead = call_of(2, Motion("dy", 1.0))
+    calls = [None] * 4 + [ahead, call_of(5, Motion("dphi", 20.0))]
+    model = tiny(max_context=6)
+    _, motions = model.arrange(images, 1, calls)  # shown: Image-2 to 6, then 1
+    np.testing.assert_allclose(motions[3], [-1, 0, 0, -90, 0], atol=1e-6)
+    np.testing.assert_allclose(motions[4], [-1, 0, 0, -90, 20], atol=1e-6)
+    _, motions = model.arrange(images, 6, calls)  # shown: Image-1 to 6
+    np.testing.assert_allclose(motions[0], [0, -1, 0, 90, 0], atol=1e-6)
+    np.testing.assert_allclose(motions[5], [0, 0, 0, 0, 20], atol=1e-6)  # levelled: as it looks up
 
 
 def test_rays_after_a_motion_are_those_of_the_camera_that_moved():

@@ -5,6 +5,7 @@ And chains: the second of two steps, whose reference is the simulator's own view
 """
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from lib.answers import imagine_targets
 from lib.consistency import pose_errors, recover_all, score_views
 from lib.distributed import say
 from lib.geometry import KINDS, Array, Motion, move_camera
+from lib.protocol import motion_in
 from lib.scores import text_table
 
 # what a simulator is asked for, of each kind; some was never trained on (data.NEVER_TRAINED)
@@ -33,7 +35,7 @@ def dose_rows(rows: list[dict], rooms: int) -> list[dict]:
     """
     first = {}
     for row in rows:
-        if "first_step" not in row:
+        if "calls" not in row:
             first.setdefault(row["room"], row)
     doses = []
     for row in list(first.values())[:rooms]:
@@ -71,16 +73,21 @@ def measure_doses(rows: list[dict], folders: dict) -> dict[str, dict]:
 
 
 def chained_rows(simulator, rows: list[dict], folder: Path) -> list[dict]:
-    """Triples with a `first_step`, but with the simulator's own view after it as the last of the context.
+    """Triples whose last context view was imagined, but with the simulator's own view after it as the last of the context.
 
     folder   of `imagine_targets`: a simulator of None stands for the views that lie there
     """
-    seconds = [row for row in rows if "first_step" in row]
+    seconds = [row for row in rows if "calls" in row]
     firsts = {}
     for row in seconds:
         given = {"context": row["context"][:-1], "context_c2w": row["context_c2w"][:-1]}
-        name = f"first/{row['room']}"
-        firsts[row["room"]] = {**row["first_step"], **given, "id": name, "room": row["room"]}
+        call = row["calls"][-1]
+        firsts[row["room"]] = given | {
+            "id": f"first/{row['room']}",
+            "room": row["room"],
+            "reference": call["reference_image"],
+            "motion": asdict(motion_in(call)),
+        }
     views = imagine_targets(simulator, list(firsts.values()), folder, title="first steps")
     own = dict(zip(firsts, views, strict=True))
     chained = []

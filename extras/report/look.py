@@ -22,6 +22,7 @@ from PIL import Image
 from data import FIRST_ROOM
 from extras.report.diagnosis import error_of_view
 from lib.geometry import Array, Motion, Query, move_camera
+from lib.protocol import call_of
 from lib.rooms import random_room, render, ring
 from lib.simulators import instruction, read_phrase
 from lib.streams import numpy_stream
@@ -67,6 +68,7 @@ class Walk:
         """Forget what was imagined and stand at a given view (1-based)."""
         self.images = list(render(self.room, np.stack(self.given), self.size)["rgb"])
         self.poses = list(self.given)
+        self.calls = [None] * len(self.given)
         self.reference = reference
         self.views = [(f"from Image-{reference}", self.images[reference - 1])]
         self.words = ["", ""]
@@ -78,7 +80,8 @@ class Walk:
         if not self.is_inside(pose):
             raise ValueError("No camera can stand there: the way leads out of the room.")
         sentence = instruction(motion)
-        query = Query(list(self.images), self.reference, sentence, seed=len(self.images))
+        seed = len(self.images)
+        query = Query(list(self.images), self.reference, sentence, seed, calls=list(self.calls))
         imagined = self.model.imagine([query])[0]
         true = render(self.room, pose, self.size)["rgb"][0]
 
@@ -88,6 +91,7 @@ class Walk:
         self.words = [sight + sentence, in_words(error)]
         self.images.append(imagined)
         self.poses.append(pose)
+        self.calls.append(call_of(self.reference, motion))
         self.views = [
             (f"from Image-{self.reference}", self.images[self.reference - 1]),
             (f"imagined Image-{len(self.images)}", imagined),
