@@ -80,6 +80,7 @@ MODES = ("direct", "forced", "agentic")
 BASELINES = ("search", "gate")  # of extras/report/search.py
 # of a question row
 ASKED_KEYS = ("id", "bench", "images", "question", "answer", "category", "kind", "needs_view")
+COUNT = bounded(int, 1)
 NO_REPORT = "No report, no pictures, no diagnosis: extras/, which makes them, is not here."
 COPIED = (  # of a dialogue
     "well_formed",
@@ -471,94 +472,21 @@ def conditions_of(args: argparse.Namespace, policy_name: str) -> list[Condition]
     return conditions
 
 
-COUNT = bounded(int, 1)
-FLAGS = {  # type, default, help
-    "--policy": (
-        str,
-        None,
-        "folder or hub id (default: the newest of phase2, phase1, sft in out/, out/demo/)",
-    ),
-    "--policy-url": (
-        str,
-        None,
-        "instead: an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; its key, if it needs one, is read "
-        "from OPENAI_API_KEY",
-    ),
-    "--model": (str, None, "--policy-url: the model's name there"),
-    "--wm": (
-        str,
-        None,
-        "folder or hub id of the tuned simulator (default: the newest of out/wm, out/wm-astra, out/demo/wm)",
-    ),
-    "--data": (
-        str,
-        None,
-        "rooms, wm: folder of questions_test.jsonl, triples_test.jsonl (default: the newer of out/data and "
-        "out/demo/data); others: the published files (default: data/<bench>, fetched if it is not there)",
-    ),
-    "--frames": (
-        COUNT,
-        None,
-        "video benches: frames of a question (mmsi_video: 50 is Uniform-50, 300 Sufficient-Coverage; default 50; "
-        "vsi: 32)",
-    ),
-    "--limit": (COUNT, None, "only the first N questions or triples"),
-    "--dose-rooms": (bounded(int, 0), 24, "wm: rooms for commanded against recovered motion"),
-    "--matcher": (str, None, "wm in scans: folder or hub id of a keypoint matcher"),
-    "--detector": (
-        str,
-        None,
-        "wm in scans: folder or hub id of a GroundingDINO; it looks for what --policy-url lists, or for a fixed list",
-    ),
-    "--out": (str, None, "default: out/eval/<bench>"),
-    "--max-new-tokens": (
-        COUNT,
-        None,
-        "per turn of the policy (default: 4096, of a tiny policy 256; of --policy-url hidden reasoning counts too)",
-    ),
-    "--seed": (
-        int,
-        0,
-        "of the simulator's noise (decoding is greedy; --bench wm: each view has noise of its own, whatever the seed)",
-    ),
-    "--batch": (
-        COUNT,
-        None,
-        "questions at once, of --policy-url requests on their way: memory and speed only (default: 8, of a tiny policy 64)",
-    ),
-    "--threads": (COUNT, None, "CPU threads"),
-}
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's flags."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    modes = (*MODES, "official", *BASELINES, "all")
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     own_words = ", ".join(OWN_WORDS)
     p.add_argument("--bench", choices=(*BENCHES, "wm"), default="rooms")
     p.add_argument(
         "--mode",
-        choices=modes,
+        choices=(*MODES, "official", *BASELINES, "all"),
         default="all",
         help=f"all (default): {', '.join(MODES)}, for {own_words} also official; search, gate: the baselines",
     )
-    p.add_argument(
-        "--simulator",
-        nargs="+",
-        help=f"one or more of {', '.join(SIMULATORS)}, or the folder or hub id of a world model "
-        "(default: tuned; for --bench wm also untuned, if it has been trained)",
-    )
-    p.add_argument(
-        "--report",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="report.html with every question's dialogue; it reads all pictures again (default: yes)",
-    )
-    for name, (kind, default, text) in FLAGS.items():
-        p.add_argument(name, type=kind, default=default, help=text)
+    add_model_flags(p)
     add_sampler_flags(p)
+    add_run_flags(p)
     args = p.parse_args(argv)
     args.sampler = sampler_options(args)
     twin = ["untuned"] if args.bench == "wm" and newest(("wm-untuned",)) else []
@@ -569,6 +497,84 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.mode == "official" and args.bench not in OWN_WORDS:
         p.error(f"--mode official is of {own_words}: --bench {args.bench} is asked in one way only")
     return args
+
+
+def add_model_flags(p: argparse.ArgumentParser) -> None:
+    """Who answers, and who imagines."""
+    p.add_argument(
+        "--policy",
+        help="folder or hub id (default: the newest of phase2, phase1, sft in out/, out/demo/)",
+    )
+    p.add_argument(
+        "--policy-url",
+        help="instead: an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; its key, if it needs one, is "
+        "read from OPENAI_API_KEY",
+    )
+    p.add_argument("--model", help="--policy-url: the model's name there")
+    p.add_argument(
+        "--max-new-tokens",
+        type=COUNT,
+        help="per turn of the policy (default: 4096, of a tiny policy 256; of --policy-url hidden reasoning counts too)",
+    )
+    p.add_argument(
+        "--simulator",
+        nargs="+",
+        help=f"one or more of {', '.join(SIMULATORS)}, or the folder or hub id of a world model "
+        "(default: tuned; for --bench wm also untuned, if it has been trained)",
+    )
+    p.add_argument(
+        "--wm",
+        help="folder or hub id of the tuned simulator (default: the newest of out/wm, out/wm-astra, out/demo/wm)",
+    )
+    p.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the simulator's noise (decoding is greedy; --bench wm: each view has noise of its own, whatever the "
+        "seed)",
+    )
+
+
+def add_run_flags(p: argparse.ArgumentParser) -> None:
+    """What is asked, what measures, and where the answers go."""
+    p.add_argument(
+        "--data",
+        help="rooms, wm: folder of questions_test.jsonl, triples_test.jsonl (default: the newer of out/data and "
+        "out/demo/data); others: the published files (default: data/<bench>, fetched if it is not there)",
+    )
+    p.add_argument("--limit", type=COUNT, help="only the first N questions or triples")
+    p.add_argument(
+        "--frames",
+        type=COUNT,
+        help="video benches: frames of a question (mmsi_video: 50 is Uniform-50, 300 Sufficient-Coverage; default 50; "
+        "vsi: 32)",
+    )
+    p.add_argument(
+        "--dose-rooms",
+        type=bounded(int, 0),
+        default=24,
+        help="wm: rooms for commanded against recovered motion",
+    )
+    p.add_argument("--matcher", help="wm in scans: folder or hub id of a keypoint matcher")
+    p.add_argument(
+        "--detector",
+        help="wm in scans: folder or hub id of a GroundingDINO; it looks for what --policy-url lists, or for a fixed "
+        "list",
+    )
+    p.add_argument("--out", help="default: out/eval/<bench>")
+    p.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="report.html with every question's dialogue; it reads all pictures again (default: yes)",
+    )
+    p.add_argument(
+        "--batch",
+        type=COUNT,
+        help="questions at once, of --policy-url requests on their way: memory and speed only (default: 8, of a tiny "
+        "policy 64)",
+    )
+    p.add_argument("--threads", type=COUNT, help="CPU threads")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -39,8 +39,8 @@ from lib.distributed import fail, is_main
 from lib.geometry import Motion, Query, delta_of
 from lib.images import PictureError, contact_sheet, decode, on_white, save_image
 from lib.packing import Pack, Text, VaeImage, VitImage, pack
-from lib.protocol import call_of, check_triple, motion_in
-from lib.records import TRIPLE_KEYS, Triple, load_jsonl, whole_folder
+from lib.protocol import call_of, motion_in
+from lib.records import TRIPLE_KEYS, Triple, check_triple, load_jsonl, whole_folder
 from lib.simulators import RING, instruction, phrase, random_instruction
 from lib.stage import Flag
 from lib.streams import (

@@ -30,8 +30,7 @@ from lib.geometry import (
     move_camera,
 )
 from lib.images import PictureError, read, read_warp, save_image
-from lib.protocol import check_triple
-from lib.records import TRIPLE_KEYS, Triple, disk, load_jsonl, read_log
+from lib.records import TRIPLE_KEYS, Triple, check_triple, disk, load_jsonl, read_log
 from lib.rooms import random_room, render
 from lib.simulators import SimulatorError, instruction
 from lib.streams import stable_hash, stream_seed

@@ -238,7 +238,7 @@ def recover_all(rows: list[dict], *lists: list[Array]) -> list[Array]:
 def per_view(rows: list[dict], views: list[Array], recovered: Array) -> Array:
     """What single views are worth, in numbers to be summed: (n, 10), see `scores_of`.
 
-    Columns: 1; pose within the thresholds; squared error, pictures in [-1, 1]; the six of `content_counts`; the tight pose.
+    Columns: 1; pose within the thresholds; the tight pose; squared error, pictures in [-1, 1]; the six of `content_counts`.
     """
     views = np.stack(views)
     true = np.stack([row["target"] for row in rows])
@@ -247,13 +247,14 @@ def per_view(rows: list[dict], views: list[Array], recovered: Array) -> Array:
     within = [error["within"] for error in errors]
     tight = [error["tight"] for error in errors]
     counts = content_counts(views, true)
-    return np.column_stack([np.ones(len(rows)), within, squared, counts, tight])
+    return np.column_stack([np.ones(len(rows)), within, tight, squared, counts])
 
 
 def scores_of(sums: Array) -> dict[str, Array]:
     """Sums over views (..., 10) of `per_view` -> {"pose", "tight", "mse", "content" and its parts}, each (...)."""
-    pose, mse, tight = np.moveaxis(sums[..., [1, 2, 9]] / sums[..., :1], -1, 0)
-    return {"pose": pose, "tight": tight, "mse": mse, **content_of(sums[..., 3:9])}
+    n, within, tight, squared, *counts = np.moveaxis(sums, -1, 0)
+    pose = {"pose": within / n, "tight": tight / n, "mse": squared / n}
+    return pose | content_of(np.stack(counts, -1))
 
 
 def score_views(rows: list[dict], views: list[Array], recovered: Array) -> dict:

@@ -21,8 +21,6 @@ import re
 from types import UnionType
 from typing import NamedTuple, get_args, get_origin, get_type_hints
 
-import numpy as np
-
 from lib.geometry import KINDS, UNITS, Motion
 
 # ---- the prompt: one template for training and inference ----------------------------------------------------------
@@ -284,17 +282,3 @@ def fits(value, kind) -> bool:
     parts = get_args(kind)
     right = isinstance(value, get_origin(kind) or kind)
     return right and (not parts or all(fits(part, parts[0]) for part in value))
-
-
-def check_triple(row: dict) -> None:
-    """Raises ValueError, the rest of a sentence, where the parts of a `records.Triple` do not go together."""
-    context, reference = row.get("context", [""]), row.get("reference", 1)
-    if not 1 <= reference <= len(context):
-        raise ValueError(f"has the reference {reference} of {len(context)} context views")
-    for key, shape in (("context_c2w", (len(context), 4, 4)), ("target_c2w", (4, 4))):
-        if key in row and np.shape(row[key]) != shape:
-            raise ValueError(f"has {key} of another shape than {shape}")
-    try:
-        Motion(**row.get("motion", {"kind": "dx", "amount": 1}))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"has the motion {row['motion']} ({error})") from None

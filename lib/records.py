@@ -20,7 +20,8 @@ import torch
 from safetensors import SafetensorError
 
 from lib.distributed import fail, is_main, without_keys
-from lib.protocol import parse_object
+from lib.geometry import Motion
+from lib.protocol import TOOL_NAME, parse_object, read_call
 
 SPLITS = ("train", "val", "test")
 PICTURES = ("context", "context_depth", "images", "target", "warp", "views")  # keys that hold paths
@@ -212,6 +213,27 @@ OF_OTHERS = {  # {how a file's name begins: what makes it of others' data}
     "triples": ", `python data.py triples --dataset NAME --root DIR` of scans",
     "questions": ", `python -m extras.scans.corpora` and extras.scans.mining of a corpus",
 }
+
+
+def check_triple(row: dict) -> None:
+    """Raises ValueError, the rest of a sentence, where the parts of a `Triple` do not go together."""
+    context, reference = row.get("context", [""]), row.get("reference", 1)
+    if not 1 <= reference <= len(context):
+        raise ValueError(f"has the reference {reference} of {len(context)} context views")
+    for key, shape in (("context_c2w", (len(context), 4, 4)), ("target_c2w", (4, 4))):
+        if key in row and np.shape(row[key]) != shape:
+            raise ValueError(f"has {key} of another shape than {shape}")
+    try:
+        Motion(**row.get("motion", {"kind": "dx", "amount": 1}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"has the motion {row['motion']} ({error})") from None
+    calls = row.get("calls", [])
+    if calls and len(calls) != len(context):
+        raise ValueError(f"has {len(calls)} calls for {len(context)} context views")
+    for number, call in enumerate(calls):  # of images before it
+        error = call and read_call(json.dumps({"name": TOOL_NAME, "arguments": call})).error
+        if error or (call and not 1 <= call["reference_image"] <= number):
+            raise ValueError(f"has the call {call} ({error or 'of no earlier image'})")
 
 
 def load_jsonl(

@@ -267,9 +267,9 @@ def views_of_rooms(share, rooms=60, each=6, spread=0.0, seed=0):
         [
             np.ones(rooms * each),
             right.ravel(),
+            right.ravel(),
             np.full(rooms * each, 0.1),
             np.ones((rooms * each, 6)),
-            right.ravel(),
         ]
     ), np.repeat(np.arange(rooms), each)
 
@@ -290,11 +290,9 @@ def test_difference_and_its_interval():
 
 def test_the_interval_is_of_95_percent():
     """400 rooms of one view each, half of them right: 1.96 standard errors of 0.025 to either side."""
-    values = np.column_stack(
-        [np.ones(400), np.zeros(400), np.full(400, 0.1), np.ones((400, 6)), np.arange(400) % 2]
-    )
-    sure = np.column_stack([np.ones(400), np.zeros(400), np.full(400, 0.1), np.ones((400, 7))])
-    sure[:, -1] = 0
+    n, wrong, error, content = np.ones(400), np.zeros(400), np.full(400, 0.1), np.ones((400, 6))
+    values = np.column_stack([n, wrong, np.arange(400) % 2, error, content])
+    sure = np.column_stack([n, wrong, wrong, error, content])
     gap, low, high = difference(values, sure, np.arange(400))["tight"]
     assert (gap, low, high) == pytest.approx(
         (0.5, 0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), abs=0.005

@@ -10,7 +10,8 @@ import torch
 
 import rewards
 from lib import records
-from lib.protocol import check_triple
+from lib.geometry import Motion
+from lib.protocol import call_of
 
 
 def test_a_folder_shows_all_files_or_none(tmp_path):
@@ -141,12 +142,20 @@ def test_a_value_of_another_kind_is_named_with_its_file_and_line(tmp_path, key, 
         ("coverage", float("inf"), "has coverage Infinity, which should be float"),
         ("target_c2w", [[1.0]], "has target_c2w of another shape"),
         ("target_c2w", [["1"] * 4] * 4, "has target_c2w .*, which should be"),
+        ("calls", [None], "has 1 calls for 2 context views"),
+        ("calls", [None, "dx"], "has the call dx"),
+        (
+            "calls",
+            [None, {"reference_image": 1, "motion_type": "dx"}],
+            "has the call .*takes reference_image",
+        ),
+        ("calls", [None, call_of(2, Motion("dx", 1.0))], "has the call .*no earlier image"),
     ],
 )
 def test_parts_of_a_triple_go_together(tmp_path, key, value, sentence):
-    assert load(tmp_path, records.Triple, check_triple)["reference"] == 1
+    assert load(tmp_path, records.Triple, records.check_triple)["reference"] == 1
     with pytest.raises(SystemExit, match=f"rows.jsonl, line 2 {sentence}"):
-        load(tmp_path, records.Triple, check_triple, **{key: value})
+        load(tmp_path, records.Triple, records.check_triple, **{key: value})
 
 
 @pytest.mark.parametrize("line", ['{"id": 1, "id": 2}', "[" * 10**5, '{"n": ' + "1" * 5000 + "}"])

@@ -16,8 +16,7 @@ from extras.world2vlm.questions import records_with_pictures, write_motion_quest
 from extras.world2vlm.transitions import PAPER, Anchor, transitions
 from lib.distributed import fail, say
 from lib.images import load_image
-from lib.protocol import check_triple
-from lib.records import SPLITS, Triple, disk, load_jsonl, read_log, save_jsonl
+from lib.records import SPLITS, Triple, check_triple, disk, load_jsonl, read_log, save_jsonl
 from lib.streams import numpy_stream, stable_hash
 
 AT_ONCE = {"meters": 1.0, "degrees": 45.0}  # of a motion, in one call of the teacher; ours
