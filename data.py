@@ -44,7 +44,6 @@ import numpy as np
 from numpy.random import Generator
 from tqdm import tqdm
 
-from lib.dialogue import call_poses
 from lib.distributed import die_with_parent, fail, say
 from lib.geometry import (
     Array,
@@ -58,7 +57,7 @@ from lib.geometry import (
     warp,
 )
 from lib.images import save_image, soften
-from lib.protocol import call_of
+from lib.protocol import call_of, call_poses
 from lib.questions import ASKS, FAMILIES, Visit, facts
 from lib.records import disk, load_jsonl, save_jsonl
 from lib.rooms import COLOURS, EYE, SIZE, Room, pitched, random_room, render, ring
@@ -169,11 +168,11 @@ def room_triples(
     rng = numpy_stream("triples of a room", seed)
     poses = LAYOUTS[layout](rng)
     reference = int(rng.integers(len(poses)))
-    calls = {}
+    calls = [None] * len(poses)
     if layout == "ring" and rng.random() < CHAINED_SHARE:
         steps = [motion for motion in motions if motion.kind != "dphi"]
         first, pose = next(iter(draw_targets(rng, poses[reference], steps).items()))
-        calls = {"calls": [None] * len(poses) + [call_of(reference + 1, first)]}
+        calls.append(call_of(reference + 1, first))
         poses.append(pose)
         reference = len(poses) - 1
     targets = draw_targets(rng, poses[reference], motions)
@@ -185,7 +184,9 @@ def room_triples(
     paths = [f"{folder}/{k}.png" for k in range(1, n + 1)]
     for k, path in enumerate(paths):
         rgb = views["rgb"][k]
-        save_image(out / path, rgb if k < 4 else soften(rgb, rng))  # the warp is of the sharp one
+        save_image(
+            out / path, soften(rgb, rng) if calls[k] else rgb
+        )  # the warp is of the sharp one
     rows = []
     for k, (motion, c2w) in enumerate(targets.items(), n):
         depth = views["depth"][k]
@@ -211,7 +212,7 @@ def room_triples(
                 "room": seed,
                 "context_c2w": [as_lists(pose) for pose in poses],
                 "target_c2w": as_lists(c2w),
-                **calls,
+                "calls": calls,
             }
         )
     return rows

@@ -8,7 +8,7 @@ Reinforcement learning of the policy with the simulator in the loop: GRPO in two
   update            L = sum over tokens of (kl_weight KL - min(ratio A, clip(ratio, 1 - 0.2, 1 + 0.28) A)) / number of
                     tokens; a question's prompt is computed once for its group, as in the rollout (policy.collate)
 
-  CPU, 20 s    python train_rl.py --phase 1          # out/sft, out/wm, out/data -> out/phase1
+  CPU, 30 s    python train_rl.py --phase 1          # out/sft, out/wm, out/data -> out/phase1
   5 min        python train_rl.py --phase 2          # out/phase1, out/wm, out/data -> out/phase2
   8 GPUs       torchrun --standalone --nproc_per_node 8 train_rl.py --phase 1 --preset astra
                                                      # out/wm-astra, out/mined -> out/phase1-astra

@@ -107,10 +107,8 @@ FLAGS = [
 TARGETS = 16  # that share one reading of their context, at most
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to it
 EMA_DECAY = 0.995  # of the weights that are saved; rises from 0.1
-LOSSES = (
-    "loss_flow",
-    "loss_content",
-)  # keys of the log, weighted, beside grad_norm, lr, mse, nearest and nearest_chance
+# keys of the log, weighted, beside grad_norm, lr, mse, nearest and nearest_chance
+LOSSES = ("loss_flow", "loss_content")
 SIDEWAYS = ("dx", "dangle")  # what a mirror reverses
 CHANNEL_ORDERS = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
 
@@ -147,10 +145,10 @@ def main(argv: list[str] | None = None) -> None:
     world = distributed.setup(args.threads)
     args.data = present_folders(args.data)
     stage.begin("train_wm", args, FLAGS, triple_files(args.data))
-    train = load_groups(args.data, "train", TARGETS)
+    train = load_groups(args.data, "train")
     if args.shuffle_instructions:  # a lone motion has none to change places with
         train = [group for group in train if len(group) > 1]
-    held_out = load_groups(args.data, "val", TARGETS)
+    held_out = load_groups(args.data, "val")
     # spread over all of them: neighbours share a room, folders a dataset
     apart = max(1, len(held_out) // args.eval_contexts)
     held_out = held_out[::apart][: args.eval_contexts]
@@ -231,7 +229,12 @@ def main(argv: list[str] | None = None) -> None:
             stop.save_or_leave(done, args, training.save)
 
     with ema_weights(parameters, ema), whole_folder(out) as part:
-        save_model(model, part, args)
+        tensors = None
+        if args.lora:
+            from extras.lora import merged
+
+            tensors = merged(network)
+        model.save(part, tensors)
     stage.finish(out, args.steps, training.clock)
 
 
@@ -247,7 +250,7 @@ def present_folders(folders: list[str]) -> list[str]:
     return [folder for folder in folders if folder not in missing]
 
 
-def load_groups(folders: list[str], split: str, most: int) -> list[list]:
+def load_groups(folders: list[str], split: str, most: int = TARGETS) -> list[list]:
     """The triples of some folders in groups that share a context and a reference, at most `most` in a group.
 
     A group's context is read once for all of its targets. Exits where rows are missing or lack something.
@@ -308,7 +311,7 @@ def read_pictures(rows: list[dict], read: Callable, with_warps: bool) -> TripleP
         )
     return TriplePictures(
         context=[on_white(read(path)) for path in rows[0]["context"]],
-        calls=rows[0].get("calls", []),
+        calls=rows[0]["calls"],
         reference=rows[0]["reference"],
         motions=[Motion(**row["motion"]) for row in rows],
         targets=np.stack([on_white(target) for target in targets]),
@@ -341,15 +344,12 @@ def mirrored(p: TriplePictures) -> TriplePictures:
         sign = -1 if motion.kind in SIDEWAYS else 1
         return Motion(motion.kind, sign * motion.amount)
 
-    calls = []
-    for call in p.calls:
-        if call:
-            number = mirror_number(call["reference_image"])
-            call = call_of(number, mirror_motion(motion_in(call)))
-        calls.append(call)
+    def mirror_call(call):
+        return call_of(mirror_number(call["reference_image"]), mirror_motion(motion_in(call)))
+
     return TriplePictures(
         context=[image[:, ::-1] for image in ring[::-1] + others],
-        calls=calls,
+        calls=[call and mirror_call(call) for call in p.calls],
         reference=mirror_number(p.reference),
         motions=[mirror_motion(motion) for motion in p.motions],
         targets=p.targets[:, :, ::-1],
@@ -649,16 +649,6 @@ def exchange(a: list, b: list) -> None:
         before = x.clone()
         x.copy_(y)
         y.copy_(before)
-
-
-def save_model(model: WorldModel, folder: Path, args: Namespace) -> None:
-    """Write the finished model, adapters added to the weights they stand beside."""
-    if not args.lora:
-        model.save(folder)
-        return
-    from extras.lora import merged
-
-    model.save(folder, merged(model.network))
 
 
 if __name__ == "__main__":

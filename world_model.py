@@ -334,15 +334,11 @@ class WorldModel:
             motions = torch.tensor(motions, dtype=torch.float32, device=self.device)
         return ContextText(ids.to(self.device), lengths, motions)
 
-    def context_image(
-        self, images: list, streams: list | None, motions: Array | None = None
-    ) -> ContextImage:
+    def context_image(self, images: list, streams: list | None, motions: Array) -> ContextImage:
         """R images of one size, as the VAE takes them -> what `Bagel.read_images` reads.
 
-        streams   R generators, see `FluxLatents.encode`;  motions: (R, 5) of `arrange`; None: as a level reference
+        streams   R generators, see `FluxLatents.encode`;  motions: (R, 5) of `arrange`
         """
-        if motions is None:
-            motions = np.zeros((len(images), 5))
         motions = torch.tensor(motions, dtype=torch.float32, device=self.device)
         small = np.stack([resize(image, self.settings.vit_limits) for image in images])
         pixels = to_pixels(np.stack(images)).to(self.device)
@@ -362,7 +358,7 @@ class WorldModel:
         images = [resize(np.asarray(image), settings.vae_limits) for image in images]
         motions = np.zeros((len(images), 5))
         if settings.rays:
-            poses = np.stack(image_poses(images, calls))
+            poses = image_poses(images, calls)
             start = poses[reference - 1]
             level = camera_pose(*start[:3, 3], angles_of(start)[0])
             motions = decompose(level, poses)[:, :5]
@@ -410,7 +406,8 @@ class WorldModel:
         for k in range(len(rows[0].images)):
             motions = np.stack([row.motions[k] for row in rows])
             images.append(self.context_image([row.images[k] for row in rows], streams, motions))
-        text = self.texts([row.sentence for row in rows], motions)  # of the last, the reference
+        starts = np.stack([row.motions[-1] for row in rows])  # of the references
+        text = self.texts([row.sentence for row in rows], starts)
         grid = token_grid(images[-1].latent)
         shape = (grid[0] * grid[1], self.network.config.token_channels)
         noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])

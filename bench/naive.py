@@ -57,7 +57,9 @@ def latent(model, query, **changes):
     network, s = model.network, replace(model.settings, **changes)
     stream = torch.Generator().manual_seed(query.seed)
     images, motions = model.arrange(query.images, query.reference, query.calls, s)
-    encoded = [model.context_image([image], [stream]) for image in images]
+    encoded = []
+    for image, motion in zip(images, motions, strict=True):
+        encoded.append(model.context_image([image], [stream], motion[None]))
     ids = model.texts([renumbered(query.instruction, len(images))])[0][0]
 
     full = nothing(network)

@@ -44,9 +44,9 @@ from experiments.runner import (
     run_rows,
     words,
 )
-from lib.dialogue import call_poses
 from lib.geometry import decompose
 from lib.images import save_image
+from lib.protocol import call_poses
 from lib.records import Question, load_jsonl, read_log, save_jsonl
 from lib.scores import STRATA
 from lib.stage import run_stage

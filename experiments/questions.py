@@ -43,11 +43,10 @@ from experiments.solvers import (
 )
 from experiments.text_guess import text_only_chance
 from lib.consistency import STRONG, WEAK, describe
-from lib.dialogue import call_poses
 from lib.distributed import say, setup
 from lib.geometry import Array, Motion, Query, move_camera
 from lib.images import load_image
-from lib.protocol import motion_in
+from lib.protocol import call_poses, motion_in
 from lib.questions import REGIONS
 from lib.records import load_jsonl, write_json, write_text
 from lib.rooms import random_room, render

@@ -94,12 +94,13 @@ def score_row(row: SimulatorRow, folder: Path, data: Path) -> dict:
     triples = load_triples(data / "triples_test.jsonl")
     views = imagine_targets(WorldModel.load(folder), triples, folder / "views", title=row.name)
     recovered = consistency.recover_all(triples, views)[0]
-    values = consistency.per_view(triples, views, recovered)
+    errors = consistency.pose_errors(triples, recovered)
+    values = consistency.per_view(triples, views, errors)
     ids = [triple["id"] for triple in triples]
     rooms = [triple["room"] for triple in triples]
     with whole_file(folder / "views.npz") as beside, open(beside, "wb") as file:
         np.savez(file, id=ids, room=rooms, values=values)
-    return readable(consistency.score_views(triples, views, recovered))
+    return readable(consistency.summary_of(errors, values))
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

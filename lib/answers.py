@@ -35,7 +35,7 @@ from lib.rooms import random_room, render
 from lib.simulators import SimulatorError, instruction
 from lib.streams import stable_hash, stream_seed
 
-VERSION = 5  # of what a line holds; lines of another one stay as well
+VERSION = 6  # of what a line holds; lines of another one stay as well
 LARGE = 128  # pixels: from here on a view is a JPEG
 
 
@@ -167,9 +167,9 @@ def load_triples(path: str | Path, limit: int | None = None) -> list[dict]:
 
 
 def view_file(folder: Path, row: dict) -> Path:
-    """Where the view for a triple is kept: a name that changes with the pictures a simulator is shown."""
+    """Where the view for a triple is kept: a name that changes with what a simulator is shown and told of it."""
     pictures = [hashlib.sha256(image.tobytes()).hexdigest() for image in row["context"]]
-    return folder / f"{row['id'].replace('/', '_')}_{stable_hash(pictures):016x}.png"
+    return folder / f"{row['id'].replace('/', '_')}_{stable_hash(pictures, row['calls']):016x}.png"
 
 
 def query_of(row: dict) -> Query:
@@ -179,8 +179,7 @@ def query_of(row: dict) -> Query:
     if "room" in row:
         scene = {"room": row["room"], "poses": row["context_c2w"]}
     noise = stream_seed("imagine", row["id"])
-    calls = row.get("calls", ())
-    return Query(row["context"], row["reference"], sentence, noise, scene, calls)
+    return Query(row["context"], row["reference"], sentence, noise, scene, row["calls"])
 
 
 def imagine_targets(

@@ -186,7 +186,7 @@ class ContextImage(NamedTuple):
 
     latent: Tensor | None  # (R, c, 2 h, 2 w), clean
     pixels: Tensor | None  # (R, 3, H, W) in [-1, 1], for the ViT
-    # (R, 5) how it stands to the reference; None: as the reference itself (Settings.rays)
+    # (R, 5) how it stands to the levelled reference; None: just so (Settings.rays, `WorldModel.arrange`)
     motion: Tensor | None = None
 
 
@@ -195,7 +195,7 @@ class ContextText(NamedTuple):
 
     ids: Tensor  # (R, L), right-padded
     lengths: Tensor  # (R,), on the CPU
-    # (R, 5) what it commands: dx, dy, dz, dangle, dphi (Settings.rays)
+    # (R, 5) where it leads from the levelled reference: dx, dy, dz, dangle, dphi (Settings.rays)
     motion: Tensor | None = None
 
 
@@ -429,7 +429,7 @@ class Branch(NamedTuple):
     values: list
     mask: Tensor | None  # (R, 1, 1, length) added to the scores; None: every row has all tokens
     next: Tensor  # (R,) the RoPE position of all tokens of the target, on the CPU
-    motion: Tensor  # (R, 5) what is commanded; zeros: nothing (Settings.rays)
+    motion: Tensor  # (R, 5) of `ContextText`; zeros: nothing is commanded
 
 
 class Memory:

@@ -235,15 +235,14 @@ def recover_all(rows: list[dict], *lists: list[Array]) -> list[Array]:
     return recovered
 
 
-def per_view(rows: list[dict], views: list[Array], recovered: Array) -> Array:
-    """What single views are worth, in numbers to be summed: (n, 10), see `scores_of`.
+def per_view(rows: list[dict], views: list[Array], errors: list[dict]) -> Array:
+    """What single views are worth, in numbers to be summed: (n, 10), see `scores_of`; errors: of `pose_errors`.
 
     Columns: 1; pose within the thresholds; the tight pose; squared error, pictures in [-1, 1]; the six of `content_counts`.
     """
     views = np.stack(views)
     true = np.stack([row["target"] for row in rows])
     squared = np.square((views.astype(np.float32) - true) / 127.5).mean((1, 2, 3))
-    errors = pose_errors(rows, recovered)
     within = [error["within"] for error in errors]
     tight = [error["tight"] for error in errors]
     counts = content_counts(views, true)
@@ -259,7 +258,8 @@ def scores_of(sums: Array) -> dict[str, Array]:
 
 def score_views(rows: list[dict], views: list[Array], recovered: Array) -> dict:
     """`summary_of` one view (H, W, 3) uint8 per row of `load_triples`; recovered: (n, 5) of `recover_all`."""
-    return summary_of(pose_errors(rows, recovered), per_view(rows, views, recovered))
+    errors = pose_errors(rows, recovered)
+    return summary_of(errors, per_view(rows, views, errors))
 
 
 def summary_of(errors: list[dict], values: Array) -> dict:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lib.geometry import Query, move_camera
+from lib.geometry import Query
 from lib.images import contact_sheet, save_image
 from lib.protocol import (
     CALL_FIRST,
@@ -24,6 +24,7 @@ from lib.protocol import (
     NO_SUCH_IMAGE,
     NO_SUCH_INDEX,
     NO_TOOL,
+    call_poses,
     motion_in,
     numbered_image,
     parse_reply,
@@ -274,11 +275,3 @@ class Trajectory:
         for n, line in enumerate(lines):
             pen.text((4, images.height + 17 * n), line, "black", font)
         save_image(path, page)
-
-
-def call_poses(scene: dict, calls: list[dict]) -> np.ndarray:
-    """The cameras (n, 4, 4) of all images, given and imagined, the latter where their calls lead if carried out."""
-    poses = [np.array(pose) for pose in scene["poses"]]
-    for call in calls:
-        poses.append(move_camera(poses[call["reference_image"] - 1], motion_in(call)))
-    return np.stack(poses)

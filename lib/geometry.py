@@ -58,12 +58,12 @@ class Motion:
 class Query(NamedTuple):
     """One order to a simulator. A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`."""
 
-    images: list  # (H, W, 3) uint8 each: all images so far, imagined ones included
+    images: list  # (H, W, 3) uint8 each: all images so far, or some; imagined ones included
     reference: int  # 1-based number of the image the motion starts from
     instruction: str  # the sentence: `simulators.instruction`
     seed: int  # of the simulator's noise
     scene: dict | None = None  # rooms only: {"room": seed, "poses": one 4x4 list per image}
-    # per image the call (lib/protocol) that imagined it, None of a given one; empty where nobody knows
+    # per image the call (lib/protocol) that imagined it, None of a given one: given first; empty where nobody knows
     calls: Sequence = ()
 
 

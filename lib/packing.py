@@ -16,7 +16,7 @@ This is the original's rule for its three attention modes (causal, full, noise) 
 may hold a sentence, so several targets share one context. Tokens are ordered by expert, "und" first, then "gen".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -138,8 +138,8 @@ class VaeImage(NamedTuple):
     keep: bool = True
     branch: int = 0
     t: float = 0.0
-    # how it stands to the reference: dx, dy, dz, dangle, dphi (Settings.rays)
-    motion: tuple = (0.0,) * 5
+    # (5,) how it stands to the levelled reference: dx, dy, dz, dangle, dphi (Settings.rays)
+    motion: Sequence[float] = (0.0,) * 5
 
 
 class Pack(NamedTuple):
@@ -157,7 +157,7 @@ class Pack(NamedTuple):
     target_mask: Tensor  # (B, G) bool: a token that the loss is about
     t: Tensor  # (I,) fp32
     image_index: Tensor  # (I,) which context image; -1 for a target
-    motion: Tensor  # (I, 5) how a picture stands to the reference: a target by command
+    motion: Tensor  # (I, 5) how a picture stands to the levelled reference: a target by command
 
     def to(self, device: torch.device) -> "Pack":
         """The pack on a device; `tokens` stay on the CPU, unless FSDP moves them: masks are decided where they are."""

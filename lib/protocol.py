@@ -21,7 +21,9 @@ import re
 from types import UnionType
 from typing import NamedTuple, get_args, get_origin, get_type_hints
 
-from lib.geometry import KINDS, UNITS, Motion
+import numpy as np
+
+from lib.geometry import KINDS, UNITS, Motion, move_camera
 
 # ---- the prompt: one template for training and inference ----------------------------------------------------------
 
@@ -230,6 +232,14 @@ def call_of(image: int, motion: Motion) -> dict:
 def motion_in(call: dict) -> Motion:
     """The Motion of a valid call."""
     return Motion(call["motion_type"], call["value"])
+
+
+def call_poses(scene: dict, calls: list[dict]) -> np.ndarray:
+    """The cameras (n, 4, 4) of all images, given and imagined, the latter where their calls lead if carried out."""
+    poses = [np.array(pose) for pose in scene["poses"]]
+    for call in calls:
+        poses.append(move_camera(poses[call["reference_image"] - 1], motion_in(call)))
+    return np.stack(poses)
 
 
 def call_text(call: dict) -> str:

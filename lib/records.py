@@ -177,7 +177,7 @@ class Triple(TypedDict):
     context_c2w: list[list[list[float]]]  # a 4 x 4 list per view
     target_c2w: list[list[float]]
     room: NotRequired[int]  # seed of the room
-    calls: NotRequired[list]  # of `Query`: the call that led to the last context view
+    calls: NotRequired[list]  # of `Query`: which context views were imagined, and how; absent: none
     metric: NotRequired[bool]  # scans: lengths are metres
     context_depth: NotRequired[list[str]]  # scans: 16-bit PNG, thousandths of the unit of the poses
     context_intrinsics: NotRequired[list[list[list[float]]]]  # scans: a 3 x 3 list per view
@@ -217,22 +217,24 @@ OF_OTHERS = {  # {how a file's name begins: what makes it of others' data}
 
 def check_triple(row: dict) -> None:
     """Raises ValueError, the rest of a sentence, where the parts of a `Triple` do not go together."""
-    context, reference = row.get("context", [""]), row.get("reference", 1)
+    context, reference = row["context"], row["reference"]
     if not 1 <= reference <= len(context):
         raise ValueError(f"has the reference {reference} of {len(context)} context views")
     for key, shape in (("context_c2w", (len(context), 4, 4)), ("target_c2w", (4, 4))):
         if key in row and np.shape(row[key]) != shape:
             raise ValueError(f"has {key} of another shape than {shape}")
     try:
-        Motion(**row.get("motion", {"kind": "dx", "amount": 1}))
+        Motion(**row["motion"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"has the motion {row['motion']} ({error})") from None
-    calls = row.get("calls", [])
-    if calls and len(calls) != len(context):
+    calls = row.setdefault("calls", [None] * len(context))
+    if len(calls) != len(context):
         raise ValueError(f"has {len(calls)} calls for {len(context)} context views")
-    for number, call in enumerate(calls):  # of images before it
-        error = call and read_call(json.dumps({"name": TOOL_NAME, "arguments": call})).error
-        if error or (call and not 1 <= call["reference_image"] <= number):
+    for k, call in enumerate(calls):
+        if call is None:
+            continue
+        calls[k], _, error = read_call(json.dumps({"name": TOOL_NAME, "arguments": call}))
+        if error or not 1 <= calls[k]["reference_image"] <= k:  # of an image before it
             raise ValueError(f"has the call {call} ({error or 'of no earlier image'})")
 
 

@@ -14,15 +14,14 @@ A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`
 import functools
 import re
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from lib.distributed import fail, say
-from lib.geometry import KINDS, UNITS, Array, Motion, Query, camera_pose, move_camera
-from lib.protocol import motion_in
+from lib.geometry import KINDS, UNITS, Array, Motion, Query, camera_pose
+from lib.protocol import call_poses
 from lib.stage import newest
 
 SIMULATORS = ("tuned", "untuned", "reprojection", "truth", "none")
@@ -37,7 +36,7 @@ NO_VIEW = "This view could not be imagined. Answer from the images, or ask for a
 
 
 class SimulatorError(ValueError):
-    """A view, or an answer of a served policy, that failed for good, in a sentence with its full stop.
+    """A view, a picture of a question, or an answer of a served policy, that failed for good; in a sentence.
 
     down      True: the server is the reason, so others would fail alike; False: it was this request alone
     results   of a batch: what the others gave, in order, and a SimulatorError in the place of each that failed
@@ -171,21 +170,18 @@ HEADING_STEP = 2  # degrees
 AGREES = 20  # gray levels that two pictures of a point may differ by, about
 
 
-def image_poses(images: list[Array], calls: Sequence[dict | None] = ()) -> list[Array]:
-    """Where images (H, W, 3) uint8 were taken from, as far as it can be known: c2w (4, 4) each, the first at the origin.
+def image_poses(images: list[Array], calls: Sequence[dict | None] = ()) -> Array:
+    """Where images (H, W, 3) uint8 are taken to stand: c2w (n, 4, 4), the first at the origin.
 
-    calls   of `Query`. The first four images are taken for a level ring. An imagined one stands where its call led if
-            obeyed; where nobody knows, it looks from the middle of the ring (`ring_heading`)
+    calls   of `Query`. The first four images are a level ring, an imagined one stands where its call leads, and any
+            other looks from the middle of the ring (`ring_heading`)
     """
+    imagined = [call for call in calls if call]  # they come last
     poses = []
-    for k, (image, call) in enumerate(zip_longest(images, calls)):
-        if call:
-            pose = move_camera(poses[call["reference_image"] - 1], motion_in(call))
-        else:
-            heading = -90.0 * k if k < RING else ring_heading(image, images[:RING])
-            pose = camera_pose(0, 0, 0, heading)
-        poses.append(pose)
-    return poses
+    for k, image in enumerate(images[: len(images) - len(imagined)]):
+        heading = -90.0 * k if k < RING else ring_heading(image, images[:RING])
+        poses.append(camera_pose(0, 0, 0, heading))
+    return call_poses({"poses": poses}, imagined)
 
 
 def ring_heading(image: Array, ring: list[Array]) -> float:
@@ -260,10 +256,10 @@ def load_simulator(
 
     options   of `WorldModel.load`; what is no world model says that they change nothing
     """
-    if options and name != "none" and not is_world_model(name):
-        say(f"{name} is no world model of ours: {', '.join(options)} change nothing in it.")
     if name == "none":
         return None
+    if options and not is_world_model(name):
+        say(f"{name} is no world model of ours: {', '.join(options)} change nothing in it.")
     if name == "truth":
         from lib.rooms import TrueRenderer
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lib.dialogue import Trajectory, call_poses
+from lib.dialogue import Trajectory
 from lib.geometry import UNITS, Motion, move_camera
 from lib.protocol import (
     AMOUNT,
@@ -23,6 +23,7 @@ from lib.protocol import (
     UNREADABLE,
     Turn,
     call_of,
+    call_poses,
     call_text,
     motion_in,
     parse_reply,

@@ -97,7 +97,8 @@ def test_mirrored_rooms_keep_their_ring():
     for k in range(4):  # the columns of each picture differ
         files[k] = np.full((2, 2, 3), 10 * k, np.uint8) + np.array([[[0], [1]]], np.uint8)
     files["warp"] = np.dstack([files[3], np.full((2, 2), 255, np.uint8)])
-    row = {"context": range(4), "reference": 3, "target": 3, "warp": "warp"}
+    row = {"context": range(4), "calls": [None] * 4, "reference": 3}
+    row |= {"target": 3, "warp": "warp"}
     row["motion"] = {"kind": "dangle", "amount": -90.0}
     calls = [None] * 4 + [call_of(2, Motion("dangle", -90.0))]  # ends at Image-3
     chained = row | {"context": (0, 1, 2, 3, 2), "calls": calls}

@@ -348,8 +348,7 @@ def test_what_the_demo_trains_on_is_what_it_samples_with(keep_text):
     model, query = tiny(), queries(2)[1]
     network = random_network(model.network.config)
     network.markers, model.network = model.network.markers, network
-    calls = [None] * len(query.images)
-    calls[query.reference - 1] = call_of(1, Motion("dphi", 20.0))
+    calls = [None, call_of(1, Motion("dphi", 20.0)), call_of(2, Motion("dx", -1.0))]
     images, motions = model.arrange(query.images, query.reference, calls)
     alpha = np.full((32, 32, 4), 255, np.uint8)
     files = dict(enumerate(query.images)) | {"target": query.images[0], "warp": alpha}

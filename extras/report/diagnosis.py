@@ -37,9 +37,9 @@ import numpy as np
 from PIL import Image
 
 from lib.consistency import MOVE_BARS, STRONG, TURN_BARS, delta_of, describe, pose_error, recover
-from lib.dialogue import Trajectory, call_poses
+from lib.dialogue import Trajectory
 from lib.geometry import Motion, Query, decompose
-from lib.protocol import motion_in
+from lib.protocol import call_poses, motion_in
 from lib.records import Question
 from lib.rooms import COLOURS, SIZE, Room, TrueRenderer, random_room
 from lib.simulators import instruction

@@ -35,11 +35,12 @@ def dose_rows(rows: list[dict], rooms: int) -> list[dict]:
     """
     first = {}
     for row in rows:
-        if "calls" not in row:
+        if not any(row["calls"]):
             first.setdefault(row["room"], row)
     doses = []
     for row in list(first.values())[:rooms]:
-        context = {key: row[key] for key in ("room", "context", "reference", "context_c2w")}
+        given = ("room", "context", "calls", "reference", "context_c2w")
+        context = {key: row[key] for key in given}
         start = np.array(row["context_c2w"][row["reference"] - 1])
         for motion in DOSES:
             if stands_free(move_camera(start, motion)):
@@ -77,10 +78,10 @@ def chained_rows(simulator, rows: list[dict], folder: Path) -> list[dict]:
 
     folder   of `imagine_targets`: a simulator of None stands for the views that lie there
     """
-    seconds = [row for row in rows if "calls" in row]
+    seconds = [row for row in rows if row["calls"][-1]]
     firsts = {}
     for row in seconds:
-        given = {"context": row["context"][:-1], "context_c2w": row["context_c2w"][:-1]}
+        given = {key: row[key][:-1] for key in ("context", "calls", "context_c2w")}
         call = row["calls"][-1]
         firsts[row["room"]] = given | {
             "id": f"first/{row['room']}",

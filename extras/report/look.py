@@ -43,7 +43,7 @@ HELP = (
     "w s a d  move 0.5 m    q e  turn 45 degrees    r f  up, down    i k  tilt",
     "1-4  back to a given view    n  next room    x  exit    :  type",
 )
-TAUGHT = "The demo's simulator was taught w a d q e, from given views; the rest is for curiosity."
+TAUGHT = "The demo's simulator was taught w a d q e i k, from given views and one step on; the rest is for curiosity."
 WALL = 0.1  # metres that a camera keeps from it
 
 
@@ -85,9 +85,9 @@ class Walk:
         imagined = self.model.imagine([query])[0]
         true = render(self.room, pose, self.size)["rgb"][0]
 
-        shown, _ = self.model.arrange(self.images, self.reference)
+        shown = min(len(self.images), self.model.settings.max_context)
         error = error_of_view(self.room, start, motion, imagined)
-        sight = f"It sees {len(shown)} images, Image-{self.reference} last: "
+        sight = f"It sees {shown} images, Image-{self.reference} last: "
         self.words = [sight + sentence, in_words(error)]
         self.images.append(imagined)
         self.poses.append(pose)

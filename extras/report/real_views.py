@@ -299,6 +299,6 @@ def summary(rows: list[dict], motions: np.ndarray, counts: np.ndarray) -> dict:
     errors = pose_errors(rows, motions)
     within = [error["within"] for error in errors]
     tight = [error["tight"] for error in errors]
-    values = np.column_stack([np.ones(len(rows)), within, counts, tight])
+    values = np.column_stack([np.ones(len(rows)), within, tight, counts])
     found = float(np.isfinite(motions[:, 0]).mean())
     return summary_of(errors, values) | {"found": found}

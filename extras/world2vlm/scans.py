@@ -16,7 +16,16 @@ from extras.world2vlm.questions import records_with_pictures, write_motion_quest
 from extras.world2vlm.transitions import PAPER, Anchor, transitions
 from lib.distributed import fail, say
 from lib.images import load_image
-from lib.records import SPLITS, Triple, check_triple, disk, load_jsonl, read_log, save_jsonl
+from lib.records import (
+    SPLITS,
+    TRIPLE_KEYS,
+    Triple,
+    check_triple,
+    disk,
+    load_jsonl,
+    read_log,
+    save_jsonl,
+)
 from lib.streams import numpy_stream, stable_hash
 
 AT_ONCE = {"meters": 1.0, "degrees": 45.0}  # of a motion, in one call of the teacher; ours
@@ -62,7 +71,7 @@ def make_scan_questions(
 def metric_contexts(file: Path, limit=None) -> dict[int, dict]:
     """{hash of a context and its reference: a triple of it}, of those whose lengths are metres."""
     contexts = {}
-    for row in load_jsonl(file, Triple, check_triple):
+    for row in load_jsonl(file, Triple, check_triple, (*TRIPLE_KEYS, "scene")):
         if row.get("metric"):
             paths = [os.path.relpath(path, file.parent) for path in row["context"]]
             contexts[stable_hash(*paths, row["reference"])] = row

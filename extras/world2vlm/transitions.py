@@ -18,7 +18,7 @@ from PIL import Image
 
 from extras.world2vlm.words import ACTIONS, action_of, motion_of
 from lib.geometry import Motion, Query, as_lists, move_camera
-from lib.protocol import call_of, motion_in
+from lib.protocol import call_of
 from lib.rooms import SIZE, random_room, render, ring
 from lib.simulators import imagine_each, instruction
 from lib.streams import numpy_stream
@@ -178,37 +178,33 @@ class Chain:
         for motion in program:
             self.steps += cut(motion, longest)
             self.ends.append(len(self.steps))
+        self.calls = []  # one per step
+        for k, motion in enumerate(self.steps):
+            reference = len(anchor.images) + k if k else anchor.reference
+            self.calls.append(call_of(reference, motion))
         self.views = []  # so far
-        self.calls = []  # that led to them
 
     def pose(self, steps: int) -> np.ndarray:
         """Rooms only: the commanded pose after some steps."""
         return end_pose(self.anchor.pose, self.steps[:steps])
 
-    def next_call(self) -> dict:
-        """What the teacher is asked for next, as a call."""
-        given, steps = len(self.anchor.images), len(self.views)
-        reference = given + steps if steps else self.anchor.reference
-        return call_of(reference, self.steps[steps])
-
     def query(self, seed: int) -> Query:
-        """The same as a `Query`."""
-        anchor, call = self.anchor, self.next_call()
+        """What the teacher is asked for next."""
+        anchor, steps = self.anchor, len(self.views)
+        reference = self.calls[steps]["reference_image"]
         scene = None
         if anchor.scene:
-            poses = [self.pose(k + 1).tolist() for k in range(len(self.views))]
+            poses = [self.pose(k + 1).tolist() for k in range(steps)]
             scene = anchor.scene | {"poses": anchor.scene["poses"] + poses}
         images = [*anchor.images, *self.views]
-        calls = [None] * len(anchor.images) + self.calls
-        sentence = instruction(motion_in(call))
-        return Query(images, call["reference_image"], sentence, seed, scene, calls)
+        calls = [None] * len(anchor.images) + self.calls[:steps]
+        return Query(images, reference, instruction(self.steps[steps]), seed, scene, calls)
 
     def add(self, view: np.ndarray | None) -> bool:
         """Take the view of a `query`; whether the chain goes on. It ends early at a view that cannot be used."""
         view = fitted(view, self.anchor.image)
         if not is_view(view, self.anchor.image):
             return False
-        self.calls.append(self.next_call())
         self.views.append(view)
         return len(self.views) < len(self.steps)
 
