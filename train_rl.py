@@ -134,7 +134,7 @@ FLAGS = [
     Flag("--lr", 6e-5, 1e-6, "AdamW, peak", 0),
     Flag("--warmup", 2, 10, "steps to the peak", 0),
     Flag("--lr-floor", 0.3, 1.0, "share of the peak where the cosine ends; 1: constant", 0, 1),
-    Flag("--kl-weight", 0.02, 0.0, "weight of the KL to the start policy (a second model)", 0),
+    Flag("--kl-weight", 0.1, 0.0, "weight of the KL to the start policy (a second model)", 0),
     Flag("--lora", 0, 0, "train adapters of this rank (alpha twice that) beside --policy", 0),
     # views inside RL: cheaper than the simulator's config.json has them (docs/speed.md: their price)
     Flag("--view-steps", None, None, "network evaluations of an imagined view", 1, kind=int),
