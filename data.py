@@ -168,11 +168,11 @@ def room_triples(
     rng = numpy_stream("triples of a room", seed)
     poses = LAYOUTS[layout](rng)
     reference = int(rng.integers(len(poses)))
-    calls = [None] * len(poses)
+    provenance = [None] * len(poses)
     if layout == "ring" and rng.random() < CHAINED_SHARE:
         steps = [motion for motion in motions if motion.kind != "dphi"]
         first, pose = next(iter(draw_targets(rng, poses[reference], steps).items()))
-        calls.append(call_of(reference + 1, first))
+        provenance.append(call_of(reference + 1, first))
         poses.append(pose)
         reference = len(poses) - 1
     targets = draw_targets(rng, poses[reference], motions)
@@ -185,7 +185,7 @@ def room_triples(
     for k, path in enumerate(paths):
         rgb = views["rgb"][k]
         save_image(
-            out / path, soften(rgb, rng) if calls[k] else rgb
+            out / path, soften(rgb, rng) if provenance[k] else rgb
         )  # the warp is of the sharp one
     rows = []
     for k, (motion, c2w) in enumerate(targets.items(), n):
@@ -212,7 +212,7 @@ def room_triples(
                 "room": seed,
                 "context_c2w": [as_lists(pose) for pose in poses],
                 "target_c2w": as_lists(c2w),
-                "calls": calls,
+                "provenance": provenance,
             }
         )
     return rows

@@ -290,7 +290,7 @@ class TriplePictures(NamedTuple):
     """One context with its T targets, as the files hold them: uint8."""
 
     context: list  # (H, W, 3) each
-    calls: list  # of `Query`: which context image was imagined, and how
+    provenance: list  # of `Query`: which context image was imagined, and how
     reference: int  # 1-based number of the context view that the motions start from
     motions: list[Motion]
     targets: np.ndarray  # (T, H, W, 3)
@@ -311,7 +311,7 @@ def read_pictures(rows: list[dict], read: Callable, with_warps: bool) -> TripleP
         )
     return TriplePictures(
         context=[on_white(read(path)) for path in rows[0]["context"]],
-        calls=rows[0]["calls"],
+        provenance=rows[0]["provenance"],
         reference=rows[0]["reference"],
         motions=[Motion(**row["motion"]) for row in rows],
         targets=np.stack([on_white(target) for target in targets]),
@@ -349,7 +349,7 @@ def mirrored(p: TriplePictures) -> TriplePictures:
 
     return TriplePictures(
         context=[image[:, ::-1] for image in ring[::-1] + others],
-        calls=[call and mirror_call(call) for call in p.calls],
+        provenance=[call and mirror_call(call) for call in p.provenance],
         reference=mirror_number(p.reference),
         motions=[mirror_motion(motion) for motion in p.motions],
         targets=p.targets[:, :, ::-1],
@@ -384,7 +384,7 @@ def make_sample(rows, model, read, args, key) -> tuple[list, LossTargets]:
     p = read_pictures(rows, read, with_warps=args.warp_weight > 0)
     if args.augment:
         p = augmented(p, stream)
-    context, context_motions = model.arrange(p.context, p.reference, p.calls)
+    context, deltas = model.arrange(p.context, p.reference, p.provenance)
     motions = p.motions
     if args.shuffle_instructions:
         shift = 1 + int(torch.randint(len(rows) - 1, (), generator=stream))  # none keeps its own
@@ -406,7 +406,7 @@ def make_sample(rows, model, read, args, key) -> tuple[list, LossTargets]:
     for i, image in enumerate(context):
         image_index = len(context) - 1 - i  # counted from the reference, which is the last one
         vae_image, vit_image = context_segments(image, image_index, model, stream)
-        segments.append(vae_image._replace(keep=keep_vae[i], motion=context_motions[i]))
+        segments.append(vae_image._replace(keep=keep_vae[i], delta=deltas[i]))
         segments.append(vit_image._replace(keep=keep_vit[i]))
     x0, warp, seen_share, grid = encode_targets(p, model, stream)
     noise = torch.randn(x0.shape, generator=stream)
@@ -415,8 +415,8 @@ def make_sample(rows, model, read, args, key) -> tuple[list, LossTargets]:
     for k, sentence in enumerate(sentences):
         if model.network.config.settings.words:
             segments.append(Text(model.token_ids(sentence), branch=k + 1, keep=keep_text[k]))
-        command = keep_text[k] * (delta_of(motions[k]) + context_motions[-1])
-        segments.append(VaeImage(x_t[k], grid, branch=k + 1, t=float(t[k]), motion=command))
+        command = keep_text[k] * (delta_of(motions[k]) + deltas[-1])
+        segments.append(VaeImage(x_t[k], grid, branch=k + 1, t=float(t[k]), delta=command))
     return segments, LossTargets(*(x.flatten(0, 1) for x in (x0, noise, warp, seen_share)))
 
 
@@ -569,7 +569,9 @@ def imagine_held_out(model, groups, read) -> tuple[dict, list]:
     for p in pictures:
         for motion in p.motions:
             sentence = instruction(motion)
-            query = Query(p.context, p.reference, sentence, seed=len(queries), calls=p.calls)
+            query = Query(
+                p.context, p.reference, sentence, seed=len(queries), provenance=p.provenance
+            )
             queries.append(query)
     views = iter(distributed.split_work(model.imagine, queries))
     hits, chances, errors, rows = [], [], [], []

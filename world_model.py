@@ -118,14 +118,14 @@ def guidance_branches(
     before_text = memory.end
     if network.config.settings.words:
         network.read_text(memory, text)
-    branches = [memory.branch(text.motion)]
+    branches = [memory.branch(text.delta)]
     if settings.text_scale > 1:
         branches.append(memory.branch(None, before_text))
     if settings.text_scale > 1 and settings.image_scale > 1 and images:
         memory = network.memory(len(text.ids))
         if network.config.settings.words:
             network.read_text(memory, text)
-        branches.append(memory.branch(text.motion))
+        branches.append(memory.branch(text.delta))
     return branches
 
 
@@ -140,11 +140,11 @@ class Denoiser:
         self.places = network.latent_pos_embed(ids).to(network.dtype)  # (n, H)
         self.ropes, self.ray_vectors = [], []
         for branch in branches:
-            vectors, angles = network.rays(branch.motion[:, None], ids)
+            vectors, angles = network.rays(branch.delta[:, None], ids)
             positions = branch.next[:, None].expand(-1, 2 + len(ids))
             self.ropes.append(network.rope(positions, angles))
             self.ray_vectors.append(vectors)  # (R, n or 1, H)
-        self.markers = network.embed_markers(len(branches[0].motion))  # (R, 2, H)
+        self.markers = network.embed_markers(len(branches[0].delta))  # (R, 2, H)
 
     def last_layer(self, x: Tensor, step: int, indices: list[int]) -> list[Tensor]:
         """The last layer's tokens (R, n, H) for x (R, n, C) at a step, in each of the branches with these indices."""
@@ -198,7 +198,7 @@ class ArrangedQuery(NamedTuple):
     index: int  # of the query
     seed: int
     images: list  # (H, W, 3) uint8
-    motions: Array  # (n, 5) how the images stand to the levelled reference (Settings.rays)
+    deltas: Array  # (n, 5) how the images stand to the levelled reference (Settings.rays)
     sentence: str
 
 
@@ -327,26 +327,26 @@ class WorldModel:
         longest = max(map(len, rows))
         ids = torch.tensor([row + [self.eos] * (longest - len(row)) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
-        motions = None
+        deltas = None
         if self.network.config.settings.rays:
-            motions = [delta_of(read_instruction(sentence)[1]) for sentence in sentences]
-            motions = np.stack(motions) + starts
-            motions = torch.tensor(motions, dtype=torch.float32, device=self.device)
-        return ContextText(ids.to(self.device), lengths, motions)
+            deltas = [delta_of(read_instruction(sentence)[1]) for sentence in sentences]
+            deltas = np.stack(deltas) + starts
+            deltas = torch.tensor(deltas, dtype=torch.float32, device=self.device)
+        return ContextText(ids.to(self.device), lengths, deltas)
 
-    def context_image(self, images: list, streams: list | None, motions: Array) -> ContextImage:
+    def context_image(self, images: list, streams: list | None, deltas: Array) -> ContextImage:
         """R images of one size, as the VAE takes them -> what `Bagel.read_images` reads.
 
-        streams   R generators, see `FluxLatents.encode`;  motions: (R, 5) of `arrange`
+        streams   R generators, see `FluxLatents.encode`;  deltas: (R, 5) of `arrange`
         """
-        motions = torch.tensor(motions, dtype=torch.float32, device=self.device)
+        deltas = torch.tensor(deltas, dtype=torch.float32, device=self.device)
         small = np.stack([resize(image, self.settings.vit_limits) for image in images])
         pixels = to_pixels(np.stack(images)).to(self.device)
         latent = self.autoencoder.encode(pixels, streams)
-        return ContextImage(latent, to_pixels(small).to(self.device), motions)
+        return ContextImage(latent, to_pixels(small).to(self.device), deltas)
 
     def arrange(
-        self, images: list, reference: int, calls: Sequence = (), settings=None
+        self, images: list, reference: int, provenance: Sequence = (), settings=None
     ) -> tuple[list, Array]:
         """The images of a query as the network is shown them, in the order of `select_context` and of the VAE's size.
 
@@ -356,13 +356,13 @@ class WorldModel:
         settings = settings or self.settings
         order = select_context(len(images), reference, settings.max_context)
         images = [resize(np.asarray(image), settings.vae_limits) for image in images]
-        motions = np.zeros((len(images), 5))
+        deltas = np.zeros((len(images), 5))
         if settings.rays:
-            poses = image_poses(images, calls)
+            poses = image_poses(images, provenance)
             start = poses[reference - 1]
             level = camera_pose(*start[:3, 3], angles_of(start)[0])
-            motions = decompose(level, poses)[:, :5]
-        return [images[i] for i in order], motions[order]
+            deltas = decompose(level, poses)[:, :5]
+        return [images[i] for i in order], deltas[order]
 
     # ---- imagining
 
@@ -383,10 +383,10 @@ class WorldModel:
             self.warned = True
         alike = {}  # arranged queries by the shapes of their images
         for index, query in enumerate(queries):
-            images, motions = self.arrange(query.images, query.reference, query.calls, settings)
+            images, deltas = self.arrange(query.images, query.reference, query.provenance, settings)
             sentence = renumbered(query.instruction, len(images))
             shapes = tuple(image.shape for image in images)
-            arranged = ArrangedQuery(index, query.seed, images, motions, sentence)
+            arranged = ArrangedQuery(index, query.seed, images, deltas, sentence)
             alike.setdefault(shapes, []).append(arranged)
         views = [None] * len(queries)
         for shapes, rows in alike.items():
@@ -404,9 +404,9 @@ class WorldModel:
         streams = [torch.Generator().manual_seed(row.seed) for row in rows]
         images = []
         for k in range(len(rows[0].images)):
-            motions = np.stack([row.motions[k] for row in rows])
-            images.append(self.context_image([row.images[k] for row in rows], streams, motions))
-        starts = np.stack([row.motions[-1] for row in rows])  # of the references
+            deltas = np.stack([row.deltas[k] for row in rows])
+            images.append(self.context_image([row.images[k] for row in rows], streams, deltas))
+        starts = np.stack([row.deltas[-1] for row in rows])  # of the references
         text = self.texts([row.sentence for row in rows], starts)
         grid = token_grid(images[-1].latent)
         shape = (grid[0] * grid[1], self.network.config.token_channels)

@@ -421,7 +421,7 @@ def noise_triples(contexts: int, views: int, targets: int, side: int):
         rows = []
         for k in range(targets):
             motion = dataclasses.asdict(MOTIONS[k % len(MOTIONS)])
-            row = {"context": context, "reference": views, "motion": motion}
+            row = {"context": context, "reference": views, "motion": motion, "provenance": []}
             row["target"] = picture(f"{c} target {k}")
             row["warp"] = picture(f"{c} warp {k}", 4)
             rows.append(row)

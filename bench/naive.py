@@ -56,16 +56,16 @@ def latent(model, query, **changes):
     """
     network, s = model.network, replace(model.settings, **changes)
     stream = torch.Generator().manual_seed(query.seed)
-    images, motions = model.arrange(query.images, query.reference, query.calls, s)
+    images, deltas = model.arrange(query.images, query.reference, query.provenance, s)
     encoded = []
-    for image, motion in zip(images, motions, strict=True):
-        encoded.append(model.context_image([image], [stream], motion[None]))
+    for image, delta in zip(images, deltas, strict=True):
+        encoded.append(model.context_image([image], [stream], delta[None]))
     ids = model.texts([renumbered(query.instruction, len(images))])[0][0]
 
     full = nothing(network)
     for i, (clean, pixels, _) in enumerate(encoded):
         number = len(encoded) - 1 - i
-        read_vae(network, full, clean, number, motions[i])
+        read_vae(network, full, clean, number, deltas[i])
         read_vit(network, full, pixels, number)
     no_text, no_image = copy.deepcopy(full), nothing(network)
     if network.config.settings.words:
@@ -75,7 +75,7 @@ def latent(model, query, **changes):
     grid = [side // LATENT_PATCH for side in encoded[-1][0].shape[-2:]]
     x = torch.randn(grid[0] * grid[1], network.config.token_channels, generator=stream)
     x = x.to(model.device)
-    command = delta_of(read_instruction(query.instruction)[1]) + motions[-1]
+    command = delta_of(read_instruction(query.instruction)[1]) + deltas[-1]
     motion = rays(network, command, grid)
     silence = rays(network, [0, 0, 0, 0, 0], grid)
     tau = torch.linspace(1, 0, s.steps + 1)
@@ -150,13 +150,13 @@ def read_text(network, context, ids):
     run(network, context, embed_text(network, ids), causal=True, append=True)
 
 
-def read_vae(network, context, clean, number, motion):
-    """Append a clean latent (1, c, 2 h, 2 w), the context image `number` (from 0), at `motion` (5,) from the reference:
+def read_vae(network, context, clean, number, delta):
+    """Append a clean latent (1, c, 2 h, 2 w), the context image `number` (from 0), at `delta` (5,) from the reference:
     all its tokens on one position."""
     tokens = patchify(clean, LATENT_PATCH)[0]
     grid = [side // LATENT_PATCH for side in clean.shape[-2:]]
     tokens = embed_latent(network, tokens, 0.0, grid) + image_number(network, number)
-    vectors, angles = rays(network, motion, grid)
+    vectors, angles = rays(network, delta, grid)
     markers = embed_text(network, network.markers)
     x = torch.cat([markers[:1], tokens + vectors, markers[1:]])
     run(network, context, x, len(tokens), angles, append=True)
@@ -307,20 +307,20 @@ def places(table, grid):
     return table.pos_embed[(rows[:, None] * table.grid + columns).flatten()]
 
 
-def rays(network, motion, grid):
-    """With Settings.rays what each latent token is told of its ray after a motion (5,), and the angles that its ray turns
+def rays(network, delta, grid):
+    """With Settings.rays what each latent token is told of its ray at a relative pose (5,), and the angles that its ray turns
     heads by: (h w, H), (h w, 3 d / 8). Else nothing: 0, ().
     """
     c = network.config
     if not c.settings.rays:
         return 0, ()
-    motion = torch.tensor(motion, dtype=torch.float32)
+    delta = torch.tensor(delta, dtype=torch.float32)
     vectors, angles = [], []
     for row, column in itertools.product(range(grid[0]), range(grid[1])):
         x, y = (torch.tensor(2 * (place + 0.5) / c.latent_grid - 1) for place in (column, row))
-        direction = ray_direction(motion, x, y)
-        vectors.append(network.motion2llm(ray_features(motion, direction)))
-        angles.append(ray_angles(motion, direction, c.width // c.heads // 8))
+        direction = ray_direction(delta, x, y)
+        vectors.append(network.motion2llm(ray_features(delta, direction)))
+        angles.append(ray_angles(delta, direction, c.width // c.heads // 8))
     return torch.stack(vectors), torch.stack(angles)
 
 

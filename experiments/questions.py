@@ -113,8 +113,10 @@ def imagined_views(rows: list[dict], images: Array, simulator, seed: int = 0) ->
             noise = stream_seed("imagine", seed, row["id"], step)
             poses = call_poses(row["scene"], row["ideal"][:step]).tolist()
             scene = row["scene"] | {"poses": poses}
-            calls = [None] * images.shape[1] + row["ideal"][:step]
-            query = Query(list(seen[i]), call["reference_image"], sentence, noise, scene, calls)
+            provenance = [None] * images.shape[1] + row["ideal"][:step]
+            query = Query(
+                list(seen[i]), call["reference_image"], sentence, noise, scene, provenance
+            )
             queries.append(query)
         for i, view in zip(waiting, simulator.imagine(queries), strict=True):
             seen[i].append(view)

@@ -169,7 +169,10 @@ def load_triples(path: str | Path, limit: int | None = None) -> list[dict]:
 def view_file(folder: Path, row: dict) -> Path:
     """Where the view for a triple is kept: a name that changes with what a simulator is shown and told of it."""
     pictures = [hashlib.sha256(image.tobytes()).hexdigest() for image in row["context"]]
-    return folder / f"{row['id'].replace('/', '_')}_{stable_hash(pictures, row['calls']):016x}.png"
+    return (
+        folder
+        / f"{row['id'].replace('/', '_')}_{stable_hash(pictures, row['provenance']):016x}.png"
+    )
 
 
 def query_of(row: dict) -> Query:
@@ -179,7 +182,7 @@ def query_of(row: dict) -> Query:
     if "room" in row:
         scene = {"room": row["room"], "poses": row["context_c2w"]}
     noise = stream_seed("imagine", row["id"])
-    return Query(row["context"], row["reference"], sentence, noise, scene, row["calls"])
+    return Query(row["context"], row["reference"], sentence, noise, scene, row["provenance"])
 
 
 def imagine_targets(

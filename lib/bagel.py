@@ -187,7 +187,7 @@ class ContextImage(NamedTuple):
     latent: Tensor | None  # (R, c, 2 h, 2 w), clean
     pixels: Tensor | None  # (R, 3, H, W) in [-1, 1], for the ViT
     # (R, 5) how it stands to the levelled reference; None: just so (Settings.rays, `WorldModel.arrange`)
-    motion: Tensor | None = None
+    delta: Tensor | None = None
 
 
 class ContextText(NamedTuple):
@@ -196,7 +196,7 @@ class ContextText(NamedTuple):
     ids: Tensor  # (R, L), right-padded
     lengths: Tensor  # (R,), on the CPU
     # (R, 5) where it leads from the levelled reference: dx, dy, dz, dangle, dphi (Settings.rays)
-    motion: Tensor | None = None
+    delta: Tensor | None = None
 
 
 # ---- parts of the network ------------------------------------------------------------------------------------------------
@@ -423,13 +423,13 @@ class PackAttention:
 
 
 class Branch(NamedTuple):
-    """What a noisy target sees in one branch of guidance: a context as far as it had been read, and a motion."""
+    """What a noisy target sees in one branch of guidance: a context as far as it had been read, and a command."""
 
     keys: list  # (R, kv_heads, length, d) of each layer
     values: list
     mask: Tensor | None  # (R, 1, 1, length) added to the scores; None: every row has all tokens
     next: Tensor  # (R,) the RoPE position of all tokens of the target, on the CPU
-    motion: Tensor  # (R, 5) of `ContextText`; zeros: nothing is commanded
+    delta: Tensor  # (R, 5) of `ContextText`; zeros: nothing is commanded
 
 
 class Memory:
@@ -451,10 +451,10 @@ class Memory:
         """How many tokens there are so far, and the position that follows."""
         return self.positions.shape[1], self.next
 
-    def branch(self, motion: Tensor | None = None, end: tuple[int, Tensor] | None = None) -> Branch:
+    def branch(self, delta: Tensor | None = None, end: tuple[int, Tensor] | None = None) -> Branch:
         """What a target sees that stands at the end of this memory, or at one that it had: nothing is held twice.
 
-        motion   (R, 5) what is commanded, if anything is
+        delta   (R, 5) what is commanded, if anything is
         """
         length, next_position = end or self.end
         padding = self.positions[:, :length] == NEVER_SEEN  # of texts
@@ -462,11 +462,11 @@ class Memory:
         if padding.any():
             mask = torch.zeros(padding.shape).masked_fill_(padding, -torch.inf)
             mask = mask[:, None, None].to(self.keys[0])
-        if motion is None:
-            motion = torch.zeros(len(self.next), 5, device=self.keys[0].device)
+        if delta is None:
+            delta = torch.zeros(len(self.next), 5, device=self.keys[0].device)
         keys = [k[:, :, :length] for k in self.keys]
         values = [v[:, :, :length] for v in self.values]
-        return Branch(keys, values, mask, next_position, motion)
+        return Branch(keys, values, mask, next_position, delta)
 
 
 class MemoryAttention:
@@ -618,7 +618,7 @@ class Bagel(nn.Module):
 
     def last_layer(self, pack):
         """What the last layer gives for the tokens of a pack: und (B, U, H), gen (B, G, H)."""
-        vectors, angles = self.rays(pack.motion[pack.picture], pack.latent_ids)
+        vectors, angles = self.rays(pack.delta[pack.picture], pack.latent_ids)
         und, gen = self.embed(pack)
         attention = PackAttention(pack.tokens, like=gen)
         rope = self.rope(pack.tokens.position, angles)
@@ -663,20 +663,20 @@ class Bagel(nn.Module):
             return self.vae2llm.bias.new_zeros(len(image_index), self.config.width)
         return self.image_number(image_index.clamp(min=0)) * (image_index >= 0)[:, None]
 
-    def rays(self, motion: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def rays(self, delta: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """What latent tokens are told of their rays (B, n, H), and the angles for `rope` (B, n, 3 d / 8).
 
-        motion   (B, n or 1, 5), ids (n,) or (B, n) in the position table. Without Settings.rays zeros and no angles
+        delta   (B, n or 1, 5), ids (n,) or (B, n) in the position table. Without Settings.rays zeros and no angles
         """
         c = self.config
         if not c.settings.rays:
-            nothing = self.vae2llm.bias.new_zeros(len(motion), 1, c.width)
+            nothing = self.vae2llm.bias.new_zeros(len(delta), 1, c.width)
             return nothing, nothing[:, :0]
         x = (ids % c.latent_grid + 0.5) / c.latent_grid * 2 - 1
         y = (ids // c.latent_grid + 0.5) / c.latent_grid * 2 - 1
-        direction = ray_direction(motion, x, y)
-        vectors = self.motion2llm(ray_features(motion, direction).to(self.dtype))
-        return vectors, ray_angles(motion, direction, c.width // c.heads // 8)
+        direction = ray_direction(delta, x, y)
+        vectors = self.motion2llm(ray_features(delta, direction).to(self.dtype))
+        return vectors, ray_angles(delta, direction, c.width // c.heads // 8)
 
     # ---- inference: the context once into a memory, then the target step by step
 
@@ -695,7 +695,7 @@ class Bagel(nn.Module):
         ray_angles = []  # of gen
         und_offset, gen_offset = [], []  # of each token's position behind memory.next
         offset = 0
-        for i, (latent, pixels, motion) in enumerate(images):
+        for i, (latent, pixels, delta) in enumerate(images):
             number = len(images) - 1 - i  # counted from the reference, which is the last one
             index = self.index_vector(torch.tensor([number], device=self.device))
             if latent is not None:
@@ -703,9 +703,9 @@ class Bagel(nn.Module):
                 ids = table_ids(token_grid(latent), self.config.latent_grid).to(self.device)
                 places = self.latent_pos_embed(ids).to(self.dtype)
                 tokens = tokens + (time + places + index)
-                if motion is None:
-                    motion = torch.zeros(len(latent), 5, device=self.device)
-                vectors, angles = self.rays(motion[:, None], ids)
+                if delta is None:
+                    delta = torch.zeros(len(latent), 5, device=self.device)
+                vectors, angles = self.rays(delta[:, None], ids)
                 gen.append(tokens + vectors)
                 ray_angles.append(angles)
                 gen_offset += [offset] * tokens.shape[1]
@@ -755,14 +755,14 @@ RAY_FEATURES = 2 * HARMONICS + 24  # numbers in all
 RAY_METERS = 2.5  # how far along a ray a room's walls and furniture stand, about
 
 
-def ray_direction(motion: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the rays of pixels go after a motion: (right, forward, up) of length 1, as a level reference has them.
+def ray_direction(delta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the rays of pixels go at a relative pose: (right, forward, up) of length 1, as a level reference has them.
 
-    motion   (..., 5) dx, dy, dz in metres, dangle, dphi in degrees;  x, y (...) where the ray passes at depth 1, right
+    delta   (..., 5) dx, dy, dz in metres, dangle, dphi in degrees;  x, y (...) where the ray passes at depth 1, right
              and down: -1 to 1 over a field of view of 90 degrees
     """
-    yaw = torch.deg2rad(motion[..., 3])
-    pitch = torch.deg2rad(motion[..., 4])
+    yaw = torch.deg2rad(delta[..., 3])
+    pitch = torch.deg2rad(delta[..., 4])
     ahead = pitch.cos() + y * pitch.sin()
     right = ahead * yaw.sin() + x * yaw.cos()
     forward = ahead * yaw.cos() - x * yaw.sin()
@@ -771,13 +771,13 @@ def ray_direction(motion: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor,
     return right / length, forward / length, up / length
 
 
-def ray_features(motion: Tensor, direction: tuple) -> Tensor:
+def ray_features(delta: Tensor, direction: tuple) -> Tensor:
     """Where rays begin and go (`ray_direction`), in smooth numbers: an amount lies between its neighbours, 180 degrees is -180.
 
     returns  (..., RAY_FEATURES): harmonics of the ray's azimuth and elevation, its origin, and its moment (Pluecker's
              coordinates of the ray)
     """
-    dx, dy, dz = motion[..., :3].unbind(-1)
+    dx, dy, dz = delta[..., :3].unbind(-1)
     right, forward, up = direction
     azimuth = torch.atan2(right, forward)
     elevation = torch.atan2(up, torch.hypot(right, forward))
@@ -792,14 +792,14 @@ def ray_features(motion: Tensor, direction: tuple) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*features), -1)
 
 
-def ray_angles(motion: Tensor, direction: tuple, count: int) -> Tensor:
+def ray_angles(delta: Tensor, direction: tuple, count: int) -> Tensor:
     """By which angles rays (`ray_direction`) turn a head (`Bagel.rope`): (..., 3 * count).
 
     Where does a ray's point at RAY_METERS stand, seen from the reference? So a token finds those of the context that look
     there: after a turn exactly, after a move but for what stands nearer or farther. Harmonics of its azimuth, 2 * count,
     and octaves of its elevation.
     """
-    dx, dy, dz = motion[..., :3].unbind(-1)
+    dx, dy, dz = delta[..., :3].unbind(-1)
     right, forward, up = direction
     right = dx + RAY_METERS * right
     forward = dy + RAY_METERS * forward

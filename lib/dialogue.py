@@ -198,10 +198,10 @@ class Trajectory:
             scene = {"room": scene["room"], "poses": poses[indices].tolist()}
         images = [self.images[index] for index in indices]
         # of some of the images, or in another order, the numbers in earlier calls would not hold
-        calls = self.provenance if indices == list(range(len(self.images))) else ()
+        provenance = self.provenance if indices == list(range(len(self.images))) else ()
         noise = call.get("seed", seed) if obey_seed else seed
         sentence = instruction(motion_in(call))
-        return Query(images, indices.index(own) + 1, sentence, noise, scene, calls)
+        return Query(images, indices.index(own) + 1, sentence, noise, scene, provenance)
 
     def fork(self) -> "Trajectory":
         """An independent copy that shares the images."""

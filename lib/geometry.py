@@ -63,8 +63,8 @@ class Query(NamedTuple):
     instruction: str  # the sentence: `simulators.instruction`
     seed: int  # of the simulator's noise
     scene: dict | None = None  # rooms only: {"room": seed, "poses": one 4x4 list per image}
-    # per image the call (lib/protocol) that imagined it, None of a given one: given first; empty where nobody knows
-    calls: Sequence = ()
+    # per image the call (lib/protocol) that imagined it, None of a given one; given ones come first. Empty: nobody knows
+    provenance: Sequence = ()
 
 
 def select_context(count: int, reference: int, max_context: int) -> list[int]:

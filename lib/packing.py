@@ -139,7 +139,7 @@ class VaeImage(NamedTuple):
     branch: int = 0
     t: float = 0.0
     # (5,) how it stands to the levelled reference: dx, dy, dz, dangle, dphi (Settings.rays)
-    motion: Sequence[float] = (0.0,) * 5
+    delta: Sequence[float] = (0.0,) * 5
 
 
 class Pack(NamedTuple):
@@ -157,7 +157,7 @@ class Pack(NamedTuple):
     target_mask: Tensor  # (B, G) bool: a token that the loss is about
     t: Tensor  # (I,) fp32
     image_index: Tensor  # (I,) which context image; -1 for a target
-    motion: Tensor  # (I, 5) how a picture stands to the levelled reference: a target by command
+    delta: Tensor  # (I, 5) how a picture stands to the levelled reference: a target by command
 
     def to(self, device: torch.device) -> "Pack":
         """The pack on a device; `tokens` stay on the CPU, unless FSDP moves them: masks are decided where they are."""
@@ -251,7 +251,7 @@ def pack(samples: list, markers: tuple, config) -> Pack:
     latent_ids = [table_ids(image.grid, config.latent_grid) for image in vae_images]
     context_index = torch.tensor([image.image_index for image in vae_images])
 
-    motions = np.stack([image.motion for image in vae_images])
+    deltas = np.stack([image.delta for image in vae_images])
 
     def by_sequence(values):  # (gen tokens of all, ...) -> (B, G, ...)
         return padded(values.split([len(sequence.gen) for sequence in sequences]))
@@ -276,7 +276,7 @@ def pack(samples: list, markers: tuple, config) -> Pack:
         target_mask=by_sequence(is_target.repeat_interleave(lengths)),
         t=torch.tensor([float(image.t) for image in vae_images]),
         image_index=torch.where(is_target, -1, context_index),
-        motion=torch.tensor(motions, dtype=torch.float32),
+        delta=torch.tensor(deltas, dtype=torch.float32),
     )
 
 

@@ -177,7 +177,7 @@ class Triple(TypedDict):
     context_c2w: list[list[list[float]]]  # a 4 x 4 list per view
     target_c2w: list[list[float]]
     room: NotRequired[int]  # seed of the room
-    calls: NotRequired[list]  # of `Query`: which context views were imagined, and how; absent: none
+    provenance: NotRequired[list]  # of `Query`: the calls that led to imagined context views
     metric: NotRequired[bool]  # scans: lengths are metres
     context_depth: NotRequired[list[str]]  # scans: 16-bit PNG, thousandths of the unit of the poses
     context_intrinsics: NotRequired[list[list[list[float]]]]  # scans: a 3 x 3 list per view
@@ -227,15 +227,16 @@ def check_triple(row: dict) -> None:
         Motion(**row["motion"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"has the motion {row['motion']} ({error})") from None
-    calls = row.setdefault("calls", [None] * len(context))
-    if len(calls) != len(context):
-        raise ValueError(f"has {len(calls)} calls for {len(context)} context views")
-    for k, call in enumerate(calls):
+    provenance = row.setdefault("provenance", [None] * len(context))
+    if len(provenance) != len(context):
+        raise ValueError(f"has {len(provenance)} calls for {len(context)} context views")
+    for k, call in enumerate(provenance):
         if call is None:
             continue
-        calls[k], _, error = read_call(json.dumps({"name": TOOL_NAME, "arguments": call}))
-        if error or not 1 <= calls[k]["reference_image"] <= k:  # of an image before it
-            raise ValueError(f"has the call {call} ({error or 'of no earlier image'})")
+        turn = read_call(json.dumps({"name": TOOL_NAME, "arguments": call}))
+        if turn.error or not 1 <= turn.call["reference_image"] <= k:  # of an image before it
+            raise ValueError(f"has the call {call} ({turn.error or 'of no earlier image'})")
+        provenance[k] = turn.call
 
 
 def load_jsonl(

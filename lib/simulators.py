@@ -170,13 +170,13 @@ HEADING_STEP = 2  # degrees
 AGREES = 20  # gray levels that two pictures of a point may differ by, about
 
 
-def image_poses(images: list[Array], calls: Sequence[dict | None] = ()) -> Array:
+def image_poses(images: list[Array], provenance: Sequence[dict | None] = ()) -> Array:
     """Where images (H, W, 3) uint8 are taken to stand: c2w (n, 4, 4), the first at the origin.
 
-    calls   of `Query`. The first four images are a level ring, an imagined one stands where its call leads, and any
-            other looks from the middle of the ring (`ring_heading`)
+    provenance   of `Query`. The first four images are a level ring, an imagined one stands where its call leads, and any
+                 other looks from the middle of the ring (`ring_heading`)
     """
-    imagined = [call for call in calls if call]  # they come last
+    imagined = [call for call in provenance if call]  # they come last
     poses = []
     for k, image in enumerate(images[: len(images) - len(imagined)]):
         heading = -90.0 * k if k < RING else ring_heading(image, images[:RING])

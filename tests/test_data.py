@@ -199,11 +199,11 @@ def test_some_amounts_are_never_trained_on_and_some_rooms_look_up_or_take_a_seco
     assert len(unseen & {Motion(**row["motion"]) for row in asked}) > 5
     pitches = {round(angles_of(np.array(row["context_c2w"][0]))[1]) for row in trained}
     assert 0 in pitches and min(pitches) <= -10 and max(pitches) >= 10
-    steps = [row for row in trained if any(row["calls"])]
+    steps = [row for row in trained if any(row["provenance"])]
     assert 0.2 < len(steps) / len(trained) < 0.6
     for row in steps:
-        poses = call_poses({"poses": row["context_c2w"][:4]}, row["calls"][4:])
-        assert row["calls"][:4] == [None] * 4
+        poses = call_poses({"poses": row["context_c2w"][:4]}, row["provenance"][4:])
+        assert row["provenance"][:4] == [None] * 4
         np.testing.assert_allclose(poses, row["context_c2w"], atol=1e-5)
         assert row["reference"] == 5
 

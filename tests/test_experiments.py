@@ -121,7 +121,7 @@ def scored(out, name, right, seed=0):
     mse = 0.1 / (1 + right)
     pose = np.arange(count) % 5 < right
     counts = np.ones((count, 6))
-    values = np.column_stack([np.ones(count), pose, np.full(count, mse), counts, pose])
+    values = np.column_stack([np.ones(count), pose, pose, np.full(count, mse), counts])
     np.savez(folder / "views.npz", id=[str(i) for i in range(count)], room=ROOMS, values=values)
     moves = {"pose": pose.mean(), "tight": pose.mean()}
     result = {"moves": moves, "turns": {"pose": 1.0, "tight": 0.75}, "mse": mse}

@@ -142,14 +142,14 @@ def test_a_value_of_another_kind_is_named_with_its_file_and_line(tmp_path, key, 
         ("coverage", float("inf"), "has coverage Infinity, which should be float"),
         ("target_c2w", [[1.0]], "has target_c2w of another shape"),
         ("target_c2w", [["1"] * 4] * 4, "has target_c2w .*, which should be"),
-        ("calls", [None], "has 1 calls for 2 context views"),
-        ("calls", [None, "dx"], "has the call dx"),
+        ("provenance", [None], "has 1 calls for 2 context views"),
+        ("provenance", [None, "dx"], "has the call dx"),
         (
-            "calls",
+            "provenance",
             [None, {"reference_image": 1, "motion_type": "dx"}],
             "has the call .*takes reference_image",
         ),
-        ("calls", [None, call_of(2, Motion("dx", 1.0))], "has the call .*no earlier image"),
+        ("provenance", [None, call_of(2, Motion("dx", 1.0))], "has the call .*no earlier image"),
     ],
 )
 def test_parts_of_a_triple_go_together(tmp_path, key, value, sentence):

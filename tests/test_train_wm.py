@@ -97,11 +97,11 @@ def test_mirrored_rooms_keep_their_ring():
     for k in range(4):  # the columns of each picture differ
         files[k] = np.full((2, 2, 3), 10 * k, np.uint8) + np.array([[[0], [1]]], np.uint8)
     files["warp"] = np.dstack([files[3], np.full((2, 2), 255, np.uint8)])
-    row = {"context": range(4), "calls": [None] * 4, "reference": 3}
+    row = {"context": range(4), "provenance": [None] * 4, "reference": 3}
     row |= {"target": 3, "warp": "warp"}
     row["motion"] = {"kind": "dangle", "amount": -90.0}
     calls = [None] * 4 + [call_of(2, Motion("dangle", -90.0))]  # ends at Image-3
-    chained = row | {"context": (0, 1, 2, 3, 2), "calls": calls}
+    chained = row | {"context": (0, 1, 2, 3, 2), "provenance": calls}
     mirrored = 0
     for seed in range(8):
         stream = torch.Generator().manual_seed(seed)
@@ -114,7 +114,7 @@ def test_mirrored_rooms_keep_their_ring():
     assert 0 < mirrored < 8
 
     p = train_wm.mirrored(train_wm.read_pictures([chained], files.get, with_warps=True))
-    *ring, imagined = image_poses(p.context, p.calls)
+    *ring, imagined = image_poses(p.context, p.provenance)
     same = [np.array_equal(image, p.context[4]) for image in p.context[:4]].index(True)
     np.testing.assert_allclose(imagined, ring[same], atol=1e-6)
 
@@ -167,7 +167,7 @@ def test_gradient_does_not_depend_on_micro_batches(rooms):
 
 def commands(pack):
     """What commands each target of a pack, in order: (dx, dy, dz, dangle, dphi)."""
-    return [tuple(motion) for motion in pack.motion[pack.image_index < 0].tolist()]
+    return [tuple(delta) for delta in pack.delta[pack.image_index < 0].tolist()]
 
 
 def test_shuffled_instructions_are_all_of_other_targets(rooms):

@@ -129,7 +129,7 @@ def packed(network, images, owner, ids, lengths, x, t, grid, keep=None, together
         for k in (owner == b).nonzero().flatten().tolist():
             words = ids[k, : lengths[k]].tolist()
             motion = tuple(motion_of(k).tolist())
-            target = VaeImage(x[k], grid, branch=k + 1, t=float(t[k]), motion=motion)
+            target = VaeImage(x[k], grid, branch=k + 1, t=float(t[k]), delta=motion)
             segments += [Text(words, branch=k + 1, keep=len(words) > 0), target]
         samples.append(segments)
     return pack(
@@ -309,7 +309,7 @@ def velocity_behind(network, memory, x, t, grid, motion=None):
     markers = network.embed_markers(len(x))
     places = network.latent_pos_embed(table_ids(grid, network.config.latent_grid))
     ids = table_ids(grid, network.config.latent_grid)
-    vectors, angles = network.rays(branch.motion[:, None], ids)
+    vectors, angles = network.rays(branch.delta[:, None], ids)
     extra = network.time_embedder(torch.full((1,), float(t))) + places + vectors
     rope = network.rope(branch.next[:, None].expand(-1, 2 + len(ids)), angles)
     return network.output(network.denoise(x, extra, markers, rope, [branch]))
@@ -349,21 +349,25 @@ def test_what_the_demo_trains_on_is_what_it_samples_with(keep_text):
     network = random_network(model.network.config)
     network.markers, model.network = model.network.markers, network
     calls = [None, call_of(1, Motion("dphi", 20.0)), call_of(2, Motion("dx", -1.0))]
-    images, motions = model.arrange(query.images, query.reference, calls)
+    images, deltas = model.arrange(query.images, query.reference, calls)
     alpha = np.full((32, 32, 4), 255, np.uint8)
     files = dict(enumerate(query.images)) | {"target": query.images[0], "warp": alpha}
-    row = {"context": list(range(len(query.images))), "reference": query.reference, "calls": calls}
+    row = {
+        "context": list(range(len(query.images))),
+        "reference": query.reference,
+        "provenance": calls,
+    }
     motion = {"kind": "dx", "amount": -1.5}
     row |= {"target": "target", "warp": "warp", "motion": motion}
     args = train_wm.parse_args(["--no-augment", "--drop-text", str(int(not keep_text))])
     segments, _ = train_wm.make_sample([row], model, files.get, args, (0, 0, 0))
     x_t, t = segments[-1].x_t[None], segments[-1].t
     p = pack([[segments]], network.markers, network.config)
-    assert len(np.unique(motions, axis=0)) == len(images) and motions[-1, 4] == 20
+    assert len(np.unique(deltas, axis=0)) == len(images) and deltas[-1, 4] == 20
     context = []
     for k, image in enumerate(images):
-        context.append(model.context_image([image], None, motions[k : k + 1]))
-    text = model.texts([instruction(Motion(**motion))], motions[-1:])
+        context.append(model.context_image([image], None, deltas[k : k + 1]))
+    text = model.texts([instruction(Motion(**motion))], deltas[-1:])
     settings = dataclasses.replace(model.settings, text_scale=4.0)
     with torch.no_grad():
         branches = guidance_branches(network, context, text, settings)
@@ -613,12 +617,12 @@ def test_an_imagined_view_stands_where_its_calls_led():
     ahead = call_of(2, Motion("dy", 1.0))
     calls = [None] * 4 + [ahead, call_of(5, Motion("dphi", 20.0))]
     model = tiny(max_context=6)
-    _, motions = model.arrange(images, 1, calls)  # shown: Image-2 to 6, then 1
-    np.testing.assert_allclose(motions[3], [-1, 0, 0, -90, 0], atol=1e-6)
-    np.testing.assert_allclose(motions[4], [-1, 0, 0, -90, 20], atol=1e-6)
-    _, motions = model.arrange(images, 6, calls)  # shown: Image-1 to 6
-    np.testing.assert_allclose(motions[0], [0, -1, 0, 90, 0], atol=1e-6)
-    np.testing.assert_allclose(motions[5], [0, 0, 0, 0, 20], atol=1e-6)  # levelled: as it looks up
+    _, deltas = model.arrange(images, 1, calls)  # shown: Image-2 to 6, then 1
+    np.testing.assert_allclose(deltas[3], [-1, 0, 0, -90, 0], atol=1e-6)
+    np.testing.assert_allclose(deltas[4], [-1, 0, 0, -90, 20], atol=1e-6)
+    _, deltas = model.arrange(images, 6, calls)  # shown: Image-1 to 6
+    np.testing.assert_allclose(deltas[0], [0, -1, 0, 90, 0], atol=1e-6)
+    np.testing.assert_allclose(deltas[5], [0, 0, 0, 0, 20], atol=1e-6)  # levelled: as it looks up
 
 
 def test_rays_after_a_motion_are_those_of_the_camera_that_moved():

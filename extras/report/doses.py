@@ -35,11 +35,11 @@ def dose_rows(rows: list[dict], rooms: int) -> list[dict]:
     """
     first = {}
     for row in rows:
-        if not any(row["calls"]):
+        if not any(row["provenance"]):
             first.setdefault(row["room"], row)
     doses = []
     for row in list(first.values())[:rooms]:
-        given = ("room", "context", "calls", "reference", "context_c2w")
+        given = ("room", "context", "provenance", "reference", "context_c2w")
         context = {key: row[key] for key in given}
         start = np.array(row["context_c2w"][row["reference"] - 1])
         for motion in DOSES:
@@ -78,11 +78,11 @@ def chained_rows(simulator, rows: list[dict], folder: Path) -> list[dict]:
 
     folder   of `imagine_targets`: a simulator of None stands for the views that lie there
     """
-    seconds = [row for row in rows if row["calls"][-1]]
+    seconds = [row for row in rows if row["provenance"][-1]]
     firsts = {}
     for row in seconds:
-        given = {key: row[key][:-1] for key in ("context", "calls", "context_c2w")}
-        call = row["calls"][-1]
+        given = {key: row[key][:-1] for key in ("context", "provenance", "context_c2w")}
+        call = row["provenance"][-1]
         firsts[row["room"]] = given | {
             "id": f"first/{row['room']}",
             "room": row["room"],

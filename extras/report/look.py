@@ -68,7 +68,7 @@ class Walk:
         """Forget what was imagined and stand at a given view (1-based)."""
         self.images = list(render(self.room, np.stack(self.given), self.size)["rgb"])
         self.poses = list(self.given)
-        self.calls = [None] * len(self.given)
+        self.provenance = [None] * len(self.given)
         self.reference = reference
         self.views = [(f"from Image-{reference}", self.images[reference - 1])]
         self.words = ["", ""]
@@ -81,7 +81,9 @@ class Walk:
             raise ValueError("No camera can stand there: the way leads out of the room.")
         sentence = instruction(motion)
         seed = len(self.images)
-        query = Query(list(self.images), self.reference, sentence, seed, calls=list(self.calls))
+        query = Query(
+            list(self.images), self.reference, sentence, seed, provenance=list(self.provenance)
+        )
         imagined = self.model.imagine([query])[0]
         true = render(self.room, pose, self.size)["rgb"][0]
 
@@ -91,7 +93,7 @@ class Walk:
         self.words = [sight + sentence, in_words(error)]
         self.images.append(imagined)
         self.poses.append(pose)
-        self.calls.append(call_of(self.reference, motion))
+        self.provenance.append(call_of(self.reference, motion))
         self.views = [
             (f"from Image-{self.reference}", self.images[self.reference - 1]),
             (f"imagined Image-{len(self.images)}", imagined),

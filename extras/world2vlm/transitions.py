@@ -197,8 +197,8 @@ class Chain:
             poses = [self.pose(k + 1).tolist() for k in range(steps)]
             scene = anchor.scene | {"poses": anchor.scene["poses"] + poses}
         images = [*anchor.images, *self.views]
-        calls = [None] * len(anchor.images) + self.calls[:steps]
-        return Query(images, reference, instruction(self.steps[steps]), seed, scene, calls)
+        provenance = [None] * len(anchor.images) + self.calls[:steps]
+        return Query(images, reference, instruction(self.steps[steps]), seed, scene, provenance)
 
     def add(self, view: np.ndarray | None) -> bool:
         """Take the view of a `query`; whether the chain goes on. It ends early at a view that cannot be used."""

@@ -348,7 +348,7 @@ def test_doses_leave_out_what_ends_in_the_furniture(place):
     rows = load_triples(place / "data" / "triples_test.jsonl")
     doses = dose_rows(rows, 24)
     assert len({row["id"] for row in doses}) == len(doses) <= len(DOSES)
-    middle = {**rows[0], "calls": [None], "reference": 1, "context_c2w": [np.eye(4).tolist()]}
+    middle = {**rows[0], "provenance": [None], "reference": 1, "context_c2w": [np.eye(4).tolist()]}
     corner = {**middle, "context_c2w": [camera_pose(0, -1.3, 1.25).tolist()]}
     assert len(dose_rows([middle], 1)) == len(DOSES)
     kinds = [row["motion"]["kind"] for row in dose_rows([corner], 1)]
