@@ -41,7 +41,7 @@ from lib.images import PictureError, contact_sheet, decode, on_white, save_image
 from lib.packing import Pack, Text, VaeImage, VitImage, pack
 from lib.protocol import call_of, motion_in
 from lib.records import TRIPLE_KEYS, Triple, check_triple, load_jsonl, whole_folder
-from lib.simulators import RING, instruction, phrase, random_instruction
+from lib.simulators import instruction, phrase, random_instruction
 from lib.stage import Flag
 from lib.streams import (
     numpy_stream,
@@ -109,6 +109,7 @@ MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to it
 EMA_DECAY = 0.995  # of the weights that are saved; rises from 0.1
 # keys of the log, weighted, beside grad_norm, lr, mse, nearest and nearest_chance
 LOSSES = ("loss_flow", "loss_content")
+RING = 4  # views of a ring come first in a context
 SIDEWAYS = ("dx", "dangle")  # what a mirror reverses
 CHANNEL_ORDERS = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
 

@@ -11,7 +11,7 @@ latents (what it looks like) and as ViT features (what it shows):
 It is trained by flow matching: x_t = (1 - t) x0 + t eps, v = eps - x0, t = 1 is pure noise (train_wm.py). It imagines
 by Euler steps from t = 1 to t = 0, the context read once into a memory, guided away from "no sentence" and "no images".
 
-  python world_model.py --images a.png b.png --motion "turn left 30" --out view.png
+  python world_model.py --images a.png b.png --motion "turn left 30" --out view.png     # two motions: the second from there
   python world_model.py --interactive       # look around in a room, key by key
 
 `python -m extras.remote.serve` makes it an endpoint that many can share.
@@ -51,6 +51,7 @@ from lib.distributed import default_device, fail, say
 from lib.geometry import Array, Query, angles_of, camera_pose, decompose, delta_of, select_context
 from lib.images import load_image, save_image
 from lib.packing import table_ids
+from lib.protocol import call_of
 from lib.simulators import image_poses, instruction, read_instruction, read_phrase, renumbered
 from lib.stage import bounded, newest, run_stage
 from lib.streams import stream_seed
@@ -351,17 +352,15 @@ class WorldModel:
         """The images of a query as the network is shown them, in the order of `select_context` and of the VAE's size.
 
         returns   these, and how each stands to the reference, but level as that is not if it looks up or down:
-                  (n, 5) dx, dy, dz, dangle, dphi of `simulators.image_poses`; zeros without Settings.rays
+                  (n, 5) dx, dy, dz, dangle, dphi of `simulators.image_poses` (Settings.rays)
         """
         settings = settings or self.settings
         order = select_context(len(images), reference, settings.max_context)
         images = [resize(np.asarray(image), settings.vae_limits) for image in images]
-        deltas = np.zeros((len(images), 5))
-        if settings.rays:
-            poses = image_poses(images, provenance)
-            start = poses[reference - 1]
-            level = camera_pose(*start[:3, 3], angles_of(start)[0])
-            deltas = decompose(level, poses)[:, :5]
+        poses = image_poses(len(images), provenance)
+        start = poses[reference - 1]
+        level = camera_pose(*start[:3, 3], angles_of(start)[0])
+        deltas = decompose(level, poses)[:, :5]
         return [images[i] for i in order], deltas[order]
 
     # ---- imagining
@@ -510,7 +509,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     p.add_argument(
         "--motion",
-        help='such as "turn left 30", "move forward 1 m" or "pitch up by 10 degrees"',
+        nargs="+",
+        help='such as "turn left 30", "move forward 1 m" or "pitch up by 10 degrees"; the next starts from its view',
     )
     p.add_argument("--out", default="view.png", help="the picture to write")
     p.add_argument(
@@ -542,20 +542,27 @@ def main(argv: list[str] | None = None) -> None:
 
             look_around(WorldModel.load(path, device, **options))
             return
-        # the motion first: its error should not wait for the weights
-        number = args.reference or len(args.images)
-        sentence = instruction(read_phrase(args.motion))
+        # the motions first: their errors should not wait for the weights
+        motions = [read_phrase(words) for words in args.motion]
         images = [load_image(image) for image in args.images]
-        query = Query(images, number, sentence, args.seed)
         model = WorldModel.load(path, device, **options)
         side = model.settings.vae_limits[0]
         if model.settings.latent == "pixels" and any(max(image.shape) > side for image in images):
             say(f"{path} is a tiny model: it knows rooms of {side} x {side} pixels only.")
-        view = model.imagine([query])[0]
-        save_image(Path(args.out), view)
+        number = args.reference or len(images)
+        provenance = [None] * len(images)
+        for motion in motions:
+            sentence = instruction(motion)
+            query = Query(images, number, sentence, args.seed, provenance=provenance)
+            images += model.imagine([query])
+            provenance.append(call_of(number, motion))
+            number = len(images)
+            print(sentence)
+        height, width, _ = images[-1].shape
+        save_image(Path(args.out), images[-1])
     except (OSError, ValueError) as error:
         fail(str(error))
-    print(f"{sentence} -> {args.out} ({view.shape[1]} x {view.shape[0]}, {path})")
+    print(f"-> {args.out} ({width} x {height}, {path})")
 
 
 if __name__ == "__main__":

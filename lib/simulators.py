@@ -11,7 +11,6 @@ A simulator is anything with `imagine(list of Query) -> list of (H, W, 3) uint8`
   anything else is the folder or hub id of a world model
 """
 
-import functools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -165,57 +164,16 @@ def read_instruction(text: str) -> tuple[int | None, Motion]:
 
 # ---- where images stand ----------------------------------------------------------------------------------------------
 
-RING = 4  # views, each one left turn of 90 degrees further
-HEADING_STEP = 2  # degrees
-AGREES = 20  # gray levels that two pictures of a point may differ by, about
 
+def image_poses(count: int, provenance: Sequence[dict | None] = ()) -> Array:
+    """Where `count` images are taken to stand: c2w (n, 4, 4), the first at the origin.
 
-def image_poses(images: list[Array], provenance: Sequence[dict | None] = ()) -> Array:
-    """Where images (H, W, 3) uint8 are taken to stand: c2w (n, 4, 4), the first at the origin.
-
-    provenance   of `Query`. The first four images are a level ring, an imagined one stands where its call leads, and any
-                 other looks from the middle of the ring (`ring_heading`)
+    Given ones are a level ring, each a left turn of 90 degrees further; an imagined one stands where its call leads.
+    provenance   of `Query`
     """
     imagined = [call for call in provenance if call]  # they come last
-    poses = []
-    for k, image in enumerate(images[: len(images) - len(imagined)]):
-        heading = -90.0 * k if k < RING else ring_heading(image, images[:RING])
-        poses.append(camera_pose(0, 0, 0, heading))
-    return call_poses({"poses": poses}, imagined)
-
-
-def ring_heading(image: Array, ring: list[Array]) -> float:
-    """Where an image looks, degrees right of the first of a ring: where most of its pixels agree with the ring's.
-
-    That finds a turn to a degree or two; a view from another spot misses by more. Views that are no squares of one size
-    are taken for the first.
-    """
-    size = len(image)
-    if any(other.shape != (size, size, 3) for other in (image, *ring)):
-        return 0.0
-    index, inside = turned_pixels(size)
-    pixels = np.concatenate(ring).reshape(-1, 3).astype(np.float32)
-    distance = np.abs(pixels[index] - image.reshape(-1, 3)).clip(0, AGREES).sum(-1)
-    return float(HEADING_STEP * ((distance * inside).sum(1) / inside.sum(1)).argmin())
-
-
-@functools.cache
-def turned_pixels(size: int) -> tuple[Array, Array]:
-    """Where a view from the middle of a ring finds its pixels, for every HEADING_STEP degrees right of the first image.
-
-    returns index (headings, size * size) into the pixels of the four images, and whether they saw that far up and down
-    """
-    side = (np.arange(size) + 0.5) / size * 2 - 1
-    x, y = np.meshgrid(side, side)
-    azimuth = np.degrees(np.arctan(x)) + np.arange(0, 360, HEADING_STEP)[:, None, None]
-    image = np.round(-azimuth / 90).astype(int)
-    azimuth = np.radians(azimuth + 90 * image)  # within that image
-    ahead = np.hypot(x, 1) * np.cos(azimuth)
-    column = ((np.tan(azimuth) + 1) / 2 * size).astype(int).clip(0, size - 1)
-    row = np.floor((y / ahead + 1) / 2 * size).astype(int)
-    index = (image % RING * size + row.clip(0, size - 1)) * size + column
-    inside = (row >= 0) & (row < size)
-    return index.reshape(len(index), -1), inside.reshape(len(index), -1)
+    ring = [camera_pose(0, 0, 0, -90.0 * k) for k in range(count - len(imagined))]
+    return call_poses({"poses": ring}, imagined)
 
 
 # ---- by name --------------------------------------------------------------------------------------------------------

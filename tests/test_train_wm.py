@@ -114,7 +114,7 @@ def test_mirrored_rooms_keep_their_ring():
     assert 0 < mirrored < 8
 
     p = train_wm.mirrored(train_wm.read_pictures([chained], files.get, with_warps=True))
-    *ring, imagined = image_poses(p.context, p.provenance)
+    *ring, imagined = image_poses(len(p.context), p.provenance)
     same = [np.array_equal(image, p.context[4]) for image in p.context[:4]].index(True)
     np.testing.assert_allclose(imagined, ring[same], atol=1e-6)
 
