@@ -198,7 +198,8 @@ class Trajectory:
             scene = {"room": scene["room"], "poses": poses[indices].tolist()}
         images = [self.images[index] for index in indices]
         # of some of the images, or in another order, the numbers in earlier calls would not hold
-        provenance = self.provenance if indices == list(range(len(self.images))) else ()
+        in_order = indices == list(range(len(self.images)))
+        provenance = list(self.provenance) if in_order else ()
         noise = call.get("seed", seed) if obey_seed else seed
         sentence = instruction(motion_in(call))
         return Query(images, indices.index(own) + 1, sentence, noise, scene, provenance)
