@@ -137,8 +137,12 @@ def test_a_world_model_teaches_from_scans(tmp_path, monkeypatch):
             tmp_path / f"triples_{split}.jsonl",
             [
                 {
+                    "id": f"scannet/{split}{n}",
                     "context": [f"{n}.png", f"{n + 1}.png"],
                     "reference": 2,
+                    "motion": {"kind": "dx", "amount": 1.0},
+                    "target": "3.png",
+                    "warp": "3.png",
                     "scene": f"scannet/{split}{n}",
                     "metric": n != 1,
                 }
