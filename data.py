@@ -184,9 +184,9 @@ def room_triples(
     paths = [f"{folder}/{k}.png" for k in range(1, n + 1)]
     for k, path in enumerate(paths):
         rgb = views["rgb"][k]
-        save_image(
-            out / path, soften(rgb, rng) if provenance[k] else rgb
-        )  # the warp is of the sharp one
+        if provenance[k]:
+            rgb = soften(rgb, rng)  # the warp is of the sharp one
+        save_image(out / path, rgb)
     rows = []
     for k, (motion, c2w) in enumerate(targets.items(), n):
         depth = views["depth"][k]

@@ -169,10 +169,8 @@ def load_triples(path: str | Path, limit: int | None = None) -> list[dict]:
 def view_file(folder: Path, row: dict) -> Path:
     """Where the view for a triple is kept: a name that changes with what a simulator is shown and told of it."""
     pictures = [hashlib.sha256(image.tobytes()).hexdigest() for image in row["context"]]
-    return (
-        folder
-        / f"{row['id'].replace('/', '_')}_{stable_hash(pictures, row['provenance']):016x}.png"
-    )
+    shown_hash = stable_hash(pictures, row["provenance"])
+    return folder / f"{row['id'].replace('/', '_')}_{shown_hash:016x}.png"
 
 
 def query_of(row: dict) -> Query:

@@ -231,6 +231,8 @@ def check_triple(row: dict) -> None:
     if len(provenance) != len(context):
         raise ValueError(f"has {len(provenance)} calls for {len(context)} context views")
     for k, call in enumerate(provenance):
+        if call is None and any(provenance[:k]):
+            raise ValueError("has a given context view after an imagined one")
         if call is None:
             continue
         turn = read_call(json.dumps({"name": TOOL_NAME, "arguments": call}))

@@ -143,6 +143,7 @@ def test_a_value_of_another_kind_is_named_with_its_file_and_line(tmp_path, key, 
         ("target_c2w", [[1.0]], "has target_c2w of another shape"),
         ("target_c2w", [["1"] * 4] * 4, "has target_c2w .*, which should be"),
         ("provenance", [None], "has 1 calls for 2 context views"),
+        ("provenance", [call_of(1, Motion("dx", 1.0)), None], "has the call .*no earlier image"),
         ("provenance", [None, "dx"], "has the call dx"),
         (
             "provenance",
@@ -156,6 +157,14 @@ def test_parts_of_a_triple_go_together(tmp_path, key, value, sentence):
     assert load(tmp_path, records.Triple, records.check_triple)["reference"] == 1
     with pytest.raises(SystemExit, match=f"rows.jsonl, line 2 {sentence}"):
         load(tmp_path, records.Triple, records.check_triple, **{key: value})
+
+
+def test_imagined_context_views_come_last_and_name_earlier_ones():
+    call = call_of(1, Motion("dx", 1.0))
+    row = {"context": ["1.png"] * 3, "reference": 1, "motion": {"kind": "dx", "amount": 1}}
+    records.check_triple(row | {"provenance": [None, call, call_of(2, Motion("dy", 1.0))]})
+    with pytest.raises(ValueError, match="a given context view after an imagined one"):
+        records.check_triple(row | {"provenance": [None, call, None]})
 
 
 @pytest.mark.parametrize("line", ['{"id": 1, "id": 2}', "[" * 10**5, '{"n": ' + "1" * 5000 + "}"])
